@@ -1,0 +1,9 @@
+"""What a person did wrong, said in one line."""
+
+
+class InputError(ValueError):
+    """Bad input: the message names the offender and the remedy in one line; the command line shows it and exits with 2."""
+
+
+class WeightFileError(InputError):
+    """A weight file that cannot be used: damaged, hostile, of another kind, or made for another model."""

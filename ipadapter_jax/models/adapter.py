@@ -1,0 +1,33 @@
+"""The adapter: image tokens to one pair of keys and values per cross-attention of the UNet (arXiv 2308.06721, 3.2.2)."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+
+class IPAdapter(nn.Module):
+    """to_k_ip and to_v_ip of every site, in file order: tokens (B, N, D) -> [(k', v')], each (B, N, C_site).
+
+    `widths` are the sites' widths C. Parameters are numbered 1, 3, 5, ... as in the authors' files, where the even
+    numbers are the self-attentions, which have none.
+    """
+
+    widths: Sequence[int]
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> list[tuple[Array, Array]]:
+        tokens = tokens.astype(self.dtype)
+        return [KeyValue(width, self.dtype, name=str(2 * i + 1))(tokens) for i, width in enumerate(self.widths)]
+
+
+class KeyValue(nn.Module):
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> tuple[Array, Array]:
+        key = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="to_k_ip")(tokens)
+        return key, nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="to_v_ip")(tokens)

@@ -1,0 +1,237 @@
+"""CLIP's text and vision transformers (arXiv 2103.00020) with the parameter names of transformers' Flax CLIP."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.models.attention import attend
+from ipadapter_jax.models.layers import ACTIVATIONS, layer_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """Sizes; the defaults are those of CLIP ViT-L/14's text encoder, the one of Stable Diffusion 1.5."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "CLIPTextConfig":
+        """From text_encoder/config.json of transformers. Raises InputError for an unknown activation."""
+        return _from_json(cls, raw, "text encoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Sizes; the defaults are those of OpenCLIP ViT-H/14, the image encoder of IP-Adapter."""
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    projection_dim: int = 1024
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "CLIPVisionConfig":
+        """From a vision or a whole CLIP config.json of transformers. Raises InputError for an unknown activation."""
+        return _from_json(cls, {**raw, **raw.get("vision_config", {})}, "image encoder")
+
+    @property
+    def num_positions(self) -> int:
+        """The class token and the patches."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+def _from_json(cls, raw: Mapping[str, Any], what: str):
+    config = cls(**{field.name: raw.get(field.name, field.default) for field in dataclasses.fields(cls)})
+    if config.hidden_act not in ACTIVATIONS:
+        raise InputError(f"{what} config: hidden_act={config.hidden_act!r}, known are {', '.join(ACTIVATIONS)}")
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(f"{what} config: {config.num_attention_heads} heads do not divide width {config.hidden_size}")
+    return config
+
+
+class TextOutput(NamedTuple):
+    """last_hidden_state (B, S, D) after the final norm, pooled (B, D), hidden_states: one (B, S, D) per layer and the input's."""
+
+    last_hidden_state: Array
+    pooled: Array
+    hidden_states: tuple[Array, ...]
+
+
+class VisionOutput(NamedTuple):
+    """image_embeds (B, P) projected; hidden_states before the post norm, [-2] (B, 1 + patches, D) feeds the Plus adapters."""
+
+    image_embeds: Array
+    hidden_states: tuple[Array, ...]
+
+
+class CLIPText(nn.Module):
+    """Token ids (B, S) -> TextOutput. Parameters lie under `text_model`, as published."""
+
+    config: CLIPTextConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, input_ids: Array) -> TextOutput:
+        return TextTransformer(self.config, self.dtype, name="text_model")(input_ids)
+
+
+class TextTransformer(nn.Module):
+    config: CLIPTextConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, input_ids: Array) -> TextOutput:
+        config = self.config
+        states = Encoder(config, causal=True, dtype=self.dtype, name="encoder")(
+            TextEmbeddings(config, self.dtype, name="embeddings")(input_ids)
+        )
+        last = layer_norm(self.dtype, config.layer_norm_eps, "final_layer_norm")(states[-1])
+        # Published configs carry eos_token_id 2 by mistake: there the end of text is the largest id.
+        end = input_ids if config.eos_token_id == 2 else (input_ids == config.eos_token_id)
+        pooled = jnp.take_along_axis(last, end.argmax(-1)[:, None, None], axis=1)[:, 0]
+        return TextOutput(last, pooled, states)
+
+
+class TextEmbeddings(nn.Module):
+    config: CLIPTextConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, input_ids: Array) -> Array:
+        config = self.config
+        tokens = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="token_embedding")
+        positions = nn.Embed(config.max_position_embeddings, config.hidden_size, dtype=self.dtype, name="position_embedding")
+        return tokens(input_ids) + positions(jnp.arange(input_ids.shape[1]))[None]
+
+
+class CLIPVision(nn.Module):
+    """Normalised pixels (B, H, W, 3) -> VisionOutput. Parameters lie under `vision_model` and `visual_projection`."""
+
+    config: CLIPVisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixel_values: Array) -> VisionOutput:
+        pooled, states = VisionTransformer(self.config, self.dtype, name="vision_model")(pixel_values)
+        project = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection")
+        return VisionOutput(project(pooled), states)
+
+
+class VisionTransformer(nn.Module):
+    config: CLIPVisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, pixel_values: Array) -> tuple[Array, tuple[Array, ...]]:
+        config = self.config
+        x = VisionEmbeddings(config, self.dtype, name="embeddings")(pixel_values)
+        x = layer_norm(self.dtype, config.layer_norm_eps, "pre_layrnorm")(x)  # sic: the published name
+        states = Encoder(config, causal=False, dtype=self.dtype, name="encoder")(x)
+        return layer_norm(self.dtype, config.layer_norm_eps, "post_layernorm")(states[-1][:, 0]), states
+
+
+class VisionEmbeddings(nn.Module):
+    config: CLIPVisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, pixel_values: Array) -> Array:
+        config, patch = self.config, self.config.patch_size
+        x = nn.Conv(
+            config.hidden_size,
+            (patch, patch),
+            strides=patch,
+            padding="VALID",
+            use_bias=False,
+            dtype=self.dtype,
+            name="patch_embedding",
+        )(pixel_values.astype(self.dtype))
+        x = x.reshape(x.shape[0], -1, config.hidden_size)
+        first = self.param("class_embedding", nn.initializers.normal(0.02), (config.hidden_size,)).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, config.hidden_size)), x], axis=1)
+        positions = nn.Embed(config.num_positions, config.hidden_size, dtype=self.dtype, name="position_embedding")
+        return x + positions(jnp.arange(config.num_positions))[None]
+
+
+class Encoder(nn.Module):
+    """(B, L, D) -> the states before the first and after every layer."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, ...]:
+        return Layers(self.config, self.causal, self.dtype, name="layers")(x)
+
+
+class Layers(nn.Module):
+    """Exists for the published names `encoder/layers/0/...`."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, ...]:
+        states = [x]
+        for i in range(self.config.num_hidden_layers):
+            states.append(Layer(self.config, self.causal, self.dtype, name=str(i))(states[-1]))
+        return tuple(states)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+        y = layer_norm(self.dtype, config.layer_norm_eps, "layer_norm1")(x)
+        x = x + Attention(config, self.causal, self.dtype, name="self_attn")(y)
+        y = layer_norm(self.dtype, config.layer_norm_eps, "layer_norm2")(x)
+        return x + MLP(config, self.dtype, name="mlp")(y)
+
+
+class Attention(nn.Module):
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = self.config.hidden_size
+        q, k, v = (nn.Dense(width, dtype=self.dtype, name=name)(x) for name in ("q_proj", "k_proj", "v_proj"))
+        y = attend(q, [(k, v, 1.0)], self.config.num_attention_heads, causal=self.causal)
+        return nn.Dense(width, dtype=self.dtype, name="out_proj")(y)
+
+
+class MLP(nn.Module):
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        return nn.Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(ACTIVATIONS[self.config.hidden_act](x))

@@ -1,0 +1,367 @@
+"""The Stable Diffusion 1.x UNet, channels-last, with keys and values of the cross-attentions as arguments.
+
+K and V of a cross-attention depend on the prompt and not on the UNet's state, so the caller computes them once per
+prompt (`text_kv`) and once per image (models/adapter.py) and an image prompt needs no other UNet. Parameter names are
+those of the published Flax trees.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.models.attention import Entry, attend
+from ipadapter_jax.models.config import pick
+from ipadapter_jax.models.layers import (
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    conv,
+    gelu,
+    group_norm,
+    layer_norm,
+    timestep_embedding,
+)
+
+KeyValue = tuple[Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of one UNet of the Stable Diffusion 1.x family; the defaults are SD 1.5."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    layers_per_block: int = 2
+    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads: a published misnomer
+    cross_attention_dim: int = 768
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    sample_size: int = 64
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "UNetConfig":
+        """From diffusers' unet/config.json. Raises InputError for what this family does not have."""
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        config = cls(**pick(raw, what="UNet", fields=defaults, fixed=_FIXED, ignored=_IGNORED))
+        levels = len(config.block_out_channels)
+        if {len(config.down_block_types), len(config.up_block_types)} != {levels}:
+            raise InputError(f"UNet config: {levels} block_out_channels need as many down_block_types and up_block_types")
+        for kind in config.down_block_types + config.up_block_types:
+            if kind not in ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"):
+                raise InputError(f"UNet config: block type {kind!r} is not supported")
+        return config
+
+    def heads(self, level: int) -> int:
+        """Attention heads at a resolution level, 0 being the finest."""
+        return self.attention_head_dim if isinstance(self.attention_head_dim, int) else self.attention_head_dim[level]
+
+    @property
+    def levels(self) -> int:
+        return len(self.block_out_channels)
+
+
+_FIXED = {
+    "act_fn": ("silu",),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "downsample_padding": (1,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "resnet_out_scale_factor": (1,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+    "transformer_layers_per_block": (1,),
+    "use_linear_projection": (False,),
+    "addition_embed_type_num_heads": (64,),
+}
+_IGNORED = {"dropout", "split_head_dim", "use_memory_efficient_attention"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One cross-attention: its block's name, its number inside the block, its width C."""
+
+    block: str
+    index: int
+    width: int
+
+
+def cross_attention_sites(config: UNetConfig) -> tuple[Site, ...]:
+    """All cross-attentions in file order: down, up, mid (the order in which diffusers registers its processors)."""
+    sites = []
+    for level, kind in enumerate(config.down_block_types):
+        if kind == "CrossAttnDownBlock2D":
+            width = config.block_out_channels[level]
+            sites += [Site(f"down_blocks_{level}", i, width) for i in range(config.layers_per_block)]
+    for block, kind in enumerate(config.up_block_types):
+        if kind == "CrossAttnUpBlock2D":
+            width = config.block_out_channels[::-1][block]
+            sites += [Site(f"up_blocks_{block}", i, width) for i in range(config.layers_per_block + 1)]
+    return (*sites, Site("mid_block", 0, config.block_out_channels[-1]))
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) in latents. See `__call__`."""
+
+    config: UNetConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        config, dtype = self.config, self.dtype
+        channels = config.block_out_channels
+        self.conv_in = conv(channels[0], 3, dtype)
+        self.time_embedding = TimeEmbedding(4 * channels[0], dtype)
+        self.down_blocks = [
+            DownBlock(config, level, attention=kind == "CrossAttnDownBlock2D", dtype=dtype)
+            for level, kind in enumerate(config.down_block_types)
+        ]
+        self.mid_block = MidBlock(config, dtype)
+        self.up_blocks = [
+            UpBlock(config, config.levels - 1 - block, attention=kind == "CrossAttnUpBlock2D", dtype=dtype)
+            for block, kind in enumerate(config.up_block_types)
+        ]
+        self.conv_norm_out = group_norm(config.norm_num_groups, config.norm_eps, dtype)
+        self.conv_out = conv(config.out_channels, 3, dtype)
+
+    def __call__(
+        self,
+        latents: Array,
+        timesteps: Array,
+        text_kv: Sequence[KeyValue],
+        image_kv: Sequence[Sequence[KeyValue]] = (),
+        image_weight: Array | Sequence = (),
+    ) -> Array:
+        """latents (B, h, w, 4), timesteps (B,) -> prediction (B, h, w, 4) float32.
+
+        text_kv holds (k, v), each (B, S, C), per site of `cross_attention_sites`. image_kv holds the same for every
+        image entry, and image_weight[entry][site] that entry's weight there: a scalar or what broadcasts to (B, L, 1).
+        """
+        contexts = self._contexts(text_kv, image_kv, image_weight)
+        time = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]))
+        x = self.conv_in(latents.astype(self.dtype))
+        skips = [x]
+        for block in self.down_blocks:
+            x, outputs = block(x, time, contexts[block.name])
+            skips += outputs
+        x = self.mid_block(x, time, contexts["mid_block"])
+        for block in self.up_blocks:
+            size = skips[-block.layers - 1].shape[1:3] if block.upsamples else None
+            x = block(x, [skips.pop() for _ in range(block.layers)], size, time, contexts[block.name])
+        assert not skips
+        return self.conv_out(nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
+
+    def text_kv(self, text: Array) -> list[KeyValue]:
+        """Text states (B, S, D) -> (k, v), each (B, S, C), per site in file order: once per prompt."""
+        blocks = {block.name: block for block in (*self.down_blocks, *self.up_blocks, self.mid_block)}
+        text = text.astype(self.dtype)
+        return [blocks[site.block].attentions[site.index].text_kv(text) for site in cross_attention_sites(self.config)]
+
+    def from_text(self, latents: Array, timesteps: Array, text: Array) -> Array:
+        """The plain UNet of text states (B, S, D): touches every parameter, so it also initialises."""
+        return self(latents, timesteps, self.text_kv(text))
+
+    def _contexts(self, text_kv, image_kv, image_weight) -> dict[str, Iterator[list[Entry]]]:
+        """Per block an iterator over its sites' attention entries: the text first, then every image entry."""
+        sites = cross_attention_sites(self.config)
+        entries: dict[str, list[list[Entry]]] = {block.name: [] for block in (*self.down_blocks, *self.up_blocks)}
+        entries["mid_block"] = []
+        for s, site in enumerate(sites):
+            images = [(*kv[s], weight[s]) for kv, weight in zip(image_kv, image_weight, strict=True)]
+            entries[site.block].append([(*text_kv[s], 1.0), *images])
+        return {name: iter(block) for name, block in entries.items()}
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids (B, C) -> (B, width)."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.Dense(self.width, dtype=self.dtype, name="linear_1")(x)
+        return nn.Dense(self.width, dtype=self.dtype, name="linear_2")(nn.silu(x))
+
+
+def _resnet(config: UNetConfig, width: int, dtype: jnp.dtype) -> ResnetBlock:
+    return ResnetBlock(width, config.norm_num_groups, config.norm_eps, dtype)
+
+
+class DownBlock(nn.Module):
+    """Resnets, each followed by a transformer where the level has attention, then a halving unless it is the last."""
+
+    config: UNetConfig
+    level: int
+    attention: bool
+    dtype: jnp.dtype
+
+    def setup(self):
+        config, width = self.config, self.config.block_out_channels[self.level]
+        layers = range(config.layers_per_block)
+        self.resnets = [_resnet(config, width, self.dtype) for _ in layers]
+        if self.attention:
+            self.attentions = [Transformer(config, self.level, self.dtype) for _ in layers]
+        if self.level < config.levels - 1:
+            self.downsamplers = [Downsample(width, ((1, 1), (1, 1)), self.dtype)]
+
+    def __call__(self, x: Array, time: Array, contexts: Iterator[list[Entry]]) -> tuple[Array, list[Array]]:
+        outputs = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.attention:
+                x = self.attentions[i](x, next(contexts))
+            outputs.append(x)
+        if self.level < self.config.levels - 1:
+            x = self.downsamplers[0](x)
+            outputs.append(x)
+        return x, outputs
+
+
+class MidBlock(nn.Module):
+    """resnet, transformer, resnet at the coarsest level."""
+
+    config: UNetConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        width = self.config.block_out_channels[-1]
+        self.resnets = [_resnet(self.config, width, self.dtype) for _ in range(2)]
+        self.attentions = [Transformer(self.config, self.config.levels - 1, self.dtype)]
+
+    def __call__(self, x: Array, time: Array, contexts: Iterator[list[Entry]]) -> Array:
+        x = self.attentions[0](self.resnets[0](x, time), next(contexts))
+        return self.resnets[1](x, time)
+
+
+class UpBlock(nn.Module):
+    """One resnet (and transformer) more than on the way down, each fed a skip, then a doubling unless it is the finest."""
+
+    config: UNetConfig
+    level: int
+    attention: bool
+    dtype: jnp.dtype
+
+    def setup(self):
+        config, width = self.config, self.config.block_out_channels[self.level]
+        self.resnets = [_resnet(config, width, self.dtype) for _ in range(self.layers)]
+        if self.attention:
+            self.attentions = [Transformer(config, self.level, self.dtype) for _ in range(self.layers)]
+        if self.upsamples:
+            self.upsamplers = [Upsample(width, self.dtype)]
+
+    @property
+    def layers(self) -> int:
+        return self.config.layers_per_block + 1
+
+    @property
+    def upsamples(self) -> bool:
+        return self.level > 0
+
+    def __call__(
+        self, x: Array, skips: Sequence[Array], size: tuple[int, int] | None, time: Array, contexts: Iterator[list[Entry]]
+    ) -> Array:
+        """size (h, w) is the size of the next block's skips: odd sizes do not double exactly."""
+        for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
+            x = resnet(jnp.concatenate([x, skip], axis=-1), time)
+            if self.attention:
+                x = self.attentions[i](x, next(contexts))
+        return x if size is None else self.upsamplers[0](x, *size)
+
+
+class Transformer(nn.Module):
+    """One spatial transformer: (B, h, w, C) -> the same, as diffusers' Transformer2DModel with convolutional projections."""
+
+    config: UNetConfig
+    level: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        config, width = self.config, self.config.block_out_channels[self.level]
+        self.norm = group_norm(config.norm_num_groups, 1e-6, self.dtype)  # 1e-6 here, 1e-5 elsewhere in the UNet
+        self.proj_in = conv(width, 1, self.dtype)
+        self.transformer_blocks = [TransformerBlock(width, config.heads(self.level), self.dtype)]
+        self.proj_out = conv(width, 1, self.dtype)
+
+    def text_kv(self, text: Array) -> KeyValue:
+        return self.transformer_blocks[0].attn2.key_value(text)
+
+    def __call__(self, x: Array, context: Sequence[Entry]) -> Array:
+        y = self.proj_in(self.norm(x))
+        y = self.transformer_blocks[0](y.reshape(x.shape[0], -1, x.shape[-1]), context)
+        return x + self.proj_out(y.reshape(x.shape))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and a residual. (B, L, C) -> (B, L, C)."""
+
+    width: int
+    heads: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.norm1, self.norm2, self.norm3 = (layer_norm(self.dtype) for _ in range(3))
+        self.attn1 = Attention(self.width, self.heads, self.dtype)
+        self.attn2 = Attention(self.width, self.heads, self.dtype)
+        self.ff = FeedForward(self.width, self.dtype)
+
+    def __call__(self, x: Array, context: Sequence[Entry]) -> Array:
+        y = self.norm1(x)
+        x = x + self.attn1(y, [(*self.attn1.key_value(y), 1.0)])
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Attention(nn.Module):
+    """Queries of x (B, L, C) against entries of keys and values."""
+
+    width: int
+    heads: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.to_q, self.to_k, self.to_v = (nn.Dense(self.width, use_bias=False, dtype=self.dtype) for _ in range(3))
+        self.to_out = [nn.Dense(self.width, dtype=self.dtype)]
+
+    def key_value(self, context: Array) -> KeyValue:
+        return self.to_k(context), self.to_v(context)
+
+    def __call__(self, x: Array, entries: Sequence[Entry]) -> Array:
+        return self.to_out[0](attend(self.to_q(x), entries, self.heads))
+
+
+class FeedForward(nn.Module):
+    """GEGLU to 4 times the width and back (arXiv 2002.05202)."""
+
+    width: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.net_0 = GEGLU(4 * self.width, self.dtype)
+        self.net_2 = nn.Dense(self.width, dtype=self.dtype)
+
+    def __call__(self, x: Array) -> Array:
+        return self.net_2(self.net_0(x))
+
+
+class GEGLU(nn.Module):
+    """a gelu(b), a and b being halves of one projection."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        value, gate = jnp.split(nn.Dense(2 * self.width, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        return value * gelu(gate)

@@ -1,0 +1,167 @@
+"""The KL autoencoder between pictures and latents (diffusers' AutoencoderKL), channels-last."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from ipadapter_jax.models.attention import attend
+from ipadapter_jax.models.config import pick
+from ipadapter_jax.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm
+
+_EPSILON = 1e-6  # of every norm in the VAE
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Sizes; the defaults are those of Stable Diffusion 1.5."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "VAEConfig":
+        """From diffusers' vae/config.json. Raises InputError for what this family does not have."""
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        levels = len(raw.get("block_out_channels", defaults["block_out_channels"]))
+        fixed = {
+            "act_fn": ("silu",),
+            "down_block_types": (("DownEncoderBlock2D",) * levels,),
+            "up_block_types": (("UpDecoderBlock2D",) * levels,),
+            "mid_block_add_attention": (True,),
+            "use_quant_conv": (True,),
+            "use_post_quant_conv": (True,),
+        }
+        return cls(**pick(raw, what="VAE", fields=defaults, fixed=fixed, ignored={"sample_size", "force_upcast"}))
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class VAE(nn.Module):
+    """`decode` and `encode` work on unscaled latents: the caller applies `config.scaling_factor`."""
+
+    config: VAEConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        latent = self.config.latent_channels
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+        self.quant_conv = conv(2 * latent, 1, self.dtype)
+        self.post_quant_conv = conv(latent, 1, self.dtype)
+
+    def encode(self, images: Array) -> tuple[Array, Array]:
+        """images (B, H, W, 3) in [-1, 1] -> mean and log-variance of the posterior, each (B, h, w, 4) float32."""
+        moments = self.quant_conv(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def decode(self, latents: Array) -> Array:
+        """latents (B, h, w, 4) -> images (B, H, W, 3) float32, about [-1, 1] and not clipped."""
+        return self.decoder(self.post_quant_conv(latents.astype(self.dtype))).astype(jnp.float32)
+
+    def __call__(self, images: Array) -> Array:
+        """Through the mean of the posterior and back: touches every parameter, so it also initialises."""
+        return self.decode(self.encode(images)[0])
+
+
+class Encoder(nn.Module):
+    config: VAEConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config, channels = self.config, self.config.block_out_channels
+        x = conv(channels[0], 3, self.dtype, "conv_in")(x)
+        for level, width in enumerate(channels):
+            x = DownBlock(config, width, level < len(channels) - 1, self.dtype, name=f"down_blocks_{level}")(x)
+        x = MidBlock(config, self.dtype, name="mid_block")(x)
+        x = nn.silu(group_norm(config.norm_num_groups, _EPSILON, self.dtype, "conv_norm_out")(x))
+        return conv(2 * config.latent_channels, 3, self.dtype, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    config: VAEConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config, channels = self.config, self.config.block_out_channels[::-1]
+        x = conv(channels[0], 3, self.dtype, "conv_in")(x)
+        x = MidBlock(config, self.dtype, name="mid_block")(x)
+        for block, width in enumerate(channels):
+            x = UpBlock(config, width, block < len(channels) - 1, self.dtype, name=f"up_blocks_{block}")(x)
+        x = nn.silu(group_norm(config.norm_num_groups, _EPSILON, self.dtype, "conv_norm_out")(x))
+        return conv(config.out_channels, 3, self.dtype, "conv_out")(x)
+
+
+class DownBlock(nn.Module):
+    config: VAEConfig
+    width: int
+    downsamples: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i in range(self.config.layers_per_block):
+            x = _resnet(self.config, self.width, self.dtype, f"resnets_{i}")(x)
+        if self.downsamples:
+            x = Downsample(self.width, ((0, 1), (0, 1)), self.dtype, name="downsamplers_0")(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    config: VAEConfig
+    width: int
+    upsamples: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i in range(self.config.layers_per_block + 1):
+            x = _resnet(self.config, self.width, self.dtype, f"resnets_{i}")(x)
+        if self.upsamples:
+            x = Upsample(self.width, self.dtype, name="upsamplers_0")(x, 2 * x.shape[1], 2 * x.shape[2])
+        return x
+
+
+class MidBlock(nn.Module):
+    config: VAEConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = self.config.block_out_channels[-1]
+        x = _resnet(self.config, width, self.dtype, "resnets_0")(x)
+        x = Attention(self.config, self.dtype, name="attentions_0")(x)
+        return _resnet(self.config, width, self.dtype, "resnets_1")(x)
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions with a single head."""
+
+    config: VAEConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, *_, width = x.shape
+        y = group_norm(self.config.norm_num_groups, _EPSILON, self.dtype, "group_norm")(x).reshape(batch, -1, width)
+        q, k, v = (nn.Dense(width, dtype=self.dtype, name=name)(y) for name in ("query", "key", "value"))
+        y = nn.Dense(width, dtype=self.dtype, name="proj_attn")(attend(q, [(k, v, 1.0)], num_heads=1))
+        return x + y.reshape(x.shape)
+
+
+def _resnet(config: VAEConfig, width: int, dtype: jnp.dtype, name: str) -> ResnetBlock:
+    return ResnetBlock(width, config.norm_num_groups, _EPSILON, dtype, name=name)

@@ -1,0 +1,191 @@
+"""The parts of a Stable Diffusion 1.x folder, diffusers' layout in PyTorch or Flax spelling: what lies where."""
+
+import dataclasses
+import functools
+import json
+import logging
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.unet import UNet, UNetConfig
+from ipadapter_jax.models.vae import VAE, VAEConfig
+from ipadapter_jax.weights.names import FLAX, VAE_RENAMES, torch_spelling
+from ipadapter_jax.weights.tensors import Tensor, open_tensors
+from ipadapter_jax.weights.tree import Tree, load_tree
+
+log = logging.getLogger("ipadapter_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """How one network is stored and built.
+
+    `modernise` turns an old PyTorch spelling of a key into today's; keys that match `ignored` hold no weights of this
+    network (buffers, or the other half of a whole CLIP) and are reported.
+    """
+
+    title: str
+    torch_stem: str
+    flax_stem: str
+    config: Callable[[Mapping[str, Any]], Any]
+    module: Callable[..., nn.Module]
+    example: Callable[[Any], Callable]  # config -> a function of the module that touches every parameter
+    renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    modernise: Callable[[str], str] = staticmethod(lambda key: key)
+    ignored: str = r"(?!)"
+
+
+def _old_vae_key(key: str) -> str:
+    return re.sub(
+        r"(mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.",
+        lambda found: f"{found[1]}.{VAE_RENAMES[found[2]]}.",
+        key,
+    )
+
+
+def _old_text_key(key: str) -> str:
+    return key if key.startswith(("text_model.", "vision_", "visual_", "text_projection", "logit")) else f"text_model.{key}"
+
+
+UNET = Component(
+    title="UNet",
+    torch_stem="diffusion_pytorch_model",
+    flax_stem="diffusion_flax_model",
+    config=UNetConfig.from_json,
+    module=UNet,
+    example=lambda config: functools.partial(
+        UNet.from_text,
+        latents=jnp.zeros((1, 2**config.levels, 2**config.levels, config.in_channels)),
+        timesteps=jnp.zeros((1,)),
+        text=jnp.zeros((1, 1, config.cross_attention_dim)),
+    ),
+)
+VAE_COMPONENT = Component(
+    title="VAE",
+    torch_stem="diffusion_pytorch_model",
+    flax_stem="diffusion_flax_model",
+    config=VAEConfig.from_json,
+    module=VAE,
+    example=lambda config: functools.partial(
+        VAE.__call__, images=jnp.zeros((1, config.downscale, config.downscale, config.in_channels))
+    ),
+    renames=VAE_RENAMES,
+    modernise=_old_vae_key,
+)
+TEXT_ENCODER = Component(
+    title="text encoder",
+    torch_stem="model",
+    flax_stem="flax_model",
+    config=CLIPTextConfig.from_json,
+    module=CLIPText,
+    example=lambda config: functools.partial(CLIPText.__call__, input_ids=jnp.zeros((1, 1), jnp.int32)),
+    modernise=_old_text_key,
+    ignored=r".*position_ids|text_projection\..*|logit_scale|vision_model\..*|visual_projection\..*",
+)
+IMAGE_ENCODER = Component(
+    title="image encoder",
+    torch_stem="model",
+    flax_stem="flax_model",
+    config=CLIPVisionConfig.from_json,
+    module=CLIPVision,
+    example=lambda config: functools.partial(
+        CLIPVision.__call__, pixel_values=jnp.zeros((1, config.image_size, config.image_size, 3))
+    ),
+    ignored=r".*position_ids|text_projection\..*|logit_scale|text_model\..*",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A network with its weights and the file that they came from."""
+
+    module: Any
+    params: Tree
+    source: Path
+
+
+def load_component(
+    component: Component, folder: Path, dtype: np.dtype, variant: str | None = None, put: Callable = jax.device_put
+) -> Loaded:
+    """Reads `folder`/config.json and its weights, in `dtype`. Raises InputError or WeightFileError naming what is wrong."""
+    module = component.module(component.config(read_json(folder / "config.json")), dtype)
+    names = [path.name for path in folder.iterdir()]
+    source = folder / choose_weights(component, names, str(folder), variant)
+    tensors = open_tensors(source)
+    spelling = FLAX
+    if source.suffix != ".msgpack":
+        spelling = torch_spelling(component.renames)
+        tensors = {component.modernise(key): tensor for key, tensor in tensors.items()}
+    tensors = drop_ignored(tensors, component.ignored, str(source))
+    template = template_of(component, module)
+    return Loaded(module, load_tree(tensors, template, spelling, source=str(source), dtype=dtype, put=put), source)
+
+
+def template_of(component: Component, module: nn.Module) -> Tree:
+    """The module's parameter tree with shapes for leaves, at no cost."""
+    example = component.example(module.config)  # type: ignore[attr-defined]
+    init = functools.partial(module.init, method=example.func, **example.keywords)
+    return jax.eval_shape(init, jax.random.key(0))["params"]
+
+
+def drop_ignored(tensors: Mapping[str, Tensor], pattern: str, source: str) -> dict[str, Tensor]:
+    """The tensors whose names do not match, reporting those that do."""
+    ignored = [name for name in tensors if re.fullmatch(pattern, name)]
+    if ignored:
+        log.info("%s: ignored %s", source, ", ".join(ignored[:3]) + (" ..." if len(ignored) > 3 else ""))
+    return {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
+
+
+def choose_weights(component: Component, names: Collection[str], folder: str, variant: str | None) -> str:
+    """The weight file to read among the names in a folder: safetensors first, then Flax msgpack, then a PyTorch pickle.
+
+    `variant` ("fp16") asks for the files that carry it; without it they are the last resort.
+    """
+    stem, pickle = component.torch_stem, component.torch_stem if "pytorch" in component.torch_stem else "pytorch_model"
+    with_variant = [f"{stem}.{variant or 'fp16'}.safetensors", f"{stem}.safetensors.index.{variant or 'fp16'}.json"]
+    plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{component.flax_stem}.msgpack", f"{pickle}.bin"]
+    wanted = with_variant if variant else plain + with_variant
+    for name in wanted:
+        if name in names:
+            return name
+    held = ", ".join(sorted(name for name in names if name != "config.json")) or "no files"
+    raise WeightFileError(
+        f"{folder}: no {variant or ''} weights of the {component.title} (it holds {held}); expected {' or '.join(wanted)}"
+    )
+
+
+def choose_files(names: Sequence[str], folders: Mapping[str, Component], extras: Sequence[str], variant: str | None):
+    """Of all files of a repository those that loading needs: configs, tokenizer, one weight file (or its shards) a network."""
+    chosen = [name for name in names if any(fnmatch(name, pattern) for pattern in extras)]
+    for folder, component in folders.items():
+        prefix = f"{folder}/" if folder else ""
+        inside = [name[len(prefix) :] for name in names if name.startswith(prefix) and "/" not in name[len(prefix) :]]
+        weights = choose_weights(component, inside, folder or ".", variant)
+        chosen += [f"{prefix}config.json", f"{prefix}{weights}"]
+        if weights.endswith(".json"):
+            marker = f".{variant or 'fp16'}" if not weights.endswith("index.json") else ""
+            chosen += [f"{prefix}{n}" for n in inside if fnmatch(n, f"{component.torch_stem}{marker}-*-of-*.safetensors")]
+    return chosen
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises InputError naming the file when it is missing or is something else."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: give a folder in diffusers' layout (unet/, vae/, text_encoder/ ...)") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); download it again") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object; download it again")
+    return found

@@ -1,0 +1,132 @@
+"""Released IP-Adapter files (.safetensors and .bin): which variant one is, what it needs, and its two parameter trees."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.models.adapter import IPAdapter
+from ipadapter_jax.models.projections import HEAD_DIM, ImageProjConfig, example_features, image_projection
+from ipadapter_jax.weights.components import drop_ignored
+from ipadapter_jax.weights.names import torch_spelling
+from ipadapter_jax.weights.tensors import Tensor, open_tensors
+from ipadapter_jax.weights.tree import Tree, load_tree
+
+_BASES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+
+
+@dataclasses.dataclass(frozen=True)
+class IPAdapterFile:
+    """An opened adapter file: nothing but names and shapes has been read."""
+
+    path: Path
+    image_proj: dict[str, Tensor]
+    ip_adapter: dict[str, Tensor]
+    config: ImageProjConfig
+
+
+def open_ip_adapter(path: Path) -> IPAdapterFile:
+    """Opens a file of the base, light, plus, plus-face or full-face kind and finds its variant from its keys and shapes.
+
+    Raises WeightFileError for other files, saying what was found.
+    """
+    tensors = open_tensors(path)
+    groups = {
+        prefix: {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+        for prefix in ("image_proj", "ip_adapter")
+    }
+    if not groups["image_proj"] or not groups["ip_adapter"]:
+        raise WeightFileError(f"{path}: not an IP-Adapter file ({_guess(tensors)})")
+    drop_ignored(tensors, r"(?!image_proj\.|ip_adapter\.).*", str(path))  # the released .bin of plus hold a third part
+    config = _detect(path, groups["image_proj"], groups["ip_adapter"])
+    return IPAdapterFile(Path(path), groups["image_proj"], groups["ip_adapter"], config)
+
+
+def _guess(tensors: Mapping[str, Tensor]) -> str:
+    known = {
+        r"model\.diffusion_model\.|first_stage_model\.": "it is a whole Stable Diffusion checkpoint: give it as the base model",
+        r"conv_in\.|down_blocks\.": "it is a UNet, VAE or ControlNet",
+        r"lora_|.*\.lora_|.*lora\.(up|down)": "it is a LoRA",
+        r"vision_model\.|text_model\.": "it is a CLIP model: give it as the image encoder",
+    }
+    for pattern, guess in known.items():
+        if any(re.match(pattern, name) for name in tensors):
+            return guess
+    return f"its tensors are {', '.join(list(tensors)[:3]) or 'none'}; expected image_proj.* and ip_adapter.*"
+
+
+def _detect(path: Path, proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) -> ImageProjConfig:
+    if "0.to_q_lora.down.weight" in ip or "perceiver_resampler.proj_in.weight" in proj or "proj.2.bias" in proj and "norm.weight" in proj:
+        raise WeightFileError(f"{path}: a FaceID adapter, which is not supported; use a base, plus or full-face adapter")
+    if "1.to_k_ip.weight" not in ip:
+        raise WeightFileError(f"{path}: ip_adapter.1.to_k_ip.weight is missing; is this file damaged?")
+    width = ip["1.to_k_ip.weight"].shape[1]
+    try:
+        if "proj.weight" in proj:
+            tokens_width, features = proj["proj.weight"].shape
+            return ImageProjConfig("base", features, width, tokens_width // width)
+        if "proj.3.weight" in proj:
+            return ImageProjConfig("full", proj["proj.0.weight"].shape[1], width, num_tokens=0)
+        if "latents" in proj:
+            _, tokens, hidden = proj["latents"].shape
+            return ImageProjConfig(
+                "plus",
+                feature_dim=proj["proj_in.weight"].shape[1],
+                cross_attention_dim=width,
+                num_tokens=tokens,
+                hidden_dim=hidden,
+                heads=proj["layers.0.0.to_q.weight"].shape[0] // HEAD_DIM,
+                depth=1 + max(int(name.split(".")[1]) for name in proj if name.startswith("layers.")),
+                ff_mult=proj["layers.0.1.1.weight"].shape[0] // hidden,
+            )
+    except (KeyError, ValueError, IndexError) as error:
+        raise WeightFileError(f"{path}: its image projection is not whole ({error}); download it again") from None
+    raise WeightFileError(f"{path}: an unknown image projection with {', '.join(sorted(proj)[:3])}")
+
+
+def check_base(file: IPAdapterFile, cross_attention_dim: int, widths: tuple[int, ...]) -> None:
+    """Raises WeightFileError unless the adapter was made for a UNet with this text width and these cross-attentions."""
+    made_for = file.config.cross_attention_dim
+    if made_for != cross_attention_dim:
+        raise WeightFileError(
+            f"{file.path}: made for tokens of width {made_for} ({_BASES.get(made_for, 'no known family')}), this base has "
+            f"{cross_attention_dim} ({_BASES.get(cross_attention_dim, 'no known family')}); take the adapter of this base"
+        )
+    sites = len(file.ip_adapter) // 2
+    if sites != len(widths):
+        raise WeightFileError(f"{file.path}: made for a UNet with {sites} cross-attentions, this one has {len(widths)}")
+
+
+def check_encoder(file: IPAdapterFile, embedding: int, hidden: int, encoder: str) -> None:
+    """Raises WeightFileError unless the image encoder's features have the width that the projection reads."""
+    kind, found = ("hidden states", hidden) if file.config.uses_patches else ("image embeddings", embedding)
+    if found != file.config.feature_dim:
+        known = {1024: "ViT-H/14", 1280: "ViT-H/14" if file.config.uses_patches else "ViT-bigG/14", 768: "ViT-L/14", 1664: "ViT-bigG/14"}
+        needed = known.get(file.config.feature_dim, "another encoder")
+        raise WeightFileError(
+            f"{file.path}: needs {kind} of width {file.config.feature_dim} ({needed}), the image encoder {encoder} gives "
+            f"{found}; choose the right one with image_encoder"
+        )
+
+
+def load_ip_adapter(
+    file: IPAdapterFile, widths: tuple[int, ...], dtype: np.dtype, put: Callable = jax.device_put
+) -> dict[str, Tree]:
+    """The trees {"image_proj", "ip_adapter"} in `dtype`; `widths` are the cross-attentions' widths in file order."""
+    projection, adapter = image_projection(file.config, dtype), IPAdapter(widths, dtype)
+    tokens = jax.ShapeDtypeStruct((1, 1, file.config.cross_attention_dim), jnp.float32)
+    templates = {
+        "image_proj": jax.eval_shape(projection.init, jax.random.key(0), example_features(file.config))["params"],
+        "ip_adapter": jax.eval_shape(adapter.init, jax.random.key(0), tokens)["params"],
+    }
+    tensors = {"image_proj": file.image_proj, "ip_adapter": file.ip_adapter}
+    spelling = torch_spelling()
+    return {
+        part: load_tree(tensors[part], template, spelling, source=f"{file.path} ({part})", dtype=dtype, put=put)
+        for part, template in templates.items()
+    }

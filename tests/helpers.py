@@ -1,0 +1,78 @@
+"""What several tests share: recorded cases of PyTorch diffusers on tiny random weights, and small models built from them."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import flax.serialization
+import numpy as np
+from safetensors.numpy import load_file
+
+ORACLES = Path(__file__).parent / "data" / "oracles"
+TORCH_MODEL = ORACLES / "models" / "sd15_torch"
+ADAPTERS = ORACLES / "models" / "ip_adapter" / "models"
+IMAGE_ENCODER = ADAPTERS / "image_encoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A recorded call: its description, inputs and outputs (NCHW) and the tolerance measured for each output."""
+
+    meta: dict
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+
+    def check(self, **results) -> None:
+        """Every result must have the recorded shape and lie within the recorded tolerance (4 x the reference's own error)."""
+        assert results
+        for name, result in results.items():
+            reference, tolerance = self.outputs[name], self.meta["outputs"][name]["tol_abs"]
+            assert np.shape(result) == reference.shape, f"{name}: {np.shape(result)} instead of {reference.shape}"
+            error = np.abs(np.asarray(result, np.float64) - reference).max()
+            assert error <= tolerance, f"{self.meta['case']} {name}: error {error:.3g} exceeds {tolerance:.3g}"
+
+
+def load_case(name: str) -> Case:
+    folder = ORACLES / "cases" / name
+    inputs = folder / "inputs.safetensors"
+    return Case(
+        json.loads((folder / "case.json").read_text()),
+        load_file(inputs) if inputs.exists() else {},
+        load_file(folder / "outputs.safetensors"),
+    )
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(x, -3, -1))
+
+
+def nchw(x) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, -3))
+
+
+def legacy_msgpack(torch_file: Path, *, vae: bool = False) -> bytes:
+    """The bytes that the removed FlaxModelMixin.save_pretrained wrote for these weights, in float32.
+
+    Spelled out here apart from the product's rules: the recorded sha256 of the genuine files says that it is right.
+    """
+    tree: dict = {}
+    for key, array in sorted(load_file(torch_file).items()):
+        key = re.sub(r"\.(\d+)(?=\.)", r"_\1", key)
+        if vae:
+            for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out_0": "proj_attn"}.items():
+                key = key.replace(f".{new}.", f".{old}.")
+        *parents, leaf = key.split(".")
+        array = array.astype(np.float32)
+        if leaf == "weight":
+            leaf = "scale" if array.ndim == 1 else "kernel"
+            array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = np.ascontiguousarray(array)
+    return flax.serialization.msgpack_serialize(_sorted(tree))
+
+
+def _sorted(tree):
+    return {name: _sorted(tree[name]) for name in sorted(tree)} if isinstance(tree, dict) else tree
