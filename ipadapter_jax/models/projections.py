@@ -35,7 +35,7 @@ class ImageProjConfig:
         return self.variant != "base"
 
 
-def image_projection(config: ImageProjConfig, dtype: jnp.dtype = jnp.float32) -> nn.Module:
+def image_projection(config: ImageProjConfig, dtype: jnp.dtype = jnp.float32) -> "Projection":
     """The projection network of a variant."""
     return {"base": ImageProj, "plus": Resampler, "full": MLPProj}[config.variant](config, dtype)
 
@@ -111,3 +111,6 @@ def example_features(config: ImageProjConfig) -> jax.ShapeDtypeStruct:
     """The shape of one image's features, to initialise or to check with."""
     shape = (1, config.num_tokens, config.feature_dim) if config.uses_patches else (1, config.feature_dim)
     return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+Projection = ImageProj | MLPProj | Resampler

@@ -1,0 +1,7 @@
+"""Image prompts for Stable Diffusion in JAX: IP-Adapter (arXiv 2308.06721)."""
+
+from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.pipeline import StableDiffusion
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "StableDiffusion", "WeightFileError"]

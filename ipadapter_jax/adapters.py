@@ -1,0 +1,134 @@
+"""An adapter attached to a pipeline: its projection, its keys and values, and the image encoder that feeds it."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from PIL import Image
+
+from ipadapter_jax import sampling
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.models.adapter import IPAdapter
+from ipadapter_jax.models.clip import CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.projections import Projection, image_projection
+from ipadapter_jax.models.unet import KeyValue, UNet, cross_attention_sites
+from ipadapter_jax.preprocess import clip_pixel_values, load_image
+from ipadapter_jax.weights.components import IMAGE_ENCODER, Loaded, choose_files, load_component, read_json
+from ipadapter_jax.weights.hub import local_path
+from ipadapter_jax.weights.ip_adapter_file import check_base, check_encoder, load_ip_adapter, open_ip_adapter
+from ipadapter_jax.weights.tree import Tree
+
+Picture = str | os.PathLike | Image.Image | np.ndarray
+ImagePrompt = Picture | Sequence[Picture]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """One IP-Adapter with its image encoder, weights included."""
+
+    projection: Projection
+    keys: IPAdapter
+    params: dict[str, Tree]
+    encoder: Loaded
+    source: Path
+
+    @property
+    def widths(self) -> Sequence[int]:
+        return self.keys.widths
+
+    def keys_values(self, features: Array) -> list[KeyValue]:
+        """Features (G, n, ...) -> per site keys and values (G, n N, C)."""
+        return sampling.image_keys_values(self.projection, self.keys, self.params, features)
+
+    def from_images(self, prompt: ImagePrompt, fit: str, guided: bool) -> Callable[[], Array]:
+        """Reads the pictures now and returns what encodes them: (G, n, ...), without guidance G = 1.
+
+        The negative branch is what the adapters were trained with: base ones see zero embeddings, plus and full ones
+        the states of zero pixels.
+        """
+        pictures = [load_image(p) for p in (prompt if isinstance(prompt, list | tuple) else [prompt])]
+        if not pictures:
+            raise InputError("ip_adapter_image is an empty list; give at least one picture")
+        config: CLIPVisionConfig = self.encoder.module.config
+        pixels = clip_pixel_values(pictures, config.image_size, fit)
+        patches = self.projection.config.uses_patches
+
+        def encode(pixels: np.ndarray) -> Array:
+            return sampling.encode_image(self.encoder.module, patches, self.encoder.params, pixels)
+
+        def features() -> Array:
+            positive = encode(pixels)
+            if not guided:
+                return positive[None]
+            negative = encode(np.zeros_like(pixels)) if patches else np.zeros_like(positive)
+            return jax.numpy.stack([negative, positive])
+
+        return features
+
+    def from_embeds(self, embeds: Any, guided: bool) -> Callable[[], Array]:
+        """Checks given features (G, n, F) or, for plus and full, (G, n, L, F). Raises InputError naming the right shape."""
+        config, vision = self.projection.config, self.encoder.module.config
+        array, branches = np.asarray(embeds, np.float32), 2 if guided else 1
+        rest = (vision.num_positions, config.feature_dim) if config.uses_patches else (config.feature_dim,)
+        if array.ndim != 2 + len(rest) or array.shape[0] != branches or array.shape[2:] != rest or not array.shape[1]:
+            raise InputError(
+                f"ip_adapter_image_embeds have shape {array.shape}, this adapter needs ({branches}, pictures, "
+                f"{', '.join(map(str, rest))}) at this guidance_scale, the negative branch first"
+            )
+        if not np.isfinite(array).all():
+            raise InputError("ip_adapter_image_embeds are not finite")
+        return lambda: jax.numpy.asarray(array)
+
+
+def load_adapter(
+    path: str | os.PathLike,
+    image_encoder: str | os.PathLike | None,
+    unet: UNet,
+    put: Callable,
+    revision: str | None,
+    attached: Sequence[Adapter],
+) -> Adapter:
+    """Reads an adapter for `unet` and its encoder (shared with an `attached` adapter that uses the same one)."""
+    local = local_path(path, _refuse_folder, what="adapter", revision=revision)
+    if local.is_dir():
+        _refuse_folder([name.name for name in local.iterdir()])
+    file = open_ip_adapter(local)
+    widths = tuple(site.width for site in cross_attention_sites(unet.config))
+    check_base(file, unet.config.cross_attention_dim, widths)
+    folder = _encoder_folder(path, local, image_encoder, revision)
+    vision = CLIPVisionConfig.from_json(read_json(folder / "config.json"))
+    check_encoder(file, vision.projection_dim, vision.hidden_size, str(folder))
+    dtype = np.dtype(unet.dtype)
+    params = load_ip_adapter(file, widths, dtype, put)
+    shared = [a.encoder for a in attached if a.encoder.source.parent == folder]
+    encoder = shared[0] if shared else load_component(IMAGE_ENCODER, folder, dtype, put=put)
+    assert isinstance(encoder.module, CLIPVision)
+    return Adapter(image_projection(file.config, dtype), IPAdapter(widths, dtype), params, encoder, local)
+
+
+def _encoder_folder(path, local: Path, image_encoder, revision: str | None) -> Path:
+    if image_encoder is None:
+        beside = local.parent / "image_encoder"
+        if beside.is_dir():
+            return beside
+        if Path(path).expanduser().exists():
+            raise InputError(f"adapter {path}: there is no folder image_encoder beside it; name the encoder with image_encoder")
+        image_encoder = PurePosixPath(str(path)).parent / "image_encoder"
+
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        return choose_files(names, {"": IMAGE_ENCODER}, (), None)
+
+    folder = local_path(image_encoder, choose, what="image encoder", revision=revision)
+    if not folder.is_dir():
+        raise InputError(f"image encoder {image_encoder}: give its folder (config.json and model.safetensors), not a file")
+    return folder
+
+
+def _refuse_folder(names: Sequence[str]) -> Sequence[str]:
+    files = ", ".join(name for name in names if name.endswith((".safetensors", ".bin"))) or "none"
+    raise InputError(f"the adapter is a folder; name one of its files ({files})")

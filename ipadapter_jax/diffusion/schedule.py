@@ -1,0 +1,97 @@
+"""The noise schedule of a trained model (DDPM, arXiv 2006.11239): how much signal is left at every timestep."""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ipadapter_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """A model's schedule and the conventions its samplers follow; defaults are those of diffusers' DDIMScheduler."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    rescale_betas_zero_snr: bool = False
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "NoiseSchedule":
+        """From scheduler/scheduler_config.json of any scheduler. Raises InputError naming what is not supported.
+
+        What a config leaves out takes DDIMScheduler's default, as in diffusers; that includes clip_sample, which clips
+        a latent model's prediction to [-1, 1] and is then said aloud.
+        """
+        if raw.get("thresholding"):
+            raise InputError("scheduler config: thresholding=true is not supported for latent models")
+        fields = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
+        if fields.get("trained_betas") is not None:
+            fields["trained_betas"] = tuple(fields["trained_betas"])
+        if "clip_sample" not in raw:
+            warnings.warn("scheduler config: no clip_sample, so predictions are clipped to [-1, 1] as in diffusers", stacklevel=2)
+        schedule = cls(**fields)
+        for name, choices in _CHOICES.items():
+            if getattr(schedule, name) not in choices:
+                raise InputError(f"scheduler config: {name}={getattr(schedule, name)!r}, known are {', '.join(choices)}")
+        return schedule
+
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        """The share of the signal's variance left at each timestep, (T,) float32, non-increasing."""
+        alphas_cumprod = np.cumprod(1.0 - self._betas(), dtype=np.float64)
+        if self.rescale_betas_zero_snr:  # arXiv 2305.08891, algorithm 1: shift and stretch so that the last one is 0
+            root = np.sqrt(alphas_cumprod)
+            root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+            alphas_cumprod = root**2
+        return alphas_cumprod.astype(np.float32)
+
+    @property
+    def final_alpha_cumprod(self) -> np.float32:
+        """The share of signal after the last step, beyond timestep 0."""
+        return np.float32(1.0) if self.set_alpha_to_one else self.alphas_cumprod[0]
+
+    def _betas(self) -> np.ndarray:
+        start, end, steps = self.beta_start, self.beta_end, self.num_train_timesteps
+        if self.trained_betas is not None:
+            return np.asarray(self.trained_betas, np.float64)
+        if self.beta_schedule == "linear":
+            return np.linspace(start, end, steps)
+        if self.beta_schedule == "scaled_linear":  # Stable Diffusion's
+            return np.linspace(start**0.5, end**0.5, steps) ** 2
+        bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2  # arXiv 2102.09672, equation 17
+        return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+
+    def timesteps(self, num_steps: int) -> np.ndarray:
+        """`num_steps` timesteps (num_steps,) int32 from noisy to clean, by `timestep_spacing` (arXiv 2305.08891, table 2).
+
+        Raises InputError unless 1 <= num_steps <= num_train_timesteps.
+        """
+        total = self.num_train_timesteps
+        if not 1 <= num_steps <= total:
+            raise InputError(f"num_inference_steps={num_steps} must lie between 1 and {total}, the model's training timesteps")
+        if self.timestep_spacing == "linspace":
+            steps = np.linspace(0, total - 1, num_steps).round()[::-1]
+        elif self.timestep_spacing == "leading":
+            steps = (np.arange(num_steps) * (total // num_steps))[::-1] + self.steps_offset
+        else:  # trailing
+            steps = np.arange(total, 0, -total / num_steps).round()[:num_steps] - 1
+        return steps.astype(np.int32)
+
+
+_CHOICES = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+}
