@@ -26,7 +26,7 @@ from ipadapter_jax.models.projections import ImageProjConfig, example_features, 
 from ipadapter_jax.models.unet import UNet, UNetConfig, cross_attention_sites
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, template_of
-from ipadapter_jax.weights.names import VAE_RENAMES, torch_key, torch_shape
+from ipadapter_jax.weights.names import torch_key, torch_shape
 from ipadapter_jax.weights.tree import leaves
 
 SEED = 150015
@@ -97,7 +97,9 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     special = {**ends, "unk_token": "<|endoftext|>"}
     write_json(folder / "special_tokens_map.json", special)
-    write_json(folder / "tokenizer_config.json", {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+    write_json(
+        folder / "tokenizer_config.json", {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    )
 
 
 def public_config(config, class_name: str) -> dict:
@@ -140,7 +142,9 @@ def write_adapter(path: Path, unet: UNetConfig, vision: CLIPVisionConfig, dtype:
 def main(
     out: Path,
     size: Annotated[Literal["tiny", "full"], tyro.conf.arg(help="a small model, or Stable Diffusion 1.5")] = "tiny",
-    dtype: Annotated[Literal["float16", "float32"], tyro.conf.arg(help="of the files; the numbers are the same")] = "float16",
+    dtype: Annotated[
+        Literal["float16", "float32"], tyro.conf.arg(help="of the files; the numbers are the same")
+    ] = "float16",
 ) -> None:
     """Writes a base model to OUT, with an image encoder and a base adapter under OUT/ip_adapter/models."""
     unet, vae, text, vision = FULL if size == "full" else TINY

@@ -34,7 +34,9 @@ def generate(base: StableDiffusion, case: Case, **more):
         **more,
     )
     timesteps, steps = zip(*seen, strict=True)
-    decoded = ipadapter_jax.sampling.decode(pipe.vae, pipe.mesh, pipe.params["vae"], np.repeat(final, pipe.mesh.size, 0))
+    decoded = ipadapter_jax.sampling.decode(
+        pipe.vae, pipe.mesh, pipe.params["vae"], np.repeat(final, pipe.mesh.size, 0)
+    )
     return np.asarray(timesteps, np.float32), np.stack(steps), final, np.asarray(decoded)[:1]
 
 

@@ -118,7 +118,9 @@ class TextEmbeddings(nn.Module):
     def __call__(self, input_ids: Array) -> Array:
         config = self.config
         tokens = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="token_embedding")
-        positions = nn.Embed(config.max_position_embeddings, config.hidden_size, dtype=self.dtype, name="position_embedding")
+        positions = nn.Embed(
+            config.max_position_embeddings, config.hidden_size, dtype=self.dtype, name="position_embedding"
+        )
         return tokens(input_ids) + positions(jnp.arange(input_ids.shape[1]))[None]
 
 

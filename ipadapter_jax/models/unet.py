@@ -14,20 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.models.attention import Entry, attend
+from ipadapter_jax.models.attention import Entry
 from ipadapter_jax.models.config import pick
-from ipadapter_jax.models.layers import (
-    Downsample,
-    ResnetBlock,
-    Upsample,
-    conv,
-    gelu,
-    group_norm,
-    layer_norm,
-    timestep_embedding,
-)
-
-KeyValue = tuple[Array, Array]
+from ipadapter_jax.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm, timestep_embedding
+from ipadapter_jax.models.transformer import KeyValue, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +43,9 @@ class UNetConfig:
         config = cls(**pick(raw, what="UNet", fields=defaults, fixed=_FIXED, ignored=_IGNORED))
         levels = len(config.block_out_channels)
         if {len(config.down_block_types), len(config.up_block_types)} != {levels}:
-            raise InputError(f"UNet config: {levels} block_out_channels need as many down_block_types and up_block_types")
+            raise InputError(
+                f"UNet config: {levels} block_out_channels need as many down_block_types and up_block_types"
+            )
         for kind in config.down_block_types + config.up_block_types:
             if kind not in ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"):
                 raise InputError(f"UNet config: block type {kind!r} is not supported")
@@ -199,6 +191,10 @@ def _resnet(config: UNetConfig, width: int, dtype: jnp.dtype) -> ResnetBlock:
     return ResnetBlock(width, config.norm_num_groups, config.norm_eps, dtype)
 
 
+def _transformer(config: UNetConfig, level: int, dtype: jnp.dtype) -> Transformer:
+    return Transformer(config.block_out_channels[level], config.heads(level), config.norm_num_groups, dtype)
+
+
 class DownBlock(nn.Module):
     """Resnets, each followed by a transformer where the level has attention, then a halving unless it is the last."""
 
@@ -212,7 +208,7 @@ class DownBlock(nn.Module):
         layers = range(config.layers_per_block)
         self.resnets = [_resnet(config, width, self.dtype) for _ in layers]
         if self.attention:
-            self.attentions = [Transformer(config, self.level, self.dtype) for _ in layers]
+            self.attentions = [_transformer(config, self.level, self.dtype) for _ in layers]
         if self.level < config.levels - 1:
             self.downsamplers = [Downsample(width, ((1, 1), (1, 1)), self.dtype)]
 
@@ -238,7 +234,7 @@ class MidBlock(nn.Module):
     def setup(self):
         width = self.config.block_out_channels[-1]
         self.resnets = [_resnet(self.config, width, self.dtype) for _ in range(2)]
-        self.attentions = [Transformer(self.config, self.config.levels - 1, self.dtype)]
+        self.attentions = [_transformer(self.config, self.config.levels - 1, self.dtype)]
 
     def __call__(self, x: Array, time: Array, contexts: Iterator[list[Entry]]) -> Array:
         x = self.attentions[0](self.resnets[0](x, time), next(contexts))
@@ -257,7 +253,7 @@ class UpBlock(nn.Module):
         config, width = self.config, self.config.block_out_channels[self.level]
         self.resnets = [_resnet(config, width, self.dtype) for _ in range(self.layers)]
         if self.attention:
-            self.attentions = [Transformer(config, self.level, self.dtype) for _ in range(self.layers)]
+            self.attentions = [_transformer(config, self.level, self.dtype) for _ in range(self.layers)]
         if self.upsamples:
             self.upsamplers = [Upsample(width, self.dtype)]
 
@@ -270,7 +266,12 @@ class UpBlock(nn.Module):
         return self.level > 0
 
     def __call__(
-        self, x: Array, skips: Sequence[Array], size: tuple[int, int] | None, time: Array, contexts: Iterator[list[Entry]]
+        self,
+        x: Array,
+        skips: Sequence[Array],
+        size: tuple[int, int] | None,
+        time: Array,
+        contexts: Iterator[list[Entry]],
     ) -> Array:
         """size (h, w) is the size of the next block's skips: odd sizes do not double exactly."""
         for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
@@ -278,90 +279,3 @@ class UpBlock(nn.Module):
             if self.attention:
                 x = self.attentions[i](x, next(contexts))
         return x if size is None else self.upsamplers[0](x, *size)
-
-
-class Transformer(nn.Module):
-    """One spatial transformer: (B, h, w, C) -> the same, as diffusers' Transformer2DModel with convolutional projections."""
-
-    config: UNetConfig
-    level: int
-    dtype: jnp.dtype
-
-    def setup(self):
-        config, width = self.config, self.config.block_out_channels[self.level]
-        self.norm = group_norm(config.norm_num_groups, 1e-6, self.dtype)  # 1e-6 here, 1e-5 elsewhere in the UNet
-        self.proj_in = conv(width, 1, self.dtype)
-        self.transformer_blocks = [TransformerBlock(width, config.heads(self.level), self.dtype)]
-        self.proj_out = conv(width, 1, self.dtype)
-
-    def text_kv(self, text: Array) -> KeyValue:
-        return self.transformer_blocks[0].attn2.key_value(text)
-
-    def __call__(self, x: Array, context: Sequence[Entry]) -> Array:
-        y = self.proj_in(self.norm(x))
-        y = self.transformer_blocks[0](y.reshape(x.shape[0], -1, x.shape[-1]), context)
-        return x + self.proj_out(y.reshape(x.shape))
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and a residual. (B, L, C) -> (B, L, C)."""
-
-    width: int
-    heads: int
-    dtype: jnp.dtype
-
-    def setup(self):
-        self.norm1, self.norm2, self.norm3 = (layer_norm(self.dtype) for _ in range(3))
-        self.attn1 = Attention(self.width, self.heads, self.dtype)
-        self.attn2 = Attention(self.width, self.heads, self.dtype)
-        self.ff = FeedForward(self.width, self.dtype)
-
-    def __call__(self, x: Array, context: Sequence[Entry]) -> Array:
-        y = self.norm1(x)
-        x = x + self.attn1(y, [(*self.attn1.key_value(y), 1.0)])
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
-
-
-class Attention(nn.Module):
-    """Queries of x (B, L, C) against entries of keys and values."""
-
-    width: int
-    heads: int
-    dtype: jnp.dtype
-
-    def setup(self):
-        self.to_q, self.to_k, self.to_v = (nn.Dense(self.width, use_bias=False, dtype=self.dtype) for _ in range(3))
-        self.to_out = [nn.Dense(self.width, dtype=self.dtype)]
-
-    def key_value(self, context: Array) -> KeyValue:
-        return self.to_k(context), self.to_v(context)
-
-    def __call__(self, x: Array, entries: Sequence[Entry]) -> Array:
-        return self.to_out[0](attend(self.to_q(x), entries, self.heads))
-
-
-class FeedForward(nn.Module):
-    """GEGLU to 4 times the width and back (arXiv 2002.05202)."""
-
-    width: int
-    dtype: jnp.dtype
-
-    def setup(self):
-        self.net_0 = GEGLU(4 * self.width, self.dtype)
-        self.net_2 = nn.Dense(self.width, dtype=self.dtype)
-
-    def __call__(self, x: Array) -> Array:
-        return self.net_2(self.net_0(x))
-
-
-class GEGLU(nn.Module):
-    """a gelu(b), a and b being halves of one projection."""
-
-    width: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        value, gate = jnp.split(nn.Dense(2 * self.width, dtype=self.dtype, name="proj")(x), 2, axis=-1)
-        return value * gelu(gate)

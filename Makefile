@@ -1,0 +1,80 @@
+# Needs Python 3.11 or later and make; everything else goes into .venv.
+#   make sample      set up, then make a picture from a picture (small random model: no download)
+#   make test        set up with the PyTorch peers, then lint, types and all default tests
+#   make test-light  the same without PyTorch          make test-full   also the slow, full-size tests
+#   make lint, make format, make clean
+# Variables: PYTHON, PIP_FLAGS (extra flags for pip), ARGS (extra flags for pytest, as ARGS="-k unet -x").
+
+# The first of these that really starts: a shim on the PATH may name a Python that is not there.
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
+PIP_FLAGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGE := ipadapter_jax
+PYRIGHT = $(BIN)/pyright --pythonpath $(BIN)/python
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e
+
+.PHONY: help sample test test-light test-full lint lint-light format clean
+help:
+	@sed -n 's/^# \{0,3\}//p;/^$$/q' Makefile
+
+# One environment, one stamp per step: a second call starts at once, a changed pin installs anew.
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11 or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is no Python 3.11 or later: say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "no venv module: on Debian, apt install python3-venv" >&2; exit 1; }
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the package into $(VENV) (about a minute)"
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(INSTALL) '.[dev]'
+	@touch $@
+
+$(VENV)/installed-torch: $(VENV)/installed-dev
+	@echo "installing PyTorch and diffusers, the peers that the tests compare with"
+	$(INSTALL) '.[torch,dev]'
+	@touch $@
+
+weights/tiny: | $(VENV)/installed
+	@rm -rf $@.part
+	$(BIN)/python scripts/make_random_weights.py --size tiny --out $@.part
+	@mv $@.part $@
+
+sample: $(VENV)/installed weights/tiny
+	@mkdir -p out
+	$(BIN)/ipadapter-jax generate --base weights/tiny --adapter weights/tiny/ip_adapter/ip-adapter.safetensors \
+		--image assets/reference.jpg --prompt "a photo" --num-images 4 --steps 20 --out out/sample.png
+	@echo "out/sample.png is abstract texture: the weights of this small model are random. See README.md for real ones."
+
+test: $(VENV)/installed-torch lint
+	$(BIN)/python -m pytest $(ARGS)
+
+test-light: $(VENV)/installed-dev lint-light
+	$(BIN)/python -m pytest -m "not slow and not gpu and not torch" $(ARGS)
+
+test-full: $(VENV)/installed-torch lint
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: lint-light $(VENV)/installed-torch
+	$(PYRIGHT)
+
+# Without the PyTorch peers the types of the scripts that import them are unknown, so only the package is checked.
+lint-light: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(PYRIGHT) $(PACKAGE)
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) out build dist weights/tiny weights/tiny.part .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,99 @@
+"""The UNet's spatial transformer: self-attention, cross-attention whose keys and values are given, feed-forward."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from ipadapter_jax.models.attention import Entry, attend
+from ipadapter_jax.models.layers import conv, gelu, group_norm, layer_norm
+
+KeyValue = tuple[Array, Array]
+
+
+class Transformer(nn.Module):
+    """diffusers' Transformer2DModel with convolutional projections and one block: (B, h, w, C) -> the same."""
+
+    width: int
+    heads: int
+    groups: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.norm = group_norm(self.groups, 1e-6, self.dtype)  # 1e-6 here, 1e-5 elsewhere in the UNet
+        self.proj_in = conv(self.width, 1, self.dtype)
+        self.transformer_blocks = [TransformerBlock(self.width, self.heads, self.dtype)]
+        self.proj_out = conv(self.width, 1, self.dtype)
+
+    def text_kv(self, text: Array) -> KeyValue:
+        return self.transformer_blocks[0].attn2.key_value(text)
+
+    def __call__(self, x: Array, context: Sequence[Entry]) -> Array:
+        y = self.proj_in(self.norm(x))
+        y = self.transformer_blocks[0](y.reshape(x.shape[0], -1, x.shape[-1]), context)
+        return x + self.proj_out(y.reshape(x.shape))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and a residual. (B, L, C) -> (B, L, C)."""
+
+    width: int
+    heads: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.norm1, self.norm2, self.norm3 = (layer_norm(self.dtype) for _ in range(3))
+        self.attn1 = Attention(self.width, self.heads, self.dtype)
+        self.attn2 = Attention(self.width, self.heads, self.dtype)
+        self.ff = FeedForward(self.width, self.dtype)
+
+    def __call__(self, x: Array, context: Sequence[Entry]) -> Array:
+        y = self.norm1(x)
+        x = x + self.attn1(y, [(*self.attn1.key_value(y), 1.0)])
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Attention(nn.Module):
+    """Queries of x (B, L, C) against entries of keys and values."""
+
+    width: int
+    heads: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.to_q, self.to_k, self.to_v = (nn.Dense(self.width, use_bias=False, dtype=self.dtype) for _ in range(3))
+        self.to_out = [nn.Dense(self.width, dtype=self.dtype)]
+
+    def key_value(self, context: Array) -> KeyValue:
+        return self.to_k(context), self.to_v(context)
+
+    def __call__(self, x: Array, entries: Sequence[Entry]) -> Array:
+        return self.to_out[0](attend(self.to_q(x), entries, self.heads))
+
+
+class FeedForward(nn.Module):
+    """GEGLU to 4 times the width and back (arXiv 2002.05202)."""
+
+    width: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.net_0 = GEGLU(4 * self.width, self.dtype)
+        self.net_2 = nn.Dense(self.width, dtype=self.dtype)
+
+    def __call__(self, x: Array) -> Array:
+        return self.net_2(self.net_0(x))
+
+
+class GEGLU(nn.Module):
+    """a gelu(b), a and b being halves of one projection."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        value, gate = jnp.split(nn.Dense(2 * self.width, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        return value * gelu(gate)

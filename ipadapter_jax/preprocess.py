@@ -1,0 +1,220 @@
+"""Pictures in and out: any picture file becomes plain RGB; RGB becomes the pixel values of the CLIP image encoder.
+
+Shapes: B batch, H and W pixels, C channels. Nothing here changes the settings of PIL or the warning filters, not even
+for a moment: data loaders read pictures in threads, and both are shared by all threads.
+"""
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ipadapter_jax.errors import InputError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FITS = ("crop", "resize", "pad")
+MAX_PIXELS = 64_000_000  # below PIL's own limit (89 million), so that whatever PIL only warns about is refused here
+MAX_SIDE = 16_384
+# Named one by one so that no file reaches PIL's exotic readers: the one for EPS, for instance, runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_LIMITS = f"give one of at least 1 x 1, at most {MAX_PIXELS // 1_000_000} megapixels and {MAX_SIDE} pixels a side"
+_WHOLE_LIMIT = 1 << 24  # a scaled picture of up to so many pixels (64 MiB in PIL) is made whole before it is cropped
+# For EXIF orientations 2 to 8:
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+
+
+def load_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Image.Image:
+    """Any picture as a new, upright, opaque PIL picture of mode RGB.
+
+    source: a file; a PIL picture; or an array (H, W) or (H, W, 1 | 3 | 4) of uint8, uint16 or floats in [0, 1].
+    EXIF orientation is applied, the first frame of an animation taken, transparency composited on white (as in
+    transformers 5), 16 bits are scaled to 8, CMYK is converted without a profile. Warns when a side is 1 pixel long.
+    Raises InputError: no such file, damaged, not a picture, above the limits (checked undecoded), bad values, a URL.
+    """
+    path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    shown = path or (getattr(source, "filename", None) if isinstance(source, Image.Image) else None)
+    name = repr(shown)[:500] if shown else "the image array" if isinstance(source, np.ndarray) else "the picture"
+    try:
+        if isinstance(source, np.ndarray):
+            image = _to_rgb(_array_to_image(source, name), name)
+        elif isinstance(source, Image.Image):
+            image = _to_rgb(source, name)
+        else:
+            with _open(path, name) as file:
+                image = _to_rgb(file, name)
+    except InputError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(f"{name} is far too large: {_LIMITS}") from None
+    except Exception as error:  # from the file system, or one of the many kinds that PIL's readers let through
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{name} cannot be read ({why}): if damaged, download it again; else check access") from error
+    if min(image.size) == 1:
+        warnings.warn(f"{name} is only 1 pixel wide or high: no shape is left in it; use a larger one", stacklevel=2)
+    return image
+
+
+def clip_pixel_values(
+    images: Sequence[Image.Image], size: int = 224, fit: str = "crop", mean=CLIP_MEAN, std=CLIP_STD
+) -> np.ndarray:
+    """Pixel values for the CLIP image encoder, (B, size, size, 3) float32.
+
+    images: B pictures, or anything else that `load_image` takes. fit, always bicubic in uint8:
+    - "crop": the shortest edge becomes `size`, then the centre is cut out. Equal to CLIPImageProcessorPil of
+      transformers; above an aspect of 1:334 (at size 224) one value in a thousand may differ by a grey level or two.
+    - "resize": stretched to the square; nothing is lost, but the aspect ratio changes.
+    - "pad": the longest edge becomes `size`; the borders get the mean colour, exactly 0 after normalisation. Zeros add
+      nothing in the encoder's bias-free patch convolution and are what IP-Adapter plus feeds for a dropped image; a
+      black or white border would be picture content, for the adapter to imitate.
+    Raises InputError for an unknown fit, a size below 1, a bare picture in place of a list, and as `load_image` does.
+    """
+    if fit not in FITS or size < 1:
+        raise InputError(f"fit={fit!r}, size={size}: choose fit from {', '.join(FITS)} and a size of at least 1")
+    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
+        raise InputError(f"images is a single {type(images).__name__}: put the pictures in a list")
+    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    values = np.zeros((len(images), size, size, 3), np.float32)  # zero is the pad colour
+    for out, source in zip(values, images, strict=True):
+        image = load_image(source)
+        if fit == "crop":
+            image = _crop(image, size)
+        else:
+            width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
+            image = image.resize((size, size) if fit == "resize" else (width, height), Image.Resampling.BICUBIC)
+        top, left = (size - image.height) // 2, (size - image.width) // 2
+        unit = (np.asarray(image) * (1 / 255)).astype(np.float32)  # rounded as in transformers: float64, then float32
+        out[top : top + image.height, left : left + image.width] = (unit - mean) / std
+    return values
+
+
+def to_uint8(images: np.ndarray, name: str = "the image array") -> np.ndarray:
+    """Floats in [0, 1] of any shape, as a rule (B, H, W, 3), to uint8, rounded as by diffusers' `numpy_to_pil`.
+
+    Raises InputError, with `name` in the message, for integers, NaN and values outside [0, 1].
+    """
+    values = np.asarray(images)
+    if values.dtype.kind in "biuc":
+        raise InputError(f"{name} has dtype {values.dtype}: give floats in [0, 1]")
+    values = values.astype(np.float32)  # also from bfloat16
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} holds NaN or infinite values: repair or recompute it")
+    if values.size and (values.min() < 0 or values.max() > 1):
+        raise InputError(f"{name} has values from {values.min():g} to {values.max():g}: scale them to [0, 1]")
+    return (values * 255).round().astype(np.uint8)
+
+
+def image_grid(images: Sequence[Image.Image] | np.ndarray, columns: int | None = None) -> Image.Image:
+    """One RGB picture of all `images` (pictures or (B, H, W, 3) uint8), row by row on white; near square by default.
+
+    Every cell is as large as the largest picture. Raises InputError without pictures or with columns < 1.
+    """
+    pictures = [load_image(image) for image in images]
+    columns = math.ceil(math.sqrt(len(pictures))) if columns is None else min(columns, len(pictures))
+    if not pictures or columns < 1:
+        raise InputError(f"an image grid of {len(pictures)} pictures in {columns} columns: give at least 1 of each")
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    grid = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
+    for i, picture in enumerate(pictures):
+        grid.paste(picture, (i % columns * width, i // columns * height))
+    return grid
+
+
+def _open(path: object, name: str) -> Image.Image:
+    """The file, opened but not decoded."""
+    if not isinstance(path, str):
+        raise InputError(f"{name} is of an unknown type: give a path (str), a PIL picture or a numpy array")
+    if re.match(r"(https?|ftp|s3|gs|file):/|data:", path, re.IGNORECASE):
+        raise InputError(f"{name} is a URL, not a file: download it first, then give the path of the file")
+    if not os.path.isfile(path):  # a pipe, for one, would be waited for without end
+        what = "is a folder or device" if os.path.exists(path) else "does not exist"
+        raise InputError(f"{name} {what}: give the path of a picture file")
+    Image.init()  # registers all readers; pillow < 11.3 has none for AVIF
+    try:
+        return Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
+    except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            raise InputError(f"{name} {_kind_of_no_picture(file.read(512))}") from None
+
+
+def _kind_of_no_picture(head: bytes) -> str:
+    """What a file that PIL does not know is, from its first bytes, with the remedy."""
+    if not head.strip(b"\0"):
+        return "is empty or all zeros: download or export it again"
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!", b"<html", b"<head", b"<?xml", b"<svg")):
+        return "is a web page or an SVG drawing (HTML/XML), not a picture: download the picture itself or export a PNG"
+    if head.isascii() and b"\0" not in head:
+        return "is a text file, not a picture: check the path or download it again"
+    return "is not a picture, or damaged at its beginning: convert it to PNG or JPEG, or download it again"
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Decodes, puts upright, makes opaque 8-bit RGB."""
+    width, height = image.size
+    most = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)  # PIL's own limit counts if someone has lowered it
+    if min(image.size) < 1 or max(image.size) > MAX_SIDE or width * height > most:
+        raise InputError(f"{name} is {width} x {height} pixels: {_LIMITS}")
+    image.load()
+    try:  # not ImageOps.exif_transpose: that writes the tags back, which fails for many a camera's odd tags
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # unreadable tags say nothing about the orientation; the picture itself is fine
+        orientation = 1
+    if orientation in range(2, 9):
+        image = image.transpose(Image.Transpose[_TURNS[orientation - 2]])
+    image = _shallow(image, name)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    image = image.convert("RGB")
+    image.info.clear()  # else a second call would turn the picture again
+    return image
+
+
+def _shallow(image: Image.Image, name: str) -> Image.Image:
+    """Modes that PIL would clip (I;16*, I = 16 bits in 32, F = 0..1 or 0..255) as L; other modes as they are."""
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("LA") if image.mode == "La" else image  # all that PIL makes of premultiplied grey
+    values = np.asarray(image)
+    if image.mode == "F":
+        return _array_to_image(values / 255 if 1 < values.max() <= 255 else values, name)
+    if values.min() < 0 or values.max() > 65535:
+        raise InputError(f"{name} has grey values beyond 16 bits (0..65535): save it with 8 or 16 bits")
+    transparent = image.info.get("transparency")  # one grey value, in PNG
+    return _array_to_image(np.where(values == transparent, 65535, values).astype(np.uint16), name)
+
+
+def _array_to_image(array: np.ndarray, name: str) -> Image.Image:
+    if array.shape[2:] not in ((), (1,), (3,), (4,)) or array.ndim < 2 or array.size == 0:
+        raise InputError(f"{name} has shape {array.shape}: make it (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    if array.dtype.kind == "f":
+        array = to_uint8(array, name)
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)  # round(x / 257) in integers
+    elif array.dtype != np.uint8:
+        raise InputError(f"{name} has dtype {array.dtype}: make it uint8, uint16 or floats in [0, 1]")
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
+
+
+def _crop(image: Image.Image, size: int) -> Image.Image:
+    """Shortest edge to `size`, then the centre (size, size); lengths and offsets rounded down as in transformers."""
+    wide, short, long = image.width > image.height, min(image.size), max(image.size)
+    new_long = int(size * long / short)
+    start = (new_long - size) // 2
+
+    def span(first, last, across):  # the box from `first` to `last` along the long edge
+        return (first, 0, last, across) if wide else (0, first, across, last)
+
+    if size * new_long <= _WHOLE_LIMIT:
+        whole = image.resize((new_long, size) if wide else (size, new_long), Image.Resampling.BICUBIC)
+        return whole.crop(span(start, start + size, size))
+    # A sliver: 1 x 16384 would become 224 x 3,670,016, 3 GB in PIL. Scale only what the crop sees, with the source
+    # pixels that the filter reads around it. These are cut out first: PIL keeps boxes in float32, good near 0 only.
+    scale, margin = long / new_long, 3 + math.ceil(2 * long / new_long)
+    low, high = start * scale, (start + size) * scale
+    first, last = max(0, int(low) - margin), min(long, int(high) + margin)
+    cut = image.crop(span(first, last, short))
+    return cut.resize((size, size), Image.Resampling.BICUBIC, box=span(low - first, high - first, short))

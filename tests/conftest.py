@@ -1,0 +1,43 @@
+"""Every test runs on the CPU, offline, in full float32, on four virtual devices.
+
+The settings are environment variables, made before anything imports jax, so that subprocesses inherit them.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PLATFORM = os.environ.get("IPADAPTER_JAX_TEST_PLATFORM", "cpu")
+
+os.environ["JAX_PLATFORMS"] = PLATFORM
+if PLATFORM == "cpu":
+    os.environ["JAX_NUM_CPU_DEVICES"] = "4"
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+# A second run compiles nothing; `make clean` empties it.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # else it prints that PyTorch was not found
+os.environ["MPLBACKEND"] = "agg"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that reaches out fails, on a machine with a network too."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address[0]}: tests are offline")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of recorded inputs and expectations."""
+    return Path(__file__).resolve().parent / "data"

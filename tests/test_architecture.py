@@ -1,0 +1,169 @@
+"""The architecture as docs/architecture.md gives it, held by reading the source: floors, imports, sizes."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "ipadapter_jax"
+
+# From the ground up: a file imports from strictly lower floors, or from its own folder.
+LAYERS = [
+    {"errors"},  # whoever reads what a person gave must be able to say what is wrong with it
+    {"diffusion", "preprocess", "tokens", "compilation_cache"},
+    {"models"},
+    {"weights"},
+    {"sampling"},
+    {"adapters"},
+    {"pipeline", "data"},
+    {"evaluate"},
+    {"train"},
+    {"cli"},
+    {"__init__", "__main__"},  # the faces: nothing inside imports from them
+]
+FLOORS = {part: floor for floor, parts in enumerate(LAYERS) for part in parts}
+MAX_FILE_LINES = 320
+MAX_FUNCTION_LINES = 70
+
+# Peers of the tests, and readers of pickles: loading one of those runs code that the file brings along.
+FORBIDDEN_MODULES = {"torch", "torchvision", "diffusers", "tensorflow"} | {"pickle", "_pickle", "dill", "cloudpickle"}
+FORBIDDEN_CALLS = {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "__import__"}
+
+
+def name_of(path: Path) -> str:
+    """ipadapter_jax/models/unet.py -> ipadapter_jax.models.unet; a package's __init__.py keeps its name."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+FILES = {name_of(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, path in FILES.items()}
+every_file = pytest.mark.parametrize("name", FILES)
+
+
+def exists(module: str) -> bool:
+    return module in FILES or f"{module}.__init__" in FILES
+
+
+def imports(name: str) -> Iterator[str]:
+    """Full names of all modules that a file imports, wherever the statement stands."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(name.split(".")[: -node.level]) if node.level else ""
+            base = ".".join(part for part in (base, node.module) if part)
+            for alias in node.names:  # `from a import b` names the module a.b, or something inside the module a
+                full = f"{base}.{alias.name}"
+                yield full if exists(full) or not base.startswith(PACKAGE) else base
+        elif isinstance(node, ast.Call) and dotted(node.func).endswith("import_module"):
+            yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
+
+
+def dotted(node: ast.AST) -> str:
+    """The source `a.b.c` as a string; empty for anything that is not such a chain of names."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def part(module: str) -> str:
+    """The folder or file right below the package that a module belongs to."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def test_the_package_is_found() -> None:
+    assert f"{PACKAGE}.errors" in FILES
+
+
+@every_file
+def test_floors(name: str) -> None:
+    own = part(name)
+    assert own in FLOORS, f"{own} is new: give it a floor in LAYERS and a line in docs/architecture.md"
+    for module in imports(name):
+        if module.split(".")[0] != PACKAGE:
+            continue
+        other = part(module)
+        same_folder = other == own and (ROOT / PACKAGE / own).is_dir()
+        assert same_folder or FLOORS[other] < FLOORS[own], (
+            f"{name} (floor {FLOORS[own]}) imports {module} (floor {FLOORS[other]})"
+        )
+
+
+@every_file
+def test_third_parties(name: str) -> None:
+    for module in imports(name):
+        top = module.split(".")[0]
+        assert top not in FORBIDDEN_MODULES, f"{name} imports {module}"
+        if part(name) == "diffusion":
+            assert top in {"jax", "numpy", PACKAGE} or top in sys.stdlib_module_names, f"{name} imports {module}"
+        if part(name) != "models":
+            assert not module.startswith("flax.linen"), f"{name}: networks live in models/"
+
+
+@every_file
+def test_nothing_runs_what_it_reads(name: str) -> None:
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Name | ast.Attribute):
+            assert dotted(node) not in FORBIDDEN_CALLS, f"{name}:{node.lineno} uses {dotted(node)}"
+        if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "trust_remote_code"):
+            assert isinstance(node.value, ast.Constant) and not node.value.value, (
+                f"{name}:{node.lineno} sets {node.arg}"
+            )
+
+
+@every_file
+def test_sizes(name: str) -> None:
+    lines = len(FILES[name].read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_FILE_LINES, f"{name} has {lines} lines: one concept per file"
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{name}: {node.name} has {length} lines"
+
+
+IMPORT_ALL = """
+import importlib, socket, sys
+def no_network(*_): raise OSError("an import tried to reach the network")
+socket.socket.connect = socket.getaddrinfo = no_network
+for blocked in ("torch", "diffusers", "tensorflow"):
+    sys.modules[blocked] = None  # importing it now raises ModuleNotFoundError
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def test_every_module_imports_without_the_peers() -> None:
+    names = [name.removesuffix(".__init__") for name in FILES if not name.endswith("__main__")]
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def text_files() -> Iterator[tuple[Path, str]]:
+    """All files that belong to the repository and hold text."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    for path in (ROOT / name for name in listing.split("\0") if name):
+        try:
+            if path.is_file() and "\0" not in (text := path.read_text(encoding="utf-8")):
+                yield path, text
+        except UnicodeDecodeError:
+            pass
+
+
+def test_no_path_of_one_machine() -> None:
+    workplace = re.compile(r"(?<![\w.~}-])/(?:work|root)/|/tmp/(?:venv|skeleton)|\.\./shared\b")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path, text in text_files()
+        for number, line in enumerate(text.splitlines(), 1)
+        if workplace.search(line)
+    ]
+    assert not found, "paths that exist on one machine only:\n" + "\n".join(found)

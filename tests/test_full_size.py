@@ -1,0 +1,102 @@
+"""Stable Diffusion 1.5 at its real size: parameter counts at no cost, and (slow) the numbers of PyTorch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import load_case, nchw, nhwc
+
+from ipadapter_jax.models.adapter import IPAdapter
+from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.projections import ImageProjConfig, example_features, image_projection
+from ipadapter_jax.models.unet import UNet, UNetConfig, cross_attention_sites
+from ipadapter_jax.models.vae import VAE, VAEConfig
+from ipadapter_jax.weights.components import (
+    IMAGE_ENCODER,
+    TEXT_ENCODER,
+    UNET,
+    VAE_COMPONENT,
+    load_component,
+    template_of,
+)
+from ipadapter_jax.weights.ip_adapter_file import load_ip_adapter, open_ip_adapter
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_parameter_counts_are_those_of_the_published_models():
+    assert count(template_of(UNET, UNet(UNetConfig()))) == 859_520_964
+    assert count(template_of(VAE_COMPONENT, VAE(VAEConfig()))) == 83_653_863
+    assert count(template_of(TEXT_ENCODER, CLIPText(CLIPTextConfig()))) == 123_060_480
+    assert count(template_of(IMAGE_ENCODER, CLIPVision(CLIPVisionConfig()))) == 632_076_800
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (ImageProjConfig("base", 1024, 768, 4), 3_150_336),
+        (ImageProjConfig("plus", 1280, 768, 16, hidden_dim=768, heads=12, depth=4), 29_918_208),
+        (ImageProjConfig("full", 1280, 768, 257), 2_625_024),
+    ],
+)
+def test_adapter_counts(config, parameters):
+    """base: 3,150,336 + 19,169,280 = 22,319,616, the 22M of the paper."""
+    sites = cross_attention_sites(UNetConfig())
+    assert len(sites) == 16
+    tokens = jax.ShapeDtypeStruct((1, 4, 768), np.float32)
+    adapter = jax.eval_shape(IPAdapter(tuple(site.width for site in sites)).init, jax.random.key(0), tokens)
+    assert count(adapter) == 19_169_280
+    assert (
+        count(jax.eval_shape(image_projection(config).init, jax.random.key(0), example_features(config))) == parameters
+    )
+
+
+@pytest.fixture(scope="session")
+def full_size() -> Path:
+    """The folder in IPADAPTER_JAX_FULL_SIZE, or weights/full, made on the spot (3.3 GB)."""
+    folder = Path(os.environ.get("IPADAPTER_JAX_FULL_SIZE", ROOT / "weights" / "full"))
+    if not (folder / "model_index.json").exists():
+        script = ROOT / "scripts" / "make_random_weights.py"
+        subprocess.run([sys.executable, script, "--size", "full", "--out", folder], check=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_full_size_networks_equal_pytorch(full_size):
+    """One call of every network of the sampler with the same random weights, float32."""
+    case = load_case("fullsize_sd15")
+
+    def apply(module, params, *args, **kwargs):
+        return jax.jit(lambda params, *args: module.apply({"params": params}, *args, **kwargs))(params, *args)
+
+    text = load_component(TEXT_ENCODER, full_size / "text_encoder", np.dtype("float32"))
+    states = np.asarray(apply(text.module, text.params, case.inputs["input_ids"]).last_hidden_state)
+    vision = load_component(IMAGE_ENCODER, full_size / "ip_adapter" / "models" / "image_encoder", np.dtype("float32"))
+    pixels = nhwc(case.inputs["pixel_values_56"].repeat(4, axis=2).repeat(4, axis=3))
+    output = apply(vision.module, vision.params, pixels)
+    embeds, patches = np.asarray(output.image_embeds), np.asarray(output.hidden_states[-2][:, :8])
+    case.check(text_last_hidden_state=states, image_embeds=embeds, image_hidden_m2_first8=patches)
+    del text, vision, output
+
+    unet = load_component(UNET, full_size / "unet", np.dtype("float32"))
+    sample, time = nhwc(case.inputs["sample"]), case.inputs["timesteps"]
+    plain = apply(unet.module, unet.params, sample, time, states, method=UNet.from_text)
+    case.check(unet_out=nchw(plain))
+
+    widths = tuple(site.width for site in cross_attention_sites(unet.module.config))
+    file = open_ip_adapter(full_size / "ip_adapter" / "models" / "ip-adapter_sd15.safetensors")
+    params = load_ip_adapter(file, widths, np.dtype("float32"))
+    tokens = apply(image_projection(file.config), params["image_proj"], embeds)
+    image_kv = apply(IPAdapter(widths), params["ip_adapter"], tokens)
+    text_kv = apply(unet.module, unet.params, states, method=UNet.text_kv)
+    weight = np.full((1, len(widths)), 0.7, np.float32)
+    guided = apply(unet.module, unet.params, sample, time, text_kv, [image_kv], weight)
+    case.check(**{"unet_ip_out_scale_0.7": nchw(guided)})
