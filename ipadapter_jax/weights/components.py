@@ -54,7 +54,11 @@ def _old_vae_key(key: str) -> str:
 
 
 def _old_text_key(key: str) -> str:
-    return key if key.startswith(("text_model.", "vision_", "visual_", "text_projection", "logit")) else f"text_model.{key}"
+    return (
+        key
+        if key.startswith(("text_model.", "vision_", "visual_", "text_projection", "logit"))
+        else f"text_model.{key}"
+    )
 
 
 UNET = Component(
@@ -174,7 +178,9 @@ def choose_files(names: Sequence[str], folders: Mapping[str, Component], extras:
         chosen += [f"{prefix}config.json", f"{prefix}{weights}"]
         if weights.endswith(".json"):
             marker = f".{variant or 'fp16'}" if not weights.endswith("index.json") else ""
-            chosen += [f"{prefix}{n}" for n in inside if fnmatch(n, f"{component.torch_stem}{marker}-*-of-*.safetensors")]
+            chosen += [
+                f"{prefix}{n}" for n in inside if fnmatch(n, f"{component.torch_stem}{marker}-*-of-*.safetensors")
+            ]
     return chosen
 
 
@@ -183,7 +189,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: give a folder in diffusers' layout (unet/, vae/, text_encoder/ ...)") from None
+        raise InputError(
+            f"{path} is missing: give a folder in diffusers' layout (unet/, vae/, text_encoder/ ...)"
+        ) from None
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); download it again") from None
     if not isinstance(found, dict):

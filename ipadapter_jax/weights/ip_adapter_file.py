@@ -61,8 +61,15 @@ def _guess(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _detect(path: Path, proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) -> ImageProjConfig:
-    if "0.to_q_lora.down.weight" in ip or "perceiver_resampler.proj_in.weight" in proj or "proj.2.bias" in proj and "norm.weight" in proj:
-        raise WeightFileError(f"{path}: a FaceID adapter, which is not supported; use a base, plus or full-face adapter")
+    if (
+        "0.to_q_lora.down.weight" in ip
+        or "perceiver_resampler.proj_in.weight" in proj
+        or "proj.2.bias" in proj
+        and "norm.weight" in proj
+    ):
+        raise WeightFileError(
+            f"{path}: a FaceID adapter, which is not supported; use a base, plus or full-face adapter"
+        )
     if "1.to_k_ip.weight" not in ip:
         raise WeightFileError(f"{path}: ip_adapter.1.to_k_ip.weight is missing; is this file damaged?")
     width = ip["1.to_k_ip.weight"].shape[1]
@@ -106,7 +113,12 @@ def check_encoder(file: IPAdapterFile, embedding: int, hidden: int, encoder: str
     """Raises WeightFileError unless the image encoder's features have the width that the projection reads."""
     kind, found = ("hidden states", hidden) if file.config.uses_patches else ("image embeddings", embedding)
     if found != file.config.feature_dim:
-        known = {1024: "ViT-H/14", 1280: "ViT-H/14" if file.config.uses_patches else "ViT-bigG/14", 768: "ViT-L/14", 1664: "ViT-bigG/14"}
+        known = {
+            1024: "ViT-H/14",
+            1280: "ViT-H/14" if file.config.uses_patches else "ViT-bigG/14",
+            768: "ViT-L/14",
+            1664: "ViT-bigG/14",
+        }
         needed = known.get(file.config.feature_dim, "another encoder")
         raise WeightFileError(
             f"{file.path}: needs {kind} of width {file.config.feature_dim} ({needed}), the image encoder {encoder} gives "

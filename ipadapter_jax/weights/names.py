@@ -19,7 +19,9 @@ VAE_RENAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to
 def torch_key(path: Path, renames: Mapping[str, str] = {}) -> str:
     """('down_blocks_0', 'resnets_1', 'conv1', 'kernel') -> 'down_blocks.0.resnets.1.conv1.weight'."""
     *parts, leaf = path
-    spelled = [renames.get(part, part if part.startswith("linear_") else re.sub(r"_(?=\d)", ".", part)) for part in parts]
+    spelled = [
+        renames.get(part, part if part.startswith("linear_") else re.sub(r"_(?=\d)", ".", part)) for part in parts
+    ]
     return ".".join([*spelled, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
 
 

@@ -110,3 +110,10 @@ def _open_safetensors_shard(index: Path, shard: str) -> dict[str, Tensor]:
     if not (index.parent / shard).is_file():
         raise WeightFileError(f"{index}: the shard {shard} is missing; download it too")
     return open_tensors(index.parent / shard)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that hold a source's tensors: its shards when it is an index, else itself."""
+    if path.suffix != ".json":
+        return [path]
+    return [path.parent / shard for shard in sorted(set(json.loads(path.read_text())["weight_map"].values()))]

@@ -1,9 +1,8 @@
-"""Reads the files of `torch.save` without PyTorch and without unpickling.
+"""Reads the files of `torch.save`, zip or the older sequence of pickles, without PyTorch and without unpickling.
 
 A pickle is a program, and the usual reader runs whatever function it names. Here its opcodes drive a small machine that
 builds dicts, lists, tuples and descriptions of tensors, nothing else. What it does not know, such as the callbacks in a
-checkpoint of PyTorch Lightning, becomes OPAQUE and is never imported. Both containers are read: zip (since PyTorch 1.6)
-and the older sequence of pickles, after which each storage follows as element count and raw little-endian bytes.
+checkpoint of PyTorch Lightning, becomes OPAQUE and is never imported.
 """
 
 import io
@@ -12,7 +11,6 @@ import os
 import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +48,7 @@ class _Refused(Exception):
     """What is wrong, and the remedy; `read_torch_file` puts the file's name before it."""
 
 
-def _require(condition: bool, problem: str, remedy: str = _AGAIN) -> None:
+def _require(condition: object, problem: str, remedy: str = _AGAIN) -> None:
     if not condition:
         raise _Refused(problem + remedy)
 
@@ -75,11 +73,7 @@ class LazyTensor:
     span: int  # from the first element to the end of the last one
 
     def read(self) -> np.ndarray:
-        """Read the elements in C order, without touching the rest of the file.
-
-        Raises:
-            WeightFileError: the file has gone or shrunk since it was opened.
-        """
+        """The elements in C order; nothing else is read. Raises WeightFileError if the file has gone or shrunk."""
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         path, position = self.storage.path, self.storage.position + self.offset
@@ -94,13 +88,11 @@ class LazyTensor:
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> dict:
-    """Read a `.bin`, `.pt` or `.ckpt` file: nested dicts with LazyTensor leaves.
+    """Read a `.bin`, `.pt` or `.ckpt` file: nested dicts with LazyTensor leaves, without loops.
 
     Keys are strings or integers; entries under other keys are left out. Numbers, strings and None stay as they are,
-    everything else, lists included, becomes OPAQUE.
-
-    Raises:
-        WeightFileError: not a file of torch.save, damaged, hostile, or of a kind that is not supported.
+    everything else, lists included, becomes OPAQUE. Raises WeightFileError naming the file when it is none of
+    torch.save, damaged, hostile, or of a kind that is not supported.
     """
     try:
         _require(os.path.isfile(path), "there is no such file", "; check the path")  # nor a pipe, which would block
@@ -109,76 +101,47 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict:
             _require(head.startswith((b"PK\3\4", b"\x80")), *_other_kind(head, file.size))
             tree = _read_zip(file) if head.startswith(b"PK") else _read_sequence(file)
         _require(type(tree) is dict, "holds no dict of tensors", _SAVE)
-        return _plain_tree(tree)
-    except _Refused as error:
+        flatten({"": tree})  # refuses loops and the like here, where the name of the file is known
+        return tree
+    except (_Refused, OSError) as error:
         raise WeightFileError(f"{path}: {error}") from None
-    except OSError as error:
-        raise WeightFileError(f"{path}: cannot be read: {error.strerror}; check the file") from None
 
 
 def flatten(tree: dict) -> dict[str, LazyTensor]:
-    """Join the names of nested dicts with dots; only tensors are kept, and of "state_dict" alone where there is one.
-
-    Raises:
-        WeightFileError: two tensors have the same name.
-    """
+    """Join the names in a tree of `read_torch_file` with dots; only tensors are kept, of any "state_dict" alone."""
     inner = tree.get("state_dict")
-    named = list(_named_tensors(inner if isinstance(inner, dict) else tree, ""))
-    flat = dict(named)
-    if len(flat) < len(named):
-        raise WeightFileError(f"{named[0][1].storage.path}: has two tensors of one name{_SAVE}")
-    return flat
-
-
-def _named_tensors(tree: dict, prefix: str) -> Iterator[tuple[str, LazyTensor]]:
-    for key, value in tree.items():
-        if isinstance(value, LazyTensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, dict):
-            yield from _named_tensors(value, f"{prefix}{key}.")
-
-
-def _plain_tree(root: dict) -> dict:
-    """Copy what has names, so that the result holds no cycles and nothing but plain values and tensors."""
-    result: dict = {}
-    pending = [(root, result, 0, 0)]
-    cost = 0
-    while pending:
-        source, target, depth, prefix = pending.pop()
-        for key, value in source.items():
-            length = prefix + len(str(key)) + 1
-            cost += 64 + length
+    pending = [("", 0, inner if isinstance(inner, dict) else tree)]
+    named, cost = {}, 0
+    for prefix, depth, branch in pending:  # which grows on the way
+        for key, value in branch.items():
+            name = f"{prefix}{key}"
+            cost += 64 + len(name)
             _require(cost <= _MAX_NAMES and depth <= _MAX_DEPTH, "has too many entries, or nested too deep", _SAVE)
-            plain = value is None or type(value) in (bool, float, str, bytes, LazyTensor) or _is_int(value)
-            target[key] = {} if type(value) is dict else value if plain else OPAQUE
-            if type(value) is dict:
-                pending.append((value, target[key], depth + 1, length))
-    return result
+            if isinstance(value, dict):
+                pending.append((f"{name}.", depth + 1, value))
+            elif isinstance(value, LazyTensor):
+                _require(named.setdefault(name, value) is value, f"has two tensors {str(key)[:60]!r}", _SAVE)
+    return named
 
 
 class _Machine:
     """Follows the pickles of a file and notes their storages.
 
-    An opcode costs constant time and memory besides the bytes that it brings along: values are shared, and never
-    copied, hashed or compared in depth, so that a small file cannot ask for a lot of work.
+    Values are shared, never copied, hashed or compared in depth: an opcode costs no more than the bytes it brings.
     """
 
-    def __init__(self, path: str, size: int):
-        self.path = path
-        self.largest = max(size, _EXPANDED)  # bytes of a tensor
+    def __init__(self, file: "_File"):
+        self.file, self.opcodes = file, 0
         self.storages: dict[str, _Storage] = {}
-        self.opcodes = 0
 
     def run(self, stream: io.BytesIO) -> Any:
-        """Follow one pickle and return what it describes; raises _Refused."""
-        stack: list[Any] = []
-        outer: list[list[Any]] = []  # the stacks below the marks
-        memo: dict[int, Any] = {}
+        """Follow one pickle and return what it describes."""
+        stack, outer, memo = [], [], {}  # outer: the stacks below the marks
         try:
             for opcode, argument, _ in pickletools.genops(stream):
                 self.opcodes += 1
                 _require(self.opcodes <= _MAX_OPCODES, "has too many pickle opcodes", _SAVE)
-                name, needs = opcode.name, opcode.stack_before
+                name, needs, items = opcode.name, opcode.stack_before, []
                 if name in _LITERALS:
                     stack.append(argument)
                 elif name in ("BINGET", "LONG_BINGET", "GET"):
@@ -189,7 +152,6 @@ class _Machine:
                     outer.append(stack)
                     stack = []
                 elif name not in ("PROTO", "FRAME", "STOP"):
-                    items: list[Any] = []
                     if pickletools.markobject in needs:  # takes all above the mark, and what it needs below
                         needs = needs[: needs.index(pickletools.markobject)]
                         items, stack = stack, outer.pop()
@@ -203,7 +165,7 @@ class _Machine:
     def _result(self, name: str, argument: Any, below: list[Any], items: list[Any]) -> Any:
         match name:
             case "NONE" | "NEWTRUE" | "NEWFALSE":
-                return {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name]
+                return None if name == "NONE" else name == "NEWTRUE"
             case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 return tuple(below or items)
             case "EMPTY_LIST" | "LIST" | "APPEND" | "APPENDS":
@@ -213,7 +175,13 @@ class _Machine:
                 return target
             case "EMPTY_DICT" | "DICT" | "SETITEM" | "SETITEMS":
                 target, *rest = below or [{}]
-                return self._set_items(target, rest or items)
+                for key, value in zip((rest or items)[::2], (rest or items)[1::2], strict=True):
+                    short = type(key) is str and len(key) <= _MAX_NAME
+                    is_name = key.isprintable() if short else _is_size(key)  # hashing anything else may never end
+                    if is_name and type(target) is dict:
+                        plain = value is None or type(value) in (bool, int, float, str, bytes, dict, LazyTensor)
+                        target[key] = value if plain else OPAQUE
+                return target
             case "GLOBAL" | "STACK_GLOBAL":
                 names = below or argument.split(" ", 1)
                 return _GLOBALS.get(tuple(names), OPAQUE) if all(type(name) is str for name in names) else OPAQUE
@@ -227,14 +195,6 @@ class _Machine:
                 return OPAQUE
         raise _Refused(f"uses the pickle opcode {name}, which no weights need{_SAVE}")
 
-    def _set_items(self, target: Any, items: list[Any]) -> Any:
-        """Set the items that have names; to hash any other key, such as a tuple of tuples, may take forever."""
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            is_name = len(key) <= _MAX_NAME and key.isprintable() if type(key) is str else _is_int(key)
-            if type(target) is dict and is_name:
-                target[key] = value
-        return target
-
     def _call(self, function: Any, arguments: Any) -> Any:
         count = len(arguments) if type(arguments) is tuple else -1
         if function is _ORDERED_DICT and count == 0:
@@ -247,32 +207,28 @@ class _Machine:
 
     def _storage(self, identity: Any) -> Any:
         """Note ("storage", type, key, device, numel); the older container appends a None: it is no view of another."""
-        if type(identity) is not tuple or not 5 <= len(identity) <= 6 or identity[0] != "storage":
+        known = type(identity) is tuple and 5 <= len(identity) <= 6 and identity[0] == "storage"
+        if not known or not isinstance(identity[1], np.dtype):
             return OPAQUE
         _, dtype, key, _, numel, *view = identity
-        if not isinstance(dtype, np.dtype):
-            return OPAQUE
-        _require(
-            type(key) is str and _is_int(numel, 0) and view in ([], [None]), "has a storage of unknown form", _SAVE
-        )
-        storage = self.storages.setdefault(key, _Storage(self.path, dtype, numel))
+        proper = type(key) is str and _is_size(numel) and view in ([], [None])
+        _require(proper, "has a storage of unknown form", _SAVE)
+        storage = self.storages.setdefault(key, _Storage(self.file.path, dtype, numel))
         _require((storage.dtype, storage.numel) == (dtype, numel), f"has two storages of the name {key[:60]!r}")
         return storage
 
     def _tensor(self, storage: _Storage, offset: Any, shape: Any, strides: Any) -> LazyTensor:
         proper = type(shape) is tuple and type(strides) is tuple and len(shape) == len(strides) <= _MAX_DIMENSIONS
-        proper = proper and all(_is_int(number, 0) for number in (offset, *shape, *strides))
+        proper = proper and all(_is_size(number) for number in (offset, *shape, *strides))
         _require(proper, "has a tensor with a wrong shape, stride or offset")
         # The stride of a single element is never used and may be any number.
-        strides = [stride if length > 1 else 0 for length, stride in zip(shape, strides, strict=True)]
-        span = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-        span = 0 if 0 in shape else span
-        _require(offset + span <= storage.numel, "has a tensor that reaches outside its storage")
-        itemsize = storage.dtype.itemsize
-        size = math.prod(length or 1 for length in shape) * itemsize
-        _require(size <= self.largest, "has a tensor that is larger than the file itself", _SAVE)
-        strides = tuple(stride * itemsize for stride in strides)
-        return LazyTensor(shape, storage.dtype, storage, offset * itemsize, strides, span * itemsize)
+        size = storage.dtype.itemsize
+        strides = tuple(stride * size if length > 1 else 0 for length, stride in zip(shape, strides, strict=True))
+        span = 0 if 0 in shape else size + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        _require(offset * size + span <= storage.numel * size, "has a tensor that reaches outside its storage")
+        fits = math.prod(length or 1 for length in shape) * size <= max(self.file.size, _EXPANDED)
+        _require(fits, "has a tensor that is larger than the file itself", _SAVE)
+        return LazyTensor(shape, storage.dtype, storage, offset * size, strides, span)
 
 
 class _File(io.FileIO):
@@ -290,20 +246,20 @@ class _File(io.FileIO):
 
     def read_at(self, position: int, length: int) -> bytes:
         _require(0 <= position <= position + length <= self.size, f"is cut short or damaged: has {self.size} bytes")
+        _require(length <= _MAX_PICKLE, "has a far too large pickle", _SAVE)
         self.seek(position)
         return super().read(length)
 
 
 def _read_sequence(file: _File) -> Any:
     """Read the older container and locate its storages."""
-    stream = io.BytesIO(file.read_at(0, min(file.size, _MAX_PICKLE)))
-    machine = _Machine(file.path, file.size)
-    known = machine.run(stream) == _MAGIC and machine.run(stream) == _PROTOCOL
-    _require(known, "is a pickle, but not one of torch.save", _SAVE)
+    machine, stream = _Machine(file), io.BytesIO(file.read_at(0, min(file.size, _MAX_PICKLE)))
+    for known in (_MAGIC, _PROTOCOL):
+        _require(machine.run(stream) == known, "is a pickle, but not one of torch.save", _SAVE)
     machine.run(stream)  # describes the computer; the storages are little-endian on all of them
     tree, keys = machine.run(stream), machine.run(stream)
-    known = type(keys) is list and all(type(key) is str and key in machine.storages for key in keys)
-    _require(known and set(keys) == set(machine.storages), "has storages of an unknown type, or lacks some", _SAVE)
+    proper = type(keys) is list and all(type(key) is str for key in keys) and set(keys) == set(machine.storages)
+    _require(proper, "has storages of an unknown type, or lacks some", _SAVE)
     end = stream.tell()
     for key in keys:
         storage = machine.storages[key]
@@ -325,27 +281,22 @@ def _read_zip(file: _File) -> Any:
     _require(len(entries) == len(listed), "has two zip entries of one name")
 
     def locate(name: str) -> tuple[int, int]:
-        entry = entries.get(name)
-        if entry is None:
-            raise _Refused(f"lacks its entry {name[:60]!r}{_AGAIN}")
-        stored = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1
-        _require(stored, f"has a compressed or encrypted entry {name[:60]!r}", _SAVE)
-        header = file.read_at(entry.header_offset, 30)
+        _require(name in entries, f"lacks its entry {name[:60]!r}")
+        entry = entries[name]
+        header, length = file.read_at(entry.header_offset, 30), entry.file_size
         start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
-        sound = header.startswith(b"PK\3\4") and entry.compress_size == entry.file_size
-        _require(sound and start + entry.file_size <= file.size, f"has a damaged entry {name[:60]!r}")
-        return start, entry.file_size
+        stored = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1
+        sound = header.startswith(b"PK\3\4") and entry.compress_size == length and start + length <= file.size
+        _require(stored and sound, f"has a compressed, encrypted or damaged entry {name[:60]!r}", _SAVE)
+        return start, length
 
     folder = next((name[:-8] for name in entries if name.endswith("/data.pkl") and name.count("/") == 1), "")
     weights = folder and f"{folder}constants.pkl" not in entries
-    _require(bool(weights), "is a zip file, but not one of weights: no data.pkl, or a TorchScript program", _SAVE)
+    _require(weights, "is a zip file, but not one of weights: no data.pkl, or a TorchScript program", _SAVE)
     if f"{folder}byteorder" in entries:
-        position, length = locate(f"{folder}byteorder")
-        _require(file.read_at(position, min(length, 16)) == b"little", "is not little-endian", _SAVE)
-    position, length = locate(f"{folder}data.pkl")
-    _require(length <= _MAX_PICKLE, "has a far too large pickle", _SAVE)
-    machine, total = _Machine(file.path, file.size), 0
-    tree = machine.run(io.BytesIO(file.read_at(position, length)))
+        _require(file.read_at(*locate(f"{folder}byteorder")) == b"little", "is not little-endian", _SAVE)
+    machine, total = _Machine(file), 0
+    tree = machine.run(io.BytesIO(file.read_at(*locate(f"{folder}data.pkl"))))
     for key, storage in machine.storages.items():
         storage.position, length = locate(f"{folder}data/{key}")
         total += length  # the entries of a bomb overlap
@@ -358,12 +309,12 @@ def _other_kind(head: bytes, size: int) -> tuple[str, str]:
     """Say what a file is that is neither container of torch.save, and what to do."""
     if head.startswith(b"version https://git-lfs"):
         return "is a git-lfs pointer, not the weights", "; fetch them with `git lfs pull`"
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "is a web page, not weights", "; download the file itself (often /resolve/ instead of /blob/)"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "is a safetensors file", "; give it the ending .safetensors"
     return "is no file of torch.save" if head else "is empty", _AGAIN
 
 
-def _is_int(value: object, least: int = -(2**63)) -> bool:
-    return type(value) is int and least <= value < 2**63
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63

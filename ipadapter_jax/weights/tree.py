@@ -56,7 +56,9 @@ def load_tree(
             raise WeightFileError(f"{source}: {key} has shape {shape}, the model needs {expected}")
         if not jax.numpy.issubdtype(tensors[key].dtype, np.floating):
             raise WeightFileError(f"{source}: {key} holds {tensors[key].dtype} numbers, not weights")
-    return nest({path: _load(tensors[key], key, path, spelling, source, dtype, put) for key, (path, _) in wanted.items()})
+    return nest(
+        {path: _load(tensors[key], key, path, spelling, source, dtype, put) for key, (path, _) in wanted.items()}
+    )
 
 
 def _load(tensor: Tensor, key: str, path: Path, spelling: Spelling, source: str, dtype: np.dtype, put) -> Array:

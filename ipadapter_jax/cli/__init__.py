@@ -1,0 +1,70 @@
+"""The command `ipadapter-jax`: one subcommand per job.
+
+Exit code 0 when the job is done, 2 for bad input with one line on standard error, 130 when interrupted.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from ipadapter_jax.cli.doctor import Doctor, doctor
+from ipadapter_jax.cli.generate import Generate, generate
+from ipadapter_jax.errors import InputError
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {"generate": (Generate, generate), "doctor": (Doctor, doctor)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ipadapter_jax").setLevel(logging.INFO)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's remarks about its own cache
+    try:
+        command = parse(arguments)
+        run = next(run for kind, run in COMMANDS.values() if isinstance(command, kind))
+        return run(command)
+    except InputError as error:
+        if debug:
+            raise
+        print(f"ipadapter-jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ipadapter-jax: interrupted", file=sys.stderr)
+        return 130
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The chosen command's arguments. Raises InputError with tyro's complaint on one line."""
+    kinds: dict[str, Any] = {name: kind for name, (kind, _) in COMMANDS.items()}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.extras.subcommand_cli_from_dict(
+                kinds,
+                prog="ipadapter-jax",
+                description="Image prompts for Stable Diffusion in JAX. --debug shows where an error was raised.",
+                args=arguments,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed message without its frame and its pointer to the help."""
+    lines = [line.strip(" │") for line in box.splitlines()]
+    text = " ".join(line for line in lines if line and not re.match("[─╭╰]", line))
+    return f"{text.split('For full helptext')[0].strip()} (see --help)"

@@ -1,0 +1,163 @@
+"""`ipadapter-jax generate`: pictures from a picture and a prompt."""
+
+import concurrent.futures
+import dataclasses
+import importlib.metadata
+import io
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tqdm
+from PIL import Image, PngImagePlugin
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.files import prepare_output, sha256, write_whole
+from ipadapter_jax.pipeline import StableDiffusion
+from ipadapter_jax.preprocess import image_grid, load_image
+from ipadapter_jax.weights.tensors import files_of
+
+
+@dataclasses.dataclass
+class Generate:
+    """Samples pictures from a base model, with an image prompt when --adapter and --image are given.
+
+    Every PNG carries the settings, versions and weight digests in its text chunk "ipadapter_jax".
+    """
+
+    base: str
+    """Base model: a folder in diffusers' layout (PyTorch or Flax weights) or a Hub id such as owner/name."""
+    out: Path
+    """The PNG to write. With several pictures this is their grid, and the single ones lie beside it, numbered."""
+    prompt: str = ""
+    """What to paint; may be empty with an image prompt."""
+    negative_prompt: str = ""
+    """What to avoid."""
+    image: tuple[str, ...] = ()
+    """Reference pictures; several share the one image prompt."""
+    adapter: str | None = None
+    """IP-Adapter file (.safetensors or .bin), or a place on the Hub such as owner/name/folder/file.safetensors."""
+    image_encoder: str | None = None
+    """Folder or Hub place of the CLIP vision model; by default image_encoder beside the adapter."""
+    scale: float = 1.0
+    """Weight of the image prompt: 0 is the base model, 0.5 to 0.7 balances with the text, 1 follows the picture."""
+    fit: Literal["crop", "resize", "pad"] = "crop"
+    """How a reference that is not square becomes so."""
+    num_images: int = 1
+    """Pictures to make, picture i with seed + i."""
+    seed: int = 0
+    """Seed of the first picture."""
+    steps: int = 50
+    """Denoising steps."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance; 1 turns it off."""
+    scheduler: Literal["ddim"] = "ddim"
+    """The sampler."""
+    eta: float = 0.0
+    """Fresh noise in every step, from 0 (none) to 1 (as DDPM)."""
+    height: int | None = None
+    """Height in pixels, a multiple of 8; by default the model's own size."""
+    width: int | None = None
+    """Width in pixels."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of weights and networks; bfloat16 halves the memory and is the fast one on accelerators."""
+    variant: str | None = None
+    """Which weight files of the base model to prefer, such as fp16."""
+    revision: str | None = None
+    """Branch, tag or commit of the base model on the Hub."""
+
+
+def generate(args: Generate) -> int:
+    """Checks what is cheap to check, loads, samples, writes. Raises InputError."""
+    _check(args)
+    pictures = [load_image(path) for path in args.image]
+    print("loading the weights", file=sys.stderr)
+    pipe = StableDiffusion.from_pretrained(args.base, dtype=args.dtype, variant=args.variant, revision=args.revision)
+    if args.adapter is not None:
+        pipe = pipe.with_ip_adapter(args.adapter, image_encoder=args.image_encoder)
+    with concurrent.futures.ThreadPoolExecutor(1) as background:
+        digests = background.submit(_digests, pipe)  # while the sampler compiles and runs
+        found = _sample(pipe, args, pictures)
+        _write(found, args, _metadata(args, pipe, digests.result()))
+    return 0
+
+
+def _check(args: Generate) -> None:
+    if args.out.suffix.lower() != ".png":
+        raise InputError(f"--out {args.out}: give a name that ends in .png, which can carry the settings")
+    prepare_output(args.out)
+    if args.adapter is None and (args.image or args.image_encoder):
+        raise InputError("--image and --image-encoder need --adapter, the IP-Adapter file that reads the picture")
+    if args.adapter is not None and not args.image:
+        raise InputError("--adapter needs --image, the picture to use as prompt")
+    if args.num_images < 1:
+        raise InputError(f"--num-images {args.num_images} must be at least 1")
+    if args.steps < 1:
+        raise InputError(f"--steps {args.steps} must be at least 1")
+    for name, value in (("scale", args.scale), ("guidance-scale", args.guidance_scale)):
+        if not math.isfinite(value):
+            raise InputError(f"--{name} {value} is not a finite number")
+
+
+def _sample(pipe: StableDiffusion, args: Generate, pictures: list[Image.Image]) -> list[Image.Image]:
+    """One step per call, so that the bar moves with the work."""
+    with tqdm.tqdm(total=args.steps, desc="compiling, then sampling", unit="step") as bar:
+
+        def on_step(number: int, timestep: int, latents: Any) -> None:
+            latents.block_until_ready()
+            bar.set_description("sampling")
+            bar.update()
+
+        return pipe(
+            args.prompt,
+            ip_adapter_image=pictures or None if len(pictures) != 1 else pictures[0],
+            ip_adapter_scale=args.scale,
+            fit=args.fit,
+            negative_prompt=args.negative_prompt,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            scheduler=args.scheduler,
+            eta=args.eta,
+            num_images_per_prompt=args.num_images,
+            height=args.height,
+            width=args.width,
+            seed=args.seed,
+            callback_on_step_end=on_step,
+        )
+
+
+def _digests(pipe: StableDiffusion) -> dict[str, dict[str, str]]:
+    """Per part of the pipeline the sha256 of its weight files."""
+    sources = dict(pipe.sources)
+    for adapter in pipe.adapters:
+        sources |= {"ip_adapter": adapter.source, "image_encoder": adapter.encoder.source}
+    return {part: {file.name: sha256(file) for file in files_of(source)} for part, source in sources.items()}
+
+
+def _metadata(args: Generate, pipe: StableDiffusion, digests: dict[str, dict[str, str]]) -> dict[str, Any]:
+    settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("out", "num_images")}
+    versions = {name: importlib.metadata.version(name) for name in ("ipadapter-jax", "jax", "jaxlib", "flax")}
+    return {**settings, "image": list(args.image), "sha256": digests, "versions": versions}
+
+
+def _write(pictures: Sequence[Image.Image], args: Generate, metadata: dict[str, Any]) -> None:
+    """The single pictures first and the grid last: where the named file exists, all is done."""
+    if len(pictures) > 1:
+        digits = len(str(len(pictures) - 1))
+        for i, picture in enumerate(pictures):
+            single = args.out.with_name(f"{args.out.stem}-{i:0{digits}d}.png")
+            write_whole(single, _png(picture, metadata | {"seed": args.seed + i}))
+        metadata = metadata | {"num_images": len(pictures)}
+    write_whole(args.out, _png(image_grid(pictures) if len(pictures) > 1 else pictures[0], metadata))
+    print(args.out)
+
+
+def _png(picture: Image.Image, metadata: dict[str, Any]) -> bytes:
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("ipadapter_jax", json.dumps(metadata, ensure_ascii=False))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=text)
+    return buffer.getvalue()

@@ -1,0 +1,46 @@
+"""Files that appear under their name only when they are whole, and digests that identify them."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from ipadapter_jax.errors import InputError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes through a temporary file beside `path`: a reader sees the old file or the new one, never a part."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def prepare_output(path: Path) -> None:
+    """Makes the folder of a file that will be written. Raises InputError when that is not possible."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):  # permission bits alone do not tell: read-only mounts, quotas
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror}); choose another place") from None
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
