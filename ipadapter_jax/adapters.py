@@ -117,7 +117,9 @@ def _encoder_folder(path, local: Path, image_encoder, revision: str | None) -> P
         if beside.is_dir():
             return beside
         if Path(path).expanduser().exists():
-            raise InputError(f"adapter {path}: there is no folder image_encoder beside it; name the encoder with image_encoder")
+            raise InputError(
+                f"adapter {path}: there is no folder image_encoder beside it; name the encoder with image_encoder"
+            )
         image_encoder = PurePosixPath(str(path)).parent / "image_encoder"
 
     def choose(names: Sequence[str]) -> Sequence[str]:
@@ -125,7 +127,9 @@ def _encoder_folder(path, local: Path, image_encoder, revision: str | None) -> P
 
     folder = local_path(image_encoder, choose, what="image encoder", revision=revision)
     if not folder.is_dir():
-        raise InputError(f"image encoder {image_encoder}: give its folder (config.json and model.safetensors), not a file")
+        raise InputError(
+            f"image encoder {image_encoder}: give its folder (config.json and model.safetensors), not a file"
+        )
     return folder
 
 

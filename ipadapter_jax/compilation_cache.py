@@ -15,3 +15,4 @@ def enable_compilation_cache() -> None:
     """Turns jax's persistent cache on, unless it has a folder already or JAX_ENABLE_COMPILATION_CACHE=0 turned it off."""
     if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up

@@ -9,18 +9,25 @@ from ipadapter_jax.errors import InputError
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes through a temporary file beside `path`: a reader sees the old file or the new one, never a part."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Writes through a temporary file beside `path`: a reader sees the old file or the new one, never a part.
+
+    Raises InputError naming the file when it cannot be written.
+    """
+    temporary = None
     try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary = None
+    except OSError as error:
+        raise InputError(f"{path}: not written ({error.strerror}); make room or choose another place") from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def prepare_output(path: Path) -> None:

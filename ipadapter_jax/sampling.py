@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -40,13 +41,31 @@ def by_image(mesh: Mesh) -> NamedSharding:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def initial_noise(shape: tuple[int, ...], seeds: Array, step: Array, mesh: Mesh) -> Array:
+def draw_noise(shape: tuple[int, ...], seeds: Array, step: Array, mesh: Mesh) -> Array:
     """Standard normal (B, *shape), row i drawn from seeds[i] and the step alone (0: the initial latents)."""
 
     def draw(seed):
         return jax.random.normal(jax.random.fold_in(jax.random.key(seed), step), shape, jnp.float32)
 
     return jax.lax.with_sharding_constraint(jax.vmap(draw)(seeds), by_image(mesh))
+
+
+class Batch:
+    """The B images of one call, filled up to a multiple of the devices by repeating the last one."""
+
+    def __init__(self, mesh: Mesh, seeds: np.ndarray, prompt_of_image: np.ndarray):
+        self.mesh, self.count = mesh, len(seeds)
+        self._seeds = self.spread(seeds)
+        self.prompt_of_image = self.spread(prompt_of_image)
+
+    def spread(self, rows: np.ndarray) -> Array:
+        """Rows (B, ...) over the devices."""
+        filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % self.mesh.size, axis=0)])
+        return jax.device_put(filled, by_image(self.mesh))
+
+    def noise(self, shape: tuple[int, ...], step: int) -> Array:
+        """Standard normal rows of `shape` for a step, 0 being the initial latents."""
+        return draw_noise(shape, self._seeds, np.uint32(step), self.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -106,9 +125,8 @@ def denoise(
 
         def body(x, inputs):
             step, fresh = inputs
-            rows = jnp.repeat(x, branches, axis=0)
-            time = jnp.full((images * branches,), step.timestep)
-            output = unet.apply({"params": params}, rows, time, text_rows, image_rows, image_weight)
+            time = jnp.full((images,), step.timestep)
+            output = unet.apply({"params": params}, x, time, text_rows, image_rows, image_weight)
             output = output.reshape(images, branches, *output.shape[1:])
             output = guide(output, guidance_scale) if branches == 2 else output[:, 0]
             return ddim_step(schedule, step, x, output, fresh), None
@@ -131,4 +149,6 @@ def decode(vae: VAE, mesh: Mesh, params: Tree, latents: Array) -> Array:
 
         return jax.lax.map(one, latents)
 
-    return jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=False)(latents, params)
+    return jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=False)(
+        latents, params
+    )

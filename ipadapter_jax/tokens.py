@@ -16,7 +16,9 @@ def load_tokenizer(folder: Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it announces that PyTorch is absent
     from transformers import CLIPTokenizer
 
-    if not (folder / "tokenizer.json").is_file() and not all((folder / f).is_file() for f in ("vocab.json", "merges.txt")):
+    if not (folder / "tokenizer.json").is_file() and not all(
+        (folder / f).is_file() for f in ("vocab.json", "merges.txt")
+    ):
         raise InputError(f"{folder}: no tokenizer here; it needs vocab.json and merges.txt")
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)

@@ -1,11 +1,14 @@
 """What several tests share: recorded cases of PyTorch diffusers on tiny random weights, and small models built from them."""
 
+import contextlib
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import flax.serialization
+import jax
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -76,3 +79,30 @@ def legacy_msgpack(torch_file: Path, *, vae: bool = False) -> bytes:
 
 def _sorted(tree):
     return {name: _sorted(tree[name]) for name in sorted(tree)} if isinstance(tree, dict) else tree
+
+
+@contextlib.contextmanager
+def compilations():
+    """Counts the programs that XLA is asked for (compiled or taken from the cache) while the block runs."""
+    events: list[str] = []
+    active = [True]
+
+    def listen(name: str, _seconds: float, **_kwargs) -> None:
+        if active[0] and name.endswith("backend_compile_duration"):
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: len(events)
+    active[0] = False
+
+
+def flax_folder(root: Path) -> Path:
+    """The recorded tiny model as a Flax repository: configs and text encoder as recorded, UNet and VAE rewritten."""
+    for name in ("unet", "vae"):
+        (root / name).mkdir()
+        shutil.copy(ORACLES / "models" / "sd15_flax" / name / "config.json", root / name)
+        torch_file = TORCH_MODEL / name / "diffusion_pytorch_model.safetensors"
+        (root / name / "diffusion_flax_model.msgpack").write_bytes(legacy_msgpack(torch_file, vae=name == "vae"))
+    for name in ("text_encoder", "tokenizer", "scheduler"):
+        shutil.copytree(ORACLES / "models" / "sd15_flax" / name, root / name)
+    return root

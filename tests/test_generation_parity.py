@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, load_case, nchw, nhwc
 
-import ipadapter_jax.pipeline
+import ipadapter_jax.sampling
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 
@@ -57,6 +57,6 @@ def test_stochastic_ddim_equals_diffusers_given_its_noise(base, monkeypatch):
     def recorded(batch, shape, step):
         return batch.spread(nhwc(case.inputs[f"noise_{step - 1}"]))
 
-    monkeypatch.setattr(ipadapter_jax.pipeline._Batch, "noise", recorded)
+    monkeypatch.setattr(ipadapter_jax.sampling.Batch, "noise", recorded)
     timesteps, steps, final, _ = generate(base, case)
     case.check(timesteps=timesteps, latents_steps=nchw(steps), latents=nchw(final))

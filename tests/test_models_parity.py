@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, legacy_msgpack, load_case, nchw, nhwc
+from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, flax_folder, load_case, nchw, nhwc
 
 from ipadapter_jax.models import transformer
 from ipadapter_jax.models import vae as vae_module
@@ -186,14 +186,7 @@ def test_unet_with_adapter(variant):
 
 @pytest.fixture(scope="module")
 def flax_model(tmp_path_factory) -> Path:
-    """The Flax repository: recorded configs and text encoder, UNet and VAE in the legacy classes' format."""
-    root = tmp_path_factory.mktemp("sd15_flax")
-    for name in ("unet", "vae"):
-        (root / name).mkdir()
-        (root / name / "config.json").write_bytes((ORACLES / f"models/sd15_flax/{name}/config.json").read_bytes())
-        torch_file = TORCH_MODEL / name / "diffusion_pytorch_model.safetensors"
-        (root / name / "diffusion_flax_model.msgpack").write_bytes(legacy_msgpack(torch_file, vae=name == "vae"))
-    return root
+    return flax_folder(tmp_path_factory.mktemp("sd15_flax"))
 
 
 def test_flax_unet(flax_model):

@@ -74,7 +74,8 @@ def generate(args: Generate) -> int:
     """Checks what is cheap to check, loads, samples, writes. Raises InputError."""
     _check(args)
     pictures = [load_image(path) for path in args.image]
-    print("loading the weights", file=sys.stderr)
+    if sys.stderr.isatty():
+        print("loading the weights", file=sys.stderr)
     pipe = StableDiffusion.from_pretrained(args.base, dtype=args.dtype, variant=args.variant, revision=args.revision)
     if args.adapter is not None:
         pipe = pipe.with_ip_adapter(args.adapter, image_encoder=args.image_encoder)
@@ -103,8 +104,8 @@ def _check(args: Generate) -> None:
 
 
 def _sample(pipe: StableDiffusion, args: Generate, pictures: list[Image.Image]) -> list[Image.Image]:
-    """One step per call, so that the bar moves with the work."""
-    with tqdm.tqdm(total=args.steps, desc="compiling, then sampling", unit="step") as bar:
+    """One step per call, so that the bar moves with the work; there is none where nobody watches."""
+    with tqdm.tqdm(total=args.steps, desc="compiling, then sampling", unit="step", disable=None) as bar:
 
         def on_step(number: int, timestep: int, latents: Any) -> None:
             latents.block_until_ready()

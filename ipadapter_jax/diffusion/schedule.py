@@ -40,11 +40,15 @@ class NoiseSchedule:
         if fields.get("trained_betas") is not None:
             fields["trained_betas"] = tuple(fields["trained_betas"])
         if "clip_sample" not in raw:
-            warnings.warn("scheduler config: no clip_sample, so predictions are clipped to [-1, 1] as in diffusers", stacklevel=2)
+            warnings.warn(
+                "scheduler config: no clip_sample, so predictions are clipped to [-1, 1] as in diffusers", stacklevel=2
+            )
         schedule = cls(**fields)
         for name, choices in _CHOICES.items():
             if getattr(schedule, name) not in choices:
-                raise InputError(f"scheduler config: {name}={getattr(schedule, name)!r}, known are {', '.join(choices)}")
+                raise InputError(
+                    f"scheduler config: {name}={getattr(schedule, name)!r}, known are {', '.join(choices)}"
+                )
         return schedule
 
     @property
@@ -80,7 +84,9 @@ class NoiseSchedule:
         """
         total = self.num_train_timesteps
         if not 1 <= num_steps <= total:
-            raise InputError(f"num_inference_steps={num_steps} must lie between 1 and {total}, the model's training timesteps")
+            raise InputError(
+                f"num_inference_steps={num_steps} must lie between 1 and {total}, the model's training timesteps"
+            )
         if self.timestep_spacing == "linspace":
             steps = np.linspace(0, total - 1, num_steps).round()[::-1]
         elif self.timestep_spacing == "leading":

@@ -8,7 +8,7 @@ from ipadapter_jax.errors import InputError
 
 def pick(
     raw: Mapping[str, Any], *, what: str, fields: Mapping[str, Any], fixed: Mapping[str, tuple], ignored: set[str]
-):
+) -> dict[str, Any]:
     """The values of `fields` (name -> default) found in `raw`, lists as tuples.
 
     A name in `fixed` may be present only with one of the values given there; a name in `ignored` does not change the

@@ -43,6 +43,11 @@ def timestep_embedding(timesteps: Array, width: int) -> Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def match_rows(x: Array, rows: int) -> Array:
+    """(B, ...) -> (rows, ...), each row repeated: what does not depend on the context is computed once for all branches."""
+    return x if x.shape[0] == rows else jnp.repeat(x, rows // x.shape[0], axis=0)
+
+
 def upsample_nearest(x: Array, height: int, width: int) -> Array:
     """(B, h, w, C) -> (B, height, width, C): target pixel i reads source pixel floor(i h / height), as PyTorch's."""
     batch, h, w, channels = x.shape
@@ -66,7 +71,8 @@ class ResnetBlock(nn.Module):
         y = nn.silu(group_norm(self.groups, self.epsilon, self.dtype, "norm1")(x))
         y = conv(self.features, 3, self.dtype, "conv1")(y)
         if time is not None:
-            y = y + nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))[:, None, None]
+            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
+            y = y + match_rows(shift, y.shape[0])[:, None, None]
         y = nn.silu(group_norm(self.groups, self.epsilon, self.dtype, "norm2")(y))
         y = conv(self.features, 3, self.dtype, "conv2")(y)
         if x.shape[-1] != self.features:

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.models.attention import Entry, attend
-from ipadapter_jax.models.layers import conv, gelu, group_norm, layer_norm
+from ipadapter_jax.models.layers import conv, gelu, group_norm, layer_norm, match_rows
 
 KeyValue = tuple[Array, Array]
 
 
 class Transformer(nn.Module):
-    """diffusers' Transformer2DModel with convolutional projections and one block: (B, h, w, C) -> the same."""
+    """diffusers' Transformer2DModel with convolutional projections and one block: (B, h, w, C) -> (R, h, w, C),
+    with as many rows as the context has."""
 
     width: int
     heads: int
@@ -32,11 +33,13 @@ class Transformer(nn.Module):
     def __call__(self, x: Array, context: Sequence[Entry]) -> Array:
         y = self.proj_in(self.norm(x))
         y = self.transformer_blocks[0](y.reshape(x.shape[0], -1, x.shape[-1]), context)
-        return x + self.proj_out(y.reshape(x.shape))
+        y = self.proj_out(y.reshape(-1, *x.shape[1:]))
+        return match_rows(x, y.shape[0]) + y
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and a residual. (B, L, C) -> (B, L, C)."""
+    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and a residual: (B, L, C) -> (R, L, C), R
+    being the rows of the context, B or a multiple."""
 
     width: int
     heads: int
@@ -50,7 +53,7 @@ class TransformerBlock(nn.Module):
 
     def __call__(self, x: Array, context: Sequence[Entry]) -> Array:
         y = self.norm1(x)
-        x = x + self.attn1(y, [(*self.attn1.key_value(y), 1.0)])
+        x = match_rows(x + self.attn1(y, [(*self.attn1.key_value(y), 1.0)]), context[0][0].shape[0])
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 

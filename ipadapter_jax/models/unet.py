@@ -16,7 +16,7 @@ from jax import Array
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.attention import Entry
 from ipadapter_jax.models.config import pick
-from ipadapter_jax.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm, timestep_embedding
+from ipadapter_jax.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm, match_rows, timestep_embedding
 from ipadapter_jax.models.transformer import KeyValue, Transformer
 
 
@@ -135,10 +135,11 @@ class UNet(nn.Module):
         image_kv: Sequence[Sequence[KeyValue]] = (),
         image_weight: Array | Sequence = (),
     ) -> Array:
-        """latents (B, h, w, 4), timesteps (B,) -> prediction (B, h, w, 4) float32.
+        """latents (B, h, w, 4), timesteps (B,) -> prediction (R, h, w, 4) float32.
 
-        text_kv holds (k, v), each (B, S, C), per site of `cross_attention_sites`. image_kv holds the same for every
-        image entry, and image_weight[entry][site] that entry's weight there: a scalar or what broadcasts to (B, L, 1).
+        R is the rows of the keys and values, B or a multiple: with two branches of guidance, row b * 2 + g is branch g
+        of latent b, and all that comes before the first cross-attention is computed once for both. text_kv holds (k, v), each (R, S, C), per site of `cross_attention_sites`. image_kv holds the same for every
+        image entry, and image_weight[entry][site] that entry's weight there: a scalar or what broadcasts to (R, L, 1).
         """
         contexts = self._contexts(text_kv, image_kv, image_weight)
         time = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]))
@@ -275,7 +276,7 @@ class UpBlock(nn.Module):
     ) -> Array:
         """size (h, w) is the size of the next block's skips: odd sizes do not double exactly."""
         for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
-            x = resnet(jnp.concatenate([x, skip], axis=-1), time)
+            x = resnet(jnp.concatenate([x, match_rows(skip, x.shape[0])], axis=-1), time)
             if self.attention:
                 x = self.attentions[i](x, next(contexts))
         return x if size is None else self.upsamplers[0](x, *size)

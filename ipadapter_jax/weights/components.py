@@ -10,7 +10,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,10 +37,10 @@ class Component:
     torch_stem: str
     flax_stem: str
     config: Callable[[Mapping[str, Any]], Any]
-    module: Callable[..., nn.Module]
+    module: Callable[..., Any]
     example: Callable[[Any], Callable]  # config -> a function of the module that touches every parameter
     renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    modernise: Callable[[str], str] = staticmethod(lambda key: key)
+    modernise: Callable[[str], str] = lambda key: key
     ignored: str = r"(?!)"
 
 
@@ -121,33 +120,58 @@ class Loaded:
 def load_component(
     component: Component, folder: Path, dtype: np.dtype, variant: str | None = None, put: Callable = jax.device_put
 ) -> Loaded:
-    """Reads `folder`/config.json and its weights, in `dtype`. Raises InputError or WeightFileError naming what is wrong."""
-    module = component.module(component.config(read_json(folder / "config.json")), dtype)
+    """Reads `folder`/config.json and its weights, in `dtype`. Raises InputError or WeightFileError naming the fault."""
+    module, template = _build(component, folder / "config.json", dtype)
     names = [path.name for path in folder.iterdir()]
     source = folder / choose_weights(component, names, str(folder), variant)
-    tensors = open_tensors(source)
+    tensors = drop_ignored(open_tensors(source), component.ignored, str(source))
     spelling = FLAX
     if source.suffix != ".msgpack":
         spelling = torch_spelling(component.renames)
-        tensors = {component.modernise(key): tensor for key, tensor in tensors.items()}
-    tensors = drop_ignored(tensors, component.ignored, str(source))
-    template = template_of(component, module)
+        tensors = _modernised(tensors, component, str(source))
     return Loaded(module, load_tree(tensors, template, spelling, source=str(source), dtype=dtype, put=put), source)
 
 
-def template_of(component: Component, module: nn.Module) -> Tree:
+def _build(component: Component, path: Path, dtype: np.dtype) -> tuple[Any, Tree]:
+    raw = read_json(path)
+    try:
+        module = component.module(component.config(raw), dtype)
+        return module, template_of(component, module)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+    ) as error:  # from deep inside the networks
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: no {component.title} can be built from these settings ({reason})") from None
+
+
+def _modernised(tensors: Mapping[str, Tensor], component: Component, source: str) -> dict[str, Tensor]:
+    modern: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if modern.setdefault(component.modernise(key), tensor) is not tensor:
+            raise WeightFileError(f"{source}: {key} stands there twice, in an old and a new spelling; use another file")
+    return modern
+
+
+def template_of(component: Component, module: Any) -> Tree:
     """The module's parameter tree with shapes for leaves, at no cost."""
-    example = component.example(module.config)  # type: ignore[attr-defined]
+    example = component.example(module.config)
     init = functools.partial(module.init, method=example.func, **example.keywords)
     return jax.eval_shape(init, jax.random.key(0))["params"]
 
 
 def drop_ignored(tensors: Mapping[str, Tensor], pattern: str, source: str) -> dict[str, Tensor]:
     """The tensors whose names do not match, reporting those that do."""
-    ignored = [name for name in tensors if re.fullmatch(pattern, name)]
+    ignored = dict.fromkeys(name for name in tensors if re.fullmatch(pattern, name))
     if ignored:
-        log.info("%s: ignored %s", source, ", ".join(ignored[:3]) + (" ..." if len(ignored) > 3 else ""))
-    return {name: tensor for name, tensor in tensors.items() if name not in set(ignored)}
+        more = f" and {len(ignored) - 3} more" if len(ignored) > 3 else ""
+        log.info("%s: ignored %s%s", source, ", ".join([*ignored][:3]), more)
+    return {name: tensor for name, tensor in tensors.items() if name not in ignored}
 
 
 def choose_weights(component: Component, names: Collection[str], folder: str, variant: str | None) -> str:
@@ -156,20 +180,21 @@ def choose_weights(component: Component, names: Collection[str], folder: str, va
     `variant` ("fp16") asks for the files that carry it; without it they are the last resort.
     """
     stem, pickle = component.torch_stem, component.torch_stem if "pytorch" in component.torch_stem else "pytorch_model"
-    with_variant = [f"{stem}.{variant or 'fp16'}.safetensors", f"{stem}.safetensors.index.{variant or 'fp16'}.json"]
+    mark = variant or "fp16"
+    marked = [f"{stem}.{mark}.safetensors", f"{stem}.safetensors.index.{mark}.json", f"{pickle}.{mark}.bin"]
     plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{component.flax_stem}.msgpack", f"{pickle}.bin"]
-    wanted = with_variant if variant else plain + with_variant
+    wanted = marked if variant else plain + marked
     for name in wanted:
         if name in names:
             return name
+    what = f"{component.title} weights" + (f" of the variant {variant!r}" if variant else "")
     held = ", ".join(sorted(name for name in names if name != "config.json")) or "no files"
-    raise WeightFileError(
-        f"{folder}: no {variant or ''} weights of the {component.title} (it holds {held}); expected {' or '.join(wanted)}"
-    )
+    raise WeightFileError(f"{folder}: no {what} (it holds {held}); expected {' or '.join(wanted)}")
 
 
 def choose_files(names: Sequence[str], folders: Mapping[str, Component], extras: Sequence[str], variant: str | None):
-    """Of all files of a repository those that loading needs: configs, tokenizer, one weight file (or its shards) a network."""
+    """Of all files of a repository those that loading needs: configs, `extras`, and per network one weight file or its
+    shards."""
     chosen = [name for name in names if any(fnmatch(name, pattern) for pattern in extras)]
     for folder, component in folders.items():
         prefix = f"{folder}/" if folder else ""
@@ -177,22 +202,21 @@ def choose_files(names: Sequence[str], folders: Mapping[str, Component], extras:
         weights = choose_weights(component, inside, folder or ".", variant)
         chosen += [f"{prefix}config.json", f"{prefix}{weights}"]
         if weights.endswith(".json"):
-            marker = f".{variant or 'fp16'}" if not weights.endswith("index.json") else ""
-            chosen += [
-                f"{prefix}{n}" for n in inside if fnmatch(n, f"{component.torch_stem}{marker}-*-of-*.safetensors")
-            ]
+            mark = "" if weights.endswith("index.json") else f".{variant or 'fp16'}"
+            shards = f"{component.torch_stem}{mark}-*-of-*.safetensors"
+            chosen += [prefix + name for name in inside if fnmatch(name, shards)]
     return chosen
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises InputError naming the file when it is missing or is something else."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"{path} is missing: give a folder in diffusers' layout (unet/, vae/, text_encoder/ ...)"
         ) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); download it again") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no JSON object; download it again")

@@ -1,11 +1,16 @@
-"""A folder or a file by one string: a path on this machine, or a Hugging Face repository ("owner/name", or a place inside
-it, "owner/name/folder/file.safetensors")."""
+"""A folder or a file by one string: a path on this machine, a repository of the Hugging Face Hub ("owner/name"), or a
+place inside one ("owner/name/folder/file.safetensors")."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from ipadapter_jax.errors import InputError
+
+log = logging.getLogger("ipadapter_jax")
+
+_TIMEOUT = 20  # seconds
 
 Choose = Callable[[Sequence[str]], Sequence[str]]
 
@@ -16,47 +21,74 @@ def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revis
     A path that exists wins. `choose` gets the names of all files below the reference, relative to it, and returns those
     that are needed. Raises InputError naming the reference when it is neither here nor on the Hub.
     """
-    path = Path(reference).expanduser()
-    if path.exists():
-        return path
-    parts = PurePosixPath(str(reference)).parts
-    if len(parts) < 2 or path.is_absolute() or parts[0] in (".", "..", "~") or "\\" in str(reference):
+    path = os.path.expanduser(reference)
+    if os.path.exists(path):
+        return Path(path)
+    repo, inside = _hub_place(str(reference))
+    if not repo:
         raise InputError(f"{what} {reference}: there is no such file or folder here, and it is no Hub id (owner/name)")
-    return _from_hub("/".join(parts[:2]), "/".join(parts[2:]), choose, what, revision)
+    return _from_hub(repo, inside, choose, what, revision)
+
+
+def _hub_place(reference: str) -> tuple[str, str]:
+    """'owner/name/folder/file' -> ('owner/name', 'folder/file'); empty strings for what can only be a path."""
+    parts = PurePosixPath(reference).parts
+    if len(parts) < 2 or reference.startswith((".", "/", "~")) or ".." in parts or "\\" in reference:
+        return "", ""
+    return "/".join(parts[:2]), "/".join(parts[2:])
 
 
 def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    here = f"{inside}/" if inside else ""
     try:
-        names = HfApi().list_repo_files(repo, revision=revision)
-        if inside in names:
-            patterns = [inside]
-        else:
-            below = [name[len(here) :] for name in names if name.startswith(here)]
-            if not below:
-                raise InputError(f"{what} {repo}: the repository has no {inside}")
-            patterns = [here + name for name in choose(below)]
-        root = snapshot_download(repo, revision=revision, allow_patterns=patterns)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        # Not list_repo_files, which tries for half a minute where there is no network.
+        found = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT).siblings or []
+    except Exception as error:  # the errors of the HTTP client differ between releases of huggingface_hub
         cached = _cached(repo, revision)
         if cached is None or not (cached / inside).exists():
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
-                f"{what} {repo}: neither a path on this machine nor reachable on the Hugging Face Hub ({reason})"
+                f"{what} {repo}: not a path on this machine, and not to be had from the Hugging Face Hub: "
+                f"{_reason(error)}"
             ) from None
-        root = cached
-    return Path(root) / inside
+        log.warning("%s %s: using the copy downloaded earlier (%s)", what, repo, _reason(error))
+        return cached / inside
+    names = [file.rfilename for file in found]
+    wanted = [inside]
+    if inside not in names:
+        here = f"{inside}/" if inside else ""
+        below = [name.removeprefix(here) for name in names if name.startswith(here)]
+        if not below:
+            raise InputError(f"{what} {repo}: the repository has no {inside or 'files'}")
+        wanted = [here + name for name in choose(below)]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)) / inside
+    except Exception as error:
+        raise InputError(
+            f"{what} {repo}: the download has stopped: {_reason(error)}; the same command goes on with it"
+        ) from None
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
-    """The snapshot of an earlier download, when there is no network."""
+    """The snapshot of an earlier download."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
+    except (OSError, ValueError):  # not there, or no name of a repository
         return None
+
+
+def _reason(error: Exception) -> str:
+    """Why the Hub gave nothing, in one line."""
+    from huggingface_hub import errors
+
+    known = {
+        errors.GatedRepoError: "accept its licence on its page there, then log in with `hf auth login`",
+        errors.RepositoryNotFoundError: "it has no such repository, or a private one: log in with `hf auth login`",
+        errors.RevisionNotFoundError: "the repository has no such revision",
+    }
+    for kind, reason in known.items():
+        if isinstance(error, kind):
+            return reason
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

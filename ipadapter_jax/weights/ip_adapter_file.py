@@ -1,4 +1,4 @@
-"""Released IP-Adapter files (.safetensors and .bin): which variant one is, what it needs, and its two parameter trees."""
+"""Released IP-Adapter files (.safetensors and .bin): which variant one is, what it needs, its two parameter trees."""
 
 import dataclasses
 import re
@@ -17,6 +17,7 @@ from ipadapter_jax.weights.names import torch_spelling
 from ipadapter_jax.weights.tensors import Tensor, open_tensors
 from ipadapter_jax.weights.tree import Tree, load_tree
 
+_MAX_DEPTH = 64  # the released Resamplers have 4 layers; what a file has beyond is reported as left over
 _BASES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 
 
@@ -31,7 +32,7 @@ class IPAdapterFile:
 
 
 def open_ip_adapter(path: Path) -> IPAdapterFile:
-    """Opens a file of the base, light, plus, plus-face or full-face kind and finds its variant from its keys and shapes.
+    """Opens a file of the base, light, plus, plus-face or full-face kind and finds its variant from keys and shapes.
 
     Raises WeightFileError for other files, saying what was found.
     """
@@ -41,7 +42,9 @@ def open_ip_adapter(path: Path) -> IPAdapterFile:
         for prefix in ("image_proj", "ip_adapter")
     }
     if not groups["image_proj"] or not groups["ip_adapter"]:
-        raise WeightFileError(f"{path}: not an IP-Adapter file ({_guess(tensors)})")
+        raise WeightFileError(
+            f"{path}: not an IP-Adapter file, which holds image_proj.* and ip_adapter.*; {_guess(tensors)}"
+        )
     drop_ignored(tensors, r"(?!image_proj\.|ip_adapter\.).*", str(path))  # the released .bin of plus hold a third part
     config = _detect(path, groups["image_proj"], groups["ip_adapter"])
     return IPAdapterFile(Path(path), groups["image_proj"], groups["ip_adapter"], config)
@@ -49,64 +52,79 @@ def open_ip_adapter(path: Path) -> IPAdapterFile:
 
 def _guess(tensors: Mapping[str, Tensor]) -> str:
     known = {
-        r"model\.diffusion_model\.|first_stage_model\.": "it is a whole Stable Diffusion checkpoint: give it as the base model",
-        r"conv_in\.|down_blocks\.": "it is a UNet, VAE or ControlNet",
-        r"lora_|.*\.lora_|.*lora\.(up|down)": "it is a LoRA",
-        r"vision_model\.|text_model\.": "it is a CLIP model: give it as the image encoder",
+        r"model\.diffusion_model\.|first_stage_model\.": "a whole Stable Diffusion checkpoint, a base model",
+        r"controlnet_cond_embedding\.|controlnet_down_blocks\.": "a ControlNet",
+        r"time_embedding\.": "a UNet: give the folder that holds its folder unet as the base model",
+        r"encoder\.conv_in\.|decoder\.conv_in\.": "a VAE",
+        r"(.*[._])?lora[._]": "a LoRA",
+        r"vision_model\.|text_model\.": "a CLIP model: give it as the image encoder (image_encoder)",
     }
     for pattern, guess in known.items():
         if any(re.match(pattern, name) for name in tensors):
-            return guess
-    return f"its tensors are {', '.join(list(tensors)[:3]) or 'none'}; expected image_proj.* and ip_adapter.*"
+            return f"it looks like {guess}"
+    return f"its tensors are {', '.join(name[:60] for name in list(tensors)[:3]) or 'none'}"
 
 
 def _detect(path: Path, proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) -> ImageProjConfig:
-    if (
-        "0.to_q_lora.down.weight" in ip
-        or "perceiver_resampler.proj_in.weight" in proj
-        or "proj.2.bias" in proj
-        and "norm.weight" in proj
-    ):
+    face_id = "perceiver_resampler.proj_in.weight" in proj or {"proj.2.weight", "norm.weight"} <= proj.keys()
+    if face_id or any("_lora." in name for name in ip):
         raise WeightFileError(
             f"{path}: a FaceID adapter, which is not supported; use a base, plus or full-face adapter"
         )
-    if "1.to_k_ip.weight" not in ip:
-        raise WeightFileError(f"{path}: ip_adapter.1.to_k_ip.weight is missing; is this file damaged?")
-    width = ip["1.to_k_ip.weight"].shape[1]
     try:
-        if "proj.weight" in proj:
-            tokens_width, features = proj["proj.weight"].shape
-            return ImageProjConfig("base", features, width, tokens_width // width)
-        if "proj.3.weight" in proj:
-            return ImageProjConfig("full", proj["proj.0.weight"].shape[1], width, num_tokens=0)
-        if "latents" in proj:
-            _, tokens, hidden = proj["latents"].shape
-            return ImageProjConfig(
-                "plus",
-                feature_dim=proj["proj_in.weight"].shape[1],
-                cross_attention_dim=width,
-                num_tokens=tokens,
-                hidden_dim=hidden,
-                heads=proj["layers.0.0.to_q.weight"].shape[0] // HEAD_DIM,
-                depth=1 + max(int(name.split(".")[1]) for name in proj if name.startswith("layers.")),
-                ff_mult=proj["layers.0.1.1.weight"].shape[0] // hidden,
-            )
-    except (KeyError, ValueError, IndexError) as error:
-        raise WeightFileError(f"{path}: its image projection is not whole ({error}); download it again") from None
-    raise WeightFileError(f"{path}: an unknown image projection with {', '.join(sorted(proj)[:3])}")
+        config = _projection(proj, width=ip["1.to_k_ip.weight"].shape[1])
+    except KeyError as error:
+        raise WeightFileError(f"{path}: not a whole IP-Adapter file, {error} is missing; download it again") from None
+    except (ValueError, IndexError) as error:
+        raise WeightFileError(f"{path}: not an IP-Adapter file that is known, {error}; download it again") from None
+    if config is None:
+        raise WeightFileError(f"{path}: an unknown image projection with {', '.join(sorted(proj)[:3])}")
+    return config
+
+
+def _projection(proj: Mapping[str, Tensor], width: int) -> ImageProjConfig | None:
+    """The variant and sizes of a projection to tokens of this width; KeyError, ValueError and so on if incomplete."""
+    if "proj.weight" in proj:
+        rows, features = proj["proj.weight"].shape
+        return ImageProjConfig("base", features, width, num_tokens=_ratio(rows, width))
+    if "proj.3.weight" in proj:
+        return ImageProjConfig("full", proj["proj.0.weight"].shape[1], width, num_tokens=0)
+    if "latents" in proj:
+        _, tokens, hidden = proj["latents"].shape
+        return ImageProjConfig(
+            "plus",
+            feature_dim=proj["proj_in.weight"].shape[1],
+            cross_attention_dim=width,
+            num_tokens=_ratio(tokens, 1),
+            hidden_dim=hidden,
+            heads=_ratio(proj["layers.0.0.to_q.weight"].shape[0], HEAD_DIM),
+            depth=min(_MAX_DEPTH, len({name.split(".")[1] for name in proj if name.startswith("layers.")})),
+            ff_mult=_ratio(proj["layers.0.1.1.weight"].shape[0], hidden),
+        )
+    return None
+
+
+def _ratio(whole: int, part: int) -> int:
+    if part < 1 or whole < part or whole % part:
+        raise ValueError(f"its sizes {whole} and {part} do not fit")
+    return whole // part
 
 
 def check_base(file: IPAdapterFile, cross_attention_dim: int, widths: tuple[int, ...]) -> None:
     """Raises WeightFileError unless the adapter was made for a UNet with this text width and these cross-attentions."""
     made_for = file.config.cross_attention_dim
     if made_for != cross_attention_dim:
+        family, this = (_BASES.get(width, "no known family") for width in (made_for, cross_attention_dim))
         raise WeightFileError(
-            f"{file.path}: made for tokens of width {made_for} ({_BASES.get(made_for, 'no known family')}), this base has "
-            f"{cross_attention_dim} ({_BASES.get(cross_attention_dim, 'no known family')}); take the adapter of this base"
+            f"{file.path}: made for tokens of width {made_for} ({family}), this base has {cross_attention_dim} "
+            f"({this}); take the adapter of this base"
         )
     sites = len(file.ip_adapter) // 2
     if sites != len(widths):
-        raise WeightFileError(f"{file.path}: made for a UNet with {sites} cross-attentions, this one has {len(widths)}")
+        raise WeightFileError(
+            f"{file.path}: made for a UNet with {sites} cross-attentions, this base has {len(widths)}; "
+            "take the adapter of this base"
+        )
 
 
 def check_encoder(file: IPAdapterFile, embedding: int, hidden: int, encoder: str) -> None:
@@ -121,8 +139,8 @@ def check_encoder(file: IPAdapterFile, embedding: int, hidden: int, encoder: str
         }
         needed = known.get(file.config.feature_dim, "another encoder")
         raise WeightFileError(
-            f"{file.path}: needs {kind} of width {file.config.feature_dim} ({needed}), the image encoder {encoder} gives "
-            f"{found}; choose the right one with image_encoder"
+            f"{file.path}: needs {kind} of width {file.config.feature_dim} ({needed}), the image encoder {encoder} "
+            f"gives {found}; choose the right one with image_encoder"
         )
 
 

@@ -5,8 +5,10 @@ The file is one nested map from names to arrays. An array is extension type 1, w
 """
 
 import dataclasses
+import math
 import mmap
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
@@ -15,12 +17,13 @@ import numpy as np
 from ipadapter_jax.errors import WeightFileError
 
 _NDARRAY = 1
-_MAX_DEPTH = 32
+_MAX_DEPTH, _MAX_NAME = 32, 1000
+_MAX_NAMES = 1 << 24  # characters of all dotted names, and 64 for each entry: a long name may stand before many others
 _DTYPES = {"float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
 @dataclasses.dataclass(frozen=True)
-class MsgpackTensor:
+class MappedTensor:
     """An array inside a mapped file; only `read` touches its pages."""
 
     buffer: mmap.mmap
@@ -29,29 +32,32 @@ class MsgpackTensor:
     dtype: np.dtype
 
     def read(self) -> np.ndarray:
-        count = int(np.prod(self.shape, dtype=np.int64))
-        view = np.frombuffer(self.buffer, self.dtype, count, self.offset)
-        return view.reshape(self.shape).copy()  # never alias a file that somebody may overwrite
+        """A read-only view of the file, which may not be aligned: copy what must outlive a change of the file."""
+        return np.frombuffer(self.buffer, self.dtype, math.prod(self.shape), self.offset).reshape(self.shape)
 
 
-def read_msgpack_file(path: Path) -> dict[str, MsgpackTensor]:
-    """Dotted names ('conv_in.kernel') -> tensors. Raises WeightFileError for anything that is not a map of arrays."""
+def map_file(path: Path) -> mmap.mmap:
+    """The bytes of a file that is not empty, read when touched."""
     with open(path, "rb") as file:
-        try:
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise WeightFileError(f"{path}: the file is empty; download it again") from None
-    reader = _Reader(buffer)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def read_msgpack_file(path: Path) -> dict[str, MappedTensor]:
+    """Dotted names ('conv_in.kernel') -> tensors. Raises WeightFileError for anything that is not a map of arrays."""
+    tensors: dict[str, MappedTensor] = {}
     try:
-        tensors = dict(_walk(reader, (), 0))
-        if reader.position != len(buffer):
-            raise _Malformed(f"{len(buffer) - reader.position} bytes after the end")
-    except (_Malformed, struct.error, IndexError, UnicodeDecodeError, TypeError, OverflowError) as error:
-        raise WeightFileError(f"{path}: not a whole Flax msgpack file ({error}); download it again") from None
+        reader = _Reader(map_file(path))
+        for name, tensor in _walk(reader, (), 0):
+            reader.require(name not in tensors, f"two tensors are called {name[:60]!r}")
+            tensors[name] = tensor
+        reader.require(reader.position == len(reader.buffer), "bytes follow after its end")
+    except (struct.error, IndexError, ValueError) as error:  # a header beyond the end, no UTF-8
+        reason = str(error) if isinstance(error, _Malformed) else "it is cut short or damaged"
+        raise WeightFileError(f"{path}: not a whole Flax msgpack file ({reason}); download it again") from None
     return tensors
 
 
-class _Malformed(Exception):
+class _Malformed(ValueError):
     pass
 
 
@@ -59,38 +65,37 @@ class _Reader:
     """Reads msgpack headers at a position that moves forward."""
 
     def __init__(self, buffer: mmap.mmap, position: int = 0):
-        self.buffer, self.position = buffer, position
+        self.buffer, self.position, self.cost = buffer, position, 0
+
+    @staticmethod
+    def require(condition: bool, problem: str) -> None:
+        if not condition:
+            raise _Malformed(problem)
 
     def number(self, layout: str) -> int:
         (value,) = struct.unpack_from(">" + layout, self.buffer, self.position)
         self.position += struct.calcsize(layout)
         return value
 
-    def length(self, what: str, fixed: tuple[int, int] | None, sized: dict[int, str]) -> int | None:
-        """The length in a header whose first byte is in the `fixed` range or starts a `sized` one; None for another kind."""
+    def length(self, fixed: range, sized: dict[int, str]) -> int | None:
+        """The length in a header whose first byte is in `fixed` or a key of `sized`; None for another kind."""
         code = self.buffer[self.position]
-        if fixed and fixed[0] <= code <= fixed[1]:
-            self.position += 1
-            return code - fixed[0]
-        if code not in sized:
+        if code not in fixed and code not in sized:
             return None
         self.position += 1
-        return self.number(sized[code])
-
-    def map(self) -> int | None:
-        return self.length("map", (0x80, 0x8F), {0xDE: "H", 0xDF: "I"})
+        return code - fixed[0] if code in fixed else self.number(sized[code])
 
     def skip(self, count: int) -> int:
         """Steps over `count` bytes and returns where they begin."""
         start, self.position = self.position, self.position + count
-        if self.position > len(self.buffer):
-            raise _Malformed("it ends inside an array")
+        self.require(self.position <= len(self.buffer), "it ends inside an array")
         return start
 
     def text(self) -> str:
-        count = self.length("string", (0xA0, 0xBF), {0xD9: "B", 0xDA: "H", 0xDB: "I"})
+        count = self.length(range(0xA0, 0xC0), {0xD9: "B", 0xDA: "H", 0xDB: "I"})
         if count is None:
             raise _Malformed("a name is not text")
+        self.require(count <= _MAX_NAME, "a name is too long")
         start = self.skip(count)
         return self.buffer[start : start + count].decode()
 
@@ -98,48 +103,49 @@ class _Reader:
         code = self.number("B")
         if code <= 0x7F:
             return code
-        if code not in (0xCC, 0xCD, 0xCE, 0xCF):
-            raise _Malformed("a size is not a whole number")
-        return self.number({0xCC: "B", 0xCD: "H", 0xCE: "I", 0xCF: "Q"}[code])
+        self.require(0xCC <= code <= 0xCF, "a size is not a whole number")
+        return self.number("BHIQ"[code - 0xCC])
 
 
-def _walk(reader: _Reader, path: tuple[str, ...], depth: int):
-    """Yields (dotted name, tensor) below a map, depth first."""
-    entries = reader.map()
+_MAP = (range(0x80, 0x90), {0xDE: "H", 0xDF: "I"})
+_SHORT_LIST = (range(0x90, 0xA0), {})
+_BYTES = (range(0), {0xC4: "B", 0xC5: "H", 0xC6: "I"})
+_EXTENSION = (range(0), {0xC7: "B", 0xC8: "H", 0xC9: "I"})
+_POWER_OF_TWO_EXTENSION = (range(0xD4, 0xD9), {})  # of 1, 2, 4, 8 or 16 bytes
+
+
+def _walk(reader: _Reader, path: tuple[str, ...], depth: int) -> Iterator[tuple[str, MappedTensor]]:
+    """The dotted names and tensors of the map at the reader's position, depth first."""
+    entries = reader.length(*_MAP)
     if entries is None or depth > _MAX_DEPTH:
         raise _Malformed("not nested maps of arrays")
     for _ in range(entries):
-        name = reader.text()
-        if 0x80 <= reader.buffer[reader.position] <= 0x8F or reader.buffer[reader.position] in (0xDE, 0xDF):
-            yield from _walk(reader, (*path, name), depth + 1)
+        inner = (*path, reader.text())
+        name = ".".join(inner)
+        reader.cost += 64 + len(name)
+        reader.require(reader.cost <= _MAX_NAMES, "too many names")
+        code = reader.buffer[reader.position]
+        if code in _MAP[0] or code in _MAP[1]:
+            yield from _walk(reader, inner, depth + 1)
         else:
-            yield ".".join((*path, name)), _array(reader, name)
+            yield name, _array(reader, name[:60])
 
 
-def _array(reader: _Reader, name: str) -> MsgpackTensor:
-    sized = {0xC7: "B", 0xC8: "H", 0xC9: "I"}
-    fixed = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
-    code = reader.buffer[reader.position]
-    if code in fixed:
-        reader.position += 1
-        count = fixed[code]
-    elif (found := reader.length("array", None, sized)) is not None:
-        count = found
-    else:
-        raise _Malformed(f"{name} is neither a map nor an array")
-    if reader.number("B") != _NDARRAY:
-        raise _Malformed(f"{name} is not an array")
+def _array(reader: _Reader, name: str) -> MappedTensor:
+    power = reader.length(*_POWER_OF_TWO_EXTENSION)
+    count = reader.length(*_EXTENSION) if power is None else 1 << power
+    if count is None or reader.number("B") != _NDARRAY:
+        raise _Malformed(f"{name!r} is neither a map nor an array")
     start = reader.skip(count)
     inner = _Reader(reader.buffer, start)
-    if inner.length("tuple", (0x90, 0x9F), {}) != 3:
-        raise _Malformed(f"{name} is not an array")
-    rank = inner.length("shape", (0x90, 0x9F), {})
-    shape = tuple(inner.integer() for _ in range(rank or 0))
+    reader.require(inner.length(*_SHORT_LIST) == 3, f"{name!r} is not an array")
+    rank = inner.length(*_SHORT_LIST)
+    if rank is None:
+        raise _Malformed(f"{name!r} has no shape")
+    shape = tuple(inner.integer() for _ in range(rank))
     dtype = inner.text()
-    if dtype not in _DTYPES:
-        raise _Malformed(f"{name} has dtype {dtype}")
-    size = inner.length("bytes", None, {0xC4: "B", 0xC5: "H", 0xC6: "I"})
-    expected = int(np.prod([int(n) for n in shape], dtype=object)) * np.dtype(dtype).itemsize
-    if rank is None or size != expected or inner.position + expected != start + count:
-        raise _Malformed(f"{name} has {size} bytes and needs {expected}")
-    return MsgpackTensor(reader.buffer, inner.position, shape, np.dtype(dtype))
+    reader.require(dtype in _DTYPES, f"{name!r} has dtype {dtype[:20]!r}")
+    size, expected = inner.length(*_BYTES), math.prod(shape) * np.dtype(dtype).itemsize
+    whole = size == expected and inner.position + expected == start + count
+    reader.require(whole and max(shape, default=0) <= len(reader.buffer), f"{name!r} has another size than its shape")
+    return MappedTensor(reader.buffer, inner.position, shape, np.dtype(dtype))

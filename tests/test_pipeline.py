@@ -1,0 +1,228 @@
+"""What `StableDiffusion` promises: nothing recompiles, pictures depend on their own seed, scale 0 is the base model."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, compilations, flax_folder
+from PIL import Image
+
+import ipadapter_jax.pipeline
+from ipadapter_jax import InputError, StableDiffusion, WeightFileError
+from ipadapter_jax.adapters import Adapter
+from ipadapter_jax.models.projections import ImageProjConfig
+
+CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
+SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
+
+
+@pytest.fixture(scope="module")
+def base() -> StableDiffusion:
+    return StableDiffusion.from_pretrained(TORCH_MODEL)
+
+
+@pytest.fixture(scope="module")
+def pipe(base) -> StableDiffusion:
+    return base.with_ip_adapter(ADAPTERS / "ip-adapter_tiny.safetensors", image_encoder=IMAGE_ENCODER)
+
+
+def test_nothing_that_a_person_changes_compiles_again(pipe):
+    pipe("a cat", ip_adapter_image=CAT, **SMALL)
+    with compilations() as count:
+        pipe("a dog on a beach", ip_adapter_image=DOG, negative_prompt="blurry", **SMALL)
+        pipe("a cat", ip_adapter_image=CAT, ip_adapter_scale=0.3, guidance_scale=4.0, seed=7, **SMALL)
+        pipe(ip_adapter_image=np.zeros((30, 50, 3), np.uint8), fit="pad", ip_adapter_scale=0.0, **SMALL)
+    assert count() == 0
+    with compilations() as count:  # the counter sees a program that is really new
+        pipe("a cat", ip_adapter_image=CAT, **SMALL | {"width": 72})
+    assert count() > 0
+
+
+def test_scale_zero_is_the_base_model_bit_for_bit(base, pipe):
+    plain = base("a cat", **SMALL)
+    np.testing.assert_array_equal(pipe("a cat", ip_adapter_image=CAT, ip_adapter_scale=0.0, **SMALL), plain)
+    assert np.abs(pipe("a cat", ip_adapter_image=CAT, ip_adapter_scale=1.0, **SMALL) - plain).max() > 0.01
+
+
+def test_a_picture_depends_on_its_own_seed_only(pipe):
+    """Not on the size of the batch nor on its place there: within one level of 255."""
+    batch = pipe("a cat", ip_adapter_image=CAT, num_images_per_prompt=5, seed=10, **SMALL)
+    alone = pipe("a cat", ip_adapter_image=CAT, seed=13, **SMALL)
+    shuffled = pipe("a cat", ip_adapter_image=CAT, num_images_per_prompt=2, seed=[13, 10], **SMALL)
+    assert levels(batch[3], alone[0]) <= 1
+    assert levels(shuffled, batch[[3, 0]]) <= 1
+    assert levels(batch[3], batch[0]) > 5
+
+
+def levels(a, b) -> int:
+    """The largest difference of 8-bit pixels."""
+    return int(np.abs(np.rint(a * 255) - np.rint(b * 255)).max())
+
+
+ON_DEVICES = """
+import sys, jax, numpy as np
+from ipadapter_jax import StableDiffusion, sampling
+model, adapter, encoder, image, out = sys.argv[1:]
+mesh = sampling.device_mesh()
+seeds = jax.device_put(np.repeat(np.uint32(13), mesh.size), sampling.by_image(mesh))
+noise = np.asarray(sampling.draw_noise((8, 8, 4), seeds, np.uint32(0), mesh))[0]
+pipe = StableDiffusion.from_pretrained(model).with_ip_adapter(adapter, image_encoder=encoder)
+pictures = pipe("a cat", ip_adapter_image=image, num_images_per_prompt=3, seed=12, num_inference_steps=2,
+                height=64, width=64, output_type="np")
+np.savez(out, noise=noise, pictures=pictures, devices=mesh.size)
+"""
+
+
+def test_a_picture_does_not_depend_on_the_number_of_devices(tmp_path):
+    """Its noise bit for bit, its picture within one level."""
+    found = []
+    for devices in (1, 4):
+        out = tmp_path / f"{devices}.npz"
+        arguments = [TORCH_MODEL, ADAPTERS / "ip-adapter_tiny.safetensors", IMAGE_ENCODER, CAT, out]
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+        subprocess.run([sys.executable, "-c", ON_DEVICES, *map(str, arguments)], check=True, env=environment)
+        found.append(np.load(out))
+    one, four = found
+    assert (one["devices"], four["devices"]) == (1, 4)
+    np.testing.assert_array_equal(one["noise"], four["noise"])
+    assert levels(one["pictures"], four["pictures"]) <= 1
+
+
+def test_prompts_are_independent_and_prompt_major(pipe):
+    both = pipe(
+        ["a cat", "a dog"], negative_prompt=["dark", ""], ip_adapter_image=CAT, num_images_per_prompt=2, **SMALL
+    )
+    dog = pipe("a dog", ip_adapter_image=CAT, seed=3, **SMALL)
+    assert both.shape == (4, 64, 64, 3)
+    assert levels(both[3], dog[0]) <= 1
+
+
+def test_the_same_picture_twice_is_that_picture_once(pipe):
+    """Tokens of several pictures share one softmax, and doubled tokens leave a softmax attention as it is."""
+    once = pipe("a cat", ip_adapter_image=CAT, **SMALL)
+    np.testing.assert_allclose(pipe("a cat", ip_adapter_image=[CAT, CAT], **SMALL), once, atol=2e-4)
+    assert np.abs(pipe("a cat", ip_adapter_image=[CAT, DOG], **SMALL) - once).max() > 1e-3
+
+
+def test_two_adapters_at_weight_zero_and_one(base, pipe):
+    two = pipe.with_ip_adapter(ADAPTERS / "ip-adapter-plus_tiny.bin", image_encoder=IMAGE_ENCODER)
+    assert two.adapters[1].encoder is pipe.adapters[0].encoder  # the same weights are not loaded twice
+    found = two("a cat", ip_adapter_image=[CAT, [DOG, CAT]], ip_adapter_scale=[1.0, 0.0], **SMALL)
+    np.testing.assert_allclose(found, pipe("a cat", ip_adapter_image=CAT, **SMALL), atol=2e-5)
+
+
+def test_given_embeddings_replace_the_picture(pipe):
+    adapter = pipe.adapters[0]
+    features = np.asarray(adapter.from_images(CAT, "crop", guided=True)())
+    expected = pipe("a cat", ip_adapter_image=CAT, **SMALL)
+    np.testing.assert_array_equal(pipe("a cat", ip_adapter_image_embeds=[features], **SMALL), expected)
+
+
+def test_given_latents_replace_the_seed(pipe):
+    latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
+    first = pipe("a cat", ip_adapter_image=CAT, latents=latents, seed=1, **SMALL)
+    np.testing.assert_array_equal(pipe("a cat", ip_adapter_image=CAT, latents=latents, seed=2, **SMALL), first)
+
+
+def test_step_by_step_gives_the_same_latents(pipe):
+    seen = []
+    arguments = SMALL | {"output_type": "latent"}
+    stepped = pipe("a cat", ip_adapter_image=CAT, callback_on_step_end=lambda *step: seen.append(step), **arguments)
+    np.testing.assert_allclose(stepped, pipe("a cat", ip_adapter_image=CAT, **arguments), atol=1e-4)
+    assert [(number, timestep) for number, timestep, _ in seen] == [(0, 501), (1, 1)]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.06), ("float16", 0.02)])
+def test_half_precision_stays_near_float32(pipe, dtype, error):
+    """Mean difference of pictures in [0, 1]; 8 and 11 bits of mantissa through two steps with guidance 7.5."""
+    half = StableDiffusion.from_pretrained(TORCH_MODEL, dtype=dtype)
+    half = half.with_ip_adapter(ADAPTERS / "ip-adapter_tiny.safetensors", image_encoder=IMAGE_ENCODER)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {dtype}
+    found = half("a cat", ip_adapter_image=CAT, **SMALL)
+    assert found.dtype == np.float32
+    assert np.abs(found - pipe("a cat", ip_adapter_image=CAT, **SMALL)).mean() < error
+
+
+def test_a_flax_repository_gives_the_same_pictures(base, tmp_path):
+    flax = StableDiffusion.from_pretrained(flax_folder(tmp_path))
+    np.testing.assert_array_equal(flax("a cat", **SMALL), base("a cat", **SMALL))
+
+
+def test_pil_output(pipe):
+    [picture] = pipe("a cat", ip_adapter_image=Image.open(CAT), **SMALL | {"output_type": "pil"})
+    assert (picture.size, picture.mode) == ((64, 64), "RGB")
+    expected = pipe("a cat", ip_adapter_image=CAT, **SMALL)[0]
+    np.testing.assert_array_equal(np.asarray(picture), np.rint(expected * 255))
+
+
+def test_a_long_prompt_works_and_says_what_is_lost(pipe):
+    with pytest.warns(UserWarning, match="longer than 77 tokens; ignored: .*sunglasses"):
+        pipe("a photo of a cat " * 40 + "wearing sunglasses", ip_adapter_image=CAT, **SMALL)
+
+
+WRONG = [
+    ({"height": 65}, r"height=65 is not a multiple of 8; the nearest size is 64"),
+    ({"width": 0}, "width=0"),
+    ({"num_inference_steps": 0}, "num_inference_steps=0 must lie between 1 and 1000"),
+    ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+    ({"ip_adapter_scale": float("nan")}, "ip_adapter_scale=nan is not a finite number"),
+    ({"ip_adapter_scale": [1.0, 1.0]}, "2 values for 1 adapters"),
+    ({"eta": 2.0}, "eta=2.0"),
+    ({"scheduler": "heun"}, "scheduler 'heun' is not known; choose ddim"),
+    ({"output_type": "jpg"}, "output_type 'jpg'"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [3]}, "prompt"),
+    ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+    ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
+    ({"seed": -1}, "seed -1 must lie between 0"),
+    ({"fit": "zoom"}, "zoom"),
+    ({"latents": np.zeros((1, 4, 8, 8))}, r"latents have shape \(1, 4, 8, 8\), these settings need \(1, 8, 8, 4\)"),
+    ({"latents": np.full((1, 8, 8, 4), np.inf)}, "latents are not finite"),
+    ({"ip_adapter_image": None}, "image prompt"),
+    ({"ip_adapter_image": []}, "empty"),
+    ({"ip_adapter_image": "nowhere.png"}, "nowhere.png"),
+    ({"ip_adapter_image_embeds": [np.zeros((2, 1, 40))]}, "both given"),
+    ({"ip_adapter_image": None, "ip_adapter_image_embeds": [np.zeros((1, 1, 40))]}, r"needs \(2, pictures, 40\)"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG)
+def test_wrong_arguments_end_before_any_compilation(pipe, wrong, message):
+    arguments = {"prompt": "a cat", "ip_adapter_image": CAT} | SMALL | wrong
+    with compilations() as count, pytest.raises(InputError, match=message) as caught:
+        pipe(**arguments)
+    assert count() == 0
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_without_adapter_is_refused(base):
+    with pytest.raises(InputError, match="needs an adapter: call with_ip_adapter first"):
+        base("a cat", ip_adapter_image=CAT, **SMALL)
+
+
+def test_wrong_models_are_refused_by_name(base, tmp_path):
+    with pytest.raises(InputError, match="nothing-here"):
+        StableDiffusion.from_pretrained(tmp_path / "nothing-here")
+    with pytest.raises(InputError, match="diffusers' layout"):
+        StableDiffusion.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="float8.*float32, bfloat16, float16"):
+        StableDiffusion.from_pretrained(TORCH_MODEL, dtype="float8")
+    with pytest.raises(WeightFileError, match="looks like a CLIP model"):
+        base.with_ip_adapter(IMAGE_ENCODER / "model.safetensors")
+    with pytest.raises(InputError, match=r"name one of its files \(.*ip-adapter_tiny.safetensors"):
+        base.with_ip_adapter(ADAPTERS)
+
+
+def test_a_picture_that_is_not_finite_is_an_error():
+    with pytest.raises(InputError, match="not finite: .* try bfloat16 or float32"):
+        ipadapter_jax.pipeline._pictures(np.full((1, 8, 8, 3), np.nan, np.float32), "np")
+
+
+def test_the_adapter_says_what_it_is(pipe):
+    [adapter] = pipe.adapters
+    assert isinstance(adapter, Adapter)
+    assert adapter.projection.config == ImageProjConfig("base", feature_dim=40, cross_attention_dim=32, num_tokens=4)
