@@ -51,7 +51,8 @@ class Adapter:
         The negative branch is what the adapters were trained with: base ones see zero embeddings, plus and full ones
         the states of zero pixels.
         """
-        pictures = [load_image(p) for p in (prompt if isinstance(prompt, list | tuple) else [prompt])]
+        given: Sequence[Any] = prompt if isinstance(prompt, list | tuple) else [prompt]
+        pictures = [load_image(picture) for picture in given]
         if not pictures:
             raise InputError("ip_adapter_image is an empty list; give at least one picture")
         config: CLIPVisionConfig = self.encoder.module.config
@@ -71,7 +72,7 @@ class Adapter:
         return features
 
     def from_embeds(self, embeds: Any, guided: bool) -> Callable[[], Array]:
-        """Checks given features (G, n, F) or, for plus and full, (G, n, L, F). Raises InputError naming the right shape."""
+        """Checks features (G, n, F) or, for plus and full, (G, n, L, F). Raises InputError naming the right shape."""
         config, vision = self.projection.config, self.encoder.module.config
         array, branches = np.asarray(embeds, np.float32), 2 if guided else 1
         rest = (vision.num_positions, config.feature_dim) if config.uses_patches else (config.feature_dim,)

@@ -46,10 +46,10 @@ def latent_shape(height: int, width: int, downscale: int, channels: int) -> tupl
 
 def seeds_of(seed: int | Sequence[int], count: int) -> np.ndarray:
     """One seed per picture, (count,) uint32: seed + i, or those given."""
-    seeds = [seed + i for i in range(count)] if isinstance(seed, Integral) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed + i for i in range(count)]
     if len(seeds) != count:
         raise InputError(f"{len(seeds)} seeds for {count} pictures; give one number, or one for each picture")
-    if not all(isinstance(s, Integral) and 0 <= s < 2**32 for s in seeds):
+    if not all(isinstance(s, int | np.integer) and 0 <= s < 2**32 for s in seeds):
         raise InputError(f"seed {seed} must lie between 0 and 2^32 - 1")
     return np.asarray(seeds, np.uint32)
 
@@ -66,7 +66,7 @@ def given_latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 def image_weights(scale: float | Sequence[float], adapters: int, sites: int) -> np.ndarray:
     """One weight per (adapter, site), float32."""
-    scales = [scale] * adapters if isinstance(scale, Real) else list(scale)
+    scales = list(scale) if isinstance(scale, Sequence | np.ndarray) else [scale] * adapters
     if len(scales) != adapters:
         raise InputError(f"ip_adapter_scale has {len(scales)} values for {adapters} adapters; give one for each")
     for value in scales:
@@ -86,8 +86,11 @@ def prompts_of_adapters(images: Any, embeds: Sequence[Any] | None, adapters: int
         if images is not None or embeds is not None:
             raise InputError("an image prompt needs an adapter: call with_ip_adapter first")
         return []
-    several = isinstance(images, list | tuple) and (adapters > 1 or any(isinstance(i, list | tuple) for i in images))
-    given = list(embeds) if embeds is not None else list(images) if several else [images]
+    given = [images]
+    if embeds is not None:
+        given = list(embeds)
+    elif isinstance(images, list | tuple) and (adapters > 1 or any(isinstance(i, list | tuple) for i in images)):
+        given = list(images)
     if len(given) != adapters or any(prompt is None for prompt in given):
         raise InputError(f"{adapters} adapter(s) need as many image prompts (ip_adapter_image), one for each")
     return given

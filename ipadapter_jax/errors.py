@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """Bad input: the message names the offender and the remedy in one line; the command line shows it and exits with 2."""
+    """Bad input: one line that names the offender and the remedy. The command line shows it and exits with 2."""
 
 
 class WeightFileError(InputError):

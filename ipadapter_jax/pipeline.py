@@ -79,7 +79,7 @@ class StableDiffusion:
         """From a folder in diffusers' layout (PyTorch or Flax weights) or a Hub id.
 
         `dtype` is that of weights and networks: float32, bfloat16 or float16; norms, softmax and the sampler stay in
-        float32. `variant` ("fp16") picks such weight files. Raises InputError (or WeightFileError) naming what is wrong.
+        float32. `variant` ("fp16") picks such weight files. Raises InputError, WeightFileError among them.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r}: choose {', '.join(DTYPES)}")
@@ -142,12 +142,12 @@ class StableDiffusion:
     ) -> Any:
         """Pictures for every prompt, prompt-major.
 
-        ip_adapter_image: one picture, several for one adapter (their tokens share one softmax), or with several adapters
-        a list of these, one per adapter; each a PIL image, an array or a path, brought to a square by `fit` ("crop",
-        "resize", "pad"). ip_adapter_image_embeds instead: per adapter the encoder's features (G, n, ...), the negative
-        branch first when guidance_scale > 1 (G = 2). ip_adapter_scale: lambda of the paper, one or one per adapter.
-        seed: picture i uses seed + i, or seed[i], and nothing else. latents (B, h, w, 4): standard normal.
-        guidance_scale <= 1 leaves the unconditional branch out. callback_on_step_end makes every step a call of its own.
+        ip_adapter_image: one picture, several for one adapter (their tokens share one softmax), or with several
+        adapters a list of these, one per adapter; each a PIL image, an array or a path, brought to a square by `fit`
+        ("crop", "resize", "pad"). ip_adapter_image_embeds instead: per adapter the encoder's features (G, n, ...), the
+        negative branch first when guidance_scale > 1 (G = 2). ip_adapter_scale: lambda of the paper, one or one per
+        adapter. seed: picture i uses seed + i, or seed[i], and nothing else. latents (B, h, w, 4): standard normal.
+        guidance_scale <= 1 leaves the unconditional branch out. callback_on_step_end makes each step its own call.
 
         Returns PIL images ("pil"), a float array (B, H, W, 3) in [0, 1] ("np") or the final latents ("latent"). Raises
         InputError before anything is compiled when an argument cannot be used.

@@ -6,7 +6,8 @@ classifier-free guidance two, the unconditional first; row b * G + g of a networ
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,10 @@ from ipadapter_jax.models.projections import Projection
 from ipadapter_jax.models.unet import KeyValue, UNet
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.weights.tree import Tree
+
+
+def _apply(module: Any, params: Tree, *inputs: Any, method: Callable | None = None) -> Any:
+    return module.apply({"params": params}, *inputs, method=method)
 
 
 def device_mesh() -> Mesh:
@@ -71,29 +76,28 @@ class Batch:
 @functools.partial(jax.jit, static_argnums=0)
 def encode_prompt(text_encoder: CLIPText, params: Tree, input_ids: Array) -> Array:
     """Token ids (P, S) -> text states (P, S, D)."""
-    return text_encoder.apply({"params": params}, input_ids).last_hidden_state  # type: ignore[union-attr]
+    return _apply(text_encoder, params, input_ids).last_hidden_state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def encode_image(encoder: CLIPVision, patches: bool, params: Tree, pixel_values: Array) -> Array:
     """Normalised pixels (n, H, W, 3) -> embeddings (n, F), or with `patches` the penultimate states (n, L, F)."""
-    output = encoder.apply({"params": params}, pixel_values)
-    return output.hidden_states[-2] if patches else output.image_embeds  # type: ignore[union-attr]
+    output = _apply(encoder, params, pixel_values)
+    return output.hidden_states[-2] if patches else output.image_embeds
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def image_keys_values(projection: Projection, adapter: IPAdapter, params: Tree, features: Array) -> list[KeyValue]:
-    """Features (G, n, ...) of n pictures -> per site keys and values (G, n N, C): the tokens of all pictures in one row."""
+    """Features (G, n, ...) of n pictures -> per site keys and values (G, n N, C), the tokens of all in one row."""
     branches, images, *rest = features.shape
-    tokens = projection.apply({"params": params["image_proj"]}, features.reshape(branches * images, *rest))
-    tokens = tokens.reshape(branches, -1, tokens.shape[-1])  # type: ignore[union-attr]
-    return adapter.apply({"params": params["ip_adapter"]}, tokens)  # type: ignore[return-value]
+    tokens = _apply(projection, params["image_proj"], features.reshape(branches * images, *rest))
+    return _apply(adapter, params["ip_adapter"], tokens.reshape(branches, -1, tokens.shape[-1]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def text_keys_values(unet: UNet, params: Tree, text: Array) -> list[KeyValue]:
     """Text states (P, G, S, D) -> per site keys and values (P, G, S, C)."""
-    rows = unet.apply({"params": params}, text.reshape(-1, *text.shape[2:]), method=UNet.text_kv)
+    rows = _apply(unet, params, text.reshape(-1, *text.shape[2:]), method=UNet.text_kv)
     return jax.tree.map(lambda x: x.reshape(*text.shape[:2], *x.shape[1:]), rows)
 
 
@@ -126,7 +130,7 @@ def denoise(
         def body(x, inputs):
             step, fresh = inputs
             time = jnp.full((images,), step.timestep)
-            output = unet.apply({"params": params}, x, time, text_rows, image_rows, image_weight)
+            output = _apply(unet, params, x, time, text_rows, image_rows, image_weight)
             output = output.reshape(images, branches, *output.shape[1:])
             output = guide(output, guidance_scale) if branches == 2 else output[:, 0]
             return ddim_step(schedule, step, x, output, fresh), None
@@ -141,11 +145,11 @@ def denoise(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def decode(vae: VAE, mesh: Mesh, params: Tree, latents: Array) -> Array:
-    """Latents (B, h, w, 4) -> pictures (B, H, W, 3) float32 about [-1, 1], one at a time per device to bound the memory."""
+    """Latents (B, h, w, 4) -> pictures (B, H, W, 3) float32 about [-1, 1], one at a time to bound the memory."""
 
     def run(latents, params):
         def one(row):
-            return vae.apply({"params": params}, row[None] / vae.config.scaling_factor, method=VAE.decode)[0]  # type: ignore[index]
+            return _apply(vae, params, row[None] / vae.config.scaling_factor, method=VAE.decode)[0]
 
         return jax.lax.map(one, latents)
 

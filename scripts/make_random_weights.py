@@ -1,4 +1,4 @@
-"""Writes a Stable Diffusion 1.x folder with random weights, in diffusers' layout, with an image encoder and a base adapter.
+"""Writes a Stable Diffusion 1.x folder of random weights in diffusers' layout, with image encoder and base adapter.
 
     python scripts/make_random_weights.py --size tiny --out weights/tiny     2 MB, seconds
     python scripts/make_random_weights.py --size full --out weights/full     SD 1.5 + ViT-H/14, 3.3 GB in float16

@@ -1,4 +1,4 @@
-"""What several tests share: recorded cases of PyTorch diffusers on tiny random weights, and small models built from them."""
+"""What several tests share: recorded cases of PyTorch diffusers on tiny random weights, and models built from them."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ class Case:
     outputs: dict[str, np.ndarray]
 
     def check(self, **results) -> None:
-        """Every result must have the recorded shape and lie within the recorded tolerance (4 x the reference's own error)."""
+        """Every result must have the recorded shape and lie within the tolerance (4 x the reference's own error)."""
         assert results
         for name, result in results.items():
             reference, tolerance = self.outputs[name], self.meta["outputs"][name]["tol_abs"]

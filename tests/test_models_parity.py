@@ -1,4 +1,4 @@
-"""Every network against PyTorch on the same tiny random weights, float32, within the tolerances recorded with the cases."""
+"""Every network against PyTorch on the same tiny random weights, float32, within the recorded tolerances."""
 
 import functools
 from pathlib import Path

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import jax
 
-from ipadapter_jax.compilation_cache import cache_folder, enable_compilation_cache
+from ipadapter_jax.compilation_cache import cache_folder, cache_is_on
 
 _PACKAGES = (
-    "ipadapter-jax jax jaxlib flax optax orbax-checkpoint grain transformers huggingface_hub safetensors numpy pillow"
-).split()
+    *("ipadapter-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers"),
+    *("huggingface_hub", "safetensors", "numpy", "pillow"),
+)
 _OPTIONAL = {
     "tensorflow-datasets": "TFDS data sets (extra: tfds)",
     "torch": "comparison with PyTorch (extra: torch)",
@@ -28,7 +29,6 @@ class Doctor:
 
 def doctor(_: Doctor) -> int:
     """Prints the report and returns the exit code."""
-    enable_compilation_cache()
     missing = []
     for title, lines in (("devices", _devices()), ("packages", _packages(missing)), ("caches", _caches())):
         print(title)
@@ -67,8 +67,8 @@ def _version(name: str) -> str | None:
 def _caches() -> Iterator[str]:
     from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 
-    folder = Path(jax.config.jax_compilation_cache_dir or cache_folder())
-    on = "on" if jax.config.jax_enable_compilation_cache else "off (JAX_ENABLE_COMPILATION_CACHE)"
+    folder = cache_folder()
+    on = "on" if cache_is_on() else "off (JAX_ENABLE_COMPILATION_CACHE)"
     yield f"compiled programs: {on}, {folder} ({_size(folder)})"
     yield f"Hugging Face Hub: {HF_HUB_CACHE} ({_size(Path(HF_HUB_CACHE))}){', offline' if is_offline_mode() else ''}"
 

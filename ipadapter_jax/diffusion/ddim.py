@@ -47,7 +47,7 @@ def ddim_step(schedule: NoiseSchedule, step: DDIMSteps, x: Array, output: Array,
     return x if noise is None else x + step.sigma * noise
 
 
-def to_x0_and_epsilon(prediction_type: str, x: Array, output: Array, alpha: Array) -> tuple[Array, Array]:
+def to_x0_and_epsilon(prediction_type: str, x: Array, output: Array, alpha: Array | np.ndarray) -> tuple[Array, Array]:
     """The clean sample and the noise that the network's output means: x = sqrt(alpha) x0 + sqrt(1 - alpha) epsilon.
 
     For v-prediction see arXiv 2202.00512, appendix D.

@@ -78,7 +78,7 @@ class NoiseSchedule:
         return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
 
     def timesteps(self, num_steps: int) -> np.ndarray:
-        """`num_steps` timesteps (num_steps,) int32 from noisy to clean, by `timestep_spacing` (arXiv 2305.08891, table 2).
+        """Timesteps (num_steps,) int32 from noisy to clean, by `timestep_spacing` (arXiv 2305.08891, table 2).
 
         Raises InputError unless 1 <= num_steps <= num_train_timesteps.
         """

@@ -1,4 +1,4 @@
-"""The adapter: image tokens to one pair of keys and values per cross-attention of the UNet (arXiv 2308.06721, 3.2.2)."""
+"""The adapter: image tokens to keys and values for every cross-attention of the UNet (arXiv 2308.06721, 3.2.2)."""
 
 from collections.abc import Sequence
 

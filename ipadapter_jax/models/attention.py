@@ -82,6 +82,6 @@ def _chunked(q: Array, k: Array, v: Array, chunk: int) -> Array:
 def _per_head(q: Array, k: Array, v: Array, chunk: int) -> Array:
     """One head of one row at a time: on a CPU only then are the two products plain matrix products with the logits in
     cache, 4 times faster than the batched form."""
-    merged = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-    out = jax.lax.map(lambda head: _chunked(*head, chunk), tuple(merged))
+    merged = tuple(x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    out = jax.lax.map(lambda head: _chunked(head[0], head[1], head[2], chunk), merged)
     return out.reshape(*q.shape)

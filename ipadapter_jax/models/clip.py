@@ -68,7 +68,7 @@ def _from_json(cls, raw: Mapping[str, Any], what: str):
 
 
 class TextOutput(NamedTuple):
-    """last_hidden_state (B, S, D) after the final norm, pooled (B, D), hidden_states: one (B, S, D) per layer and the input's."""
+    """last_hidden_state (B, S, D) after the final norm, pooled (B, D), hidden_states: the input's and each layer's."""
 
     last_hidden_state: Array
     pooled: Array
@@ -76,7 +76,7 @@ class TextOutput(NamedTuple):
 
 
 class VisionOutput(NamedTuple):
-    """image_embeds (B, P) projected; hidden_states before the post norm, [-2] (B, 1 + patches, D) feeds the Plus adapters."""
+    """image_embeds (B, P) projected; hidden_states before the post norm: [-2] (B, 1 + L, D) feeds plus adapters."""
 
     image_embeds: Array
     hidden_states: tuple[Array, ...]

@@ -44,7 +44,7 @@ def timestep_embedding(timesteps: Array, width: int) -> Array:
 
 
 def match_rows(x: Array, rows: int) -> Array:
-    """(B, ...) -> (rows, ...), each row repeated: what does not depend on the context is computed once for all branches."""
+    """(B, ...) -> (rows, ...), each row repeated: what needs no context is computed once for all branches."""
     return x if x.shape[0] == rows else jnp.repeat(x, rows // x.shape[0], axis=0)
 
 
@@ -58,7 +58,7 @@ def upsample_nearest(x: Array, height: int, width: int) -> Array:
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, + time, norm, SiLU, conv, + shortcut: diffusers' ResnetBlock2D. (B, h, w, C) -> (B, h, w, features)."""
+    """norm, SiLU, conv, + time, norm, SiLU, conv, + shortcut (diffusers' ResnetBlock2D): (B, h, w, C) -> features."""
 
     features: int
     groups: int

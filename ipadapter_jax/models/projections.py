@@ -1,4 +1,4 @@
-"""Image projections: from CLIP's image features to the image tokens (B, N, D) that the adapter turns into keys and values.
+"""Image projections: from CLIP's image features to the image tokens (B, N, D) that become keys and values.
 
 Parameter names are those of the authors' files, every `.<number>` written `_<number>`.
 """
@@ -67,7 +67,7 @@ class MLPProj(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Learnt queries that read the penultimate states: (B, L, F) -> (B, N, D). Paper, section 4.4.2; Flamingo's perceiver."""
+    """Learnt queries that read the penultimate states: (B, L, F) -> (B, N, D). Paper, section 4.4.2."""
 
     config: ImageProjConfig
     dtype: jnp.dtype = jnp.float32

@@ -16,7 +16,15 @@ from jax import Array
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.attention import Entry
 from ipadapter_jax.models.config import pick
-from ipadapter_jax.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm, match_rows, timestep_embedding
+from ipadapter_jax.models.layers import (
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    conv,
+    group_norm,
+    match_rows,
+    timestep_embedding,
+)
 from ipadapter_jax.models.transformer import KeyValue, Transformer
 
 
@@ -138,20 +146,21 @@ class UNet(nn.Module):
         """latents (B, h, w, 4), timesteps (B,) -> prediction (R, h, w, 4) float32.
 
         R is the rows of the keys and values, B or a multiple: with two branches of guidance, row b * 2 + g is branch g
-        of latent b, and all that comes before the first cross-attention is computed once for both. text_kv holds (k, v), each (R, S, C), per site of `cross_attention_sites`. image_kv holds the same for every
-        image entry, and image_weight[entry][site] that entry's weight there: a scalar or what broadcasts to (R, L, 1).
+        of latent b, and all that comes before the first cross-attention is computed once for both. text_kv holds
+        (k, v), each (R, S, C), per site of `cross_attention_sites`. image_kv holds the same for every image entry, and
+        image_weight[entry][site] that entry's weight there: a scalar or what broadcasts to (R, L, 1).
         """
         contexts = self._contexts(text_kv, image_kv, image_weight)
         time = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]))
         x = self.conv_in(latents.astype(self.dtype))
         skips = [x]
         for block in self.down_blocks:
-            x, outputs = block(x, time, contexts[block.name])
+            x, outputs = block(x, time, contexts[str(block.name)])
             skips += outputs
         x = self.mid_block(x, time, contexts["mid_block"])
         for block in self.up_blocks:
-            size = skips[-block.layers - 1].shape[1:3] if block.upsamples else None
-            x = block(x, [skips.pop() for _ in range(block.layers)], size, time, contexts[block.name])
+            taken = [skips.pop() for _ in range(block.layers)]
+            x = block(x, taken, skips[-1].shape if skips else None, time, contexts[str(block.name)])
         assert not skips
         return self.conv_out(nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
 
@@ -168,8 +177,8 @@ class UNet(nn.Module):
     def _contexts(self, text_kv, image_kv, image_weight) -> dict[str, Iterator[list[Entry]]]:
         """Per block an iterator over its sites' attention entries: the text first, then every image entry."""
         sites = cross_attention_sites(self.config)
-        entries: dict[str, list[list[Entry]]] = {block.name: [] for block in (*self.down_blocks, *self.up_blocks)}
-        entries["mid_block"] = []
+        blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        entries: dict[str, list[list[Entry]]] = {str(block.name): [] for block in blocks}
         for s, site in enumerate(sites):
             images = [(*kv[s], weight[s]) for kv, weight in zip(image_kv, image_weight, strict=True)]
             entries[site.block].append([(*text_kv[s], 1.0), *images])
@@ -243,7 +252,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One resnet (and transformer) more than on the way down, each fed a skip, then a doubling unless it is the finest."""
+    """One resnet (and transformer) more than on the way down, each fed a skip; then a doubling except at the finest."""
 
     config: UNetConfig
     level: int
@@ -255,28 +264,24 @@ class UpBlock(nn.Module):
         self.resnets = [_resnet(config, width, self.dtype) for _ in range(self.layers)]
         if self.attention:
             self.attentions = [_transformer(config, self.level, self.dtype) for _ in range(self.layers)]
-        if self.upsamples:
+        if self.level > 0:
             self.upsamplers = [Upsample(width, self.dtype)]
 
     @property
     def layers(self) -> int:
         return self.config.layers_per_block + 1
 
-    @property
-    def upsamples(self) -> bool:
-        return self.level > 0
-
     def __call__(
         self,
         x: Array,
         skips: Sequence[Array],
-        size: tuple[int, int] | None,
+        next_skip: tuple[int, ...] | None,
         time: Array,
         contexts: Iterator[list[Entry]],
     ) -> Array:
-        """size (h, w) is the size of the next block's skips: odd sizes do not double exactly."""
+        """next_skip is the shape (B, h, w, C) of the next block's first skip: odd sizes do not double exactly."""
         for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
             x = resnet(jnp.concatenate([x, match_rows(skip, x.shape[0])], axis=-1), time)
             if self.attention:
                 x = self.attentions[i](x, next(contexts))
-        return x if size is None else self.upsamplers[0](x, *size)
+        return x if next_skip is None else self.upsamplers[0](x, *next_skip[1:3])

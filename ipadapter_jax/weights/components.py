@@ -139,13 +139,7 @@ def _build(component: Component, path: Path, dtype: np.dtype) -> tuple[Any, Tree
         return module, template_of(component, module)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except (
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        AttributeError,
-    ) as error:  # from deep inside the networks
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:  # from inside a network
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: no {component.title} can be built from these settings ({reason})") from None
 

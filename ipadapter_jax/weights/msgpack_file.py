@@ -30,10 +30,11 @@ class MappedTensor:
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
+    strides: tuple[int, ...] | None = None  # in bytes; C order without them
 
     def read(self) -> np.ndarray:
         """A read-only view of the file, which may not be aligned: copy what must outlive a change of the file."""
-        return np.frombuffer(self.buffer, self.dtype, math.prod(self.shape), self.offset).reshape(self.shape)
+        return np.ndarray(self.shape, self.dtype, self.buffer, self.offset, self.strides)
 
 
 def map_file(path: Path) -> mmap.mmap:

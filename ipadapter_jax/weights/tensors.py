@@ -67,7 +67,11 @@ def _refuse_other_kinds(path: Path) -> None:
 
 
 def _open_pickle(path: Path) -> Mapping[str, Tensor]:
-    return flatten(read_torch_file(path))
+    tensors, buffer = flatten(read_torch_file(path)), map_file(path)
+    return {
+        name: MappedTensor(buffer, tensor.storage.position + tensor.offset, tensor.shape, tensor.dtype, tensor.strides)
+        for name, tensor in tensors.items()
+    }
 
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"} | {
