@@ -49,7 +49,7 @@ weights/tiny: | $(VENV)/installed
 
 sample: $(VENV)/installed weights/tiny
 	@mkdir -p out
-	$(BIN)/ipadapter-jax generate --base weights/tiny --adapter weights/tiny/ip_adapter/ip-adapter.safetensors \
+	$(BIN)/ipadapter-jax generate --base weights/tiny --adapter weights/tiny/ip_adapter/models/ip-adapter_sd15.safetensors \
 		--image assets/reference.jpg --prompt "a photo" --num-images 4 --steps 20 --out out/sample.png
 	@echo "out/sample.png is abstract texture: the weights of this small model are random. See README.md for real ones."
 
