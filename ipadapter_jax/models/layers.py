@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ipadapter_jax.models.convolution import convolve
+
 
 def group_norm(groups: int, epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.GroupNorm:
     """GroupNorm with PyTorch's variance: flax's fast variance E[x^2] - E[x]^2 loses digits when the mean is large."""
@@ -19,7 +21,9 @@ def layer_norm(dtype: jnp.dtype, epsilon: float = 1e-5, name: str | None = None)
 
 def conv(features: int, kernel: int, dtype: jnp.dtype, name: str | None = None) -> nn.Conv:
     """A convolution that keeps the size."""
-    return nn.Conv(features, (kernel, kernel), padding=kernel // 2, dtype=dtype, name=name)
+    return nn.Conv(
+        features, (kernel, kernel), padding=kernel // 2, dtype=dtype, conv_general_dilated=convolve, name=name
+    )
 
 
 def gelu(x: Array) -> Array:

@@ -75,8 +75,10 @@ def _detect(path: Path, proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) ->
         config = _projection(proj, width=ip["1.to_k_ip.weight"].shape[1])
     except KeyError as error:
         raise WeightFileError(f"{path}: not a whole IP-Adapter file, {error} is missing; download it again") from None
-    except (ValueError, IndexError) as error:
-        raise WeightFileError(f"{path}: not an IP-Adapter file that is known, {error}; download it again") from None
+    except (ValueError, IndexError):
+        raise WeightFileError(
+            f"{path}: not a known IP-Adapter, its shapes do not fit together; download it again"
+        ) from None
     if config is None:
         raise WeightFileError(f"{path}: an unknown image projection with {', '.join(sorted(proj)[:3])}")
     return config
@@ -106,7 +108,7 @@ def _projection(proj: Mapping[str, Tensor], width: int) -> ImageProjConfig | Non
 
 def _ratio(whole: int, part: int) -> int:
     if part < 1 or whole < part or whole % part:
-        raise ValueError(f"its sizes {whole} and {part} do not fit")
+        raise ValueError(f"{part} does not divide {whole}")
     return whole // part
 
 

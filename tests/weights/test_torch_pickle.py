@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.weights import torch_pickle
-from ipadapter_jax.weights.torch_pickle import OPAQUE, LazyTensor, flatten, read_torch_file
+from ipadapter_jax.weights import pickle_machine, torch_pickle
+from ipadapter_jax.weights.pickle_machine import OPAQUE
+from ipadapter_jax.weights.torch_pickle import LazyTensor, flatten, read_torch_file
 
 # --- files by hand -----------------------------------------------------------------------------------------------
 
@@ -287,8 +288,9 @@ def test_nothing_is_executed(tmp_path, monkeypatch, write, call):
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
-def test_reader_has_no_means_to_execute():
-    source = ast.parse(Path(torch_pickle.__file__).read_text())
+@pytest.mark.parametrize("module", [pickle_machine, torch_pickle])
+def test_reader_has_no_means_to_execute(module):
+    source = ast.parse(Path(module.__file__).read_text())
     names = {node.id for node in ast.walk(source) if isinstance(node, ast.Name)}
     imports = [node.names for node in ast.walk(source) if isinstance(node, ast.Import)]
     imports = {alias.name for names in imports for alias in names}
@@ -364,7 +366,7 @@ BODIES = {
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("problem", BODIES)
 def test_wrong_pickles(tmp_path, monkeypatch, write, problem):
-    monkeypatch.setattr(torch_pickle, "_MAX_OPCODES", 50_000)  # for the time that the tests take
+    monkeypatch.setattr(pickle_machine, "_MAX_OPCODES", 50_000)  # for the time that the tests take
     for number, body in enumerate(BODIES[problem]):
         assert problem in refused(write(tmp_path / f"{number}.bin", body, {})), number
 

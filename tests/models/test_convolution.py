@@ -1,0 +1,32 @@
+"""The forms of a convolution agree; which one runs depends on its shape."""
+
+import jax
+import numpy as np
+import pytest
+
+from ipadapter_jax.models.convolution import convolve
+
+NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+@pytest.mark.parametrize(("shape", "size"), [((2, 5, 7), 3), ((1, 30, 31), 3), ((2, 5, 7), 1), ((1, 8, 8), 5)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_equals_xla(shape, size, stride):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((*shape, 6)).astype(np.float32)
+    kernel = rng.standard_normal((size, size, 6, 4)).astype(np.float32)
+    for padding in ([(size // 2, size // 2)] * 2, [(0, 1), (0, 1)], "VALID"):
+        arguments = (x, kernel, (stride, stride), padding)
+        expected = jax.lax.conv_general_dilated(*arguments, dimension_numbers=NUMBERS)
+        np.testing.assert_allclose(convolve(*arguments, dimension_numbers=NUMBERS), expected, atol=2e-5)
+
+
+def test_small_convolutions_are_products():
+    def operations(positions: int) -> str:
+        x = np.zeros((1, positions, 1, 2), np.float32)
+        kernel = np.zeros((3, 3, 2, 2), np.float32)
+        arguments = ((1, 1), [(1, 1), (1, 1)])
+        return str(jax.make_jaxpr(lambda x: convolve(x, kernel, *arguments, dimension_numbers=NUMBERS))(x))
+
+    assert "dot_general" in operations(512) and "conv_general_dilated" not in operations(512)
+    assert "conv_general_dilated" in operations(513)
