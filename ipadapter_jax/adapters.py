@@ -12,13 +12,14 @@ from jax import Array
 from PIL import Image
 
 from ipadapter_jax import sampling
+from ipadapter_jax.arguments import as_floats
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPVision, CLIPVisionConfig
 from ipadapter_jax.models.projections import Projection, image_projection
 from ipadapter_jax.models.unet import KeyValue, UNet, cross_attention_sites
 from ipadapter_jax.preprocess import clip_pixel_values, load_image
-from ipadapter_jax.weights.components import IMAGE_ENCODER, Loaded, choose_files, load_component, read_json
+from ipadapter_jax.weights.components import IMAGE_ENCODER, Loaded, choose_files, load_component, read_config
 from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.ip_adapter_file import check_base, check_encoder, load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.tree import Tree
@@ -27,7 +28,7 @@ Picture = str | os.PathLike | Image.Image | np.ndarray
 ImagePrompt = Picture | Sequence[Picture]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """One IP-Adapter with its image encoder, weights included."""
 
@@ -74,15 +75,13 @@ class Adapter:
     def from_embeds(self, embeds: Any, guided: bool) -> Callable[[], Array]:
         """Checks features (G, n, F) or, for plus and full, (G, n, L, F). Raises InputError naming the right shape."""
         config, vision = self.projection.config, self.encoder.module.config
-        array, branches = np.asarray(embeds, np.float32), 2 if guided else 1
+        array, branches = as_floats(embeds, "ip_adapter_image_embeds"), 2 if guided else 1
         rest = (vision.num_positions, config.feature_dim) if config.uses_patches else (config.feature_dim,)
         if array.ndim != 2 + len(rest) or array.shape[0] != branches or array.shape[2:] != rest or not array.shape[1]:
             raise InputError(
                 f"ip_adapter_image_embeds have shape {array.shape}, this adapter needs ({branches}, pictures, "
                 f"{', '.join(map(str, rest))}) at this guidance_scale, the negative branch first"
             )
-        if not np.isfinite(array).all():
-            raise InputError("ip_adapter_image_embeds are not finite")
         return lambda: jax.numpy.asarray(array)
 
 
@@ -102,7 +101,7 @@ def load_adapter(
     widths = tuple(site.width for site in cross_attention_sites(unet.config))
     check_base(file, unet.config.cross_attention_dim, widths)
     folder = _encoder_folder(path, local, image_encoder, revision)
-    vision = CLIPVisionConfig.from_json(read_json(folder / "config.json"))
+    vision = read_config(IMAGE_ENCODER, folder / "config.json")
     check_encoder(file, vision.projection_dim, vision.hidden_size, str(folder))
     dtype = np.dtype(unet.dtype)
     params = load_ip_adapter(file, widths, dtype, put)
@@ -114,14 +113,12 @@ def load_adapter(
 
 def _encoder_folder(path, local: Path, image_encoder, revision: str | None) -> Path:
     if image_encoder is None:
-        beside = local.parent / "image_encoder"
-        if beside.is_dir():
-            return beside
-        if Path(path).expanduser().exists():
+        here = Path(path).expanduser().exists()  # else on the Hub, whose cache may hold half a download
+        image_encoder = (local if here else PurePosixPath(str(path))).parent / "image_encoder"
+        if here and not os.path.isdir(image_encoder):
             raise InputError(
                 f"adapter {path}: there is no folder image_encoder beside it; name the encoder with image_encoder"
             )
-        image_encoder = PurePosixPath(str(path)).parent / "image_encoder"
 
     def choose(names: Sequence[str]) -> Sequence[str]:
         return choose_files(names, {"": IMAGE_ENCODER}, (), None)

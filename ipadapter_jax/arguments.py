@@ -1,6 +1,5 @@
 """What a person passes to a pipeline, checked and brought into form before anything is compiled."""
 
-import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -10,12 +9,17 @@ import numpy as np
 from ipadapter_jax.errors import InputError
 
 
-def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str]) -> tuple[list[str], list[str]]:
-    """Prompts and as many negative prompts."""
+def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Prompts and as many negative prompts; none means empty ones."""
+    negative = "" if negative is None else negative
+    for name, texts in (("prompt", prompt), ("negative_prompt", negative)):
+        if not isinstance(texts, str | list | tuple) or (not texts and texts != ""):
+            raise InputError(f"{name} must be a text or a list of texts")
+        for text in [texts] if isinstance(texts, str) else texts:
+            if not isinstance(text, str) or text.encode("utf-8", "replace").decode() != text:
+                raise InputError(f"{name} holds {text!r}, which is no text in UTF-8")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-    if not prompts or not all(isinstance(p, str) for p in (*prompts, *negatives)):
-        raise InputError("prompt and negative_prompt must be a text or a list of texts")
     if len(negatives) != len(prompts):
         raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
     return prompts, negatives
@@ -25,9 +29,9 @@ def check_choices(images_per_prompt: int, guidance_scale: float, eta: float, sch
     """Raises InputError naming the first argument that cannot be used."""
     if not isinstance(images_per_prompt, Integral) or images_per_prompt < 1:
         raise InputError(f"num_images_per_prompt={images_per_prompt} must be a whole number of at least 1")
-    if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+    if not _is_number(guidance_scale):
         raise InputError(f"guidance_scale={guidance_scale} is not a finite number; 7.5 is usual, 1 turns guidance off")
-    if not isinstance(eta, Real) or not 0 <= eta <= 1:
+    if not _is_number(eta) or not 0 <= eta <= 1:
         raise InputError(f"eta={eta} must lie between 0 (deterministic) and 1 (as DDPM)")
     if scheduler != "ddim":
         raise InputError(f"scheduler {scheduler!r} is not known; choose ddim")
@@ -39,40 +43,71 @@ def latent_shape(height: int, width: int, downscale: int, channels: int) -> tupl
     """Pixels to (h, w, C)."""
     for name, pixels in (("height", height), ("width", width)):
         if not isinstance(pixels, Integral) or pixels < downscale or pixels % downscale:
-            nearest = max(downscale, round(pixels / downscale) * downscale) if isinstance(pixels, Real) else downscale
+            nearest = max(downscale, round(pixels / downscale) * downscale) if _is_number(pixels) else downscale
             raise InputError(f"{name}={pixels} is not a multiple of {downscale}; the nearest size is {nearest}")
     return height // downscale, width // downscale, channels
 
 
 def seeds_of(seed: int | Sequence[int], count: int) -> np.ndarray:
     """One seed per picture, (count,) uint32: seed + i, or those given."""
-    seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed + i for i in range(count)]
+    seeds = _listed(seed, "seed")
+    if not all(isinstance(s, int) and 0 <= s < 2**32 for s in seeds):
+        raise InputError(f"seed {seed} must be a whole number between 0 and 2^32 - 1, or a list of them")
+    if np.ndim(seed) == 0:
+        seeds = [seeds[0] + i for i in range(count)]
     if len(seeds) != count:
         raise InputError(f"{len(seeds)} seeds for {count} pictures; give one number, or one for each picture")
-    if not all(isinstance(s, int | np.integer) and 0 <= s < 2**32 for s in seeds):
-        raise InputError(f"seed {seed} must lie between 0 and 2^32 - 1")
+    if max(seeds) >= 2**32:
+        raise InputError(f"seed {seed} is too large for {count} pictures: seed + {count - 1} must stay below 2^32")
     return np.asarray(seeds, np.uint32)
 
 
 def given_latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray:
     """The caller's initial latents as float32."""
-    array = np.asarray(latents, np.float32)
+    array = as_floats(latents, "latents")
     if array.shape != shape:
         raise InputError(f"latents have shape {array.shape}, these settings need {shape} (channels last)")
-    if not np.isfinite(array).all():
-        raise InputError("latents are not finite; give standard normal ones")
     return array
 
 
 def image_weights(scale: float | Sequence[float], adapters: int, sites: int) -> np.ndarray:
     """One weight per (adapter, site), float32."""
-    scales = list(scale) if isinstance(scale, Sequence | np.ndarray) else [scale] * adapters
+    scales = _listed(scale, "ip_adapter_scale")
+    if np.ndim(scale) == 0:
+        scales = scales * adapters
     if len(scales) != adapters:
         raise InputError(f"ip_adapter_scale has {len(scales)} values for {adapters} adapters; give one for each")
     for value in scales:
-        if not isinstance(value, Real) or not math.isfinite(value):
+        if not _is_number(value):
             raise InputError(f"ip_adapter_scale={value} is not a finite number; 0 is the base model, 1 the full image")
     return np.broadcast_to(np.asarray(scales, np.float32)[:, None], (adapters, sites))
+
+
+def as_floats(value: Any, name: str) -> np.ndarray:
+    """A finite float32 array. Raises InputError naming the argument."""
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
+            raise TypeError
+        array = array.astype(np.float32)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} must be an array of numbers") from None
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} holds numbers that are not finite")
+    return array
+
+
+def _is_number(value: Any) -> bool:
+    """A finite real number, also as float32."""
+    return isinstance(value, Real) and abs(float(value)) < 1e38  # not NaN: that compares as false
+
+
+def _listed(value: Any, name: str) -> list:
+    """A number, a list or an array as a list of Python numbers."""
+    try:
+        return np.atleast_1d(np.asarray(value)).tolist() if not isinstance(value, str) else [value]
+    except (TypeError, ValueError):
+        raise InputError(f"{name}={value!r} is neither a number nor a list of numbers") from None
 
 
 def prompts_of_adapters(images: Any, embeds: Sequence[Any] | None, adapters: int) -> Sequence[Any]:
@@ -88,7 +123,7 @@ def prompts_of_adapters(images: Any, embeds: Sequence[Any] | None, adapters: int
         return []
     given = [images]
     if embeds is not None:
-        given = list(embeds)
+        given = list(embeds) if isinstance(embeds, list | tuple) else [embeds]
     elif isinstance(images, list | tuple) and (adapters > 1 or any(isinstance(i, list | tuple) for i in images)):
         given = list(images)
     if len(given) != adapters or any(prompt is None for prompt in given):

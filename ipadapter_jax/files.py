@@ -9,13 +9,15 @@ from ipadapter_jax.errors import InputError
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes through a temporary file beside `path`: a reader sees the old file or the new one, never a part.
+    """Writes through a temporary file beside `path`, making its folder: a reader sees the old file or the new one,
+    never a part.
 
     Raises InputError naming the file when it cannot be written.
     """
     temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=".part-", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
@@ -30,13 +32,13 @@ def write_whole(path: Path, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def prepare_output(path: Path) -> None:
-    """Makes the folder of a file that will be written. Raises InputError when that is not possible."""
+def check_writable(path: Path) -> None:
+    """Raises InputError unless a file of this name can be made; leaves no trace."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):  # permission bits alone do not tell: read-only mounts, quotas
+        with tempfile.TemporaryFile(dir=folder):  # permission bits alone do not tell: read-only mounts, quotas
             pass
     except OSError as error:
         raise InputError(f"{path}: cannot write there ({error.strerror}); choose another place") from None

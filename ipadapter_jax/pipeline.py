@@ -28,9 +28,9 @@ from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.diffusion.ddim import DDIMSteps, ddim_steps
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.models.clip import CLIPText
-from ipadapter_jax.models.unet import UNet, cross_attention_sites
-from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig
+from ipadapter_jax.models.unet import UNet, UNetConfig, cross_attention_sites
+from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.preprocess import to_uint8
 from ipadapter_jax.tokens import load_tokenizer, tokenize
 from ipadapter_jax.weights.components import (
@@ -52,7 +52,7 @@ OnStep = Callable[[int, int, Array], None]
 """Called after every step with its number, its timestep and the latents (B, h, w, 4)."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class StableDiffusion:
     """A Stable Diffusion 1.x model, ready to sample on all devices of this process. Nothing in it is ever changed:
     `with_ip_adapter` returns another pipeline that shares the weights."""
@@ -66,6 +66,11 @@ class StableDiffusion:
     mesh: Mesh
     sources: dict[str, Path]
     adapters: tuple[Adapter, ...] = ()
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        adapters = ", ".join(adapter.source.name for adapter in self.adapters) or "none"
+        return f"StableDiffusion({count:,} parameters in {jnp.dtype(self.unet.dtype)}, adapters: {adapters})"
 
     @classmethod
     def from_pretrained(
@@ -94,10 +99,7 @@ class StableDiffusion:
         put = functools.partial(jax.device_put, device=sampling.replicated(mesh))
         load = functools.partial(load_component, dtype=jnp.dtype(dtype), variant=variant, put=put)
         parts = {name: load(component, root / name) for name, component in _FOLDERS.items()}
-        if len(tokenizer) > parts["text_encoder"].module.config.vocab_size:
-            raise InputError(
-                f"base model {path}: its tokenizer has {len(tokenizer)} tokens, more than its text encoder knows"
-            )
+        _check_fit(str(path), len(tokenizer), **{name: part.module.config for name, part in parts.items()})
         return cls(
             **{name: part.module for name, part in parts.items()},
             tokenizer=tokenizer,
@@ -127,7 +129,7 @@ class StableDiffusion:
         ip_adapter_image_embeds: Sequence[np.ndarray] | None = None,
         ip_adapter_scale: float | Sequence[float] = 1.0,
         fit: str = "crop",
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         scheduler: str = "ddim",
@@ -154,6 +156,8 @@ class StableDiffusion:
         """
         prompts, negatives = prompt_pairs(prompt, negative_prompt)
         check_choices(num_images_per_prompt, guidance_scale, eta, scheduler, output_type)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise InputError("callback_on_step_end must be a function of (step, timestep, latents)")
         steps = ddim_steps(self.schedule, num_inference_steps, eta)
         shape = self._latent_shape(height, width)
         count = len(prompts) * num_images_per_prompt
@@ -163,7 +167,7 @@ class StableDiffusion:
         guided = guidance_scale > 1
         features = self._features(ip_adapter_image, ip_adapter_image_embeds, fit, guided)
 
-        ids = np.stack([self._tokenize(negatives), self._tokenize(prompts)][0 if guided else 1 :], axis=1)
+        ids = np.stack([self._tokenize(texts) for texts in ((negatives, prompts) if guided else (prompts,))], axis=1)
         text = sampling.encode_prompt(self.text_encoder, self.params["text_encoder"], ids.reshape(-1, ids.shape[-1]))
         text_kv = sampling.text_keys_values(self.unet, self.params["unet"], text.reshape(*ids.shape, -1))
         image_kv = [a.keys_values(f()) for a, f in zip(self.adapters, features, strict=True)]
@@ -203,11 +207,15 @@ class StableDiffusion:
         return x
 
     def _tokenize(self, prompts: Sequence[str]) -> np.ndarray:
-        return tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings)
+        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        return tokenize(self.tokenizer, prompts, length)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        scale, own = self.vae.config.downscale, self.unet.config.sample_size * self.vae.config.downscale
-        height, width = own if height is None else height, own if width is None else width
+        scale, own = self.vae.config.downscale, self.unet.config.sample_size
+        if own is None and (height is None or width is None):
+            raise InputError("this model does not say its size; give height and width")
+        h, w = own if isinstance(own, tuple) else (own or 0, own or 0)
+        height, width = h * scale if height is None else height, w * scale if width is None else width
         return latent_shape(height, width, scale, self.unet.config.in_channels)
 
     def _features(self, images, embeds, fit: str, guided: bool) -> list[Callable[[], Array]]:
@@ -216,6 +224,22 @@ class StableDiffusion:
         if embeds is not None:
             return [a.from_embeds(e, guided) for a, e in zip(self.adapters, given, strict=True)]
         return [a.from_images(i, fit, guided) for a, i in zip(self.adapters, given, strict=True)]
+
+
+def _check_fit(path: str, tokens: int, unet: UNetConfig, vae: VAEConfig, text_encoder: CLIPTextConfig) -> None:
+    """Raises InputError when the parts of a base model do not belong together."""
+    if tokens > text_encoder.vocab_size:
+        raise InputError(f"base model {path}: its tokenizer has {tokens} tokens, more than its text encoder knows")
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        raise InputError(
+            f"base model {path}: its UNet reads {unet.in_channels} channels and the VAE gives {vae.latent_channels}; "
+            "inpainting and instruction models are not supported"
+        )
+    if text_encoder.hidden_size != unet.cross_attention_dim:
+        raise InputError(
+            f"base model {path}: its text encoder gives width {text_encoder.hidden_size}, its UNet reads "
+            f"{unet.cross_attention_dim}; take both from one model"
+        )
 
 
 def _pictures(decoded: np.ndarray, output_type: str) -> Any:

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
+import ipadapter_jax.sampling
+
 ORACLES = Path(__file__).parent / "data" / "oracles"
 TORCH_MODEL = ORACLES / "models" / "sd15_torch"
 ADAPTERS = ORACLES / "models" / "ip_adapter" / "models"
@@ -79,6 +81,17 @@ def legacy_msgpack(torch_file: Path, *, vae: bool = False) -> bytes:
 
 def _sorted(tree):
     return {name: _sorted(tree[name]) for name in sorted(tree)} if isinstance(tree, dict) else tree
+
+
+def forbid_sampling(monkeypatch) -> None:
+    """From here on no jitted function of the sampler may be called: what is wrong must be found before."""
+
+    def reached(*_args, **_kwargs):
+        raise AssertionError("the sampler was reached")
+
+    for name, function in vars(ipadapter_jax.sampling).items():
+        if hasattr(function, "lower"):  # jitted
+            monkeypatch.setattr(ipadapter_jax.sampling, name, reached)
 
 
 @contextlib.contextmanager

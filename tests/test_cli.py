@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ADAPTERS, ORACLES, TORCH_MODEL, compilations
+from helpers import ADAPTERS, ORACLES, TORCH_MODEL, forbid_sampling
 from PIL import Image
 
 from ipadapter_jax.cli import main
-from ipadapter_jax.files import sha256
+from ipadapter_jax.files import sha256, write_whole
 
 CAT = ORACLES / "assets" / "img_a.png"
 ADAPTER = ADAPTERS / "ip-adapter_tiny.safetensors"
@@ -70,6 +70,7 @@ def bad(tmp_path_factory) -> Path:
     Image.new("1", (20000, 20000)).save(root / "bomb.png")
     (root / "broken.safetensors").write_bytes(ADAPTER.read_bytes()[:5000])
     (root / "folder.png").mkdir()
+    (root / "single-1.png").mkdir()
     (root / "file").write_text("")
     return root
 
@@ -97,8 +98,8 @@ WRONG = [
     ({"steps": 0}, "--steps 0 must be at least 1"),
     ({"steps": 1001}, "1001"),
     ({"num_images": 0}, "--num-images 0"),
-    ({"eta": 3}, "eta=3"),
-    ({"seed": -3}, "seed -3"),
+    ({"eta": 3}, "--eta 3"),
+    ({"seed": -3}, "--seed -3"),
     ({"dtype": "int8"}, "int8"),
     ({"fit": "zoom"}, "zoom"),
     ({"steps": "many"}, "many"),
@@ -106,21 +107,32 @@ WRONG = [
     ({"base": None}, "--base"),
     ({"out": "{bad}/picture.jpg"}, "ends in .png"),
     ({"out": "{bad}/folder.png"}, "is a folder"),
+    ({"out": "{bad}/single.png", "num_images": 3}, "single-1.png is a folder"),
     ({"out": "{bad}/file/picture.png"}, "cannot write there"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[str(changes) for changes, _ in WRONG])
-def test_bad_input_is_one_line_and_exit_code_2_before_any_compilation(changes, message, bad, tmp_path, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(changes, message, bad, tmp_path, capsys, monkeypatch):
     changes = {name: value.format(bad=bad) if isinstance(value, str) else value for name, value in changes.items()}
     before = sorted(bad.rglob("*"))
-    with compilations() as count:
-        assert main(arguments(tmp_path / "out.png", **changes)) == 2
-    assert count() == 0
+    forbid_sampling(monkeypatch)
+    assert main(arguments(tmp_path / "new folder" / "out.png", **changes)) == 2
     complaint = capsys.readouterr().err
     assert message.format(bad=bad) in complaint
     assert complaint.startswith("ipadapter-jax: ") and complaint.count("\n") == 1
     assert list(tmp_path.iterdir()) == [] and sorted(bad.rglob("*")) == before
+
+
+def test_a_repeated_option_is_refused(tmp_path, capsys):
+    assert main([*arguments(tmp_path / "out.png"), "--image", str(CAT)]) == 2
+    assert "--image is given more than once" in capsys.readouterr().err
+
+
+def test_a_long_file_name_is_no_problem(tmp_path):
+    out = tmp_path / ("a" * 250 + ".png")
+    write_whole(out, b"whole")
+    assert out.read_bytes() == b"whole"
 
 
 def test_debug_shows_where(tmp_path):

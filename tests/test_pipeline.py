@@ -1,13 +1,15 @@
 """What `StableDiffusion` promises: nothing recompiles, pictures depend on their own seed, scale 0 is the base model."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, compilations, flax_folder
+from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, compilations, flax_folder, forbid_sampling
 from PIL import Image
 
 import ipadapter_jax.pipeline
@@ -166,7 +168,22 @@ def test_a_long_prompt_works_and_says_what_is_lost(pipe):
 WRONG = [
     ({"height": 65}, r"height=65 is not a multiple of 8; the nearest size is 64"),
     ({"width": 0}, "width=0"),
-    ({"num_inference_steps": 0}, "num_inference_steps=0 must lie between 1 and 1000"),
+    ({"num_inference_steps": 0}, "num_inference_steps=0 must be a whole number between 1 and 1000"),
+    ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 must be a whole number"),
+    ({"num_inference_steps": None}, "num_inference_steps=None"),
+    ({"height": float("nan")}, "height=nan"),
+    ({"guidance_scale": 1e300}, "guidance_scale=1e"),
+    ({"guidance_scale": "7"}, "guidance_scale=7"),
+    ({"ip_adapter_scale": "0.5"}, "ip_adapter_scale=0.5 is not a finite number"),
+    ({"prompt": None}, "prompt must be a text"),
+    ({"prompt": "\udcff"}, "no text in UTF-8"),
+    ({"seed": None}, "seed None must be a whole number"),
+    ({"seed": 1.5}, "seed 1.5 must be a whole number"),
+    ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, "too large for 2 pictures"),
+    ({"latents": "abc"}, "latents must be an array of numbers"),
+    ({"callback_on_step_end": 5}, "callback_on_step_end must be a function"),
+    ({"ip_adapter_image": None, "ip_adapter_image_embeds": 5}, "ip_adapter_image_embeds have shape"),
+    ({"ip_adapter_image": None, "ip_adapter_image_embeds": [["a"]]}, "ip_adapter_image_embeds must be an array"),
     ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
     ({"ip_adapter_scale": float("nan")}, "ip_adapter_scale=nan is not a finite number"),
     ({"ip_adapter_scale": [1.0, 1.0]}, "2 values for 1 adapters"),
@@ -178,10 +195,10 @@ WRONG = [
     ({"prompt": [3]}, "prompt"),
     ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
     ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
-    ({"seed": -1}, "seed -1 must lie between 0"),
+    ({"seed": -1}, "seed -1 must be a whole number between 0"),
     ({"fit": "zoom"}, "zoom"),
     ({"latents": np.zeros((1, 4, 8, 8))}, r"latents have shape \(1, 4, 8, 8\), these settings need \(1, 8, 8, 4\)"),
-    ({"latents": np.full((1, 8, 8, 4), np.inf)}, "latents are not finite"),
+    ({"latents": np.full((1, 8, 8, 4), np.inf)}, "latents holds numbers that are not finite"),
     ({"ip_adapter_image": None}, "image prompt"),
     ({"ip_adapter_image": []}, "empty"),
     ({"ip_adapter_image": "nowhere.png"}, "nowhere.png"),
@@ -191,11 +208,11 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("wrong", "message"), WRONG)
-def test_wrong_arguments_end_before_any_compilation(pipe, wrong, message):
+def test_wrong_arguments_end_before_anything_is_computed(pipe, wrong, message, monkeypatch):
+    forbid_sampling(monkeypatch)
     arguments = {"prompt": "a cat", "ip_adapter_image": CAT} | SMALL | wrong
-    with compilations() as count, pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         pipe(**arguments)
-    assert count() == 0
     assert "\n" not in str(caught.value)
 
 
@@ -220,6 +237,77 @@ def test_wrong_models_are_refused_by_name(base, tmp_path):
 def test_a_picture_that_is_not_finite_is_an_error():
     with pytest.raises(InputError, match="not finite: .* try bfloat16 or float32"):
         ipadapter_jax.pipeline._pictures(np.full((1, 8, 8, 3), np.nan, np.float32), "np")
+
+
+def test_numbers_may_come_from_numpy_and_jax(pipe):
+    expected = pipe("a cat", ip_adapter_image=CAT, ip_adapter_scale=0.5, seed=3, **SMALL)
+    found = pipe(
+        "a cat",
+        negative_prompt=None,
+        ip_adapter_image=CAT,
+        ip_adapter_scale=jax.numpy.float32(0.5),
+        seed=np.array([3]),
+        **SMALL | {"num_inference_steps": np.int64(2)},
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def copy_with(root, part: str, **changes):
+    """The tiny model with other settings in one of its JSON files."""
+    shutil.copytree(TORCH_MODEL, root / "model")
+    path = root / "model" / part
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return root / "model"
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("unet/config.json", {"in_channels": 9}, "inpainting|conv_in"),
+        ("unet/config.json", {"layers_per_block": "2"}, "layers_per_block='2'"),
+        ("unet/config.json", {"use_linear_projection": True}, "use_linear_projection"),
+        ("vae/config.json", {"scaling_factor": None}, "scaling_factor=None"),
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor=0 must be positive"),
+        ("text_encoder/config.json", {"hidden_act": ["g"]}, r"hidden_act=\('g',\)"),
+        ("text_encoder/config.json", {"num_attention_heads": 0}, "0 heads"),
+        ("scheduler/scheduler_config.json", {"beta_start": None}, "beta_start=None"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "1000"}, "num_train_timesteps='1000'"),
+        ("scheduler/scheduler_config.json", {"steps_offset": -1}, "steps_offset=-1"),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "1 trained_betas for 1000 timesteps"),
+    ],
+)
+def test_unusable_settings_are_refused_by_name(tmp_path, part, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        StableDiffusion.from_pretrained(copy_with(tmp_path, part, **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("vision", [None, [], {"hidden_size": "x"}, {"num_attention_heads": 0}, {"hidden_act": ["g"]}])
+def test_unusable_encoder_settings_are_refused(base, tmp_path, vision):
+    shutil.copytree(IMAGE_ENCODER, tmp_path / "encoder")
+    config = tmp_path / "encoder" / "config.json"
+    given = {"vision_config": vision} if isinstance(vision, dict) else {"hidden_size": 7, "vision_config": vision}
+    config.write_text(json.dumps(json.loads(config.read_text()) | given))
+    with pytest.raises(InputError) as caught:
+        base.with_ip_adapter(ADAPTERS / "ip-adapter_tiny.safetensors", image_encoder=tmp_path / "encoder")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_size_asks_for_one(tmp_path):
+    pipe = StableDiffusion.from_pretrained(copy_with(tmp_path, "unet/config.json", sample_size=None))
+    with pytest.raises(InputError, match="give height and width"):
+        pipe("a cat")
+    assert pipe("a cat", **SMALL).shape == (1, 64, 64, 3)
+
+
+def test_prompts_have_the_tokenizers_length(tmp_path):
+    """As in diffusers: model_max_length of the tokenizer, not the positions that the text encoder has."""
+    pipe = StableDiffusion.from_pretrained(copy_with(tmp_path, "tokenizer/tokenizer_config.json", model_max_length=20))
+    assert pipe._tokenize(["a cat"]).shape == (1, 20)
+
+
+def test_repr_is_one_line(pipe):
+    assert "ip-adapter_tiny.safetensors" in repr(pipe) and len(repr(pipe)) < 200
 
 
 def test_the_adapter_says_what_it_is(pipe):

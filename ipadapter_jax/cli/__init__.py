@@ -25,11 +25,11 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {"generate": (Generate,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    debug = arguments[:1] == ["--debug"] or arguments[-1:] == ["--debug"]
+    arguments = [a for i, a in enumerate(arguments) if not (debug and a == "--debug" and i in (0, len(arguments) - 1))]
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ipadapter_jax").setLevel(logging.INFO)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's remarks about its own cache
     try:
         command = parse(arguments)
@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str]) -> Any:
     """The chosen command's arguments. Raises InputError with tyro's complaint on one line."""
+    options = [word for word in arguments if word.startswith("--")]
+    for option in options:
+        if options.count(option) > 1:
+            raise InputError(f"{option} is given more than once; give it once, several values after it")
     kinds: dict[str, Any] = {name: kind for name, (kind, _) in COMMANDS.items()}
     complaint = io.StringIO()
     try:
@@ -54,7 +58,7 @@ def parse(arguments: Sequence[str]) -> Any:
             return tyro.extras.subcommand_cli_from_dict(
                 kinds,
                 prog="ipadapter-jax",
-                description="Image prompts for Stable Diffusion in JAX. --debug shows where an error was raised.",
+                description="Image prompts for Stable Diffusion in JAX. A last word --debug shows where errors arise.",
                 args=arguments,
             )
     except SystemExit as stop:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import tqdm
 from PIL import Image, PngImagePlugin
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.files import prepare_output, sha256, write_whole
+from ipadapter_jax.files import check_writable, sha256, write_whole
 from ipadapter_jax.pipeline import StableDiffusion
 from ipadapter_jax.preprocess import image_grid, load_image
 from ipadapter_jax.weights.tensors import files_of
@@ -79,17 +80,14 @@ def generate(args: Generate) -> int:
     pipe = StableDiffusion.from_pretrained(args.base, dtype=args.dtype, variant=args.variant, revision=args.revision)
     if args.adapter is not None:
         pipe = pipe.with_ip_adapter(args.adapter, image_encoder=args.image_encoder)
-    with concurrent.futures.ThreadPoolExecutor(1) as background:
-        digests = background.submit(_digests, pipe)  # while the sampler compiles and runs
-        found = _sample(pipe, args, pictures)
-        _write(found, args, _metadata(args, pipe, digests.result()))
+    found, digests = _sample(pipe, args, pictures)
+    _write(found, args, _metadata(args, pipe, digests))
     return 0
 
 
 def _check(args: Generate) -> None:
     if args.out.suffix.lower() != ".png":
         raise InputError(f"--out {args.out}: give a name that ends in .png, which can carry the settings")
-    prepare_output(args.out)
     if args.adapter is None and (args.image or args.image_encoder):
         raise InputError("--image and --image-encoder need --adapter, the IP-Adapter file that reads the picture")
     if args.adapter is not None and not args.image:
@@ -98,23 +96,35 @@ def _check(args: Generate) -> None:
         raise InputError(f"--num-images {args.num_images} must be at least 1")
     if args.steps < 1:
         raise InputError(f"--steps {args.steps} must be at least 1")
+    if (args.num_images > 1 and not 0 <= args.seed <= 2**32 - args.num_images) or not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed {args.seed}: seeds of all pictures must lie between 0 and 2^32 - 1")
+    if not 0 <= args.eta <= 1:
+        raise InputError(f"--eta {args.eta} must lie between 0 and 1")
+    for path in _targets(args):
+        check_writable(path)
     for name, value in (("scale", args.scale), ("guidance-scale", args.guidance_scale)):
         if not math.isfinite(value):
             raise InputError(f"--{name} {value} is not a finite number")
 
 
-def _sample(pipe: StableDiffusion, args: Generate, pictures: list[Image.Image]) -> list[Image.Image]:
-    """One step per call, so that the bar moves with the work; there is none where nobody watches."""
+def _sample(
+    pipe: StableDiffusion, args: Generate, pictures: list[Image.Image]
+) -> tuple[list[Image.Image], dict[str, dict[str, str]]]:
+    """The pictures, one step per call so that the bar moves with the work, and the digests of the weights, made
+    meanwhile. There is no bar where nobody watches."""
+    digests: concurrent.futures.Future = concurrent.futures.Future()
     with tqdm.tqdm(total=args.steps, desc="compiling, then sampling", unit="step", disable=None) as bar:
 
         def on_step(number: int, timestep: int, latents: Any) -> None:
+            if number == 0:  # now all arguments are good; a daemon, so that an interruption does not wait for it
+                threading.Thread(target=_fulfil, args=(digests, pipe), daemon=True).start()
             latents.block_until_ready()
             bar.set_description("sampling")
             bar.update()
 
-        return pipe(
+        found = pipe(
             args.prompt,
-            ip_adapter_image=pictures or None if len(pictures) != 1 else pictures[0],
+            ip_adapter_image=pictures or None,
             ip_adapter_scale=args.scale,
             fit=args.fit,
             negative_prompt=args.negative_prompt,
@@ -128,6 +138,14 @@ def _sample(pipe: StableDiffusion, args: Generate, pictures: list[Image.Image]) 
             seed=args.seed,
             callback_on_step_end=on_step,
         )
+    return found, digests.result()
+
+
+def _fulfil(digests: concurrent.futures.Future, pipe: StableDiffusion) -> None:
+    try:
+        digests.set_result(_digests(pipe))
+    except OSError as error:
+        digests.set_exception(InputError(f"the weights cannot be read again ({error}); did somebody remove them?"))
 
 
 def _digests(pipe: StableDiffusion) -> dict[str, dict[str, str]]:
@@ -144,15 +162,21 @@ def _metadata(args: Generate, pipe: StableDiffusion, digests: dict[str, dict[str
     return {**settings, "image": list(args.image), "sha256": digests, "versions": versions}
 
 
+def _targets(args: Generate) -> list[Path]:
+    """The single pictures in order; with several, their grid last: where the named file exists, all is done."""
+    if args.num_images == 1:
+        return [args.out]
+    digits = len(str(args.num_images - 1))
+    singles = [args.out.with_name(f"{args.out.stem}-{i:0{digits}d}.png") for i in range(args.num_images)]
+    return [*singles, args.out]
+
+
 def _write(pictures: Sequence[Image.Image], args: Generate, metadata: dict[str, Any]) -> None:
-    """The single pictures first and the grid last: where the named file exists, all is done."""
+    contents = [_png(picture, metadata | {"seed": args.seed + i}) for i, picture in enumerate(pictures)]
     if len(pictures) > 1:
-        digits = len(str(len(pictures) - 1))
-        for i, picture in enumerate(pictures):
-            single = args.out.with_name(f"{args.out.stem}-{i:0{digits}d}.png")
-            write_whole(single, _png(picture, metadata | {"seed": args.seed + i}))
-        metadata = metadata | {"num_images": len(pictures)}
-    write_whole(args.out, _png(image_grid(pictures) if len(pictures) > 1 else pictures[0], metadata))
+        contents.append(_png(image_grid(pictures), metadata | {"num_images": len(pictures)}))
+    for path, content in zip(_targets(args), contents, strict=True):
+        write_whole(path, content)
     print(args.out)
 
 

@@ -25,7 +25,8 @@ def ddim_steps(schedule: NoiseSchedule, num_steps: int, eta: float = 0.0) -> DDI
     ends = timesteps - schedule.num_train_timesteps // num_steps
     if timesteps[0] >= len(alphas):
         raise InputError(
-            f"steps_offset={schedule.steps_offset} leads beyond the {len(alphas)} training timesteps; use fewer steps"
+            f"scheduler config: steps_offset={schedule.steps_offset} exceeds the {len(alphas)} training timesteps; "
+            "use fewer steps or mend it"
         )
     alpha = alphas[timesteps].astype(np.float64)
     alpha_next = np.where(ends >= 0, alphas[np.maximum(ends, 0)], schedule.final_alpha_cumprod).astype(np.float64)

@@ -3,11 +3,13 @@
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.settings import typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +39,21 @@ class NoiseSchedule:
         if raw.get("thresholding"):
             raise InputError("scheduler config: thresholding=true is not supported for latent models")
         fields = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
-        if fields.get("trained_betas") is not None:
-            fields["trained_betas"] = tuple(fields["trained_betas"])
         if "clip_sample" not in raw:
             warnings.warn(
                 "scheduler config: no clip_sample, so predictions are clipped to [-1, 1] as in diffusers", stacklevel=2
             )
-        schedule = cls(**fields)
+        schedule: NoiseSchedule = typed(cls, fields, "scheduler")
         for name, choices in _CHOICES.items():
             if getattr(schedule, name) not in choices:
                 raise InputError(
                     f"scheduler config: {name}={getattr(schedule, name)!r}, known are {', '.join(choices)}"
                 )
+        total = schedule.num_train_timesteps
+        if schedule.trained_betas is not None and len(schedule.trained_betas) != total:
+            raise InputError(f"scheduler config: {len(schedule.trained_betas)} trained_betas for {total} timesteps")
+        if not total or not 0 < schedule.beta_start <= schedule.beta_end < 1:
+            raise InputError("scheduler config: it needs training timesteps and 0 < beta_start <= beta_end < 1")
         return schedule
 
     @property
@@ -83,15 +88,16 @@ class NoiseSchedule:
         Raises InputError unless 1 <= num_steps <= num_train_timesteps.
         """
         total = self.num_train_timesteps
-        if not 1 <= num_steps <= total:
+        if not isinstance(num_steps, Integral) or not 1 <= num_steps <= total:
             raise InputError(
-                f"num_inference_steps={num_steps} must lie between 1 and {total}, the model's training timesteps"
+                f"num_inference_steps={num_steps} must be a whole number between 1 and {total}, the training timesteps"
             )
         if self.timestep_spacing == "linspace":
             steps = np.linspace(0, total - 1, num_steps).round()[::-1]
         elif self.timestep_spacing == "leading":
             steps = (np.arange(num_steps) * (total // num_steps))[::-1] + self.steps_offset
         else:  # trailing
+            # diffusers' rounding error can append a timestep -1 (for 61 steps, say); the cut leaves it out
             steps = np.arange(total, 0, -total / num_steps).round()[:num_steps] - 1
         return steps.astype(np.int32)
 

@@ -11,6 +11,7 @@ from jax import Array
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.attention import attend
 from ipadapter_jax.models.layers import ACTIVATIONS, layer_norm
+from ipadapter_jax.settings import typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class CLIPTextConfig:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "CLIPTextConfig":
         """From text_encoder/config.json of transformers. Raises InputError for an unknown activation."""
-        return _from_json(cls, raw, "text encoder")
+        return _from_json(cls, raw, _TEXT_DEFAULTS, "text encoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,9 @@ class CLIPVisionConfig:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "CLIPVisionConfig":
         """From a vision or a whole CLIP config.json of transformers. Raises InputError for an unknown activation."""
-        return _from_json(cls, {**raw, **raw.get("vision_config", {})}, "image encoder")
+        vision = raw.get("vision_config")
+        whole = {**raw, **vision} if isinstance(vision, Mapping) else raw
+        return _from_json(cls, whole, _VISION_DEFAULTS, "image encoder")
 
     @property
     def num_positions(self) -> int:
@@ -58,11 +61,22 @@ class CLIPVisionConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
-def _from_json(cls, raw: Mapping[str, Any], what: str):
-    config = cls(**{field.name: raw.get(field.name, field.default) for field in dataclasses.fields(cls)})
+# What transformers takes where a published config leaves a setting out; those are small ViT-B/32 sizes.
+_SHARED = {"num_hidden_layers": 12, "hidden_act": "quick_gelu"}
+_TEXT_DEFAULTS = {**_SHARED, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+_VISION_DEFAULTS = {
+    **_SHARED,
+    **{"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+    **{"projection_dim": 512, "patch_size": 32},
+}
+
+
+def _from_json(cls: type, raw: Mapping[str, Any], defaults: Mapping[str, Any], what: str) -> Any:
+    given = {field.name: raw[field.name] for field in dataclasses.fields(cls) if raw.get(field.name) is not None}
+    config = typed(cls, {**defaults, **given}, what)
     if config.hidden_act not in ACTIVATIONS:
         raise InputError(f"{what} config: hidden_act={config.hidden_act!r}, known are {', '.join(ACTIVATIONS)}")
-    if config.hidden_size % config.num_attention_heads:
+    if not config.num_attention_heads or config.hidden_size % config.num_attention_heads:
         raise InputError(f"{what} config: {config.num_attention_heads} heads do not divide width {config.hidden_size}")
     return config
 

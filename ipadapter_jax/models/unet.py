@@ -15,7 +15,6 @@ from jax import Array
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.attention import Entry
-from ipadapter_jax.models.config import pick
 from ipadapter_jax.models.layers import (
     Downsample,
     ResnetBlock,
@@ -26,6 +25,7 @@ from ipadapter_jax.models.layers import (
     timestep_embedding,
 )
 from ipadapter_jax.models.transformer import KeyValue, Transformer
+from ipadapter_jax.settings import pick, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,13 @@ class UNetConfig:
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    sample_size: int = 64
+    sample_size: int | tuple[int, ...] | None = 64  # (h, w) of the latents it was trained on
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "UNetConfig":
         """From diffusers' unet/config.json. Raises InputError for what this family does not have."""
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        config = cls(**pick(raw, what="UNet", fields=defaults, fixed=_FIXED, ignored=_IGNORED))
+        found = pick(cls, raw, what="UNet", fixed=_FIXED, ignored=_IGNORED)
+        config: UNetConfig = typed(cls, {"sample_size": None} | found, "UNet")
         levels = len(config.block_out_channels)
         if {len(config.down_block_types), len(config.up_block_types)} != {levels}:
             raise InputError(

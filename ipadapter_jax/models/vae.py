@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.attention import attend
-from ipadapter_jax.models.config import pick
 from ipadapter_jax.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm
+from ipadapter_jax.settings import pick, typed
 
 _EPSILON = 1e-6  # of every norm in the VAE
 
@@ -30,8 +31,8 @@ class VAEConfig:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "VAEConfig":
         """From diffusers' vae/config.json. Raises InputError for what this family does not have."""
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        levels = len(raw.get("block_out_channels", defaults["block_out_channels"]))
+        channels = raw.get("block_out_channels", cls.block_out_channels)
+        levels = len(channels) if isinstance(channels, list | tuple) else 0
         fixed = {
             "act_fn": ("silu",),
             "down_block_types": (("DownEncoderBlock2D",) * levels,),
@@ -40,7 +41,11 @@ class VAEConfig:
             "use_quant_conv": (True,),
             "use_post_quant_conv": (True,),
         }
-        return cls(**pick(raw, what="VAE", fields=defaults, fixed=fixed, ignored={"sample_size", "force_upcast"}))
+        found = pick(cls, raw, what="VAE", fixed=fixed, ignored={"sample_size", "force_upcast"})
+        config: VAEConfig = typed(cls, found, "VAE")
+        if config.scaling_factor <= 0:
+            raise InputError(f"VAE config: scaling_factor={config.scaling_factor} must be positive")
+        return config
 
     @property
     def downscale(self) -> int:

@@ -108,7 +108,7 @@ IMAGE_ENCODER = Component(
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Loaded:
     """A network with its weights and the file that they came from."""
 
@@ -121,7 +121,9 @@ def load_component(
     component: Component, folder: Path, dtype: np.dtype, variant: str | None = None, put: Callable = jax.device_put
 ) -> Loaded:
     """Reads `folder`/config.json and its weights, in `dtype`. Raises InputError or WeightFileError naming the fault."""
-    module, template = _build(component, folder / "config.json", dtype)
+    config = read_config(component, folder / "config.json")
+    module = component.module(config, dtype)
+    template = _explained(component, folder / "config.json", lambda: template_of(component, module))
     names = [path.name for path in folder.iterdir()]
     source = folder / choose_weights(component, names, str(folder), variant)
     tensors = drop_ignored(open_tensors(source), component.ignored, str(source))
@@ -132,14 +134,18 @@ def load_component(
     return Loaded(module, load_tree(tensors, template, spelling, source=str(source), dtype=dtype, put=put), source)
 
 
-def _build(component: Component, path: Path, dtype: np.dtype) -> tuple[Any, Tree]:
+def read_config(component: Component, path: Path) -> Any:
+    """The network's configuration. Raises InputError naming the file and what is wrong in it."""
     raw = read_json(path)
+    return _explained(component, path, lambda: component.config(raw))
+
+
+def _explained(component: Component, path: Path, build: Callable[[], Any]) -> Any:
     try:
-        module = component.module(component.config(raw), dtype)
-        return module, template_of(component, module)
+        return build()
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:  # from inside a network
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: no {component.title} can be built from these settings ({reason})") from None
 

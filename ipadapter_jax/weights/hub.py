@@ -21,6 +21,8 @@ def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revis
     A path that exists wins. `choose` gets the names of all files below the reference, relative to it, and returns those
     that are needed. Raises InputError naming the reference when it is neither here nor on the Hub.
     """
+    if not isinstance(reference, str | os.PathLike):
+        raise InputError(f"{what} {reference!r}: give a path or a Hub id (owner/name)")
     path = os.path.expanduser(reference)
     if os.path.exists(path):
         return Path(path)

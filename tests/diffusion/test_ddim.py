@@ -60,7 +60,7 @@ def test_guidance():
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_step_counts_are_refused(steps):
-    with pytest.raises(InputError, match=f"num_inference_steps={steps} must lie between 1 and 1000"):
+    with pytest.raises(InputError, match=f"num_inference_steps={steps} must be a whole number between 1 and 1000"):
         NoiseSchedule.from_json(SD15).timesteps(steps)
 
 

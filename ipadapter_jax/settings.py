@@ -1,0 +1,59 @@
+"""From a published JSON configuration to one of our dataclasses: what is not supported is an error, never ignored."""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ipadapter_jax.errors import InputError
+
+
+def typed(cls: type, values: Mapping[str, Any], what: str) -> Any:
+    """cls(**values) with lists as tuples, after holding every value against its field's annotation.
+
+    Whole numbers must not be negative and others must be finite. Raises InputError naming `what` and the setting.
+    """
+    hints = typing.get_type_hints(cls)
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for name, value in found.items():
+        if not _fits(value, hints[name]):
+            kind = getattr(hints[name], "__name__", str(hints[name]))
+            raise InputError(f"{what} config: {name}={value!r} is not usable, it must be of type {kind}")
+    return cls(**found)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, hint)
+
+
+def pick(
+    cls: type, raw: Mapping[str, Any], *, what: str, fixed: Mapping[str, tuple], ignored: set[str]
+) -> dict[str, Any]:
+    """The values in `raw` for the fields of `cls`.
+
+    A name in `fixed` may be present only with one of the values given there; a name in `ignored` does not change the
+    network; private names (`_class_name`) neither. Any other name with a value that switches something on raises
+    InputError: a network built without it would run and be wrong.
+    """
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for name, value in raw.items():
+        if name in fields or name in ignored or name.startswith("_"):
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        if name in fixed:
+            if value not in fixed[name]:
+                supported = " or ".join(map(repr, fixed[name]))
+                raise InputError(f"{what} config: {name}={value!r} is not supported, only {supported}")
+        elif any(item is not None and item is not False for item in (value if isinstance(value, tuple) else [value])):
+            raise InputError(f"{what} config: unknown setting {name}={value!r}; is this a Stable Diffusion 1.x model?")
+    return {name: raw[name] for name in fields if name in raw}
