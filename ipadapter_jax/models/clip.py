@@ -26,7 +26,7 @@ class CLIPTextConfig:
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
+    eos_token_id: int | None = 49407
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "CLIPTextConfig":
@@ -72,7 +72,7 @@ _VISION_DEFAULTS = {
 
 
 def _from_json(cls: type, raw: Mapping[str, Any], defaults: Mapping[str, Any], what: str) -> Any:
-    given = {field.name: raw[field.name] for field in dataclasses.fields(cls) if raw.get(field.name) is not None}
+    given = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
     config = typed(cls, {**defaults, **given}, what)
     if config.hidden_act not in ACTIVATIONS:
         raise InputError(f"{what} config: hidden_act={config.hidden_act!r}, known are {', '.join(ACTIVATIONS)}")
@@ -119,7 +119,7 @@ class TextTransformer(nn.Module):
         )
         last = layer_norm(self.dtype, config.layer_norm_eps, "final_layer_norm")(states[-1])
         # Published configs carry eos_token_id 2 by mistake: there the end of text is the largest id.
-        end = input_ids if config.eos_token_id == 2 else (input_ids == config.eos_token_id)
+        end = input_ids if config.eos_token_id in (None, 2) else (input_ids == config.eos_token_id)
         pooled = jnp.take_along_axis(last, end.argmax(-1)[:, None, None], axis=1)[:, 0]
         return TextOutput(last, pooled, states)
 
