@@ -1,4 +1,7 @@
-"""Stable Diffusion 1.5 at its real size: parameter counts at no cost, and (slow) the numbers of PyTorch."""
+"""Stable Diffusion 1.5 at its real size: counts at no cost, and (slow) the numbers of PyTorch.
+
+The scripts that compare and measure at full size are run here at a tiny size, too.
+"""
 
 import os
 import subprocess
@@ -6,8 +9,13 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import make_random_weights
 import numpy as np
 import pytest
+from benchmark_sample import check_parity
+from compare_with_diffusers import compare, photograph
+from count_flops import count_flops, unet_flops
 from helpers import load_case, nchw, nhwc
 
 from ipadapter_jax.models.adapter import IPAdapter
@@ -59,6 +67,21 @@ def test_adapter_counts(config, parameters):
     )
 
 
+def test_flops_are_those_of_a_count_in_pytorch():
+    """torch's FlopCounter on diffusers' UNet: 803.27 GFLOP; with an adapter of 4 tokens and its projection 803.62."""
+    plain = unet_flops(UNetConfig(), 64, 64, image_tokens=0)
+    assert plain.total() == pytest.approx(803.273e9, rel=1e-6) and plain["conv"] == pytest.approx(443.946e9, rel=1e-6)
+    assert unet_flops(UNetConfig(), 64, 64).total() == pytest.approx(803.62e9, rel=1e-4)
+
+
+def test_flops_inside_other_programs_are_counted():
+    @jax.jit
+    def program(x):
+        return jax.lax.scan(lambda x, _: (jax.checkpoint(jnp.dot)(x, jnp.ones((3, 3))), None), x, length=7)[0]
+
+    assert count_flops(jax.make_jaxpr(program)(jnp.ones((2, 3)))) == {"matmul": 7 * 2 * (2 * 3 * 3)}
+
+
 @pytest.fixture(scope="session")
 def full_size() -> Path:
     """The folder in IPADAPTER_JAX_FULL_SIZE, or weights/full, made on the spot (3.3 GB)."""
@@ -100,3 +123,57 @@ def test_full_size_networks_equal_pytorch(full_size):
     weight = np.full((1, len(widths)), 0.7, np.float32)
     guided = apply(unet.module, unet.params, sample, time, text_kv, [image_kv], weight)
     case.check(**{"unet_ip_out_scale_0.7": nchw(guided)})
+
+
+@pytest.fixture(scope="session")
+def tiny_size(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    make_random_weights.main(folder, "tiny")
+    return folder
+
+
+@pytest.mark.torch
+def test_a_photograph_gives_the_picture_of_diffusers(tiny_size):
+    """The noise in the last digits is 2e-5 of the latents; a scale of 0.7001 in place of 0.7 is 3e-4 away."""
+    result = compare(tiny_size, photograph(), height=128, width=96)
+    assert result.good
+    assert result.latents_error < 1e-4 and result.pixel_differences.max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_a_photograph_gives_the_picture_of_diffusers_at_full_size(full_size, tmp_path):
+    """In a process of its own with one device: the four virtual ones of the tests would hold the weights four times."""
+    script, out = ROOT / "scripts" / "compare_with_diffusers.py", tmp_path / "compare.png"
+    command = [sys.executable, script, "--weights", full_size, "--steps", "3", "--out", out]
+    done = subprocess.run(command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.torch
+def test_the_benchmark_prints_its_table(tiny_size, tmp_path):
+    script, out = ROOT / "scripts" / "benchmark_sample.py", tmp_path / "table.md"
+    options = ["--cpu", "--height", "64", "--width", "64", "--steps", "2", "--rounds", "1", "--peak-tflops", "1"]
+    command = [sys.executable, script, "--weights", tiny_size, "--out", out, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert out.read_text(encoding="utf-8") == done.stdout
+    table = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("|"):
+            title, *values = (cell.strip() for cell in line.strip("|").split("|"))
+            table[title] = values
+    start = {f"start to first image, {caches}" for caches in ("cold", "warm caches")}
+    image = {f"image of 2 steps, {statistic}" for statistic in ("median", "minimum")}
+    step = {"step with guidance, median", "step with guidance, minimum", "- TFLOP/s, median", "- of 1 TFLOP/s"}
+    assert start | image | step | {"warm start / cold start", "peak memory"} <= table.keys()
+    assert all(ours and theirs for title, (ours, theirs, _) in table.items() if title), table
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 2e-3), ("bfloat16", 0.05)])
+def test_the_benchmark_has_no_numbers_for_sides_that_disagree(dtype, error):
+    theirs = np.random.default_rng(0).standard_normal((1, 8, 8, 4), np.float32)
+    assert "latents" in check_parity(dtype, theirs * (1 + 1e-5), theirs)
+    noise = np.random.default_rng(1).standard_normal(theirs.shape, np.float32)
+    with pytest.raises(SystemExit, match="disagree"):
+        check_parity(dtype, theirs + error * noise, theirs)
