@@ -2,13 +2,14 @@
 
     python scripts/make_random_weights.py --size tiny --out weights/tiny
     python scripts/sample.py --base weights/tiny --adapter weights/tiny/ip_adapter/models/ip-adapter_sd15.safetensors \
-        --image assets/reference.jpg --prompt "a cat" --out out/sample.png
+        --image assets/reference.jpg --prompt "a cat" --size 256 --out out/sample.png
 
 For people who start from code: copy it and change what you like. `ipadapter_jax.StableDiffusion` does the same with all
 checks, several devices and a progress bar.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +36,11 @@ def main(
     guidance_scale: float = 7.5,
     steps: int = 50,
     num_images: int = 4,
+    size: int = 512,
     seed: int = 0,
     out: Path = Path("out/sample.png"),
 ) -> None:
-    """Samples a base adapter (4 tokens) at the base model's own size."""
+    """Samples with a base adapter (4 tokens): square pictures of `size` pixels."""
     pipe = StableDiffusion.from_pretrained(base).with_ip_adapter(adapter)
     unet, vae, text_encoder, schedule = pipe.unet, pipe.vae, pipe.text_encoder, pipe.schedule
     ip = pipe.adapters[0]
@@ -48,7 +50,7 @@ def main(
     def sample(params, ids, pixels, latents, scale, guidance_scale):
         """ids (2, 77), negative first; pixels (1, 224, 224, 3); latents (B, h, w, 4) -> pictures (B, H, W, 3)."""
 
-        def apply(module, part, *inputs, method=None):
+        def apply(module, part, *inputs, method=None) -> Any:
             return module.apply({"params": params[part]}, *inputs, method=method)
 
         batch = latents.shape[0]
@@ -75,8 +77,8 @@ def main(
 
     ids = tokenize(pipe.tokenizer, [negative_prompt, prompt], text_encoder.config.max_position_embeddings)
     pixels = clip_pixel_values([load_image(image)], ip.encoder.module.config.image_size)
-    size = unet.config.sample_size
-    latents = jax.random.normal(jax.random.key(seed), (num_images, size, size, unet.config.in_channels))
+    side = size // vae.config.downscale
+    latents = jax.random.normal(jax.random.key(seed), (num_images, side, side, unet.config.in_channels))
     pictures = to_uint8(np.asarray(sample(params, ids, pixels, latents, scale, guidance_scale)))
     out.parent.mkdir(parents=True, exist_ok=True)
     image_grid([Image.fromarray(picture) for picture in pictures]).save(out)
