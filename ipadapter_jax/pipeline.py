@@ -140,7 +140,7 @@ class StableDiffusion:
         seed: int | Sequence[int] = 0,
         latents: np.ndarray | None = None,
         output_type: str = "pil",
-        callback_on_step_end: OnStep | None = None,
+        callback: OnStep | None = None,
     ) -> Any:
         """Pictures for every prompt, prompt-major.
 
@@ -149,15 +149,16 @@ class StableDiffusion:
         ("crop", "resize", "pad"). ip_adapter_image_embeds instead: per adapter the encoder's features (G, n, ...), the
         negative branch first when guidance_scale > 1 (G = 2). ip_adapter_scale: lambda of the paper, one or one per
         adapter. seed: picture i uses seed + i, or seed[i], and nothing else. latents (B, h, w, 4): standard normal.
-        guidance_scale <= 1 leaves the unconditional branch out. callback_on_step_end makes each step its own call.
+        guidance_scale <= 1 leaves the unconditional branch out. callback(step, timestep, latents) is called after every
+        step; then each step is a jitted call of its own.
 
         Returns PIL images ("pil"), a float array (B, H, W, 3) in [0, 1] ("np") or the final latents ("latent"). Raises
         InputError before anything is compiled when an argument cannot be used.
         """
         prompts, negatives = prompt_pairs(prompt, negative_prompt)
         check_choices(num_images_per_prompt, guidance_scale, eta, scheduler, output_type)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise InputError("callback_on_step_end must be a function of (step, timestep, latents)")
+        if callback is not None and not callable(callback):
+            raise InputError("callback must be a function of (step, timestep, latents)")
         steps = ddim_steps(self.schedule, num_inference_steps, eta)
         shape = self._latent_shape(height, width)
         count = len(prompts) * num_images_per_prompt
@@ -178,7 +179,7 @@ class StableDiffusion:
             batch,
             functools.partial(sampling.denoise, self.unet, self.schedule, self.mesh, self.params["unet"]),
             (batch.prompt_of_image, text_kv, image_kv, weight, np.float32(guidance_scale)),
-            callback_on_step_end,
+            callback,
         )
         if output_type == "latent":
             return np.asarray(final)[:count]

@@ -30,7 +30,7 @@ def generate(base: StableDiffusion, case: Case, **more):
         ip_adapter_scale=meta["ip_adapter_scale"],
         latents=nhwc(case.inputs["latents"]),
         output_type="latent",
-        callback_on_step_end=lambda number, timestep, latents: seen.append((timestep, np.asarray(latents))),
+        callback=lambda number, timestep, latents: seen.append((timestep, np.asarray(latents))),
         **more,
     )
     timesteps, steps = zip(*seen, strict=True)

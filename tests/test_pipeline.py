@@ -132,7 +132,7 @@ def test_given_latents_replace_the_seed(pipe):
 def test_step_by_step_gives_the_same_latents(pipe):
     seen = []
     arguments = SMALL | {"output_type": "latent"}
-    stepped = pipe("a cat", ip_adapter_image=CAT, callback_on_step_end=lambda *step: seen.append(step), **arguments)
+    stepped = pipe("a cat", ip_adapter_image=CAT, callback=lambda *step: seen.append(step), **arguments)
     np.testing.assert_allclose(stepped, pipe("a cat", ip_adapter_image=CAT, **arguments), atol=1e-4)
     assert [(number, timestep) for number, timestep, _ in seen] == [(0, 501), (1, 1)]
 
@@ -181,7 +181,7 @@ WRONG = [
     ({"seed": 1.5}, "seed 1.5 must be a whole number"),
     ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, "too large for 2 pictures"),
     ({"latents": "abc"}, "latents must be an array of numbers"),
-    ({"callback_on_step_end": 5}, "callback_on_step_end must be a function"),
+    ({"callback": 5}, "callback must be a function"),
     ({"ip_adapter_image": None, "ip_adapter_image_embeds": 5}, "ip_adapter_image_embeds have shape"),
     ({"ip_adapter_image": None, "ip_adapter_image_embeds": [["a"]]}, "ip_adapter_image_embeds must be an array"),
     ({"guidance_scale": float("nan")}, "guidance_scale=nan"),

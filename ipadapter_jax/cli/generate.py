@@ -136,7 +136,7 @@ def _sample(
             height=args.height,
             width=args.width,
             seed=args.seed,
-            callback_on_step_end=on_step,
+            callback=on_step,
         )
     return found, digests.result()
 
