@@ -38,10 +38,6 @@ class Adapter:
     encoder: Loaded
     source: Path
 
-    @property
-    def widths(self) -> Sequence[int]:
-        return self.keys.widths
-
     def keys_values(self, features: Array) -> list[KeyValue]:
         """Features (G, n, ...) -> per site keys and values (G, n N, C)."""
         return sampling.image_keys_values(self.projection, self.keys, self.params, features)

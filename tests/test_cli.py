@@ -150,6 +150,18 @@ def test_a_failing_write_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_after_loading_stands_alone_and_a_report_follows_success(tmp_path):
+    """The recorded text encoder holds position_ids, which are ignored and reported."""
+
+    def run(name: str, **changes) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "ipadapter_jax.cli", *arguments(tmp_path / name, steps=1, **changes)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    wrong, right = run("wrong.png", width=65), run("right.png")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and "width=65" in wrong.stderr
+    assert right.returncode == 0 and "ignored text_model.embeddings.position_ids" in right.stderr
+
+
 def test_help_and_doctor_as_a_person_runs_them():
     def run(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, "-m", "ipadapter_jax.cli", *words], capture_output=True, text=True)

@@ -6,11 +6,12 @@ Exit code 0 when the job is done, 2 for bad input with one line on standard erro
 import contextlib
 import io
 import logging
+import logging.handlers
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tyro
@@ -27,14 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"] or arguments[-1:] == ["--debug"]
     arguments = [a for i, a in enumerate(arguments) if not (debug and a == "--debug" and i in (0, len(arguments) - 1))]
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("ipadapter_jax").setLevel(logging.INFO)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's remarks about its own cache
     try:
         command = parse(arguments)
         run = next(run for kind, run in COMMANDS.values() if isinstance(command, kind))
-        return run(command)
+        with _reports():
+            return run(command)
     except InputError as error:
         if debug:
             raise
@@ -45,9 +44,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+@contextlib.contextmanager
+def _reports() -> Iterator[None]:
+    """Warnings appear at once, each on a line; reports (what was ignored in a file) when the job is done, so that
+    an error stands alone."""
+    log = logging.getLogger("ipadapter_jax")
+    log.setLevel(logging.INFO)
+    held = logging.handlers.MemoryHandler(1000, logging.CRITICAL, logging.StreamHandler(), flushOnClose=False)
+    log.addHandler(held)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            yield
+        held.flush()
+    finally:
+        log.removeHandler(held)
+
+
 def parse(arguments: Sequence[str]) -> Any:
     """The chosen command's arguments. Raises InputError with tyro's complaint on one line."""
-    options = [word for word in arguments if word.startswith("--")]
+    options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
     for option in options:
         if options.count(option) > 1:
             raise InputError(f"{option} is given more than once; give it once, several values after it")
