@@ -1,6 +1,7 @@
 """The command `ipadapter-jax`: one subcommand per job.
 
-Exit code 0 when the job is done, 2 for bad input with one line on standard error, 130 when interrupted.
+Exit code 0 when the job is done, 2 for bad input with one line on standard error, 130 when interrupted, 141 when the
+reader of the output went away.
 """
 
 import contextlib
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"ipadapter-jax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("ipadapter-jax: interrupted", file=sys.stderr)
         return 130
