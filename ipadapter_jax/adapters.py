@@ -96,7 +96,7 @@ def load_adapter(
     file = open_ip_adapter(local)
     widths = tuple(site.width for site in cross_attention_sites(unet.config))
     check_base(file, unet.config.cross_attention_dim, widths)
-    folder = _encoder_folder(path, local, image_encoder, revision)
+    folder = encoder_folder(_encoder_beside(path, local) if image_encoder is None else image_encoder, revision)
     vision = read_config(IMAGE_ENCODER, folder / "config.json")
     check_encoder(file, vision.projection_dim, vision.hidden_size, str(folder))
     dtype = np.dtype(unet.dtype)
@@ -107,14 +107,18 @@ def load_adapter(
     return Adapter(image_projection(file.config, dtype), IPAdapter(widths, dtype), params, encoder, local)
 
 
-def _encoder_folder(path, local: Path, image_encoder, revision: str | None) -> Path:
-    if image_encoder is None:
-        here = Path(path).expanduser().exists()  # else on the Hub, whose cache may hold half a download
-        image_encoder = (local if here else PurePosixPath(str(path))).parent / "image_encoder"
-        if here and not os.path.isdir(image_encoder):
-            raise InputError(
-                f"adapter {path}: there is no folder image_encoder beside it; name the encoder with image_encoder"
-            )
+def _encoder_beside(path: str | os.PathLike, local: Path) -> str | os.PathLike:
+    here = Path(path).expanduser().exists()  # else on the Hub, whose cache may hold half a download
+    beside = (local if here else PurePosixPath(str(path))).parent / "image_encoder"
+    if here and not os.path.isdir(beside):
+        raise InputError(
+            f"adapter {path}: there is no folder image_encoder beside it; name the encoder with image_encoder"
+        )
+    return beside
+
+
+def encoder_folder(image_encoder: str | os.PathLike, revision: str | None = None) -> Path:
+    """Where an image encoder lies on this machine, downloaded if need be. Raises InputError naming it."""
 
     def choose(names: Sequence[str]) -> Sequence[str]:
         return choose_files(names, {"": IMAGE_ENCODER}, (), None)

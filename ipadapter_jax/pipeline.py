@@ -45,7 +45,7 @@ from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.tree import Tree
 
 DTYPES = ("float32", "bfloat16", "float16")
-_FOLDERS = {"unet": UNET, "vae": VAE_COMPONENT, "text_encoder": TEXT_ENCODER}
+BASE_COMPONENTS = {"unet": UNET, "vae": VAE_COMPONENT, "text_encoder": TEXT_ENCODER}
 _EXTRAS = ("model_index.json", "tokenizer/*", "scheduler/*.json")
 
 OnStep = Callable[[int, int, Array], None]
@@ -89,17 +89,14 @@ class StableDiffusion:
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r}: choose {', '.join(DTYPES)}")
         enable_compilation_cache()
-        choose = functools.partial(choose_files, folders=_FOLDERS, extras=_EXTRAS, variant=variant)
-        root = local_path(path, choose, what="base model", revision=revision)
-        if not (root / "unet").is_dir():
-            raise InputError(f"base model {path}: no folder in diffusers' layout (it has no unet/config.json)")
+        root = base_folder(path, variant, revision)
         schedule = NoiseSchedule.from_json(read_json(root / "scheduler" / "scheduler_config.json"))
         tokenizer = load_tokenizer(root / "tokenizer")
         mesh = sampling.device_mesh()
         put = functools.partial(jax.device_put, device=sampling.replicated(mesh))
         load = functools.partial(load_component, dtype=jnp.dtype(dtype), variant=variant, put=put)
-        parts = {name: load(component, root / name) for name, component in _FOLDERS.items()}
-        _check_fit(str(path), len(tokenizer), **{name: part.module.config for name, part in parts.items()})
+        parts = {name: load(component, root / name) for name, component in BASE_COMPONENTS.items()}
+        check_fit(str(path), len(tokenizer), **{name: part.module.config for name, part in parts.items()})
         return cls(
             **{name: part.module for name, part in parts.items()},
             tokenizer=tokenizer,
@@ -227,7 +224,16 @@ class StableDiffusion:
         return [a.from_images(i, fit, guided) for a, i in zip(self.adapters, given, strict=True)]
 
 
-def _check_fit(path: str, tokens: int, unet: UNetConfig, vae: VAEConfig, text_encoder: CLIPTextConfig) -> None:
+def base_folder(path: str | os.PathLike, variant: str | None = None, revision: str | None = None) -> Path:
+    """Where the base model lies on this machine, downloaded if need be. Raises InputError naming what is wrong."""
+    choose = functools.partial(choose_files, folders=BASE_COMPONENTS, extras=_EXTRAS, variant=variant)
+    root = local_path(path, choose, what="base model", revision=revision)
+    if not (root / "unet").is_dir():
+        raise InputError(f"base model {path}: no folder in diffusers' layout (it has no unet/config.json)")
+    return root
+
+
+def check_fit(path: str, tokens: int, unet: UNetConfig, vae: VAEConfig, text_encoder: CLIPTextConfig) -> None:
     """Raises InputError when the parts of a base model do not belong together."""
     if tokens > text_encoder.vocab_size:
         raise InputError(f"base model {path}: its tokenizer has {tokens} tokens, more than its text encoder knows")

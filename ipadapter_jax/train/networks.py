@@ -1,0 +1,172 @@
+"""The networks of a run: the frozen ones with their weights on the mesh, and the adapter's, which learns."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from ipadapter_jax.adapters import encoder_folder
+from ipadapter_jax.diffusion.schedule import NoiseSchedule
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.models.adapter import IPAdapter
+from ipadapter_jax.models.clip import CLIPText, CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.projections import Projection, image_projection
+from ipadapter_jax.models.unet import UNet, cross_attention_sites
+from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.pipeline import BASE_COMPONENTS, base_folder, check_fit
+from ipadapter_jax.tokens import load_tokenizer, tokenize
+from ipadapter_jax.train.config import Train
+from ipadapter_jax.train.initial import initial_adapter, load_initial, projection_config
+from ipadapter_jax.train.optim import trainable
+from ipadapter_jax.train.sharding import of_frozen, put, replicated
+from ipadapter_jax.weights.components import IMAGE_ENCODER, load_component, read_json
+from ipadapter_jax.weights.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Networks:
+    """What a step calls. `frozen` holds the weights of whatever does not learn, under these names, `empty_ids` (77,),
+    the tokens of no text, and with precomputed patches `zero_features` (L, F), those of a zero picture."""
+
+    unet: UNet
+    vae: VAE
+    text_encoder: CLIPText
+    schedule: NoiseSchedule
+    latent_shape: tuple[int, int, int]  # (h, w, C)
+    image_encoder: CLIPVision | None = None
+    projection: Projection | None = None
+    adapter: IPAdapter | None = None
+
+    def moments(self, frozen: dict[str, Any], images: Array) -> tuple[Array, Array]:
+        """images (B, H, W, 3) in [-1, 1] -> mean and log-variance (B, h, w, C) of the latents' posterior."""
+        return self.vae.apply({"params": frozen["vae"]}, images, method=VAE.encode)
+
+    def text_states(self, frozen: dict[str, Any], ids: Array) -> Array:
+        return self.text_encoder.apply({"params": frozen["text_encoder"]}, ids).last_hidden_state
+
+    def image_features(self, frozen: dict[str, Any], pixels: Array) -> Array:
+        """Normalised pixels (B, S, S, 3) -> what the projection reads: (B, F), or for patches (B, L, F)."""
+        output = self.image_encoder.apply({"params": frozen["image_encoder"]}, pixels)
+        return output.hidden_states[-2] if self.projection.config.uses_patches else output.image_embeds
+
+    def predict(
+        self, params: dict[str, Any], noisy: Array, timestep: Array, text: Array, features: Array | None
+    ) -> Array:
+        """The UNet's output (B, h, w, C) float32 with the image prompt at weight 1."""
+        unet = functools.partial(self.unet.apply, {"params": params["unet"]})
+        text_kv = unet(text, method=UNet.text_kv)
+        if features is None:
+            return unet(noisy, timestep, text_kv)
+        tokens = self.projection.apply({"params": params["image_proj"]}, features)
+        image_kv = self.adapter.apply({"params": params["ip_adapter"]}, tokens)
+        return unet(noisy, timestep, text_kv, [image_kv], [[1.0] * len(image_kv)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Loaded:
+    """Networks, the weights of the frozen ones, the initial weights of what learns, and where all came from."""
+
+    networks: Networks
+    frozen: dict[str, Any]
+    params: dict[str, Tree]
+    tokenizer: Any
+    sources: dict[str, Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What training from precomputed features needs to know of the encoder that made them."""
+
+    encoder: CLIPVisionConfig
+    zero_features: np.ndarray | None  # of a zero picture, where the variant reads patches
+
+
+def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
+    """Reads all weights, each onto its place on the mesh. With precomputed features the image encoder stays away.
+
+    Raises InputError and WeightFileError as the readers do.
+    """
+    model, mask = config.model, trainable(config.model)
+    compute, root = jnp.dtype(model.dtype), base_folder(model.base, model.variant)
+    tokenizer = load_tokenizer(root / "tokenizer")
+    parts = {}
+    for name, component in BASE_COMPONENTS.items():
+        dtype = np.dtype(np.float32) if mask.get(name) else compute
+        parts[name] = load_component(component, root / name, dtype, model.variant, functools.partial(_onto, mesh))
+    check_fit(model.base, len(tokenizer), **{name: part.module.config for name, part in parts.items()})
+    unet = UNet(parts["unet"].module.config, compute, remat=model.remat)
+    schedule = NoiseSchedule.from_json(read_json(root / "scheduler" / "scheduler_config.json"))
+    side = latent_side(config.data.resolution, parts["vae"].module.config.downscale, unet.config.levels)
+    networks = Networks(
+        unet=unet,
+        vae=parts["vae"].module,
+        text_encoder=parts["text_encoder"].module,
+        schedule=schedule,
+        latent_shape=(side, side, unet.config.in_channels),
+    )
+    length = min(tokenizer.model_max_length, networks.text_encoder.config.max_position_embeddings)
+    frozen = {name: part.params for name, part in parts.items() if not mask.get(name)}
+    frozen["empty_ids"] = put(tokenize(tokenizer, [""], length)[0], replicated(mesh))
+    params = {"unet": parts["unet"].params} if mask["unet"] else {}
+    sources = {name: part.source for name, part in parts.items()}
+    base = Loaded(networks, frozen, params, tokenizer, sources)
+    return base if model.adapter == "none" else _with_adapter(base, config, mesh, encoded)
+
+
+def _with_adapter(base: Loaded, config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
+    """The image encoder, unless its features are given, and the adapter's networks and initial weights."""
+    model, unet, compute = config.model, base.networks.unet, jnp.dtype(config.model.dtype)
+    encoder, frozen, sources = None, dict(base.frozen), dict(base.sources)
+    if encoded is None:
+        folder = encoder_folder(model.image_encoder)
+        loaded = load_component(IMAGE_ENCODER, folder, compute, put=functools.partial(_onto, mesh))
+        encoder, frozen["image_encoder"] = loaded.module, loaded.params
+        sources["image_encoder"] = loaded.source
+        vision = encoder.config
+    else:
+        vision = encoded.encoder
+        if encoded.zero_features is not None:
+            frozen["zero_features"] = put(encoded.zero_features, replicated(mesh))
+    projection = projection_config(
+        model.adapter,
+        vision,
+        unet.config.cross_attention_dim,
+        num_tokens=model.num_tokens,
+        depth=model.resampler_depth,
+        heads=model.resampler_heads,
+    )
+    widths = tuple(site.width for site in cross_attention_sites(unet.config))
+    unet_params = base.params.get("unet", base.frozen.get("unet"))
+    if model.init_from is None:
+        adapter = initial_adapter(unet_params, unet.config, projection, config.seed)
+    else:
+        adapter = load_initial(Path(model.init_from), unet.config, projection)
+    mask, params = trainable(model), dict(base.params)
+    for part, tree in adapter.items():
+        where, dtype = (params, jnp.float32) if mask[part] else (frozen, compute)
+        where[part] = jax.tree.map(lambda x, dtype=dtype: put(np.asarray(x, dtype), replicated(mesh)), tree)
+    networks = dataclasses.replace(
+        base.networks,
+        image_encoder=encoder,
+        projection=image_projection(projection, compute),
+        adapter=IPAdapter(widths, compute),
+    )
+    return Loaded(networks, frozen, params, base.tokenizer, sources)
+
+
+def latent_side(resolution: int, downscale: int, levels: int) -> int:
+    """Side of the latents. Raises InputError for a resolution that VAE and UNet cannot halve evenly."""
+    step = downscale * 2 ** (levels - 1)
+    if resolution % step:
+        raise InputError(f"--data.resolution {resolution} must be a multiple of {step} for this model")
+    return resolution // downscale
+
+
+def _onto(mesh: Mesh, array: np.ndarray) -> Array:
+    return put(array, of_frozen(mesh, array))

@@ -1,0 +1,91 @@
+"""Where arrays live: one mesh of two axes, `data` and `fsdp`, and what is split over which.
+
+The batch is split over both axes, the optimiser's state too (ZeRO-2), frozen weights over `fsdp`. The compiler places
+the communication: gradients are summed over all devices, a frozen weight is gathered where it is used.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ipadapter_jax.errors import InputError
+
+AXES = ("data", "fsdp")
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """All devices of all processes, in groups of `fsdp` neighbours. Raises InputError when that does not divide."""
+    devices = jax.devices()
+    if len(devices) % fsdp:
+        raise InputError(f"--mesh.fsdp {fsdp} does not divide the {len(devices)} devices; choose a divisor")
+    shape = (len(devices) // fsdp, fsdp)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+    """Raises InputError unless every device gets the same whole number of rows in every part of a batch."""
+    if batch_size % (mesh.size * accumulate):
+        parts = f" in {accumulate} parts" if accumulate > 1 else ""
+        raise InputError(
+            f"--data.batch-size {batch_size} cannot be split{parts} over {mesh.size} devices; "
+            f"make it a multiple of {mesh.size * accumulate}"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def by_row(mesh: Mesh) -> NamedSharding:
+    """The rows of a batch over all devices."""
+    return NamedSharding(mesh, P(AXES))
+
+
+def split(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The longest dimension that divides evenly over `axes`; replicated when there is none, and for vectors."""
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    fitting = [(size, i) for i, size in enumerate(shape) if size % parts == 0]
+    if len(shape) < 2 or parts == 1 or not fitting:
+        return replicated(mesh)
+    chosen = max(fitting)[1]
+    return NamedSharding(mesh, P(*(axes if i == chosen else None for i in range(len(shape)))))
+
+
+def of_frozen(mesh: Mesh, leaf: Any) -> NamedSharding:
+    return split(mesh, ("fsdp",), leaf.shape)
+
+
+def of_optimiser(mesh: Mesh, leaf: Any) -> NamedSharding:
+    return split(mesh, AXES, leaf.shape)
+
+
+def put(array: np.ndarray | Array, sharding: NamedSharding) -> Array:
+    """An array that every process holds whole -> a global one. No process speaks to another, unlike with
+    jax.device_put."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index]))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process's devices own, ascending."""
+    owned = by_row(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in owned for row in range(batch_size)[part]})
+
+
+def global_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray], rows: list[int], batch_size: int) -> dict[str, Array]:
+    """This process's `rows` of every array (len(rows), ...) -> arrays (batch_size, ...) spread over all devices."""
+    place = {row: i for i, row in enumerate(rows)}
+
+    def spread(local: np.ndarray) -> Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = range(batch_size)[index[0]]
+            return local[place[wanted.start] : place[wanted.start] + len(wanted)]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), by_row(mesh), part)
+
+    return {name: spread(local) for name, local in arrays.items()}

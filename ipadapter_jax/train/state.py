@@ -1,0 +1,38 @@
+"""All that changes during training, and nothing else: what a checkpoint holds."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from ipadapter_jax.train.config import Train
+from ipadapter_jax.train.optim import LossScale
+from ipadapter_jax.train.sharding import of_optimiser, replicated
+
+
+class TrainState(NamedTuple):
+    """The parameters that learn, in float32, with their optimiser. A frozen part is optax.MaskedNode, without leaves."""
+
+    step: Array  # int32, updates done, skipped ones too
+    params: dict[str, Any]
+    opt_state: Any
+    ema: Any  # like params, or None
+    loss_scale: LossScale
+    bad_steps: Array  # int32, updates skipped in a row
+
+
+def initial_state(params: dict[str, Any], optimizer: optax.GradientTransformation, config: Train) -> TrainState:
+    """`params` is the view that learns."""
+    ema = None if config.optim.ema is None else jax.tree.map(jnp.copy, params)
+    scale = LossScale.initial(config.model.dtype)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, scale, jnp.int32(0))
+
+
+def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
+    """The optimiser's moments and the moving average split over all devices, the parameters on every one."""
+    whole = jax.tree.map(lambda _: replicated(mesh), state)
+    spread = jax.tree.map(lambda leaf: of_optimiser(mesh, leaf), state)
+    return whole._replace(opt_state=spread.opt_state, ema=spread.ema)

@@ -1,0 +1,179 @@
+"""One training step: the paper's loss (arXiv 2308.06721, equation 6) and an update of what learns.
+
+All randomness is drawn here, each sample's from (seed, step, its row in the global batch) alone: a step gives the same
+loss on any number of devices and processes, and a resumed run needs to know only its step.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from ipadapter_jax.preprocess import CLIP_TABLE
+from ipadapter_jax.train.config import Data, Train
+from ipadapter_jax.train.networks import Networks
+from ipadapter_jax.train.optim import all_finite, fill
+from ipadapter_jax.train.sharding import by_row, of_optimiser, replicated
+from ipadapter_jax.train.state import TrainState
+
+Batch = dict[str, Array]
+"""Live: pixels (B, H, W, 3) and clip_pixels (B, S, S, 3) uint8. Cached: mean and logvar (B, h, w, 4), features (B, F)
+or (B, L, F). Always input_ids (B, 77)."""
+
+
+class Draws(NamedTuple):
+    """What chance decides for every row."""
+
+    drop_image: Array  # (B,) bool
+    drop_text: Array  # (B,) bool
+    timestep: Array  # (B,) int32
+    noise: Array  # (B, h, w, 4) standard normal
+    posterior_noise: Array  # (B, h, w, 4) standard normal: which latents of the VAE's posterior
+
+
+def draw(seed: int, step: Array, rows: Array, shape: tuple[int, ...], timesteps: int, data: Data) -> Draws:
+    """Draws for the given rows of a step; shape (h, w, 4). One number decides what is dropped, as in the authors'
+    data set: below drop_image the image, below drop_image + drop_text the text, then both."""
+    image, text = data.drop_image, data.drop_image + data.drop_text
+    both = text + data.drop_both
+    of_step = jax.random.fold_in(jax.random.key(seed), step)
+
+    def one(row: Array) -> Draws:
+        keys = jax.random.split(jax.random.fold_in(of_step, row), 4)
+        chance = jax.random.uniform(keys[0])
+        return Draws(
+            drop_image=(chance < image) | ((text <= chance) & (chance < both)),
+            drop_text=(image <= chance) & (chance < both),
+            timestep=jax.random.randint(keys[1], (), 0, timesteps),
+            noise=jax.random.normal(keys[2], shape),
+            posterior_noise=jax.random.normal(keys[3], shape),
+        )
+
+    return jax.vmap(one)(rows)
+
+
+class Inputs(NamedTuple):
+    """What the trained part sees of a batch: all that frozen networks make of it."""
+
+    noisy: Array  # (B, h, w, 4)
+    timestep: Array  # (B,)
+    target: Array  # (B, h, w, 4) float32
+    text: Array  # (B, 77, D)
+    features: Array | None  # (B, F) or (B, L, F)
+
+
+def encode(networks: Networks, frozen: dict[str, Any], batch: Batch, draws: Draws) -> Inputs:
+    """Latents with noise, text states and image features, dropped where the draws say so."""
+    mean, log_variance = (
+        (batch["mean"], batch["logvar"])
+        if "mean" in batch
+        else networks.moments(frozen, batch["pixels"].astype(jnp.float32) / 127.5 - 1)
+    )
+    mean, log_variance = mean.astype(jnp.float32), log_variance.astype(jnp.float32)
+    latents = (mean + jnp.exp(0.5 * log_variance) * draws.posterior_noise) * networks.vae.config.scaling_factor
+    signal = jnp.asarray(networks.schedule.alphas_cumprod)[draws.timestep][:, None, None, None]
+    noisy = jnp.sqrt(signal) * latents + jnp.sqrt(1 - signal) * draws.noise
+    if networks.schedule.prediction_type == "epsilon":
+        target = draws.noise
+    else:  # v-prediction, arXiv 2202.00512
+        target = jnp.sqrt(signal) * draws.noise - jnp.sqrt(1 - signal) * latents
+    ids = jnp.where(draws.drop_text[:, None], frozen["empty_ids"], batch["input_ids"])
+    text = networks.text_states(frozen, ids)
+    return Inputs(noisy, draws.timestep, target, text, _features(networks, frozen, batch, draws.drop_image))
+
+
+def _features(networks: Networks, frozen: dict[str, Any], batch: Batch, drop: Array) -> Array | None:
+    """The encoder's features. A dropped image is a zero embedding for the base variant and the states of zero pixels
+    for the others: what their samplers use as the unconditional image."""
+    if networks.projection is None:
+        return None
+    patches = networks.projection.config.uses_patches
+    if "features" in batch:
+        features = batch["features"]
+        dropped = frozen["zero_features"].astype(features.dtype) if patches else 0
+    else:
+        pixels = jnp.asarray(CLIP_TABLE)[batch["clip_pixels"], jnp.arange(3)]
+        if patches:
+            pixels = jnp.where(drop[:, None, None, None], 0, pixels)
+        features, dropped = networks.image_features(frozen, pixels), 0
+        if patches:
+            return features
+    return jnp.where(drop.reshape(-1, *(1,) * (features.ndim - 1)), dropped, features)
+
+
+def row_losses(networks: Networks, params: dict[str, Any], inputs: Inputs) -> Array:
+    """Mean squared error per row, (B,) float32."""
+    output = networks.predict(params, inputs.noisy, inputs.timestep, inputs.text, inputs.features)
+    return jnp.mean((output - inputs.target) ** 2, axis=(1, 2, 3))
+
+
+def make_step(
+    networks: Networks, optimizer: optax.GradientTransformation, config: Train, mesh: Mesh
+) -> Callable[[TrainState, dict[str, Any], Batch], tuple[TrainState, dict[str, Array]]]:
+    """The jittable step (state, frozen, batch) -> (state, metrics). Donate the state."""
+
+    def gradient(state: TrainState, frozen: dict[str, Any], batch: Batch, draws: Draws):
+        inputs = encode(networks, frozen, batch, draws)
+
+        def scaled(learnt):
+            loss = row_losses(networks, fill(learnt, frozen), inputs).mean()
+            return loss * state.loss_scale.scale, loss
+
+        (_, loss), grads = jax.value_and_grad(scaled, has_aux=True)(state.params)
+        return loss, jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
+
+    def step(state: TrainState, frozen: dict[str, Any], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        size = batch["input_ids"].shape[0]
+        rows = jax.lax.with_sharding_constraint(jnp.arange(size), by_row(mesh))
+        timesteps = networks.schedule.num_train_timesteps
+        draws = draw(config.seed, state.step, rows, networks.latent_shape, timesteps, config.data)
+        parts = config.optim.accumulate
+        if parts == 1:
+            loss, grads = gradient(state, frozen, batch, draws)
+        else:
+            loss, grads = _accumulated(lambda b, d: gradient(state, frozen, b, d), (batch, draws), parts)
+        return _update(state, loss, grads)
+
+    def _update(state: TrainState, loss: Array, grads: Any) -> tuple[TrainState, dict[str, Array]]:
+        # Split as the optimiser's state is: each device updates its part, and the parts are gathered.
+        grads = jax.tree.map(lambda g: jax.lax.with_sharding_constraint(g, of_optimiser(mesh, g)), grads)
+        finite = all_finite(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if config.optim.ema is not None:
+            ema = optax.incremental_update(params, state.ema, 1 - config.optim.ema)
+        new = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(lambda p: jax.lax.with_sharding_constraint(p, replicated(mesh)), params),
+            opt_state=opt_state,
+            ema=ema,
+            loss_scale=state.loss_scale.after(finite, config.model.dtype),
+            bad_steps=jnp.int32(0),
+        )
+        old = new._replace(params=state.params, opt_state=state.opt_state, ema=state.ema, bad_steps=state.bad_steps + 1)
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads), "bad_steps": kept.bad_steps}
+        if config.model.dtype == "float16":
+            metrics["loss_scale"] = kept.loss_scale.scale
+        return kept, metrics
+
+    return step
+
+
+def _accumulated(gradient: Callable, rows: Any, parts: int) -> tuple[Array, Any]:
+    """Loss and gradient of the mean over all rows, computed in `parts`. Part i has the rows i, i + parts, ...: every
+    device's share of a part is among the rows that it has."""
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), rows)
+    like = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], split))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(*part)), None
+
+    total, _ = jax.lax.scan(add, zero, split)
+    return jax.tree.map(lambda x: x / parts, total)
