@@ -98,7 +98,8 @@ class CachedSamples:
             payload = self._reader(shard).read([position])[0]
         except RuntimeError as error:
             raise InputError(
-                f"{self.key(index)}: damaged ({str(error).split(';')[0]}); copy the shard again, or remove it and run the encoding command again"
+                f"{self.key(index)}: damaged ({str(error).split(';')[0]}); copy the shard again, or remove it and run "
+                "the encoding command again"
             ) from None
         if not payload:
             raise InputError(f"{self.key(index)}: could not be read when it was to be encoded (see {_SKIPPED} there)")
