@@ -3,60 +3,24 @@
     python scripts/count_flops.py                                 Stable Diffusion 1.5 at 512x512, 4 image tokens
     python scripts/count_flops.py --weights weights/tiny --height 256 --width 256
 
-A multiplication with its addition is 2 FLOP, and only matrix products and convolutions count: the convention of
-published utilisation figures. What a program pads is counted as work.
+What counts as work stands in ipadapter_jax/flops.py.
 """
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import tyro
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from ipadapter_jax.flops import count_flops
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet, UNetConfig, cross_attention_sites
 from ipadapter_jax.weights.components import UNET, template_of
 
 TEXT_TOKENS = 77
-
-
-def count_flops(jaxpr: Any) -> Counter[str]:
-    """FLOP per kind ("matmul", "conv") of a program of jax.make_jaxpr, all devices together."""
-    total: Counter[str] = Counter()
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            left = eqn.invars[0].aval.shape
-            total["matmul"] += 2 * eqn.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
-        elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval
-            output_channels = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            total["conv"] += 2 * eqn.outvars[0].aval.size * (kernel.size // output_channels)
-        elif name == "cond":
-            total += max(map(count_flops, params["branches"]), key=Counter.total)
-        else:
-            times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
-            inside = sum(map(count_flops, _programs(params.values())), Counter())
-            if name == "while" and inside:
-                raise ValueError("matrix products inside a while loop of unknown length; write it as a scan")
-            total += Counter({kind: times * flops for kind, flops in inside.items()})
-    return total
-
-
-def _programs(values: Iterable[Any]) -> Iterator[Any]:
-    """The programs among an instruction's parameters: those of jit, scan, checkpoint, custom derivatives and so on."""
-    for value in values:
-        if isinstance(value, Jaxpr | ClosedJaxpr):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _programs(value)
 
 
 def unet_flops(

@@ -113,23 +113,27 @@ def cross_attention_sites(config: UNetConfig) -> tuple[Site, ...]:
 
 
 class UNet(nn.Module):
-    """Predicts the noise (or v) in latents. See `__call__`."""
+    """Predicts the noise (or v) in latents. See `__call__`.
+
+    With `remat` a backward pass keeps the inputs of the resnets and transformers alone and computes their inside again.
+    """
 
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     def setup(self):
-        config, dtype = self.config, self.dtype
+        config, dtype, remat = self.config, self.dtype, self.remat
         channels = config.block_out_channels
         self.conv_in = conv(channels[0], 3, dtype)
         self.time_embedding = TimeEmbedding(4 * channels[0], dtype)
         self.down_blocks = [
-            DownBlock(config, level, attention=kind == "CrossAttnDownBlock2D", dtype=dtype)
+            DownBlock(config, level, kind == "CrossAttnDownBlock2D", dtype, remat)
             for level, kind in enumerate(config.down_block_types)
         ]
-        self.mid_block = MidBlock(config, dtype)
+        self.mid_block = MidBlock(config, dtype, remat)
         self.up_blocks = [
-            UpBlock(config, config.levels - 1 - block, attention=kind == "CrossAttnUpBlock2D", dtype=dtype)
+            UpBlock(config, config.levels - 1 - block, kind == "CrossAttnUpBlock2D", dtype, remat)
             for block, kind in enumerate(config.up_block_types)
         ]
         self.conv_norm_out = group_norm(config.norm_num_groups, config.norm_eps, dtype)
@@ -197,12 +201,14 @@ class TimeEmbedding(nn.Module):
         return nn.Dense(self.width, dtype=self.dtype, name="linear_2")(nn.silu(x))
 
 
-def _resnet(config: UNetConfig, width: int, dtype: jnp.dtype) -> ResnetBlock:
-    return ResnetBlock(width, config.norm_num_groups, config.norm_eps, dtype)
+def _resnet(config: UNetConfig, width: int, dtype: jnp.dtype, remat: bool) -> ResnetBlock:
+    kind = nn.remat(ResnetBlock) if remat else ResnetBlock
+    return kind(width, config.norm_num_groups, config.norm_eps, dtype)
 
 
-def _transformer(config: UNetConfig, level: int, dtype: jnp.dtype) -> Transformer:
-    return Transformer(config.block_out_channels[level], config.heads(level), config.norm_num_groups, dtype)
+def _transformer(config: UNetConfig, level: int, dtype: jnp.dtype, remat: bool) -> Transformer:
+    kind = nn.remat(Transformer) if remat else Transformer
+    return kind(config.block_out_channels[level], config.heads(level), config.norm_num_groups, dtype)
 
 
 class DownBlock(nn.Module):
@@ -212,13 +218,14 @@ class DownBlock(nn.Module):
     level: int
     attention: bool
     dtype: jnp.dtype
+    remat: bool
 
     def setup(self):
         config, width = self.config, self.config.block_out_channels[self.level]
         layers = range(config.layers_per_block)
-        self.resnets = [_resnet(config, width, self.dtype) for _ in layers]
+        self.resnets = [_resnet(config, width, self.dtype, self.remat) for _ in layers]
         if self.attention:
-            self.attentions = [_transformer(config, self.level, self.dtype) for _ in layers]
+            self.attentions = [_transformer(config, self.level, self.dtype, self.remat) for _ in layers]
         if self.level < config.levels - 1:
             self.downsamplers = [Downsample(width, ((1, 1), (1, 1)), self.dtype)]
 
@@ -240,11 +247,12 @@ class MidBlock(nn.Module):
 
     config: UNetConfig
     dtype: jnp.dtype
+    remat: bool
 
     def setup(self):
         width = self.config.block_out_channels[-1]
-        self.resnets = [_resnet(self.config, width, self.dtype) for _ in range(2)]
-        self.attentions = [_transformer(self.config, self.config.levels - 1, self.dtype)]
+        self.resnets = [_resnet(self.config, width, self.dtype, self.remat) for _ in range(2)]
+        self.attentions = [_transformer(self.config, self.config.levels - 1, self.dtype, self.remat)]
 
     def __call__(self, x: Array, time: Array, contexts: Iterator[list[Entry]]) -> Array:
         x = self.attentions[0](self.resnets[0](x, time), next(contexts))
@@ -258,12 +266,13 @@ class UpBlock(nn.Module):
     level: int
     attention: bool
     dtype: jnp.dtype
+    remat: bool
 
     def setup(self):
         config, width = self.config, self.config.block_out_channels[self.level]
-        self.resnets = [_resnet(config, width, self.dtype) for _ in range(self.layers)]
+        self.resnets = [_resnet(config, width, self.dtype, self.remat) for _ in range(self.layers)]
         if self.attention:
-            self.attentions = [_transformer(config, self.level, self.dtype) for _ in range(self.layers)]
+            self.attentions = [_transformer(config, self.level, self.dtype, self.remat) for _ in range(self.layers)]
         if self.level > 0:
             self.upsamplers = [Upsample(width, self.dtype)]
 
