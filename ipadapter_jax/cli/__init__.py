@@ -18,10 +18,20 @@ from typing import Any
 import tyro
 
 from ipadapter_jax.cli.doctor import Doctor, doctor
+from ipadapter_jax.cli.encode import encode
 from ipadapter_jax.cli.generate import Generate, generate
+from ipadapter_jax.cli.train import parse as parse_train
+from ipadapter_jax.cli.train import train
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.train.config import Train
+from ipadapter_jax.train.encode import Encode
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {"generate": (Generate, generate), "doctor": (Doctor, doctor)}
+COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "generate": (Generate, generate),
+    "train": (Train, train),
+    "encode": (Encode, encode),
+    "doctor": (Doctor, doctor),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +85,8 @@ def parse(arguments: Sequence[str]) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
+            if arguments[:1] == ["train"]:
+                return parse_train(arguments[1:])
             return tyro.extras.subcommand_cli_from_dict(
                 kinds,
                 prog="ipadapter-jax",

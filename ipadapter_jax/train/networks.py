@@ -122,13 +122,12 @@ def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
 def _with_adapter(base: Loaded, config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
     """The image encoder, unless its features are given, and the adapter's networks and initial weights."""
     model, unet, compute = config.model, base.networks.unet, jnp.dtype(config.model.dtype)
-    encoder, frozen, sources = None, dict(base.frozen), dict(base.sources)
+    frozen, sources = dict(base.frozen), dict(base.sources)
     if encoded is None:
         folder = encoder_folder(model.image_encoder)
         loaded = load_component(IMAGE_ENCODER, folder, compute, put=functools.partial(_onto, mesh))
-        encoder, frozen["image_encoder"] = loaded.module, loaded.params
+        vision, frozen["image_encoder"] = loaded.module.config, loaded.params
         sources["image_encoder"] = loaded.source
-        vision = encoder.config
     else:
         vision = encoded.encoder
         if encoded.zero_features is not None:
@@ -153,7 +152,7 @@ def _with_adapter(base: Loaded, config: Train, mesh: Mesh, encoded: Encoded | No
         where[part] = jax.tree.map(lambda x, dtype=dtype: put(np.asarray(x, dtype), replicated(mesh)), tree)
     networks = dataclasses.replace(
         base.networks,
-        image_encoder=encoder,
+        image_encoder=CLIPVision(vision, compute),
         projection=image_projection(projection, compute),
         adapter=IPAdapter(widths, compute),
     )

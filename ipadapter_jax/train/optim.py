@@ -1,5 +1,6 @@
 """What learns, and how: one mask, the optimiser over it, the scale of the loss."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,16 +23,31 @@ def trainable(model: Model) -> dict[str, bool]:
 
 def make_optimizer(optim: Optim, mask: dict[str, bool]) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) for the parts that the mask names; the others have no state."""
-    rate = optax.linear_schedule(0.0, optim.learning_rate, optim.warmup_steps) if optim.warmup_steps else None
-    adamw = optax.adamw(
-        optim.learning_rate if rate is None else lambda count: rate(count + 1),
-        b1=optim.beta1,
-        b2=optim.beta2,
-        eps=optim.epsilon,
-        weight_decay=optim.weight_decay,
-    )
+    first = optim.learning_rate / (optim.warmup_steps + 1)
+    rate = optax.linear_schedule(first, optim.learning_rate, optim.warmup_steps)
     clip = optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm)
-    return optax.masked(optax.chain(clip, adamw), mask)
+    adam = scale_by_adam(optim.beta1, optim.beta2, optim.epsilon)
+    decay = optax.add_decayed_weights(optim.weight_decay)
+    return optax.masked(optax.chain(clip, adam, decay, optax.scale_by_learning_rate(rate)), mask)
+
+
+def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
+    """Adam (arXiv 1412.6980, algorithm 1). As optax's, but for 1 - beta^t: from a float32 beta2 of 0.999 that is wrong
+    by 1e-5 at first, and ten steps would not be PyTorch's to its own rounding."""
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.int32(0), zeros, zeros)
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None):
+        count = optax.safe_increment(state.count)
+        mean = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, grads)
+        square = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g**2, state.nu, grads)
+        first, second = (-jnp.expm1(count * math.log(beta)) if beta else 1.0 for beta in (beta1, beta2))
+        updates = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + epsilon), mean, square)
+        return updates, optax.ScaleByAdamState(count, mean, square)
+
+    return optax.GradientTransformation(init, update)
 
 
 def view(params: dict[str, Any], mask: dict[str, bool]) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
 
 from ipadapter_jax.preprocess import CLIP_TABLE
-from ipadapter_jax.train.config import Data, Train
+from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import Networks
 from ipadapter_jax.train.optim import all_finite, fill
 from ipadapter_jax.train.sharding import by_row, of_optimiser, replicated
@@ -35,11 +36,12 @@ class Draws(NamedTuple):
     posterior_noise: Array  # (B, h, w, 4) standard normal: which latents of the VAE's posterior
 
 
-def draw(seed: int, step: Array, rows: Array, shape: tuple[int, ...], timesteps: int, data: Data) -> Draws:
-    """Draws for the given rows of a step; shape (h, w, 4). One number decides what is dropped, as in the authors'
-    data set: below drop_image the image, below drop_image + drop_text the text, then both."""
-    image, text = data.drop_image, data.drop_image + data.drop_text
-    both = text + data.drop_both
+def draw(
+    seed: int, step: Array, rows: Array, shape: tuple[int, ...], timesteps: int, drop: tuple[float, float, float]
+) -> Draws:
+    """Draws for the given rows of a step; shape (h, w, 4). One number decides what is dropped, as in the authors' data
+    set: below drop[0] the image, below drop[0] + drop[1] the text, below the sum of all three both."""
+    image, text, both = np.cumsum(np.asarray(drop, np.float32))
     of_step = jax.random.fold_in(jax.random.key(seed), step)
 
     def one(row: Array) -> Draws:
@@ -68,12 +70,7 @@ class Inputs(NamedTuple):
 
 def encode(networks: Networks, frozen: dict[str, Any], batch: Batch, draws: Draws) -> Inputs:
     """Latents with noise, text states and image features, dropped where the draws say so."""
-    mean, log_variance = (
-        (batch["mean"], batch["logvar"])
-        if "mean" in batch
-        else networks.moments(frozen, batch["pixels"].astype(jnp.float32) / 127.5 - 1)
-    )
-    mean, log_variance = mean.astype(jnp.float32), log_variance.astype(jnp.float32)
+    mean, log_variance = posterior(networks, frozen, batch)
     latents = (mean + jnp.exp(0.5 * log_variance) * draws.posterior_noise) * networks.vae.config.scaling_factor
     signal = jnp.asarray(networks.schedule.alphas_cumprod)[draws.timestep][:, None, None, None]
     noisy = jnp.sqrt(signal) * latents + jnp.sqrt(1 - signal) * draws.noise
@@ -83,10 +80,17 @@ def encode(networks: Networks, frozen: dict[str, Any], batch: Batch, draws: Draw
         target = jnp.sqrt(signal) * draws.noise - jnp.sqrt(1 - signal) * latents
     ids = jnp.where(draws.drop_text[:, None], frozen["empty_ids"], batch["input_ids"])
     text = networks.text_states(frozen, ids)
-    return Inputs(noisy, draws.timestep, target, text, _features(networks, frozen, batch, draws.drop_image))
+    return Inputs(noisy, draws.timestep, target, text, image_features(networks, frozen, batch, draws.drop_image))
 
 
-def _features(networks: Networks, frozen: dict[str, Any], batch: Batch, drop: Array) -> Array | None:
+def posterior(networks: Networks, frozen: dict[str, Any], batch: Batch) -> tuple[Array, Array]:
+    """Mean and log-variance (B, h, w, 4) float32 of the latents, as the VAE gives them."""
+    if "mean" in batch:
+        return batch["mean"].astype(jnp.float32), batch["logvar"].astype(jnp.float32)
+    return networks.moments(frozen, batch["pixels"].astype(jnp.float32) / 127.5 - 1)
+
+
+def image_features(networks: Networks, frozen: dict[str, Any], batch: Batch, drop: Array) -> Array | None:
     """The encoder's features. A dropped image is a zero embedding for the base variant and the states of zero pixels
     for the others: what their samplers use as the unconditional image."""
     if networks.projection is None:
@@ -129,8 +133,9 @@ def make_step(
     def step(state: TrainState, frozen: dict[str, Any], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         size = batch["input_ids"].shape[0]
         rows = jax.lax.with_sharding_constraint(jnp.arange(size), by_row(mesh))
-        timesteps = networks.schedule.num_train_timesteps
-        draws = draw(config.seed, state.step, rows, networks.latent_shape, timesteps, config.data)
+        timesteps, data = networks.schedule.num_train_timesteps, config.data
+        drop = (data.drop_image, data.drop_text, data.drop_both)
+        draws = draw(config.seed, state.step, rows, networks.latent_shape, timesteps, drop)
         parts = config.optim.accumulate
         if parts == 1:
             loss, grads = gradient(state, frozen, batch, draws)
@@ -141,7 +146,7 @@ def make_step(
     def _update(state: TrainState, loss: Array, grads: Any) -> tuple[TrainState, dict[str, Array]]:
         # Split as the optimiser's state is: each device updates its part, and the parts are gathered.
         grads = jax.tree.map(lambda g: jax.lax.with_sharding_constraint(g, of_optimiser(mesh, g)), grads)
-        finite = all_finite(grads)
+        finite = all_finite((loss, grads))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -157,7 +162,7 @@ def make_step(
         )
         old = new._replace(params=state.params, opt_state=state.opt_state, ema=state.ema, bad_steps=state.bad_steps + 1)
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads), "bad_steps": kept.bad_steps}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), "bad_steps": kept.bad_steps}
         if config.model.dtype == "float16":
             metrics["loss_scale"] = kept.loss_scale.scale
         return kept, metrics

@@ -35,13 +35,17 @@ def in_torch_names(params) -> dict[str, np.ndarray]:
     }
 
 
-def loss_and_gradients(loaded: Loaded, config, case: Case, batch=None):
+def loss_and_gradients(loaded: Loaded, config, case: Case):
     mask = trainable(config.model)
     learnt = view(loaded.frozen | loaded.params, mask)
-    inputs = encode(loaded.networks, loaded.frozen, batch or recorded_batch(case), recorded_draws(case))
-    loss, grads = jax.value_and_grad(lambda v: row_losses(loaded.networks, fill(v, loaded.frozen), inputs).mean())(
-        learnt
-    )
+
+    def compute(learnt, frozen, batch, draws):
+        inputs = encode(loaded.networks, frozen, batch, draws)
+        return inputs, *jax.value_and_grad(lambda v: row_losses(loaded.networks, fill(v, frozen), inputs).mean())(
+            learnt
+        )
+
+    inputs, loss, grads = jax.jit(compute)(learnt, loaded.frozen, recorded_batch(case), recorded_draws(case))
     return inputs, loss, in_torch_names(grads)
 
 

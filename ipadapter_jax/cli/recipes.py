@@ -1,0 +1,48 @@
+"""Recipes: short Python files with a `config`, found by path or, those that come with the package, by name."""
+
+import difflib
+import importlib.util
+import traceback
+from pathlib import Path
+
+import ipadapter_jax
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.train.config import Train
+
+_PACKAGE = Path(ipadapter_jax.__file__).parent
+_IS_CLONE = (_PACKAGE.parent / "pyproject.toml").is_file()  # else they are installed below the package
+_FOLDER = (_PACKAGE.parent if _IS_CLONE else _PACKAGE) / "configs"
+
+
+def load_recipe(name: str) -> Train:
+    """The recipe in a Python file, which is run, or of a shipped name such as sd15. Raises InputError naming it."""
+    path = _find(name)
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever somebody wrote there
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(f"recipe {path}, line {last.lineno}: {type(error).__name__}: {error}") from error
+    config = getattr(module, "config", None)
+    if not isinstance(config, Train):
+        raise InputError(f"recipe {path}: it must say config = Train(...), see configs/sd15.py")
+    return config
+
+
+def recipes() -> dict[str, Path]:
+    """Those that come with the package, by name."""
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.py"))}
+
+
+def _find(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".py":
+        return path
+    known = recipes()
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(path.stem, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise InputError(f"recipe {name}: neither a .py file here nor one of {', '.join(known)}{hint}")

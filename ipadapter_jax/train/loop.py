@@ -1,0 +1,204 @@
+"""A run from its recipe to its adapter file: build, restore, step, log, validate, save, export."""
+
+import contextlib
+import dataclasses
+import logging
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import Mesh
+
+from ipadapter_jax.compilation_cache import enable_compilation_cache
+from ipadapter_jax.data.batches import batches
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.train.checkpoint import Checkpoints
+from ipadapter_jax.train.config import Train, check, identity
+from ipadapter_jax.train.desk import Desk
+from ipadapter_jax.train.digest import digests, fingerprint
+from ipadapter_jax.train.distributed import StopSignal, initialize
+from ipadapter_jax.train.folder import differences, run_lock
+from ipadapter_jax.train.logs import Skips
+from ipadapter_jax.train.networks import load_networks
+from ipadapter_jax.train.optim import make_optimizer, trainable, view
+from ipadapter_jax.train.samples import encoded_by, open_samples
+from ipadapter_jax.train.sharding import check_batch, global_batch, local_rows, make_mesh, replicated
+from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
+from ipadapter_jax.train.step import make_step
+from ipadapter_jax.train.validation import Validation
+
+log = logging.getLogger("ipadapter_jax")
+
+STOPPED = 75  # the exit code that asks a scheduler to start the run again
+_IN_FLIGHT = 2  # steps given to the devices before the first one's outcome is looked at: they never wait for the host
+
+
+def train(config: Train) -> int:
+    """Begins a run or goes on with it. Returns 0 when all steps are done, 75 when it was told to stop and has saved.
+
+    Raises InputError for what cannot be used, and when the training goes wrong.
+    """
+    check(config)
+    initialize(config.mesh)
+    enable_compilation_cache()
+    mesh, folder = make_mesh(config.mesh.fsdp), Path(config.out)
+    check_batch(mesh, config.data.batch_size, config.optim.accumulate)
+    with run_lock(folder), StopSignal() as stop, contextlib.closing(Run(config, mesh, folder)) as run:
+        return run.go(stop)
+
+
+class Run:
+    """A run at its newest step, with all that it needs."""
+
+    def __init__(self, config: Train, mesh: Mesh, folder: Path):
+        self.config, self.mesh, self.folder = config, mesh, folder
+        self.samples = open_samples(config, config.data.path)
+        self.loaded = load_networks(config, mesh, encoded_by(self.samples))
+        self.about = self._about()
+        keep = config.checkpoint
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every)
+        self._build_state()
+        self.rows = local_rows(mesh, config.data.batch_size)
+        self.validation = self._validation()
+        self.skips = Skips(folder / _of_process("skipped", "jsonl"), config.data.max_bad_share)
+        self.desk = Desk(config, folder, self.about, self.loaded, self.first) if jax.process_index() == 0 else None
+        self.pending: deque[tuple[int, dict[str, Array]]] = deque()  # steps whose outcome nobody has looked at
+
+    def _build_state(self) -> None:
+        """The state of the newest good checkpoint or the initial one, where it belongs on the mesh, and the step."""
+        optimizer = make_optimizer(self.config.optim, trainable(self.config.model))
+        learnt = view(self.loaded.frozen | self.loaded.params, trainable(self.config.model))
+        self.loaded = dataclasses.replace(self.loaded, params={})  # from here on they live in the state
+
+        def begin(params: Any) -> TrainState:
+            return initial_state(params, optimizer, self.config)
+
+        template = jax.eval_shape(begin, learnt)
+        shardings = state_shardings(self.mesh, template)
+        found = self._restored(
+            jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, shardings)
+        )
+        self.state = jax.jit(begin, out_shardings=shardings)(learnt) if found is None else found
+        self.first = int(self.state.step)
+        self.step = jax.jit(
+            make_step(self.loaded.networks, optimizer, self.config, self.mesh),
+            donate_argnums=0,
+            out_shardings=(shardings, replicated(self.mesh)),
+        )
+
+    def _about(self) -> dict[str, Any]:
+        """What a resumed run must share with the run before it: settings, data, frozen weights."""
+        frozen = {part: fingerprint(digests(tree)) for part, tree in self.loaded.frozen.items()}
+        return {"settings": identity(self.config), "data": self.samples.identity(), "frozen weights": frozen}
+
+    def _restored(self, template: TrainState) -> TrainState | None:
+        """The newest good checkpoint. Raises InputError when it was made with other settings, data or weights."""
+        before = self.checkpoints.about()
+        if before is None:
+            return None
+        changed = differences(before, self.about)
+        if changed:
+            raise InputError(
+                f"{self.folder} holds a run that began differently: {'; '.join(changed[:8])}; go on with what it began "
+                "with, or choose another --out"
+            )
+        found = self.checkpoints.restore(template)
+        if found is None:
+            return None
+        log.info("going on from step %d", found[0])
+        return found[1]
+
+    def _validation(self) -> Validation | None:
+        path = self.config.log.validation_path
+        if not self.config.log.validate_every:
+            return None
+        samples = self.samples if path is None else open_samples(self.config, path)
+        return Validation(self.config, self.mesh, self.loaded, samples)
+
+    def go(self, stop: StopSignal) -> int:
+        """All steps that are left, or those until the signal. Returns the exit code."""
+        config = self.config
+        if self.first >= config.steps:
+            log.info("all %d steps are done", config.steps)
+            return 0
+        loading = batches(
+            self.samples,
+            seed=config.seed,
+            batch_size=config.data.batch_size,
+            rows=self.rows,
+            first=self.first,
+            count=config.steps - self.first,
+            workers=config.data.workers,
+            threads=config.data.threads,
+        )
+        if self.first == 0:
+            self._validate(0)
+        for number, (arrays, skipped) in enumerate(loading, self.first + 1):
+            self.skips.add(len(self.rows), skipped)
+            batch = global_batch(self.mesh, arrays, self.rows, config.data.batch_size)
+            self.state, metrics = self.step(self.state, self.loaded.frozen, batch)
+            self.pending.append((number, metrics))
+            self._look(_IN_FLIGHT)
+            stopping, last = stop.requested(number), number == config.steps
+            if last or _due(number, config.log.validate_every):
+                self._validate(number)
+            if last or stopping or _due(number, config.checkpoint.every):
+                self._save(number)
+            if stopping and not last:
+                log.info("told to stop: step %d is saved, the same command goes on from there", number)
+                return STOPPED
+        return 0
+
+    def _look(self, in_flight: int) -> None:
+        """Waits until at most `in_flight` steps are unfinished, and logs what has come out of the others."""
+        while len(self.pending) > in_flight:
+            number, metrics = self.pending.popleft()
+            bad = int(metrics["bad_steps"])
+            if bad >= self.config.optim.max_bad_steps:
+                raise InputError(
+                    f"the gradients of {bad} steps in a row, up to step {number}, were not finite: lower "
+                    "--optim.learning-rate, set --optim.clip-norm, or use bfloat16 or float32; checkpoints before this "
+                    "are good"
+                )
+            if self.desk is not None:
+                self.desk.step(number, metrics, bad_records=self.skips.bad)
+
+    def _validate(self, number: int) -> None:
+        self._look(0)
+        if self.validation is None:
+            return
+        with self.desk.paused() if self.desk is not None else contextlib.nullcontext():
+            learnt = self.state.params if self.state.ema is None else self.state.ema
+            losses, grid = self.validation.run(learnt)
+            if self.desk is not None:
+                self.desk.validated(number, losses, grid)
+
+    def _save(self, number: int) -> None:
+        """The checkpoint, which is written while training goes on, and the file for everybody else."""
+        self._look(0)
+        self.checkpoints.save(number, self.state, self.about)
+        learnt = self.state.params if self.state.ema is None else self.state.ema
+        whole = jax.jit(lambda x: x, out_shardings=replicated(self.mesh))(learnt)
+        if self.desk is not None:
+            self.desk.export(number, jax.tree.map(lambda x: x.addressable_data(0), whole))
+
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        try:
+            self.checkpoints.close()
+        finally:
+            self.skips.close()
+            if self.desk is not None:
+                self.desk.close()
+
+
+def _due(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+def _of_process(stem: str, suffix: str) -> str:
+    """Process 0 writes stem.suffix, another one stem-number.suffix."""
+    own = f"-{jax.process_index()}" if jax.process_index() else ""
+    return f"{stem}{own}.{suffix}"
