@@ -14,7 +14,7 @@ from ipadapter_jax.train.sharding import of_optimiser, replicated
 
 
 class TrainState(NamedTuple):
-    """The parameters that learn, in float32, with their optimiser. A frozen part is optax.MaskedNode, without leaves."""
+    """The parameters that learn, in float32, with their optimiser. A frozen part is optax.MaskedNode, no leaf."""
 
     step: Array  # int32, updates done, skipped ones too
     params: dict[str, Any]
