@@ -1,0 +1,42 @@
+"""Which columns of a table are the picture, its caption and the image prompt."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ipadapter_jax.errors import InputError
+
+PICTURE, TEXT = "pictures as bytes", "text"
+
+# Role -> what its column holds, and its usual names by preference. `conditioning_image` is left out on purpose: in
+# published sets it holds edges or poses, not an image prompt.
+ROLES = {
+    "image": (PICTURE, ("image", "jpg", "jpeg", "png", "webp")),
+    "text": (TEXT, ("text", "caption", "txt", "prompt")),
+    "cond_image": (PICTURE, ("cond_image",)),
+}
+
+
+class Columns(NamedTuple):
+    """Names of columns; None for one that was not given, or is not there."""
+
+    image: str | None = None
+    text: str | None = None
+    cond_image: str | None = None
+
+
+def choose(given: Columns, kinds: Mapping[str, str], where: str) -> Columns:
+    """The given columns, and those with usual names for what was not given; only cond_image may stay None.
+
+    kinds: PICTURE, TEXT, or another type in words of every column there is.
+    Raises InputError that lists them when a column is missing or of another kind.
+    """
+    chosen = {}
+    for (role, (wanted, usual)), name in zip(ROLES.items(), given, strict=True):
+        names = (name,) if name else usual
+        chosen[role] = next((name for name in names if kinds.get(name) == wanted), None)
+        if chosen[role] is None and (name or role != "cond_image"):
+            found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())[:500]
+            raise InputError(
+                f"{where}: no column {' or '.join(names)} that holds {wanted}; there are {found}; give {role}_column"
+            )
+    return Columns(**chosen)

@@ -1,0 +1,149 @@
+"""From a path to a source: what kind of data lies there is found out from the files themselves."""
+
+import os
+import re
+import warnings
+from collections import Counter
+from pathlib import Path
+
+from ipadapter_jax.data.array_records import ArrayRecordSource
+from ipadapter_jax.data.columns import Columns
+from ipadapter_jax.data.files import Files, find_files
+from ipadapter_jax.data.folders import FolderSource
+from ipadapter_jax.data.json_list import EXAMPLE, JsonListSource
+from ipadapter_jax.data.members import PICTURES
+from ipadapter_jax.data.parquet import ParquetSource
+from ipadapter_jax.data.records import Source
+from ipadapter_jax.data.strings import printable
+from ipadapter_jax.data.tar_shards import TarSource
+from ipadapter_jax.data.tfds import FEATURES, INFO, TfdsSource
+from ipadapter_jax.errors import InputError
+
+# What a folder may hold, by preference: img2dataset leaves .parquet files beside its shards and pictures.
+SUFFIXES = {
+    "tar": re.compile(r"\.tar$"),
+    "array_record": re.compile(r"\.array_?record(-\d+-of-\d+)?$"),
+    "folder": re.compile(rf"\.({'|'.join(suffix[1:] for suffix in sorted(PICTURES))})$", re.IGNORECASE),
+    "parquet": re.compile(r"\.parquet$"),
+}
+MAGIC = {b"PAR1": "parquet", bytes.fromhex("83af70d10d884a3f"): "array_record"}  # the latter begins Riegeli files
+FORMATS = (
+    f"give a JSON list like {EXAMPLE}, a folder of pictures with a .txt caption beside each, img2dataset's .tar, "
+    "Parquet or ArrayRecord files, or a folder of TensorFlow Datasets"
+)
+HINTS = {
+    ".json": "give the list itself, not its folder",
+    ".jsonl": "give the list itself, not its folder",
+    ".arrow": 'save it as Parquet: dataset.to_parquet("data.parquet")',
+    ".gz": "unpack it first: a compressed file cannot be read at random",
+    ".tgz": "unpack it first: a compressed file cannot be read at random",
+    ".zip": "unpack it first: a compressed file cannot be read at random",
+}
+PROBES = 8
+
+
+def open_source(
+    path: str,
+    *,
+    image_root: str | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    cond_image_column: str | None = None,
+) -> Source:
+    """The data set at `path`: a file, a folder, or a pattern such as "shards/*.tar"; see FORMATS.
+
+    image_root: what the names in a JSON list are relative to; the folder of the list by default.
+    image_column, text_column, cond_image_column: for Parquet and TensorFlow Datasets, where `columns` does not know
+    the names. Raises InputError naming what is wrong and what would be right, also when no record can be used.
+    """
+    columns = Columns(image_column, text_column, cond_image_column)
+    files = find_files(path)
+    kind = _kind(path, files)
+    if image_root is not None and kind != "json":
+        raise InputError(f"image_root={image_root} is for JSON lists, and {path} is of the kind {kind}; leave it out")
+    if any(columns) and kind not in ("parquet", "tfds"):
+        name = next(name for name in columns if name)
+        raise InputError(f"{path} is of the kind {kind} and has no columns; leave {name!r} out")
+    source = _open(kind, files, image_root, columns)
+    _probe(path, source)
+    return source
+
+
+def _open(kind: str, files: Files, image_root: str | None, columns: Columns) -> Source:
+    if kind == "json":
+        root = None if image_root is None else Path(image_root).expanduser()
+        if root is not None and not root.is_dir():
+            raise InputError(f"image_root={image_root} is not a folder; give the one that 'image_file' is relative to")
+        return JsonListSource(Path(files.path(0)), root)
+    if kind == "tfds":
+        return TfdsSource(files, columns)
+    if kind == "folder":
+        return FolderSource(files)
+    if len(files) > 1:
+        files = files.matching(SUFFIXES[kind])
+    if kind == "parquet":
+        return ParquetSource(files, columns)
+    return TarSource(files) if kind == "tar" else ArrayRecordSource(files)
+
+
+def _kind(path: str, files: Files) -> str:
+    """Which kind of data the files are. Raises InputError when it is none that is known, or not given as it should."""
+    folder = Path(path).expanduser()
+    if len(files) == 1 and not folder.is_dir():
+        return _kind_of_file(files.path(0))
+    if (folder / INFO).is_file() and (folder / FEATURES).is_file():
+        return "tfds"
+    suffixes = Counter(os.path.splitext(name)[1] for name in files.names)
+    found = {
+        kind: count
+        for kind, pattern in SUFFIXES.items()
+        if (count := sum(n for suffix, n in suffixes.items() if pattern.search(suffix)))
+    }
+    kind = next(iter(found), None)
+    if kind in (None, "array_record"):
+        for name in files.names:
+            if name.endswith("/" + FEATURES):
+                raise InputError(f"{path}: give the version of the data set: {folder / os.path.dirname(name)}")
+    if kind is None:
+        raise _unknown(path, list(suffixes))
+    if kind == "folder" and not folder.is_dir():
+        raise InputError(f"{path}: give the folder of the pictures, so that their captions are found")
+    if beside := {other: count for other, count in found.items() if other not in (kind, "parquet")}:
+        unused = ", ".join(f"{count} of {other}" for other, count in beside.items())
+        warnings.warn(f"{path}: {found[kind]} files of {kind} are read; beside them, not read: {unused}", stacklevel=3)
+    return kind
+
+
+def _kind_of_file(path: str) -> str:
+    suffix = os.path.splitext(path)[1].lower()
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise InputError(f"{printable(path)} cannot be read ({error.strerror})") from None
+    for magic, kind in MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if head[257:262] == b"ustar" or suffix == ".tar":
+        return "tar"
+    if suffix in (".json", ".jsonl") or head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{"):
+        return "json"
+    raise _unknown(path, [suffix])
+
+
+def _unknown(path: str, suffixes: list[str]) -> InputError:
+    remedy = next((HINTS[suffix] for suffix in suffixes if suffix in HINTS), FORMATS)
+    shown = ", ".join(sorted(suffix for suffix in suffixes if suffix)[:5]) or "no suffix"
+    return InputError(f"{printable(path)}: no training data is known in files of {shown}; {remedy}")
+
+
+def _probe(path: str, source: Source) -> None:
+    """One bad record is left out later; when all of some that lie far apart are bad, the whole is not what it seems."""
+    first = None
+    for i in range(PROBES):
+        try:
+            source[i * len(source) // PROBES]
+            return
+        except InputError as error:
+            first = first or error
+    raise InputError(f"{path}: none of {min(PROBES, len(source))} records can be used. {first}; or {FORMATS}")
