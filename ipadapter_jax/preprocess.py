@@ -1,14 +1,15 @@
-"""Pictures in and out: any picture file becomes plain RGB; RGB becomes the pixel values of the CLIP image encoder.
+"""Pictures in and out: any picture file becomes plain RGB; RGB becomes the squares that the networks see.
 
 Shapes: B batch, H and W pixels, C channels. Nothing here changes the settings of PIL or the warning filters, not even
 for a moment: data loaders read pictures in threads, and both are shared by all threads.
 """
 
+import io
 import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -39,24 +40,33 @@ def load_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Ima
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     shown = path or (getattr(source, "filename", None) if isinstance(source, Image.Image) else None)
     name = repr(shown)[:500] if shown else "the image array" if isinstance(source, np.ndarray) else "the picture"
-    try:
+
+    def read() -> Image.Image:
         if isinstance(source, np.ndarray):
-            image = _to_rgb(_array_to_image(source, name), name)
-        elif isinstance(source, Image.Image):
-            image = _to_rgb(source, name)
-        else:
-            with _open(path, name) as file:
-                image = _to_rgb(file, name)
-    except InputError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{name} is far too large: {_LIMITS}") from None
-    except Exception as error:  # from the file system, or one of the many kinds that PIL's readers let through
-        why = " ".join(str(error).split())[:200]
-        raise InputError(f"{name} cannot be read ({why}): if damaged, download it again; else check access") from error
+            return _to_rgb(_array_to_image(source, name), name)
+        if isinstance(source, Image.Image):
+            return _to_rgb(source, name)
+        with _open(_checked_path(path, name), name) as file:
+            return _to_rgb(file, name)
+
+    image = _named_errors(read, name)
     if min(image.size) == 1:
         warnings.warn(f"{name} is only 1 pixel wide or high: no shape is left in it; use a larger one", stacklevel=2)
     return image
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """`load_image` for the bytes of a picture file, which messages call `name`; a side of 1 pixel is no warning here.
+
+    Safe in threads. Raises InputError: damaged, not a picture, above the limits (checked undecoded).
+    """
+    name = repr(name)[:500]
+
+    def read() -> Image.Image:
+        with _open(io.BytesIO(data), name) as file:
+            return _to_rgb(file, name)
+
+    return _named_errors(read, name)
 
 
 def clip_pixel_values(
@@ -77,19 +87,46 @@ def clip_pixel_values(
         raise InputError(f"fit={fit!r}, size={size}: choose fit from {', '.join(FITS)} and a size of at least 1")
     if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
         raise InputError(f"images is a single {type(images).__name__}: put the pictures in a list")
-    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    table = _normalisation(mean, std)
     values = np.zeros((len(images), size, size, 3), np.float32)  # zero is the pad colour
     for out, source in zip(values, images, strict=True):
         image = load_image(source)
         if fit == "crop":
-            image = _crop(image, size)
+            image = _clip_crop(image, size)
         else:
             width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
             image = image.resize((size, size) if fit == "resize" else (width, height), Image.Resampling.BICUBIC)
         top, left = (size - image.height) // 2, (size - image.width) // 2
-        unit = (np.asarray(image) * (1 / 255)).astype(np.float32)  # rounded as in transformers: float64, then float32
-        out[top : top + image.height, left : left + image.width] = (unit - mean) / std
+        out[top : top + image.height, left : left + image.width] = table[np.asarray(image), [0, 1, 2]]
     return values
+
+
+def clip_pixels(image: Image.Image, size: int = 224) -> np.ndarray:
+    """What `clip_pixel_values` with fit="crop" sees before it normalises, (size, size, 3) uint8. `image`: RGB.
+
+    CLIP_TABLE[clip_pixels(image), [0, 1, 2]] is clip_pixel_values([image])[0], bit for bit: uint8 is a quarter of the
+    bytes to carry to a device, which can normalise.
+    """
+    return np.asarray(_clip_crop(image, size))
+
+
+def square_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """What the authors of IP-Adapter train on: the shortest side to `size`, then the centre, (size, size, 3) uint8.
+
+    `image`: RGB. As Resize(size, BILINEAR) and CenterCrop(size) of torchvision on PIL pictures, which smooth what they
+    shrink; no pixel is touched where the shortest side is `size` already.
+    """
+    # CenterCrop rounds half to even; CLIP's crop rounds down.
+    return np.asarray(_crop(image, size, Image.Resampling.BILINEAR, lambda spare: round(spare / 2)))
+
+
+def _normalisation(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Grey level and channel to the encoder's value, (256, 3) float32."""
+    unit = (np.arange(256) * (1 / 255)).astype(np.float32)  # rounded as in transformers: float64, then float32
+    return (unit[:, None] - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+CLIP_TABLE = _normalisation(CLIP_MEAN, CLIP_STD)
 
 
 def to_uint8(images: np.ndarray, name: str = "the image array") -> np.ndarray:
@@ -124,8 +161,20 @@ def image_grid(images: Sequence[Image.Image] | np.ndarray, columns: int | None =
     return grid
 
 
-def _open(path: object, name: str) -> Image.Image:
-    """The file, opened but not decoded."""
+def _named_errors(read: Callable[[], Image.Image], name: str) -> Image.Image:
+    """`read()`, with whatever it raises as an InputError about `name`."""
+    try:
+        return read()
+    except InputError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(f"{name} is far too large: {_LIMITS}") from None
+    except Exception as error:  # from the file system, or one of the many kinds that PIL's readers let through
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{name} cannot be read ({why}): if damaged, download it again; else check access") from error
+
+
+def _checked_path(path: object, name: str) -> str:
     if not isinstance(path, str):
         raise InputError(f"{name} is of an unknown type: give a path (str), a PIL picture or a numpy array")
     if re.match(r"(https?|ftp|s3|gs|file):/|data:", path, re.IGNORECASE):
@@ -133,12 +182,21 @@ def _open(path: object, name: str) -> Image.Image:
     if not os.path.isfile(path):  # a pipe, for one, would be waited for without end
         what = "is a folder or device" if os.path.exists(path) else "does not exist"
         raise InputError(f"{name} {what}: give the path of a picture file")
+    return path
+
+
+def _open(file: str | io.BytesIO, name: str) -> Image.Image:
+    """The file of this path, or with this content, opened but not decoded."""
     Image.init()  # registers all readers; pillow < 11.3 has none for AVIF
     try:
-        return Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
+        return Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
     except UnidentifiedImageError:
-        with open(path, "rb") as file:
-            raise InputError(f"{name} {_kind_of_no_picture(file.read(512))}") from None
+        if isinstance(file, str):
+            with open(file, "rb") as content:
+                head = content.read(512)
+        else:
+            head = file.getvalue()[:512]
+        raise InputError(f"{name} {_kind_of_no_picture(head)}") from None
 
 
 def _kind_of_no_picture(head: bytes) -> str:
@@ -199,17 +257,23 @@ def _array_to_image(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
 
 
-def _crop(image: Image.Image, size: int) -> Image.Image:
-    """Shortest edge to `size`, then the centre (size, size); lengths and offsets rounded down as in transformers."""
+def _clip_crop(image: Image.Image, size: int) -> Image.Image:
+    return _crop(image, size, Image.Resampling.BICUBIC, lambda spare: spare // 2)
+
+
+def _crop(image: Image.Image, size: int, resampling: Image.Resampling, offset: Callable[[int], int]) -> Image.Image:
+    """Shortest edge to `size`, then the centre (size, size); the new long edge is rounded down, as in transformers and
+    torchvision, and `offset` says where the square begins, given how much longer than itself that edge is.
+    """
     wide, short, long = image.width > image.height, min(image.size), max(image.size)
     new_long = int(size * long / short)
-    start = (new_long - size) // 2
+    start = offset(new_long - size)
 
     def span(first, last, across):  # the box from `first` to `last` along the long edge
         return (first, 0, last, across) if wide else (0, first, across, last)
 
     if size * new_long <= _WHOLE_LIMIT:
-        whole = image.resize((new_long, size) if wide else (size, new_long), Image.Resampling.BICUBIC)
+        whole = image.resize((new_long, size) if wide else (size, new_long), resampling)
         return whole.crop(span(start, start + size, size))
     # A sliver: 1 x 16384 would become 224 x 3,670,016, 3 GB in PIL. Scale only what the crop sees, with the source
     # pixels that the filter reads around it. These are cut out first: PIL keeps boxes in float32, good near 0 only.
@@ -217,4 +281,4 @@ def _crop(image: Image.Image, size: int) -> Image.Image:
     low, high = start * scale, (start + size) * scale
     first, last = max(0, int(low) - margin), min(long, int(high) + margin)
     cut = image.crop(span(first, last, short))
-    return cut.resize((size, size), Image.Resampling.BICUBIC, box=span(low - first, high - first, short))
+    return cut.resize((size, size), resampling, box=span(low - first, high - first, short))

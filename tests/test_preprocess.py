@@ -8,6 +8,7 @@ import tracemalloc
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +18,18 @@ from transformers import CLIPImageProcessorPil
 
 from ipadapter_jax import preprocess
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.preprocess import CLIP_MEAN, CLIP_STD, clip_pixel_values, image_grid, load_image, to_uint8
+from ipadapter_jax.preprocess import (
+    CLIP_MEAN,
+    CLIP_STD,
+    CLIP_TABLE,
+    clip_pixel_values,
+    clip_pixels,
+    decode_image,
+    image_grid,
+    load_image,
+    square_pixels,
+    to_uint8,
+)
 
 LEVEL = 1 / 255 / min(CLIP_STD)  # one grey level after normalisation
 
@@ -297,6 +309,113 @@ def test_one_pixel_pictures_work_and_warn(tmp_path, width, height):
     with pytest.warns(UserWarning):
         values = clip_pixel_values([image])
     np.testing.assert_allclose(values[0, 0, 0], (np.array([9, 99, 199]) / 255 - CLIP_MEAN) / CLIP_STD, atol=1e-6)
+
+
+# --- Squares of uint8
+
+
+@pytest.mark.parametrize("width, height, size", [(301, 451, 224), (640, 512, 224), (64, 64, 64), (7, 300, 32)])
+def test_clip_pixels_are_normalised_by_a_table(width, height, size):
+    image = noise(width, height)
+    found = clip_pixels(image, size)
+    assert found.shape == (size, size, 3) and found.dtype == np.uint8
+    assert CLIP_TABLE.shape == (256, 3) and CLIP_TABLE.dtype == np.float32
+    values = CLIP_TABLE[found, [0, 1, 2]]
+    np.testing.assert_array_equal(values.view(np.int32), clip_pixel_values([image], size)[0].view(np.int32))
+
+
+def test_the_table_is_the_arithmetic_of_transformers():
+    levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, 1)
+    unit = (levels * (1 / 255)).astype(np.float32)
+    np.testing.assert_array_equal(CLIP_TABLE, (unit - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD))
+
+
+@pytest.mark.parametrize(
+    "width, height, size, crc",
+    [
+        (640, 512, 512, 2255014664),
+        (512, 640, 512, 2963375718),
+        (641, 512, 512, 3689053270),  # 129 to spare, 64.5 before: half to even, 64
+        (515, 512, 512, 4011620562),  # 3 to spare, 1.5 before: 2
+        (301, 451, 64, 1831522786),
+        (451, 300, 64, 3796951291),
+        (33, 200, 64, 3538025418),
+        (999, 64, 63, 3253104617),
+        (5, 8, 7, 1640837330),
+        (64, 64, 64, 3414630984),
+        (67, 64, 64, 1536252393),
+        (71, 64, 64, 1509015345),
+    ],
+)
+def test_squares_are_those_of_torchvision(width, height, size, crc):
+    """crc32 of CenterCrop(size)(Resize(size, BILINEAR)(picture)) by torchvision 0.29.1 with Pillow 13.0.0."""
+    image = noise(width, height)
+    found = square_pixels(image, size)
+    assert found.shape == (size, size, 3) and found.dtype == np.uint8
+    assert zlib.crc32(found.tobytes()) == crc
+    if min(width, height) == size:  # nothing but a cut
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        np.testing.assert_array_equal(found, np.asarray(image)[top : top + size, left : left + size])
+
+
+def test_a_sliver_becomes_a_square_in_little_memory():
+    image = Image.fromarray(np.repeat(np.arange(16384, dtype=np.uint16)[:, None, None] // 64, 3, 2).astype(np.uint8))
+    found = square_pixels(image, 512)  # 1 x 16384: whole it would be 512 x 8,388,608
+    assert found.shape == (512, 512, 3) and set(np.unique(found)) <= {127, 128}
+
+
+# --- Bytes
+
+
+def encoded(image: Image.Image, suffix: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, suffix, **options)
+    return file.getvalue()
+
+
+def test_decoding_is_loading(tmp_path):
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    for suffix, options in [("PNG", {}), ("JPEG", {"exif": orientation}), ("WEBP", {}), ("GIF", {})]:
+        data = encoded(QUARTERS, suffix, **options)
+        path = tmp_path / f"picture.{suffix}"
+        path.write_bytes(data)
+        np.testing.assert_array_equal(pixels(decode_image(data, "a")), pixels(load_image(path)))
+    transparent = encoded(noise(8, 8).convert("LA").convert("RGBA"))
+    assert decode_image(transparent, "a").mode == "RGB"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode_image(encoded(noise(1, 3)), "a").size == (1, 3)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"", "is empty"),
+        (b"<html>not found</html>", "web page"),
+        (b"not found", "text file"),
+        (b"\xff\xd8\xff", "damaged at its beginning"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "text file"),
+        (encoded(noise(64, 64), "JPEG")[:2000], "cannot be read"),
+        (png(10000, 10000, 1, 0, bytes(99)), "64 megapixels"),
+        (png(20000, 1, 1, 0, bytes(99)), "16384"),
+    ],
+)
+def test_bad_bytes_are_refused_by_name(data, words):
+    with pytest.raises(InputError) as error:
+        decode_image(data, "00003.tar:00\n17")
+    message = str(error.value)
+    assert message.startswith(r"'00003.tar:00\n17' ") and words in message and "\n" not in message
+
+
+def test_decoding_in_threads():
+    images = [noise(40 + i, 50, i) for i in range(24)]
+    files = [encoded(image) for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for found, image in zip(pool.map(decode_image, files, map(str, range(24))), images, strict=True):
+                np.testing.assert_array_equal(pixels(found), pixels(image))
 
 
 # --- Arrays
