@@ -139,16 +139,10 @@ def write_adapter(path: Path, unet: UNetConfig, vision: CLIPVisionConfig, dtype:
     print(f"adapter: {sum(a.size for a in found.values()):,} parameters")
 
 
-def main(
-    out: Path,
-    size: Annotated[Literal["tiny", "full"], tyro.conf.arg(help="a small model, or Stable Diffusion 1.5")] = "tiny",
-    dtype: Annotated[
-        Literal["float16", "float32"], tyro.conf.arg(help="of the files; the numbers are the same")
-    ] = "float16",
-) -> None:
-    """Writes a base model to OUT, with an image encoder and a base adapter under OUT/ip_adapter/models."""
-    unet, vae, text, vision = FULL if size == "full" else TINY
-    kind, models = np.dtype(dtype), out / "ip_adapter" / "models"
+def write_model(out: Path, configs: tuple, kind: np.dtype) -> None:
+    """A base model in `out` of the given UNet, VAE, text and vision configs, image encoder and adapter below it."""
+    unet, vae, text, vision = configs
+    models = out / "ip_adapter" / "models"
     write_component(out / "unet", "unet", UNET, UNet(unet), "UNet2DConditionModel", kind)
     write_component(out / "vae", "vae", VAE_COMPONENT, VAE(vae), "AutoencoderKL", kind)
     write_component(out / "text_encoder", "text_encoder", TEXT_ENCODER, CLIPText(text), "CLIPTextModel", kind)
@@ -172,6 +166,17 @@ def main(
             "vae": ["diffusers", "AutoencoderKL"],
         },
     )
+
+
+def main(
+    out: Path,
+    size: Annotated[Literal["tiny", "full"], tyro.conf.arg(help="a small model, or Stable Diffusion 1.5")] = "tiny",
+    dtype: Annotated[
+        Literal["float16", "float32"], tyro.conf.arg(help="of the files; the numbers are the same")
+    ] = "float16",
+) -> None:
+    """Writes a base model to OUT, with an image encoder and a base adapter under OUT/ip_adapter/models."""
+    write_model(out, FULL if size == "full" else TINY, np.dtype(dtype))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,24 @@
 """What the training tests share: the recorded tiny model as a run, and the authors' recorded draws."""
 
+import atexit
 import dataclasses
+import functools
+import shutil
+import tempfile
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import skimage.data
 from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, nhwc
+from make_random_weights import write_model
+from PIL import Image
 
+from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
+from ipadapter_jax.models.unet import UNetConfig
+from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.preprocess import clip_pixels, load_image
-from ipadapter_jax.train.config import Data, Model, Train
+from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train
 from ipadapter_jax.train.step import Draws
 
 TINY = Train(
@@ -18,7 +29,10 @@ TINY = Train(
 
 def tiny(**changes) -> Train:
     """TINY with dotted names changed, `model__adapter="plus"` for instance."""
-    config = TINY
+    return changed(TINY, **changes)
+
+
+def changed(config: Train, **changes) -> Train:
     for name, value in changes.items():
         part, _, setting = name.rpartition("__")
         if part:
@@ -49,3 +63,56 @@ def recorded_draws(case: Case, step: int = 0) -> Draws:
 
 LIGHT = ADAPTERS / "ip-adapter_tiny_light.bin"
 PLUS = ADAPTERS / "ip-adapter-plus_tiny.bin"
+
+# A Stable Diffusion of two levels, which compiles in seconds: 32 px pictures, 16 x 16 latents.
+MICRO = (
+    UNetConfig(
+        block_out_channels=(32, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=32,
+        sample_size=16,
+    ),
+    VAEConfig(block_out_channels=(32, 32), layers_per_block=1),
+    CLIPTextConfig(514, 32, 64, 1, 2, eos_token_id=513),
+    CLIPVisionConfig(32, 64, 32, 2, 2, image_size=32, patch_size=16),
+)
+
+
+@functools.cache
+def micro_model() -> Path:
+    """A folder with the MICRO model of random weights, made once per session."""
+    folder = Path(tempfile.mkdtemp(prefix="micro-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_model(folder, MICRO, np.dtype(np.float16))
+    return folder
+
+
+def micro(**changes) -> Train:
+    """A short run of the MICRO model, settings changed as in `tiny`."""
+    folder = micro_model()
+    config = Train(
+        steps=10,
+        model=Model(
+            base=str(folder), image_encoder=str(folder / "ip_adapter" / "models" / "image_encoder"), dtype="float32"
+        ),
+        data=Data(batch_size=8, resolution=32, drop_image=0.2, drop_text=0.2, drop_both=0.2, threads=2),
+        optim=Optim(learning_rate=1e-3),
+        log=Log(every=1, validate_every=0, validation_size=4, sample_steps=2, tensorboard=False),
+        checkpoint=Checkpoint(every=4),
+    )
+    return changed(config, **changes)
+
+
+def photographs(folder: Path, count: int = 12) -> Path:
+    """A folder of small pictures with captions: crops of real photographs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [skimage.data.chelsea(), skimage.data.coffee(), skimage.data.astronaut(), skimage.data.rocket()]
+    for i in range(count):
+        picture = pictures[i % len(pictures)]
+        y, x = (37 * i) % (picture.shape[0] - 160), (53 * i) % (picture.shape[1] - 160)
+        Image.fromarray(picture[y : y + 160, x : x + 160]).resize((48, 40)).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(f"photograph number {i}")
+    return folder

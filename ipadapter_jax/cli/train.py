@@ -1,6 +1,7 @@
 """`ipadapter-jax train RECIPE`: a recipe with what the command line changes in it, run."""
 
 import functools
+import sys
 from collections.abc import Sequence
 
 import tyro
@@ -8,7 +9,7 @@ import tyro
 from ipadapter_jax.cli.recipes import load_recipe, recipes
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.config import Train
-from ipadapter_jax.train.distributed import describe
+from ipadapter_jax.train.dry_run import describe
 from ipadapter_jax.train.loop import train as run
 
 
@@ -28,6 +29,6 @@ def parse(arguments: Sequence[str]) -> Train:
 def train(config: Train) -> int:
     """Runs it, or with --dry-run says what would be run. Returns the exit code."""
     if config.dry_run:
-        print(describe(config))
+        print(describe(config, sys.argv))
         return 0
     return run(config)

@@ -18,15 +18,16 @@ from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.config import Train, check, identity
 from ipadapter_jax.train.desk import Desk
 from ipadapter_jax.train.digest import digests, fingerprint
-from ipadapter_jax.train.distributed import StopSignal, initialize
+from ipadapter_jax.train.distributed import initialize
 from ipadapter_jax.train.folder import differences, run_lock
 from ipadapter_jax.train.logs import Skips
 from ipadapter_jax.train.networks import load_networks
 from ipadapter_jax.train.optim import make_optimizer, trainable, view
-from ipadapter_jax.train.samples import encoded_by, open_samples
+from ipadapter_jax.train.samples import check_fits, encoded_by, open_samples
 from ipadapter_jax.train.sharding import check_batch, global_batch, local_rows, make_mesh, replicated
 from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
 from ipadapter_jax.train.step import make_step
+from ipadapter_jax.train.stop import StopSignal
 from ipadapter_jax.train.validation import Validation
 
 log = logging.getLogger("ipadapter_jax")
@@ -56,6 +57,7 @@ class Run:
         self.config, self.mesh, self.folder = config, mesh, folder
         self.samples = open_samples(config, config.data.path)
         self.loaded = load_networks(config, mesh, encoded_by(self.samples))
+        check_fits(self.samples, config, self.loaded)
         self.about = self._about()
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every)
@@ -63,7 +65,9 @@ class Run:
         self.rows = local_rows(mesh, config.data.batch_size)
         self.validation = self._validation()
         self.skips = Skips(folder / _of_process("skipped", "jsonl"), config.data.max_bad_share)
-        self.desk = Desk(config, folder, self.about, self.loaded, self.first) if jax.process_index() == 0 else None
+        self.desk = (
+            Desk(config, folder, self.about, self.loaded, self.first, None) if jax.process_index() == 0 else None
+        )
         self.pending: deque[tuple[int, dict[str, Array]]] = deque()  # steps whose outcome nobody has looked at
 
     def _build_state(self) -> None:
@@ -114,7 +118,10 @@ class Run:
         path = self.config.log.validation_path
         if not self.config.log.validate_every:
             return None
-        samples = self.samples if path is None else open_samples(self.config, path)
+        samples = self.samples
+        if path is not None:
+            samples = open_samples(self.config, path)
+            check_fits(samples, self.config, self.loaded)
         return Validation(self.config, self.mesh, self.loaded, samples)
 
     def go(self, stop: StopSignal) -> int:

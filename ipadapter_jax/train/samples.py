@@ -6,8 +6,12 @@ from ipadapter_jax.adapters import encoder_folder
 from ipadapter_jax.data.cache import CachedSamples, is_cache
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.data.samples import LiveSamples
+from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.pipeline import base_folder
+from ipadapter_jax.settings import typed
 from ipadapter_jax.train.config import Train
+from ipadapter_jax.train.encode import check_cache
+from ipadapter_jax.train.networks import Encoded, Loaded
 from ipadapter_jax.weights.components import IMAGE_ENCODER, read_config
 
 Samples = LiveSamples | CachedSamples
@@ -16,8 +20,9 @@ Samples = LiveSamples | CachedSamples
 def open_samples(config: Train, path: str) -> Samples:
     """Opens data in any known format. Raises InputError naming the path and what is wrong with it."""
     data, model = config.data, config.model
-    if is_cache(Path(path).expanduser()):
-        return CachedSamples(Path(path).expanduser())
+    place = Path(path).expanduser()
+    if is_cache(place):
+        return CachedSamples(place)
     source = open_source(
         path,
         image_root=data.image_root,
@@ -29,3 +34,29 @@ def open_samples(config: Train, path: str) -> Samples:
     if model.adapter != "none":
         clip_size = read_config(IMAGE_ENCODER, encoder_folder(model.image_encoder) / "config.json").image_size
     return LiveSamples(source, base_folder(model.base, model.variant) / "tokenizer", data.resolution, clip_size)
+
+
+def encoded_by(samples: Samples) -> Encoded | None:
+    """What a run needs to know of the encoder behind precomputed features; None where it encodes pictures itself."""
+    if isinstance(samples, LiveSamples):
+        return None
+    config: CLIPVisionConfig = typed(
+        CLIPVisionConfig, samples.plan.made_from["image_encoder"]["config"], f"{samples.folder}: image encoder"
+    )
+    return Encoded(config, samples.zero_features())
+
+
+def check_fits(samples: Samples, config: Train, loaded: Loaded) -> None:
+    """Raises InputError, listing the differences, for precomputed features that were made for another run."""
+    if isinstance(samples, LiveSamples):
+        return
+    projection = loaded.networks.projection
+    features = None if projection is None else "penultimate" if projection.config.uses_patches else "pooled"
+    vae = loaded.sources["vae"]
+    check_cache(
+        samples,
+        vae=vae,
+        tokenizer=vae.parent.parent / "tokenizer",
+        resolution=config.data.resolution,
+        features=features,
+    )

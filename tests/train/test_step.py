@@ -16,7 +16,7 @@ from ipadapter_jax.train.networks import Loaded, load_networks
 from ipadapter_jax.train.optim import LossScale, fill, make_optimizer, trainable, view
 from ipadapter_jax.train.sharding import AXES, global_batch, local_rows, make_mesh, replicated
 from ipadapter_jax.train.state import initial_state, state_shardings
-from ipadapter_jax.train.step import Draws, draw, encode, make_step, row_losses
+from ipadapter_jax.train.step import encode, make_step, row_losses
 from ipadapter_jax.weights.names import to_torch, torch_key
 from ipadapter_jax.weights.tree import leaves
 

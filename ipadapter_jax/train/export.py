@@ -1,0 +1,44 @@
+"""What a run leaves for others: adapter.safetensors with its page, and the UNet where that was trained."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+
+from ipadapter_jax.files import write_whole
+from ipadapter_jax.train.config import Train
+from ipadapter_jax.train.model_card import model_card
+from ipadapter_jax.train.networks import Loaded
+from ipadapter_jax.train.optim import fill
+from ipadapter_jax.weights.component_export import save_component
+from ipadapter_jax.weights.components import UNET
+from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_adapter
+
+ADAPTER = "adapter.safetensors"
+
+
+def export(folder: Path, learnt: Any, config: Train, loaded: Loaded, about: dict[str, Any], step: int) -> None:
+    """Writes `learnt`, a view with arrays of this process, into the folder of the run.
+
+    Raises InputError when something is not finite or cannot be written; older files then stay.
+    """
+    dtype = config.checkpoint.export_dtype
+    if not isinstance(learnt["unet"], optax.MaskedNode):
+        source = loaded.sources["unet"].parent
+        save_component(UNET, folder / "unet", learnt["unet"], np.dtype(dtype), (source / "config.json").read_bytes())
+    projection = loaded.networks.projection
+    if projection is None:
+        return
+    params = {part: tree for part, tree in fill(learnt, loaded.frozen).items() if part != "unet"}
+    metadata = adapter_metadata(projection.config, step=step)
+    save_ip_adapter(folder / ADAPTER, params, dtype=dtype, metadata=metadata)
+    card = model_card(
+        ADAPTER,
+        metadata,
+        base=config.model.base,
+        image_encoder=config.model.image_encoder,
+        data=about["data"],
+        settings=about["settings"],
+    )
+    write_whole(folder / "README.md", card.encode())
