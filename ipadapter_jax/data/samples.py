@@ -1,0 +1,87 @@
+"""A record as the networks take it: pixels for the VAE, pixels for the image encoder, token ids of the caption."""
+
+import functools
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ipadapter_jax.data.records import Source
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.files import sha256
+from ipadapter_jax.preprocess import clip_pixels, decode_image, square_pixels
+from ipadapter_jax.tokens import load_tokenizer
+
+_TOKENIZING = threading.Lock()  # a tokenizer that two threads use at once fails: "Already borrowed"
+
+
+@functools.cache
+def _tokenizer(folder: Path) -> Any:
+    """One per process: samples that travel to worker processes take only its place along."""
+    return load_tokenizer(folder)
+
+
+@dataclass(frozen=True)
+class LiveSamples:
+    """Random access to samples made from records when they are asked for. For threads, and to pickle into other
+    processes. Without a `clip_size` there is no image prompt: no "clip_pixels".
+
+    Raises InputError when `tokenizer_folder` holds no tokenizer.
+    """
+
+    source: Source
+    tokenizer_folder: Path
+    resolution: int
+    clip_size: int | None
+    text_length: int = 77
+
+    def __post_init__(self) -> None:
+        _tokenizer(self.tokenizer_folder)  # here, or every record would seem bad
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def key(self, index: int) -> str:
+        return self.source.key(index)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Of record `index` "pixels" (resolution, resolution, 3) and "clip_pixels" (clip_size, clip_size, 3) uint8,
+        and "input_ids" (text_length,) int32, where a longer caption loses its end.
+
+        Raises InputError naming the record's key when it cannot be read, or is not what it should be.
+        """
+        record = self.source[index]
+        picture = decode_image(record.image, record.key)
+        sample = {
+            "pixels": square_pixels(picture, self.resolution),
+            "input_ids": self._ids(record.text, record.key),
+        }
+        if self.clip_size is not None:
+            if record.cond_image is not None:
+                picture = decode_image(record.cond_image, f"{record.key} (its image prompt)")
+            sample["clip_pixels"] = clip_pixels(picture, self.clip_size)
+        return sample
+
+    def identity(self) -> dict[str, Any]:
+        """What decides about the samples, as JSON, without the place of anything."""
+        names = ("tokenizer.json", "vocab.json", "merges.txt")
+        files = {name: self.tokenizer_folder / name for name in names}
+        return {
+            "source": self.source.identity(),
+            "tokenizer": {name: sha256(path) for name, path in files.items() if path.is_file()},
+            "resolution": self.resolution,
+            "clip_size": self.clip_size,
+            "text_length": self.text_length,
+        }
+
+    def _ids(self, text: str, key: str) -> np.ndarray:
+        try:
+            with _TOKENIZING:
+                ids = _tokenizer(self.tokenizer_folder)(
+                    text, padding="max_length", max_length=self.text_length, truncation=True
+                )["input_ids"]
+        except (TypeError, ValueError):  # not a string, or one with half a surrogate pair
+            raise InputError(f"{key!r}: its caption is not text: write it in UTF-8") from None
+        return np.asarray(ids, np.int32)
