@@ -1,0 +1,232 @@
+"""Checkpoints of a run: written while it goes on, proved to the bit when read, and a damaged one never in the way.
+
+A step is a folder of orbax with two items: `state`, the leaves of the training state under their paths, and `manifest`,
+a JSON object with a digest of every leaf, whatever the caller says about the run, and a digest of its own. Orbax makes
+a step appear under its name only when it is whole, but gives its bytes no checksums and casts to the dtype that is
+asked for; both are caught here.
+"""
+
+import contextlib
+import gc
+import hashlib
+import itertools
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.train.digest import digests, kind, named_leaves
+from ipadapter_jax.train.folder import agreed
+
+log = logging.getLogger("ipadapter_jax")
+
+
+class Damaged(Exception):
+    """A step that is not what was saved."""
+
+
+class Checkpoints:
+    """The steps below `folder`. In a job of several processes all of them call every method, on a shared folder."""
+
+    def __init__(self, folder: Path, *, keep_last: int, keep_every: int | None):
+        """Removes what killed runs left half written. Of the saved steps the newest `keep_last` stay, and the multiples
+        of `keep_every`.
+
+        Raises InputError when the folder cannot be made or written.
+        """
+        kept = [LatestN(keep_last)] + ([EveryNSteps(keep_every)] if keep_every else [])
+        self._folder = folder.absolute()
+        for noisy in ("absl", "asyncio"):  # what orbax fails at reaches us as exceptions; here it prints pages
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+            save_root_metadata=False,
+            lightweight_initialize=True,  # else a damaged step is an exception here
+            single_host_load_and_broadcast=True,
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, item_names=("state", "manifest"), options=options)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot write there ({error.strerror}); choose another place") from None
+
+    def save(self, step: int, state: Any, about: dict[str, Any]) -> None:
+        """Writes a pytree of jax.Arrays and a JSON object in the background. `state` may be donated as soon as this
+        returns: its bytes are on the host, or held against being overwritten. A step that is there is left as it is.
+
+        Raises InputError when this save or, more often, the one before it failed; the steps before that are intact.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        content = {"step": step, "leaves": digests(state), "about": about}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(named_leaves(state)),  # pyright: ignore[reportCallIssue]
+            manifest=ocp.args.JsonSave({**content, "sha256": _sha256(content)}),  # pyright: ignore[reportCallIssue]
+        )
+        self._or_explain(lambda: self._manager.save(step, args=items, force=True))
+
+    def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest good step as (step, state, about), or None when nothing was ever saved here.
+
+        `template` is the state's tree of jax.ShapeDtypeStruct with shardings, which may differ from those it was saved
+        with. A damaged step is skipped, saying why, and moved to damaged-STEP once an older one proved good.
+
+        Raises InputError when no step is good, leaving all as they are, or when a step is intact but another model's.
+        """
+        found = self._newest_good(lambda step: self._read(step, template))
+        if found is None:
+            return None
+        step, (state, about), damaged = found
+        for bad, reason in damaged.items():
+            log.warning("%s: step %d is damaged and skipped: %s", self._folder, bad, reason)
+        self._set_aside(list(damaged))
+        return step, state, about
+
+    def about(self) -> dict[str, Any] | None:
+        """What was said about the run at its newest step with a good manifest, without reading arrays; None when
+        nothing was ever saved here. Raises InputError when there are steps, all damaged."""
+        found = self._newest_good(self._manifest)
+        return None if found is None else found[1]["about"]
+
+    def wait(self) -> None:
+        """Until everything is written. Raises InputError when the last save failed."""
+        self._or_explain(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits, and ends the background threads. Raises InputError when the last save failed."""
+        self._or_explain(self._manager.close)
+
+    def _or_explain(self, job: Callable[[], Any]) -> None:
+        try:
+            job()
+        except Exception as error:  # orbax and tensorstore raise OSError, ValueError and Exception itself
+            raise InputError(
+                f"{self._folder}: a checkpoint was not saved ({_reason(error)}); the earlier ones are intact: "
+                "make room or repair the place, and run the same command again"
+            ) from error
+
+    def _newest_good(self, read: Callable[[int], Any]) -> tuple[int, Any, dict[int, str]] | None:
+        """The newest step that `read` can read, what it returned, and the newer steps with what is wrong with them."""
+        self._manager.reload()
+        damaged: dict[int, str] = {}
+        for step in sorted(map(int, self._manager.all_steps()), reverse=True):
+            try:
+                return step, read(step), damaged
+            except Damaged as error:
+                damaged[step] = str(error)
+        if damaged:
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+            raise InputError(
+                f"{self._folder}: no checkpoint is good ({reasons}); put back a copy, or choose another folder"
+            )
+        return None
+
+    def _item(self, step: int, name: str) -> Any:
+        """An item's folder as orbax's kind of path."""
+        return self._manager.directory / str(step) / name
+
+    def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
+        manifest = self._manifest(step)
+        wanted = named_leaves(template)
+        self._check_kinds(step, {name: digest.partition(":")[0] for name, digest in manifest["leaves"].items()}, wanted)
+        arguments: Any = ocp.args.StandardRestore(wanted)  # pyright: ignore[reportCallIssue]
+        # Orbax's own manager waits for all processes at the end of restore: for ever, when one of them has failed.
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            leaves = _everywhere(lambda: handler.restore(self._item(step, "state"), args=arguments))
+        found = digests(leaves)
+        if wrong := [name for name in wanted if found[name] != manifest["leaves"][name]]:
+            raise Damaged(f"{_some(wrong)} is not what was saved")
+        return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted]), manifest["about"]
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        def read() -> dict[str, Any]:
+            content = dict(ocp.JsonCheckpointHandler().restore(self._item(step, "manifest")))
+            if content.pop("sha256") != _sha256(content) or content["step"] != step:
+                raise Damaged("its manifest is not what was saved")
+            return content
+
+        return _everywhere(read)
+
+    def _check_kinds(self, step: int, saved: dict[str, str], wanted: dict[str, Any]) -> None:
+        """Raises InputError naming leaves that the state has and the step has not, or as something else, or vice versa:
+        nothing is damaged then, it is another run."""
+        asked = {name: kind(leaf) for name, leaf in wanted.items()}
+        if saved == asked:
+            return
+        odd = sorted(name for name in saved | asked if saved.get(name) != asked.get(name))
+        first = odd[0]
+        raise InputError(
+            f"{self._folder}: step {step} was saved by another configuration: {_some(odd)} "
+            f"({saved.get(first, 'absent')} there, {asked.get(first, 'absent')} here); "
+            "resume with the configuration it was saved by, or choose another folder"
+        )
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames damaged steps, so that steps of these numbers can be saved again."""
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                for step in steps:
+                    names = (f"damaged-{step}{'' if again == 1 else f'-{again}'}" for again in itertools.count(1))
+                    place = next(self._folder / name for name in names if not (self._folder / name).exists())
+                    (self._folder / str(step)).rename(place)
+            except OSError as error:
+                problem = f"{self._folder}: cannot rename the damaged step ({error.strerror}); make the folder writable"
+        if problem := agreed(problem):
+            raise InputError(problem)
+        self._manager.reload()
+
+
+def _everywhere(job: Callable[[], Any]) -> Any:
+    """What `job` returns. Raises Damaged in all processes when it failed in one."""
+    with _no_pages():
+        result, problem = None, None
+        try:
+            result = job()
+        except Damaged as error:
+            problem = str(error)
+        except Exception as error:  # damage shows as anything: JSONDecodeError, KeyError, ValueError, Exception itself
+            problem = _reason(error)
+        if problem:
+            gc.collect()  # now, while nobody hears it
+    if problem := agreed(problem):
+        raise Damaged(problem)
+    return result
+
+
+@contextlib.contextmanager
+def _no_pages() -> Iterator[None]:
+    """When one read of orbax fails it abandons the others, and Python prints a page for each as it clears them away."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line of readable length. Messages of tensorstore begin with what was tried, come to the
+    point at the end, and append pages of [name='...']."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = re.split(r" \[\w+(?:\[\d+\])?='", text)[0]
+    return f"{text[:80]} ... {text[-120:]}" if len(text) > 205 else text
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
