@@ -56,8 +56,8 @@ def initial_adapter(
     """The trees {"image_proj", "ip_adapter"} in float32 before the first step. Paper, section 3.2.2.
 
     to_k_ip and to_v_ip are copies of the UNet's own to_k and to_v, as exact as `unet_params` are; the projection is
-    drawn as PyTorch draws it. Pure, so that it may run inside jax.jit with any out_shardings: a leaf depends on the seed
-    and on its own path alone.
+    drawn as PyTorch draws it. Pure, so that it may run inside jax.jit with any out_shardings: a leaf depends on the
+    seed and on its own path alone.
     """
     return {
         "image_proj": _initial_projection(projection, jax.random.key(seed)),

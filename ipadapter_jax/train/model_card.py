@@ -1,0 +1,168 @@
+"""The page that goes beside an exported adapter: what it is, what it was trained on, how to use it elsewhere."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_VARIANTS = {
+    "base": "It reads the global image embedding.",
+    "plus": "It reads all patches of the image through a Resampler, and so follows it more closely than base.",
+    "full": "It reads all patches of the image, one token for each.",
+}
+_A1111 = {
+    "ViT-H/14": "ip-adapter_clip_h",
+    "ViT-bigG/14": "ip-adapter_clip_g",
+}  # preprocessors of the ControlNet extension
+
+_CARD = """\
+---
+library_name: diffusers
+pipeline_tag: text-to-image
+{base_model}tags:
+- ip-adapter
+- image-prompt
+- stable-diffusion
+- jax
+---
+# {title}
+
+An [IP-Adapter](https://arxiv.org/abs/2308.06721): it lets a picture be the prompt, alone or together with text, and
+leaves the base model as it is. {variant} Trained with ipadapter_jax.
+
+| | |
+|---|---|
+| file | `{file}` |
+| variant | {variant_name} |
+| image tokens | {num_tokens} |
+| base model | {base} ({family}) |
+| image encoder | {encoder} ({encoder_kind}, {features}) |
+| training steps | {step} |
+
+## Use
+
+diffusers (`path/to` is the folder of this file):
+
+```python
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import load_image
+from transformers import CLIPVisionModelWithProjection
+
+encoder = CLIPVisionModelWithProjection.from_pretrained({encoder_call}, torch_dtype=torch.float16)
+pipe = StableDiffusionPipeline.from_pretrained(
+    "{base}", image_encoder=encoder, torch_dtype=torch.float16
+).to("cuda")
+pipe.load_ip_adapter("path/to", subfolder="", weight_name="{file}")
+pipe.set_ip_adapter_scale(0.6)
+image = pipe("a photo", ip_adapter_image=load_image("reference.jpg")).images[0]
+```
+
+ipadapter_jax:
+
+```
+ipadapter-jax generate --base {base} --adapter path/to/{file} \\
+  --image-encoder {encoder} --image reference.jpg --prompt "a photo" --scale 0.6 --out out.png
+```
+
+ComfyUI with ComfyUI_IPAdapter_plus: put the file into `ComfyUI/models/ipadapter` and the image encoder into
+`ComfyUI/models/clip_vision`; load them with the nodes *IPAdapter Model Loader* and *Load CLIP Vision*.
+
+Stable Diffusion web UI (A1111) with sd-webui-controlnet: put the file into `models/ControlNet` under a name that begins
+with `ip-adapter` and choose {preprocessor}; the automatic one knows only the published names.
+
+## Training data
+
+{data}
+
+## Training settings
+
+{settings}
+
+## Limits
+
+It inherits what the base model, the image encoder and the training data are biased to, and their licences. An image
+prompt can show a person: use pictures of people only with their consent.
+"""
+
+
+def model_card(
+    file: str,
+    metadata: Mapping[str, str],
+    *,
+    base: str,
+    image_encoder: str,
+    data: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> str:
+    """The card, Markdown with the Hugging Face Hub's front matter, for the file of this name.
+
+    metadata: of the file (`adapter_metadata`). base, image_encoder: Hub places or paths. data: the identity of the
+    training data (kind, records, digest ...). settings: the run's, nested or flat. Of every path on this machine only
+    the last part is shown.
+    """
+    base_name, encoder_name = (_reference(place) for place in (base, image_encoder))
+    repository, inside = _hub_parts(encoder_name)
+    hub = _hub_parts(base_name)[0] if base_name == base else ""
+    kind = metadata["image_encoder"]
+    preprocessor = f"the preprocessor `{_A1111[kind]}`" if kind in _A1111 else "a preprocessor for this image encoder"
+    return _CARD.format(
+        base_model=f"base_model: {hub}\nbase_model_relation: adapter\n" if hub else "",
+        title=_text(Path(file).stem),
+        file=file,
+        variant=_VARIANTS[metadata["variant"]],
+        variant_name=metadata["variant"],
+        num_tokens=metadata["num_tokens"],
+        base=base_name,
+        family=metadata["base"],
+        encoder=encoder_name,
+        encoder_kind=kind,
+        encoder_call=f'"{repository}", subfolder="{inside}"' if repository and inside else f'"{encoder_name}"',
+        features=metadata["features"],
+        step=metadata["step"],
+        preprocessor=preprocessor,
+        data=_table(data),
+        settings=_table(settings),
+    )
+
+
+def _reference(place: str) -> str:
+    """A place on the Hub as it is, a path as path/to/name."""
+    name = _without_folders(place)
+    return place if name == place and _hub_parts(place)[0] else f"path/to/{name}"
+
+
+def _hub_parts(place: str) -> tuple[str, str]:
+    """'owner/name/folder' -> ('owner/name', 'folder'); empty strings for what is no place on the Hub."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", place)
+    return (found[1], found[2] or "") if found and not place.startswith("path/to/") else ("", "")
+
+
+def _without_folders(text: str) -> str:
+    """The last part of what is a path on this machine; any other text as it is."""
+    path = os.path.expanduser(text)
+    local = os.path.isabs(path) or text.startswith(("./", "../")) or os.path.exists(path)
+    return Path(path).name if local else text
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = "\n".join(f"| {_text(name)} | {_text(value)} |" for name, value in _flat(values).items())
+    return f"| | |\n|---|---|\n{rows}"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"optim": {"beta1": 0.9}} -> {"optim.beta1": "0.9"}, without what is not set."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif value is not None and value != "":
+            items = value if isinstance(value, list | tuple) else [value]
+            flat[f"{prefix}{name}"] = ", ".join(_without_folders(str(item)) for item in items)
+    return flat
+
+
+def _text(value: str) -> str:
+    """For a cell or a title: one line in which Markdown and HTML do nothing."""
+    return re.sub(r"([\\|`*_<>\[\]])", r"\\\1", " ".join(value.split()))
