@@ -5,7 +5,6 @@ It holds `plan.json` (what is encoded and by what), shards, and, once all of the
 
 import hashlib
 import json
-import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from ipadapter_jax.data.encoded_shards import FORMAT, Plan, open_shard, shard_facts
+from ipadapter_jax.data.files import allow_open_files
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256, write_whole
 from ipadapter_jax.weights.tensors import open_tensors
@@ -72,7 +72,7 @@ class CachedSamples:
             if not path.is_file() or path.stat().st_size != size:
                 what = "is cut off" if path.is_file() else "is missing"
                 raise InputError(f"{path} {what}: copy it again, or run the encoding command again")
-        _allow_open_files(self.plan.shards)
+        allow_open_files(self.plan.shards)
         self._readers, self._lock = {}, threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,15 +150,6 @@ def _read_plan(path: Path) -> Plan:
     if plan is None:
         raise InputError(f"{path} has format {found!r}, this version reads {FORMAT}; encode again")
     return plan
-
-
-def _allow_open_files(count: int) -> None:
-    """Every shard stays open once it was read: a soft limit of 1024 files, as is usual, would be too few."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 1024
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _json(value: Any) -> bytes:

@@ -111,7 +111,7 @@ class ShardWriter:
     def __init__(self, folder: Path, plan: Plan, shard: int):
         self._plan, self._shard, self._path = plan, shard, folder / plan.shard_name(shard)
         self._temporary = self._path.with_name(f".part-{self._path.name}")
-        self._skipped: list[dict[str, Any]] = []
+        self.skipped: list[dict[str, Any]] = []
         self._writer = ArrayRecordWriter(str(self._temporary), _WRITE)
 
     def add(self, sample: Mapping[str, np.ndarray]) -> None:
@@ -120,7 +120,7 @@ class ShardWriter:
 
     def skip(self, index: int, key: str, reason: str) -> None:
         """The next record is one that cannot be used: number in the source, key and what is wrong."""
-        self._skipped.append({"index": index, "key": key, "reason": reason})
+        self.skipped.append({"index": index, "key": key, "reason": reason})
         self._write(b"")
 
     def _write(self, payload: bytes) -> None:
@@ -135,7 +135,7 @@ class ShardWriter:
     def __exit__(self, kind: type | None, *_: Any) -> None:
         try:
             if kind is None:
-                facts = {"plan": self._plan.digest, "shard": self._shard, "skipped": self._skipped}
+                facts = {"plan": self._plan.digest, "shard": self._shard, "skipped": self.skipped}
                 self._write(json.dumps(facts).encode())
             self._writer.close()  # what could not be written is told only here
             if kind is None:

@@ -1,0 +1,269 @@
+"""Computes once what the frozen encoders make of a data set, so that training reads it instead: `ipadapter-jax encode`.
+
+A shard depends on the data, the encoders and the settings alone. Whole shards are what an interrupted run leaves, and
+what the next one goes on from; the processes of a job take every P-th shard and need nothing of one another.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+import tqdm
+from jax import Array
+
+from ipadapter_jax.compilation_cache import enable_compilation_cache
+from ipadapter_jax.data.batches import Skipped
+from ipadapter_jax.data.cache import CachedSamples, begin, finish, is_cache
+from ipadapter_jax.data.encoded_shards import Layout, Plan, ShardWriter, shard_facts
+from ipadapter_jax.data.in_order import in_order
+from ipadapter_jax.data.open_source import open_source
+from ipadapter_jax.data.samples import LiveSamples
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.files import sha256
+from ipadapter_jax.train.config import Dtype, Mesh
+from ipadapter_jax.train.distributed import barrier, initialize
+from ipadapter_jax.train.encoders import Encoders, load_encoders
+from ipadapter_jax.train.folder import differences, run_lock
+from ipadapter_jax.weights.tensors import files_of
+
+_ENOUGH = 200  # records before a share of them says something
+
+Row = dict[str, np.ndarray] | Skipped
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Computes the VAE's latents and the image encoder's features of a data set once, for `train --data.path OUT`.
+
+    A run that was stopped goes on with the same command. Several processes (SLURM, a TPU pod) share the work.
+    """
+
+    base: str
+    """Base model, whose VAE and tokenizer are used: a folder in diffusers' layout or a Hub id."""
+    image_encoder: str
+    """Folder or Hub place of the CLIP vision model that reads the image prompts."""
+    data: str
+    """JSON list, folder, tar shards, Parquet, ArrayRecord, or a tfds directory."""
+    out: Path
+    """Folder to write to."""
+    features: Literal["pooled", "penultimate"] = "pooled"
+    """Of the image encoder: pooled for base adapters, penultimate (all patches, 320 times larger) for plus and full."""
+    resolution: int = 512
+    """Side of the square training pictures, in pixels."""
+    dtype: Dtype = "bfloat16"
+    """Of the computation, and of what is stored."""
+    batch_size: int = 8
+    """Pictures that a device encodes at once."""
+    image_root: str | None = None
+    """Folder that the file names of a JSON list are relative to; by default the list's own."""
+    image_column: str | None = None
+    """Column of the pictures, where its name is not a usual one."""
+    text_column: str | None = None
+    """Column of the captions."""
+    cond_image_column: str | None = None
+    """Column of the image prompts, where these differ from the pictures."""
+    variant: str | None = None
+    """Which weight files of the base model to prefer, such as fp16."""
+    threads: int = 16
+    """Threads that read and decode pictures."""
+    shard_records: int = 4096
+    """Records in a file; a run that is stopped loses the one it is at."""
+    max_bad_share: float = 0.1
+    """Stop when more than this share of the records cannot be read."""
+
+
+def encode(config: Encode) -> int | None:
+    """Writes all of it, or this process's part. Returns how many records could not be used; None where that is for
+    process 0 to say. Raises InputError for what cannot be used, and when there is no more room."""
+    _check(config)
+    initialize(Mesh())
+    enable_compilation_cache()
+    with run_lock(config.out):
+        return encode_part(config, jax.process_index(), jax.process_count())
+
+
+def encode_part(config: Encode, process: int, processes: int) -> int | None:
+    """Writes the missing ones of the shards process, process + processes, ...; completes the folder if all are there,
+    and then returns the number of skipped records."""
+    job = _job(config)
+    if changed := differences(begin(config.out, job.plan).to_json(), job.plan.to_json()):
+        raise InputError(
+            f"{config.out} was begun with other settings or data ({'; '.join(changed[:8])}); go on with those, or "
+            "choose another --out"
+        )
+    facts = [shard_facts(config.out, job.plan, shard) for shard in range(job.plan.shards)]
+    missing = [shard for shard, found in enumerate(facts) if found is None]
+    _check_room(config.out, job.plan, missing)
+    skipped = [entry for found in facts if found for entry in found["skipped"]]
+    done = sum(len(job.plan.shard_records(shard)) for shard, found in enumerate(facts) if found)
+    job.write([shard for shard in missing if shard % processes == process], done, skipped)
+    if jax.process_count() > 1:
+        barrier("encoded")
+    return finish(config.out, job.plan, job.encoders.zero_features()) if jax.process_index() == 0 else None
+
+
+def check_cache(cache: CachedSamples, *, vae: Path, tokenizer: Path, resolution: int, features: str | None) -> None:
+    """Holds a cache against what a run needs: its VAE's weight file, its tokenizer's folder, the side of its pictures,
+    and "pooled" or "penultimate", None where it reads no features. Raises InputError listing what differs."""
+    made = cache.plan.made_from
+    names = ["vae", "tokenizer", "resolution"] + (["features"] if features else [])
+    needed = {
+        "vae": _digests(vae),
+        "tokenizer": {name: sha256(tokenizer / name) for name in made["tokenizer"] if (tokenizer / name).is_file()},
+        "resolution": resolution,
+        "features": features,
+    }
+    if changed := differences({name: made[name] for name in names}, {name: needed[name] for name in names}):
+        raise InputError(
+            f"{cache.folder} was encoded for another run than this ({'; '.join(changed)}): encode the data again, or "
+            "change the run's settings"
+        )
+
+
+def _digests(source: Path) -> list[str]:
+    """The sha256 of a network's weight files."""
+    return [sha256(file) for file in files_of(source)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    config: Encode
+    encoders: Encoders
+    samples: LiveSamples
+    plan: Plan
+
+    def write(self, shards: Sequence[int], done: int, skipped: list[dict]) -> None:
+        """Writes shards. So many records are done by now, of which some were skipped."""
+        config, parts = self.config, [self.plan.shard_records(shard) for shard in shards]
+        ahead = 2 * config.batch_size * self.encoders.mesh.size
+        rows = in_order(self.samples, itertools.chain.from_iterable(parts), threads=config.threads, ahead=ahead)
+        total = sum(map(len, parts))
+        with contextlib.closing(rows), tqdm.tqdm(total=total, desc="encoding", unit="sample", disable=None) as bar:
+            for shard, part in zip(shards, parts, strict=True):
+                with ShardWriter(config.out, self.plan, shard) as writer:
+                    for row in self._encoded(part, rows):
+                        if isinstance(row, Skipped):
+                            writer.skip(*row)
+                        else:
+                            writer.add(row)
+                        bar.update()
+                done, skipped = done + len(part), skipped + writer.skipped
+                self._check_share(done, skipped)
+
+    def _check_share(self, done: int, skipped: list[dict]) -> None:
+        if done >= min(_ENOUGH, len(self.samples)) and len(skipped) > self.config.max_bad_share * done:
+            raise InputError(
+                f"{len(skipped)} of {done} records cannot be used, {skipped[-1]['key']} for one: "
+                f"{skipped[-1]['reason']}; repair the data, or raise --max-bad-share and run the same command again"
+            )
+
+    def _encoded(self, part: range, rows: Iterator[Row]) -> Iterator[Row]:
+        """What the encoders make of the records `part`, which come next in `rows`; a batch is computed while the one
+        before it is written."""
+        size, before = self.config.batch_size * self.encoders.mesh.size, None
+        for start in range(0, len(part), size):
+            indices = part[start : start + size]
+            group = list(itertools.islice(rows, len(indices)))
+            sides = {"pixels": self.config.resolution, "clip_pixels": self.encoders.clip_size}
+            batch = [_stacked(group, name, (size, side, side, 3)) for name, side in sides.items()]
+            now = indices, group, self.encoders(*batch)
+            if before is not None:
+                yield from self._unstacked(*before)
+            before = now
+        if before is not None:
+            yield from self._unstacked(*before)
+
+    def _unstacked(self, indices: Sequence[int], rows: Sequence[Row], encoded: Mapping[str, Array]) -> Iterator[Row]:
+        arrays = {name: np.asarray(array) for name, array in encoded.items()}
+        finite = arrays.pop("finite")
+        for i, (index, row) in enumerate(zip(indices, rows, strict=True)):
+            if isinstance(row, Skipped):
+                yield row
+            elif not finite[i]:
+                reason = f"its latents or features are not finite in {self.config.dtype}; try another --dtype"
+                yield Skipped(index, self.samples.key(index), reason)
+            else:
+                yield {name: array[i] for name, array in arrays.items()} | {"input_ids": row["input_ids"]}
+
+
+def _job(config: Encode) -> _Job:
+    """Opens data and encoders, and says what is to be written."""
+    patches = config.features == "penultimate"
+    encoders = load_encoders(config.base, config.variant, config.image_encoder, config.dtype, patches)
+    if config.resolution % encoders.pixel_step:
+        raise InputError(f"--resolution {config.resolution} must be a multiple of {encoders.pixel_step} for this model")
+    columns = {name: getattr(config, name) for name in ("image_root", "image_column", "text_column")}
+    source = open_source(config.data, cond_image_column=config.cond_image_column, **columns)
+    samples = LiveSamples(source, encoders.tokenizer, config.resolution, encoders.clip_size)
+    shapes = encoders.shapes(config.resolution)
+    arrays = {name: (np.dtype(x.dtype), x.shape[1:]) for name, x in shapes.items() if name != "finite"}
+    arrays["input_ids"] = (np.dtype(np.int32), (samples.text_length,))
+    vision = encoders.image_encoder
+    made_from = samples.identity() | {
+        "features": config.features,
+        "dtype": config.dtype,
+        "vae": _digests(encoders.vae.source),
+        "image_encoder": {
+            "sha256": _digests(vision.source),
+            "config": dataclasses.asdict(vision.module.config),
+        },
+    }
+    plan = Plan(len(samples), config.shard_records, Layout(arrays), json.loads(json.dumps(made_from)))
+    return _Job(config, encoders, samples, plan)
+
+
+def _stacked(rows: Sequence[Row], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A batch, with zeros where a row is missing: every batch has one shape, so that one program serves all."""
+    batch = np.zeros(shape, np.uint8)
+    for place, row in zip(batch, rows, strict=False):
+        if not isinstance(row, Skipped):
+            place[:] = row[name]
+    return batch
+
+
+def _unstacked(
+    samples: LiveSamples, indices: Sequence[int], rows: Sequence[Row], encoded: Mapping[str, Array]
+) -> Iterator[Row]:
+    arrays = {name: np.asarray(array) for name, array in encoded.items()}
+    finite = arrays.pop("finite")
+    for i, (index, row) in enumerate(zip(indices, rows, strict=True)):
+        if isinstance(row, Skipped):
+            yield row
+        elif not finite[i]:
+            yield Skipped(
+                index, samples.key(index), f"what the encoders make of it in {arrays['mean'].dtype} overflows"
+            )
+        else:
+            yield {name: array[i] for name, array in arrays.items()} | {"input_ids": row["input_ids"]}
+
+
+def _check_room(folder: Path, plan: Plan, shards: Sequence[int]) -> None:
+    """Raises InputError when the shards that are missing will not fit."""
+    records = sum(len(plan.shard_records(shard)) for shard in shards)
+    needed = records * (plan.layout.size + 128) + len(shards) * (1 << 17)  # ArrayRecord's headers, index and footer
+    free = shutil.disk_usage(folder).free
+    if 0 < free < needed:  # some network file systems say 0
+        raise InputError(
+            f"{folder}: {records} samples need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; make room "
+            "or choose another --out"
+        )
+
+
+def _check(config: Encode) -> None:
+    for name in ("resolution", "batch_size", "threads", "shard_records"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    if not 0 <= config.max_bad_share <= 1:
+        raise InputError(f"--max-bad-share {config.max_bad_share} must lie between 0 and 1")
+    data = Path(config.data).expanduser()
+    if is_cache(data):
+        raise InputError(f"--data {data} is encoded already; name the pictures")
+    if config.out.resolve().is_relative_to(data.resolve()):
+        raise InputError(f"--out {config.out} lies in the data: choose a folder outside of {data}")
