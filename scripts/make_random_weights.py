@@ -1,5 +1,6 @@
 """Writes a Stable Diffusion 1.x folder of random weights in diffusers' layout, with image encoder and base adapter.
 
+    python scripts/make_random_weights.py --size micro --out weights/micro   1 MB: 32 px, compiles in seconds
     python scripts/make_random_weights.py --size tiny --out weights/tiny     2 MB, seconds
     python scripts/make_random_weights.py --size full --out weights/full     SD 1.5 + ViT-H/14, 3.3 GB in float16
 
@@ -38,6 +39,21 @@ TINY = (
     CLIPTextConfig(514, 64, 128, 2, 4, eos_token_id=513),
     CLIPVisionConfig(64, 128, 64, 3, 4, patch_size=32),
 )
+MICRO = (
+    UNetConfig(
+        block_out_channels=(32, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=32,
+        sample_size=16,
+    ),
+    VAEConfig(block_out_channels=(32, 32), layers_per_block=1),
+    CLIPTextConfig(514, 32, 64, 1, 2, eos_token_id=513),
+    CLIPVisionConfig(32, 64, 32, 2, 2, image_size=32, patch_size=16),
+)
+SIZES = {"micro": MICRO, "tiny": TINY, "full": FULL}
 
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
@@ -170,13 +186,15 @@ def write_model(out: Path, configs: tuple, kind: np.dtype) -> None:
 
 def main(
     out: Path,
-    size: Annotated[Literal["tiny", "full"], tyro.conf.arg(help="a small model, or Stable Diffusion 1.5")] = "tiny",
+    size: Annotated[
+        Literal["micro", "tiny", "full"], tyro.conf.arg(help="small models, or Stable Diffusion 1.5")
+    ] = "tiny",
     dtype: Annotated[
         Literal["float16", "float32"], tyro.conf.arg(help="of the files; the numbers are the same")
     ] = "float16",
 ) -> None:
     """Writes a base model to OUT, with an image encoder and a base adapter under OUT/ip_adapter/models."""
-    write_model(out, FULL if size == "full" else TINY, np.dtype(dtype))
+    write_model(out, SIZES[size], np.dtype(dtype))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import functools
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,12 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import skimage.data
 from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, nhwc
-from make_random_weights import write_model
+from make_random_weights import MICRO, write_model
 from PIL import Image
 
-from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
-from ipadapter_jax.models.unet import UNetConfig
-from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.preprocess import clip_pixels, load_image
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train
 from ipadapter_jax.train.step import Draws
@@ -64,26 +62,12 @@ def recorded_draws(case: Case, step: int = 0) -> Draws:
 LIGHT = ADAPTERS / "ip-adapter_tiny_light.bin"
 PLUS = ADAPTERS / "ip-adapter-plus_tiny.bin"
 
-# A Stable Diffusion of two levels, which compiles in seconds: 32 px pictures, 16 x 16 latents.
-MICRO = (
-    UNetConfig(
-        block_out_channels=(32, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=32,
-        sample_size=16,
-    ),
-    VAEConfig(block_out_channels=(32, 32), layers_per_block=1),
-    CLIPTextConfig(514, 32, 64, 1, 2, eos_token_id=513),
-    CLIPVisionConfig(32, 64, 32, 2, 2, image_size=32, patch_size=16),
-)
-
 
 @functools.cache
 def micro_model() -> Path:
     """A folder with the MICRO model of random weights, made once per session."""
+    if "IPADAPTER_JAX_MICRO_MODEL" in os.environ:  # a process of a test uses the test's
+        return Path(os.environ["IPADAPTER_JAX_MICRO_MODEL"])
     folder = Path(tempfile.mkdtemp(prefix="micro-model-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_model(folder, MICRO, np.dtype(np.float16))

@@ -5,11 +5,10 @@ import importlib.util
 import traceback
 from pathlib import Path
 
-import ipadapter_jax
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.config import Train
 
-_PACKAGE = Path(ipadapter_jax.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _IS_CLONE = (_PACKAGE.parent / "pyproject.toml").is_file()  # else they are installed below the package
 _FOLDER = (_PACKAGE.parent if _IS_CLONE else _PACKAGE) / "configs"
 

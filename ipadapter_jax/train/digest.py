@@ -35,7 +35,8 @@ def digests(tree: Any) -> dict[str, str]:
     A leaf with a NamedSharding must have a mesh of Auto axes. In a job of several processes all of them call this.
     """
     leaves = named_leaves(tree)
-    sums = jax.device_get([_sums(leaf, _everywhere(leaf)) for leaf in leaves.values()])
+    # One after the other: programs that run at once may meet their like in another process in another order, and hang.
+    sums = [jax.device_get(_sums(leaf, _everywhere(leaf))) for leaf in leaves.values()]
     return {
         name: f"{kind(leaf)}:{first:08x}{second:08x}"
         for (name, leaf), (first, second) in zip(leaves.items(), sums, strict=True)

@@ -142,14 +142,16 @@ def _with_adapter(base: Loaded, config: Train, mesh: Mesh, encoded: Encoded | No
     )
     widths = tuple(site.width for site in cross_attention_sites(unet.config))
     unet_params = base.params.get("unet", base.frozen.get("unet"))
-    if model.init_from is None:
-        adapter = initial_adapter(unet_params, unet.config, projection, config.seed)
+    if model.init_from is None:  # compiled, as no process alone may hold all of a UNet that is split
+        begin = functools.partial(initial_adapter, unet_config=unet.config, projection=projection, seed=config.seed)
+        adapter = jax.jit(begin, out_shardings=replicated(mesh))(unet_params)
     else:
-        adapter = load_initial(Path(model.init_from), unet.config, projection)
+        loaded = load_initial(Path(model.init_from), unet.config, projection)
+        adapter = jax.tree.map(lambda x: put(x, replicated(mesh)), loaded)
     mask, params = trainable(model), dict(base.params)
-    for part, tree in adapter.items():
-        where, dtype = (params, jnp.float32) if mask[part] else (frozen, compute)
-        where[part] = jax.tree.map(lambda x, dtype=dtype: put(np.asarray(x, dtype), replicated(mesh)), tree)
+    params |= {part: tree for part, tree in adapter.items() if mask[part]}
+    rest = {part: tree for part, tree in adapter.items() if not mask[part]}
+    frozen |= jax.tree.map(lambda x: x.astype(compute), rest)
     networks = dataclasses.replace(
         base.networks,
         image_encoder=CLIPVision(vision, compute),

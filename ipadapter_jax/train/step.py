@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from ipadapter_jax.preprocess import CLIP_TABLE
@@ -20,6 +21,8 @@ from ipadapter_jax.train.networks import Networks
 from ipadapter_jax.train.optim import all_finite, fill
 from ipadapter_jax.train.sharding import by_row, of_optimiser, replicated
 from ipadapter_jax.train.state import TrainState
+
+_GATHERED = "gathered"  # the name of split weights made whole, for what the backward pass keeps
 
 Batch = dict[str, Array]
 """Live: pixels (B, H, W, 3) and clip_pixels (B, S, S, 3) uint8. Cached: mean and logvar (B, h, w, 4), features (B, F)
@@ -121,13 +124,15 @@ def make_step(
     """The jittable step (state, frozen, batch) -> (state, metrics). Donate the state."""
 
     def gradient(state: TrainState, frozen: dict[str, Any], batch: Batch, draws: Draws):
-        inputs = encode(networks, frozen, batch, draws)
+        inputs = encode(networks, gathered(frozen, mesh), batch, draws)
 
-        def scaled(learnt):
-            loss = row_losses(networks, fill(learnt, frozen), inputs).mean()
+        def scaled(learnt, frozen):
+            loss = row_losses(networks, fill(learnt, gathered(frozen, mesh)), inputs).mean()
             return loss * state.loss_scale.scale, loss
 
-        (_, loss), grads = jax.value_and_grad(scaled, has_aux=True)(state.params)
+        if mesh.shape["fsdp"] > 1:  # the backward pass gathers again rather than keep whole weights
+            scaled = jax.checkpoint(scaled, policy=jax.checkpoint_policies.save_anything_except_these_names(_GATHERED))
+        (_, loss), grads = jax.value_and_grad(scaled, has_aux=True)(state.params, frozen)
         return loss, jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
 
     def step(state: TrainState, frozen: dict[str, Any], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -168,6 +173,17 @@ def make_step(
         return kept, metrics
 
     return step
+
+
+def gathered(frozen: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Frozen weights that are split over `fsdp`, each whole where it is used."""
+    if mesh.shape["fsdp"] == 1:
+        return frozen
+
+    def gather(leaf: Array) -> Array:
+        return checkpoint_name(jax.lax.with_sharding_constraint(leaf, replicated(mesh)), _GATHERED)
+
+    return jax.tree.map(gather, frozen)
 
 
 def _accumulated(gradient: Callable, rows: Any, parts: int) -> tuple[Array, Any]:

@@ -27,7 +27,7 @@ from ipadapter_jax.train.networks import Loaded, Networks
 from ipadapter_jax.train.optim import fill
 from ipadapter_jax.train.samples import Samples
 from ipadapter_jax.train.sharding import by_row, global_batch, local_rows, replicated
-from ipadapter_jax.train.step import Batch, draw, encode, image_features, posterior, row_losses
+from ipadapter_jax.train.step import Batch, draw, encode, gathered, image_features, posterior, row_losses
 from ipadapter_jax.weights.components import Loaded as Encoder
 
 BUCKETS = 4  # quarters of the timesteps, the first being the least noisy
@@ -83,7 +83,8 @@ def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, dic
         def of_bucket(bucket: Array) -> Array:
             draws = draw(_SEED, bucket, rows, networks.latent_shape, width, drop=(0.0, 0.0, 0.0))
             draws = draws._replace(timestep=bucket * width + draws.timestep)
-            return row_losses(networks, fill(learnt, frozen), encode(networks, frozen, batch, draws)).mean()
+            whole = gathered(frozen, mesh)
+            return row_losses(networks, fill(learnt, whole), encode(networks, whole, batch, draws)).mean()
 
         return jax.lax.map(of_bucket, jnp.arange(BUCKETS))
 
@@ -171,8 +172,10 @@ def pipeline_of(loaded: Loaded, params: dict[str, Any], mesh: Mesh) -> StableDif
 def local_copy(tree: Any, mesh: Mesh, local: Mesh) -> Any:
     """Global arrays as whole ones on this process's devices; shares memory with what is whole already."""
 
+    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+
     def one(leaf: Array) -> Array:
-        whole = leaf if leaf.is_fully_replicated else jax.jit(lambda x: x, out_shardings=replicated(mesh))(leaf)
+        whole = leaf if leaf.is_fully_replicated else gather(leaf).block_until_ready()  # one by one: see digest.py
         shards = [shard.data for shard in whole.addressable_shards]
         return jax.make_array_from_single_device_arrays(leaf.shape, sampling.replicated(local), shards)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from training import micro, photographs
+from training import micro, micro_model, photographs
 
 from ipadapter_jax.data.batches import batches
 from ipadapter_jax.train.config import Train
@@ -20,6 +21,8 @@ from ipadapter_jax.train.samples import open_samples
 from ipadapter_jax.train.sharding import AXES, global_batch, local_rows, replicated
 from ipadapter_jax.train.state import initial_state, state_shardings
 from ipadapter_jax.train.step import make_step
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def mesh_of(devices: int, fsdp: int = 1):
@@ -57,7 +60,7 @@ def expected(run) -> np.ndarray:
 
 
 def test_four_devices(run, expected) -> None:
-    found, state, loaded = losses(run, mesh_of(4))
+    found, state, _ = losses(run, mesh_of(4))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 2]
     assert moments and all(leaf.addressable_shards[0].data.size == leaf.size // 4 for leaf in moments)
@@ -74,3 +77,46 @@ def test_accumulated(run, expected) -> None:
     config = dataclasses.replace(run, optim=dataclasses.replace(run.optim, accumulate=2))
     found, *_ = losses(config, mesh_of(4))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+PROCESS = """
+import sys
+from training import micro
+from ipadapter_jax.train.config import Mesh
+from ipadapter_jax.train.loop import train
+data, out, port, process, fsdp = sys.argv[1:]
+addresses = Mesh(coordinator=f"localhost:{port}", processes=2, process=int(process), fsdp=int(fsdp), heartbeat_seconds=30)
+sys.exit(train(micro(data__path=data, out=out, mesh=addresses, log__validate_every=10)))
+"""
+
+
+def in_two_processes(data: str, out: Path, fsdp: int) -> np.ndarray:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join(["tests", "scripts", "."])
+    environment = os.environ | {"PYTHONPATH": paths, "IPADAPTER_JAX_MICRO_MODEL": str(micro_model())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, data, str(out), str(port), str(number), str(fsdp)],
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-3000:]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return np.asarray([line["loss"] for line in lines if "loss" in line])
+
+
+def test_two_processes_of_four_devices(run, expected, tmp_path) -> None:
+    """The whole product, with checkpoints and sample grids, and frozen weights split over both processes' devices."""
+    found = in_two_processes(run.data.path, tmp_path / "run", fsdp=8)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert (tmp_path / "run" / "adapter.safetensors").is_file()
+    assert (tmp_path / "run" / "samples" / "samples-0000010.png").is_file()

@@ -1,0 +1,195 @@
+"""Whole runs of a small model: what they leave, and that stopping, faults and formats change nothing else."""
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from training import changed, micro, photographs
+
+from ipadapter_jax import StableDiffusion
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.train.config import Train
+from ipadapter_jax.train.encode import Encode, encode
+from ipadapter_jax.train.loop import STOPPED, train
+
+STEPS = 8
+
+
+def logged(folder: Path, name: str = "loss") -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return photographs(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="module")
+def run(data) -> Train:
+    return micro(steps=STEPS, data__path=str(data))
+
+
+@pytest.fixture(scope="module")
+def done(run, tmp_path_factory) -> Path:
+    """The folder of a run that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("run") / "done"
+    assert train(changed(run, out=str(folder), log__validate_every=4, log__tensorboard=True)) == 0
+    return folder
+
+
+def test_what_a_run_leaves(done) -> None:
+    assert list(logged(done)) == list(range(1, STEPS + 1))
+    validation = logged(done, "validation_loss")
+    assert list(validation) == [0, 4, STEPS] and validation[STEPS] < validation[0]
+    assert {f"validation_loss_{i}" for i in range(4)} <= json.loads((done / "metrics.jsonl").open().readline()).keys()
+    assert [path.name for path in sorted((done / "samples").iterdir())] == [
+        "samples-0000000.png",
+        "samples-0000004.png",
+        "samples-0000008.png",
+    ]
+    assert any((done / "tensorboard").iterdir())
+    assert (done / "README.md").read_text().startswith("---\nlibrary_name: diffusers")
+    assert (done / "skipped.jsonl").read_text() == ""
+
+
+def test_the_adapter_is_used_by_the_sampler(done, run, data) -> None:
+    pipe = StableDiffusion.from_pretrained(run.model.base)
+    pipe = pipe.with_ip_adapter(done / "adapter.safetensors", image_encoder=run.model.image_encoder)
+    options = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
+    pictures = [pipe("", ip_adapter_image=data / "000.png", ip_adapter_scale=scale, **options) for scale in (0.0, 1.0)]
+    assert np.abs(pictures[0] - pictures[1]).max() > 1e-3
+
+
+def test_it_goes_on_to_the_bit(done, run, tmp_path) -> None:
+    config = changed(run, out=str(tmp_path / "run"))
+    assert train(changed(config, steps=5)) == 0
+    assert train(config) == 0
+    assert logged(tmp_path / "run") == logged(done)
+    assert digest(tmp_path / "run") == digest(done)
+    assert train(config) == 0  # all is done: nothing happens
+
+
+def test_sigterm_saves_and_says_so(done, run, tmp_path) -> None:
+    folder = tmp_path / "run"
+
+    def terminate() -> None:
+        while not (folder / "metrics.jsonl").exists() or len(logged(folder)) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    assert train(changed(run, out=str(folder), steps=1000)) == STOPPED
+    thread.join()
+    stopped = max(logged(folder))
+    assert (folder / "checkpoints" / str(stopped)).is_dir() and stopped < 1000
+    if stopped <= STEPS:
+        assert train(changed(run, out=str(folder))) == 0
+    shared = range(1, min(stopped, STEPS) + 1)
+    assert [logged(folder)[step] for step in shared] == [logged(done)[step] for step in shared]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"optim__learning_rate": 2e-3}, "settings.optim.learning_rate: 0.001 -> 0.002"),
+        ({"data__drop_text": 0.0}, "settings.data.drop_text"),
+        ({"seed": 1}, "settings.seed: 0 -> 1"),
+    ],
+)
+def test_another_run_in_its_folder_is_refused(done, run, change, named) -> None:
+    before = digest(done)
+    with pytest.raises(InputError, match=named):
+        train(changed(run, out=str(done), steps=STEPS + 4, **change))
+    assert digest(done) == before
+
+
+def test_other_data_are_refused(done, run, tmp_path) -> None:
+    with pytest.raises(InputError, match=r"data\.source\.records: 12 -> 9"):
+        train(changed(run, out=str(done), data__path=str(photographs(tmp_path / "other", count=9))))
+
+
+def test_moved_data_are_not(done, run, tmp_path) -> None:
+    folder = tmp_path / "moved"
+    assert train(changed(run, out=str(done), data__path=str(photographs(folder)))) == 0
+
+
+def test_bad_records_are_replaced_and_listed(run, tmp_path) -> None:
+    data = photographs(tmp_path / "photos")
+    (data / "003.png").write_bytes(b"no picture")
+    config = changed(run, data__path=str(data), out=str(tmp_path / "run"), data__max_bad_share=1.0)
+    assert train(config) == 0
+    (skipped,) = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert skipped["key"].startswith("003") and logged(tmp_path / "run", "bad_records")[STEPS] >= 1
+    first = digest(tmp_path / "run")
+    assert train(changed(config, out=str(tmp_path / "again"))) == 0
+    assert digest(tmp_path / "again") == first
+
+
+def test_precomputed_features_give_the_losses_of_pictures(done, run, data, tmp_path) -> None:
+    cache = tmp_path / "cache"
+    encode(
+        Encode(
+            base=run.model.base,
+            image_encoder=run.model.image_encoder,
+            data=str(data),
+            out=cache,
+            resolution=32,
+            dtype="float32",
+        )
+    )
+    config = changed(run, data__path=str(cache), out=str(tmp_path / "run"), log__validate_every=STEPS)
+    assert train(config) == 0
+    live, cached = logged(done), logged(tmp_path / "run")
+    np.testing.assert_allclose([cached[i] for i in live], [live[i] for i in live], rtol=1e-5)
+
+
+def test_float16_scales_its_loss_and_samples(run, data, tmp_path) -> None:
+    config = changed(run, model__dtype="float16", out=str(tmp_path / "run"), log__validate_every=STEPS)
+    assert train(config) == 0
+    assert all(np.isfinite(loss) for loss in logged(tmp_path / "run").values())
+    assert set(logged(tmp_path / "run", "loss_scale").values()) == {2.0**15}
+    pipe = StableDiffusion.from_pretrained(run.model.base, dtype="float16")
+    pipe = pipe.with_ip_adapter(tmp_path / "run" / "adapter.safetensors", image_encoder=run.model.image_encoder)
+    (picture,) = pipe("", ip_adapter_image=data / "000.png", num_inference_steps=2, output_type="np")
+    assert np.isfinite(picture).all()
+
+
+def test_a_run_that_diverges_stops_with_advice(run, tmp_path) -> None:
+    config = changed(run, optim__learning_rate=1e25, optim__max_bad_steps=3, steps=40, out=str(tmp_path / "run"))
+    with pytest.raises(InputError, match=r"3 steps in a row.*learning-rate"):
+        train(config)
+
+
+def test_the_unet_alone(run, tmp_path) -> None:
+    """The same step with the mask the other way round, and then an adapter on the UNet that this leaves."""
+    config = changed(
+        run,
+        model__adapter="none",
+        model__train=("unet",),
+        steps=2,
+        checkpoint__export_dtype="float32",
+        out=str(tmp_path / "run"),
+        optim__ema=0.5,
+    )
+    assert train(config) == 0
+    base = StableDiffusion.from_pretrained(run.model.base)
+    os.symlink(tmp_path / "run" / "unet", tmp_path / "unet")
+    for name in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        os.symlink(Path(run.model.base) / name, tmp_path / name)
+    trained = StableDiffusion.from_pretrained(tmp_path)
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), base.params["unet"], trained.params["unet"])
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
