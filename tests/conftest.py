@@ -15,6 +15,8 @@ PLATFORM = os.environ.get("IPADAPTER_JAX_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
 if PLATFORM == "cpu":
     os.environ["JAX_NUM_CPU_DEVICES"] = "4"
+    # Half the time of a test run is compiling; the tests' small arrays gain nothing from LLVM's optimiser.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # A second run compiles nothing; `make clean` empties it.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")

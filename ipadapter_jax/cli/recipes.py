@@ -13,8 +13,9 @@ _IS_CLONE = (_PACKAGE.parent / "pyproject.toml").is_file()  # else they are inst
 _FOLDER = (_PACKAGE.parent if _IS_CLONE else _PACKAGE) / "configs"
 
 
-def load_recipe(name: str) -> Train:
-    """The recipe in a Python file, which is run, or of a shipped name such as sd15. Raises InputError naming it."""
+def load_recipe(name: str) -> tuple[Train, str]:
+    """The recipe in a Python file, which is run, or of a shipped name such as sd15, and what its docstring says.
+    Raises InputError naming it."""
     path = _find(name)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
@@ -27,7 +28,7 @@ def load_recipe(name: str) -> Train:
     config = getattr(module, "config", None)
     if not isinstance(config, Train):
         raise InputError(f"recipe {path}: it must say config = Train(...), see configs/sd15.py")
-    return config
+    return config, module.__doc__ or ""
 
 
 def recipes() -> dict[str, Path]:

@@ -8,7 +8,7 @@ import tyro
 
 from ipadapter_jax.cli.recipes import load_recipe, recipes
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.train.config import Train
+from ipadapter_jax.train.config import Train, check
 from ipadapter_jax.train.dry_run import describe
 from ipadapter_jax.train.loop import train as run
 
@@ -23,12 +23,14 @@ def parse(arguments: Sequence[str]) -> Train:
     if arguments[0].startswith("-"):
         about = f"Trains an IP-Adapter. RECIPE is one of {known} or a .py file; its values are shown as the defaults."
         return cli(default=Train(), description=about, args=["--help"])
-    return cli(default=load_recipe(arguments[0]), args=list(arguments[1:]))
+    recipe, about = load_recipe(arguments[0])
+    return cli(default=recipe, description=about, args=list(arguments[1:]))
 
 
 def train(config: Train) -> int:
     """Runs it, or with --dry-run says what would be run. Returns the exit code."""
     if config.dry_run:
+        check(config)
         print(describe(config, sys.argv))
         return 0
     return run(config)

@@ -23,7 +23,7 @@ from ipadapter_jax.train.folder import differences, run_lock
 from ipadapter_jax.train.logs import Skips
 from ipadapter_jax.train.networks import load_networks
 from ipadapter_jax.train.optim import make_optimizer, trainable, view
-from ipadapter_jax.train.samples import check_fits, encoded_by, open_samples
+from ipadapter_jax.train.samples import Samples, check_fits, encoded_by, open_samples
 from ipadapter_jax.train.sharding import check_batch, global_batch, local_rows, make_mesh, replicated
 from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
 from ipadapter_jax.train.step import make_step
@@ -46,16 +46,16 @@ def train(config: Train) -> int:
     enable_compilation_cache()
     mesh, folder = make_mesh(config.mesh.fsdp), Path(config.out)
     check_batch(mesh, config.data.batch_size, config.optim.accumulate)
-    with run_lock(folder), StopSignal() as stop, contextlib.closing(Run(config, mesh, folder)) as run:
+    samples = open_samples(config, config.data.path)  # the likeliest mistake, found before there is a folder
+    with run_lock(folder), StopSignal() as stop, contextlib.closing(Run(config, mesh, folder, samples)) as run:
         return run.go(stop)
 
 
 class Run:
     """A run at its newest step, with all that it needs."""
 
-    def __init__(self, config: Train, mesh: Mesh, folder: Path):
-        self.config, self.mesh, self.folder = config, mesh, folder
-        self.samples = open_samples(config, config.data.path)
+    def __init__(self, config: Train, mesh: Mesh, folder: Path, samples: Samples):
+        self.config, self.mesh, self.folder, self.samples = config, mesh, folder, samples
         self.loaded = load_networks(config, mesh, encoded_by(self.samples))
         check_fits(self.samples, config, self.loaded)
         self.about = self._about()
