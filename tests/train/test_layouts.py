@@ -85,8 +85,8 @@ from training import micro
 from ipadapter_jax.train.config import Mesh
 from ipadapter_jax.train.loop import train
 data, out, port, process, fsdp = sys.argv[1:]
-addresses = Mesh(coordinator=f"localhost:{port}", processes=2, process=int(process), fsdp=int(fsdp), heartbeat_seconds=30)
-sys.exit(train(micro(data__path=data, out=out, mesh=addresses, log__validate_every=10)))
+mesh = Mesh(coordinator=f"localhost:{port}", processes=2, process=int(process), fsdp=int(fsdp), heartbeat_seconds=30)
+sys.exit(train(micro(data__path=data, out=out, mesh=mesh, log__validate_every=10)))
 """
 
 

@@ -1,7 +1,5 @@
 """The training step against the authors' own code, and what must hold of it whatever the weights."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +7,14 @@ import optax
 import pytest
 from helpers import Case, load_case
 from jax.sharding import AxisType
-from training import LIGHT, PLUS, recorded_batch, recorded_draws, tiny
+from training import LIGHT, PLUS, micro, recorded_batch, recorded_draws, tiny
 
 from ipadapter_jax.train import step as step_module
 from ipadapter_jax.train.networks import Loaded, load_networks
 from ipadapter_jax.train.optim import LossScale, fill, make_optimizer, trainable, view
-from ipadapter_jax.train.sharding import AXES, global_batch, local_rows, make_mesh, replicated
-from ipadapter_jax.train.state import initial_state, state_shardings
-from ipadapter_jax.train.step import encode, make_step, row_losses
+from ipadapter_jax.train.sharding import AXES, global_batch, local_rows, make_mesh
+from ipadapter_jax.train.state import initial_state
+from ipadapter_jax.train.step import draw, encode, make_step, row_losses
 from ipadapter_jax.weights.names import to_torch, torch_key
 from ipadapter_jax.weights.tree import leaves
 
@@ -108,3 +106,88 @@ def test_ten_steps_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
             assert beyond <= 1e-3, f"{name}: {beyond:.2%} beyond the tolerance, at most {error.max():.2e}"
             compared += 1
     assert compared == 16
+
+
+@pytest.fixture(scope="module")
+def short_run():
+    """A small model with its state, step and a batch of noise on four devices."""
+    config, mesh = micro(optim__ema=0.9, optim__clip_norm=1.0, data__path="none", model__dtype="bfloat16"), make_mesh()
+    loaded = load_networks(config, mesh, None)
+    mask = trainable(config.model)
+    optimizer = make_optimizer(config.optim, mask)
+    state = initial_state(view(loaded.frozen | loaded.params, mask), optimizer, config)
+    rng, rows = np.random.default_rng(0), local_rows(mesh, 8)
+    arrays = {
+        "pixels": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
+        "clip_pixels": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
+        "input_ids": np.full((8, 77), 5, np.int32),
+    }
+    step = jax.jit(make_step(loaded.networks, optimizer, config, mesh))
+    return loaded, state, step, global_batch(mesh, arrays, rows, 8)
+
+
+def test_frozen_parts_stay_and_have_no_state(short_run) -> None:
+    loaded, state, step, batch = short_run
+    before = jax.tree.map(np.array, loaded.frozen)
+    learnt = len(jax.tree.leaves(state.params))
+    assert isinstance(state.params["unet"], optax.MaskedNode) and isinstance(state.ema["unet"], optax.MaskedNode)
+    assert len(jax.tree.leaves(state.opt_state)) == 2 * learnt + 2  # two moments, Adam's count and the schedule's
+    old = state
+    for _ in range(3):
+        state, metrics = step(state, loaded.frozen, batch)
+    assert int(state.step) == 3 and np.isfinite(metrics["loss"])
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(loaded.frozen), strict=True):
+        assert a.tobytes() == np.asarray(b).tobytes()
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), old.params, state.params)
+    assert all(jax.tree.leaves(moved)), moved
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def test_the_moving_average(short_run) -> None:
+    loaded, state, step, batch = short_run
+    after, _ = step(state, loaded.frozen, batch)
+    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, state.params, after.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.ema, expected)
+
+
+def test_a_step_with_bad_gradients_is_skipped(short_run) -> None:
+    loaded, state, step, batch = short_run
+    bad = state._replace(params=jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params))
+    after, metrics = step(bad, loaded.frozen, batch)
+    assert int(metrics["bad_steps"]) == 1 and int(after.step) == 1
+    for part in ("params", "opt_state", "ema"):
+        for a, b in zip(jax.tree.leaves(getattr(bad, part)), jax.tree.leaves(getattr(after, part)), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_the_loss_scale() -> None:
+    scale = LossScale.initial("float16")
+    assert scale.scale == 2.0**15
+    halved = scale.after(jnp.bool_(False), "float16")
+    assert halved.scale == 2.0**14 and halved.good_steps == 0
+    for _ in range(2000):
+        halved = halved.after(np.bool_(True), "float16")
+    assert halved.scale == 2.0**15 and halved.good_steps == 0
+    assert LossScale.initial("bfloat16").after(jnp.bool_(False), "bfloat16").scale == 1.0
+
+
+def test_draws_depend_on_seed_step_and_row_alone() -> None:
+    shape, rates = (4, 4, 4), (0.05, 0.05, 0.05)
+    whole = draw(3, jnp.int32(7), jnp.arange(64), shape, 1000, rates)
+    part = draw(3, jnp.int32(7), jnp.arange(32, 40), shape, 1000, rates)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[32:40], b), whole, part)
+    for other in (
+        draw(4, jnp.int32(7), jnp.arange(64), shape, 1000, rates),
+        draw(3, jnp.int32(8), jnp.arange(64), shape, 1000, rates),
+    ):
+        assert not np.allclose(whole.noise, other.noise)
+    assert not np.allclose(whole.noise, whole.posterior_noise)
+
+
+def test_the_drop_rates() -> None:
+    draws = draw(0, jnp.int32(0), jnp.arange(40_000), (1, 1, 1), 1000, (0.05, 0.1, 0.2))
+    image, text = np.asarray(draws.drop_image), np.asarray(draws.drop_text)
+    shares = [(image & ~text).mean(), (text & ~image).mean(), (image & text).mean()]
+    np.testing.assert_allclose(shares, [0.05, 0.1, 0.2], atol=0.006)  # 3 standard deviations
+    steps = np.asarray(draws.timestep)
+    assert steps.min() == 0 and steps.max() == 999 and abs(steps.mean() - 499.5) < 5
