@@ -6,8 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from ipadapter_jax.data.batches import Samples, Skipped
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.data.batches import Samples, Skipped, usable
 
 
 def in_order(
@@ -16,19 +15,12 @@ def in_order(
     """The samples of `indices` in that order, a Skipped in place of each that cannot be used; at most `ahead` of them
     are in memory. Closing the generator drops what was loaded ahead."""
 
-    def load(index: int) -> dict[str, np.ndarray] | Skipped:
-        try:
-            return samples[index]
-        except Exception as error:  # InputError, or whatever else a damaged record brings a reader to raise
-            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-            return Skipped(index, samples.key(index), " ".join(f"{kind}{error}".split())[:300])
-
     pool, loading = ThreadPoolExecutor(threads), deque[Future]()
     try:
         for index in indices:
             if len(loading) >= ahead:
                 yield loading.popleft().result()
-            loading.append(pool.submit(load, index))
+            loading.append(pool.submit(usable, samples, index))
         while loading:
             yield loading.popleft().result()
     finally:

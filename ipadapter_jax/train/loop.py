@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.data.batches import batches
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.flops import count_flops
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.config import Train, check, identity
 from ipadapter_jax.train.desk import Desk
@@ -23,8 +24,8 @@ from ipadapter_jax.train.folder import differences, run_lock
 from ipadapter_jax.train.logs import Skips
 from ipadapter_jax.train.networks import load_networks
 from ipadapter_jax.train.optim import make_optimizer, trainable, view
-from ipadapter_jax.train.samples import Samples, check_fits, encoded_by, open_samples
-from ipadapter_jax.train.sharding import check_batch, global_batch, local_rows, make_mesh, replicated
+from ipadapter_jax.train.samples import Samples, check_fits, encoded_by, good_sample, open_samples
+from ipadapter_jax.train.sharding import by_row, check_batch, global_batch, local_rows, make_mesh, replicated
 from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
 from ipadapter_jax.train.step import make_step
 from ipadapter_jax.train.stop import StopSignal
@@ -64,9 +65,10 @@ class Run:
         self._build_state()
         self.rows = local_rows(mesh, config.data.batch_size)
         self.validation = self._validation()
+        flops = count_flops(self._traced().jaxpr).total()
         self.skips = Skips(folder / _of_process("skipped", "jsonl"), config.data.max_bad_share)
         self.desk = (
-            Desk(config, folder, self.about, self.loaded, self.first, None) if jax.process_index() == 0 else None
+            Desk(config, folder, self.about, self.loaded, self.first, flops) if jax.process_index() == 0 else None
         )
         self.pending: deque[tuple[int, dict[str, Array]]] = deque()  # steps whose outcome nobody has looked at
 
@@ -91,6 +93,15 @@ class Run:
             donate_argnums=0,
             out_shardings=(shardings, replicated(self.mesh)),
         )
+
+    def _traced(self) -> Any:
+        """The step's program for the batches of this run: its work and memory can be read from it before it runs."""
+        size, sharding = self.config.data.batch_size, by_row(self.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((size, *array.shape), array.dtype, sharding=sharding)
+            for name, array in good_sample(self.samples, 0).items()
+        }
+        return self.step.trace(self.state, self.loaded.frozen, batch)
 
     def _about(self) -> dict[str, Any]:
         """What a resumed run must share with the run before it: settings, data, frozen weights."""

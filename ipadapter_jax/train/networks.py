@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ from ipadapter_jax.weights.components import IMAGE_ENCODER, load_component, read
 from ipadapter_jax.weights.tree import Tree
 
 
+def _apply(module: Any, params: Tree, *inputs: Any, method: Callable | None = None) -> Any:
+    return module.apply({"params": params}, *inputs, method=method)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Networks:
     """What a step calls. `frozen` holds the weights of whatever does not learn, under these names, `empty_ids` (77,),
@@ -45,26 +50,27 @@ class Networks:
 
     def moments(self, frozen: dict[str, Any], images: Array) -> tuple[Array, Array]:
         """images (B, H, W, 3) in [-1, 1] -> mean and log-variance (B, h, w, C) of the latents' posterior."""
-        return self.vae.apply({"params": frozen["vae"]}, images, method=VAE.encode)
+        return _apply(self.vae, frozen["vae"], images, method=VAE.encode)
 
     def text_states(self, frozen: dict[str, Any], ids: Array) -> Array:
-        return self.text_encoder.apply({"params": frozen["text_encoder"]}, ids).last_hidden_state
+        return _apply(self.text_encoder, frozen["text_encoder"], ids).last_hidden_state
 
     def image_features(self, frozen: dict[str, Any], pixels: Array) -> Array:
         """Normalised pixels (B, S, S, 3) -> what the projection reads: (B, F), or for patches (B, L, F)."""
-        output = self.image_encoder.apply({"params": frozen["image_encoder"]}, pixels)
+        assert self.projection is not None
+        output = _apply(self.image_encoder, frozen["image_encoder"], pixels)
         return output.hidden_states[-2] if self.projection.config.uses_patches else output.image_embeds
 
     def predict(
         self, params: dict[str, Any], noisy: Array, timestep: Array, text: Array, features: Array | None
     ) -> Array:
         """The UNet's output (B, h, w, C) float32 with the image prompt at weight 1."""
-        unet = functools.partial(self.unet.apply, {"params": params["unet"]})
+        unet = functools.partial(_apply, self.unet, params["unet"])
         text_kv = unet(text, method=UNet.text_kv)
         if features is None:
             return unet(noisy, timestep, text_kv)
-        tokens = self.projection.apply({"params": params["image_proj"]}, features)
-        image_kv = self.adapter.apply({"params": params["ip_adapter"]}, tokens)
+        tokens = _apply(self.projection, params["image_proj"], features)
+        image_kv = _apply(self.adapter, params["ip_adapter"], tokens)
         return unet(noisy, timestep, text_kv, [image_kv], [[1.0] * len(image_kv)])
 
 

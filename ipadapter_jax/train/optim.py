@@ -39,13 +39,13 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientT
         zeros = jax.tree.map(jnp.zeros_like, params)
         return optax.ScaleByAdamState(jnp.int32(0), zeros, zeros)
 
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         count = optax.safe_increment(state.count)
-        mean = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, grads)
-        square = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g**2, state.nu, grads)
+        mean = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, updates)
+        square = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g**2, state.nu, updates)
         first, second = (-jnp.expm1(count * math.log(beta)) if beta else 1.0 for beta in (beta1, beta2))
-        updates = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + epsilon), mean, square)
-        return updates, optax.ScaleByAdamState(count, mean, square)
+        scaled = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + epsilon), mean, square)
+        return scaled, optax.ScaleByAdamState(count, mean, square)
 
     return optax.GradientTransformation(init, update)
 

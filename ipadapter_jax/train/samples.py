@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from ipadapter_jax.adapters import encoder_folder
+from ipadapter_jax.data.batches import MAX_BAD_IN_A_ROW, Skipped, usable
 from ipadapter_jax.data.cache import CachedSamples, is_cache
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.data.samples import LiveSamples
+from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.pipeline import base_folder
 from ipadapter_jax.settings import typed
@@ -60,3 +64,12 @@ def check_fits(samples: Samples, config: Train, loaded: Loaded) -> None:
         resolution=config.data.resolution,
         features=features,
     )
+
+
+def good_sample(samples: Samples, first: int, step: int = 1) -> dict[str, np.ndarray]:
+    """The first usable one of the samples `first`, `first` + `step`, ... Raises InputError after 64 that are not."""
+    for index in range(first, first + MAX_BAD_IN_A_ROW * step, step):
+        found = usable(samples, index % len(samples))
+        if not isinstance(found, Skipped):
+            return found
+    raise InputError(f"{MAX_BAD_IN_A_ROW} records cannot be read, {found.key} for one: {found.reason}")

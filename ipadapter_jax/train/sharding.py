@@ -74,7 +74,7 @@ def put(array: np.ndarray | Array, sharding: NamedSharding) -> Array:
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a global batch that this process's devices own, ascending."""
     owned = by_row(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (part,) in owned for row in range(batch_size)[part]})
+    return sorted({row for index in owned if index is not None for row in range(batch_size)[index[0]]})
 
 
 def global_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray], rows: list[int], batch_size: int) -> dict[str, Array]:
@@ -82,7 +82,7 @@ def global_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray], rows: list[int], 
     place = {row: i for i, row in enumerate(rows)}
 
     def spread(local: np.ndarray) -> Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             wanted = range(batch_size)[index[0]]
             return local[place[wanted.start] : place[wanted.start] + len(wanted)]
 

@@ -18,14 +18,13 @@ from PIL import Image
 
 from ipadapter_jax import sampling
 from ipadapter_jax.adapters import Adapter
-from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipeline import StableDiffusion
 from ipadapter_jax.preprocess import image_grid, to_uint8
 from ipadapter_jax.train.config import Log, Train
 from ipadapter_jax.train.networks import Loaded, Networks
 from ipadapter_jax.train.optim import fill
-from ipadapter_jax.train.samples import Samples
+from ipadapter_jax.train.samples import Samples, good_sample
 from ipadapter_jax.train.sharding import by_row, global_batch, local_rows, replicated
 from ipadapter_jax.train.step import Batch, draw, encode, gathered, image_features, posterior, row_losses
 from ipadapter_jax.weights.components import Loaded as Encoder
@@ -43,7 +42,7 @@ class Validation:
         self._log, self._mesh, self._loaded = config.log, mesh, loaded
         size = -(-config.log.validation_size // mesh.size) * mesh.size
         rows = local_rows(mesh, size)
-        found = [_good_sample(samples, row, size) for row in rows]
+        found = [good_sample(samples, row, size) for row in rows]
         arrays = {name: np.stack([sample[name] for sample in found]) for name in found[0]}
         self._batch = global_batch(mesh, arrays, rows, size)
         self._losses = jax.jit(make_validation_losses(loaded.networks, mesh), out_shardings=replicated(mesh))
@@ -58,17 +57,6 @@ class Validation:
         if self._prompts is None:
             return named, None
         return named, sample_grid(self._loaded, learnt, self._prompts, self._log, self._mesh)
-
-
-def _good_sample(samples: Samples, row: int, size: int) -> dict[str, np.ndarray]:
-    """Sample `row`, or where that is damaged the next one that no other row would take."""
-    fault = None
-    for index in range(row, row + 64 * size, size):
-        try:
-            return samples[index % len(samples)]
-        except InputError as error:
-            fault = error
-    raise InputError(f"no good record to validate on: {fault}")
 
 
 def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, dict[str, Any], Batch], Array]:
@@ -110,7 +98,7 @@ def image_prompts(loaded: Loaded, batch: Batch, mesh: Mesh) -> ImagePrompts:
         none, every = (jnp.full(mean.shape[0], drop) for drop in (False, True))
         if networks.projection is None:
             return decoded, None
-        features = [image_features(networks, frozen, head, drop) for drop in (every, none)]
+        features: Any = [image_features(networks, frozen, head, drop) for drop in (every, none)]
         return decoded, jnp.stack(features).astype(jnp.float32)
 
     decoded, features = jax.jit(compute, out_shardings=replicated(mesh))(frozen, batch)
@@ -152,7 +140,7 @@ def sample_grid(loaded: Loaded, learnt: Any, prompts: ImagePrompts, log: Log, me
 def pipeline_of(loaded: Loaded, params: dict[str, Any], mesh: Mesh) -> StableDiffusion:
     """The sampler of a run's networks with these weights."""
     networks, adapters = loaded.networks, ()
-    if networks.projection is not None:
+    if networks.projection is not None and networks.adapter is not None:
         own = {part: params[part] for part in ("image_proj", "ip_adapter")}
         encoder = Encoder(networks.image_encoder, {}, Path())
         adapters = (Adapter(networks.projection, networks.adapter, own, encoder, Path()),)
