@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from ipadapter_jax.errors import InputError
@@ -144,16 +143,6 @@ class _LastWords:
         self._shell.communicate(b"\n")
 
 
-def main_process() -> bool:
-    """True in the one process that writes what all share."""
-    return jax.process_index() == 0
-
-
 def barrier(name: str) -> None:
     """Waits until all processes are here."""
     multihost_utils.sync_global_devices(name)
-
-
-def agree(flag: bool) -> bool:
-    """Whether any process says True; every process must ask."""
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

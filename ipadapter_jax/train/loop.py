@@ -19,7 +19,7 @@ from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.config import Train, check, identity
 from ipadapter_jax.train.desk import Desk
 from ipadapter_jax.train.digest import digests, fingerprint
-from ipadapter_jax.train.distributed import initialize
+from ipadapter_jax.train.distributed import barrier, initialize
 from ipadapter_jax.train.folder import differences, run_lock
 from ipadapter_jax.train.logs import Skips
 from ipadapter_jax.train.networks import load_networks
@@ -49,7 +49,10 @@ def train(config: Train) -> int:
     check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config, config.data.path)  # the likeliest mistake, found before there is a folder
     with run_lock(folder), StopSignal() as stop, contextlib.closing(Run(config, mesh, folder, samples)) as run:
-        return run.go(stop)
+        code = run.go(stop)
+    if jax.process_count() > 1:
+        barrier("the end of the run")  # process 0 may still be writing, and nobody is to miss it
+    return code
 
 
 class Run:

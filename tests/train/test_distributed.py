@@ -25,7 +25,7 @@ SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "4"}
 WORKER = """
 import dataclasses, os, sys, tyro
 from ipadapter_jax.train.config import Mesh
-from ipadapter_jax.train.distributed import agree, barrier, initialize, main_process
+from ipadapter_jax.train.distributed import barrier, initialize
 from ipadapter_jax.train.stop import StopSignal
 
 @dataclasses.dataclass
@@ -35,8 +35,7 @@ class Options:
 initialize(tyro.cli(Options).mesh)
 import jax
 mine = jax.process_index()
-facts = [jax.process_count(), jax.device_count(), jax.local_device_count(), main_process() == (mine == 0)]
-facts += [agree(mine == 1), agree(False)]
+facts = [jax.process_count(), jax.device_count(), jax.local_device_count()]
 with StopSignal() as stop:
     for step in range(1, 20000):
         if step == 10:
@@ -99,7 +98,7 @@ def test_two_processes_run_what_the_dry_run_printed_and_stop_at_the_same_step(st
     assert [process.returncode for process in processes] == [75, 75], answers
     lines = {next(line for line in out.splitlines() if line.startswith("stopped")) for out, _ in answers}
     (line,) = lines
-    assert line.split()[2:] == ["2", "4", "2", "True", "True", "False"]
+    assert line.split()[2:] == ["2", "4", "2"]
     assert not any("ipadapter-jax:" in err for _, err in answers)
 
 
