@@ -1,0 +1,126 @@
+"""How much memory a program needs at once, from its jaxpr: a walk in the order in which it is written.
+
+The compiler fuses elementwise operations with what reads them and computes them again rather than keep them, so these
+rules say what lies in memory:
+
+- what products, convolutions, reductions and loops give, and what products, convolutions and loops read. A product
+  that is only read rounded is written rounded;
+- an elementwise result that three or more operations read; with fewer readers, what it is made of stays in its place;
+- an elementwise result takes the place of what it reads for the last time.
+
+Against what XLA's compiler plans for an A100 and the training step of SD 1.5 (tests/train/test_memory.py) the peak
+comes out 0.94 to 1.11 times as large; up to 1.36 times for small networks, where it is one chunk of attention.
+"""
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Literal
+from jax.interpreters import partial_eval
+
+from ipadapter_jax.flops import programs
+
+_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2"}
+_LOOPS = {"scan", "while", "cond"}
+_READERS = {"dot_general", "conv_general_dilated", *_LOOPS}
+_WRITERS = _READERS | {"concatenate", "gather", "scatter", "scatter-add", "sort", "cumsum", "argmax", "argmin"}
+_VIEWS = {"reshape", "transpose", "squeeze", "convert_element_type", "broadcast_in_dim", "optimization_barrier", "copy"}
+_MANY = 3
+
+
+@dataclasses.dataclass(eq=False)
+class _Value:
+    bytes: int
+    held: bool  # in memory
+    source: "_Value | None"  # of a view
+    made_of: frozenset["_Value"] = frozenset()  # the held values that it can be computed from
+    last: int = -1  # the operation that needs it last
+
+
+@dataclasses.dataclass(eq=False)
+class _Operation:
+    name: str
+    operands: list[_Value]
+    results: list[_Value]
+    inside: int  # bytes that a loop's body needs
+
+
+def peak_bytes(jaxpr: ClosedJaxpr) -> int:
+    """Most bytes that a program of jax.make_jaxpr holds at once, beside its arguments and its results: those of a step
+    take the place of the donated state."""
+    return _peak(partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[0])
+
+
+def _peak(jaxpr: Any) -> int:
+    values: dict[Any, _Value] = {}
+    operations = list(_flat(jaxpr, values))
+    _hold(operations)
+    for time, operation in enumerate(operations):
+        made_of = frozenset().union(*(operand.made_of for operand in operation.operands))
+        for result in operation.results:
+            result.made_of = frozenset([result]) if result.held else made_of
+        if any(result.held for result in operation.results):
+            for value in made_of:
+                value.last = time
+    for value in _known(jaxpr.outvars, values):
+        for held in value.made_of:
+            held.last = len(operations)
+    return _most(operations)
+
+
+def _flat(jaxpr: Any, values: dict[Any, _Value]) -> Iterator[_Operation]:
+    """The operations, those of called programs in their place; fills `values`. Arguments have no value."""
+    for eqn in jaxpr.eqns:
+        name, inner = eqn.primitive.name, [getattr(p, "jaxpr", p) for p in programs(eqn.params.values())]
+        if name in _CALLS:
+            given = zip(reversed(inner[0].invars), reversed(eqn.invars), strict=False)
+            inside = {own: values[var] for own, var in given if not isinstance(var, Literal) and var in values}
+            yield from _flat(inner[0], inside)
+            results = zip(eqn.outvars, inner[0].outvars, strict=True)
+            values.update((var, inside[own]) for var, own in results if not isinstance(own, Literal) and own in inside)
+            continue
+        operands = _known(eqn.invars, values)
+        source = operands[0] if name in _VIEWS and operands else None
+        held = name in _WRITERS or name.startswith("reduce_")
+        results = [_Value(var.aval.size * var.aval.dtype.itemsize, held, source) for var in eqn.outvars]
+        values.update(zip(eqn.outvars, results, strict=True))
+        yield _Operation(name, operands, results, max(map(_peak, inner), default=0) if name in _LOOPS else 0)
+
+
+def _known(variables: Iterable[Any], values: Mapping[Any, _Value]) -> list[_Value]:
+    return [values[var] for var in variables if not isinstance(var, Literal) and var in values]
+
+
+def _hold(operations: list[_Operation]) -> None:
+    """Decides what lies in memory, by the rules above."""
+    readers = Counter(operand for operation in operations for operand in set(operation.operands))
+    for operation in operations:
+        for operand in operation.operands if operation.name in _READERS else ():
+            while operand.source is not None and operand.source.bytes <= operand.bytes:
+                operand = operand.source  # a view is no copy
+            operand.held = True
+        if operation.name == "convert_element_type" and operation.operands:
+            (product,), (rounded,) = operation.operands, operation.results
+            if product.held and readers[product] == 1:
+                product.bytes = min(product.bytes, rounded.bytes)
+        elif operation.name not in _VIEWS:
+            for result in operation.results:
+                result.held |= readers[result] >= _MANY
+
+
+def _most(operations: list[_Operation]) -> int:
+    """The sum over all values that are held, where it is greatest."""
+    live = most = 0
+    dying: defaultdict[int, int] = defaultdict(int)
+    for time, operation in enumerate(operations):
+        for result in operation.results:
+            if result.held and result.last >= 0:
+                live += result.bytes
+                dying[result.last] += result.bytes
+        if operation.name in _WRITERS:
+            most = max(most, live + operation.inside)
+        live -= dying[time]
+        most = max(most, live)
+    return most

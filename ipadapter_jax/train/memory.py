@@ -1,0 +1,96 @@
+"""What a run needs of each device's memory, computed before its first step, and what to do when it has less."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ipadapter_jax.train.config import Train
+from ipadapter_jax.train.liveness import peak_bytes
+from ipadapter_jax.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device, by what takes them."""
+
+    frozen: int
+    learnt: int
+    optimiser: int  # moments, and the moving average
+    batch: int
+    activations: int  # what is kept for the backward pass, gradients, and what is on its way, where it is most
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    def table(self) -> str:
+        """One line per part and one for their sum, in GiB."""
+        rows = {
+            "frozen weights": self.frozen,
+            "weights that learn": self.learnt,
+            "optimiser": self.optimiser,
+            "batch": self.batch,
+            "activations": self.activations,
+            "in all, on each device": self.total,
+        }
+        return "\n".join(f"{name:<24}{count / 2**30:8.2f} GiB" for name, count in rows.items())
+
+
+def plan(
+    make: Callable[[Mesh], Callable], mesh: Mesh, state: TrainState, frozen: dict[str, Any], batch: dict[str, Any]
+) -> MemoryPlan:
+    """The plan of the step `make(mesh)` of train/step.py. Its arguments are global arrays, or their shapes with
+    shardings; nothing is allocated or compiled.
+
+    What one device computes is taken to be the step of its share of the batch on a mesh of its own: the memory that
+    communication needs comes on top.
+    """
+    devices = np.asarray(mesh.local_devices[:1]).reshape((1,) * len(mesh.axis_names))
+    alone = Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+    whole, share = _shapes((state, frozen), lambda x: x.shape), _shapes(batch, _of_one_device)
+    program = jax.make_jaxpr(make(alone))(*whole, share)
+    return MemoryPlan(
+        frozen=_bytes(frozen),
+        learnt=_bytes(state.params),
+        optimiser=_bytes((state.opt_state, state.ema)),
+        batch=_bytes(batch),
+        activations=peak_bytes(program),
+    )
+
+
+def _of_one_device(array: Any) -> tuple[int, ...]:
+    return array.sharding.shard_shape(array.shape)
+
+
+def _shapes(tree: Any, shape: Callable[[Any], tuple[int, ...]]) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape(x), x.dtype), tree)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(_of_one_device(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def available() -> int | None:
+    """Bytes that JAX may use on each device of this process, where the device says so; a CPU does not."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def remedies(config: Train, mesh: Mesh, *, live: bool) -> str:
+    """What takes less memory than these settings, the cheapest first. `live`: pictures are encoded in every step."""
+    accumulate = config.optim.accumulate
+    rows = config.data.batch_size // (mesh.size * accumulate)
+    ways = {
+        "encode the data once (ipadapter-jax encode)": live,
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment, in place of 0.75": jax.default_backend() == "gpu",
+        "--model.remat": not config.model.remat,
+        f"--mesh.fsdp {mesh.size}": mesh.size > 1 and config.mesh.fsdp == 1,
+        f"--optim.accumulate {2 * accumulate}": rows > 1 and rows % 2 == 0,
+        f"--data.batch-size {config.data.batch_size // 2}": rows > 1 and rows % 2 == 0,
+    }
+    return ", or ".join(way for way, open_ in ways.items() if open_) or "a device with more memory"
