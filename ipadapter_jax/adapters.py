@@ -90,9 +90,7 @@ def load_adapter(
     attached: Sequence[Adapter],
 ) -> Adapter:
     """Reads an adapter for `unet` and its encoder (shared with an `attached` adapter that uses the same one)."""
-    local = local_path(path, _refuse_folder, what="adapter", revision=revision)
-    if local.is_dir():
-        _refuse_folder([name.name for name in local.iterdir()])
+    local = adapter_file(path, revision)
     file = open_ip_adapter(local)
     widths = tuple(site.width for site in cross_attention_sites(unet.config))
     check_base(file, unet.config.cross_attention_dim, widths)
@@ -105,6 +103,14 @@ def load_adapter(
     encoder = shared[0] if shared else load_component(IMAGE_ENCODER, folder, dtype, put=put)
     assert isinstance(encoder.module, CLIPVision)
     return Adapter(image_projection(file.config, dtype), IPAdapter(widths, dtype), params, encoder, local)
+
+
+def adapter_file(path: str | os.PathLike, revision: str | None = None) -> Path:
+    """Where an adapter file lies on this machine, downloaded if need be. Raises InputError naming it."""
+    local = local_path(path, _refuse_folder, what="adapter", revision=revision)
+    if local.is_dir():
+        _refuse_folder([name.name for name in local.iterdir()])
+    return local
 
 
 def _encoder_beside(path: str | os.PathLike, local: Path) -> str | os.PathLike:

@@ -4,7 +4,7 @@
 #   scripts/train_tpu_pod.sh NAME ZONE sd15 --data.path DATA --out RUN
 #
 # Runs on your machine, with gcloud set up; in tmux, as the run ends with the connection. Everything after the zone goes
-# to `ipadapter-jax train`. DATA and RUN must be seen by all workers (a mounted bucket or disk). The same line goes on
+# to `ipadapter-jax train`. DATA and RUN must be seen by all workers; RUN on a disk that can rename folders. The same line goes on
 # from the newest checkpoint. Install a checkout on all workers first:
 #
 #   gcloud compute tpus tpu-vm scp --recurse . NAME:ipadapter-jax --zone=ZONE --worker=all
@@ -19,6 +19,6 @@ fi
 
 name=$1 zone=$2
 shift 2
-printf -v command '%q ' ipadapter-jax train "$@"
+printf -v command '%q ' python3 -m ipadapter_jax.cli train "$@"
 set -x
 exec gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$command"

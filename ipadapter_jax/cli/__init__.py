@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse(arguments)
         run = next(run for kind, run in COMMANDS.values() if isinstance(command, kind))
-        with _reports():
+        with _reports(at_once=isinstance(command, Train | Encode)):
             return run(command)
     except InputError as error:
         if debug:
@@ -59,12 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _reports() -> Iterator[None]:
-    """Warnings appear at once, each on a line; reports (what was ignored in a file) when the job is done, so that
-    an error stands alone."""
+def _reports(at_once: bool) -> Iterator[None]:
+    """Warnings appear at once, each on a line. So do reports of long jobs; those of short ones (what was ignored in a
+    file) when the job is done, so that an error stands alone."""
     log = logging.getLogger("ipadapter_jax")
     log.setLevel(logging.INFO)
     held = logging.handlers.MemoryHandler(1000, logging.CRITICAL, logging.StreamHandler(), flushOnClose=False)
+    if at_once:
+        held = logging.StreamHandler()
+        log.propagate = False  # some library's root handler would say it again
     log.addHandler(held)
     try:
         with warnings.catch_warnings():
@@ -73,6 +76,7 @@ def _reports() -> Iterator[None]:
         held.flush()
     finally:
         log.removeHandler(held)
+        log.propagate = True
 
 
 def parse(arguments: Sequence[str]) -> Any:

@@ -90,6 +90,8 @@ def usable(samples: Samples, index: int) -> dict[str, np.ndarray] | Skipped:
     """Sample `index`, or why it cannot be used."""
     try:
         return samples[index]
+    except MemoryError:  # that is not the record's fault
+        raise
     except Exception as error:  # InputError, or whatever else a damaged record brings a reader to raise
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         return Skipped(index, samples.key(index), " ".join(f"{kind}{error}".split())[:300])

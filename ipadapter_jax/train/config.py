@@ -27,13 +27,13 @@ class Model:
     resampler_heads: int = 12
     """Attention heads of 64 channels of the Resampler (plus)."""
     init_from: str | None = None
-    """Begin from this adapter file (.safetensors or .bin) rather than from the paper's initial weights."""
+    """Begin from this adapter (.safetensors, .bin, or a place on the Hub), not from the paper's initial weights."""
     train: tuple[Literal["unet", "image_proj", "ip_adapter"], ...] = ("image_proj", "ip_adapter")
     """The parts that learn; all others are frozen."""
     dtype: Dtype = "bfloat16"
     """Of the computation and of frozen weights; what learns is kept in float32. float16 scales its loss."""
     remat: bool = False
-    """Compute the UNet's blocks again in the backward pass: half the speed loss of a smaller GPU's memory."""
+    """Compute the inside of the UNet's blocks again in the backward pass: half the work more, for a small GPU."""
     variant: str | None = None
     """Which weight files of the base model to prefer, such as fp16."""
 
@@ -101,7 +101,7 @@ class Log:
     tensorboard: bool = True
     wandb: str | None = None
     """Project on Weights & Biases to log to as well."""
-    validate_every: int = 1000
+    validate_every: int = 5000
     """Steps between validation losses and sample grids; 0 for never."""
     validation_path: str | None = None
     """Records to validate on, in any format of the training data; by default the first ones of the training data."""
@@ -116,7 +116,7 @@ class Log:
 class Checkpoint:
     """What is kept on disk."""
 
-    every: int = 1000
+    every: int = 2000
     """Steps between saves of everything that resuming needs, and of the adapter file."""
     keep_last: int = 3
     keep_every: int | None = None
@@ -161,6 +161,7 @@ class Train:
 
 # These may change when a run goes on: they do not touch what is learnt.
 _FREE = ("out", "steps", "dry_run", "mesh", "log", "checkpoint", "data.workers", "data.threads", "data.max_bad_share")
+_FREE += ("model.remat", "optim.accumulate", "optim.max_bad_steps")
 _FREE_PATHS = ("data.path", "data.image_root", "model.base", "model.image_encoder", "model.init_from")  # may be moved
 
 
@@ -179,6 +180,8 @@ def identity(config: Train) -> dict[str, Any]:
 def check(config: Train) -> None:
     """Raises InputError naming the setting that cannot be used."""
     data, optim, model, log = config.data, config.optim, config.model, config.log
+    if "://" in config.out:
+        raise InputError(f"--out {config.out}: give a folder on a disk that all hosts see; buckets cannot be written")
     if not data.path:
         raise InputError("--data.path is missing: name the training data (JSON list, folder, tars, Parquet, ...)")
     at_least = {

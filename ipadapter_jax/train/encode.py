@@ -106,15 +106,33 @@ def encode_part(config: Encode, process: int, processes: int) -> int | None:
     job.write([shard for shard in missing if shard % processes == process], done, skipped)
     if jax.process_count() > 1:
         barrier("encoded")
-    return finish(config.out, job.plan, job.encoders.zero_features()) if jax.process_index() == 0 else None
+    if jax.process_index():
+        return None
+    count = finish(config.out, job.plan, job.encoders.zero_features())
+    if count is None and process == jax.process_index() and processes == jax.process_count():
+        raise InputError(f"{config.out}: some shards are not to be seen here; run the same command on all hosts again")
+    return count
 
 
-def check_cache(cache: CachedSamples, *, vae: Path, tokenizer: Path, resolution: int, features: str | None) -> None:
+def check_cache(
+    cache: CachedSamples,
+    *,
+    vae: Path,
+    tokenizer: Path,
+    resolution: int,
+    features: str | None,
+    image_encoder: Path | None,
+) -> None:
     """Holds a cache against what a run needs: its VAE's weight file, its tokenizer's folder, the side of its pictures,
-    and "pooled" or "penultimate", None where it reads no features. Raises InputError listing what differs."""
-    made = cache.plan.made_from
-    names = ["vae", "tokenizer", "resolution"] + (["features"] if features else [])
+    "pooled" or "penultimate", None where it reads no features, and its image encoder's weight file, None where that is
+    not here. Raises InputError listing what differs."""
+    made = dict(cache.plan.made_from)
+    made["image_encoder"] = made["image_encoder"]["sha256"]
+    names = ["vae", "tokenizer", "resolution"]
+    names += ["features"] if features else []
+    names += ["image_encoder"] if image_encoder else []
     needed = {
+        "image_encoder": _digests(image_encoder) if image_encoder else None,
         "vae": _digests(vae),
         "tokenizer": {name: sha256(tokenizer / name) for name in made["tokenizer"] if (tokenizer / name).is_file()},
         "resolution": resolution,
@@ -226,22 +244,6 @@ def _stacked(rows: Sequence[Row], name: str, shape: tuple[int, ...]) -> np.ndarr
         if not isinstance(row, Skipped):
             place[:] = row[name]
     return batch
-
-
-def _unstacked(
-    samples: LiveSamples, indices: Sequence[int], rows: Sequence[Row], encoded: Mapping[str, Array]
-) -> Iterator[Row]:
-    arrays = {name: np.asarray(array) for name, array in encoded.items()}
-    finite = arrays.pop("finite")
-    for i, (index, row) in enumerate(zip(indices, rows, strict=True)):
-        if isinstance(row, Skipped):
-            yield row
-        elif not finite[i]:
-            yield Skipped(
-                index, samples.key(index), f"what the encoders make of it in {arrays['mean'].dtype} overflows"
-            )
-        else:
-            yield {name: array[i] for name, array in arrays.items()} | {"input_ids": row["input_ids"]}
 
 
 def _check_room(folder: Path, plan: Plan, shards: Sequence[int]) -> None:

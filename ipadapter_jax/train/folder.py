@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,40 @@ def run_lock(folder: Path) -> Iterator[None]:
         problem = _take(folder, stack) if jax.process_index() == 0 else None
         if problem := agreed(problem):
             raise InputError(problem)
+        if problem := agreed(_not_shared(folder)):
+            raise InputError(problem)
         yield
+
+
+def together(job: Callable[[], Any]) -> Any:
+    """What `job` returns. It may fail in one process only: then InputError in all of them. All processes call this."""
+    result = problem = None
+    try:
+        result = job()
+    except InputError as error:
+        problem = str(error)
+        if jax.process_count() == 1:
+            raise
+    if problem := agreed(problem):
+        raise InputError(problem)
+    return result
+
+
+def _not_shared(folder: Path) -> str | None:
+    """What is wrong where this process does not see what process 0 has just written into the lock file."""
+    if jax.process_count() == 1:
+        return None
+    path = folder / "lock"
+    written = multihost_utils.broadcast_one_to_all(np.uint32(zlib.crc32(_content(path))))
+    for _ in range(10):  # network file systems take a while
+        if zlib.crc32(_content(path)) == int(written):
+            return None
+        time.sleep(0.5)
+    return f"{folder} is not the same folder on all hosts ({socket.gethostname()} has another): give one that all share"
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _take(folder: Path, stack: contextlib.ExitStack) -> str | None:
@@ -50,7 +85,7 @@ def _take(folder: Path, stack: contextlib.ExitStack) -> str | None:
     except OSError as error:  # some network file systems have no locks
         log.warning("%s cannot be locked (%s): take care to start one run only", folder, error.strerror)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
     file.flush()
     return None
 

@@ -214,7 +214,7 @@ class _WandB:
 
 
 def _is_step(value: Any, last: int) -> bool:
-    return isinstance(value, int) and value <= last
+    return isinstance(value, int) and value <= last and last > 0  # a run that begins anew validates step 0 again
 
 
 def _json_object(line: bytes) -> dict | None:

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from ipadapter_jax.compilation_cache import enable_compilation_cache
-from ipadapter_jax.data.batches import batches
+from ipadapter_jax.data.batches import Skipped, batches
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.flops import count_flops
 from ipadapter_jax.train.checkpoint import Checkpoints
@@ -20,12 +22,13 @@ from ipadapter_jax.train.config import Train, check, identity
 from ipadapter_jax.train.desk import Desk
 from ipadapter_jax.train.digest import digests, fingerprint
 from ipadapter_jax.train.distributed import barrier, initialize
-from ipadapter_jax.train.folder import differences, run_lock
+from ipadapter_jax.train.folder import agreed, differences, run_lock, together
 from ipadapter_jax.train.logs import Skips
+from ipadapter_jax.train.memory import available, plan, remedies
 from ipadapter_jax.train.networks import load_networks
 from ipadapter_jax.train.optim import make_optimizer, trainable, view
 from ipadapter_jax.train.samples import Samples, check_fits, encoded_by, good_sample, open_samples
-from ipadapter_jax.train.sharding import by_row, check_batch, global_batch, local_rows, make_mesh, replicated
+from ipadapter_jax.train.sharding import by_row, check_batch, global_batch, local_rows, make_mesh, replicated, whole
 from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
 from ipadapter_jax.train.step import make_step
 from ipadapter_jax.train.stop import StopSignal
@@ -45,7 +48,7 @@ def train(config: Train) -> int:
     check(config)
     initialize(config.mesh)
     enable_compilation_cache()
-    mesh, folder = make_mesh(config.mesh.fsdp), Path(config.out)
+    mesh, folder = make_mesh(config.mesh.fsdp), Path(config.out).expanduser()
     check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config, config.data.path)  # the likeliest mistake, found before there is a folder
     with run_lock(folder), StopSignal() as stop, contextlib.closing(Run(config, mesh, folder, samples)) as run:
@@ -67,12 +70,11 @@ class Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every)
         self._build_state()
         self.rows = local_rows(mesh, config.data.batch_size)
+        flops = self._check_cost()
         self.validation = self._validation()
-        flops = count_flops(self._traced().jaxpr).total()
-        self.skips = Skips(folder / _of_process("skipped", "jsonl"), config.data.max_bad_share)
-        self.desk = (
-            Desk(config, folder, self.about, self.loaded, self.first, flops) if jax.process_index() == 0 else None
-        )
+        self.skips = together(lambda: Skips(folder / _of_process("skipped", "jsonl"), config.data.max_bad_share))
+        self.desk = self._in_process_0(lambda: Desk(config, folder, self.about, self.loaded, self.first, flops))
+        self.fault: str | None = None  # of the data that this process reads
         self.pending: deque[tuple[int, dict[str, Array]]] = deque()  # steps whose outcome nobody has looked at
 
     def _build_state(self) -> None:
@@ -91,20 +93,29 @@ class Run:
         )
         self.state = jax.jit(begin, out_shardings=shardings)(learnt) if found is None else found
         self.first = int(self.state.step)
+        self.make_step = functools.partial(make_step, self.loaded.networks, optimizer, self.config)
         self.step = jax.jit(
-            make_step(self.loaded.networks, optimizer, self.config, self.mesh),
+            self.make_step(self.mesh),
             donate_argnums=0,
             out_shardings=(shardings, replicated(self.mesh)),
         )
 
-    def _traced(self) -> Any:
-        """The step's program for the batches of this run: its work and memory can be read from it before it runs."""
+    def _check_cost(self) -> int:
+        """The FLOP of a step, over all devices. Raises InputError, before anything runs, when it will not fit."""
         size, sharding = self.config.data.batch_size, by_row(self.mesh)
         batch = {
             name: jax.ShapeDtypeStruct((size, *array.shape), array.dtype, sharding=sharding)
             for name, array in good_sample(self.samples, 0).items()
         }
-        return self.step.trace(self.state, self.loaded.frozen, batch)
+        needed = plan(self.make_step, self.mesh, self.state, self.loaded.frozen, batch)
+        log.info("memory:\n%s", needed.table())
+        limit = available()
+        if limit is not None and needed.total > limit:
+            ways = remedies(self.config, self.mesh, live="pixels" in batch)
+            raise InputError(
+                f"a step needs {needed.total / 2**30:.1f} GiB on each device, which has {limit / 2**30:.1f}: {ways}"
+            )
+        return count_flops(self.step.trace(self.state, self.loaded.frozen, batch).jaxpr).total()
 
     def _about(self) -> dict[str, Any]:
         """What a resumed run must share with the run before it: settings, data, frozen weights."""
@@ -143,6 +154,7 @@ class Run:
         config = self.config
         if self.first >= config.steps:
             log.info("all %d steps are done", config.steps)
+            self._export(self.first)  # which a kill may have cut off, or which is wanted in another dtype
             return 0
         loading = batches(
             self.samples,
@@ -157,7 +169,7 @@ class Run:
         if self.first == 0:
             self._validate(0)
         for number, (arrays, skipped) in enumerate(loading, self.first + 1):
-            self.skips.add(len(self.rows), skipped)
+            self._count_bad(number, skipped)
             batch = global_batch(self.mesh, arrays, self.rows, config.data.batch_size)
             self.state, metrics = self.step(self.state, self.loaded.frozen, batch)
             self.pending.append((number, metrics))
@@ -179,9 +191,9 @@ class Run:
             bad = int(metrics["bad_steps"])
             if bad >= self.config.optim.max_bad_steps:
                 raise InputError(
-                    f"the gradients of {bad} steps in a row, up to step {number}, were not finite: lower "
-                    "--optim.learning-rate, set --optim.clip-norm, or use bfloat16 or float32; checkpoints before this "
-                    "are good"
+                    f"the gradients of {bad} steps in a row, up to step {number}, were not finite; {self.folder} holds "
+                    "the last good weights: begin another run from them (--model.init-from) with a lower "
+                    "--optim.learning-rate, with --optim.clip-norm, or in bfloat16 or float32"
                 )
             if self.desk is not None:
                 self.desk.step(number, metrics, bad_records=self.skips.bad)
@@ -190,20 +202,38 @@ class Run:
         self._look(0)
         if self.validation is None:
             return
+        validation, learnt = self.validation, self.state.params if self.state.ema is None else self.state.ema
         with self.desk.paused() if self.desk is not None else contextlib.nullcontext():
-            learnt = self.state.params if self.state.ema is None else self.state.ema
-            losses, grid = self.validation.run(learnt)
-            if self.desk is not None:
-                self.desk.validated(number, losses, grid)
+            losses, grid = validation.losses(learnt), validation.grid(learnt)
+            self._in_process_0(lambda: self.desk.validated(number, losses, grid))
 
     def _save(self, number: int) -> None:
         """The checkpoint, which is written while training goes on, and the file for everybody else."""
         self._look(0)
-        self.checkpoints.save(number, self.state, self.about)
-        learnt = self.state.params if self.state.ema is None else self.state.ema
-        whole = jax.jit(lambda x: x, out_shardings=replicated(self.mesh))(learnt)
-        if self.desk is not None:
-            self.desk.export(number, jax.tree.map(lambda x: x.addressable_data(0), whole))
+        together(lambda: self.checkpoints.save(number, self.state, self.about))
+        self._export(number)
+
+    def _export(self, number: int) -> None:
+        learnt = whole(self.state.params if self.state.ema is None else self.state.ema, self.mesh)
+        own = jax.tree.map(lambda x: x.addressable_data(0), learnt)
+        self._in_process_0(lambda: self.desk.export(number, own))
+
+    def _in_process_0(self, job: Callable[[], Any]) -> Any:
+        """What the job returns; None in other processes, which fail when it fails. All processes call this."""
+        return together(job if jax.process_index() == 0 else lambda: None)
+
+    def _count_bad(self, number: int, skipped: list[Skipped]) -> None:
+        """Raises InputError when there are too many, in all processes at the same step."""
+        try:
+            self.skips.add(len(self.rows), skipped)
+        except InputError as error:
+            self.fault = str(error)
+        if jax.process_count() > 1 and not _due(number, self.config.log.every):
+            return
+        if jax.process_count() > 1:
+            self._look(0)  # one program with collectives at a time
+        if problem := agreed(self.fault):
+            raise InputError(problem)
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written."""

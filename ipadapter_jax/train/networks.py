@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from ipadapter_jax.adapters import encoder_folder
+from ipadapter_jax.adapters import adapter_file, encoder_folder
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.adapter import IPAdapter
@@ -116,7 +116,7 @@ def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
         schedule=schedule,
         latent_shape=(side, side, unet.config.in_channels),
     )
-    length = min(tokenizer.model_max_length, networks.text_encoder.config.max_position_embeddings)
+    length = networks.text_encoder.config.max_position_embeddings
     frozen = {name: part.params for name, part in parts.items() if not mask.get(name)}
     frozen["empty_ids"] = put(tokenize(tokenizer, [""], length)[0], replicated(mesh))
     params = {"unet": parts["unet"].params} if mask["unet"] else {}
@@ -152,7 +152,7 @@ def _with_adapter(base: Loaded, config: Train, mesh: Mesh, encoded: Encoded | No
         begin = functools.partial(initial_adapter, unet_config=unet.config, projection=projection, seed=config.seed)
         adapter = jax.jit(begin, out_shardings=replicated(mesh))(unet_params)
     else:
-        loaded = load_initial(Path(model.init_from), unet.config, projection)
+        loaded = load_initial(adapter_file(model.init_from), unet.config, projection)
         adapter = jax.tree.map(lambda x: put(x, replicated(mesh)), loaded)
     mask, params = trainable(model), dict(base.params)
     params |= {part: tree for part, tree in adapter.items() if mask[part]}

@@ -16,7 +16,7 @@ from ipadapter_jax.settings import typed
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.encode import check_cache
 from ipadapter_jax.train.networks import Encoded, Loaded
-from ipadapter_jax.weights.components import IMAGE_ENCODER, read_config
+from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, choose_weights, read_config
 
 Samples = LiveSamples | CachedSamples
 
@@ -27,17 +27,16 @@ def open_samples(config: Train, path: str) -> Samples:
     place = Path(path).expanduser()
     if is_cache(place):
         return CachedSamples(place)
-    source = open_source(
-        path,
-        image_root=data.image_root,
-        image_column=data.image_column,
-        text_column=data.text_column,
-        cond_image_column=data.cond_image_column,
-    )
+    named = {}
+    if path == data.path:  # validation data may be of another format
+        names = ("image_root", "image_column", "text_column", "cond_image_column")
+        named = {name: getattr(data, name) for name in names}
+    source, base = open_source(path, **named), base_folder(model.base, model.variant)
     clip_size = None
     if model.adapter != "none":
         clip_size = read_config(IMAGE_ENCODER, encoder_folder(model.image_encoder) / "config.json").image_size
-    return LiveSamples(source, base_folder(model.base, model.variant) / "tokenizer", data.resolution, clip_size)
+    length = read_config(TEXT_ENCODER, base / "text_encoder" / "config.json").max_position_embeddings
+    return LiveSamples(source, base / "tokenizer", data.resolution, clip_size, length)
 
 
 def encoded_by(samples: Samples) -> Encoded | None:
@@ -51,8 +50,14 @@ def encoded_by(samples: Samples) -> Encoded | None:
 
 
 def check_fits(samples: Samples, config: Train, loaded: Loaded) -> None:
-    """Raises InputError, listing the differences, for precomputed features that were made for another run."""
+    """Raises InputError, listing the differences, for precomputed features that were made for another run, and for
+    validation data that need an image encoder where the training data do without."""
     if isinstance(samples, LiveSamples):
+        if loaded.networks.projection is not None and "image_encoder" not in loaded.frozen:
+            raise InputError(
+                "the training data are precomputed, the validation data are pictures: encode those as well "
+                "(ipadapter-jax encode)"
+            )
         return
     projection = loaded.networks.projection
     features = None if projection is None else "penultimate" if projection.config.uses_patches else "pooled"
@@ -63,7 +68,16 @@ def check_fits(samples: Samples, config: Train, loaded: Loaded) -> None:
         tokenizer=vae.parent.parent / "tokenizer",
         resolution=config.data.resolution,
         features=features,
+        image_encoder=_encoder_here(config.model.image_encoder) if features else None,
     )
+
+
+def _encoder_here(place: str) -> Path | None:
+    """The weight file of an image encoder on this machine; None for one on the Hub: it is not downloaded for this."""
+    folder = Path(place).expanduser()
+    if not folder.is_dir():
+        return None
+    return folder / choose_weights(IMAGE_ENCODER, [path.name for path in folder.iterdir()], str(folder), None)
 
 
 def good_sample(samples: Samples, first: int, step: int = 1) -> dict[str, np.ndarray]:

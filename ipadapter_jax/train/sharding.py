@@ -4,8 +4,9 @@ The batch is split over both axes, the optimiser's state too (ZeRO-2), frozen we
 the communication: gradients are summed over all devices, a frozen weight is gathered where it is used.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -63,6 +64,17 @@ def of_frozen(mesh: Mesh, leaf: Any) -> NamedSharding:
 
 def of_optimiser(mesh: Mesh, leaf: Any) -> NamedSharding:
     return split(mesh, AXES, leaf.shape)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+def whole(tree: Any, mesh: Mesh) -> Any:
+    """Arrays with a copy on every device; what has one already is not touched. All processes call this together."""
+    # One after the other: programs that run at once may meet their like in another process in another order, and hang.
+    return jax.tree.map(lambda x: x if x.is_fully_replicated else _gather(mesh)(x).block_until_ready(), tree)
 
 
 def put(array: np.ndarray | Array, sharding: NamedSharding) -> Array:

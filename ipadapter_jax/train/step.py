@@ -77,10 +77,11 @@ def encode(networks: Networks, frozen: dict[str, Any], batch: Batch, draws: Draw
     latents = (mean + jnp.exp(0.5 * log_variance) * draws.posterior_noise) * networks.vae.config.scaling_factor
     signal = jnp.asarray(networks.schedule.alphas_cumprod)[draws.timestep][:, None, None, None]
     noisy = jnp.sqrt(signal) * latents + jnp.sqrt(1 - signal) * draws.noise
-    if networks.schedule.prediction_type == "epsilon":
-        target = draws.noise
-    else:  # v-prediction, arXiv 2202.00512
-        target = jnp.sqrt(signal) * draws.noise - jnp.sqrt(1 - signal) * latents
+    target = {
+        "epsilon": draws.noise,
+        "v_prediction": jnp.sqrt(signal) * draws.noise - jnp.sqrt(1 - signal) * latents,  # arXiv 2202.00512
+        "sample": latents,
+    }[networks.schedule.prediction_type]
     ids = jnp.where(draws.drop_text[:, None], frozen["empty_ids"], batch["input_ids"])
     text = networks.text_states(frozen, ids)
     return Inputs(noisy, draws.timestep, target, text, image_features(networks, frozen, batch, draws.drop_image))
@@ -186,10 +187,15 @@ def gathered(frozen: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     return jax.tree.map(gather, frozen)
 
 
+def in_parts(rows: Any, parts: int) -> Any:
+    """Arrays (B, ...) -> (parts, B / parts, ...). Part i has the rows i, i + parts, ...: every device's share of a part
+    is among the rows that it has."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), rows)
+
+
 def _accumulated(gradient: Callable, rows: Any, parts: int) -> tuple[Array, Any]:
-    """Loss and gradient of the mean over all rows, computed in `parts`. Part i has the rows i, i + parts, ...: every
-    device's share of a part is among the rows that it has."""
-    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), rows)
+    """Loss and gradient of the mean over all rows, computed in `parts`."""
+    split = in_parts(rows, parts)
     like = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], split))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 

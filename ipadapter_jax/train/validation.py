@@ -5,6 +5,7 @@ a difference is one of the weights.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,18 @@ from ipadapter_jax.train.config import Log, Train
 from ipadapter_jax.train.networks import Loaded, Networks
 from ipadapter_jax.train.optim import fill
 from ipadapter_jax.train.samples import Samples, good_sample
-from ipadapter_jax.train.sharding import by_row, global_batch, local_rows, replicated
-from ipadapter_jax.train.step import Batch, draw, encode, gathered, image_features, posterior, row_losses
+from ipadapter_jax.train.sharding import by_row, global_batch, local_rows, replicated, whole
+from ipadapter_jax.train.step import Batch, draw, encode, gathered, image_features, in_parts, posterior, row_losses
 from ipadapter_jax.weights.components import Loaded as Encoder
 
 BUCKETS = 4  # quarters of the timesteps, the first being the least noisy
-_SEED = 0  # the noise of validation is that of no run
+_SEED, _STEP = 0, 2**32 - 1  # of noise that no training step draws
 _PICTURES = 4  # image prompts of the sample grid
 _COLUMNS = 2  # pictures for each
 
 
 class Validation:
-    """A fixed batch, put on the mesh once, and what is measured on it. All processes call its methods together."""
+    """A fixed batch, encoded once. All processes call its methods together."""
 
     def __init__(self, config: Train, mesh: Mesh, loaded: Loaded, samples: Samples):
         self._log, self._mesh, self._loaded = config.log, mesh, loaded
@@ -44,19 +45,82 @@ class Validation:
         rows = local_rows(mesh, size)
         found = [good_sample(samples, row, size) for row in rows]
         arrays = {name: np.stack([sample[name] for sample in found]) for name in found[0]}
-        self._batch = global_batch(mesh, arrays, rows, size)
+        batch = global_batch(mesh, arrays, rows, size)
+        encode_all = jax.jit(functools.partial(_encoded, loaded.networks, mesh))
+        self._batch, dropped = encode_all(loaded.frozen, batch)
+        # What a dropped image is must have a name, though here none is dropped.
+        self._frozen = loaded.frozen | ({} if dropped is None else {"zero_features": dropped})
         self._losses = jax.jit(make_validation_losses(loaded.networks, mesh), out_shardings=replicated(mesh))
-        self._prompts = image_prompts(loaded, self._batch, mesh) if config.log.sample_steps else None
+        self._prompts = self._image_prompts() if config.log.sample_steps else None
 
-    def run(self, learnt: Any) -> tuple[dict[str, float], Image.Image | None]:
-        """Losses by name, "validation_loss_0" being that of the least noisy quarter of the timesteps, and in process 0
-        the sample grid, if there is to be one."""
-        losses = np.asarray(self._losses(learnt, self._loaded.frozen, self._batch).addressable_data(0))
-        named = {"validation_loss": float(np.mean(losses))}
-        named |= {f"validation_loss_{i}": float(loss) for i, loss in enumerate(losses)}
+    def losses(self, learnt: Any) -> dict[str, float]:
+        """By name, "validation_loss_0" being that of the least noisy quarter of the timesteps."""
+        losses = np.asarray(self._losses(learnt, self._frozen, self._batch).addressable_data(0))
+        named = {f"validation_loss_{i}": float(loss) for i, loss in enumerate(losses)}
+        return {"validation_loss": float(np.mean(losses)), **named}
+
+    def grid(self, learnt: Any) -> Image.Image | None:
+        """A row for every image prompt: the reference and pictures of fixed seeds, without text. For process 0, which
+        samples on its own devices; None for the others, and where there is to be none."""
         if self._prompts is None:
-            return named, None
-        return named, sample_grid(self._loaded, learnt, self._prompts, self._log, self._mesh)
+            return None
+        local, loaded = sampling.device_mesh(), self._loaded
+        params = fill(learnt, loaded.frozen) | {name: loaded.frozen[name] for name in ("vae", "text_encoder")}
+        params = local_copy(whole(params, self._mesh), local)
+        return (
+            None if jax.process_index() else sample_grid(pipeline_of(loaded, params, local), self._prompts, self._log)
+        )
+
+    def _image_prompts(self) -> "ImagePrompts":
+        vae, params = self._loaded.networks.vae, self._loaded.frozen["vae"]
+
+        def head(params: Any, batch: Batch) -> tuple[Array, Any]:
+            decoded: Any = vae.apply({"params": params}, batch["mean"][:_PICTURES], method=VAE.decode)
+            return decoded, batch["features"][:_PICTURES] if "features" in batch else None
+
+        decoded, positive = jax.tree.map(
+            lambda x: np.asarray(x.addressable_data(0)),
+            jax.jit(head, out_shardings=replicated(self._mesh))(params, self._batch),
+        )
+        references = [Image.fromarray(picture) for picture in to_uint8(np.clip(decoded / 2 + 0.5, 0, 1))]
+        if positive is None:
+            return ImagePrompts(references, None)
+        negative = np.zeros_like(positive)
+        if "zero_features" in self._frozen:
+            negative[:] = np.asarray(self._frozen["zero_features"].addressable_data(0))
+        return ImagePrompts(references, np.stack([negative, positive]))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePrompts:
+    """The prompts of the sample grid; arrays that every process holds."""
+
+    references: list[Image.Image]  # through the VAE and back: the best that the latents allow
+    features: np.ndarray | None  # (2, n, ...), the negative ones first
+
+
+def _encoded(networks: Networks, mesh: Mesh, frozen: dict[str, Any], batch: Batch) -> tuple[Batch, Array | None]:
+    """A batch as precomputed features, encoded a row per device at a time, and what a dropped image is to a variant
+    that reads patches."""
+    frozen = gathered(frozen, mesh)
+    rows = batch["input_ids"].shape[0]
+
+    def some(part: Batch) -> Batch:
+        mean, log_variance = posterior(networks, frozen, part)
+        keep = jnp.zeros(part["input_ids"].shape[0], bool)
+        features = image_features(networks, frozen, part, keep)
+        found = {"mean": mean, "logvar": log_variance, "input_ids": part["input_ids"]}
+        return found if features is None else found | {"features": features.astype(jnp.float32)}
+
+    parts = jax.lax.map(some, in_parts(batch, rows // mesh.size))
+    whole_rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, *x.shape[2:]), parts)
+    spread = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, by_row(mesh)), whole_rows)
+    if networks.projection is None or not networks.projection.config.uses_patches:
+        return spread, None
+    if "zero_features" in frozen:
+        return spread, frozen["zero_features"]
+    side = batch["clip_pixels"].shape[1]
+    return spread, networks.image_features(frozen, jnp.zeros((1, side, side, 3)))[0]
 
 
 def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, dict[str, Any], Batch], Array]:
@@ -69,56 +133,20 @@ def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, dic
         rows = jax.lax.with_sharding_constraint(jnp.arange(size), by_row(mesh))
 
         def of_bucket(bucket: Array) -> Array:
-            draws = draw(_SEED, bucket, rows, networks.latent_shape, width, drop=(0.0, 0.0, 0.0))
+            step = jnp.uint32(_STEP) - bucket.astype(jnp.uint32)
+            draws = draw(_SEED, step, rows, networks.latent_shape, width, drop=(0.0, 0.0, 0.0))
             draws = draws._replace(timestep=bucket * width + draws.timestep)
-            whole = gathered(frozen, mesh)
-            return row_losses(networks, fill(learnt, whole), encode(networks, whole, batch, draws)).mean()
+            full = gathered(frozen, mesh)
+            return row_losses(networks, fill(learnt, full), encode(networks, full, batch, draws)).mean()
 
         return jax.lax.map(of_bucket, jnp.arange(BUCKETS))
 
     return losses
 
 
-@dataclasses.dataclass(frozen=True)
-class ImagePrompts:
-    """The prompts of the sample grid, computed once; (n, ...) numpy arrays that every process holds."""
-
-    references: list[Image.Image]  # through the VAE and back: the best that the latents allow
-    features: np.ndarray | None  # (2, n, ...), the negative ones first
-
-
-def image_prompts(loaded: Loaded, batch: Batch, mesh: Mesh) -> ImagePrompts:
-    """Those of the first rows of a batch. All processes call this together."""
-    networks, frozen = loaded.networks, loaded.frozen
-
-    def compute(frozen: dict[str, Any], batch: Batch):
-        head = jax.tree.map(lambda x: x[:_PICTURES], batch)
-        mean = posterior(networks, frozen, head)[0].astype(jnp.float32)
-        decoded = networks.vae.apply({"params": frozen["vae"]}, mean, method=VAE.decode)
-        none, every = (jnp.full(mean.shape[0], drop) for drop in (False, True))
-        if networks.projection is None:
-            return decoded, None
-        features: Any = [image_features(networks, frozen, head, drop) for drop in (every, none)]
-        return decoded, jnp.stack(features).astype(jnp.float32)
-
-    decoded, features = jax.jit(compute, out_shardings=replicated(mesh))(frozen, batch)
-    pixels = to_uint8(np.clip(np.asarray(decoded.addressable_data(0)) / 2 + 0.5, 0, 1))
-    references = [Image.fromarray(picture) for picture in pixels]
-    return ImagePrompts(references, None if features is None else np.asarray(features.addressable_data(0)))
-
-
-def sample_grid(loaded: Loaded, learnt: Any, prompts: ImagePrompts, log: Log, mesh: Mesh) -> Image.Image | None:
-    """A row for every image prompt: the reference and pictures of fixed seeds, without text. All processes call this
-    together; process 0 samples on its own devices and gets the picture."""
-    local = sampling.device_mesh()
-    params = local_copy(
-        fill(learnt, loaded.frozen) | {k: loaded.frozen[k] for k in ("vae", "text_encoder")}, mesh, local
-    )
-    if jax.process_index():
-        return None
-    pipe = pipeline_of(loaded, params, local)
-    pictures = []
-    side = prompts.references[0].width
+def sample_grid(pipe: StableDiffusion, prompts: ImagePrompts, log: Log) -> Image.Image:
+    """References and samples, a row for each prompt."""
+    pictures, side = [], prompts.references[0].width
     for i, reference in enumerate(prompts.references):
         embeds = None
         if prompts.features is not None:
@@ -157,14 +185,11 @@ def pipeline_of(loaded: Loaded, params: dict[str, Any], mesh: Mesh) -> StableDif
     )
 
 
-def local_copy(tree: Any, mesh: Mesh, local: Mesh) -> Any:
-    """Global arrays as whole ones on this process's devices; shares memory with what is whole already."""
-
-    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+def local_copy(tree: Any, local: Mesh) -> Any:
+    """Arrays with a copy on every device, as arrays of this process's devices alone; the memory is shared."""
 
     def one(leaf: Array) -> Array:
-        whole = leaf if leaf.is_fully_replicated else gather(leaf).block_until_ready()  # one by one: see digest.py
-        shards = [shard.data for shard in whole.addressable_shards]
+        shards = [shard.data for shard in leaf.addressable_shards]
         return jax.make_array_from_single_device_arrays(leaf.shape, sampling.replicated(local), shards)
 
     return jax.tree.map(one, tree)

@@ -91,6 +91,7 @@ def test_a_wrong_command_line_is_one_line(words, named, tmp_path, monkeypatch, c
     "change",
     [
         {"steps": 0},
+        {"out": "gs://bucket/run"},
         {"seed": -1},
         {"data__path": ""},
         {"data__batch_size": 0},

@@ -4,13 +4,12 @@ import hashlib
 import json
 import os
 import signal
-import threading
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from helpers import IMAGE_ENCODER
 from training import changed, micro, photographs
 
 from ipadapter_jax import StableDiffusion
@@ -18,6 +17,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.encode import Encode, encode
 from ipadapter_jax.train.loop import STOPPED, train
+from ipadapter_jax.train.stop import StopSignal
 
 STEPS = 8
 
@@ -78,27 +78,25 @@ def test_it_goes_on_to_the_bit(done, run, tmp_path) -> None:
     assert train(config) == 0
     assert logged(tmp_path / "run") == logged(done)
     assert digest(tmp_path / "run") == digest(done)
-    assert train(config) == 0  # all is done: nothing happens
+    (tmp_path / "run" / "adapter.safetensors").unlink()
+    assert train(config) == 0  # all is done but the file
+    assert logged(tmp_path / "run") == logged(done) and digest(tmp_path / "run") == digest(done)
 
 
-def test_sigterm_saves_and_says_so(done, run, tmp_path) -> None:
-    folder = tmp_path / "run"
+def test_sigterm_saves_and_says_so(done, run, tmp_path, monkeypatch) -> None:
+    folder, requested = tmp_path / "run", StopSignal.requested
 
-    def terminate() -> None:
-        while not (folder / "metrics.jsonl").exists() or len(logged(folder)) < 2:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def at_step_3(self, step: int) -> bool:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return requested(self, step)
 
-    thread = threading.Thread(target=terminate)
-    thread.start()
-    assert train(changed(run, out=str(folder), steps=1000)) == STOPPED
-    thread.join()
-    stopped = max(logged(folder))
-    assert (folder / "checkpoints" / str(stopped)).is_dir() and stopped < 1000
-    if stopped <= STEPS:
-        assert train(changed(run, out=str(folder))) == 0
-    shared = range(1, min(stopped, STEPS) + 1)
-    assert [logged(folder)[step] for step in shared] == [logged(done)[step] for step in shared]
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "requested", at_step_3)
+        assert train(changed(run, out=str(folder))) == STOPPED
+    assert max(logged(folder)) == 3 and (folder / "checkpoints" / "3").is_dir()
+    assert train(changed(run, out=str(folder))) == 0
+    assert logged(folder) == logged(done) and digest(folder) == digest(done)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +150,13 @@ def test_precomputed_features_give_the_losses_of_pictures(done, run, data, tmp_p
     )
     config = changed(run, data__path=str(cache), out=str(tmp_path / "run"), log__validate_every=STEPS)
     assert train(config) == 0
-    live, cached = logged(done), logged(tmp_path / "run")
-    np.testing.assert_allclose([cached[i] for i in live], [live[i] for i in live], rtol=1e-5)
+    for name in ("loss", "validation_loss"):
+        live, cached = logged(done, name), logged(tmp_path / "run", name)
+        np.testing.assert_allclose([cached[i] for i in cached], [live[i] for i in cached], rtol=1e-5)
+    with pytest.raises(InputError, match="the validation data are pictures"):
+        train(changed(config, out=str(tmp_path / "mixed"), log__validation_path=str(data)))
+    with pytest.raises(InputError, match=r"image_encoder.*encode the data again"):
+        train(changed(config, out=str(tmp_path / "other"), model__image_encoder=str(IMAGE_ENCODER)))
 
 
 def test_float16_scales_its_loss_and_samples(run, data, tmp_path) -> None:
