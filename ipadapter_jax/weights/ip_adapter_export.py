@@ -13,19 +13,10 @@ from jax.typing import ArrayLike
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256, write_whole
 from ipadapter_jax.models.projections import ImageProjConfig
-from ipadapter_jax.weights.ip_adapter_file import load_ip_adapter, open_ip_adapter
+from ipadapter_jax.weights.ip_adapter_file import encoder_name, load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.names import to_torch, torch_key
 from ipadapter_jax.weights.safetensors_bytes import DTYPES, safetensors_bytes
 from ipadapter_jax.weights.tree import Tree, leaves, nest
-
-_ENCODERS = {  # of the published encoders, by variant and width of the features
-    ("base", 768): "ViT-L/14",
-    ("base", 1024): "ViT-H/14",
-    ("base", 1280): "ViT-bigG/14",
-    ("patches", 1024): "ViT-L/14",
-    ("patches", 1280): "ViT-H/14",
-    ("patches", 1664): "ViT-bigG/14",
-}
 
 
 def adapter_metadata(config: ImageProjConfig, *, step: int) -> dict[str, str]:
@@ -39,12 +30,11 @@ def adapter_metadata(config: ImageProjConfig, *, step: int) -> dict[str, str]:
     step           training steps behind these weights
     ipadapter_jax  the version that wrote the file
     """
-    kind = "patches" if config.uses_patches else "base"
     features = "penultimate_states" if config.uses_patches else "image_embeds"
     width = config.cross_attention_dim
     return {
         "variant": config.variant,
-        "image_encoder": _ENCODERS.get((kind, config.feature_dim), "custom"),
+        "image_encoder": encoder_name(config) or "custom",
         "features": f"{features} {config.feature_dim}",
         "num_tokens": str(config.num_tokens),
         "base": "SD 1.x" if width == 768 else f"custom, text width {width}",

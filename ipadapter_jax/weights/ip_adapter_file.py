@@ -112,6 +112,13 @@ def _ratio(whole: int, part: int) -> int:
     return whole // part
 
 
+def encoder_name(config: ImageProjConfig) -> str | None:
+    """The published encoder whose features have the width that a projection reads, or None."""
+    patches = {1024: "ViT-L/14", 1280: "ViT-H/14", 1664: "ViT-bigG/14"}
+    embeddings = {768: "ViT-L/14", 1024: "ViT-H/14", 1280: "ViT-bigG/14"}
+    return (patches if config.uses_patches else embeddings).get(config.feature_dim)
+
+
 def check_base(file: IPAdapterFile, cross_attention_dim: int, widths: tuple[int, ...]) -> None:
     """Raises WeightFileError unless the adapter was made for a UNet with this text width and these cross-attentions."""
     made_for = file.config.cross_attention_dim
@@ -133,13 +140,7 @@ def check_encoder(file: IPAdapterFile, embedding: int, hidden: int, encoder: str
     """Raises WeightFileError unless the image encoder's features have the width that the projection reads."""
     kind, found = ("hidden states", hidden) if file.config.uses_patches else ("image embeddings", embedding)
     if found != file.config.feature_dim:
-        known = {
-            1024: "ViT-H/14",
-            1280: "ViT-H/14" if file.config.uses_patches else "ViT-bigG/14",
-            768: "ViT-L/14",
-            1664: "ViT-bigG/14",
-        }
-        needed = known.get(file.config.feature_dim, "another encoder")
+        needed = encoder_name(file.config) or "another encoder"
         raise WeightFileError(
             f"{file.path}: needs {kind} of width {file.config.feature_dim} ({needed}), the image encoder {encoder} "
             f"gives {found}; choose the right one with image_encoder"
