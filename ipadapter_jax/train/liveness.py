@@ -50,8 +50,8 @@ class _Operation:
 
 
 def peak_bytes(jaxpr: ClosedJaxpr) -> int:
-    """Most bytes that a program of jax.make_jaxpr holds at once, beside its arguments and its results: those of a step
-    take the place of the donated state."""
+    """Most bytes that a program of jax.make_jaxpr holds at once, beside its arguments. Elementwise results of the whole
+    program are not counted: those of a step take the place of the state that is donated."""
     return _peak(partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[0])
 
 

@@ -34,7 +34,7 @@ def test_products_are_held_while_they_are_read():
     assert peak(jax.jit(lambda x: jax.jit(lambda y: y @ W)(x @ W) @ W), X) == 2
 
 
-def test_elementwise_chains_take_the_place_of_what_they_read():
+def test_an_elementwise_chain_is_one_array():
     assert peak(lambda x: jnp.sin(jnp.cos(x @ W) + 1) @ W, X) == 2
 
 
@@ -44,6 +44,17 @@ def test_a_chain_that_is_read_again_later_is_computed_again():
         return jnp.sin(y) @ W @ W + jnp.cos(jnp.sin(y))
 
     assert peak(program, X) == 3  # y, and what is read and written by the last product
+
+
+def test_a_kernel_is_copied_and_kept_for_the_backward_pass():
+    image, kernel = jnp.ones((1, 64, 64, 1)), jnp.ones((3, 3, 1, 1))
+
+    def conv(x):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    copy = 9 * 4 / ROW
+    assert peak(conv, image) == 1 + copy
+    assert peak(lambda x: conv(x) @ jnp.ones((1, 1)), image) == 2 + copy
 
 
 def test_a_backward_pass_keeps_the_inside_of_a_chain_and_remat_does_not():
