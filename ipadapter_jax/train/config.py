@@ -31,7 +31,8 @@ class Model:
     train: tuple[Literal["unet", "image_proj", "ip_adapter"], ...] = ("image_proj", "ip_adapter")
     """The parts that learn; all others are frozen."""
     dtype: Dtype = "bfloat16"
-    """Of the computation and of frozen weights; what learns is kept in float32. float16 scales its loss."""
+    """Of the computation and of frozen weights; what learns is kept in float32, and begins as copies of the frozen keys
+    and values in this dtype. float16 scales its loss."""
     remat: bool = False
     """Compute the inside of the UNet's blocks again in the backward pass: half the work more, for a small GPU."""
     variant: str | None = None
