@@ -34,7 +34,8 @@ class Model:
     """Of the computation and of frozen weights; what learns is kept in float32, and begins as copies of the frozen keys
     and values in this dtype. float16 scales its loss."""
     remat: bool = False
-    """Compute the inside of the UNet's blocks again in the backward pass: half the work more, for a small GPU."""
+    """Compute the inside of the UNet's blocks again in the backward pass: a third of the activations for a third more
+    work."""
     variant: str | None = None
     """Which weight files of the base model to prefer, such as fp16."""
 

@@ -112,7 +112,8 @@ def test_every_device_holds_its_share():
     whole, split = (small(mesh_of(*shape), batch=8, latent=32) for shape in ((1, 1), (2, 2)))
     one, four = (plan(step.make, step.mesh, *step.arguments) for step in (whole, split))
     assert four.learnt == one.learnt
-    assert four.activations == pytest.approx(one.activations / 4, rel=0.05)
+    # Not closer: attention of fewer than a million logits keeps them, and a share of the batch has fewer.
+    assert four.activations == pytest.approx(one.activations / 4, rel=0.1)
     assert four.batch == one.batch / 4
     assert four.optimiser == pytest.approx(one.optimiser / 4, rel=0.05)  # vectors stay whole
     assert four.frozen == pytest.approx(one.frozen / 2, rel=0.02)

@@ -40,17 +40,17 @@ def test_what_learns_is_the_adapter():
 
 def test_work_of_a_step():
     """Per sample 1663.5 GFLOP of the UNet, with gradients for activations and adapter alone, and 13.3 of the text
-    encoder. The goal is at most 1.70 TFLOP; with gradients of frozen weights it were 2.4. Chunked attention forms its
-    logits twice."""
+    encoder. The goal is at most 1.70 TFLOP; with gradients of frozen weights it were 2.4. Attention of more than
+    a million logits forms them twice: 104 GFLOP more, for a quarter of the activations."""
     program = traced(remat=False).jaxpr
     assert gigaflops(count_flops(program)) == pytest.approx(1663.5 + 13.3, rel=1e-3)
-    assert gigaflops(count_recomputed_flops(program)) < 90
+    assert gigaflops(count_recomputed_flops(program)) < 110
 
 
 def test_remat_adds_half_a_forward_pass_and_no_other_work():
     program = traced(remat=True).jaxpr
     assert count_flops(program) == count_flops(traced(remat=False).jaxpr)
-    assert 500 < gigaflops(count_recomputed_flops(program)) < 600
+    assert 500 < gigaflops(count_recomputed_flops(program)) < 630
 
 
 def test_work_on_a_cpu_is_the_same(monkeypatch):
