@@ -1,4 +1,4 @@
-"""A minute on any machine, to see that everything runs: 20 steps of a tiny model on whatever data.
+"""Two minutes on any machine, to see that everything runs: 20 steps of a tiny model on whatever data.
 
     python scripts/make_random_weights.py --size tiny --out weights/tiny
     ipadapter-jax train debug --data.path photos/ --out runs/debug

@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import tyro
 
@@ -10,6 +11,7 @@ from ipadapter_jax.cli.recipes import load_recipe, recipes
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.config import Train, check
 from ipadapter_jax.train.dry_run import describe
+from ipadapter_jax.train.export import ADAPTER
 from ipadapter_jax.train.loop import train as run
 
 
@@ -33,4 +35,7 @@ def train(config: Train) -> int:
         check(config)
         print(describe(config, sys.argv))
         return 0
-    return run(config)
+    code = run(config)
+    if code == 0 and config.model.adapter != "none":
+        print(Path(config.out) / ADAPTER)
+    return code
