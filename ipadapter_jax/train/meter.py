@@ -73,14 +73,15 @@ class Meter:
         return {"images_per_second": rate, **self._mfu(rate)}
 
     def summary(self) -> dict[str, float]:
-        """The median over all reports, which the first one with its compilation hardly moves."""
-        rate = statistics.median(self._rates) if self._rates else 0.0
+        """The median over all reports but the first, which has the compilation in it."""
+        rate = statistics.median(self._rates[1:] or self._rates or [0.0])
         return {"images_per_second": rate, **self._mfu(rate)}
 
     def eta(self) -> str:
         """The time that the rest of the run takes at the median speed, as text."""
-        rate = self.summary()["images_per_second"]
-        return duration_text((self._total - self._step) * self._batch_size / rate) if rate > 0 else "unknown"
+        if len(self._rates) < 2:
+            return "unknown yet"
+        return duration_text((self._total - self._step) * self._batch_size / self.summary()["images_per_second"])
 
     def _mfu(self, images_per_second: float) -> dict[str, float]:
         if self._flops_per_image is None or self._peak is None:
