@@ -64,10 +64,10 @@ def _reports(at_once: bool) -> Iterator[None]:
     file) when the job is done, so that an error stands alone."""
     log = logging.getLogger("ipadapter_jax")
     log.setLevel(logging.INFO)
+    log.propagate = False  # some library's root handler would say it again
     held = logging.handlers.MemoryHandler(1000, logging.CRITICAL, logging.StreamHandler(), flushOnClose=False)
     if at_once:
         held = logging.StreamHandler()
-        log.propagate = False  # some library's root handler would say it again
     log.addHandler(held)
     try:
         with warnings.catch_warnings():

@@ -118,6 +118,7 @@ def test_the_survivor_of_two_ends_soon_and_its_last_line_says_why(start):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_one_process_notices_a_signal_and_puts_the_handlers_back(number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets a job in the background ignore it
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     with StopSignal() as stop:
         assert not stop.requested(1)
@@ -241,7 +242,13 @@ def test_a_pod_runs_the_same_command_on_every_worker(tmp_path):
     *words, command = done.stdout.rstrip("\0").split("\0")
     expected = ["compute", "tpus", "tpu-vm", "ssh", "pod", "--zone=us-east5-a", "--worker=all"]
     assert (done.returncode, words) == (0, expected), done.stderr
-    assert shlex.split(command.removeprefix("--command=")) == ["ipadapter-jax", "train", *ARGUMENTS]
+    assert shlex.split(command.removeprefix("--command=")) == [
+        "python3",
+        "-m",
+        "ipadapter_jax.cli",
+        "train",
+        *ARGUMENTS,
+    ]
 
 
 @pytest.mark.parametrize(("script", "arguments"), [("train_slurm.sh", ["sd15"]), ("train_tpu_pod.sh", ["pod"])])

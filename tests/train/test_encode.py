@@ -207,11 +207,18 @@ def test_other_settings_and_other_data_are_refused(pictures, whole, tmp_path):
 def test_a_run_is_held_against_the_cache(whole, tmp_path):
     vae, tokenizer = TORCH_MODEL / "vae" / "diffusion_pytorch_model.safetensors", TORCH_MODEL / "tokenizer"
     needed = {"vae": vae, "tokenizer": tokenizer, "resolution": 64, "features": "pooled"}
+    needed["image_encoder"] = IMAGE_ENCODER / "model.safetensors"
     check_cache(CachedSamples(whole), **needed)
-    check_cache(CachedSamples(whole), **needed | {"features": None})
+    check_cache(CachedSamples(whole), **needed | {"features": None, "image_encoder": None})
     other = tmp_path / "vae.safetensors"
     other.write_bytes(b"another")
-    wrong = [{"vae": other}, {"tokenizer": tmp_path}, {"resolution": 128}, {"features": "penultimate"}]
+    wrong = [
+        {"vae": other},
+        {"image_encoder": other},
+        {"tokenizer": tmp_path},
+        {"resolution": 128},
+        {"features": "penultimate"},
+    ]
     for change in wrong:
         refused(lambda change=change: check_cache(CachedSamples(whole), **needed | change), str(whole), *change)
 
