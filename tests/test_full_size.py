@@ -141,6 +141,7 @@ def test_a_photograph_gives_the_picture_of_diffusers_at_full_size(full_size, tmp
 
 
 @pytest.mark.torch
+@pytest.mark.slow  # half a minute of compiling what other tests check
 def test_the_benchmark_prints_its_table(tiny_size, tmp_path):
     script, out = ROOT / "scripts" / "benchmark_sample.py", tmp_path / "table.md"
     options = ["--cpu", "--height", "64", "--width", "64", "--steps", "2", "--rounds", "1", "--peak-tflops", "1"]
