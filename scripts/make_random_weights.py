@@ -13,6 +13,7 @@ import dataclasses
 import json
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -101,20 +102,21 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """CLIP's byte alphabet without merges, filled up to the vocabulary's size with tokens that no text produces."""
+def write_tokenizer(folder: Path, vocab_size: int, merges: Sequence[tuple[str, str]] = (), length: int = 77) -> None:
+    """CLIP's byte alphabet and these merges, filled up to the vocabulary's size with tokens that no text produces."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
     words = symbols + [f"{symbol}</w>" for symbol in symbols]
+    words += ["".join(pair) for pair in merges]
     words += [f"<filler-{i}>" for i in range(vocab_size - 2 - len(words))] + ["<|startoftext|>", "<|endoftext|>"]
     write_json(folder / "vocab.json", {word: i for i, word in enumerate(words)})
-    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     special = {**ends, "unk_token": "<|endoftext|>"}
     write_json(folder / "special_tokens_map.json", special)
     write_json(
-        folder / "tokenizer_config.json", {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+        folder / "tokenizer_config.json", {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": length}
     )
 
 
