@@ -60,7 +60,7 @@ def fit(
     def step(state: _State, batch: Batch, number: jax.Array):
         value, gradient = jax.value_and_grad(loss)(state.params, batch, jax.random.fold_in(jax.random.key(0), number))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         average = jax.tree.map(lambda a, p: a + (1 - _EMA) * (p - a), state.average, params)
         return _State(params, optimizer_state, average), value
 

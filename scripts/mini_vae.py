@@ -1,6 +1,7 @@
 """The VAE of mini, fitted to scenes and crops of photographs."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ CROP = 32  # pixels: a quarter of the work, around an object; the whole picture 
 PHOTOGRAPHS = 0.2
 
 
-def train(folder: Path, *, crop_steps: int, whole_steps: int, deadline: float) -> tuple[VAE, Tree] | None:
-    """The network and its weights, or None where the deadline came first."""
+def train(folder: Path, steps: Mapping[str, int], deadline: float) -> tuple[VAE, Tree] | None:
+    """The network and its weights, or None where the deadline came first; steps of "vae-crops" and "vae-whole"."""
     vae = VAE(VAE_CONFIG)
     params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, CROP, CROP, 3)))["params"]
     loss = functools.partial(_loss, vae)
-    stages = (("vae-crops", crop_steps, 2e-3, _crops), ("vae-whole", whole_steps, 5e-4, _wholes))
-    for name, steps, learning_rate, batch in stages:
-        found = fit(folder / name, loss, params, batch, steps=steps, learning_rate=learning_rate, deadline=deadline)
+    for name, learning_rate, batch in (("vae-crops", 2e-3, _crops), ("vae-whole", 5e-4, _wholes)):
+        rates = {"steps": steps[name], "learning_rate": learning_rate}
+        found = fit(folder / name, loss, params, batch, **rates, deadline=deadline)
         if found is None:
             return None
         params = found
@@ -37,7 +38,8 @@ def train(folder: Path, *, crop_steps: int, whole_steps: int, deadline: float) -
 
 def _loss(vae: VAE, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
     images = batch["pixels"].astype(jnp.float32) / 127.5 - 1
-    mean, log_variance = vae.apply({"params": params}, images, method=VAE.encode)
+    posterior: Any = vae.apply({"params": params}, images, method=VAE.encode)
+    mean, log_variance = posterior
     latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
     decoded: Any = vae.apply({"params": params}, latents, method=VAE.decode)
     error = decoded - images

@@ -41,6 +41,13 @@ def run(data) -> Train:
     return micro(steps=STEPS, data__path=str(data))
 
 
+def encoded(run: Train, out: Path, **changes) -> Path:
+    """The data of a run, precomputed."""
+    places = {"base": run.model.base, "image_encoder": run.model.image_encoder, "data": run.data.path}
+    encode(Encode(**places, out=out, resolution=32, dtype="float32", **changes))
+    return out
+
+
 @pytest.fixture(scope="module")
 def done(run, tmp_path_factory) -> Path:
     """The folder of a run that nothing has disturbed."""
@@ -137,17 +144,7 @@ def test_bad_records_are_replaced_and_listed(run, tmp_path) -> None:
 
 
 def test_precomputed_features_give_the_losses_of_pictures(done, run, data, tmp_path) -> None:
-    cache = tmp_path / "cache"
-    encode(
-        Encode(
-            base=run.model.base,
-            image_encoder=run.model.image_encoder,
-            data=str(data),
-            out=cache,
-            resolution=32,
-            dtype="float32",
-        )
-    )
+    cache = encoded(run, tmp_path / "cache")
     config = changed(run, data__path=str(cache), out=str(tmp_path / "run"), log__validate_every=STEPS)
     assert train(config) == 0
     for name in ("loss", "validation_loss"):
@@ -157,6 +154,18 @@ def test_precomputed_features_give_the_losses_of_pictures(done, run, data, tmp_p
         train(changed(config, out=str(tmp_path / "mixed"), log__validation_path=str(data)))
     with pytest.raises(InputError, match=r"image_encoder.*encode the data again"):
         train(changed(config, out=str(tmp_path / "other"), model__image_encoder=str(IMAGE_ENCODER)))
+
+
+@pytest.mark.parametrize("adapter", ["plus", "full"])
+def test_precomputed_patches_do_so_too(run, tmp_path, adapter) -> None:
+    live = changed(run, model__adapter=adapter, model__resampler_heads=2, log__validate_every=3, steps=3)
+    cache = encoded(run, tmp_path / "cache", features="penultimate")
+    for name, path in (("live", run.data.path), ("cached", str(cache))):
+        assert train(changed(live, data__path=path, out=str(tmp_path / name))) == 0
+    for name, count in (("loss", 3), ("validation_loss", 2)):
+        expected, found = (list(logged(tmp_path / run, name).values()) for run in ("live", "cached"))
+        assert len(expected) == count  # validated before the first step, too
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_float16_scales_its_loss_and_samples(run, data, tmp_path) -> None:

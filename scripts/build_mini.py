@@ -1,0 +1,163 @@
+"""Builds mini, the embedded model, from nothing: data, VAE, CLIP pair, UNet, adapters.
+
+    python scripts/build_mini.py --out build/mini               pieces of at most 2 hours: call it until it says "done"
+    python scripts/build_mini.py --out build/mini --minutes 8   shorter pieces
+
+Every stage goes on from its own files in OUT, so any machine that has OUT goes on from there. VAE and CLIP pair are
+fitted here (mini_vae.py, mini_clip.py); UNet and adapters by `ipadapter-jax train` with the recipes mini_unet, mini and
+mini_plus, from what `ipadapter-jax encode` makes of the rendered scenes. Needs the extras scenes and tfds.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import mini_clip
+import mini_tokenizer
+import mini_vae
+import numpy as np
+import tyro
+from make_random_weights import public_config, write_json
+from mini_networks import ENCODER, PREPROCESSOR, SCHEDULER, TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG, VISION_CONFIG
+from render_scenes import render_scenes
+
+from ipadapter_jax.compilation_cache import enable_compilation_cache
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.weights.component_export import save_component
+from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT
+
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.35.0",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+STEPS = {"vae-crops": 5000, "vae-whole": 600, "clip": 2500, "unet": 8000, "mini": 2500, "mini_plus": 2500}
+SCENES = 40_000
+CORES = os.cpu_count() or 1
+UNFINISHED = 75  # exit code of a trainer that was told to stop: EX_TEMPFAIL
+
+
+class TimeUp(Exception):
+    """This piece is over; the next call goes on."""
+
+
+def main(out: Path = Path("build/mini"), minutes: float = 115.0, share: float = 1.0) -> None:
+    """Does what is left of the work, for at most `minutes`.
+
+    Args:
+        share: of the steps and scenes of every stage: 0.001 shows in minutes that all stages run.
+    """
+    # On a CPU one device per core trains small networks up to 1.4 times faster than one device of all cores.
+    jax.config.update("jax_num_cpu_devices", CORES)
+    enable_compilation_cache()
+    deadline = time.monotonic() + 60 * minutes
+    steps = {name: max(round(share * count), 2) for name, count in STEPS.items()}
+    scenes = max(round(share * SCENES), 200)
+    stages: dict[str, Callable[[Path], None]] = {
+        "tokenizer": mini_tokenizer.write,
+        "base": lambda part: _base(out, part, steps, deadline),
+        "scenes": lambda part: render_scenes(part, {"train": scenes}),
+    }
+    try:
+        for name, make in stages.items():
+            _stage(out / name, make)
+        _networks(out, steps, deadline)
+    except TimeUp:
+        print(f"{out}: not finished; the same command goes on")
+        raise SystemExit(UNFINISHED) from None
+    print(f"{out}: done; scripts/pack_mini.py puts it into the package")
+
+
+def _stage(target: Path, make: Callable[[Path], None]) -> None:
+    """Makes a folder whole or not at all, unless it is there."""
+    if target.exists():
+        return
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    make(part)
+    part.rename(target)
+
+
+def _base(out: Path, folder: Path, steps: dict[str, int], deadline: float) -> None:
+    """The base model with a UNet of random weights, and the image encoder."""
+    trained = mini_vae.train(out, steps, deadline)
+    pair = trained and mini_clip.train(out, out / "tokenizer", steps["clip"], deadline)
+    if not trained or not pair:
+        raise TimeUp
+    unet, example = UNet(UNET_CONFIG), UNET.example(UNET_CONFIG)
+    drawn = jax.jit(lambda key: unet.init(key, method=example.func, **example.keywords))(jax.random.key(0))
+    for component, name, config, kind, params in (
+        (VAE_COMPONENT, "vae", VAE_CONFIG, "AutoencoderKL", trained[1]),
+        (TEXT_ENCODER, "text_encoder", TEXT_CONFIG, "CLIPTextModel", pair[1]["text"]),
+        (IMAGE_ENCODER, str(ENCODER), VISION_CONFIG, "CLIPVisionModelWithProjection", pair[1]["vision"]),
+        (UNET, "unet", UNET_CONFIG, "UNet2DConditionModel", drawn["params"]),
+    ):
+        text = json.dumps(public_config(config, kind), indent=2)
+        save_component(component, folder / name, params, np.dtype(np.float16), text.encode())
+    shutil.copytree(out / "tokenizer", folder / "tokenizer")
+    write_json(folder / ENCODER / "preprocessor_config.json", PREPROCESSOR)
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "model_index.json", INDEX)
+
+
+def _networks(out: Path, steps: dict[str, int], deadline: float) -> None:
+    """What the product itself does: features once, the UNet, then an adapter of each variant."""
+    base, whole = out / "base", out / "base-with-unet"
+    for name, features in (("pooled", "pooled"), ("grid", "penultimate")):
+        options = ["--base", base, "--image-encoder", base / ENCODER, "--data", _data(out), "--features", features]
+        run(["encode", *options, "--out", out / name, "--resolution", 64, "--dtype", "float32"], deadline)
+    options = ["--steps", steps["unet"], *_places(out / "unet", out / "pooled", base)]
+    run(["train", "mini_unet", *options], deadline)
+    _stage(whole, lambda part: _with_unet(base, out / "unet" / "unet", part))
+    for recipe, cache in (("mini", "pooled"), ("mini_plus", "grid")):
+        options = ["--steps", steps[recipe], *_places(out / recipe, out / cache, whole)]
+        run(["train", recipe, *options], deadline)
+
+
+def _data(out: Path) -> Path:
+    return next((out / "scenes").glob("**/dataset_info.json")).parent
+
+
+def _places(run_folder: Path, cache: Path, base: Path) -> list[Any]:
+    encoder = base / ENCODER
+    return ["--out", run_folder, "--data.path", cache, "--model.base", base, "--model.image-encoder", encoder]
+
+
+def _with_unet(base: Path, unet: Path, target: Path) -> None:
+    shutil.copytree(base, target)
+    shutil.rmtree(target / "unet")
+    shutil.copytree(unet, target / "unet")
+
+
+def run(words: list[Any], deadline: float) -> None:
+    """`ipadapter-jax` with these words; told to stop at the deadline, as a scheduler would."""
+    print("ipadapter-jax", *words, flush=True)
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(CORES)}
+    process = subprocess.Popen([sys.executable, "-m", "ipadapter_jax.cli", *map(str, words)], env=environment)
+    try:
+        code = process.wait(max(deadline - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise TimeUp from None
+    if code:
+        raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,124 @@
+"""The CLIP pair of mini (arXiv 2103.00020): pictures and captions that belong together get embeddings that are near.
+
+The text encoder has no projection: its pooled state is the embedding, so that the pair is whole with the two networks
+that mini needs anyway.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from fit import fit
+from mini_networks import SIDE, TEXT_CONFIG, TOKENS, VISION_CONFIG
+
+from ipadapter_jax.models.clip import CLIPText, CLIPVision
+from ipadapter_jax.preprocess import CLIP_TABLE
+from ipadapter_jax.scenes.captions import caption
+from ipadapter_jax.scenes.examples import Example, example
+from ipadapter_jax.scenes.render import render
+from ipadapter_jax.scenes.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    SHAPES,
+    TEXTURES,
+    Scene,
+    Split,
+    make_scene,
+)
+from ipadapter_jax.tokens import load_tokenizer, tokenize
+from ipadapter_jax.weights.tree import Tree
+
+GROUPS, ALIKE, OTHERS = 16, 4, 64  # of a batch: groups of scenes that differ in one attribute, and examples of any kind
+_GREATEST_SCALE = 100.0  # of the logits, as in the paper
+
+
+class CLIP(NamedTuple):
+    text: CLIPText
+    vision: CLIPVision
+
+    def embeddings(self, params: Tree, pixels: Any, ids: Any) -> tuple[jax.Array, jax.Array]:
+        """pixels (B, S, S, 3) uint8, ids (B, T) -> unit embeddings of pictures and of captions, each (B, 128)."""
+        values = jnp.asarray(CLIP_TABLE)[pixels, jnp.arange(3)]
+        image: Any = self.vision.apply({"params": params["vision"]}, values)
+        text: Any = self.text.apply({"params": params["text"]}, ids)
+        return _unit(image.image_embeds), _unit(text.pooled)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def networks() -> CLIP:
+    return CLIP(CLIPText(TEXT_CONFIG), CLIPVision(VISION_CONFIG))
+
+
+def train(folder: Path, tokenizer: Path, steps: int, deadline: float) -> tuple[CLIP, Tree] | None:
+    """The pair and its weights {"text", "vision", "scale"}, or None where the deadline came first."""
+    clip, reader = networks(), load_tokenizer(tokenizer)
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "text": jax.jit(clip.text.init)(keys[0], jnp.zeros((1, TOKENS), jnp.int32))["params"],
+        "vision": jax.jit(clip.vision.init)(keys[1], jnp.zeros((1, SIDE, SIDE, 3)))["params"],
+        "scale": jnp.log(jnp.float32(1 / 0.07)),
+    }
+    loss, batch = functools.partial(_loss, clip), functools.partial(make_batch, reader, "train")
+    found = fit(folder / "clip", loss, params, batch, steps=steps, learning_rate=1e-3, deadline=deadline)
+    return None if found is None else (clip, found)
+
+
+def _loss(clip: CLIP, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+    """Cross-entropy both ways; captions that read the same are equally right."""
+    images, texts = clip.embeddings(params, batch["pixels"], batch["input_ids"])
+    logits = images @ texts.T * jnp.minimum(jnp.exp(params["scale"]), _GREATEST_SCALE)
+    same = jnp.all(batch["input_ids"][:, None] == batch["input_ids"][None], axis=-1)
+    target = same / same.sum(axis=1, keepdims=True)
+    cross_entropy = optax.losses.softmax_cross_entropy
+    return (cross_entropy(logits, target).mean() + cross_entropy(logits.T, target).mean()) / 2
+
+
+def make_batch(tokenizer: Any, split: Split, number: int) -> dict[str, np.ndarray]:
+    """Pixels (B, S, S, 3) uint8 and ids (B, T). In the groups every attribute has to be seen to tell the caption."""
+    rng = np.random.default_rng([2, number])
+    made: list[Example] = []
+    for group in range(GROUPS):
+        scene = make_scene(split, number * GROUPS + group)
+        for alike in (scene, *(_changed(scene, split, rng) for _ in range(ALIKE - 1))):
+            made.append(Example(render(alike, SIDE), caption(alike, rng, whole=True), alike))
+    made += [example(split, number * OTHERS + i) for i in range(OTHERS)]
+    return {
+        "pixels": np.stack([e.pixels for e in made]),
+        "input_ids": tokenize(tokenizer, [e.text for e in made], TOKENS),
+    }
+
+
+def _changed(scene: Scene, split: Split, rng: np.random.Generator) -> Scene:
+    """The scene with one attribute changed, of one object or of the background; to none that is held out in `train`."""
+    barred = KINDS["held_out"] if split == "train" else ()
+    attribute = str(rng.choice(("shape", "shape", "colour", "texture", "background")))
+    if attribute == "background":
+        name = str(rng.choice([b for b in BACKGROUNDS if b != scene.background]))
+        return dataclasses.replace(scene, background=name, rgb=BACKGROUNDS[name])
+    choices = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES}[attribute]
+    which = int(rng.integers(len(scene.things)))
+    thing, changed = scene.things[which], scene.things[which]
+    while changed == thing or changed.kind in barred:
+        changed = dataclasses.replace(thing, **{attribute: str(rng.choice(choices))})
+    changed = dataclasses.replace(changed, rgb=COLOURS[changed.colour])
+    return dataclasses.replace(scene, things=(*scene.things[:which], changed, *scene.things[which + 1 :]))
+
+
+def retrieval(clip: CLIP, params: Tree, tokenizer: Any, *, count: int = 4) -> float:
+    """The share of pictures whose own caption is the nearest of its batch, over `count` batches of held-out scenes."""
+    embed, right = jax.jit(clip.embeddings), []
+    for number in range(count):
+        batch = make_batch(tokenizer, "held_out", number)
+        images, texts = embed(params, batch["pixels"], batch["input_ids"])
+        found = batch["input_ids"][np.argmax(images @ texts.T, axis=1)]
+        right.append(np.all(found == batch["input_ids"], axis=1).mean())
+    return float(np.mean(right))

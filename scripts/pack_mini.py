@@ -1,0 +1,64 @@
+"""Puts what build_mini.py made into the package: float16 weights, digests, and what the logs of its stages say.
+
+python scripts/pack_mini.py --build build/mini
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import tyro
+from make_random_weights import write_json
+from PIL import Image
+
+from ipadapter_jax.scenes.render import render
+from ipadapter_jax.scenes.scene import make_scene
+
+TARGET = Path(__file__).parents[1] / "ipadapter_jax" / "mini"
+LOGS = {  # by stage, where its losses are
+    "VAE, crops of 32 px": "vae-crops/log.jsonl",
+    "VAE, whole pictures": "vae-whole/log.jsonl",
+    "CLIP pair": "clip/log.jsonl",
+    "UNet": "unet/metrics.jsonl",
+    "adapter, base": "mini/metrics.jsonl",
+    "adapter, plus": "mini_plus/metrics.jsonl",
+}
+ADAPTERS = {"mini": "ip-adapter_mini.safetensors", "mini_plus": "ip-adapter-plus_mini.safetensors"}
+REFERENCE = 5  # index of the held-out scene that is the sample image prompt
+MOST_BYTES = 16_000_000
+
+
+def main(build: Path = Path("build/mini"), target: Path = TARGET) -> None:
+    """Replaces the folder TARGET."""
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(build / "base-with-unet", part)
+    for run, name in ADAPTERS.items():
+        shutil.copy(build / run / "adapter.safetensors", part / name)
+    Image.fromarray(render(make_scene("held_out", REFERENCE, 1), 256)).save(part / "reference.png")
+    if (card := target / "README.md").exists():
+        shutil.copy(card, part)
+    write_json(part / "training.json", {name: summary(build / log) for name, log in LOGS.items()})
+    files = sorted(path for path in part.rglob("*") if path.is_file())
+    digests = {str(path.relative_to(part)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    write_json(part / "digests.json", digests)
+    if (size := sum(path.stat().st_size for path in part.rglob("*.safetensors"))) > MOST_BYTES:
+        raise SystemExit(f"{part}: {size:,} bytes of weights, more than {MOST_BYTES:,}")
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+    print(f"{target}: {size:,} bytes of weights")
+
+
+def summary(log: Path) -> dict[str, Any]:
+    """Of a stage: its steps, and the mean loss of its first and last tenth."""
+    lines = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
+    losses = [line["loss"] for line in lines]
+    tenth = max(len(losses) // 10, 1)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    return {"steps": lines[-1]["step"], "loss_of_first_tenth": round(first, 5), "loss_of_last_tenth": round(last, 5)}
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
