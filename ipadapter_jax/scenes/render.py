@@ -9,8 +9,8 @@ from ipadapter_jax.scenes.scene import Scene, Thing
 SIDE = 64  # pixels, unless another side is asked for
 _TABLE = 192  # samples along each side of a shape's table
 _EXTENT = 1.6  # the table reaches from -_EXTENT to _EXTENT radii
-_SHADE = 0.4  # the second tone of a texture, as a share of the first
-_COARSE = 0.24  # textures of smaller objects are as wide as those of this radius
+SHADE = 0.4  # the second tone of a texture, as a share of the first
+COARSE = 0.24  # textures of smaller objects are as wide as those of this radius
 
 
 def render(scene: Scene, side: int = SIDE) -> np.ndarray:
@@ -19,7 +19,7 @@ def render(scene: Scene, side: int = SIDE) -> np.ndarray:
     picture[:] = scene.rgb
     for thing in scene.things:
         cover, tone = _cover_and_tone(thing, side)
-        paint = np.asarray(thing.rgb, float) * (1 - (1 - _SHADE) * tone[..., None])
+        paint = np.asarray(thing.rgb, float) * (1 - (1 - SHADE) * tone[..., None])
         picture += cover[..., None] * (paint - picture)
     return (picture + 0.5).astype(np.uint8)
 
@@ -40,8 +40,8 @@ def _cover_and_tone(thing: Thing, side: int) -> tuple[np.ndarray, np.ndarray]:
     u, v = cos * x + sin * y, cos * y - sin * x  # the object's own frame, in radii
     pixels = side * thing.radius  # in a radius
     cover = _ramp(-_distance(thing.shape, u, v) * pixels)
-    widen = min(1.0, thing.radius / _COARSE)
-    return cover, _second_tone(thing.texture, u * widen, v * widen, pixels / widen)
+    widen = min(1.0, thing.radius / COARSE)
+    return cover, second_tone(thing.texture, u * widen, v * widen, pixels / widen)
 
 
 def _ramp(distance: np.ndarray) -> np.ndarray:
@@ -49,7 +49,7 @@ def _ramp(distance: np.ndarray) -> np.ndarray:
     return np.clip(distance + 0.5, 0, 1)
 
 
-def _second_tone(texture: str, u: np.ndarray, v: np.ndarray, pixels: float) -> np.ndarray:
+def second_tone(texture: str, u: np.ndarray, v: np.ndarray, pixels: float) -> np.ndarray:
     if texture == "plain":
         return np.zeros(np.broadcast_shapes(u.shape, v.shape))
     if texture == "striped":
