@@ -53,7 +53,9 @@ def fit(
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(200, steps // 2), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
     mesh = device_mesh()
-    state = jax.device_put(_State(params, optimizer.init(params), jax.tree.map(jnp.copy, params)), replicated(mesh))
+    # Copies, since the step gives the memory of its state to the next one.
+    state = jax.tree.map(jnp.copy, _State(params, optimizer.init(params), params))
+    state = jax.device_put(state, replicated(mesh))
     begin, state = _restore(folder / "state.safetensors", state)
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -67,12 +67,12 @@ def train(folder: Path, tokenizer: Path, steps: int, deadline: float) -> tuple[C
         "vision": jax.jit(clip.vision.init)(keys[1], jnp.zeros((1, SIDE, SIDE, 3)))["params"],
         "scale": jnp.log(jnp.float32(1 / 0.07)),
     }
-    loss, batch = functools.partial(_loss, clip), functools.partial(make_batch, reader, "train")
-    found = fit(folder / "clip", loss, params, batch, steps=steps, learning_rate=1e-3, deadline=deadline)
+    mismatch, batch = functools.partial(loss, clip), functools.partial(make_batch, reader, "train")
+    found = fit(folder / "clip", mismatch, params, batch, steps=steps, learning_rate=1e-3, deadline=deadline)
     return None if found is None else (clip, found)
 
 
-def _loss(clip: CLIP, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+def loss(clip: CLIP, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
     """Cross-entropy both ways; captions that read the same are equally right."""
     images, texts = clip.embeddings(params, batch["pixels"], batch["input_ids"])
     logits = images @ texts.T * jnp.minimum(jnp.exp(params["scale"]), _GREATEST_SCALE)
@@ -88,7 +88,7 @@ def make_batch(tokenizer: Any, split: Split, number: int) -> dict[str, np.ndarra
     made: list[Example] = []
     for group in range(GROUPS):
         scene = make_scene(split, number * GROUPS + group)
-        for alike in (scene, *(_changed(scene, split, rng) for _ in range(ALIKE - 1))):
+        for alike in (scene, *(changed(scene, split, rng) for _ in range(ALIKE - 1))):
             made.append(Example(render(alike, SIDE), caption(alike, rng, whole=True), alike))
     made += [example(split, number * OTHERS + i) for i in range(OTHERS)]
     return {
@@ -97,7 +97,7 @@ def make_batch(tokenizer: Any, split: Split, number: int) -> dict[str, np.ndarra
     }
 
 
-def _changed(scene: Scene, split: Split, rng: np.random.Generator) -> Scene:
+def changed(scene: Scene, split: Split, rng: np.random.Generator) -> Scene:
     """The scene with one attribute changed, of one object or of the background; to none that is held out in `train`."""
     barred = KINDS["held_out"] if split == "train" else ()
     attribute = str(rng.choice(("shape", "shape", "colour", "texture", "background")))
@@ -106,11 +106,11 @@ def _changed(scene: Scene, split: Split, rng: np.random.Generator) -> Scene:
         return dataclasses.replace(scene, background=name, rgb=BACKGROUNDS[name])
     choices = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES}[attribute]
     which = int(rng.integers(len(scene.things)))
-    thing, changed = scene.things[which], scene.things[which]
-    while changed == thing or changed.kind in barred:
-        changed = dataclasses.replace(thing, **{attribute: str(rng.choice(choices))})
-    changed = dataclasses.replace(changed, rgb=COLOURS[changed.colour])
-    return dataclasses.replace(scene, things=(*scene.things[:which], changed, *scene.things[which + 1 :]))
+    thing, other = scene.things[which], scene.things[which]
+    while other == thing or other.kind in barred:
+        other = dataclasses.replace(thing, **{attribute: str(rng.choice(choices))})
+    other = dataclasses.replace(other, rgb=COLOURS[other.colour])
+    return dataclasses.replace(scene, things=(*scene.things[:which], other, *scene.things[which + 1 :]))
 
 
 def retrieval(clip: CLIP, params: Tree, tokenizer: Any, *, count: int = 4) -> float:

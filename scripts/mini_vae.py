@@ -26,17 +26,17 @@ def train(folder: Path, steps: Mapping[str, int], deadline: float) -> tuple[VAE,
     """The network and its weights, or None where the deadline came first; steps of "vae-crops" and "vae-whole"."""
     vae = VAE(VAE_CONFIG)
     params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, CROP, CROP, 3)))["params"]
-    loss = functools.partial(_loss, vae)
-    for name, learning_rate, batch in (("vae-crops", 2e-3, _crops), ("vae-whole", 5e-4, _wholes)):
+    distance = functools.partial(loss, vae)
+    for name, learning_rate, batch in (("vae-crops", 2e-3, crops), ("vae-whole", 5e-4, wholes)):
         rates = {"steps": steps[name], "learning_rate": learning_rate}
-        found = fit(folder / name, loss, params, batch, **rates, deadline=deadline)
+        found = fit(folder / name, distance, params, batch, **rates, deadline=deadline)
         if found is None:
             return None
         params = found
-    return vae, _normalised(vae, params)
+    return vae, normalised(vae, params)
 
 
-def _loss(vae: VAE, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+def loss(vae: VAE, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
     images = batch["pixels"].astype(jnp.float32) / 127.5 - 1
     posterior: Any = vae.apply({"params": params}, images, method=VAE.encode)
     mean, log_variance = posterior
@@ -48,7 +48,7 @@ def _loss(vae: VAE, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -
     return jnp.mean(weight * (jnp.abs(error) + error**2)) / jnp.mean(weight) + KL_WEIGHT * jnp.mean(kl)
 
 
-def _wholes(number: int, size: int = 16) -> dict[str, np.ndarray]:
+def wholes(number: int, size: int = 16) -> dict[str, np.ndarray]:
     """Pixels (B, S, S, 3) uint8, and how much of each pixel an object covers, (B, S, S) uint8; half of a photograph."""
     examples = [example("train", number * size + i, photographs=PHOTOGRAPHS) for i in range(size)]
     covers = [np.full((64, 64), 0.5) if e.scene is None else mask(e.scene) for e in examples]
@@ -58,9 +58,9 @@ def _wholes(number: int, size: int = 16) -> dict[str, np.ndarray]:
     }
 
 
-def _crops(number: int, size: int = 32) -> dict[str, np.ndarray]:
+def crops(number: int, size: int = 32) -> dict[str, np.ndarray]:
     """A CROP x CROP part of each picture, around a pixel of an object."""
-    whole, rng = _wholes(number, size), np.random.default_rng([1, number])
+    whole, rng = wholes(number, size), np.random.default_rng([1, number])
     cut: dict[str, list[np.ndarray]] = {name: [] for name in whole}
     for i in range(size):
         rows, columns = np.nonzero(whole["object"][i])
@@ -72,10 +72,10 @@ def _crops(number: int, size: int = 32) -> dict[str, np.ndarray]:
     return {name: np.stack(parts) for name, parts in cut.items()}
 
 
-def _normalised(vae: VAE, params: Tree) -> Tree:
+def normalised(vae: VAE, params: Tree) -> Tree:
     """The same network with latents of mean 0 and deviation 1 in every channel: one scaling_factor could not do that,
     but the 1x1 convolutions around the latents can."""
-    pixels = np.concatenate([_wholes(10**6 + i)["pixels"] for i in range(32)])
+    pixels = np.concatenate([wholes(10**6 + i)["pixels"] for i in range(32)])
     encode = jax.jit(functools.partial(vae.apply, method=VAE.encode))
     mean = np.asarray(encode({"params": params}, jnp.asarray(pixels, jnp.float32) / 127.5 - 1)[0])
     centre, spread = mean.mean((0, 1, 2)), mean.std((0, 1, 2))
