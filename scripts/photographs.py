@@ -1,6 +1,6 @@
 """The photographs that come inside scikit-image, written in every format of training data that is read.
 
-Most are in the public domain or CC0; scikit-image's documentation names the source of each.
+docs/mini.md credits each.
 """
 
 import io
@@ -9,45 +9,23 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import skimage.data
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from ipadapter_jax.data.array_records import pack
 from ipadapter_jax.data.records import Record
+from ipadapter_jax.scenes.examples import png
+from ipadapter_jax.scenes.photographs import CAPTIONS, photograph
 
-NAMES = [
-    "astronaut",
-    "brick",
-    "camera",
-    "cell",
-    "chelsea",
-    "clock",
-    "coffee",
-    "coins",
-    "grass",
-    "gravel",
-    "hubble_deep_field",
-    "immunohistochemistry",
-    "moon",
-    "page",
-    "retina",
-    "rocket",
-    "stereo_motorcycle",
-    "text",
-]
+NAMES = [name for name in CAPTIONS if not name.endswith(".jpg")]  # the others are of scikit-learn
 
 
 def photographs(side: int = 128) -> dict[str, Image.Image]:
     """By name, RGB (grey ones too), scaled so that the shorter side has `side` pixels."""
-    return {name: _scaled(_load(name), side) for name in NAMES}
-
-
-def _load(name: str) -> Image.Image:
-    found = getattr(skimage.data, name)()
-    return Image.fromarray(found[0] if isinstance(found, tuple) else found).convert("RGB")  # of a stereo pair the left
+    return {name: _scaled(photograph(name), side) for name in NAMES}
 
 
 def _scaled(image: Image.Image, side: int) -> Image.Image:
@@ -57,13 +35,7 @@ def _scaled(image: Image.Image, side: int) -> Image.Image:
 
 def records(pictures: dict[str, Image.Image]) -> list[Record]:
     """PNG files with their names as captions."""
-    return [Record(name, png(picture), name.replace("_", " ")) for name, picture in pictures.items()]
-
-
-def png(picture: Image.Image) -> bytes:
-    with io.BytesIO() as file:
-        picture.save(file, "PNG")
-        return file.getvalue()
+    return [Record(name, png(np.asarray(picture)), name.replace("_", " ")) for name, picture in pictures.items()]
 
 
 # Every format keeps the order of the records, so that a seed gives the same batches from each.

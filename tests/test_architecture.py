@@ -22,6 +22,7 @@ LAYERS = [
     {"sampling"},
     {"adapters"},
     {"pipeline", "data"},
+    {"scenes"},
     {"evaluate"},
     {"train"},
     {"cli"},

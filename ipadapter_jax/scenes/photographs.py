@@ -1,7 +1,7 @@
 """The photographs that come inside scikit-image and scikit-learn, in crops and with captions.
 
-Most are in the public domain or CC0; the two of scikit-learn are by Vultureș (china.jpg) and Pierre Quelen (flower.jpg)
-under CC BY. docs/mini.md credits each.
+Most are in the public domain or CC0; the two of scikit-learn are by danielbuechele (china.jpg) and vultilion
+(flower.jpg) under CC BY 2.0. docs/mini.md credits each.
 """
 
 import functools

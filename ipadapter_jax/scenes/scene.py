@@ -1,7 +1,7 @@
 """Small scenes of which everything is known: up to three objects with shape, colour, texture, size and place.
 
 A scene follows from (split, index) alone. The split `held_out` has combinations of shape, colour and texture that
-`train` never shows, while each single attribute and each pair of them occurs in both.
+`train` never shows, while `train` shows each pair of such attributes.
 """
 
 import dataclasses
@@ -9,6 +9,8 @@ import itertools
 from typing import Literal
 
 import numpy as np
+
+from ipadapter_jax.errors import InputError
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
@@ -69,7 +71,7 @@ class Scene:
 
 
 def _is_held_out(kind: Kind) -> bool:
-    """One combination in six; no pair of attributes is lost, since each pair meets it in at most one texture."""
+    """One combination in six. A pair of attributes is in at most one of these, and in three others at least."""
     shape, colour, texture = kind
     return (SHAPES.index(shape) + tuple(COLOURS).index(colour) + TEXTURES.index(texture)) % 6 == 0
 
@@ -82,12 +84,24 @@ KINDS: dict[Split, tuple[Kind, ...]] = {
 
 
 def generator(split: Split, index: int, stream: int = 0) -> np.random.Generator:
-    """The random numbers of one index; `stream` tells apart what must not share them."""
+    """The random numbers of one index; `stream` tells apart what must not share them.
+
+    Raises InputError: no such split, a negative index.
+    """
+    if split not in KINDS:
+        raise InputError(f"split {split!r}: scenes have the splits {' and '.join(KINDS)}; give one of them")
+    if not 0 <= index < 1 << 64:
+        raise InputError(f"scene {index} of {split}: give an index of 0 or more, below 2^64")
     return np.random.Generator(np.random.Philox(key=[index, list(KINDS).index(split) + 16 * stream]))
 
 
 def make_scene(split: Split, index: int, count: int | None = None) -> Scene:
-    """Scene `index` of a split, with `count` objects; by default one (70 %), two (20 %) or three."""
+    """Scene `index` of a split, with `count` objects; by default one (70 %), two (20 %) or three.
+
+    Raises InputError: no such split, a negative index, another count.
+    """
+    if count not in (None, 1, 2, 3):
+        raise InputError(f"a scene of {count} objects: give a count of 1, 2 or 3")
     rng = generator(split, index)
     drawn = int(rng.choice((1, 2, 3), p=(0.7, 0.2, 0.1)))
     background = str(rng.choice(tuple(BACKGROUNDS)))
@@ -106,11 +120,11 @@ def _alone(split: Split, rng: np.random.Generator) -> tuple[Thing, ...]:
 
 def _together(split: Split, rng: np.random.Generator, count: int) -> tuple[Thing, ...]:
     places, spots = _TWO[int(rng.integers(2))] if count == 2 else _THREE
-    low, high = _SEVERAL[count]
-    return tuple(
-        _thing(split, rng, "small", place, *(spot + rng.uniform(-0.02, 0.02, 2)), rng.uniform(low, high))
-        for place, spot in zip(places, np.asarray(spots), strict=True)
-    )
+    things = []
+    for place, spot in zip(places, np.asarray(spots), strict=True):
+        x, y = spot + rng.uniform(-0.02, 0.02, 2)
+        things.append(_thing(split, rng, "small", place, x, y, rng.uniform(*_SEVERAL[count])))
+    return tuple(things)
 
 
 def _thing(split: Split, rng: np.random.Generator, size: str, place: str, x: float, y: float, radius: float) -> Thing:
