@@ -46,7 +46,7 @@ INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-STEPS = {"vae-crops": 5000, "vae-whole": 600, "clip": 2500, "unet": 8000, "mini": 2500, "mini_plus": 2500}
+STEPS = {"vae-crops": 5000, "vae-whole": 600, "clip": 1600, "unet": 8000, "mini": 2500, "mini_plus": 2500}
 SCENES = 40_000
 CORES = os.cpu_count() or 1
 UNFINISHED = 75  # exit code of a trainer that was told to stop: EX_TEMPFAIL

@@ -7,7 +7,7 @@ from ipadapter_jax.models.unet import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 
 SIDE = 64  # pixels
-TOKENS = 40  # of a prompt
+TOKENS = 48  # of a prompt
 VOCABULARY = 800
 
 # 8 x 8 positions of 16 numbers: as many numbers as 16 x 16 of 4, and a UNet that is twice as fast on a CPU.
