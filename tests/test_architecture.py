@@ -132,8 +132,11 @@ IMPORT_ALL = """
 import importlib, socket, sys
 def no_network(*_): raise OSError("an import tried to reach the network")
 socket.socket.connect = socket.getaddrinfo = no_network
-for blocked in ("torch", "diffusers", "tensorflow"):
-    sys.modules[blocked] = None  # importing it now raises ModuleNotFoundError
+class NotInstalled:  # None in sys.modules would not do: tensorflow_datasets takes it for a loaded tensorflow
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("torch", "diffusers", "tensorflow"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NotInstalled())
 for name in sys.argv[1:]:
     importlib.import_module(name)
 """
