@@ -68,7 +68,7 @@ def main(out: Path = Path("build/mini"), minutes: float = 115.0, share: float = 
     deadline = time.monotonic() + 60 * minutes
     steps = {name: max(round(share * count), 2) for name, count in STEPS.items()}
     scenes = max(round(share * SCENES), 200)
-    stages: dict[str, Callable[[Path], None]] = {
+    stages: dict[str, Callable[[Path], object]] = {
         "tokenizer": mini_tokenizer.write,
         "base": lambda part: _base(out, part, steps, deadline),
         "scenes": lambda part: render_scenes(part, {"train": scenes}),
@@ -83,7 +83,7 @@ def main(out: Path = Path("build/mini"), minutes: float = 115.0, share: float = 
     print(f"{out}: done; scripts/pack_mini.py puts it into the package")
 
 
-def _stage(target: Path, make: Callable[[Path], None]) -> None:
+def _stage(target: Path, make: Callable[[Path], object]) -> None:
     """Makes a folder whole or not at all, unless it is there."""
     if target.exists():
         return
