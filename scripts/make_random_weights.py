@@ -127,7 +127,8 @@ def public_config(config, class_name: str) -> dict:
         levels = len(config.block_out_channels)
         extra = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     if isinstance(config, UNetConfig | VAEConfig):
-        return {"_class_name": class_name, "_diffusers_version": "0.6.0", **dataclasses.asdict(config), **extra}
+        version = "0.35.0"  # below 0.9 diffusers takes a sample_size under 64 for a mistake
+        return {"_class_name": class_name, "_diffusers_version": version, **dataclasses.asdict(config), **extra}
     model_type = "clip_text_model" if isinstance(config, CLIPTextConfig) else "clip_vision_model"
     extra = {"bos_token_id": 0, "pad_token_id": 1} if isinstance(config, CLIPTextConfig) else {}
     return {"architectures": [class_name], "model_type": model_type, **dataclasses.asdict(config), **extra}
