@@ -2,6 +2,8 @@
 
     python scripts/make_random_weights.py --size full --out weights/full
     python scripts/compare_with_diffusers.py --weights weights/full --out out/compare.png
+    python scripts/compare_with_diffusers.py --weights ipadapter_jax/mini --adapter ip-adapter_mini.safetensors \
+        --height 64 --width 64
 
 Same weights, prompt, photograph and noise, float32, on the CPU; one after the other, so that 12 GB suffice at full
 size, where it takes some minutes. Exit code 0 when the goals are met, 1 when not. Needs the extra `torch`.
@@ -65,33 +67,37 @@ def compare(
     weights: Path,
     image: Image.Image,
     *,
+    adapter: Path | None = ADAPTER,
     prompt: str = "a photo",
     negative_prompt: str = "",
     scale: float = 0.7,
     steps: int = 3,
     guidance_scale: float = 7.5,
-    height: int = 512,
-    width: int = 512,
+    height: int | None = 512,
+    width: int | None = 512,
     seed: int = 0,
 ) -> Comparison:
-    """The same call to both, in float32, from the noise that ours draws for this seed."""
+    """The same call to both, in float32, from the noise that ours draws for this seed; without `adapter` no image
+    prompt, without a size the model's own."""
     call = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
-        "ip_adapter_image": image,
+        "ip_adapter_image": image if adapter else None,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
         "height": height,
         "width": width,
         "output_type": "latent",
     }
-    noise, our_latents, our_pixels = _sample_ours(weights, call, scale, seed)
+    noise, our_latents, our_pixels = _sample_ours(weights, adapter, call, scale, seed)
     gc.collect()  # before the other model comes
-    their_latents, their_pixels = _sample_theirs(weights, call, scale, noise)
+    their_latents, their_pixels = _sample_theirs(weights, adapter, call, scale, noise)
     return Comparison(our_latents, their_latents, our_pixels, their_pixels)
 
 
-def _sample_ours(weights: Path, call: dict, scale: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _sample_ours(
+    weights: Path, adapter: Path | None, call: dict, scale: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Initial latents, final latents, pixels."""
     import jax
 
@@ -99,7 +105,7 @@ def _sample_ours(weights: Path, call: dict, scale: float, seed: int) -> tuple[np
     from ipadapter_jax.preprocess import to_uint8
 
     with jax.default_matmul_precision("highest"):
-        pipe = load_ours(weights, "float32")
+        pipe = load_ours(weights, "float32", adapter)
         latents = pipe(**call, ip_adapter_scale=scale, seed=seed)
         batch = sampling.Batch(pipe.mesh, np.asarray([seed], np.uint32), np.zeros(1, int))
         noise = batch.noise(latents.shape[1:], 0)
@@ -108,12 +114,15 @@ def _sample_ours(weights: Path, call: dict, scale: float, seed: int) -> tuple[np
     return np.asarray(noise)[0], latents[0], to_uint8(pixels)
 
 
-def _sample_theirs(weights: Path, call: dict, scale: float, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sample_theirs(
+    weights: Path, adapter: Path | None, call: dict, scale: float, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Final latents, pixels."""
     import torch
 
-    pipe = load_diffusers(weights, torch.float32)
-    pipe.set_ip_adapter_scale(scale)
+    pipe = load_diffusers(weights, torch.float32, adapter=adapter)
+    if adapter:
+        pipe.set_ip_adapter_scale(scale)
     latents = pipe(**call, latents=torch.from_numpy(noise.transpose(2, 0, 1)[None].copy())).images
     with torch.no_grad():
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
@@ -121,14 +130,15 @@ def _sample_theirs(weights: Path, call: dict, scale: float, noise: np.ndarray) -
     return latents[0].permute(1, 2, 0).numpy(), np.asarray(picture)
 
 
-def load_ours(weights: Path, dtype: str) -> Any:
-    """Our pipeline with its adapter."""
+def load_ours(weights: Path, dtype: str, adapter: Path | None = ADAPTER) -> Any:
+    """Our pipeline with the adapter that lies there below `weights`."""
     from ipadapter_jax import StableDiffusion
 
-    return StableDiffusion.from_pretrained(weights, dtype=dtype).with_ip_adapter(weights / ADAPTER)
+    pipe = StableDiffusion.from_pretrained(weights, dtype=dtype)
+    return pipe.with_ip_adapter(weights / adapter) if adapter else pipe
 
 
-def load_diffusers(weights: Path, dtype: Any, device: str = "cpu") -> Any:
+def load_diffusers(weights: Path, dtype: Any, device: str = "cpu", adapter: Path | None = ADAPTER) -> Any:
     """diffusers' pipeline with the same adapter, DDIM in place of the scheduler in the folder; dtype is torch's."""
     diffusers, transformers = peers()
     with warnings.catch_warnings():
@@ -137,12 +147,13 @@ def load_diffusers(weights: Path, dtype: Any, device: str = "cpu") -> Any:
             weights, safety_checker=None, torch_dtype=dtype, local_files_only=True
         )
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-    folder, name = ADAPTER.parent, ADAPTER.name
-    size = json.loads((weights / folder / "image_encoder" / "config.json").read_text(encoding="utf-8"))["image_size"]
-    # Named, because the default one is another where torchvision is installed, and rounds in another way.
-    processor = transformers.CLIPImageProcessorPil(size=size, crop_size=size)
-    pipe.register_modules(feature_extractor=processor)
-    pipe.load_ip_adapter(str(weights), folder.as_posix(), name, local_files_only=True)
+    if adapter:
+        config = weights / adapter.parent / "image_encoder" / "config.json"
+        size = json.loads(config.read_text(encoding="utf-8"))["image_size"]
+        # Named, because the default one is another where torchvision is installed, and rounds in another way.
+        processor = transformers.CLIPImageProcessorPil(size=size, crop_size=size)
+        pipe.register_modules(feature_extractor=processor)
+        pipe.load_ip_adapter(str(weights), adapter.parent.as_posix(), adapter.name, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -197,6 +208,7 @@ def side_by_side(result: Comparison) -> Image.Image:
 def main(
     weights: Annotated[Path, tyro.conf.arg(help="a folder of make_random_weights.py, or laid out like one")],
     out: Annotated[Path, tyro.conf.arg(help="both pictures and their difference")] = Path("out/compare.png"),
+    adapter: Annotated[Path | None, tyro.conf.arg(help="below that folder, image_encoder beside it")] = ADAPTER,
     image: Annotated[Path | None, tyro.conf.arg(help="the image prompt; by default an astronaut")] = None,
     prompt: str = "a photo",
     negative_prompt: str = "",
@@ -212,6 +224,7 @@ def main(
     result = compare(
         weights,
         photograph(image),
+        adapter=adapter,
         prompt=prompt,
         negative_prompt=negative_prompt,
         scale=scale,
