@@ -20,7 +20,7 @@ from ipadapter_jax.models.projections import Projection, image_projection
 from ipadapter_jax.models.unet import KeyValue, UNet, cross_attention_sites
 from ipadapter_jax.preprocess import clip_pixel_values, load_image
 from ipadapter_jax.weights.components import IMAGE_ENCODER, Loaded, choose_files, load_component, read_config
-from ipadapter_jax.weights.hub import local_path
+from ipadapter_jax.weights.hub import local_path, path_here
 from ipadapter_jax.weights.ip_adapter_file import check_base, check_encoder, load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.tree import Tree
 
@@ -114,7 +114,7 @@ def adapter_file(path: str | os.PathLike, revision: str | None = None) -> Path:
 
 
 def _encoder_beside(path: str | os.PathLike, local: Path) -> str | os.PathLike:
-    here = Path(path).expanduser().exists()  # else on the Hub, whose cache may hold half a download
+    here = path_here(path, "adapter") is not None  # else on the Hub, whose cache may hold half a download
     beside = (local if here else PurePosixPath(str(path))).parent / "image_encoder"
     if here and not os.path.isdir(beside):
         raise InputError(

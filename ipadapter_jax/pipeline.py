@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from ipadapter_jax import sampling
+from ipadapter_jax import embedded, sampling
 from ipadapter_jax.adapters import Adapter, ImagePrompt, load_adapter
 from ipadapter_jax.arguments import (
     check_choices,
@@ -45,6 +45,7 @@ from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.tree import Tree
 
 DTYPES = ("float32", "bfloat16", "float16")
+GUIDANCE_SCALE = 7.5  # Stable Diffusion's usual one
 BASE_COMPONENTS = {"unet": UNET, "vae": VAE_COMPONENT, "text_encoder": TEXT_ENCODER}
 _EXTRAS = ("model_index.json", "tokenizer/*", "scheduler/*.json")
 
@@ -66,6 +67,7 @@ class StableDiffusion:
     mesh: Mesh
     sources: dict[str, Path]
     adapters: tuple[Adapter, ...] = ()
+    guidance_scale: float = GUIDANCE_SCALE  # where a call names none
 
     def __repr__(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -81,7 +83,8 @@ class StableDiffusion:
         variant: str | None = None,
         revision: str | None = None,
     ) -> "StableDiffusion":
-        """From a folder in diffusers' layout (PyTorch or Flax weights) or a Hub id.
+        """From a folder in diffusers' layout (PyTorch or Flax weights), a Hub id, or "mini": the model inside this
+        package ("./mini" is a folder of that name).
 
         `dtype` is that of weights and networks: float32, bfloat16 or float16; norms, softmax and the sampler stay in
         float32. `variant` ("fp16") picks such weight files. Raises InputError, WeightFileError among them.
@@ -104,12 +107,14 @@ class StableDiffusion:
             params={name: part.params for name, part in parts.items()},
             mesh=mesh,
             sources={name: part.source for name, part in parts.items()},
+            guidance_scale=embedded.GUIDANCE_SCALE if root == embedded.FOLDER else GUIDANCE_SCALE,
         )
 
     def with_ip_adapter(
         self, path: str | os.PathLike, *, image_encoder: str | os.PathLike | None = None, revision: str | None = None
     ) -> "StableDiffusion":
-        """This pipeline with one more adapter: a file, or "owner/name/path/in/repository.safetensors" on the Hub.
+        """This pipeline with one more adapter: a file, "owner/name/path/in/repository.safetensors" on the Hub, or for
+        the base model "mini" its own "mini" (4 tokens) and "mini-plus" (16).
 
         `image_encoder` is a folder or Hub place with CLIP's vision model; by default the folder `image_encoder` beside
         the adapter, as in the authors' repository. Raises WeightFileError when adapter, base and encoder do not fit.
@@ -128,7 +133,7 @@ class StableDiffusion:
         fit: str = "crop",
         negative_prompt: str | Sequence[str] | None = "",
         num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         scheduler: str = "ddim",
         eta: float = 0.0,
         num_images_per_prompt: int = 1,
@@ -146,12 +151,13 @@ class StableDiffusion:
         ("crop", "resize", "pad"). ip_adapter_image_embeds instead: per adapter the encoder's features (G, n, ...), the
         negative branch first when guidance_scale > 1 (G = 2). ip_adapter_scale: lambda of the paper, one or one per
         adapter. seed: picture i uses seed + i, or seed[i], and nothing else. latents (B, h, w, 4): standard normal.
-        guidance_scale <= 1 leaves the unconditional branch out. callback(step, timestep, latents) is called after every
-        step; then each step is a jitted call of its own.
+        guidance_scale: by default the pipeline's own; <= 1 leaves the unconditional branch out. callback(step,
+        timestep, latents) is called after every step; then each step is a jitted call of its own.
 
         Returns PIL images ("pil"), a float array (B, H, W, 3) in [0, 1] ("np") or the final latents ("latent"). Raises
         InputError before anything is compiled when an argument cannot be used.
         """
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         prompts, negatives = prompt_pairs(prompt, negative_prompt)
         check_choices(num_images_per_prompt, guidance_scale, eta, scheduler, output_type)
         if callback is not None and not callable(callback):

@@ -104,7 +104,7 @@ WRONG = [
     ({"fit": "zoom"}, "zoom"),
     ({"steps": "many"}, "many"),
     ({"stpes": 4}, "--steps"),
-    ({"base": None}, "--base"),
+    ({"out": None}, "--out"),
     ({"out": "{bad}/picture.jpg"}, "ends in .png"),
     ({"out": "{bad}/folder.png"}, "is a folder"),
     ({"out": "{bad}/single.png", "num_images": 3}, "single-1.png is a folder"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from ipadapter_jax import embedded
 from ipadapter_jax.compilation_cache import cache_folder, cache_is_on
 
 _PACKAGES = (
@@ -30,7 +31,8 @@ class Doctor:
 def doctor(_: Doctor) -> int:
     """Prints the report and returns the exit code."""
     missing = []
-    for title, lines in (("devices", _devices()), ("packages", _packages(missing)), ("caches", _caches())):
+    parts = {"devices": _devices(), "packages": _packages(missing), "model": _model(), "caches": _caches()}
+    for title, lines in parts.items():
         print(title)
         for line in lines:
             print(f"  {line}")
@@ -62,6 +64,11 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _model() -> Iterator[str]:
+    size = _size(embedded.FOLDER) if embedded.FOLDER.is_dir() else "not here: install the package again"
+    yield f"{embedded.NAME}: {embedded.FOLDER} ({size})"
 
 
 def _caches() -> Iterator[str]:

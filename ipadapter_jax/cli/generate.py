@@ -15,6 +15,7 @@ from typing import Any, Literal
 import tqdm
 from PIL import Image, PngImagePlugin
 
+from ipadapter_jax import embedded
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import check_writable, sha256, write_whole
 from ipadapter_jax.pipeline import StableDiffusion
@@ -24,15 +25,17 @@ from ipadapter_jax.weights.tensors import files_of
 
 @dataclasses.dataclass
 class Generate:
-    """Samples pictures from a base model, with an image prompt when --adapter and --image are given.
+    """Samples pictures from a base model, with an image prompt when --adapter and --image are given; by default from
+    mini, the small model inside this package, which has adapters of its own: --image is all it needs.
 
     Every PNG carries the settings, versions and weight digests in its text chunk "ipadapter_jax".
     """
 
-    base: str
-    """Base model: a folder in diffusers' layout (PyTorch or Flax weights) or a Hub id such as owner/name."""
     out: Path
     """The PNG to write. With several pictures this is their grid, and the single ones lie beside it, numbered."""
+    base: str = embedded.NAME
+    """Base model: a folder in diffusers' layout (PyTorch or Flax weights), a Hub id such as owner/name, or mini, the
+    model inside this package (./mini is a folder of that name)."""
     prompt: str = ""
     """What to paint; may be empty with an image prompt."""
     negative_prompt: str = ""
@@ -40,7 +43,8 @@ class Generate:
     image: tuple[str, ...] = ()
     """Reference pictures; several share the one image prompt."""
     adapter: str | None = None
-    """IP-Adapter file (.safetensors or .bin), or a place on the Hub such as owner/name/folder/file.safetensors."""
+    """IP-Adapter file (.safetensors or .bin), or a place on the Hub such as owner/name/folder/file.safetensors. The
+    base model mini has two, mini and mini-plus; with --image the first is its default."""
     image_encoder: str | None = None
     """Folder or Hub place of the CLIP vision model; by default image_encoder beside the adapter."""
     scale: float = 1.0
@@ -53,8 +57,8 @@ class Generate:
     """Seed of the first picture."""
     steps: int = 50
     """Denoising steps."""
-    guidance_scale: float = 7.5
-    """Classifier-free guidance; 1 turns it off."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 turns it off. By default the model's own, 7.5 for Stable Diffusion."""
     scheduler: Literal["ddim"] = "ddim"
     """The sampler."""
     eta: float = 0.0
@@ -73,6 +77,8 @@ class Generate:
 
 def generate(args: Generate) -> int:
     """Checks what is cheap to check, loads, samples, writes. Raises InputError."""
+    if args.base == embedded.NAME and args.image and args.adapter is None:
+        args = dataclasses.replace(args, adapter=embedded.NAME)
     _check(args)
     pictures = [load_image(path) for path in args.image]
     if sys.stderr.isatty():
@@ -103,7 +109,7 @@ def _check(args: Generate) -> None:
     for path in _targets(args):
         check_writable(path)
     for name, value in (("scale", args.scale), ("guidance-scale", args.guidance_scale)):
-        if not math.isfinite(value):
+        if value is not None and not math.isfinite(value):
             raise InputError(f"--{name} {value} is not a finite number")
 
 
@@ -158,6 +164,8 @@ def _digests(pipe: StableDiffusion) -> dict[str, dict[str, str]]:
 
 def _metadata(args: Generate, pipe: StableDiffusion, digests: dict[str, dict[str, str]]) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("out", "num_images")}
+    if args.guidance_scale is None:
+        settings["guidance_scale"] = pipe.guidance_scale
     versions = {name: importlib.metadata.version(name) for name in ("ipadapter-jax", "jax", "jaxlib", "flax")}
     return {**settings, "image": list(args.image), "sha256": digests, "versions": versions}
 

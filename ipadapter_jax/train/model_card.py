@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ipadapter_jax import embedded
+
 _VARIANTS = {
     "base": "It reads the global image embedding.",
     "plus": "It reads all patches of the image through a Resampler, and so follows it more closely than base.",
@@ -128,7 +130,9 @@ def model_card(
 
 
 def _reference(place: str) -> str:
-    """A place on the Hub as it is, a path as path/to/name."""
+    """A place on the Hub as it is, one inside the package as path/to/mini/..., any other path as path/to/name."""
+    if place.startswith(f"{embedded.NAME}/"):
+        return f"path/to/{place}"
     name = _without_folders(place)
     return place if name == place and _hub_parts(place)[0] else f"path/to/{name}"
 

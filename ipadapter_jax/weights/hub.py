@@ -1,11 +1,12 @@
-"""A folder or a file by one string: a path on this machine, a repository of the Hugging Face Hub ("owner/name"), or a
-place inside one ("owner/name/folder/file.safetensors")."""
+"""A folder or a file by one string: `mini` inside the package, a path on this machine, a repository of the Hugging Face
+Hub ("owner/name"), or a place inside one ("owner/name/folder/file.safetensors")."""
 
 import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
+from ipadapter_jax.embedded import embedded
 from ipadapter_jax.errors import InputError
 
 log = logging.getLogger("ipadapter_jax")
@@ -18,18 +19,24 @@ Choose = Callable[[Sequence[str]], Sequence[str]]
 def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revision: str | None = None) -> Path:
     """Where the referenced folder or file lies on this machine, downloading what `choose` picks when it is on the Hub.
 
-    A path that exists wins. `choose` gets the names of all files below the reference, relative to it, and returns those
-    that are needed. Raises InputError naming the reference when it is neither here nor on the Hub.
+    What is here wins (`path_here`). `choose` gets the names of all files below the reference, relative to it, and
+    returns those that are needed. Raises InputError naming the reference when it is neither here nor on the Hub.
     """
     if not isinstance(reference, str | os.PathLike):
         raise InputError(f"{what} {reference!r}: give a path or a Hub id (owner/name)")
-    path = os.path.expanduser(reference)
-    if os.path.exists(path):
-        return Path(path)
+    if here := path_here(reference, what):
+        return here
     repo, inside = _hub_place(str(reference))
     if not repo:
         raise InputError(f"{what} {reference}: there is no such file or folder here, and it is no Hub id (owner/name)")
     return _from_hub(repo, inside, choose, what, revision)
+
+
+def path_here(reference: str | os.PathLike, what: str) -> Path | None:
+    """The referenced folder or file where it needs no Hub: inside the package, else a path that exists; or None."""
+    inside = embedded(reference, what) if isinstance(reference, str) else None
+    path = os.path.expanduser(reference)
+    return inside or (Path(path) if os.path.exists(path) else None)
 
 
 def _hub_place(reference: str) -> tuple[str, str]:

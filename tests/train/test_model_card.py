@@ -74,6 +74,13 @@ def test_no_path_of_this_machine_is_told(tmp_path, monkeypatch):
         assert row in text, row
 
 
+def test_a_place_inside_the_package_is_none_on_the_hub():
+    text = card(base="mini", image_encoder="mini/image_encoder")
+    assert "base_model:" not in text
+    assert 'from_pretrained("path/to/mini/image_encoder", torch_dtype' in text
+    assert '"path/to/mini", image_encoder=encoder' in text
+
+
 def test_our_command_is_one():
     from ipadapter_jax.cli import parse
 
