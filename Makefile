@@ -1,9 +1,10 @@
 # Needs Python 3.11 or later and make; everything else goes into .venv.
-#   make sample      set up, then make a picture from a picture (small random model: no download)
+#   make sample      set up, then make pictures from a picture: out/sample.png, with the model inside the package
 #   make test        set up with the PyTorch peers, then lint, types and all default tests
 #   make test-light  the same without PyTorch          make test-full   also the slow, full-size tests
 #   make lint, make format, make clean
-# Variables: PYTHON, PIP_FLAGS (extra flags for pip), ARGS (extra flags for pytest, as ARGS="-k unet -x").
+# Variables: PYTHON, PIP_FLAGS (extra flags for pip), ARGS (for what is run: make test ARGS="-k unet -x",
+# make sample ARGS="--image mine.jpg").
 
 # The first of these that really starts: a shim on the PATH may name a Python that is not there.
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
@@ -42,16 +43,8 @@ $(VENV)/installed-torch: $(VENV)/installed-dev
 	$(INSTALL) '.[torch,dev]'
 	@touch $@
 
-weights/tiny: | $(VENV)/installed
-	@rm -rf $@.part
-	$(BIN)/python scripts/make_random_weights.py --size tiny --out $@.part
-	@mv $@.part $@
-
-sample: $(VENV)/installed weights/tiny
-	@mkdir -p out
-	$(BIN)/ipadapter-jax generate --base weights/tiny --adapter weights/tiny/ip_adapter/models/ip-adapter_sd15.safetensors \
-		--image assets/reference.jpg --prompt "a photo" --num-images 4 --steps 20 --out out/sample.png
-	@echo "out/sample.png is abstract texture: the weights of this small model are random. See README.md for real ones."
+sample: $(VENV)/installed
+	$(BIN)/python scripts/sample_sheet.py $(ARGS)
 
 test: $(VENV)/installed-torch lint
 	$(BIN)/python -m pytest $(ARGS)
@@ -76,5 +69,5 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) out build dist weights/tiny weights/tiny.part .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) out build/lib build/bdist.* dist .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
