@@ -46,7 +46,15 @@ INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-STEPS = {"vae-crops": 5000, "vae-whole": 600, "clip": 1600, "unet": 8000, "mini": 2500, "mini_plus": 2500}
+STEPS = {
+    "vae-crops": 5000,
+    "vae-whole": 600,
+    "clip": 1300,
+    "clip-attributes": 3000,
+    "unet": 8000,
+    "mini": 2500,
+    "mini_plus": 2500,
+}
 SCENES = 40_000
 CORES = os.cpu_count() or 1
 UNFINISHED = 75  # exit code of a trainer that was told to stop: EX_TEMPFAIL
@@ -96,7 +104,7 @@ def _stage(target: Path, make: Callable[[Path], object]) -> None:
 def _base(out: Path, folder: Path, steps: dict[str, int], deadline: float) -> None:
     """The base model with a UNet of random weights, and the image encoder."""
     trained = mini_vae.train(out, steps, deadline)
-    pair = trained and mini_clip.train(out, out / "tokenizer", steps["clip"], deadline)
+    pair = trained and mini_clip.train(out, out / "tokenizer", steps, deadline)
     if not trained or not pair:
         raise TimeUp
     unet, example = UNet(UNET_CONFIG), UNET.example(UNET_CONFIG)
