@@ -173,7 +173,8 @@ class StableDiffusion:
 
         ids = np.stack([self._tokenize(texts) for texts in ((negatives, prompts) if guided else (prompts,))], axis=1)
         text = sampling.encode_prompt(self.text_encoder, self.params["text_encoder"], ids.reshape(-1, ids.shape[-1]))
-        text_kv = sampling.text_keys_values(self.unet, self.params["unet"], text.reshape(*ids.shape, -1))
+        text = text.reshape(*ids.shape[:2], *text.shape[1:])
+        text_kv = sampling.text_keys_values(self.unet, self.params["unet"], text)
         image_kv = [a.keys_values(f()) for a, f in zip(self.adapters, features, strict=True)]
         batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt))
         final = self._denoise(
