@@ -219,7 +219,7 @@ def _job(config: Encode) -> _Job:
         raise InputError(f"--resolution {config.resolution} must be a multiple of {encoders.pixel_step} for this model")
     columns = {name: getattr(config, name) for name in ("image_root", "image_column", "text_column")}
     source = open_source(config.data, cond_image_column=config.cond_image_column, **columns)
-    samples = LiveSamples(source, encoders.tokenizer, config.resolution, encoders.clip_size)
+    samples = LiveSamples(source, encoders.tokenizer, config.resolution, encoders.clip_size, encoders.text_length)
     shapes = encoders.shapes(config.resolution)
     arrays = {name: (np.dtype(x.dtype), x.shape[1:]) for name, x in shapes.items() if name != "finite"}
     arrays["input_ids"] = (np.dtype(np.int32), (samples.text_length,))

@@ -16,7 +16,15 @@ from ipadapter_jax.adapters import encoder_folder
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipeline import base_folder
 from ipadapter_jax.preprocess import CLIP_TABLE
-from ipadapter_jax.weights.components import IMAGE_ENCODER, UNET, VAE_COMPONENT, Loaded, load_component, read_config
+from ipadapter_jax.weights.components import (
+    IMAGE_ENCODER,
+    TEXT_ENCODER,
+    UNET,
+    VAE_COMPONENT,
+    Loaded,
+    load_component,
+    read_config,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +36,7 @@ class Encoders:
     patches: bool  # penultimate states rather than the embedding
     mesh: jax.sharding.Mesh
     tokenizer: Path
+    text_length: int  # tokens of a caption, as many as the base model's text encoder reads
     pixel_step: int  # pictures must be a multiple of it: VAE and UNet halve them so often
 
     @property
@@ -84,5 +93,6 @@ def load_encoders(base: str, variant: str | None, image_encoder: str, dtype: str
     put = functools.partial(jax.device_put, device=sampling.replicated(mesh))
     vae = load_component(VAE_COMPONENT, root / "vae", np.dtype(dtype), variant, put)
     vision = load_component(IMAGE_ENCODER, encoder_folder(image_encoder), np.dtype(dtype), put=put)
-    levels = read_config(UNET, root / "unet" / "config.json").levels
-    return Encoders(vae, vision, patches, mesh, root / "tokenizer", vae.module.config.downscale * 2 ** (levels - 1))
+    length = read_config(TEXT_ENCODER, root / "text_encoder" / "config.json").max_position_embeddings
+    step = vae.module.config.downscale * 2 ** (read_config(UNET, root / "unet" / "config.json").levels - 1)
+    return Encoders(vae, vision, patches, mesh, root / "tokenizer", length, step)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import shutil
 import signal
@@ -115,6 +116,15 @@ def test_training_sees_the_same_from_the_cache_as_live(pictures, whole, tmp_path
     expected, found = step_inputs(frozen, live, draws), step_inputs(without_encoder, cached, draws)
     for name in expected._fields:
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-6, err_msg=name)
+
+
+def test_captions_are_as_long_as_the_text_encoder_reads(pictures, tmp_path):
+    """Of Stable Diffusion 77 tokens, of other models what their text encoder says."""
+    base = shutil.copytree(TORCH_MODEL, tmp_path / "base")
+    path = base / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 40}))
+    encode(settings(pictures, tmp_path / "cache", base=str(base)))
+    assert CachedSamples(tmp_path / "cache")[0]["input_ids"].shape == (40,)
 
 
 def test_a_bad_record_keeps_its_place_and_is_listed(whole):
