@@ -50,7 +50,7 @@ STEPS = {
     "vae-crops": 5000,
     "vae-whole": 600,
     "clip": 1300,
-    "clip-attributes": 3000,
+    "clip-attributes": 2500,
     "unet": 8000,
     "mini": 2500,
     "mini_plus": 2500,

@@ -96,9 +96,12 @@ def train(folder: Path, tokenizer: Path, steps: Mapping[str, int], deadline: flo
 
 def loss(clip: CLIP, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
     """Cross-entropy both ways; captions that read the same are equally right."""
-    images, texts = clip.embeddings(params, batch["pixels"], batch["input_ids"])
-    logits = _unit(images) @ _unit(texts).T * jnp.minimum(jnp.exp(params["scale"]), _GREATEST_SCALE)
-    same = jnp.all(batch["input_ids"][:, None] == batch["input_ids"][None], axis=-1)
+    return _contrast(*clip.embeddings(params, batch["pixels"], batch["input_ids"]), params["scale"], batch["input_ids"])
+
+
+def _contrast(images: jax.Array, texts: jax.Array, scale: jax.Array, input_ids: jax.Array) -> jax.Array:
+    logits = _unit(images) @ _unit(texts).T * jnp.minimum(jnp.exp(scale), _GREATEST_SCALE)
+    same = jnp.all(input_ids[:, None] == input_ids[None], axis=-1)
     target = same / same.sum(axis=1, keepdims=True)
     cross_entropy = optax.losses.softmax_cross_entropy
     return (cross_entropy(logits, target).mean() + cross_entropy(logits.T, target).mean()) / 2
@@ -113,7 +116,7 @@ def loss_with_heads(clip: CLIP, params: Tree, batch: dict[str, jax.Array], key: 
         for embeddings, told in ((images, label >= 0), (texts, (label >= 0) & batch["whole"])):
             errors = optax.losses.softmax_cross_entropy_with_integer_labels(embeddings @ head, jnp.maximum(label, 0))
             total += jnp.sum(jnp.where(told, errors, 0)) / jnp.maximum(told.sum(), 1)
-    return loss(clip, params, batch, key) + total / len(NAMES)
+    return _contrast(images, texts, params["scale"], batch["input_ids"]) + total / len(NAMES)
 
 
 def _heads(key: jax.Array) -> Tree:
