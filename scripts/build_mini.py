@@ -26,7 +26,7 @@ import mini_vae
 import numpy as np
 import tyro
 from make_random_weights import public_config, write_json
-from mini_networks import ENCODER, PREPROCESSOR, SCHEDULER, TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG, VISION_CONFIG
+from mini_networks import ENCODER, PREPROCESSOR, SCHEDULER, SIDE, TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG, VISION_CONFIG
 from render_scenes import render_scenes
 
 from ipadapter_jax.compilation_cache import enable_compilation_cache
@@ -126,24 +126,24 @@ def _base(out: Path, folder: Path, steps: dict[str, int], deadline: float) -> No
 def _networks(out: Path, steps: dict[str, int], deadline: float) -> None:
     """What the product itself does: features once, the UNet, then an adapter of each variant."""
     base, whole = out / "base", out / "base-with-unet"
-    for name, features in (("pooled", "pooled"), ("grid", "penultimate")):
-        options = ["--base", base, "--image-encoder", base / ENCODER, "--data", _data(out), "--features", features]
-        run(["encode", *options, "--out", out / name, "--resolution", 64, "--dtype", "float32"], deadline)
-    options = ["--steps", steps["unet"], *_places(out / "unet", out / "pooled", base)]
-    run(["train", "mini_unet", *options], deadline)
+    _encode(out, "pooled", deadline)
+    train("mini_unet", out / "unet", out / "pooled", base, steps["unet"], deadline)
     _stage(whole, lambda part: _with_unet(base, out / "unet" / "unet", part))
-    for recipe, cache in (("mini", "pooled"), ("mini_plus", "grid")):
-        options = ["--steps", steps[recipe], *_places(out / recipe, out / cache, whole)]
-        run(["train", recipe, *options], deadline)
+    for recipe, features in (("mini", "pooled"), ("mini_plus", "penultimate")):
+        _encode(out, features, deadline)
+        train(recipe, out / recipe, out / features, whole, steps[recipe], deadline)
 
 
-def _data(out: Path) -> Path:
-    return next((out / "scenes").glob("**/dataset_info.json")).parent
+def _encode(out: Path, features: str, deadline: float) -> None:
+    data = next((out / "scenes").glob("**/dataset_info.json")).parent
+    base = out / "base"
+    options = ["--base", base, "--image-encoder", base / ENCODER, "--data", data, "--features", features]
+    run(["encode", *options, "--out", out / features, "--resolution", SIDE, "--dtype", "float32"], deadline)
 
 
-def _places(run_folder: Path, cache: Path, base: Path) -> list[Any]:
-    encoder = base / ENCODER
-    return ["--out", run_folder, "--data.path", cache, "--model.base", base, "--model.image-encoder", encoder]
+def train(recipe: str, folder: Path, cache: Path, base: Path, steps: int, deadline: float) -> None:
+    places = ["--out", folder, "--data.path", cache, "--model.base", base, "--model.image-encoder", base / ENCODER]
+    run(["train", recipe, "--steps", steps, *places], deadline)
 
 
 def _with_unet(base: Path, unet: Path, target: Path) -> None:
