@@ -81,7 +81,8 @@ def fit(
                 saved = time.monotonic()
                 if saved > deadline:
                     return None
-    _save(folder / "state.safetensors", steps, state)
+    if begin < steps:
+        _save(folder / "state.safetensors", steps, state)
     return jax.device_get(state.average)
 
 
