@@ -148,9 +148,10 @@ def make_batch(tokenizer: Any, split: Split, number: int) -> dict[str, np.ndarra
 
 def labels(scene: Scene | None) -> np.ndarray:
     """The place of each attribute among its NAMES, int32."""
-    if scene is None or len(scene.things) > 1:
+    things = scene.things if scene else ()
+    if scene is None or len(things) != 1:
         return np.full(len(NAMES), -1, np.int32)
-    own = {**dataclasses.asdict(scene.things[0]), "background": scene.background}
+    own = {**dataclasses.asdict(things[0]), "background": scene.background}
     return np.array([names.index(own[name]) for name, names in NAMES.items()], np.int32)
 
 
