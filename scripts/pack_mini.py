@@ -20,7 +20,8 @@ TARGET = Path(__file__).parents[1] / "ipadapter_jax" / "mini"
 LOGS = {  # by stage, where its losses are
     "VAE, crops of 32 px": "vae-crops/log.jsonl",
     "VAE, whole pictures": "vae-whole/log.jsonl",
-    "CLIP pair": "clip/log.jsonl",
+    "CLIP pair, contrast": "clip/log.jsonl",
+    "CLIP pair, with heads": "clip-attributes/log.jsonl",
     "UNet": "unet/metrics.jsonl",
     "adapter, base": "mini/metrics.jsonl",
     "adapter, plus": "mini_plus/metrics.jsonl",
