@@ -16,6 +16,7 @@ import tqdm
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from ipadapter_jax.heap import keep_heap
 from ipadapter_jax.sampling import device_mesh, replicated
 from ipadapter_jax.weights.tree import Tree
 
@@ -49,6 +50,7 @@ def fit(
 
     The learning rate rises over 200 steps and falls to 0 along a cosine. folder/log.jsonl has the mean losses.
     """
+    keep_heap()
     folder.mkdir(parents=True, exist_ok=True)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(200, steps // 2), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
