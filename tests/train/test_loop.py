@@ -158,7 +158,8 @@ def test_precomputed_features_give_the_losses_of_pictures(done, run, data, tmp_p
 
 @pytest.mark.parametrize("adapter", ["plus", "full"])
 def test_precomputed_patches_do_so_too(run, tmp_path, adapter) -> None:
-    live = changed(run, model__adapter=adapter, model__resampler_heads=2, log__validate_every=3, steps=3)
+    live = changed(run, model__adapter=adapter, model__resampler_heads=2, steps=3)
+    live = changed(live, log__validate_every=3, log__sample_steps=0)
     cache = encoded(run, tmp_path / "cache", features="penultimate")
     for name, path in (("live", run.data.path), ("cached", str(cache))):
         assert train(changed(live, data__path=path, out=str(tmp_path / name))) == 0
