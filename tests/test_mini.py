@@ -16,8 +16,6 @@ from ipadapter_jax.embedded import FOLDER, GUIDANCE_SCALE, REFERENCE
 from ipadapter_jax.files import sha256
 from ipadapter_jax.train.encoders import load_encoders
 
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the weights are not in this checkout")
-
 CAT = ORACLES / "assets" / "img_a.png"
 BASE, PLUS = Path("ip-adapter_mini.safetensors"), Path("ip-adapter-plus_mini.safetensors")
 
