@@ -1,4 +1,4 @@
-"""The base adapter of the embedded model `mini`: two minutes on a GPU, half an hour on two CPU cores.
+"""The base adapter of the embedded model `mini`: a quarter of an hour on two CPU cores, from a cache.
 
     python scripts/render_scenes.py --out data/scenes
     ipadapter-jax train mini --data.path data/scenes/... --out runs/mini

@@ -1,6 +1,6 @@
 """The UNet of the embedded model `mini`, from random weights on rendered scenes; scripts/build_mini.py runs it.
 
-    ipadapter-jax train mini_unet --model.base build/mini/base --data.path build/mini/cache --out build/mini/unet
+    ipadapter-jax train mini_unet --model.base build/mini/base --data.path build/mini/pooled --out build/mini/unet
 
 A UNet is all that learns; the text of a sample is dropped now and then for classifier-free guidance.
 """

@@ -25,7 +25,7 @@ import mini_tokenizer
 import mini_vae
 import numpy as np
 import tyro
-from make_random_weights import public_config, write_json
+from make_random_weights import public_config, write_json, write_model_index
 from mini_networks import ENCODER, PREPROCESSOR, SCHEDULER, SIDE, TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG, VISION_CONFIG
 from render_scenes import render_scenes
 
@@ -34,18 +34,6 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.weights.component_export import save_component
 from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT
 
-INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.35.0",
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
 STEPS = {
     "vae-crops": 5000,
     "vae-whole": 600,
@@ -120,7 +108,7 @@ def _base(out: Path, folder: Path, steps: dict[str, int], deadline: float) -> No
     shutil.copytree(out / "tokenizer", folder / "tokenizer")
     write_json(folder / ENCODER / "preprocessor_config.json", PREPROCESSOR)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_json(folder / "model_index.json", INDEX)
+    write_model_index(folder, SCHEDULER)
 
 
 def _networks(out: Path, steps: dict[str, int], deadline: float) -> None:

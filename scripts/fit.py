@@ -14,8 +14,10 @@ import numpy as np
 import optax
 import tqdm
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
 
+from ipadapter_jax.files import write_whole
 from ipadapter_jax.heap import keep_heap
 from ipadapter_jax.sampling import device_mesh, replicated
 from ipadapter_jax.weights.tree import Tree
@@ -108,16 +110,13 @@ def _log(path: Path, step: int, loss: float) -> None:
 
 def _save(path: Path, step: int, state: _State) -> None:
     leaves = [np.ascontiguousarray(leaf) for leaf in jax.device_get(jax.tree.leaves(state))]
-    part = path.with_suffix(".part")
-    save_file({str(i): leaf for i, leaf in enumerate(leaves)}, part, metadata={"step": str(step)})
-    part.rename(path)
+    tensors = {str(i): leaf for i, leaf in enumerate(leaves)}
+    write_whole(path, save(tensors, metadata={"step": str(step)}))
 
 
 def _restore(path: Path, state: _State) -> tuple[int, _State]:
     if not path.exists():
         return 0, state
-    from safetensors import safe_open
-
     with safe_open(path, "numpy") as file:
         step = int(file.metadata()["step"])
     arrays, (leaves, tree) = load_file(path), jax.tree.flatten(state)

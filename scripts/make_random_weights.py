@@ -170,21 +170,24 @@ def write_model(out: Path, configs: tuple, kind: np.dtype) -> None:
     write_adapter(models / "ip-adapter_sd15.safetensors", unet, vision, kind)
     write_tokenizer(out / "tokenizer", text.vocab_size)
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_json(
-        out / "model_index.json",
-        {
-            "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": "0.6.0",
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", "PNDMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-    )
+    write_model_index(out, SCHEDULER)
+
+
+def write_model_index(folder: Path, scheduler: dict) -> None:
+    """What tells diffusers the classes of the parts."""
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": scheduler["_diffusers_version"],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", index)
 
 
 def main(

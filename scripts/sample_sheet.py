@@ -27,8 +27,8 @@ STEPS = 30
 ENLARGE = 4  # mini paints 64 pixels
 LINE, GAP = 24, 8  # pixels
 WHAT_TO_SEE = (
-    "What to see: above, every picture has the reference's colours, shape, texture and background; "
-    "below, they come as the scale rises."
+    "What to look for: above, the reference's colours, shape, texture and background in every picture; "
+    "below, whether they come as the scale rises."
 )
 
 Row = list[tuple[str, Image.Image]]
