@@ -23,7 +23,7 @@ from ipadapter_jax.train.folder import run_lock
 from ipadapter_jax.train.loop import Run
 from ipadapter_jax.train.networks import Networks
 from ipadapter_jax.train.samples import open_samples
-from ipadapter_jax.train.sharding import make_mesh
+from ipadapter_jax.train.sharding import check_batch, make_mesh
 from ipadapter_jax.train.stop import StopSignal
 
 Joined = Literal["simple", "full"]
@@ -40,6 +40,7 @@ def train(config: Train, how: Joined) -> int:
     check(config)
     enable_compilation_cache()
     mesh, folder = make_mesh(config.mesh.fsdp), Path(config.out)
+    check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config, config.data.path)
     with (
         run_lock(folder),

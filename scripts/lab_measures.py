@@ -36,62 +36,22 @@ def interval(values: np.ndarray) -> Interval:
     return Interval(float(values.mean()), float(low), float(high))
 
 
-class Measures:
-    """Measures of pictures that were painted for these prompts."""
+def share(values: np.ndarray) -> Interval:
+    """`interval` of shares in [0, 1]. Where all are 0 or all are 1 there is nothing to draw: then it is that of Clopper
+    and Pearson for as many trials as there are prompts."""
+    if values.min() < values.max() or values[0] not in (0, 1):
+        return interval(values)
+    rare = 1 - 0.025 ** (1 / len(values))
+    return Interval(1.0, 1 - rare, 1.0) if values[0] == 1 else Interval(0.0, 0.0, rare)
 
-    def __init__(self, pipe: StableDiffusion, prompts: Sequence[Prompt]):
-        """The CLIP pair is `pipe`'s text encoder and the image encoder of its adapter."""
-        self._pipe, self._encoder, self._prompts = pipe, pipe.adapters[0].encoder, prompts
-        self._truth = truth([prompt.scene for prompt in prompts])
-        self._references = self._embedded(self.references)
-        self._captions = self._texts([prompt.caption for prompt in prompts])
 
-    @property
-    def references(self) -> np.ndarray:
-        """The prompts themselves, (P, 64, 64, 3)."""
-        return np.stack([prompt.pixels for prompt in self._prompts])
+class Eyes:
+    """The networks of a pipeline that look at pictures: its VAE, its text encoder, the image encoder of its adapter."""
 
-    def reconstructions(self) -> np.ndarray:
-        """What the VAE makes of the prompts, (P, 64, 64, 3)."""
-        params = {"params": self._pipe.params["vae"]}
-        run = jax.jit(functools.partial(self._pipe.vae.apply, params))
-        decoded = _in_batches(lambda x: run(x.astype(np.float32) / 127.5 - 1), self.references)
-        return np.clip((decoded + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
+    def __init__(self, pipe: StableDiffusion):
+        self._pipe, self._encoder = pipe, pipe.adapters[0].encoder
 
-    def agreement(self, pixels: np.ndarray) -> Values:
-        """The share of pictures (n, K, 64, 64, 3) of the first n prompts that have an attribute of their prompt."""
-        found = self._verdicts(pixels)
-        count = len(pixels)
-        right = {name: found[name] == getattr(self._truth, name)[:count, None] for name in ATTRIBUTES}
-        asked = found["shape"] == np.array([prompt.other_shape for prompt in self._prompts[:count]])[:, None]
-        right |= {
-            "all three": right["colour"] & right["shape"] & right["background"],
-            "one object": found["count"] == 1,
-            "asked shape": asked,
-            "asked shape and colour": asked & right["colour"],
-        }
-        return {name: array.mean(axis=1) for name, array in right.items()}
-
-    def of(self, pixels: np.ndarray) -> Values:
-        """All measures of pictures (n, K, 64, 64, 3) of the first n prompts."""
-        count, each = pixels.shape[:2]
-        embedded = self._embedded(pixels.reshape(-1, *pixels.shape[2:])).reshape(count, each, -1)
-        ink, chalk = pixels.max(axis=-1) < _INK, pixels.min(axis=-1) > _CHALK
-        own = {
-            "CLIP-I": np.einsum("pkd,pd->p", embedded, self._references[:count]) / each,
-            "CLIP-T": np.einsum("pkd,pd->p", embedded, self._captions[:count]) / each,
-            "ink": np.where(
-                self._truth.background[:count] == "black", chalk.mean(axis=(1, 2, 3)), ink.mean(axis=(1, 2, 3))
-            ),
-        }
-        return self.agreement(pixels) | own | _diversity(pixels, embedded)
-
-    def _verdicts(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """The judge's, each (n, K)."""
-        verdicts = judge(pixels.reshape(-1, *pixels.shape[2:]))
-        return {name: array.reshape(pixels.shape[:2]) for name, array in verdicts._asdict().items()}
-
-    def _embedded(self, pixels: np.ndarray) -> np.ndarray:
+    def pictures(self, pixels: np.ndarray) -> np.ndarray:
         """Unit embeddings (B, D) of pictures (B, 64, 64, 3) uint8."""
 
         def run(batch: np.ndarray) -> Any:
@@ -99,15 +59,63 @@ class Measures:
 
         return _unit(_in_batches(lambda part: run(CLIP_TABLE[part, np.arange(3)]), pixels))
 
-    def _texts(self, texts: Sequence[str]) -> np.ndarray:
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit embeddings (B, D): the pooled state, as mini's pair was trained without a projection of the text."""
         encoder: Any = self._pipe.text_encoder
         ids = tokenize(self._pipe.tokenizer, texts, encoder.config.max_position_embeddings)
         params = self._pipe.params["text_encoder"]
         return _unit(np.asarray(jax.jit(encoder.apply)({"params": params}, jnp.asarray(ids)).pooled))
 
+    def reconstructions(self, pixels: np.ndarray) -> np.ndarray:
+        """What the VAE makes of pictures (B, 64, 64, 3) uint8."""
+        params = {"params": self._pipe.params["vae"]}
+        run = jax.jit(functools.partial(self._pipe.vae.apply, params))
+        decoded = _in_batches(lambda x: run(x.astype(np.float32) / 127.5 - 1), pixels)
+        return np.clip((decoded + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
 
-def _diversity(pixels: np.ndarray, embedded: np.ndarray) -> Values:
+
+class Measures:
+    """Measures of pictures that were painted for these prompts."""
+
+    def __init__(self, eyes: Eyes, prompts: Sequence[Prompt]):
+        self._eyes, self._truth = eyes, truth([prompt.scene for prompt in prompts])
+        self._asked = np.array([prompt.other_shape for prompt in prompts])[:, None]
+        self._references = eyes.pictures(np.stack([prompt.pixels for prompt in prompts]))
+        self._captions = eyes.texts([prompt.caption for prompt in prompts])
+
+    def agreement(self, pixels: np.ndarray) -> Values:
+        """The share of pictures (P, K, 64, 64, 3) uint8 that have an attribute of their prompt, and of their ink."""
+        found = judge(pixels.reshape(-1, *pixels.shape[2:]))
+        right, shape = {}, found.shape.reshape(pixels.shape[:2])
+        for name in ATTRIBUTES:
+            right[name] = getattr(found, name).reshape(shape.shape) == getattr(self._truth, name)[:, None]
+        right |= {
+            "all three": right["colour"] & right["shape"] & right["background"],
+            "one object": found.count.reshape(shape.shape) == 1,
+            "asked shape": shape == self._asked,
+            "asked shape and colour": (shape == self._asked) & right["colour"],
+            "ink": right["background"] * self._ink(pixels),
+        }
+        return {name: array.mean(axis=1) for name, array in right.items()}
+
+    def of(self, pixels: np.ndarray) -> Values:
+        """All measures of pictures (P, K, 64, 64, 3) uint8."""
+        count, each = pixels.shape[:2]
+        embedded = self._eyes.pictures(pixels.reshape(-1, *pixels.shape[2:])).reshape(count, each, -1)
+        clip = {
+            "CLIP-I": np.einsum("pkd,pd->p", embedded, self._references) / each,
+            "CLIP-T": np.einsum("pkd,pd->p", embedded, self._captions) / each,
+        }
+        return self.agreement(pixels) | clip | diversity(pixels, embedded)
+
+    def _ink(self, pixels: np.ndarray) -> np.ndarray:
+        """The share of nearly black pixels (P, K), where the prompt's background is black of nearly white ones."""
+        ink, chalk = pixels.max(axis=-1) < _INK, pixels.min(axis=-1) > _CHALK
+        black = (self._truth.background == "black")[:, None]
+        return np.where(black, chalk.mean(axis=(2, 3)), ink.mean(axis=(2, 3)))
+
+
+def diversity(pixels: np.ndarray, embedded: np.ndarray) -> Values:
     """How far the pictures of a prompt are from one another, over all pairs: RMSE of pixels in [0, 1], and 1 - cosine
     of embeddings."""
     first, second = np.triu_indices(pixels.shape[1], 1)

@@ -4,18 +4,19 @@ same image prompts and, picture for picture, the same noise."""
 import dataclasses
 import functools
 import io
-import json
+import itertools
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import tqdm
+from kept_settings import check_same
 from lab_joined import with_image
-from lab_scenes import Prompt, prompt
+from lab_scenes import Photograph, Prompt, photograph, prompt
 from lab_trainings import ENCODER, TRAININGS, Workshop
 
-from ipadapter_jax import InputError, StableDiffusion
+from ipadapter_jax import StableDiffusion
 from ipadapter_jax.embedded import GUIDANCE_SCALE
 from ipadapter_jax.files import sha256, write_whole
 from ipadapter_jax.preprocess import to_uint8
@@ -40,10 +41,12 @@ class Row:
     scale: float = 1.0
     guidance: float = GUIDANCE_SCALE
     unet: str | None = None
+    prompts: Literal["scenes", "photographs"] = "scenes"
 
     @property
     def folder(self) -> str:
         words = (self.unet, self.adapter, self.text, f"scale {self.scale:g}", f"guidance {self.guidance:g}")
+        words += ("photographs",) * (self.prompts == "photographs")
         return "-".join(word.replace(" ", "-") for word in words if word)
 
 
@@ -55,7 +58,8 @@ BY_SCALE = tuple(dataclasses.replace(MINI, scale=scale) for scale in SCALES)
 OTHER_SHAPE = tuple(dataclasses.replace(row, text="other_caption") for row in BY_SCALE)
 INKED_TEXT, INKED = Row(text="caption", unet="inked"), Row("mini", unet="inked")
 BY_DROP = {name: tuple(Row(name, guidance=guidance) for guidance in GUIDANCES) for name in DROPS}
-SWEEPS = (*BY_SCALE, *OTHER_SHAPE, INKED_TEXT, INKED, *(row for rows in BY_DROP.values() for row in rows))
+PHOTOGRAPHS = dataclasses.replace(MINI, prompts="photographs")
+ROWS = tuple(dict.fromkeys((*MAIN, *BY_SCALE, *OTHER_SHAPE, INKED_TEXT, INKED, *itertools.chain(*BY_DROP.values()))))
 
 
 class Painter:
@@ -69,13 +73,14 @@ class Painter:
     def paint(self, row: Row, prompts: int) -> np.ndarray:
         """The pictures of the first `prompts` prompts, (prompts, COUNT, 64, 64, 3) uint8."""
         folder = self._workshop.out / "rows" / row.folder
-        self._check_same(folder / "row.json", row)
+        given = photograph if row.prompts == "photographs" else prompt
+        check_same(folder / "settings.json", self._settings(row))
         parts = [range(start, min(start + _CHUNK, prompts)) for start in range(0, prompts, _CHUNK)]
         files = [folder / f"{part.start:05d}-{part.stop:05d}.npz" for part in parts]
         missing = [i for i, file in enumerate(files) if not file.exists()]
         pipe = self.pipeline(row) if missing else self.base
         for i in tqdm.tqdm(missing, desc=row.folder, unit=f" x {_CHUNK} prompts", disable=None):
-            pictures = np.stack([self._one(pipe, row, prompt(index)) for index in parts[i]])
+            pictures = np.stack([self._one(pipe, row, given(index)) for index in parts[i]])
             with io.BytesIO() as file:
                 np.savez_compressed(file, pixels=pictures)
                 write_whole(files[i], file.getvalue())
@@ -91,7 +96,7 @@ class Painter:
             return pipe
         return pipe.with_ip_adapter(self._workshop.adapter(row.adapter), image_encoder=self._workshop.base / ENCODER)
 
-    def _one(self, pipe: StableDiffusion, row: Row, given: Prompt) -> np.ndarray:
+    def _one(self, pipe: StableDiffusion, row: Row, given: Prompt | Photograph) -> np.ndarray:
         """COUNT pictures (COUNT, 64, 64, 3) uint8, of the same seeds in every row."""
         told: dict[str, Any] = {}
         joined = TRAININGS[row.adapter].joined if row.adapter in TRAININGS else None
@@ -110,17 +115,14 @@ class Painter:
         )
         return to_uint8(painted)
 
-    def _check_same(self, path: Path, row: Row) -> None:
-        """Raises InputError where pictures of this row were painted otherwise."""
+    def _settings(self, row: Row) -> dict[str, Any]:
+        """What decides the pictures of a row."""
         weights = {"base": self._workshop.base_digest}
         if row.unet is not None:
             weights["unet"] = sha256(self._unet(row.unet))
         if row.adapter is not None:
             weights["adapter"] = sha256(self._workshop.adapter(row.adapter))
-        now = json.dumps({**dataclasses.asdict(row), "steps": self.steps, "weights": weights}, indent=1)
-        if path.exists() and path.read_text() != now:
-            raise InputError(f"{path.parent} was painted with other weights or steps: remove it, or give another --out")
-        write_whole(path, now.encode())
+        return dataclasses.asdict(row) | {"steps": self.steps, "weights": weights}
 
     def _unet(self, name: str) -> Path:
         return self._workshop.trained(name) / "unet" / f"{UNET.torch_stem}.safetensors"

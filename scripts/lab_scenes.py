@@ -33,6 +33,19 @@ class Prompt:
     other_caption: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Photograph:
+    """A crop of a photograph as image prompt. The photographs are those of the training data, the crops are not."""
+
+    index: int
+    pixels: np.ndarray  # (64, 64, 3) uint8
+
+
+@functools.cache
+def photograph(index: int) -> Photograph:
+    return Photograph(index, example("held_out", index, photographs=1.0).pixels)
+
+
 @functools.cache
 def prompt(index: int) -> Prompt:
     scene, rng = make_scene("held_out", index, 1), generator("held_out", index, _WORDS)

@@ -7,7 +7,6 @@ it is made, so the same command goes on where one was stopped. Needs the extra s
 """
 
 import importlib.metadata
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,15 +14,18 @@ from typing import Annotated
 import jax
 import numpy as np
 import tyro
+from cpu import use_cores
 from lab_claims import Measured
-from lab_measures import Measures, Values
-from lab_report import SHOWN, Report, Setting
-from lab_rows import BY_SCALE, CHANCE, MAIN, MINI, SWEEPS, Painter, Row
-from lab_scenes import inked, prompt
-from lab_trainings import SHIPPED, Workshop
+from lab_measures import Eyes, Measures, Values
+from lab_networks import distances, probes, psnr
+from lab_report import SHOWN, Networks, Report, Setting
+from lab_rows import BY_SCALE, CHANCE, MINI, PHOTOGRAPHS, ROWS, Painter, Row
+from lab_scenes import inked, photograph, prompt
+from lab_trainings import SHIPPED, TRAININGS, Workshop
 from safetensors import safe_open
 
 from ipadapter_jax import InputError
+from ipadapter_jax.cli.train import parse
 from ipadapter_jax.embedded import FOLDER
 from ipadapter_jax.files import check_writable
 from ipadapter_jax.scenes.render import render
@@ -35,21 +37,21 @@ def main(
         "docs/results.md"
     ),
     base: Annotated[Path, tyro.conf.arg(help="base model with image_encoder and adapters, laid out as mini")] = FOLDER,
-    prompts: Annotated[int, tyro.conf.arg(help="held-out image prompts of the main table")] = 500,
-    sweep_prompts: Annotated[int, tyro.conf.arg(help="of the other tables")] = 250,
-    sampling_steps: int = 25,
-    steps: Annotated[int, tyro.conf.arg(help="training steps of each adapter that is compared")] = 1500,
+    prompts: Annotated[int, tyro.conf.arg(help="held-out image prompts of every row")] = 500,
+    sampling_steps: int = 20,
+    steps: Annotated[int, tyro.conf.arg(help="training steps of all that is compared")] = 1500,
     scenes: Annotated[int, tyro.conf.arg(help="training examples")] = 30_000,
     batch_size: int = 64,
 ) -> int:
     """Does what is left of the work and writes the report. Returns the exit code."""
     try:
+        if report.suffix != ".md":
+            raise InputError(f"--report {report}: give a name that ends in .md")
+        if prompts < 2:
+            raise InputError(f"--prompts {prompts}: give 2 or more")
         check_writable(report)
-        if not 1 <= sweep_prompts <= prompts:
-            raise InputError(f"--sweep-prompts {sweep_prompts}: give 1 to --prompts, which is {prompts}")
         workshop = Workshop(out, base, scenes, steps, batch_size)
-        painter = Painter(workshop, sampling_steps)
-        _write(report, workshop, painter, prompts, sweep_prompts)
+        _write(report, workshop, Painter(workshop, sampling_steps), prompts)
     except InputError as error:
         print(f"reproduce_mini: {error}", file=sys.stderr)
         return 2
@@ -57,39 +59,52 @@ def main(
     return 0
 
 
-def _write(report: Path, workshop: Workshop, painter: Painter, prompts: int, sweep_prompts: int) -> None:
-    given = [prompt(index) for index in range(prompts)]
+def _write(report: Path, workshop: Workshop, painter: Painter, prompts: int) -> None:
     own = painter.pipeline(MINI)
-    measures = Measures(own, given)
-    rows: dict[Row, Values] = {}
-    pictures: dict[Row, np.ndarray] = {}
-    for row in dict.fromkeys((*MAIN, *SWEEPS)):
-        painted = painter.paint(row, prompts if row in MAIN else sweep_prompts)
-        rows[row], pictures[row] = measures.of(painted), painted[:SHOWN]
-        if row == CHANCE:
-            unprompted = painted[:sweep_prompts]
-        if row == BY_SCALE[0]:
-            unlike = int((painted != unprompted).sum())
-    inks = np.stack([render(inked(one.scene)) for one in given])
-    judged = {
-        "renders": measures.agreement(measures.references[:, None]),
-        "after mini's VAE": measures.agreement(measures.reconstructions()[:, None]),
-        "renders in ink": measures.agreement(inks[:, None]),
-    }
+    eyes, given = Eyes(own), [prompt(index) for index in range(prompts)]
+    measures = Measures(eyes, given)
+    painted = {row: painter.paint(row, prompts) for row in (*ROWS, PHOTOGRAPHS)}
+    rows = {row: measures.of(painted[row]) for row in ROWS}
     sizes = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (own.adapters[0].params, own.params["unet"]))
-    setting = Setting(
-        command=" ".join(["python scripts/reproduce_mini.py", *sys.argv[1:]]),
+    unlike = int((painted[BY_SCALE[0]] != painted[CHANCE]).sum())
+    measured = Measured(rows, _judged(eyes, measures, prompts), unlike, *sizes)
+    shown = {row: pictures[:SHOWN] for row, pictures in painted.items()}
+    Report(report, _setting(workshop, painter, prompts), measured, shown).write(_networks(eyes, painted, prompts))
+
+
+def _judged(eyes: Eyes, measures: Measures, prompts: int) -> dict[str, Values]:
+    """What the judge says of pictures that show the prompts exactly, by how these were made."""
+    scenes = [prompt(index).scene for index in range(prompts)]
+    plain, inks = (np.stack([render(style(scene)) for scene in scenes]) for style in (lambda scene: scene, inked))
+    made = {"renders": plain, "after mini's VAE": eyes.reconstructions(plain), "renders in ink": inks}
+    return {name: measures.agreement(pixels[:, None]) for name, pixels in made.items()}
+
+
+def _networks(eyes: Eyes, painted: dict[Row, np.ndarray], prompts: int) -> Networks:
+    scenes = [prompt(index) for index in range(prompts)]
+    crops = np.stack([photograph(index).pixels for index in range(prompts)])
+    shown = {"the image prompts": np.stack([one.pixels for one in scenes]), "crops of photographs": crops}
+    compared = {"their own prompt": crops, "another's": np.roll(crops, 1, axis=0)}
+    return Networks(
+        psnr={name: psnr(eyes, pixels) for name, pixels in shown.items()},
+        probes=probes(eyes, [one.scene for one in scenes]),
+        photographs={name: distances(eyes, pixels, painted[PHOTOGRAPHS]) for name, pixels in compared.items()},
+    )
+
+
+def _setting(workshop: Workshop, painter: Painter, prompts: int) -> Setting:
+    recipe = parse([TRAININGS["decoupled"].recipe])
+    return Setting(
         base_digest=workshop.base_digest,
         prompts=prompts,
-        sweep_prompts=sweep_prompts,
         sampling_steps=painter.steps,
         compared_steps=workshop.steps,
         shipped_steps={name: _steps(workshop, name) for name in SHIPPED},
         batch_size=workshop.batch_size,
         scenes=workshop.scenes,
+        seed=recipe.seed,
         versions=f"ipadapter-jax {importlib.metadata.version('ipadapter-jax')}, jax {jax.__version__}",
     )
-    Report(report, setting, Measured(rows, unlike, *sizes), pictures).write(judged)
 
 
 def _steps(workshop: Workshop, adapter: str) -> int:
@@ -99,5 +114,5 @@ def _steps(workshop: Workshop, adapter: str) -> int:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # small networks are faster with one device per core
+    use_cores()
     sys.exit(tyro.cli(main))

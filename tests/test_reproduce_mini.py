@@ -3,24 +3,43 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reproduce_mini
 from judge import judge, truth
-from lab_claims import above
-from lab_measures import Interval, interval
+from lab_claims import Measured, above, bars, claims
+from lab_joined import join, with_image
+from lab_measures import Eyes, Interval, Measures, diversity, interval, share
 from lab_report import NAMES
-from lab_rows import INKED, MAIN, OTHER_SHAPE, SWEEPS, Painter
+from lab_rows import (
+    BY_DROP,
+    BY_SCALE,
+    CHANCE,
+    DECOUPLED,
+    INKED,
+    MAIN,
+    MINI,
+    OTHER_SHAPE,
+    PLUS,
+    ROWS,
+    SIMPLE,
+    TEXT,
+    Painter,
+)
 from lab_scenes import inked, prompt
 from lab_trainings import SHIPPED, TRAININGS, drops
 from make_random_weights import write_model
 from PIL import Image
 from safetensors import safe_open
 
+from ipadapter_jax import StableDiffusion, sampling
 from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.models.unet import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
+from ipadapter_jax.preprocess import CLIP_TABLE
 from ipadapter_jax.scenes.render import render
 from ipadapter_jax.train.initial import initial_adapter, projection_config
 from ipadapter_jax.weights.components import UNET, load_component
@@ -60,7 +79,7 @@ def base(tmp_path_factory) -> Path:
 
 
 def run(base: Path, folder: Path, **changes) -> int:
-    counts = {"prompts": 3, "sweep_prompts": 2, "sampling_steps": 2, "steps": 2, "scenes": 40, "batch_size": 4}
+    counts = {"prompts": 3, "sampling_steps": 2, "steps": 2, "scenes": 40, "batch_size": 4}
     return reproduce_mini.main(folder / "lab", folder / "docs" / "results.md", base, **(counts | changes))
 
 
@@ -86,23 +105,28 @@ def test_from_data_to_report(base, tmp_path, monkeypatch) -> None:
     assert {row for row, _ in painted} >= {*MAIN, *OTHER_SHAPE}
     monkeypatch.setattr(Painter, "_one", going_on)
     assert run(base, tmp_path) == 0
-    assert len(painted) == 3 * len(MAIN) + 2 * len({*SWEEPS} - {*MAIN})
+    assert len(painted) == 3 * (len(ROWS) + 1)
     report = tmp_path / "docs" / "results.md"
     check_report(report, report.read_text())
     trained = tmp_path / "lab" / "trained"
-    assert len(list(trained.glob("*/finished.json"))) == len(TRAININGS)
+    assert len(list(trained.glob("*/finished"))) == len(TRAININGS)
     for file in trained.glob("*/adapter.safetensors"):
         with safe_open(file, "numpy") as adapter:
             assert adapter.metadata()["step"] == "2"
     assert run(base, tmp_path, sampling_steps=3) == 2  # the rows were painted with 2
+    assert run(base, tmp_path, steps=1) == 2  # and trained for 2
+
+
+def clip_values(picture: np.ndarray) -> np.ndarray:
+    return CLIP_TABLE[picture, np.arange(3)][None]
 
 
 def check_report(path: Path, text: str) -> None:
     assert all(f"| {name} | " in text for name in NAMES.values())
     assert "at scale 0 0 values of pixels differ" in text
-    assert len(re.findall(r"^\| .* \| (holds|does not hold|undecided|not measured) \|", text, re.MULTILINE)) == 13
+    assert len(re.findall(r"^\| .* \| (holds|does not hold|undecided|not measured) \|", text, re.MULTILINE)) == 15
     pictures = re.findall(r"\]\((results/[a-z-]+\.png)\)", text)
-    assert len(pictures) == 7
+    assert len(pictures) == 8
     for picture in pictures:
         Image.open(path.parent / picture).verify()
     assert "nan" not in text
@@ -121,6 +145,102 @@ def test_verdicts() -> None:
     assert above(Interval(0.1, -0.05, 0.25)) == "undecided"
     assert above(Interval(-0.1, -0.15, -0.05)) == "does not hold"
     assert above(Interval(-0.01, -0.015, -0.005), -0.02) == "holds"
+
+
+def test_shares_of_all_or_none_have_an_interval() -> None:
+    """Clopper and Pearson's for 500 of 500 and 0 of 500."""
+    assert share(np.ones(500)) == (1.0, pytest.approx(0.99265, abs=1e-5), 1.0)
+    assert share(np.zeros(500)) == (0.0, 0.0, pytest.approx(0.00735, abs=1e-5))
+    mixed = np.repeat([1.0, 0.0], [450, 50])
+    assert share(mixed) == interval(mixed)
+
+
+def rows(**changed: float) -> dict:
+    """Rows as the paper wants them, 100 prompts each; `changed` are values of all three by row."""
+    best = {"CLIP-I": 0.9, "all three": 0.9, "diversity, RMSE": 0.2, "asked shape and colour": 0.7, "ink": 0.05}
+    good = best | {"CLIP-I": 0.85, "diversity, RMSE": 0.3}
+    values = dict.fromkeys(ROWS, good) | {PLUS: best, TEXT: good | {"CLIP-I": 0.6, "all three": 0.6}}
+    values |= {SIMPLE: good | {"CLIP-I": 0.8}, MINI: best | {"ink": 0.0}, CHANCE: good}
+    values |= {row: values[row] | {"all three": 0.1 + 0.8 * row.scale} for row in BY_SCALE}
+    values |= {row: good | {"all three": 0.5} for guided in BY_DROP.values() for row in guided if row != DECOUPLED}
+    shares = {"colour": 0.95, "shape": 0.95, "background": 0.95}
+    guess = {"colour": 1 / 6, "shape": 1 / 6, "background": 1 / 6}
+    found = {row: (guess if row == CHANCE else shares) | own for row, own in values.items()}
+    found |= {globals()[name]: found[globals()[name]] | {"all three": value} for name, value in changed.items()}
+    noise = np.random.default_rng(0).normal(0, 1e-4, 100)
+    return {row: {name: value + noise for name, value in own.items()} for row, own in found.items()}
+
+
+def verdicts(judge: float = 1.0, unlike: int = 0, **changed: float) -> list[str]:
+    exact = {name: np.full(100, judge) for name in ("background", "colour", "shape", "texture", "size", "place")}
+    measured = Measured(rows(**changed), {"renders": exact}, unlike, 1, 10)
+    return [claim.verdict for claim in (*claims(measured), *bars(measured))]
+
+
+@pytest.mark.parametrize(
+    ("places", "changed"),
+    [
+        ([1], {"TEXT": 0.95}),
+        ([2], {"FULL": 0.95}),
+        ([6], {"INKED": 0.6}),
+        ([7], {"unlike": 1}),
+        ([10], {"judge": 0.9}),
+    ],
+)
+def test_each_claim_can_fail(places, changed) -> None:
+    as_wanted = verdicts()
+    assert [i for i, verdict in enumerate(as_wanted) if verdict == "not measured"] == [0, 9]
+    assert set(as_wanted) == {"holds", "not measured"} and len(as_wanted) == 15
+    found = verdicts(**changed)
+    assert [i for i, verdict in enumerate(found) if verdict != as_wanted[i]] == places
+    assert [found[i] for i in places] == ["does not hold"]
+
+
+def test_diversity_and_ink() -> None:
+    """Of pictures of one colour each: RMSE over the pairs; and pixels that are black where the background is right."""
+    pixels = np.zeros((1, 3, 64, 64, 3), np.uint8) + np.array([0, 51, 102], np.uint8)[None, :, None, None, None]
+    embedded = np.array([[[1.0, 0], [1, 0], [0, 1]]])
+    found = diversity(pixels, embedded)
+    np.testing.assert_allclose(found["diversity, RMSE"], [(0.2 + 0.2 + 0.4) / 3], atol=1e-6)
+    np.testing.assert_allclose(found["diversity, CLIP"], [2 / 3])
+
+
+def test_measures_know_the_prompts_themselves(base) -> None:
+    """Renders agree with their scenes and are like themselves, those of the neighbour are not; ink is counted on a
+    background that is right."""
+    pipe = StableDiffusion.from_pretrained(base)
+    pipe = pipe.with_ip_adapter(base / SHIPPED["mini"], image_encoder=base / "image_encoder")
+    given = [prompt(index) for index in range(8)]
+    measures, plain = Measures(Eyes(pipe), given), np.stack([[one.pixels] * 2 for one in given])
+    own, other = measures.of(plain), measures.of(np.roll(plain, 1, axis=0))
+    np.testing.assert_allclose(own["CLIP-I"], 1, atol=1e-5)
+    assert (other["CLIP-I"] < own["CLIP-I"]).all() and (own["all three"] == 1).all() and (own["ink"] < 0.001).all()
+    assert other["all three"].mean() < 0.5
+    assert (own["diversity, RMSE"] == 0).all()
+    inks = measures.agreement(np.stack([[render(inked(one.scene))] for one in given]))
+    assert (inks["ink"] > 0.01).all()
+    black = np.zeros_like(plain)
+    wrong = np.array([one.scene.background != "black" for one in given])
+    assert (measures.agreement(black)["ink"][wrong] == 0).all()
+
+
+@pytest.mark.parametrize("how", ["simple", "full"])
+def test_joined_tokens_are_sampled_as_they_were_trained(base, how) -> None:
+    """What the UNet reads of a picture and a text in sampling, for both branches, is what training's `join` gives."""
+    pipe = StableDiffusion.from_pretrained(base)
+    pipe = pipe.with_ip_adapter(base / SHIPPED["mini"], image_encoder=base / "image_encoder")
+    picture, ids = prompt(0).pixels, np.array([[0, 5, 513], [0, 513, 513]])
+    adapter: Any = pipe.adapters[0]
+    seen = sampling.encode_image(adapter.encoder.module, False, adapter.encoder.params, clip_values(picture))
+    features = jnp.concatenate([jnp.zeros_like(seen), seen])
+    tokens = adapter.projection.apply({"params": adapter.params["image_proj"]}, features)
+    encoder: Any = pipe.text_encoder
+    text = encoder.apply({"params": pipe.params["text_encoder"]}, ids).last_hidden_state
+    told = with_image(pipe, how, picture, guided=True)
+    both: Any = told.text_encoder
+    found = both.apply({"params": told.params["text_encoder"]}, ids, method=None).last_hidden_state
+    np.testing.assert_allclose(found, join(how, text, tokens), atol=1e-5)
+    assert found.shape[1] == (3 + 4 if how == "simple" else 4)
 
 
 def test_the_judge_reads_scenes_in_ink() -> None:
