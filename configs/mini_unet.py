@@ -9,7 +9,7 @@ from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Trai
 
 config = Train(
     out="runs/mini_unet",
-    steps=8000,
+    steps=6000,
     model=Model(base="mini", adapter="none", train=("unet",), dtype="float32"),
     data=Data(batch_size=64, resolution=64, drop_image=0.0, drop_text=0.15, drop_both=0.0),
     optim=Optim(learning_rate=1e-3, warmup_steps=200, weight_decay=0.0, clip_norm=1.0, ema=0.999),

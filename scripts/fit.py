@@ -14,11 +14,11 @@ import numpy as np
 import optax
 import tqdm
 from jax.sharding import NamedSharding, PartitionSpec
+from kept_settings import check_same
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from ipadapter_jax.files import write_whole
-from ipadapter_jax.heap import keep_heap
 from ipadapter_jax.sampling import device_mesh, replicated
 from ipadapter_jax.weights.tree import Tree
 
@@ -51,8 +51,9 @@ def fit(
     (seconds of time.monotonic) came first: the state lies in `folder` and the next call goes on from there.
 
     The learning rate rises over 200 steps and falls to 0 along a cosine. folder/log.jsonl has the mean losses.
+
+    Raises InputError where the state in `folder` is on its way to another number of steps.
     """
-    keep_heap()
     folder.mkdir(parents=True, exist_ok=True)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(200, steps // 2), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
@@ -60,7 +61,9 @@ def fit(
     # Copies, since the step gives the memory of its state to the next one.
     state = jax.tree.map(jnp.copy, _State(params, optimizer.init(params), params))
     state = jax.device_put(state, replicated(mesh))
+    check_same(folder / "settings.json", {"steps": steps, "learning_rate": learning_rate})
     begin, state = _restore(folder / "state.safetensors", state)
+    _cut_log(folder / "log.jsonl", begin)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: _State, batch: Batch, number: jax.Array):
@@ -106,6 +109,12 @@ def _log(path: Path, step: int, loss: float) -> None:
         raise SystemExit(f"{path}: the loss is {loss} at step {step}")
     with path.open("a") as file:
         file.write(json.dumps({"step": step, "loss": loss, "time": round(time.time())}) + "\n")
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Removes what was logged after the state that is gone on with."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
 
 
 def _save(path: Path, step: int, state: _State) -> None:

@@ -22,6 +22,7 @@ LOGS = {  # by stage, where its losses are
     "VAE, whole pictures": "vae-whole/log.jsonl",
     "CLIP pair, contrast": "clip/log.jsonl",
     "CLIP pair, with heads": "clip-attributes/log.jsonl",
+    "CLIP vision alone": "clip-vision/log.jsonl",
     "UNet": "unet/metrics.jsonl",
     "adapter, base": "mini/metrics.jsonl",
     "adapter, plus": "mini_plus/metrics.jsonl",
@@ -32,7 +33,13 @@ MOST_BYTES = 16_000_000
 
 
 def main(build: Path = Path("build/mini"), target: Path = TARGET) -> None:
-    """Replaces the folder TARGET."""
+    """Replaces the folder TARGET. Only a build whose stages are all finished."""
+    logs = {name: summary(build / log) for name, log in LOGS.items()}
+    steps = json.loads((build / "settings.json").read_text())["steps"]
+    for name, log in LOGS.items():
+        wanted, made = steps[Path(log).parent.name], logs[name]["steps"]
+        if made != wanted:
+            raise SystemExit(f"{build}: {name} has made {made} of {wanted} steps; go on with scripts/build_mini.py")
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(build / "base-with-unet", part)
@@ -41,7 +48,7 @@ def main(build: Path = Path("build/mini"), target: Path = TARGET) -> None:
     Image.fromarray(render(make_scene("held_out", REFERENCE, 1), 256)).save(part / "reference.png")
     if (card := target / "README.md").exists():
         shutil.copy(card, part)
-    write_json(part / "training.json", {name: summary(build / log) for name, log in LOGS.items()})
+    write_json(part / "training.json", logs)
     files = sorted(path for path in part.rglob("*") if path.is_file())
     for path in files:
         path.chmod(0o644)  # safetensors leaves its files to their owner alone, and a wheel would keep that
@@ -56,6 +63,8 @@ def main(build: Path = Path("build/mini"), target: Path = TARGET) -> None:
 
 def summary(log: Path) -> dict[str, Any]:
     """Of a stage: its steps, and the mean loss of its first and last tenth."""
+    if not log.exists():
+        raise SystemExit(f"{log} is missing: make it with scripts/build_mini.py")
     lines = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
     losses = [line["loss"] for line in lines]
     tenth = max(len(losses) // 10, 1)

@@ -1,5 +1,6 @@
 """The parts of the embedded model's build, and (slow) all of its stages with a thousandth of their steps."""
 
+import json
 import os
 import re
 import subprocess
@@ -16,9 +17,9 @@ import mini_vae
 import numpy as np
 import pytest
 from fit import fit
-from mini_networks import TOKENS, VAE_CONFIG, VOCABULARY
+from mini_networks import TEXT_CONFIG, TOKENS, VAE_CONFIG, VOCABULARY
 
-from ipadapter_jax import StableDiffusion
+from ipadapter_jax import InputError, StableDiffusion
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.scenes.examples import example
 from ipadapter_jax.scenes.scene import KINDS
@@ -48,6 +49,12 @@ def test_a_fit_that_was_stopped_gives_the_weights_of_one_that_was_not(tmp_path) 
         parts = fit(tmp_path / "parts", loss, start, batch, **options, deadline=time.monotonic())
     assert whole is not None and parts is not None
     np.testing.assert_array_equal(parts["w"], whole["w"])
+    logged = [
+        [json.loads(line)["step"] for line in (tmp_path / name / "log.jsonl").open()] for name in ("whole", "parts")
+    ]
+    assert logged == [[6], [6]]
+    with pytest.raises(InputError, match="other settings .steps.: remove it"):
+        fit(tmp_path / "parts", loss, start, batch, **options | {"steps": 7})
     assert np.abs(whole["w"]).max() > 1e-4
 
 
@@ -85,13 +92,13 @@ def test_groups_differ_in_one_attribute_and_show_nothing_held_out(tokenizer) -> 
     rng = np.random.default_rng(0)
     for number in range(100):
         scene = mini_clip.make_scene("train", number)
-        other = mini_clip.changed(scene, "train", rng)
+        other = mini_clip.changed(scene, rng)
         assert all(thing.kind not in KINDS["held_out"] for thing in other.things)
         changes = [scene.background != other.background]
         for before, after in zip(scene.things, other.things, strict=True):
             changes += [getattr(before, name) != getattr(after, name) for name in tuple(mini_clip.NAMES)[:-1]]
         assert sum(changes) == 1
-    batch, again = (mini_clip.make_batch(tokenizer, "train", 3) for _ in range(2))
+    batch, again = (mini_clip.make_batch(tokenizer, 3) for _ in range(2))
     for name, array in batch.items():
         np.testing.assert_array_equal(array, again[name])
     assert batch["pixels"].shape == (128, 64, 64, 3) and batch["input_ids"].shape == (128, TOKENS)
@@ -114,7 +121,7 @@ def test_equal_captions_are_equally_right() -> None:
         "vision": clip.vision.init(keys[1], jnp.zeros((1, 64, 64, 3)))["params"],
         "scale": jnp.float32(1),
     }
-    loss = mini_clip.loss(clip, params, text, keys[0])
+    loss = mini_clip.loss(clip, {}, params, text, keys[0])
     images, texts = clip.embeddings(params, text["pixels"], ids)
     images, texts = (np.asarray(x) / np.linalg.norm(x, axis=-1, keepdims=True) for x in (images, texts))
     logits = (images @ texts.T).astype(np.float64) * np.e
@@ -124,6 +131,26 @@ def test_equal_captions_are_equally_right() -> None:
         return -np.mean(np.sum(target * (logits - np.log(np.exp(logits).sum(1, keepdims=True))), axis=1))
 
     np.testing.assert_allclose(loss, (cross_entropy(logits) + cross_entropy(logits.T)) / 2, rtol=1e-5)
+
+
+def test_pictures_without_colour_are_named_by_the_rest() -> None:
+    """The colours of grey pictures count for nothing, their shapes do; captions' weights are no part of it."""
+    clip, keys = mini_clip.networks(), jax.random.split(jax.random.key(0))
+    ids = np.asarray(tokenize_plain([5, 6]))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    params = {"vision": clip.vision.init(keys[1], jnp.zeros((1, 64, 64, 3)))["params"], "scale": jnp.float32(1)}
+    text = {"text": clip.text.init(keys[0], ids)["params"]}
+    names, width = list(mini_clip.NAMES), TEXT_CONFIG.hidden_size
+    params["heads"] = {name: jnp.zeros((width, len(found))) for name, found in mini_clip.NAMES.items()}
+
+    def named(**labels: int) -> float:
+        row = [labels.get(name, -1) for name in names]
+        batch = {"pixels": pixels, "input_ids": ids, "labels": np.array([row, row]), "whole": np.ones(2, bool)}
+        return float(mini_clip.loss_of_vision(clip, text, params, batch, keys[0]))
+
+    contrast = named()
+    assert named(colour=2) - contrast == pytest.approx(np.log(6) / 6, rel=1e-3)
+    assert named(shape=2) - contrast == pytest.approx(2 * np.log(6) / 6, rel=1e-3)
 
 
 def tokenize_plain(words: list[int]) -> np.ndarray:
