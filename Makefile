@@ -4,17 +4,19 @@
 #   make test-light  the same without PyTorch          make test-full   also the slow, full-size tests
 #   make lint, make format, make clean
 # Variables: PYTHON, PIP_FLAGS (extra flags for pip), ARGS (for what is run: make test ARGS="-k unet -x",
-# make sample ARGS="--image mine.jpg").
+# make sample ARGS="--image mine.jpg"), JOBS (processes of the tests; each takes up to 6 GB).
 
 # The first of these that really starts: a shim on the PATH may name a Python that is not there.
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 PIP_FLAGS ?=
 ARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGE := ipadapter_jax
 PYRIGHT = $(BIN)/pyright --pythonpath $(BIN)/python
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e
 
 .PHONY: help sample test test-light test-full lint lint-light format clean
@@ -47,10 +49,10 @@ sample: $(VENV)/installed
 	$(BIN)/python scripts/sample_sheet.py $(ARGS)
 
 test: $(VENV)/installed-torch lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-light: $(VENV)/installed-dev lint-light
-	$(BIN)/python -m pytest -m "not slow and not gpu and not torch" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not torch" $(ARGS)
 
 test-full: $(VENV)/installed-torch lint
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
