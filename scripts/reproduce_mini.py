@@ -38,8 +38,8 @@ def main(
     ),
     base: Annotated[Path, tyro.conf.arg(help="base model with image_encoder and adapters, laid out as mini")] = FOLDER,
     prompts: Annotated[int, tyro.conf.arg(help="held-out image prompts of every row")] = 500,
-    sampling_steps: int = 20,
-    steps: Annotated[int, tyro.conf.arg(help="training steps of all that is compared")] = 1500,
+    sampling_steps: int = 15,
+    steps: Annotated[int, tyro.conf.arg(help="training steps of all that is compared")] = 1200,
     scenes: Annotated[int, tyro.conf.arg(help="training examples")] = 30_000,
     batch_size: int = 64,
 ) -> int:
