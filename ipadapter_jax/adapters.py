@@ -13,15 +13,33 @@ from PIL import Image
 
 from ipadapter_jax import sampling
 from ipadapter_jax.arguments import as_floats
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPVision, CLIPVisionConfig
 from ipadapter_jax.models.projections import Projection, image_projection
-from ipadapter_jax.models.unet import KeyValue, UNet, cross_attention_sites
+from ipadapter_jax.models.unet import KeyValue, UNetConfig, cross_attention_sites
 from ipadapter_jax.preprocess import clip_pixel_values, load_image
-from ipadapter_jax.weights.components import IMAGE_ENCODER, Loaded, choose_files, load_component, read_config
+from ipadapter_jax.weights.components import (
+    IMAGE_ENCODER,
+    Loaded,
+    Opened,
+    blueprint_of,
+    choose_files,
+    choose_weights,
+    open_component,
+    open_weights,
+)
 from ipadapter_jax.weights.hub import local_path, path_here
-from ipadapter_jax.weights.ip_adapter_file import check_base, check_encoder, load_ip_adapter, open_ip_adapter
+from ipadapter_jax.weights.ip_adapter_file import (
+    IPAdapterFile,
+    check_base,
+    check_encoder,
+    load_ip_adapter,
+    open_ip_adapter,
+)
+from ipadapter_jax.weights.kinds import OPENCLIP, identify
+from ipadapter_jax.weights.openclip import to_transformers, vision_settings
+from ipadapter_jax.weights.tensors import open_tensors
 from ipadapter_jax.weights.tree import Tree
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
@@ -81,28 +99,38 @@ class Adapter:
         return lambda: jax.numpy.asarray(array)
 
 
-def load_adapter(
-    path: str | os.PathLike,
-    image_encoder: str | os.PathLike | None,
-    unet: UNet,
-    put: Callable,
-    revision: str | None,
-    attached: Sequence[Adapter],
-) -> Adapter:
-    """Reads an adapter for `unet` and its encoder (shared with an `attached` adapter that uses the same one)."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class OpenedAdapter:
+    """An adapter file and its image encoder, which fit a UNet with cross-attentions of these widths; still unread."""
+
+    file: IPAdapterFile
+    encoder: Opened
+    widths: tuple[int, ...]
+
+    def load(self, dtype: Any, put: Callable, attached: Sequence[Adapter]) -> Adapter:
+        """Reads both; the encoder is shared with an `attached` adapter that uses the same one."""
+        params = load_ip_adapter(self.file, self.widths, np.dtype(dtype), put)
+        shared = [adapter.encoder for adapter in attached if adapter.encoder.source == self.encoder.source]
+        encoder = shared[0] if shared else self.encoder.load(np.dtype(dtype), put)
+        assert isinstance(encoder.module, CLIPVision)
+        keys = IPAdapter(self.widths, dtype)
+        return Adapter(image_projection(self.file.config, dtype), keys, params, encoder, self.file.path)
+
+
+def open_adapter(
+    path: str | os.PathLike, image_encoder: str | os.PathLike | None, unet: UNetConfig, revision: str | None = None
+) -> OpenedAdapter:
+    """Opens an adapter for this UNet and the image encoder that feeds it, by default the one beside the adapter.
+
+    Raises WeightFileError or InputError when the three do not fit, naming what is needed.
+    """
     local = adapter_file(path, revision)
     file = open_ip_adapter(local)
-    widths = tuple(site.width for site in cross_attention_sites(unet.config))
-    check_base(file, unet.config.cross_attention_dim, widths)
-    folder = encoder_folder(_encoder_beside(path, local) if image_encoder is None else image_encoder, revision)
-    vision = read_config(IMAGE_ENCODER, folder / "config.json")
-    check_encoder(file, vision.projection_dim, vision.hidden_size, str(folder))
-    dtype = np.dtype(unet.dtype)
-    params = load_ip_adapter(file, widths, dtype, put)
-    shared = [a.encoder for a in attached if a.encoder.source.parent == folder]
-    encoder = shared[0] if shared else load_component(IMAGE_ENCODER, folder, dtype, put=put)
-    assert isinstance(encoder.module, CLIPVision)
-    return Adapter(image_projection(file.config, dtype), IPAdapter(widths, dtype), params, encoder, local)
+    widths = tuple(site.width for site in cross_attention_sites(unet))
+    check_base(file, unet.cross_attention_dim, widths)
+    encoder = open_image_encoder(_encoder_beside(path, local) if image_encoder is None else image_encoder, revision)
+    check_encoder(file, encoder.config.projection_dim, encoder.config.hidden_size, str(encoder.source))
+    return OpenedAdapter(file, encoder, widths)
 
 
 def adapter_file(path: str | os.PathLike, revision: str | None = None) -> Path:
@@ -123,18 +151,24 @@ def _encoder_beside(path: str | os.PathLike, local: Path) -> str | os.PathLike:
     return beside
 
 
-def encoder_folder(image_encoder: str | os.PathLike, revision: str | None = None) -> Path:
-    """Where an image encoder lies on this machine, downloaded if need be. Raises InputError naming it."""
+def open_image_encoder(image_encoder: str | os.PathLike, revision: str | None = None) -> Opened:
+    """Opens a CLIP vision model: a folder (config.json beside the weights), one file in transformers' or OpenCLIP's
+    layout, or a Hub place of either. Raises InputError naming what is wrong."""
 
     def choose(names: Sequence[str]) -> Sequence[str]:
-        return choose_files(names, {"": IMAGE_ENCODER}, (), None)
+        return choose_files(names, {"": IMAGE_ENCODER}, ("open_clip_config.json",), None)
 
-    folder = local_path(image_encoder, choose, what="image encoder", revision=revision)
-    if not folder.is_dir():
-        raise InputError(
-            f"image encoder {image_encoder}: give its folder (config.json and model.safetensors), not a file"
-        )
-    return folder
+    place = local_path(image_encoder, choose, what="image encoder", revision=revision)
+    if place.is_dir() and (place / "config.json").is_file():
+        return open_component(IMAGE_ENCODER, place)
+    if place.is_dir():
+        place = place / choose_weights(IMAGE_ENCODER, [file.name for file in place.iterdir()], str(place), None)
+    tensors = open_tensors(place)
+    kind = identify(tensors)
+    if kind.name not in (OPENCLIP, IMAGE_ENCODER.kind):
+        raise WeightFileError(f"image encoder {place}: this is {kind}, not a CLIP image encoder; {kind.advice}")
+    settings = vision_settings(place, to_transformers(tensors))
+    return open_weights(blueprint_of(IMAGE_ENCODER, settings, place), tensors, place)
 
 
 def _refuse_folder(names: Sequence[str]) -> Sequence[str]:

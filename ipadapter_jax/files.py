@@ -3,14 +3,15 @@
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from ipadapter_jax.errors import InputError
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Writes through a temporary file beside `path`, making its folder: a reader sees the old file or the new one,
-    never a part.
+    never a part. `content` may come in pieces.
 
     Raises InputError naming the file when it cannot be written.
     """
@@ -19,7 +20,7 @@ def write_whole(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=".part-", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files

@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from ipadapter_jax import embedded, sampling
-from ipadapter_jax.adapters import Adapter, ImagePrompt, load_adapter
+from ipadapter_jax import sampling
+from ipadapter_jax.adapters import Adapter, ImagePrompt, OpenedAdapter, open_adapter
 from ipadapter_jax.arguments import (
     check_choices,
     given_latents,
@@ -24,30 +24,20 @@ from ipadapter_jax.arguments import (
     prompts_of_adapters,
     seeds_of,
 )
+from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.diffusion.ddim import DDIMSteps, ddim_steps
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig
-from ipadapter_jax.models.unet import UNet, UNetConfig, cross_attention_sites
-from ipadapter_jax.models.vae import VAE, VAEConfig
+from ipadapter_jax.models.clip import CLIPText
+from ipadapter_jax.models.unet import UNet, cross_attention_sites
+from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.preprocess import to_uint8
-from ipadapter_jax.tokens import load_tokenizer, tokenize
-from ipadapter_jax.weights.components import (
-    TEXT_ENCODER,
-    UNET,
-    VAE_COMPONENT,
-    choose_files,
-    load_component,
-    read_json,
-)
-from ipadapter_jax.weights.hub import local_path
+from ipadapter_jax.tokens import tokenize
 from ipadapter_jax.weights.tree import Tree
 
 DTYPES = ("float32", "bfloat16", "float16")
 GUIDANCE_SCALE = 7.5  # Stable Diffusion's usual one
-BASE_COMPONENTS = {"unet": UNET, "vae": VAE_COMPONENT, "text_encoder": TEXT_ENCODER}
-_EXTRAS = ("model_index.json", "tokenizer/*", "scheduler/*.json")
 
 OnStep = Callable[[int, int, Array], None]
 """Called after every step with its number, its timestep and the latents (B, h, w, 4)."""
@@ -82,32 +72,41 @@ class StableDiffusion:
         dtype: str = "float32",
         variant: str | None = None,
         revision: str | None = None,
+        config: str | os.PathLike | None = None,
+        vae: str | os.PathLike | None = None,
+        text_encoder: str | os.PathLike | None = None,
+        extract_ema: bool = False,
     ) -> "StableDiffusion":
-        """From a folder in diffusers' layout (PyTorch or Flax weights), a Hub id, or "mini": the model inside this
-        package ("./mini" is a folder of that name).
+        """From a folder in diffusers' layout (PyTorch or Flax weights), a single file of the first layout
+        (.safetensors or .ckpt), a Hub id, or "mini": the model inside this package ("./mini" is a folder of that name).
 
         `dtype` is that of weights and networks: float32, bfloat16 or float16; norms, softmax and the sampler stay in
-        float32. `variant` ("fp16") picks such weight files. Raises InputError, WeightFileError among them.
+        float32. `variant` ("fp16") picks such weight files. A single file takes tokenizer and settings from `config`, a
+        folder or Hub id of its family, by default Stable Diffusion 1.5's, and with `extract_ema` the UNet's moving
+        average. `vae` and `text_encoder`, folders, Hub ids or files, stand in for the model's own. Raises InputError,
+        WeightFileError among them, before any weights are read when the parts do not fit.
         """
+        options = {"config": config, "vae": vae, "text_encoder": text_encoder, "extract_ema": extract_ema}
+        return cls.from_opened(open_base(path, variant=variant, revision=revision, **options), dtype)  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def from_opened(cls, base: BaseModel, dtype: str = "float32") -> "StableDiffusion":
+        """Reads the weights of a base model that was opened."""
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r}: choose {', '.join(DTYPES)}")
         enable_compilation_cache()
-        root = base_folder(path, variant, revision)
-        schedule = NoiseSchedule.from_json(read_json(root / "scheduler" / "scheduler_config.json"))
-        tokenizer = load_tokenizer(root / "tokenizer")
-        mesh = sampling.device_mesh()
+        base.check()
+        mesh, schedule = sampling.device_mesh(), base.schedule
         put = functools.partial(jax.device_put, device=sampling.replicated(mesh))
-        load = functools.partial(load_component, dtype=jnp.dtype(dtype), variant=variant, put=put)
-        parts = {name: load(component, root / name) for name, component in BASE_COMPONENTS.items()}
-        check_fit(str(path), len(tokenizer), **{name: part.module.config for name, part in parts.items()})
+        parts = {name: base.part(name).load(jnp.dtype(dtype), put) for name in BASE_COMPONENTS}
         return cls(
             **{name: part.module for name, part in parts.items()},
-            tokenizer=tokenizer,
+            tokenizer=base.tokenizer,
             schedule=schedule,
             params={name: part.params for name, part in parts.items()},
             mesh=mesh,
             sources={name: part.source for name, part in parts.items()},
-            guidance_scale=embedded.GUIDANCE_SCALE if root == embedded.FOLDER else GUIDANCE_SCALE,
+            guidance_scale=base.guidance_scale or GUIDANCE_SCALE,
         )
 
     def with_ip_adapter(
@@ -119,9 +118,12 @@ class StableDiffusion:
         `image_encoder` is a folder or Hub place with CLIP's vision model; by default the folder `image_encoder` beside
         the adapter, as in the authors' repository. Raises WeightFileError when adapter, base and encoder do not fit.
         """
+        return self.with_opened(open_adapter(path, image_encoder, self.unet.config, revision))
+
+    def with_opened(self, adapter: OpenedAdapter) -> "StableDiffusion":
+        """This pipeline with an adapter that was opened for its UNet."""
         put = functools.partial(jax.device_put, device=sampling.replicated(self.mesh))
-        adapter = load_adapter(path, image_encoder, self.unet, put, revision, self.adapters)
-        return dataclasses.replace(self, adapters=(*self.adapters, adapter))
+        return dataclasses.replace(self, adapters=(*self.adapters, adapter.load(self.unet.dtype, put, self.adapters)))
 
     def __call__(
         self,
@@ -162,6 +164,7 @@ class StableDiffusion:
         check_choices(num_images_per_prompt, guidance_scale, eta, scheduler, output_type)
         if callback is not None and not callable(callback):
             raise InputError("callback must be a function of (step, timestep, latents)")
+        check_text_to_image(str(self.sources.get("unet", "of this pipeline")), self.unet.config)
         steps = ddim_steps(self.schedule, num_inference_steps, eta)
         shape = self._latent_shape(height, width)
         count = len(prompts) * num_images_per_prompt
@@ -229,31 +232,6 @@ class StableDiffusion:
         if embeds is not None:
             return [a.from_embeds(e, guided) for a, e in zip(self.adapters, given, strict=True)]
         return [a.from_images(i, fit, guided) for a, i in zip(self.adapters, given, strict=True)]
-
-
-def base_folder(path: str | os.PathLike, variant: str | None = None, revision: str | None = None) -> Path:
-    """Where the base model lies on this machine, downloaded if need be. Raises InputError naming what is wrong."""
-    choose = functools.partial(choose_files, folders=BASE_COMPONENTS, extras=_EXTRAS, variant=variant)
-    root = local_path(path, choose, what="base model", revision=revision)
-    if not (root / "unet").is_dir():
-        raise InputError(f"base model {path}: no folder in diffusers' layout (it has no unet/config.json)")
-    return root
-
-
-def check_fit(path: str, tokens: int, unet: UNetConfig, vae: VAEConfig, text_encoder: CLIPTextConfig) -> None:
-    """Raises InputError when the parts of a base model do not belong together."""
-    if tokens > text_encoder.vocab_size:
-        raise InputError(f"base model {path}: its tokenizer has {tokens} tokens, more than its text encoder knows")
-    if not unet.in_channels == unet.out_channels == vae.latent_channels:
-        raise InputError(
-            f"base model {path}: its UNet reads {unet.in_channels} channels and the VAE gives {vae.latent_channels}; "
-            "inpainting and instruction models are not supported"
-        )
-    if text_encoder.hidden_size != unet.cross_attention_dim:
-        raise InputError(
-            f"base model {path}: its text encoder gives width {text_encoder.hidden_size}, its UNet reads "
-            f"{unet.cross_attention_dim}; take both from one model"
-        )
 
 
 def _pictures(decoded: np.ndarray, output_type: str) -> Any:

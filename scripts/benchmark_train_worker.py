@@ -98,11 +98,11 @@ class Ours:
         from ipadapter_jax.train.sharding import make_mesh, replicated
         from ipadapter_jax.train.state import initial_state, state_shardings
         from ipadapter_jax.train.step import make_step
-        from ipadapter_jax.weights.components import IMAGE_ENCODER, read_config
+        from ipadapter_jax.weights.components import IMAGE_ENCODER, read_blueprint
 
         encoded = None
         if self.settings.inputs == "precomputed":
-            encoded = Encoded(read_config(IMAGE_ENCODER, encoder / "config.json"), None)
+            encoded = Encoded(read_blueprint(IMAGE_ENCODER, encoder / "config.json").config, None)
         self.mesh = make_mesh()
         loaded = load_networks(self.config, self.mesh, encoded)
         self.networks, self.frozen = loaded.networks, loaded.frozen

@@ -17,9 +17,11 @@ from typing import Any
 
 import tyro
 
+from ipadapter_jax.cli.convert import Convert, convert
 from ipadapter_jax.cli.doctor import Doctor, doctor
 from ipadapter_jax.cli.encode import encode
 from ipadapter_jax.cli.generate import Generate, generate
+from ipadapter_jax.cli.inspect import Inspect, inspect
 from ipadapter_jax.cli.train import parse as parse_train
 from ipadapter_jax.cli.train import train
 from ipadapter_jax.errors import InputError
@@ -30,6 +32,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "generate": (Generate, generate),
     "train": (Train, train),
     "encode": (Encode, encode),
+    "convert": (Convert, convert),
+    "inspect": (Inspect, inspect),
     "doctor": (Doctor, doctor),
 }
 

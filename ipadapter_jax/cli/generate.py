@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import json
@@ -16,6 +17,8 @@ import tqdm
 from PIL import Image, PngImagePlugin
 
 from ipadapter_jax import embedded
+from ipadapter_jax.adapters import open_adapter
+from ipadapter_jax.base_model import check_text_to_image, open_base
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import check_writable, sha256, write_whole
 from ipadapter_jax.pipeline import StableDiffusion
@@ -34,8 +37,17 @@ class Generate:
     out: Path
     """The PNG to write. With several pictures this is their grid, and the single ones lie beside it, numbered."""
     base: str = embedded.NAME
-    """Base model: a folder in diffusers' layout (PyTorch or Flax weights), a Hub id such as owner/name, or mini, the
-    model inside this package (./mini is a folder of that name)."""
+    """Base model: a folder in diffusers' layout (PyTorch or Flax weights), a single file (.safetensors or .ckpt), a
+    Hub id such as owner/name, or mini, the model inside this package (./mini is a folder of that name)."""
+    config: str | None = None
+    """For a single file: folder or Hub id of its family, for settings and tokenizer; by default Stable Diffusion
+    1.5."""
+    vae: str | None = None
+    """Another VAE than the base model's: a folder, a Hub id or a file."""
+    text_encoder: str | None = None
+    """Another text encoder than the base model's: a folder, a Hub id or a file."""
+    extract_ema: bool = False
+    """For a single file: take the moving average of its UNet."""
     prompt: str = ""
     """What to paint; may be empty with an image prompt."""
     negative_prompt: str = ""
@@ -46,7 +58,7 @@ class Generate:
     """IP-Adapter file (.safetensors or .bin), or a place on the Hub such as owner/name/folder/file.safetensors. The
     base model mini has two, mini and mini-plus; with --image the first is its default."""
     image_encoder: str | None = None
-    """Folder or Hub place of the CLIP vision model; by default image_encoder beside the adapter."""
+    """Folder, file or Hub place of the CLIP vision model; by default image_encoder beside the adapter."""
     scale: float = 1.0
     """Weight of the image prompt: 0 is the base model, 0.5 to 0.7 balances with the text, 1 follows the picture."""
     fit: Literal["crop", "resize", "pad"] = "crop"
@@ -81,14 +93,30 @@ def generate(args: Generate) -> int:
         args = dataclasses.replace(args, adapter=embedded.NAME)
     _check(args)
     pictures = [load_image(path) for path in args.image]
-    if sys.stderr.isatty():
-        print("loading the weights", file=sys.stderr)
-    pipe = StableDiffusion.from_pretrained(args.base, dtype=args.dtype, variant=args.variant, revision=args.revision)
-    if args.adapter is not None:
-        pipe = pipe.with_ip_adapter(args.adapter, image_encoder=args.image_encoder)
+    pipe = _load(args)
     found, digests = _sample(pipe, args, pictures)
     _write(found, args, _metadata(args, pipe, digests))
     return 0
+
+
+def _load(args: Generate) -> StableDiffusion:
+    """Opens all that is needed, so that what does not fit is said at once, then reads it."""
+    base = open_base(
+        args.base,
+        variant=args.variant,
+        revision=args.revision,
+        config=args.config,
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        extract_ema=args.extract_ema,
+    )
+    unet = base.config("unet")
+    check_text_to_image(args.base, unet)
+    adapter = None if args.adapter is None else open_adapter(args.adapter, args.image_encoder, unet)
+    if sys.stderr.isatty():
+        print("loading the weights", file=sys.stderr)
+    pipe = StableDiffusion.from_opened(base, args.dtype)
+    return pipe if adapter is None else pipe.with_opened(adapter)
 
 
 def _check(args: Generate) -> None:
@@ -159,7 +187,8 @@ def _digests(pipe: StableDiffusion) -> dict[str, dict[str, str]]:
     sources = dict(pipe.sources)
     for adapter in pipe.adapters:
         sources |= {"ip_adapter": adapter.source, "image_encoder": adapter.encoder.source}
-    return {part: {file.name: sha256(file) for file in files_of(source)} for part, source in sources.items()}
+    once = functools.cache(sha256)  # a single file has all parts
+    return {part: {file.name: once(file) for file in files_of(source)} for part, source in sources.items()}
 
 
 def _metadata(args: Generate, pipe: StableDiffusion, digests: dict[str, dict[str, str]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.train.digest import digests, kind, named_leaves
+from ipadapter_jax.train.digest import digests, kind, named_leaves, shape_of
 from ipadapter_jax.train.folder import agreed
 
 log = logging.getLogger("ipadapter_jax")
@@ -36,9 +36,9 @@ class Damaged(Exception):
 class Checkpoints:
     """The steps below `folder`. In a job of several processes all of them call every method, on a shared folder."""
 
-    def __init__(self, folder: Path, *, keep_last: int, keep_every: int | None):
+    def __init__(self, folder: Path, *, keep_last: int = 1, keep_every: int | None = None, read_only: bool = False):
         """Removes what killed runs left half written. Of the saved steps the newest `keep_last` stay, and the multiples
-        of `keep_every`.
+        of `keep_every`. With `read_only` nothing is changed, so that the run may be going on.
 
         Raises InputError when the folder cannot be made or written.
         """
@@ -48,7 +48,8 @@ class Checkpoints:
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
             save_root_metadata=False,
             lightweight_initialize=True,  # else a damaged step is an exception here
             single_host_load_and_broadcast=True,
@@ -90,6 +91,12 @@ class Checkpoints:
             log.warning("%s: step %d is damaged and skipped: %s", self._folder, bad, reason)
         self._set_aside(list(damaged))
         return step, state, about
+
+    def leaves(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest good step and its leaves by path, as they were saved, on one device; None when nothing was ever
+        saved here. Raises InputError when there are steps, all damaged."""
+        found = self._newest_good(self._leaves)
+        return None if found is None else found[:2]
 
     def about(self) -> dict[str, Any] | None:
         """What was said about the run at its newest step with a good manifest, without reading arrays; None when
@@ -137,7 +144,16 @@ class Checkpoints:
     def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
         manifest = self._manifest(step)
         wanted = named_leaves(template)
-        self._check_kinds(step, {name: digest.partition(":")[0] for name, digest in manifest["leaves"].items()}, wanted)
+        self._check_kinds(step, _kinds(manifest), wanted)
+        leaves = self._verified(step, manifest, wanted)
+        return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted]), manifest["about"]
+
+    def _leaves(self, step: int) -> dict[str, Any]:
+        manifest = self._manifest(step)
+        return self._verified(step, manifest, {name: shape_of(kind) for name, kind in _kinds(manifest).items()})
+
+    def _verified(self, step: int, manifest: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+        """The leaves of a step, which are what its manifest says. Raises Damaged."""
         arguments: Any = ocp.args.StandardRestore(wanted)  # pyright: ignore[reportCallIssue]
         # Orbax's own manager waits for all processes at the end of restore: for ever, when one of them has failed.
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
@@ -145,7 +161,7 @@ class Checkpoints:
         found = digests(leaves)
         if wrong := [name for name in wanted if found[name] != manifest["leaves"][name]]:
             raise Damaged(f"{_some(wrong)} is not what was saved")
-        return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted]), manifest["about"]
+        return leaves
 
     def _manifest(self, step: int) -> dict[str, Any]:
         def read() -> dict[str, Any]:
@@ -222,6 +238,11 @@ def _reason(error: BaseException) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     text = re.split(r" \[\w+(?:\[\d+\])?='", text)[0]
     return f"{text[:80]} ... {text[-120:]}" if len(text) > 205 else text
+
+
+def _kinds(manifest: dict[str, Any]) -> dict[str, str]:
+    """{path of a leaf: its dtype and shape}."""
+    return {name: digest.partition(":")[0] for name, digest in manifest["leaves"].items()}
 
 
 def _some(names: list[str]) -> str:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -51,6 +51,13 @@ def fingerprint(digests: Mapping[str, str]) -> str:
 def kind(leaf: Any) -> str:
     """The dtype and shape of whatever has those: float32[3,4]."""
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def shape_of(kind: str) -> jax.ShapeDtypeStruct:
+    """The inverse of `kind`, on the first device."""
+    dtype, _, sizes = kind.removesuffix("]").partition("[")
+    shape = tuple(int(size) for size in sizes.split(",") if size)
+    return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=SingleDeviceSharding(jax.local_devices()[0]))
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

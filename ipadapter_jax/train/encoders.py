@@ -12,19 +12,11 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax import sampling
-from ipadapter_jax.adapters import encoder_folder
+from ipadapter_jax.adapters import open_image_encoder
+from ipadapter_jax.base_model import open_base
 from ipadapter_jax.models.vae import VAE
-from ipadapter_jax.pipeline import base_folder
 from ipadapter_jax.preprocess import CLIP_TABLE
-from ipadapter_jax.weights.components import (
-    IMAGE_ENCODER,
-    TEXT_ENCODER,
-    UNET,
-    VAE_COMPONENT,
-    Loaded,
-    load_component,
-    read_config,
-)
+from ipadapter_jax.weights.components import Loaded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,10 +81,9 @@ def _encode(
 
 def load_encoders(base: str, variant: str | None, image_encoder: str, dtype: str, patches: bool) -> Encoders:
     """Reads both networks. Raises InputError and WeightFileError as the readers do."""
-    root, mesh = base_folder(base, variant), sampling.device_mesh()
+    model, vision, mesh = open_base(base, variant=variant), open_image_encoder(image_encoder), sampling.device_mesh()
     put = functools.partial(jax.device_put, device=sampling.replicated(mesh))
-    vae = load_component(VAE_COMPONENT, root / "vae", np.dtype(dtype), variant, put)
-    vision = load_component(IMAGE_ENCODER, encoder_folder(image_encoder), np.dtype(dtype), put=put)
-    length = read_config(TEXT_ENCODER, root / "text_encoder" / "config.json").max_position_embeddings
-    step = vae.module.config.downscale * 2 ** (read_config(UNET, root / "unet" / "config.json").levels - 1)
-    return Encoders(vae, vision, patches, mesh, root / "tokenizer", length, step)
+    length, levels = model.config("text_encoder").max_position_embeddings, model.config("unet").levels
+    step = model.config("vae").downscale * 2 ** (levels - 1)
+    vae, encoder = (part.load(np.dtype(dtype), put) for part in (model.part("vae"), vision))
+    return Encoders(vae, encoder, patches, mesh, model.folder / "tokenizer", length, step)

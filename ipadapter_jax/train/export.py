@@ -1,5 +1,6 @@
 """What a run leaves for others: adapter.safetensors with its page, and the UNet where that was trained."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ def export(folder: Path, learnt: Any, config: Train, loaded: Loaded, about: dict
     """
     dtype = config.checkpoint.export_dtype
     if not isinstance(learnt["unet"], optax.MaskedNode):
-        source = loaded.sources["unet"].parent
-        save_component(UNET, folder / "unet", learnt["unet"], np.dtype(dtype), (source / "config.json").read_bytes())
+        settings = json.dumps(loaded.base.blueprint("unet").settings, indent=2)
+        save_component(UNET, folder / "unet", learnt["unet"], np.dtype(dtype), settings.encode())
     projection = loaded.networks.projection
     if projection is None:
         return

@@ -37,6 +37,7 @@ from ipadapter_jax.train.validation import Validation
 log = logging.getLogger("ipadapter_jax")
 
 STOPPED = 75  # the exit code that asks a scheduler to start the run again
+CHECKPOINTS = "checkpoints"  # in the folder of a run
 _SURE = 1.25  # the computed memory is right to 13 % beside XLA's own plan
 _IN_FLIGHT = 2  # steps given to the devices before the first one's outcome is looked at: they never wait for the host
 
@@ -68,7 +69,7 @@ class Run:
         check_fits(self.samples, config, self.loaded)
         self.about = self._about()
         keep = config.checkpoint
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep_last=keep.keep_last, keep_every=keep.keep_every)
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every)
         self._build_state()
         self.rows = local_rows(mesh, config.data.batch_size)
         flops = self._check_cost()

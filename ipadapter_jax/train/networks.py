@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from ipadapter_jax.adapters import adapter_file, encoder_folder
+from ipadapter_jax.adapters import adapter_file, open_image_encoder
+from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.adapter import IPAdapter
@@ -20,13 +21,11 @@ from ipadapter_jax.models.clip import CLIPText, CLIPVision, CLIPVisionConfig
 from ipadapter_jax.models.projections import Projection, image_projection
 from ipadapter_jax.models.unet import UNet, cross_attention_sites
 from ipadapter_jax.models.vae import VAE
-from ipadapter_jax.pipeline import BASE_COMPONENTS, base_folder, check_fit
-from ipadapter_jax.tokens import load_tokenizer, tokenize
+from ipadapter_jax.tokens import tokenize
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.initial import initial_adapter, load_initial, projection_config
 from ipadapter_jax.train.optim import trainable
 from ipadapter_jax.train.sharding import of_frozen, put, replicated
-from ipadapter_jax.weights.components import IMAGE_ENCODER, load_component, read_json
 from ipadapter_jax.weights.tree import Tree
 
 
@@ -83,6 +82,7 @@ class Loaded:
     params: dict[str, Tree]
     tokenizer: Any
     sources: dict[str, Path]
+    base: BaseModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +99,14 @@ def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
     Raises InputError and WeightFileError as the readers do.
     """
     model, mask = config.model, trainable(config.model)
-    compute, root = jnp.dtype(model.dtype), base_folder(model.base, model.variant)
-    tokenizer = load_tokenizer(root / "tokenizer")
-    parts = {}
-    for name, component in BASE_COMPONENTS.items():
+    compute, opened = jnp.dtype(model.dtype), open_base(model.base, variant=model.variant)
+    opened.check()
+    check_text_to_image(model.base, opened.config("unet"))
+    parts, tokenizer, schedule = {}, opened.tokenizer, opened.schedule
+    for name in BASE_COMPONENTS:
         dtype = np.dtype(np.float32) if mask.get(name) else compute
-        parts[name] = load_component(component, root / name, dtype, model.variant, functools.partial(_onto, mesh))
-    check_fit(model.base, len(tokenizer), **{name: part.module.config for name, part in parts.items()})
+        parts[name] = opened.part(name).load(dtype, functools.partial(_onto, mesh))
     unet = UNet(parts["unet"].module.config, compute, remat=model.remat)
-    schedule = NoiseSchedule.from_json(read_json(root / "scheduler" / "scheduler_config.json"))
     side = latent_side(config.data.resolution, parts["vae"].module.config.downscale, unet.config.levels)
     networks = Networks(
         unet=unet,
@@ -121,7 +120,7 @@ def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
     frozen["empty_ids"] = put(tokenize(tokenizer, [""], length)[0], replicated(mesh))
     params = {"unet": parts["unet"].params} if mask["unet"] else {}
     sources = {name: part.source for name, part in parts.items()}
-    base = Loaded(networks, frozen, params, tokenizer, sources)
+    base = Loaded(networks, frozen, params, tokenizer, sources, opened)
     return base if model.adapter == "none" else _with_adapter(base, config, mesh, encoded)
 
 
@@ -130,8 +129,7 @@ def _with_adapter(base: Loaded, config: Train, mesh: Mesh, encoded: Encoded | No
     model, unet, compute = config.model, base.networks.unet, jnp.dtype(config.model.dtype)
     frozen, sources = dict(base.frozen), dict(base.sources)
     if encoded is None:
-        folder = encoder_folder(model.image_encoder)
-        loaded = load_component(IMAGE_ENCODER, folder, compute, put=functools.partial(_onto, mesh))
+        loaded = open_image_encoder(model.image_encoder).load(compute, functools.partial(_onto, mesh))
         vision, frozen["image_encoder"] = loaded.module.config, loaded.params
         sources["image_encoder"] = loaded.source
     else:
@@ -164,7 +162,7 @@ def _with_adapter(base: Loaded, config: Train, mesh: Mesh, encoded: Encoded | No
         projection=image_projection(projection, compute),
         adapter=IPAdapter(widths, compute),
     )
-    return Loaded(networks, frozen, params, base.tokenizer, sources)
+    return Loaded(networks, frozen, params, base.tokenizer, sources, base.base)
 
 
 def latent_side(resolution: int, downscale: int, levels: int) -> int:

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ipadapter_jax.adapters import encoder_folder
+from ipadapter_jax.adapters import open_image_encoder
+from ipadapter_jax.base_model import open_base
 from ipadapter_jax.data.batches import MAX_BAD_IN_A_ROW, Skipped, usable
 from ipadapter_jax.data.cache import CachedSamples, is_cache
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.data.samples import LiveSamples
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.clip import CLIPVisionConfig
-from ipadapter_jax.pipeline import base_folder
 from ipadapter_jax.settings import typed
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.encode import check_cache
 from ipadapter_jax.train.networks import Encoded, Loaded
-from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, choose_weights, read_config
+from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_weights
 
 Samples = LiveSamples | CachedSamples
 
@@ -31,12 +31,12 @@ def open_samples(config: Train, path: str) -> Samples:
     if path == data.path:  # validation data may be of another format
         names = ("image_root", "image_column", "text_column", "cond_image_column")
         named = {name: getattr(data, name) for name in names}
-    source, base = open_source(path, **named), base_folder(model.base, model.variant)
+    source, base = open_source(path, **named), open_base(model.base, variant=model.variant)
     clip_size = None
     if model.adapter != "none":
-        clip_size = read_config(IMAGE_ENCODER, encoder_folder(model.image_encoder) / "config.json").image_size
-    length = read_config(TEXT_ENCODER, base / "text_encoder" / "config.json").max_position_embeddings
-    return LiveSamples(source, base / "tokenizer", data.resolution, clip_size, length)
+        clip_size = open_image_encoder(model.image_encoder).config.image_size
+    length = base.config("text_encoder").max_position_embeddings
+    return LiveSamples(source, base.folder / "tokenizer", data.resolution, clip_size, length)
 
 
 def encoded_by(samples: Samples) -> Encoded | None:
@@ -61,11 +61,10 @@ def check_fits(samples: Samples, config: Train, loaded: Loaded) -> None:
         return
     projection = loaded.networks.projection
     features = None if projection is None else "penultimate" if projection.config.uses_patches else "pooled"
-    vae = loaded.sources["vae"]
     check_cache(
         samples,
-        vae=vae,
-        tokenizer=vae.parent.parent / "tokenizer",
+        vae=loaded.sources["vae"],
+        tokenizer=loaded.base.folder / "tokenizer",
         resolution=config.data.resolution,
         features=features,
         image_encoder=_encoder_here(config.model.image_encoder) if features else None,
@@ -76,7 +75,7 @@ def _encoder_here(place: str) -> Path | None:
     """The weight file of an image encoder on this machine; None for one on the Hub: it is not downloaded for this."""
     folder = Path(place).expanduser()
     if not folder.is_dir():
-        return None
+        return folder if folder.is_file() else None
     return folder / choose_weights(IMAGE_ENCODER, [path.name for path in folder.iterdir()], str(folder), None)
 
 

@@ -1,15 +1,23 @@
-"""One network in diffusers' folder layout: config.json, and safetensors under PyTorch's names."""
+"""Networks as files: in diffusers' folder layout as PyTorch or Flax writes it, or all of them in one file."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import write_whole
-from ipadapter_jax.weights.components import Component
-from ipadapter_jax.weights.names import to_torch, torch_key
-from ipadapter_jax.weights.safetensors_bytes import safetensors_bytes
+from ipadapter_jax.weights.components import Component, Opened
+from ipadapter_jax.weights.lazy import Derived, Tensor, held
+from ipadapter_jax.weights.msgpack_chunks import msgpack_chunks
+from ipadapter_jax.weights.names import FLAX, Spelling, torch_spelling
+from ipadapter_jax.weights.names import Path as TreePath
+from ipadapter_jax.weights.safetensors_bytes import safetensors_chunks
 from ipadapter_jax.weights.tree import Tree, leaves
+from ipadapter_jax.weights.written import cast, write_proved
+
+_METADATA = {"format": "pt"}
 
 
 def save_component(component: Component, folder: Path, params: Tree, dtype: np.dtype, config: bytes) -> None:
@@ -17,13 +25,55 @@ def save_component(component: Component, folder: Path, params: Tree, dtype: np.d
 
     Raises InputError naming the tensor that is not finite or does not fit `dtype`, or the file that cannot be written.
     """
-    tensors = {}
-    for path, leaf in leaves(params).items():
-        name = torch_key(path, component.renames)
-        with np.errstate(over="ignore"):  # reported just below, with the tensor's name
-            array = np.asarray(leaf).astype(dtype)
-        if not np.isfinite(array).all():
-            raise InputError(f"{component.title}: {name} is not finite in {dtype}; save as float32, or it has diverged")
-        tensors[name] = to_torch(path, array)
-    write_whole(folder / f"{component.torch_stem}.safetensors", safetensors_bytes(tensors, {"format": "pt"}))
+    ours = {path: held(np.asarray(leaf)) for path, leaf in leaves(params).items()}
+    _save(component, folder, ours, dtype, flax=False)
     write_whole(folder / "config.json", config)
+
+
+def save_opened(opened: Opened, folder: Path, dtype: np.dtype | None, *, flax: bool) -> None:
+    """Writes a network that was opened, tensor by tensor, in `dtype` or as it is stored, under PyTorch's or Flax's
+    names, and its config.json. Raises InputError as `save_component`."""
+    _save(opened.blueprint.component, folder, our_tensors(opened), dtype, flax)
+    settings = dict(opened.blueprint.settings)
+    if isinstance(
+        name := settings.get("_class_name"), str
+    ):  # diffusers: UNet2DConditionModel, FlaxUNet2DConditionModel
+        settings["_class_name"] = ("Flax" if flax else "") + name.removeprefix("Flax")
+    write_whole(folder / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
+
+
+def our_tensors(opened: Opened) -> dict[TreePath, Tensor]:
+    """The leaves of the network's tree, unread."""
+
+    def leaf(path: TreePath, shape: tuple[int, ...]) -> Derived:
+        tensor = opened.tensors[opened.spelling.key(path)]
+        return Derived(shape, tensor.dtype, lambda: opened.spelling.read(path, tensor.read()))
+
+    return {path: leaf(path, tuple(found.shape)) for path, found in leaves(opened.blueprint.template).items()}
+
+
+def spelled(
+    ours: Mapping[TreePath, Tensor], spelling: Spelling, dtype: np.dtype | None, title: str, prefix: str = ""
+) -> dict[str, Tensor]:
+    """The leaves of a tree under the names and with the axes of a file, in `dtype` or as they are stored."""
+
+    def entry(path: TreePath, key: str, tensor: Tensor) -> Derived:
+        rounded = cast(f"{title}: {key}", tensor, dtype)
+        shape = spelling.shape(path, tuple(tensor.shape))
+        return Derived(shape, rounded.dtype, lambda: spelling.write(path, rounded.read()))
+
+    keys = {path: prefix + spelling.key(path) for path in ours}
+    return {key: entry(path, key, ours[path]) for path, key in keys.items()}
+
+
+def _save(component: Component, folder: Path, ours: Mapping[TreePath, Tensor], dtype: Any, flax: bool) -> None:
+    spelling = FLAX if flax else torch_spelling(component.renames)
+    tensors = spelled(ours, spelling, dtype, component.title)
+    if flax:
+        chunks, name = (
+            msgpack_chunks({path: tensors[spelling.key(path)] for path in ours}),
+            f"{component.flax_stem}.msgpack",
+        )
+    else:
+        chunks, name = safetensors_chunks(tensors, _METADATA), f"{component.torch_stem}.safetensors"
+    write_proved(folder / name, chunks, tensors)

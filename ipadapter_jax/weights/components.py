@@ -18,9 +18,12 @@ from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from ipadapter_jax.models.unet import UNet, UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
-from ipadapter_jax.weights.names import FLAX, VAE_RENAMES, torch_spelling
-from ipadapter_jax.weights.tensors import Tensor, open_tensors
-from ipadapter_jax.weights.tree import Tree, load_tree
+from ipadapter_jax.weights import kinds
+from ipadapter_jax.weights.lazy import Tensor
+from ipadapter_jax.weights.names import FLAX, VAE_RENAMES, Spelling, torch_spelling
+from ipadapter_jax.weights.openclip import to_transformers
+from ipadapter_jax.weights.tensors import open_tensors
+from ipadapter_jax.weights.tree import Tree, check_tree, load_tree
 
 log = logging.getLogger("ipadapter_jax")
 
@@ -29,17 +32,21 @@ log = logging.getLogger("ipadapter_jax")
 class Component:
     """How one network is stored and built.
 
-    `modernise` turns an old PyTorch spelling of a key into today's; keys that match `ignored` hold no weights of this
-    network (buffers, or the other half of a whole CLIP) and are reported.
+    `translate` brings the tensors of another layout to PyTorch's, `modernise` an old PyTorch spelling of a key to
+    today's; keys that match `ignored` hold no weights of this network (buffers, or the other half of a whole CLIP) and
+    are reported. `kind` is what `kinds.identify` calls such a file.
     """
 
     title: str
+    kind: str
     torch_stem: str
     flax_stem: str
     config: Callable[[Mapping[str, Any]], Any]
     module: Callable[..., Any]
     example: Callable[[Any], Callable]  # config -> a function of the module that touches every parameter
     renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    other_files: tuple[str, ...] = ()  # names under which its weights are found, too
+    translate: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
     modernise: Callable[[str], str] = lambda key: key
     ignored: str = r"(?!)"
 
@@ -62,6 +69,7 @@ def _old_text_key(key: str) -> str:
 
 UNET = Component(
     title="UNet",
+    kind=kinds.UNET,
     torch_stem="diffusion_pytorch_model",
     flax_stem="diffusion_flax_model",
     config=UNetConfig.from_json,
@@ -75,6 +83,7 @@ UNET = Component(
 )
 VAE_COMPONENT = Component(
     title="VAE",
+    kind=kinds.VAE,
     torch_stem="diffusion_pytorch_model",
     flax_stem="diffusion_flax_model",
     config=VAEConfig.from_json,
@@ -87,6 +96,7 @@ VAE_COMPONENT = Component(
 )
 TEXT_ENCODER = Component(
     title="text encoder",
+    kind=kinds.TEXT_ENCODER,
     torch_stem="model",
     flax_stem="flax_model",
     config=CLIPTextConfig.from_json,
@@ -97,6 +107,7 @@ TEXT_ENCODER = Component(
 )
 IMAGE_ENCODER = Component(
     title="image encoder",
+    kind=kinds.IMAGE_ENCODER,
     torch_stem="model",
     flax_stem="flax_model",
     config=CLIPVisionConfig.from_json,
@@ -104,6 +115,11 @@ IMAGE_ENCODER = Component(
     example=lambda config: functools.partial(
         CLIPVision.__call__, pixel_values=jnp.zeros((1, config.image_size, config.image_size, 3))
     ),
+    other_files=(
+        *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+        "open_clip_pytorch_model.bin",
+    ),
+    translate=to_transformers,
     ignored=r".*position_ids|text_projection\..*|logit_scale|text_model\..*",
 )
 
@@ -117,27 +133,65 @@ class Loaded:
     source: Path
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blueprint:
+    """A network to be: the settings in `path`, a config.json, and the configuration that they make."""
+
+    component: Component
+    settings: Mapping[str, Any]
+    config: Any
+    path: Path
+
+    @functools.cached_property
+    def template(self) -> Tree:
+        """The parameter tree with shapes for leaves. Raises InputError naming the file when no network comes of it."""
+        network = self.component.module(self.config, np.float32)
+        return _explained(self.component, self.path, lambda: template_of(self.component, network))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Opened:
+    """A network whose weights lie ready in `source`: their names and shapes fit, and nothing of them is read yet."""
+
+    blueprint: Blueprint
+    tensors: Mapping[str, Tensor]
+    spelling: Spelling
+    source: Path
+
+    @property
+    def config(self) -> Any:
+        return self.blueprint.config
+
+    def load(self, dtype: np.dtype, put: Callable = jax.device_put) -> Loaded:
+        """Reads the weights in `dtype`. Raises WeightFileError naming a tensor that is not finite there."""
+        template, source = self.blueprint.template, str(self.source)
+        params = load_tree(self.tensors, template, self.spelling, source=source, dtype=dtype, put=put)
+        return Loaded(self.blueprint.component.module(self.config, dtype), params, self.source)
+
+
 def load_component(
     component: Component, folder: Path, dtype: np.dtype, variant: str | None = None, put: Callable = jax.device_put
 ) -> Loaded:
     """Reads `folder`/config.json and its weights, in `dtype`. Raises InputError or WeightFileError naming the fault."""
-    config = read_config(component, folder / "config.json")
-    module = component.module(config, dtype)
-    template = _explained(component, folder / "config.json", lambda: template_of(component, module))
-    names = [path.name for path in folder.iterdir()]
-    source = folder / choose_weights(component, names, str(folder), variant)
-    tensors = drop_ignored(open_tensors(source), component.ignored, str(source))
-    spelling = FLAX
-    if source.suffix != ".msgpack":
-        spelling = torch_spelling(component.renames)
-        tensors = _modernised(tensors, component, str(source))
-    return Loaded(module, load_tree(tensors, template, spelling, source=str(source), dtype=dtype, put=put), source)
+    return open_component(component, folder, variant).load(dtype, put)
 
 
-def read_config(component: Component, path: Path) -> Any:
-    """The network's configuration. Raises InputError naming the file and what is wrong in it."""
-    raw = read_json(path)
-    return _explained(component, path, lambda: component.config(raw))
+def open_component(component: Component, folder: Path, variant: str | None = None) -> Opened:
+    """Opens `folder`/config.json and its weights. Raises InputError or WeightFileError naming the fault."""
+    blueprint = read_blueprint(component, folder / "config.json")
+    _ = blueprint.template  # what is wrong with the settings is said before the weights
+    source = folder / choose_weights(component, [path.name for path in folder.iterdir()], str(folder), variant)
+    return open_weights(blueprint, open_tensors(source), source)
+
+
+def read_blueprint(component: Component, path: Path) -> Blueprint:
+    """From a config.json. Raises InputError naming the file and what is wrong in it."""
+    return blueprint_of(component, read_json(path), path)
+
+
+def blueprint_of(component: Component, settings: Mapping[str, Any], path: Path) -> Blueprint:
+    """From settings that come from `path`. Raises InputError naming it and what is wrong in them."""
+    return Blueprint(component, settings, _explained(component, path, lambda: component.config(settings)), path)
 
 
 def _explained(component: Component, path: Path, build: Callable[[], Any]) -> Any:
@@ -148,6 +202,28 @@ def _explained(component: Component, path: Path, build: Callable[[], Any]) -> An
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: no {component.title} can be built from these settings ({reason})") from None
+
+
+def open_weights(
+    blueprint: Blueprint, tensors: Mapping[str, Tensor], source: Path, spelling: Spelling | None = None
+) -> Opened:
+    """The tensors of `source` as this network: in `spelling`, or in Flax's or PyTorch's, whichever theirs is.
+
+    Raises WeightFileError naming what does not fit, and what the file is where that is something else.
+    """
+    component, found = blueprint.component, kinds.identify(tensors)
+    tensors = drop_ignored(component.translate(tensors), component.ignored, str(source))
+    if spelling is None and any(name.endswith((".kernel", ".scale")) for name in tensors):
+        spelling = FLAX
+    if spelling is None:
+        spelling, tensors = torch_spelling(component.renames), _modernised(tensors, component, str(source))
+    try:
+        check_tree(tensors, blueprint.template, spelling, source=str(source))
+    except WeightFileError as error:
+        if found.name in (component.kind, kinds.UNKNOWN, kinds.CHECKPOINT, kinds.OPENCLIP):
+            raise
+        raise WeightFileError(f"{error} It looks like {found}: {found.advice}") from None
+    return Opened(blueprint, tensors, spelling, source)
 
 
 def _modernised(tensors: Mapping[str, Tensor], component: Component, source: str) -> dict[str, Tensor]:
@@ -168,10 +244,14 @@ def template_of(component: Component, module: Any) -> Tree:
 def drop_ignored(tensors: Mapping[str, Tensor], pattern: str, source: str) -> dict[str, Tensor]:
     """The tensors whose names do not match, reporting those that do."""
     ignored = dict.fromkeys(name for name in tensors if re.fullmatch(pattern, name))
-    if ignored:
-        more = f" and {len(ignored) - 3} more" if len(ignored) > 3 else ""
-        log.info("%s: ignored %s%s", source, ", ".join([*ignored][:3]), more)
+    report_ignored([*ignored], source)
     return {name: tensor for name, tensor in tensors.items() if name not in ignored}
+
+
+def report_ignored(names: Sequence[str], source: str) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        log.info("%s: ignored %s%s", source, ", ".join(names[:3]), more)
 
 
 def choose_weights(component: Component, names: Collection[str], folder: str, variant: str | None) -> str:
@@ -183,7 +263,7 @@ def choose_weights(component: Component, names: Collection[str], folder: str, va
     mark = variant or "fp16"
     marked = [f"{stem}.{mark}.safetensors", f"{stem}.safetensors.index.{mark}.json", f"{pickle}.{mark}.bin"]
     plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{component.flax_stem}.msgpack", f"{pickle}.bin"]
-    wanted = marked if variant else plain + marked
+    wanted = marked if variant else [*plain, *marked, *component.other_files]
     for name in wanted:
         if name in names:
             return name

@@ -1,7 +1,7 @@
 """Released IP-Adapter files (.safetensors and .bin): which variant one is, what it needs, its two parameter trees."""
 
 import dataclasses
-import re
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,64 +12,92 @@ import numpy as np
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.projections import HEAD_DIM, ImageProjConfig, example_features, image_projection
-from ipadapter_jax.weights.components import drop_ignored
+from ipadapter_jax.weights.adapter_names import adapter_parts
+from ipadapter_jax.weights.components import report_ignored
+from ipadapter_jax.weights.kinds import FAMILIES, IP_ADAPTER, identify
+from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import torch_spelling
-from ipadapter_jax.weights.tensors import Tensor, open_tensors
-from ipadapter_jax.weights.tree import Tree, load_tree
+from ipadapter_jax.weights.safetensors_bytes import digest
+from ipadapter_jax.weights.tensors import metadata_of, open_tensors
+from ipadapter_jax.weights.tree import Tree, check_tree, load_tree
 
 _MAX_DEPTH = 64  # the released Resamplers have 4 layers; what a file has beyond is reported as left over
-_BASES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+DIGEST = "tensors_sha256"  # in the metadata of our files: over names, dtypes, shapes and bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class IPAdapterFile:
-    """An opened adapter file: nothing but names and shapes has been read."""
+    """An opened adapter: its tensors under the released names, of which nothing but names and shapes has been read."""
 
     path: Path
     image_proj: dict[str, Tensor]
     ip_adapter: dict[str, Tensor]
     config: ImageProjConfig
+    metadata: dict[str, str]
+
+    @functools.cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Of the cross-attentions in file order, as the keys' shapes say."""
+        keys = [name for name in self.ip_adapter if name.endswith(".to_k_ip.weight")]
+        return tuple(self.ip_adapter[name].shape[0] for name in sorted(keys, key=_number))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, as a released file names them."""
+        parts = {"image_proj": self.image_proj, "ip_adapter": self.ip_adapter}
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def _number(name: str) -> int:
+    first = name.split(".")[0]
+    return int(first) if first.isdecimal() else 0
 
 
 def open_ip_adapter(path: Path) -> IPAdapterFile:
-    """Opens a file of the base, light, plus, plus-face or full-face kind and finds its variant from keys and shapes.
+    """Opens a file of the base, light, plus, plus-face or full-face kind, in any spelling of `adapter_names`, and finds
+    its variant from keys and shapes.
 
-    Raises WeightFileError for other files, saying what was found.
+    Raises WeightFileError for other files, saying what was found, and for one of ours whose bytes have changed.
     """
-    tensors = open_tensors(path)
-    groups = {
-        prefix: {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
-        for prefix in ("image_proj", "ip_adapter")
-    }
-    if not groups["image_proj"] or not groups["ip_adapter"]:
+    path = Path(path)
+    tensors, metadata = open_tensors(path), metadata_of(path)
+    if DIGEST in metadata and metadata[DIGEST] != digest(tensors):
+        raise WeightFileError(f"{path}: damaged: its weights are not those that were written; copy the file again")
+    return to_adapter(path, tensors, metadata)
+
+
+def to_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> IPAdapterFile:
+    """The adapter in these tensors of `path`. Raises WeightFileError as `open_ip_adapter`."""
+    projection, adapter, others = adapter_parts(str(path), tensors)
+    if not projection or not adapter:
+        kind = identify(tensors)
+        if kind.name == IP_ADAPTER:
+            lacking = "an image projection (image_proj.*)" if adapter else "keys and values (ip_adapter.*)"
+            raise WeightFileError(f"{path}: half an IP-Adapter, without {lacking}; download it again")
         raise WeightFileError(
-            f"{path}: not an IP-Adapter file, which holds image_proj.* and ip_adapter.*; {_guess(tensors)}"
+            f"{path}: not an IP-Adapter file, which holds image_proj.* and ip_adapter.*; this is {kind}: {kind.advice}"
         )
-    drop_ignored(tensors, r"(?!image_proj\.|ip_adapter\.).*", str(path))  # the released .bin of plus hold a third part
-    config = _detect(path, groups["image_proj"], groups["ip_adapter"])
-    return IPAdapterFile(Path(path), groups["image_proj"], groups["ip_adapter"], config)
+    report_ignored(others, str(path))  # the released .bin of plus hold a third part
+    config = _detect(path, projection, adapter)
+    return IPAdapterFile(path, projection, adapter, config, dict(metadata))
 
 
-def _guess(tensors: Mapping[str, Tensor]) -> str:
-    known = {
-        r"model\.diffusion_model\.|first_stage_model\.": "a whole Stable Diffusion checkpoint, a base model",
-        r"controlnet_cond_embedding\.|controlnet_down_blocks\.": "a ControlNet",
-        r"time_embedding\.": "a UNet: give the folder that holds its folder unet as the base model",
-        r"encoder\.conv_in\.|decoder\.conv_in\.": "a VAE",
-        r"(.*[._])?lora[._]": "a LoRA",
-        r"vision_model\.|text_model\.": "a CLIP model: give it as the image encoder (image_encoder)",
-    }
-    for pattern, guess in known.items():
-        if any(re.match(pattern, name) for name in tensors):
-            return f"it looks like {guess}"
-    return f"its tensors are {', '.join(name[:60] for name in list(tensors)[:3]) or 'none'}"
+def face_id(proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) -> str | None:
+    """The name of a FaceID variant, which reads a face recogniser's embedding; None for every other adapter."""
+    if "perceiver_resampler.proj_in.weight" in proj:
+        return "FaceID Plus"
+    if {"proj.2.weight", "norm.weight"} <= proj.keys():
+        rows, width = proj["proj.2.weight"].shape[:1], proj["norm.weight"].shape[:1]
+        portrait = rows and width and width[0] and rows[0] // width[0] > 4
+        return "FaceID portrait" if portrait else "FaceID"
+    return "FaceID" if any("_lora." in name for name in ip) else None
 
 
 def _detect(path: Path, proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) -> ImageProjConfig:
-    face_id = "perceiver_resampler.proj_in.weight" in proj or {"proj.2.weight", "norm.weight"} <= proj.keys()
-    if face_id or any("_lora." in name for name in ip):
+    if face := face_id(proj, ip):
         raise WeightFileError(
-            f"{path}: a FaceID adapter, which is not supported; use a base, plus or full-face adapter"
+            f"{path}: a {face} adapter: it needs the face embedding of InsightFace and has a LoRA of the UNet, which "
+            "are not supported; use a base, plus or full-face adapter"
         )
     try:
         config = _projection(proj, width=ip["1.to_k_ip.weight"].shape[1])
@@ -119,11 +147,30 @@ def encoder_name(config: ImageProjConfig) -> str | None:
     return (patches if config.uses_patches else embeddings).get(config.feature_dim)
 
 
+def describe_adapter(proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) -> dict[str, str | int]:
+    """What can be said of any adapter, supported or not: variant, tokens, image_encoder, features."""
+    if face := face_id(proj, ip):
+        encoder = "InsightFace" + (" and ViT-H/14" if face == "FaceID Plus" else "")
+        return {"variant": f"{face} (not supported)", "image_encoder": encoder}
+    try:
+        config = _projection(proj, width=ip["1.to_k_ip.weight"].shape[1])
+    except (KeyError, ValueError, IndexError):
+        config = None
+    if config is None:
+        return {"variant": "not a whole one, or unknown"}
+    return {
+        "variant": config.variant,
+        "image_encoder": encoder_name(config) or "custom",
+        "features": f"{'penultimate_states' if config.uses_patches else 'image_embeds'} {config.feature_dim}",
+        "tokens": config.num_tokens or "one per position of the encoder (257 of ViT-H/14)",
+    }
+
+
 def check_base(file: IPAdapterFile, cross_attention_dim: int, widths: tuple[int, ...]) -> None:
     """Raises WeightFileError unless the adapter was made for a UNet with this text width and these cross-attentions."""
     made_for = file.config.cross_attention_dim
     if made_for != cross_attention_dim:
-        family, this = (_BASES.get(width, "no known family") for width in (made_for, cross_attention_dim))
+        family, this = (FAMILIES.get(width, "no known family") for width in (made_for, cross_attention_dim))
         raise WeightFileError(
             f"{file.path}: made for tokens of width {made_for} ({family}), this base has {cross_attention_dim} "
             f"({this}); take the adapter of this base"
@@ -147,19 +194,29 @@ def check_encoder(file: IPAdapterFile, embedding: int, hidden: int, encoder: str
         )
 
 
+def check_ip_adapter(file: IPAdapterFile, widths: tuple[int, ...]) -> None:
+    """Raises WeightFileError naming a tensor that is missing, left over or of another shape."""
+    for part, template in _templates(file, widths).items():
+        tensors = {"image_proj": file.image_proj, "ip_adapter": file.ip_adapter}[part]
+        check_tree(tensors, template, torch_spelling(), source=f"{file.path} ({part})")
+
+
 def load_ip_adapter(
     file: IPAdapterFile, widths: tuple[int, ...], dtype: np.dtype, put: Callable = jax.device_put
 ) -> dict[str, Tree]:
     """The trees {"image_proj", "ip_adapter"} in `dtype`; `widths` are the cross-attentions' widths in file order."""
-    projection, adapter = image_projection(file.config, dtype), IPAdapter(widths, dtype)
-    tokens = jax.ShapeDtypeStruct((1, 1, file.config.cross_attention_dim), jnp.float32)
-    templates = {
-        "image_proj": jax.eval_shape(projection.init, jax.random.key(0), example_features(file.config))["params"],
-        "ip_adapter": jax.eval_shape(adapter.init, jax.random.key(0), tokens)["params"],
-    }
     tensors = {"image_proj": file.image_proj, "ip_adapter": file.ip_adapter}
     spelling = torch_spelling()
     return {
         part: load_tree(tensors[part], template, spelling, source=f"{file.path} ({part})", dtype=dtype, put=put)
-        for part, template in templates.items()
+        for part, template in _templates(file, widths).items()
+    }
+
+
+def _templates(file: IPAdapterFile, widths: tuple[int, ...]) -> dict[str, Tree]:
+    projection, adapter = image_projection(file.config), IPAdapter(widths)
+    tokens = jax.ShapeDtypeStruct((1, 1, file.config.cross_attention_dim), jnp.float32)
+    return {
+        "image_proj": jax.eval_shape(projection.init, jax.random.key(0), example_features(file.config))["params"],
+        "ip_adapter": jax.eval_shape(adapter.init, jax.random.key(0), tokens)["params"],
     }

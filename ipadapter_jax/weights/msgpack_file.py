@@ -4,7 +4,6 @@ The file is one nested map from names to arrays. An array is extension type 1, w
 [shape, dtype name, bytes in C order] (flax.serialization). https://github.com/msgpack/msgpack/blob/master/spec.md
 """
 
-import dataclasses
 import math
 import mmap
 import struct
@@ -15,32 +14,12 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 
 from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.weights.lazy import MappedTensor, map_file
 
 _NDARRAY = 1
 _MAX_DEPTH, _MAX_NAME = 32, 1000
 _MAX_NAMES = 1 << 24  # characters of all dotted names, and 64 for each entry: a long name may stand before many others
 _DTYPES = {"float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}
-
-
-@dataclasses.dataclass(frozen=True)
-class MappedTensor:
-    """An array inside a mapped file; only `read` touches its pages."""
-
-    buffer: mmap.mmap
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    strides: tuple[int, ...] | None = None  # in bytes; C order without them
-
-    def read(self) -> np.ndarray:
-        """A read-only view of the file, which may not be aligned: copy what must outlive a change of the file."""
-        return np.ndarray(self.shape, self.dtype, self.buffer, self.offset, self.strides)
-
-
-def map_file(path: Path) -> mmap.mmap:
-    """The bytes of a file that is not empty, read when touched."""
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def read_msgpack_file(path: Path) -> dict[str, MappedTensor]:

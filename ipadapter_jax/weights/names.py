@@ -46,15 +46,16 @@ _FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 @dataclasses.dataclass(frozen=True)
 class Spelling:
-    """How a file spells a tree: the key and the shape of a parameter there, and how its array becomes ours."""
+    """How a file spells a tree: the key and the shape of a parameter there, how its array becomes ours, and back."""
 
     key: Callable[[Path], str]
     shape: Callable[[Path, tuple[int, ...]], tuple[int, ...]]
     read: Callable[[Path, np.ndarray], np.ndarray]
+    write: Callable[[Path, np.ndarray], np.ndarray]
 
 
 def torch_spelling(renames: Mapping[str, str] = {}) -> Spelling:
-    return Spelling(lambda path: torch_key(path, renames), torch_shape, from_torch)
+    return Spelling(lambda path: torch_key(path, renames), torch_shape, from_torch, to_torch)
 
 
-FLAX = Spelling(".".join, lambda path, shape: shape, lambda path, array: array)
+FLAX = Spelling(".".join, lambda path, shape: shape, lambda path, array: array, lambda path, array: array)

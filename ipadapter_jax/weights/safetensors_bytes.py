@@ -1,26 +1,50 @@
 """Named arrays as the bytes of a safetensors file: equal content gives equal bytes."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from ipadapter_jax.weights.lazy import Tensor
+
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what is written, and its name in a header
 
 
-def safetensors_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """A length (8 bytes), a JSON header, then the tensors by name. https://huggingface.co/docs/safetensors
+def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+    """A length (8 bytes), a JSON header, then the tensors by name, one at a time.
+    https://huggingface.co/docs/safetensors
 
-    Not by the library's writer: it puts metadata in a random order, so that no digest could be compared, and up to
-    0.8.0 it writes arrays that are not contiguous as they lie in memory.
+    Not by the library's writer: it puts metadata in a random order, so that no digest could be compared, needs all
+    arrays in memory, and up to 0.8.0 it writes arrays that are not contiguous as they lie in memory.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
-    for name, array in sorted(tensors.items()):
-        offsets = [position, position + array.nbytes]
-        header[name] = {"dtype": DTYPES[array.dtype.name], "shape": list(array.shape), "data_offsets": offsets}
-        position += array.nbytes
+    for name, tensor in sorted(tensors.items()):
+        end = position + int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(array.tobytes() for _, array in sorted(tensors.items()))])
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for _, tensor in sorted(tensors.items()):
+        yield raw(tensor.read())
+
+
+def raw(array: np.ndarray) -> memoryview:
+    """The bytes of an array in C order; copied only where it lies otherwise."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all tensors by name; the container does not count."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(json.dumps([name, tensor.dtype.name, list(tensor.shape)]).encode())
+        found.update(raw(tensor.read()))
+    return found.hexdigest()

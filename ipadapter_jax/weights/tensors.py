@@ -2,48 +2,31 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.weights.msgpack_file import MappedTensor, map_file, read_msgpack_file
+from ipadapter_jax.weights.lazy import MappedTensor, Tensor, map_file
+from ipadapter_jax.weights.msgpack_file import read_msgpack_file
 from ipadapter_jax.weights.torch_pickle import flatten, read_torch_file
 
-
-class Tensor(Protocol):
-    """One tensor of a file."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    def read(self) -> np.ndarray:
-        """Its elements, perhaps a read-only view of the file."""
-        ...
+SAFETENSORS, PICKLE, MSGPACK, INDEX = "safetensors", "PyTorch pickle", "Flax msgpack", "index of shards"
+_MAX_HEADER = 100_000_000  # bytes, what the safetensors library reads
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a .safetensors file, its shard index (.json), a PyTorch pickle or a Flax msgpack, unread.
 
-    Raises WeightFileError naming the file when it is none of these or damaged. Nothing is ever unpickled.
+    Which of these it is, its first bytes tell; the name does not count. Raises WeightFileError naming the file when it
+    is none of these or damaged. Nothing is ever unpickled.
     """
     path = Path(path)
-    if not path.is_file():
-        raise WeightFileError(f"{path}: there is no such file")
-    readers = {".json": _open_shards, ".safetensors": _open_safetensors, ".msgpack": read_msgpack_file}
-    reader = (readers | dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _open_pickle)).get(path.suffix)
-    if reader is None:
-        raise WeightFileError(f"{path}: unknown kind of weight file; give .safetensors, .bin, .ckpt or .msgpack")
     try:
-        _refuse_other_kinds(path)
-        tensors = dict(reader(path))
+        tensors = dict(_READERS[container(path)](path))
     except OSError as error:
         raise WeightFileError(f"{path}: cannot be read ({error.strerror or error})") from None
     for name in tensors:
@@ -52,18 +35,61 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _refuse_other_kinds(path: Path) -> None:
-    """What a failed download leaves under the name of a weight file."""
-    with open(path, "rb") as file:
-        head = file.read(512).lstrip().lower()
-    if not head:
+def container(path: Path) -> str:
+    """SAFETENSORS, PICKLE, MSGPACK or INDEX. Raises WeightFileError saying what else it is."""
+    if not path.is_file():
+        there = "is a folder, not a file" if path.is_dir() else "there is no such file"
+        raise WeightFileError(f"{path}: {there}")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise WeightFileError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not head.strip():
         raise WeightFileError(f"{path}: the file is empty; download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise WeightFileError(f"{path}: a git-lfs pointer, not the weights; fetch them with `git lfs pull`")
-    if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise WeightFileError(
-            f"{path}: a web page, not weights; download the file itself (/resolve/ instead of /blob/)"
-        )
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER:
+        return SAFETENSORS
+    if head.startswith(b"PK\3\4") or re.match(rb"\x80[\x02-\x05]", head):
+        return PICKLE
+    text = head.lstrip().lower()
+    for start, what in _STRANGERS.items():
+        if text.startswith(start):
+            raise WeightFileError(f"{path}: {what}")
+    if text.startswith(b"{"):
+        return INDEX
+    if 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):
+        return MSGPACK
+    raise WeightFileError(
+        f"{path}: no file of weights: neither .safetensors nor .bin, .ckpt or .msgpack by its first bytes; "
+        "download it again"
+    )
+
+
+# How files begin that are found under the name of weights, in lower case.
+_STRANGERS = {
+    b"version https://git-lfs": "a git-lfs pointer, not the weights; fetch them with `git lfs pull`",
+    **dict.fromkeys(
+        (b"<!doctype", b"<html", b"<?xml", b"<head"),
+        "a web page, not weights; download the file itself (/resolve/ instead of /blob/)",
+    ),
+    b"gguf": "a GGUF file; take the model's .safetensors",
+    b"\x89hdf": "an HDF5 file of Keras; take the model's .safetensors",
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"rar!": "a RAR archive; unpack it first",
+    **dict.fromkeys((b"\x89png", b"\xff\xd8\xff", b"riff", b"gif8"), "a picture, not weights"),
+}
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself; empty for every other kind of file."""
+    if container(path) != SAFETENSORS:
+        return {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise _not_whole(path, error) from None
 
 
 def _open_pickle(path: Path) -> Mapping[str, Tensor]:
@@ -85,8 +111,7 @@ def _open_safetensors(path: Path) -> dict[str, MappedTensor]:
         with safe_open(path, framework="numpy"):  # checks header, sizes and offsets; its own reading copies each tensor
             pass
     except SafetensorError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightFileError(f"{path}: not a whole safetensors file ({reason}); download it again") from None
+        raise _not_whole(path, error) from None
     buffer = map_file(path)
     start = 8 + int.from_bytes(buffer[:8], "little")
     tensors = {}
@@ -101,6 +126,11 @@ def _open_safetensors(path: Path) -> dict[str, MappedTensor]:
         dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
         tensors[name] = MappedTensor(buffer, start + entry["data_offsets"][0], tuple(entry["shape"]), dtype)
     return tensors
+
+
+def _not_whole(path: Path, error: SafetensorError) -> WeightFileError:
+    reason = " ".join(str(error).split())[:200]
+    return WeightFileError(f"{path}: not a whole safetensors file ({reason}); download it again")
 
 
 def _open_shards(path: Path) -> dict[str, Tensor]:
@@ -135,3 +165,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     if outside:
         raise WeightFileError(f"{index}: names a shard that is no .safetensors file beside it: {outside[0][:60]!r}")
     return names
+
+
+_READERS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {
+    SAFETENSORS: _open_safetensors,
+    PICKLE: _open_pickle,
+    MSGPACK: read_msgpack_file,
+    INDEX: _open_shards,
+}

@@ -29,8 +29,8 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict:
     try:
         require(os.path.isfile(path), "there is no such file", "; check the path")  # nor a pipe, which would block
         with _File(path) as file:
-            head = file.read_at(0, min(file.size, 512))
-            require(head.startswith((b"PK\3\4", b"\x80")), *_other_kind(head, file.size))
+            head = file.read_at(0, min(file.size, 4))
+            require(head.startswith((b"PK\3\4", b"\x80")), "is no file of torch.save")
             tree = _read_zip(file) if head.startswith(b"PK") else _read_sequence(file)
         require(type(tree) is dict, "holds no dict of tensors", SAVE)
         flatten({"": tree})  # refuses loops and the like here, where the name of the file is known
@@ -128,14 +128,3 @@ def _read_zip(file: _File) -> Any:
         same = length == storage.numel * storage.dtype.itemsize and total <= file.size
         require(same, f"has a storage {key[:60]!r} of another size than it says")
     return tree
-
-
-def _other_kind(head: bytes, size: int) -> tuple[str, str]:
-    """Say what a file is that is neither container of torch.save, and what to do."""
-    if head.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the weights", "; fetch them with `git lfs pull`"
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "is a web page, not weights", "; download the file itself (often /resolve/ instead of /blob/)"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
-        return "is a safetensors file", "; give it the ending .safetensors"
-    return "is no file of torch.save" if head else "is empty", AGAIN

@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import Path, Spelling
-from ipadapter_jax.weights.tensors import Tensor
 
 Tree = dict[str, Any]
 
@@ -36,6 +36,25 @@ def nest(flat: Mapping[Path, Any]) -> Tree:
     return tree
 
 
+def check_tree(
+    tensors: Mapping[str, Tensor], template: Mapping[str, Any], spelling: Spelling, *, source: str
+) -> dict[str, tuple[Path, Any]]:
+    """{key in the file: (path, leaf) of the template}.
+
+    Raises WeightFileError naming `source` and the tensors that are missing, left over, mis-shaped or no floats.
+    """
+    wanted = {spelling.key(path): (path, leaf) for path, leaf in leaves(template).items()}
+    _refuse(source, "lacks", [key for key in wanted if key not in tensors])
+    _refuse(source, "has tensors without a place in the model:", [key for key in tensors if key not in wanted])
+    for key, (path, leaf) in wanted.items():
+        shape, expected = tuple(tensors[key].shape), spelling.shape(path, tuple(leaf.shape))
+        if shape != expected:
+            raise WeightFileError(f"{source}: {key} has shape {shape}, not {expected}; is this file for another model?")
+        if not jnp.issubdtype(tensors[key].dtype, np.floating):
+            raise WeightFileError(f"{source}: {key} holds {tensors[key].dtype} numbers, not weights")
+    return wanted
+
+
 def load_tree(
     tensors: Mapping[str, Tensor],
     template: Mapping[str, Any],
@@ -47,18 +66,9 @@ def load_tree(
 ) -> Tree:
     """Tensors of a file -> a tree like `template` (leaves with a shape) of `dtype` arrays, a few tensors at a time.
 
-    Raises WeightFileError naming `source` and the tensors that are missing, left over, mis-shaped, not floating-point
-    or not finite in `dtype`; all names and shapes are checked before any bytes are read.
+    Raises WeightFileError as `check_tree`, before any bytes are read, and naming a tensor not finite in `dtype`.
     """
-    wanted = {spelling.key(path): (path, leaf) for path, leaf in leaves(template).items()}
-    _refuse(source, "lacks", [key for key in wanted if key not in tensors])
-    _refuse(source, "has tensors without a place in the model:", [key for key in tensors if key not in wanted])
-    for key, (path, leaf) in wanted.items():
-        shape, expected = tuple(tensors[key].shape), spelling.shape(path, tuple(leaf.shape))
-        if shape != expected:
-            raise WeightFileError(f"{source}: {key} has shape {shape}, not {expected}; is this file for another model?")
-        if not jnp.issubdtype(tensors[key].dtype, np.floating):
-            raise WeightFileError(f"{source}: {key} holds {tensors[key].dtype} numbers, not weights")
+    wanted = check_tree(tensors, template, spelling, source=source)
 
     def load(key: str) -> Array:
         return put(_converted(spelling.read(wanted[key][0], tensors[key].read()), dtype, f"{source}: {key}"))

@@ -20,13 +20,13 @@ from ipadapter_jax.models.projections import ImageProjConfig
 from ipadapter_jax.models.unet import UNet, UNetConfig, cross_attention_sites
 from ipadapter_jax.train.initial import initial_adapter, load_initial, projection_config
 from ipadapter_jax.weights import components
-from ipadapter_jax.weights.components import load_component, read_config, template_of
+from ipadapter_jax.weights.components import load_component, read_blueprint, template_of
 from ipadapter_jax.weights.ip_adapter_export import save_ip_adapter
 from ipadapter_jax.weights.ip_adapter_file import load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.tree import leaves
 
-VISION = read_config(components.IMAGE_ENCODER, IMAGE_ENCODER / "config.json")
-TINY_UNET = read_config(components.UNET, TORCH_MODEL / "unet" / "config.json")
+VISION = read_blueprint(components.IMAGE_ENCODER, IMAGE_ENCODER / "config.json").config
+TINY_UNET = read_blueprint(components.UNET, TORCH_MODEL / "unet" / "config.json").config
 CONFIGS = {variant: projection_config(variant, VISION, 32, heads=2) for variant in ("base", "plus", "full")}
 FILES = {"base": "ip-adapter_tiny.bin", "plus": "ip-adapter-plus_tiny.bin", "full": "ip-adapter-full-face_tiny.bin"}
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import lzma
+from collections.abc import Iterable
 from pathlib import Path
 
 import compare_with_diffusers
@@ -16,12 +17,13 @@ from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL
 from safetensors.numpy import load_file
 from weight_files import assert_same_tree, refused
 
-import ipadapter_jax.weights.ip_adapter_export as export
 from ipadapter_jax import StableDiffusion
+from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.models.projections import ImageProjConfig
 from ipadapter_jax.models.unet import UNetConfig, cross_attention_sites
 from ipadapter_jax.preprocess import load_image, to_uint8
 from ipadapter_jax.train.initial import initial_adapter
+from ipadapter_jax.weights import written
 from ipadapter_jax.weights.components import read_json
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_adapter
 from ipadapter_jax.weights.ip_adapter_file import load_ip_adapter, open_ip_adapter
@@ -92,7 +94,7 @@ def test_names_shapes_and_bytes_are_those_of_the_published_files(data, tmp_path,
     unet = UNetConfig()
     shapes = jax.eval_shape(lambda seed: initial_adapter(text_projections(unet), unet, config, seed), 0)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float16), shapes)
-    monkeypatch.setattr(export, "_prove", lambda *_: None)  # at this size it reads and compares for seconds
+    monkeypatch.setattr(written, "_prove", lambda *_: None)  # at this size it reads and compares for seconds
     save_ip_adapter(tmp_path / "a.safetensors", params, metadata=METADATA)
     published = collections.defaultdict(dict)
     for line in lzma.decompress((data / "published_keys.txt.xz").read_bytes()).decode().splitlines():
@@ -135,11 +137,29 @@ def test_bytes_depend_on_content_alone(tmp_path):
     assert save_ip_adapter(tmp_path / "b.safetensors", turned, metadata={"b": "3", "a": "1"}) != expected
 
 
+def tensors_digest(tensors: dict[str, np.ndarray]) -> str:
+    """Of a file's content, as its documentation says."""
+    found = hashlib.sha256()
+    for name, array in sorted(tensors.items()):
+        found.update(json.dumps([name, array.dtype.name, list(array.shape)]).encode() + array.tobytes())
+    return found.hexdigest()
+
+
+def test_one_changed_bit_of_our_file_is_found(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_ip_adapter(path, stored("base"), metadata=METADATA)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    refused(lambda: open_ip_adapter(path), f"{path}: damaged", "copy the file again", error=WeightFileError)
+
+
 def test_metadata(tmp_path):
     metadata = adapter_metadata(ImageProjConfig("base", 1024, 768, 4), step=70)
     save_ip_adapter(tmp_path / "a.safetensors", stored("base"), metadata=metadata)
     found = header(tmp_path / "a.safetensors")["__metadata__"]
     assert found.pop("ipadapter_jax")
+    assert found.pop("tensors_sha256") == tensors_digest(load_file(tmp_path / "a.safetensors"))
     assert found == {
         "format": "pt",
         "variant": "base",
@@ -178,7 +198,7 @@ def test_weights_beyond_float16(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "dtype", "words"),
-    [("a.bin", "float16", ["a.bin", ".safetensors"]), ("a.safetensors", "float8", ["'float8'", "bfloat16"])],
+    [("a.pt", "float16", ["a.pt", ".safetensors or .bin"]), ("a.safetensors", "float8", ["'float8'", "bfloat16"])],
 )
 def test_other_names_and_dtypes(tmp_path, name, dtype, words):
     refused(lambda: save_ip_adapter(tmp_path / name, stored("base"), dtype=dtype, metadata={}), *words)
@@ -189,10 +209,11 @@ def test_a_disk_that_returns_other_bits_leaves_the_older_file(tmp_path, monkeypa
     path = tmp_path / "a.safetensors"
     before = save_ip_adapter(path, stored("base"), metadata=METADATA)
 
-    def damaged(target: Path, content: bytes) -> None:
+    def damaged(target: Path, chunks: Iterable[bytes]) -> None:
+        content = b"".join(chunks)
         target.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
-    monkeypatch.setattr(export, "write_whole", damaged)
+    monkeypatch.setattr(written, "write_whole", damaged)
     words = ["ip_adapter.9.to_v_ip.weight comes back", "save to another disk"]
     refused(lambda: save_ip_adapter(path, stored("base"), metadata={}), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

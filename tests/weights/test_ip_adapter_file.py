@@ -189,7 +189,9 @@ def test_another_image_encoder(name, features, needed):
 )
 def test_the_encoder_that_is_needed_is_named(config, needed):
     file = open_ip_adapter(ADAPTERS / f"{BASE}.safetensors")
-    refused(lambda: check_encoder(type(file)(file.path, {}, {}, config), 512, 512, "x"), needed, error=WeightFileError)
+    refused(
+        lambda: check_encoder(type(file)(file.path, {}, {}, config, {}), 512, 512, "x"), needed, error=WeightFileError
+    )
 
 
 # --- other files -------------------------------------------------------------------------------------------------
@@ -204,10 +206,13 @@ OTHERS = {
     "unet": (["time_embedding.linear_1.weight", "down_blocks.0.x", "conv_in.weight"], "a UNet"),
     "controlnet": (["time_embedding.linear_1.weight", "controlnet_cond_embedding.conv_in.weight"], "a ControlNet"),
     "vae": (["encoder.conv_in.weight", "decoder.conv_in.weight"], "a VAE"),
-    "clip": (["vision_model.embeddings.class_embedding", "text_model.x"], "a CLIP model: give it as the image encoder"),
-    "embedding": (["emb_params"], "its tensors are emb_params"),
-    "projection alone": (["image_proj.proj.weight"], "its tensors are image_proj.proj.weight"),
-    "nothing": ([], "its tensors are none"),
+    "clip": (
+        ["vision_model.embeddings.class_embedding", "text_model.x"],
+        "a CLIP image encoder: give it as the image encoder",
+    ),
+    "embedding": (["emb_params"], "a textual inversion"),
+    "stranger": (["layers.0.weight"], "its tensors are layers.0.weight"),
+    "nothing": ([], "it has no tensors"),
 }
 
 
@@ -225,13 +230,21 @@ def test_what_is_no_adapter(tmp_path, name):
     [
         (TORCH_MODEL / "unet", "a UNet"),
         (TORCH_MODEL / "vae", "a VAE"),
-        (TORCH_MODEL / "text_encoder", "a CLIP model"),
-        (IMAGE_ENCODER, "a CLIP model"),
+        (TORCH_MODEL / "text_encoder", "a text encoder"),
+        (IMAGE_ENCODER, "a CLIP image encoder"),
     ],
 )
 def test_real_files_that_are_no_adapter(folder, guess):
     path = next(folder.glob("*.safetensors"))
     refused(lambda: open_ip_adapter(path), f"{path}: not an IP-Adapter file", guess, error=WeightFileError)
+
+
+@pytest.mark.parametrize(
+    ("kept", "lacking"), [("image_proj.", "without keys and values"), ("ip_adapter.", "without an image projection")]
+)
+def test_half_an_adapter(tmp_path, kept, lacking):
+    path = write(tmp_path / "a.bin", {key: array for key, array in tensors(BASE).items() if key.startswith(kept)})
+    refused(lambda: open_ip_adapter(path), f"{path}: half an IP-Adapter, ", lacking, error=WeightFileError)
 
 
 FACE_ID = {
@@ -247,7 +260,8 @@ def test_face_id(tmp_path, name):
     if name == "lora inside":
         content["ip_adapter.0.to_q_lora.down.weight"] = zeros(1)
     path = write(tmp_path / "a.bin", content)
-    words = [f"{path}: a FaceID adapter, which is not supported", "use a base, plus or full-face adapter"]
+    kind = "FaceID Plus" if name == "faceid-plus" else "FaceID"
+    words = [f"{path}: a {kind} adapter: ", "not supported", "use a base, plus or full-face adapter"]
     refused(lambda: open_ip_adapter(path), *words, error=WeightFileError)
 
 

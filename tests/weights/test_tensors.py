@@ -7,6 +7,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import flax.serialization
 import ml_dtypes
 import numpy as np
 import pytest
@@ -130,22 +131,39 @@ def test_no_weights_at_all(tmp_path, suffix, content, words):
     refused(lambda: open_tensors(path), f"{path}: ", *words, error=WeightFileError)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_another_kind_under_this_name(tmp_path, suffix):
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".pt", ".json", ".txt", ""])
+def test_the_content_decides_and_not_the_name(tmp_path, suffix):
     save_file({"w": W}, tmp_path / "a.safetensors")
-    for source in (tmp_path / "a.safetensors", write_bin(tmp_path / "a.bin", {"w": W})):
-        if source.suffix != suffix and (source.suffix, suffix) != (".bin", ".ckpt"):
-            path = tmp_path / f"renamed{suffix}"
-            path.write_bytes(source.read_bytes())
-            refused(lambda path=path: open_tensors(path), f"{path}: ", error=WeightFileError)
+    (tmp_path / "a.msgpack").write_bytes(flax.serialization.msgpack_serialize({"w": W}))
+    for source in ("a.safetensors", "a.msgpack", write_bin(tmp_path / "a.bin", {"w": W})):
+        path = tmp_path / f"renamed{suffix}"
+        path.write_bytes((tmp_path / source).read_bytes())
+        assert open_tensors(path)["w"].read().tobytes() == W.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"GGUF\x03\0\0\0", "GGUF"),
+        (b"\x89HDF\r\n\x1a\n", "Keras"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"7z\xbc\xaf'\x1c", "7z"),
+        (b"Rar!\x1a\x07", "RAR"),
+        (b"\x89PNG\r\n\x1a\n", "picture"),
+    ],
+)
+def test_files_of_other_programs_are_named(tmp_path, head, words):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(head + bytes(100))
+    refused(lambda: open_tensors(path), f"{path}: ", words, error=WeightFileError)
 
 
 def test_places_without_a_file(tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
-    refused(lambda: open_tensors(tmp_path / "folder.safetensors"), "there is no such file", error=WeightFileError)
+    refused(lambda: open_tensors(tmp_path / "folder.safetensors"), "is a folder, not a file", error=WeightFileError)
     refused(lambda: open_tensors(tmp_path / "none.bin"), "none.bin: there is no such file", error=WeightFileError)
     (tmp_path / "model.onnx").write_bytes(b"x")
-    refused(lambda: open_tensors(tmp_path / "model.onnx"), "model.onnx: unknown kind", ".safetensors")
+    refused(lambda: open_tensors(tmp_path / "model.onnx"), "model.onnx: no file of weights", ".safetensors")
 
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".json"])

@@ -1,0 +1,248 @@
+"""A base model that was opened: a folder in diffusers' layout or a checkpoint of one file, with parts replaced."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ipadapter_jax import embedded
+from ipadapter_jax.diffusion.schedule import NoiseSchedule
+from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.models.unet import UNetConfig
+from ipadapter_jax.tokens import load_tokenizer
+from ipadapter_jax.weights import single_file
+from ipadapter_jax.weights.components import (
+    TEXT_ENCODER,
+    UNET,
+    VAE_COMPONENT,
+    Blueprint,
+    Component,
+    Opened,
+    blueprint_of,
+    choose_files,
+    open_component,
+    open_weights,
+    read_blueprint,
+    read_json,
+)
+from ipadapter_jax.weights.hub import local_path
+from ipadapter_jax.weights.kinds import identify
+from ipadapter_jax.weights.lazy import Tensor
+from ipadapter_jax.weights.names import Spelling
+from ipadapter_jax.weights.tensors import open_tensors
+
+BASE_COMPONENTS = {"unet": UNET, "vae": VAE_COMPONENT, "text_encoder": TEXT_ENCODER}
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # whose settings a single file is read with
+_EXTRAS = ("model_index.json", "tokenizer/*", "scheduler/*.json")
+
+Reference = str | os.PathLike
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BaseModel:
+    """Configurations and the places of all weights, none of which is read yet.
+
+    `folder` has the settings of every network, the tokenizer and the scheduler; the weights lie there too, unless
+    `parts` holds the tensors of a single file, or `replaced` names another place.
+    """
+
+    reference: str
+    folder: Path
+    variant: str | None = None
+    file: Path | None = None
+    parts: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
+    replaced: Mapping[str, Reference] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.folder / "tokenizer")
+
+    @functools.cached_property
+    def schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.from_json(read_json(self.folder / "scheduler" / "scheduler_config.json"))
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """The model's own where it is not the usual one."""
+        return embedded.GUIDANCE_SCALE if self.folder == embedded.FOLDER and self.file is None else None
+
+    def blueprint(self, name: str) -> Blueprint:
+        """The settings of "unet", "vae" or "text_encoder". Raises InputError naming what is wrong with them."""
+        if name not in self._blueprints:
+            self._blueprints[name] = self.part(name).blueprint if name in self.replaced else self.own_blueprint(name)
+        return self._blueprints[name]
+
+    @functools.cached_property
+    def _blueprints(self) -> dict[str, Blueprint]:
+        return {}
+
+    def own_blueprint(self, name: str) -> Blueprint:
+        found = read_blueprint(BASE_COMPONENTS[name], self.folder / name / "config.json")
+        if name == "unet" and self.file is not None:
+            channels = single_file.input_channels(self.parts["unet"]) or found.config.in_channels
+            found = blueprint_of(UNET, {**found.settings, "in_channels": channels}, found.path)
+        return found
+
+    def config(self, name: str) -> Any:
+        return self.blueprint(name).config
+
+    def part(self, name: str) -> Opened:
+        """A network, opened once. Raises InputError or WeightFileError naming what does not fit."""
+        if name not in self._opened:
+            self._opened[name] = self._open(name)
+        return self._opened[name]
+
+    @functools.cached_property
+    def _opened(self) -> dict[str, Opened]:
+        return {}
+
+    def _open(self, name: str) -> Opened:
+        component = BASE_COMPONENTS[name]
+        if name in self.replaced:
+            return _replacement(component, name, self.replaced[name], self)
+        if self.file is None:
+            return open_component(component, self.folder / name, self.variant)
+        option = f"--{name.replace('_', '-')}"
+        if not self.parts[name]:
+            raise WeightFileError(
+                f"{self.file}: holds no {component.title}; name one with {option}"
+                if name in ("vae", "text_encoder")
+                else f"{self.file}: holds no {component.title}; take another file"
+            )
+        try:
+            return self._in_file(name, self.parts[name], self.file)
+        except WeightFileError as error:
+            if name == "unet":
+                raise
+            raise WeightFileError(f"{error} A whole {component.title} can be named with {option}") from None
+
+    def _in_file(self, name: str, tensors: Mapping[str, Tensor], file: Path) -> Opened:
+        found = self.blueprint(name)
+        return open_weights(found, tensors, file, single_file_spelling(name, found.config))
+
+    def check(self, names: Sequence[str] = tuple(BASE_COMPONENTS)) -> None:
+        """Opens all of `names`. Raises InputError when the parts do not belong together."""
+        _check_fit(self.reference, len(self.tokenizer), **{name: self.config(name) for name in BASE_COMPONENTS})
+        for name in names:
+            self.part(name)
+
+
+def open_base(
+    reference: Reference,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    config: Reference | None = None,
+    vae: Reference | None = None,
+    text_encoder: Reference | None = None,
+    extract_ema: bool = False,
+) -> BaseModel:
+    """Opens a folder in diffusers' layout, a single file ("LDM": .safetensors or .ckpt), a Hub id, a file on the Hub
+    ("owner/name/model.safetensors"), or "mini".
+
+    A single file is read with the settings, tokenizer and scheduler of `config`, a folder or Hub id, by default Stable
+    Diffusion 1.5's. `vae` and `text_encoder` replace these parts: a folder, a Hub id or a file. `extract_ema` takes the
+    moving average of the UNet in a single file. Raises InputError naming what is wrong.
+    """
+    given = {"vae": vae, "text_encoder": text_encoder}
+    replaced = {name: place for name, place in given.items() if place is not None}
+    needed = {name: component for name, component in BASE_COMPONENTS.items() if name not in replaced}
+    extras = (*_EXTRAS, *(f"{name}/config.json" for name in replaced))
+    choose = functools.partial(choose_files, folders=needed, extras=extras, variant=variant)
+    root = local_path(reference, choose, what="base model", revision=revision)
+    if root.is_file():
+        return _open_file(reference, root, config, replaced, extract_ema)
+    if not (root / "unet").is_dir():
+        held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+        raise InputError(
+            f"base model {reference}: no folder in diffusers' layout (it has no unet/config.json but {held}); "
+            "give such a folder, or one checkpoint file"
+        )
+    for option, value in (("config", config), ("extract-ema", extract_ema)):
+        if value:
+            raise InputError(f"--{option} is for a checkpoint of one file; {reference} is a folder")
+    return BaseModel(str(reference), root, variant, replaced=replaced)
+
+
+def _open_file(
+    reference: Reference, file: Path, config: Reference | None, replaced: Mapping[str, Reference], extract_ema: bool
+) -> BaseModel:
+    tensors = open_tensors(file)
+    if not single_file.is_single_file(tensors):
+        kind = identify(tensors)
+        raise WeightFileError(f"base model {file}: this is {kind}, not a base model; {kind.advice}")
+    parts = single_file.split(str(file), tensors, extract_ema=extract_ema)
+    return BaseModel(str(reference), _settings_folder(file, config), file=file, parts=parts, replaced=replaced)
+
+
+def _settings_folder(file: Path, config: Reference | None) -> Path:
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        return [name for name in names if name.endswith(("/config.json", "_config.json")) or name.startswith("token")]
+
+    try:
+        folder = local_path(config or STABLE_DIFFUSION, choose, what="config")
+    except InputError as error:
+        if config is not None:
+            raise
+        raise InputError(
+            f"base model {file}: a single file has no tokenizer and no settings; name a folder or Hub id of the same "
+            f"family with --config ({error})"
+        ) from None
+    if not (folder / "unet" / "config.json").is_file():
+        raise InputError(f"config {config}: no folder in diffusers' layout (it has no unet/config.json)")
+    return folder
+
+
+def single_file_spelling(name: str, config: Any) -> Spelling | None:
+    """How the single file spells a network; None where that is PyTorch's own."""
+    makers: Mapping[str, Callable[[Any], Spelling]] = {
+        "unet": single_file.unet_spelling,
+        "vae": single_file.vae_spelling,
+    }
+    return makers[name](config) if name in makers else None
+
+
+def _replacement(component: Component, name: str, reference: Reference, base: BaseModel) -> Opened:
+    """A part from another place: its own folder, a base model's, or a file of either layout."""
+
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        inside = name if any(file.startswith(f"{name}/") for file in names) else ""
+        return choose_files(names, {inside: component}, (), base.variant)
+
+    place = local_path(reference, choose, what=component.title)
+    if place.is_dir():
+        return open_component(component, place / name if (place / name).is_dir() else place, base.variant)
+    own, tensors = base.own_blueprint(name), open_tensors(place)
+    if single_file.is_single_file(tensors):
+        tensors = single_file.split(str(place), tensors)[name]
+    elif name != "vae" or not any(key.startswith(("encoder.down.", "decoder.up.")) for key in tensors):
+        return open_weights(own, tensors, place)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(("loss.", "model_ema."))}
+    return open_weights(own, tensors, place, single_file_spelling(name, own.config))
+
+
+def _check_fit(reference: str, tokens: int, unet: UNetConfig, vae: Any, text_encoder: Any) -> None:
+    if tokens > text_encoder.vocab_size:
+        raise InputError(f"base model {reference}: its tokenizer has {tokens} tokens, more than its text encoder knows")
+    latents = vae.latent_channels
+    if unet.out_channels != latents or unet.in_channels not in (latents, 2 * latents + 1):
+        raise InputError(
+            f"base model {reference}: its UNet reads {unet.in_channels} channels and gives {unet.out_channels}, the "
+            f"VAE has {latents}; models that follow instructions (8 channels) are not supported"
+        )
+    if text_encoder.hidden_size != unet.cross_attention_dim:
+        raise InputError(
+            f"base model {reference}: its text encoder gives width {text_encoder.hidden_size}, its UNet reads "
+            f"{unet.cross_attention_dim}; take both from one model, or name another with --text-encoder"
+        )
+
+
+def check_text_to_image(reference: str, unet: UNetConfig) -> None:
+    """Raises InputError for a UNet that reads more than the noisy latents."""
+    if unet.in_channels != unet.out_channels:
+        raise InputError(
+            f"base model {reference}: an inpainting model ({unet.in_channels} channels), which needs a picture and a "
+            "mask; these cannot be given yet, so take the ordinary model of 4 channels"
+        )

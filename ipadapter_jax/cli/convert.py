@@ -1,0 +1,55 @@
+"""`ipadapter-jax convert`: weights from one format to another."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ipadapter_jax.convert import convert as run
+from ipadapter_jax.convert import save_adapter
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.train.saved_adapter import is_run, open_run
+
+
+@dataclasses.dataclass
+class Convert:
+    """Writes weights in another format, by what SOURCE holds and what OUT is called; nothing is lost or rounded unless
+    --dtype asks for it.
+
+    An IP-Adapter (released file, raw checkpoint of accelerate, folder of one of our runs) becomes OUT.safetensors or
+    OUT.bin; a base model (diffusers or Flax folder, single file) becomes OUT.safetensors, one file, or the folder OUT;
+    a CLIP image encoder (OpenCLIP or transformers) becomes the folder OUT.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """File, folder or Hub place."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Name of the new file or folder, which must not exist."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Round to this; by default every tensor stays as it is stored."""
+    flax: bool = False
+    """Write a folder of Flax msgpack files rather than PyTorch's safetensors."""
+    config: str | None = None
+    """For a single file: folder or Hub id of its family, for settings and tokenizer; by default Stable Diffusion
+    1.5."""
+    vae: str | None = None
+    """Another VAE than the base model's: a folder, a Hub id or a file."""
+    text_encoder: str | None = None
+    """Another text encoder than the base model's: a folder, a Hub id or a file."""
+    extract_ema: bool = False
+    """For a single file: take the moving average of its UNet."""
+
+
+def convert(args: Convert) -> int:
+    """Converts and prints the name of what was written. Raises InputError."""
+    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+    source, out = options.pop("source"), options.pop("out")
+    if is_run(Path(source)):
+        if out.exists():
+            raise InputError(f"{out} exists; choose another name, or remove it first")
+        save_adapter(out, open_run(Path(source)), args.dtype or "float16")
+    else:
+        run(source, out, **options)
+    print(out)
+    return 0

@@ -1,0 +1,102 @@
+"""The names under which an IP-Adapter's tensors are found, brought to those of the released files.
+
+Released files hold `image_proj.*` and `ip_adapter.N.to_k_ip.weight`. Training with accelerate leaves
+`image_proj_model.*` and `adapter_modules.N.*`; as safetensors it drops the latter, which are the same memory as the
+UNet's own `unet.<module>.attn2.processor.to_k_ip.weight`. A saved UNet of diffusers with an adapter in it has those
+with a number behind, and the projection under names of its own. DeepSpeed puts `module.` before all.
+"""
+
+import re
+from collections.abc import Mapping
+
+from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.weights.lazy import Tensor, joined
+
+Tensors = dict[str, Tensor]
+
+_PROJECTION = ("image_proj.", "image_proj_model.")
+_ADAPTER = ("ip_adapter.", "adapter_modules.")
+_IN_UNET = re.compile(
+    r"(?:unet\.)?(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)"
+    r"\.attn2\.processor\.(to_[kv]_ip)(?:\.(\d+))?\.weight"
+)
+_PROJECTION_IN_UNET = re.compile(r"(?:unet\.)?encoder_hid_proj\.(?:image_projection_layers\.(\d+)\.)?(.*)")
+
+
+def adapter_parts(source: str, tensors: Mapping[str, Tensor]) -> tuple[Tensors, Tensors, list[str]]:
+    """The tensors of the projection, those of the keys and values, and the names of all others.
+
+    Raises WeightFileError naming `source` when a part is there twice or several adapters are in it. A part that is not
+    there at all is empty.
+    """
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    used: set[str] = set()
+    projection = _group(source, tensors, _PROJECTION, used) or _projection_in_unet(source, tensors, used)
+    adapter = _group(source, tensors, _ADAPTER, used) or _adapter_in_unet(source, tensors, used)
+    return projection, adapter, [name for name in tensors if name not in used]
+
+
+def _group(source: str, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], used: set[str]) -> Tensors:
+    found = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in tensors)]
+    if len(found) > 1:
+        raise WeightFileError(f"{source}: holds both {found[0]}* and {found[1]}*; save one of them")
+    names = [name for name in tensors if found and name.startswith(found[0])]
+    used.update(names)
+    return {name.removeprefix(found[0]): tensors[name] for name in names}
+
+
+def _adapter_in_unet(source: str, tensors: Mapping[str, Tensor], used: set[str]) -> Tensors:
+    """Numbered as diffusers registers its processors: down, up, then mid; self-attentions have the even numbers."""
+    found = {name: match for name in tensors if (match := _IN_UNET.fullmatch(name))}
+    _check_one(source, {match[6] for match in found.values()})
+    order = ("down_blocks", "up_blocks", "mid_block")
+    places = {name: (order.index(m[1]), int(m[2] or 0), int(m[3]), int(m[4])) for name, m in found.items()}
+    numbers = {place: 2 * i + 1 for i, place in enumerate(sorted(set(places.values())))}
+    used.update(found)
+    return {f"{numbers[places[name]]}.{match[5]}.weight": tensors[name] for name, match in found.items()}
+
+
+def _projection_in_unet(source: str, tensors: Mapping[str, Tensor], used: set[str]) -> Tensors:
+    found = {name: match for name in tensors if (match := _PROJECTION_IN_UNET.fullmatch(name))}
+    _check_one(source, {match[1] for match in found.values()})
+    used.update(found)
+    return _released({match[2]: tensors[name] for name, match in found.items()})
+
+
+def _check_one(source: str, numbers: set[str | None]) -> None:
+    if len(numbers) > 1:
+        raise WeightFileError(f"{source}: a UNet with {len(numbers)} adapters in it; save it with one")
+
+
+# diffusers' name of a projection's tensor -> the released one.
+_RENAMES = {
+    r"image_embeds\.(.*)": r"proj.\1",
+    r"ff\.net\.0\.proj\.(.*)": r"proj.0.\1",
+    r"ff\.net\.2\.(.*)": r"proj.2.\1",
+    r"layers\.(\d+)\.ln0\.(.*)": r"layers.\1.0.norm1.\2",
+    r"layers\.(\d+)\.ln1\.(.*)": r"layers.\1.0.norm2.\2",
+    r"layers\.(\d+)\.attn\.to_out\.0\.(.*)": r"layers.\1.0.to_out.\2",
+    r"layers\.(\d+)\.attn\.(.*)": r"layers.\1.0.\2",
+    r"layers\.(\d+)\.ff\.0\.(.*)": r"layers.\1.1.0.\2",
+    r"layers\.(\d+)\.ff\.1\.net\.0\.proj\.(.*)": r"layers.\1.1.1.\2",
+    r"layers\.(\d+)\.ff\.1\.net\.2\.(.*)": r"layers.\1.1.3.\2",
+}
+
+
+def _released(tensors: Tensors) -> Tensors:
+    """diffusers' names of a projection -> the released ones."""
+    named: Tensors = {}
+    for name, tensor in tensors.items():
+        rule = next((pattern for pattern in _RENAMES if re.fullmatch(pattern, name)), None)
+        named[re.sub(rule, _RENAMES[rule], name) if rule else name] = tensor
+    for name in [name for name in named if name.endswith(".to_k.weight")]:
+        keys, values = named[name], named.get(name.replace("to_k", "to_v"))
+        if values is not None and (keys.shape, keys.dtype) == (values.shape, values.dtype) and len(keys.shape) == 2:
+            del named[name], named[name.replace("to_k", "to_v")]  # released files hold them as one, keys first
+            named[name.replace("to_k", "to_kv")] = joined([keys, values])
+    if "proj.2.weight" in named and "norm.weight" in named:
+        one_token = named["proj.2.weight"].shape[:1] == named["norm.weight"].shape
+        if one_token:  # full-face; a FaceID projection has more tokens and keeps the name
+            named |= {f"proj.3.{end}": named.pop(f"norm.{end}") for end in ("weight", "bias") if f"norm.{end}" in named}
+    return named

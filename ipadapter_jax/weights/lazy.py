@@ -1,0 +1,78 @@
+"""Tensors that still lie in their files, and others made of them that are computed when they are read."""
+
+import dataclasses
+import mmap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class Tensor(Protocol):
+    """One tensor of a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self) -> np.ndarray:
+        """Its elements, perhaps a read-only view of the file."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedTensor:
+    """An array inside a mapped file; only `read` touches its pages."""
+
+    buffer: mmap.mmap
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    strides: tuple[int, ...] | None = None  # in bytes; C order without them
+
+    def read(self) -> np.ndarray:
+        """A read-only view of the file, which may not be aligned: copy what must outlive a change of the file."""
+        return np.ndarray(self.shape, self.dtype, self.buffer, self.offset, self.strides)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The bytes of a file that is not empty, read when touched."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A tensor of known shape whose elements `compute` gives."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    compute: Callable[[], np.ndarray]
+
+    def read(self) -> np.ndarray:
+        return self.compute()
+
+
+def held(array: np.ndarray) -> Derived:
+    """An array in memory as a tensor."""
+    return Derived(array.shape, array.dtype, lambda: array)
+
+
+def rows(tensor: Tensor, start: int, stop: int) -> Derived:
+    """A part of the first axis."""
+    return Derived((stop - start, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[start:stop])
+
+
+def turned(tensor: Tensor) -> Derived:
+    """The axes in reverse order."""
+    return Derived(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
+
+
+def joined(tensors: Sequence[Tensor]) -> Derived:
+    """One after the other along the first axis; they must agree in the rest."""
+    first = tensors[0]
+    shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
+    return Derived(shape, first.dtype, lambda: np.concatenate([tensor.read() for tensor in tensors]))
