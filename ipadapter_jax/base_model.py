@@ -215,11 +215,15 @@ def _replacement(component: Component, name: str, reference: Reference, base: Ba
     if place.is_dir():
         return open_component(component, place / name if (place / name).is_dir() else place, base.variant)
     own, tensors = base.own_blueprint(name), open_tensors(place)
-    if single_file.is_single_file(tensors):
-        tensors = single_file.split(str(place), tensors)[name]
-    elif name != "vae" or not any(key.startswith(("encoder.down.", "decoder.up.")) for key in tensors):
+    bare = name == "vae" and any(
+        key.removeprefix("vae.").startswith(("encoder.down.", "decoder.up.")) for key in tensors
+    )
+    if not bare and not single_file.is_single_file(tensors):
         return open_weights(own, tensors, place)
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(("loss.", "model_ema."))}
+    if bare:  # a VAE alone, as its own training leaves it
+        prefix = single_file.PREFIXES[name]
+        tensors = {prefix + key.removeprefix("vae."): tensor for key, tensor in tensors.items()}
+    tensors = single_file.split(str(place), tensors)[name]
     return open_weights(own, tensors, place, single_file_spelling(name, own.config))
 
 

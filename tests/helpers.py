@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import lzma
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import flax.serialization
 import jax
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import ipadapter_jax.sampling
 
@@ -119,3 +120,16 @@ def flax_folder(root: Path) -> Path:
     for name in ("text_encoder", "tokenizer", "scheduler"):
         shutil.copytree(ORACLES / "models" / "sd15_flax" / name, root / name)
     return root
+
+
+def ldm_file(path: Path) -> Path:
+    """The recorded tiny model as a single file, rewritten from the folder by the recorded names of the genuine file."""
+    stems = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    parts = {part: load_file(TORCH_MODEL / part / f"{stem}.safetensors") for part, stem in stems.items()}
+    tensors = {"cond_stage_model.transformer.text_model.embeddings.position_ids": np.arange(77, dtype=np.int64)[None]}
+    for line in lzma.decompress((ORACLES.parent / "ldm_names.txt.xz").read_bytes()).decode().splitlines():
+        part, key, name = line.split()
+        matrix = part == "vae" and ".attn_1." in key and parts[part][name].ndim == 2
+        tensors[key] = parts[part][name][:, :, None, None] if matrix else parts[part][name]
+    save_file(tensors, path)
+    return path

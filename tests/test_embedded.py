@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ipadapter_jax import embedded as module
-from ipadapter_jax.adapters import adapter_file, encoder_folder
+from ipadapter_jax.adapters import adapter_file
 from ipadapter_jax.embedded import embedded
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.weights.hub import local_path
@@ -52,8 +52,12 @@ def test_other_names(inside, name):
 def test_the_name_comes_before_a_folder_and_a_path_after_it(inside):
     (own := Path("mini/image_encoder")).mkdir(parents=True)
     (own / "config.json").write_text("{}")
-    assert encoder_folder("mini") == encoder_folder("mini/image_encoder") == inside / "image_encoder"
-    assert encoder_folder("./mini/image_encoder") == encoder_folder(own) == own
+
+    def place(reference) -> Path:
+        return local_path(reference, list, what="image encoder")
+
+    assert place("mini") == place("mini/image_encoder") == inside / "image_encoder"
+    assert place("./mini/image_encoder") == place(own) == own
 
 
 def test_an_adapter_inside_the_package_without_the_hub(inside):

@@ -28,7 +28,7 @@ def write_bin(path: Path, tree: Mapping) -> Path:
         if isinstance(value, Mapping):
             return b"}(" + b"".join(text(key) + pickled(inner) for key, inner in value.items()) + b"u"
         kind, key = _STORAGES[value.dtype.name], str(len(arrays))
-        arrays.append(np.ascontiguousarray(value))
+        arrays.append(np.asarray(value, order="C"))
         strides = [stride // value.itemsize for stride in arrays[-1].strides]
         storage = b"(" + text("storage") + f"ctorch\n{kind}Storage\n".encode() + text(key) + text("cpu")
         storage += numbers([value.size])[1:-1] + b"tQ"

@@ -9,6 +9,7 @@ import numpy as np
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.models.unet import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
+from ipadapter_jax.weights.components import drop_ignored
 from ipadapter_jax.weights.kinds import identify
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import Path, Spelling, from_torch, to_torch, torch_key, torch_shape
@@ -19,7 +20,7 @@ PREFIXES = {
     "text_encoder": "cond_stage_model.transformer.",
 }
 # What lies under these prefixes and is no weight of the networks.
-IGNORED = r"loss\..*|model_ema\..*|.*position_ids|logit_scale|text_projection.*"
+_IGNORED = r"loss\..*|model_ema\..*|.*position_ids|logit_scale|text_projection.*"
 _EMA = "model_ema.diffusion_model"
 
 
@@ -47,7 +48,7 @@ def split(source: str, tensors: Mapping[str, Tensor], *, extract_ema: bool = Fal
                 "leave --extract-ema away"
             )
         parts["unet"] = {name: tensors[average] for name, average in averages.items()}
-    return parts
+    return {part: drop_ignored(found, _IGNORED, source) for part, found in parts.items()}
 
 
 def is_single_file(tensors: Mapping[str, Tensor]) -> bool:

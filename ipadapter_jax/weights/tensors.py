@@ -1,9 +1,11 @@
 """Files of named tensors, opened without reading them: names, shapes and dtypes first, a tensor's bytes on demand."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
@@ -115,7 +117,7 @@ def _open_safetensors(path: Path) -> dict[str, MappedTensor]:
     buffer = map_file(path)
     start = 8 + int.from_bytes(buffer[:8], "little")
     tensors = {}
-    for name, entry in json.loads(buffer[8:start]).items():
+    for name, entry in json.loads(buffer[8:start], object_pairs_hook=functools.partial(_once, path)).items():
         if name == "__metadata__":
             continue
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
@@ -126,6 +128,14 @@ def _open_safetensors(path: Path) -> dict[str, MappedTensor]:
         dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
         tensors[name] = MappedTensor(buffer, start + entry["data_offsets"][0], tuple(entry["shape"]), dtype)
     return tensors
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. The library takes the last of two entries of one name, and so hides a tensor."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise WeightFileError(f"{path}: its header has two entries of one name; download it again")
+    return found
 
 
 def _not_whole(path: Path, error: SafetensorError) -> WeightFileError:

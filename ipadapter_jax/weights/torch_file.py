@@ -20,7 +20,7 @@ def torch_bytes(tree: Mapping[str, Any]) -> bytes:
     """{"image_proj": {...}, "ip_adapter": {...}} and the like, with Tensor leaves -> the file. Equal content gives
     equal bytes. `torch.load(weights_only=True)` reads it."""
     tensors: list[Tensor] = []
-    pickle = _PROTOCOL + _pickled(tree, tensors) + _STOP
+    pickle = pickled(tree, tensors)
     with io.BytesIO() as file:
         with zipfile.ZipFile(file, "w") as archive:
             for name, content in {"data.pkl": pickle, "byteorder": b"little"}.items():
@@ -36,6 +36,11 @@ def _add(archive: zipfile.ZipFile, file: io.BytesIO, name: str, content: bytes |
     padding = -(file.tell() + _HEADER + len(entry.filename) + 4) % _ALIGNMENT
     entry.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
     archive.writestr(entry, content)
+
+
+def pickled(tree: Mapping[str, Any], tensors: list[Tensor]) -> bytes:
+    """The pickle of a tree; its tensors are appended to `tensors`, and named there by their place in it."""
+    return _PROTOCOL + _pickled(tree, tensors) + _STOP
 
 
 def _pickled(value: Mapping[str, Any] | Tensor, tensors: list[Tensor]) -> bytes:

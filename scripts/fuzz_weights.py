@@ -1,0 +1,229 @@
+"""Damages files of weights at random and opens what comes of it: only whole, finite tensors under their own names may
+come through.
+
+    python scripts/fuzz_weights.py --count 1000000 --seed 7
+
+A trial takes a good adapter file, damages it and loads it as the product does. What may happen: WeightFileError in one
+line that names the file; or exactly the tensors of the good file by name, shape and dtype, all finite, and with the
+same bits where the file carries a digest. Everything else is a fault and is printed with its trial's number.
+"""
+
+import collections
+import random
+import re
+import struct
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tqdm
+import tyro
+
+from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.weights.ip_adapter_export import save_adapter_tensors
+from ipadapter_jax.weights.ip_adapter_file import IPAdapterFile, check_ip_adapter, open_ip_adapter
+from ipadapter_jax.weights.lazy import Tensor, held
+from ipadapter_jax.weights.safetensors_bytes import safetensors_chunks
+from ipadapter_jax.weights.torch_file import pickled, torch_bytes
+from ipadapter_jax.weights.tree import all_finite
+
+SECONDS, MEMORY = 2.0, 1.5  # what a trial may take: time, and memory in sizes of its file (beside 1 MB for all files)
+_MEMORY_EVERY = 25  # trials; tracing makes them slow
+# What Python reports when something is run that a file could have named.
+_EXECUTION = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
+
+
+class Fuzzer:
+    """Trials over good files; `seen` counts what they ended in, `faults` says what must not happen."""
+
+    def __init__(self, folder: Path, files: list[Path], seed: int):
+        self._path, self._files, self._rng = folder / "damaged", files, random.Random(seed)
+        self._good = [_Good(open_ip_adapter(file)) for file in files]
+        self._executed: list[str] = []
+        self.seen: collections.Counter[str] = collections.Counter()
+        self.faults: list[str] = []
+        sys.addaudithook(lambda event, _: self._executed.append(event) if event in _EXECUTION else None)
+
+    def run(self, count: int) -> None:
+        for number in tqdm.trange(count, disable=None):
+            which = self._rng.randrange(len(self._files))
+            content = damaged(self._files[which].read_bytes(), self._rng)
+            self._path.write_bytes(content)
+            if number % _MEMORY_EVERY == 0:
+                tracemalloc.start()
+            started = time.monotonic()
+            outcome = self._outcome(self._good[which])
+            if time.monotonic() - started > SECONDS:
+                self._fault(number, f"took {time.monotonic() - started:.1f} s")
+            if tracemalloc.is_tracing():
+                if (peak := tracemalloc.get_traced_memory()[1]) > MEMORY * len(content) + 2**20:
+                    self._fault(number, f"took {peak} bytes for {len(content)}")
+                tracemalloc.stop()
+            if self._executed:
+                self._fault(number, f"executed {self._executed.pop()}")
+            self.seen[outcome] += 1
+            if outcome.startswith("fault"):
+                self._fault(number, outcome)
+
+    def _fault(self, number: int, what: str) -> None:
+        self.faults.append(f"trial {number}: {what}")
+
+    def _outcome(self, good: "_Good") -> str:
+        try:
+            return good.compared(open_ip_adapter(self._path))
+        except WeightFileError as error:
+            message = str(error)
+            proper = message.isprintable() and str(self._path) in message and len(message) < 1000
+            return "refused" if proper else f"fault: message {message[:200]!r}"
+        except Exception as error:
+            return f"fault: {type(error).__name__} {str(error)[:200]}"
+
+
+class _Good:
+    def __init__(self, file: IPAdapterFile):
+        self._names = {name: (tensor.shape, tensor.dtype) for name, tensor in file.tensors.items()}
+        self._bits = {name: tensor.read().tobytes() for name, tensor in file.tensors.items()}
+        self._digest = "tensors_sha256" in file.metadata
+
+    def compared(self, file: IPAdapterFile) -> str:
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in file.tensors.items()}
+        if found != self._names:
+            check_ip_adapter(file, file.widths)  # refused here, before anything is read
+            return "fault: other names, shapes or dtypes"
+        arrays = {name: np.array(tensor.read()) for name, tensor in file.tensors.items()}
+        if not all(all_finite(array) for array in arrays.values()):
+            return "refused"  # `load_tree` says so of each tensor that it reads
+        changed = any(arrays[name].tobytes() != bits for name, bits in self._bits.items())
+        if changed and self._digest and "tensors_sha256" in file.metadata:
+            return "fault: other bits under a digest"
+        return "other bits, no digest" if changed else "unharmed"
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """The content with one to sixteen faults: bits, bytes, blocks, lengths, digits, names, the end."""
+    raw = bytearray(content)
+    head = min(len(raw), 8 + int.from_bytes(raw[:8], "little")) if raw[8:9] == b"{" else len(raw)
+    for _ in range(rng.choice([1, 1, 2, 4, 16])):
+        if not raw:
+            break
+        # Most of a file is numbers, where little can go wrong.
+        at = rng.randrange(min(head, len(raw)) if rng.random() < 0.7 else len(raw))
+        _FAULTS[rng.randrange(len(_FAULTS))](raw, at, rng)
+    return bytes(raw)
+
+
+def _bit(raw: bytearray, at: int, rng: random.Random) -> None:
+    raw[at] ^= 1 << rng.randrange(8)
+
+
+def _byte(raw: bytearray, at: int, rng: random.Random) -> None:
+    raw[at] = rng.choice(b'\0\1\2()]}{"[,:.0123456789tsueaRQ\x80\x81\x85\x8a\x93\xff')
+
+
+def _cut(raw: bytearray, at: int, rng: random.Random) -> None:
+    del raw[at : at + rng.choice([1, 2, 8, 100])]
+
+
+def _insert(raw: bytearray, at: int, rng: random.Random) -> None:
+    start = rng.randrange(len(raw))
+    raw[at:at] = raw[start : start + rng.randrange(1, 60)]
+
+
+def _overwrite(raw: bytearray, at: int, rng: random.Random) -> None:
+    block = rng.choice([b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4), b"\0\0\0\x80", b"\0\x7c\0\x7c"])
+    raw[at : at + 4] = block[: len(raw) - at]
+
+
+def _end(raw: bytearray, at: int, rng: random.Random) -> None:
+    if rng.random() < 0.3:
+        del raw[at + 1 :]
+
+
+def _respell(raw: bytearray, at: int, rng: random.Random) -> None:
+    """Two words of the same kind exchanged near this place: names, numbers, dtypes."""
+    words = list(re.finditer(rb"[A-Za-z_]{3,}|\d+", bytes(raw[at : at + 2000])))
+    if len(words) > 1:
+        first, second = sorted(rng.sample(words, 2), key=lambda word: word.start())
+        for word, other in ((second, first), (first, second)):
+            raw[at + word.start() : at + word.end()] = other.group()
+
+
+_FAULTS: list[Callable[[bytearray, int, random.Random], None]] = [
+    *(_bit, _byte, _cut, _insert, _overwrite, _end, _respell),
+]
+
+
+def seeds(folder: Path) -> dict[str, list[Path]]:
+    """Good files to begin with: small adapters of all variants, as safetensors with and without a digest, and as both
+    containers of torch.save."""
+    kinds: dict[str, list[Path]] = {"safetensors": [], "bin": []}
+    for number, (variant, shapes) in enumerate(_SHAPES.items()):
+        draw, dtype = np.random.default_rng(number), ("float16", "float32", "bfloat16")[number]
+        adapter = {f"ip_adapter.{key}": shape for key, shape in _ADAPTER.items()}
+        shapes = {f"image_proj.{key}": shape for key, shape in shapes.items()} | adapter
+        tensors = {key: held(draw.standard_normal(shape).astype(np.dtype(dtype))) for key, shape in shapes.items()}
+        tree: dict[str, dict] = {"image_proj": {}, "ip_adapter": {}}
+        for key, tensor in tensors.items():
+            tree[key.split(".")[0]][key.split(".", 1)[1]] = tensor
+        for name, content in {
+            f"{variant}.safetensors": b"".join(safetensors_chunks(tensors, {})),
+            f"{variant}-zip.bin": torch_bytes(tree),
+            f"{variant}-sequence.bin": _sequence(tree),
+        }.items():
+            (folder / name).write_bytes(content)
+            kinds[name.rpartition(".")[2]].append(folder / name)
+        save_adapter_tensors(folder / f"{variant}-digest.safetensors", tensors, None, {})
+        kinds["safetensors"].append(folder / f"{variant}-digest.safetensors")
+    return kinds
+
+
+_ADAPTER = {f"{site}.to_{part}_ip.weight": (2 + site, 4) for site in (1, 3) for part in "kv"}
+_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "base": {"proj.weight": (16, 6), "proj.bias": (16,), "norm.weight": (4,), "norm.bias": (4,)},
+    "full": {
+        **{"proj.0.weight": (6, 6), "proj.0.bias": (6,), "proj.2.weight": (4, 6), "proj.2.bias": (4,)},
+        **{"proj.3.weight": (4,), "proj.3.bias": (4,)},
+    },
+    "plus": {
+        **{"latents": (1, 2, 8), "proj_in.weight": (8, 6), "proj_in.bias": (8,), "proj_out.weight": (4, 8)},
+        **{"proj_out.bias": (4,), "norm_out.weight": (4,), "norm_out.bias": (4,)},
+        **{f"layers.0.{place}.{end}": (8,) for place in ("0.norm1", "0.norm2", "1.0") for end in ("weight", "bias")},
+        **{"layers.0.0.to_q.weight": (64, 8), "layers.0.0.to_kv.weight": (128, 8), "layers.0.0.to_out.weight": (8, 64)},
+        **{"layers.0.1.1.weight": (32, 8), "layers.0.1.3.weight": (8, 32)},
+    },
+}
+
+
+def _sequence(tree: Mapping[str, Mapping[str, Tensor]]) -> bytes:
+    """The older container of torch.save: a sequence of pickles, then the storages."""
+    tensors: list[Tensor] = []
+    magic, protocol = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x02M\xe9\x03."
+    body = pickled(tree, tensors)
+    keys = b"".join(b"X" + struct.pack("<I", len(str(i))) + str(i).encode() for i in range(len(tensors)))
+    arrays = [tensor.read() for tensor in tensors]
+    storages = b"".join(struct.pack("<q", array.size) + array.tobytes() for array in arrays)
+    return magic + protocol + b"\x80\x02}." + body + b"\x80\x02](" + keys + b"e." + storages
+
+
+def main(
+    count: Annotated[int, tyro.conf.arg(help="damaged files of each container")] = 30_000,
+    seed: int = 0,
+) -> int:
+    """Prints what came of all trials. Returns 1 when there was a fault."""
+    faults = 0
+    for container in ("safetensors", "bin"):
+        with tempfile.TemporaryDirectory() as folder:
+            fuzzer = Fuzzer(Path(folder), seeds(Path(folder))[container], seed)
+            fuzzer.run(count)
+        print(container, dict(fuzzer.seen), f"{len(fuzzer.faults)} faults", *fuzzer.faults[:20], sep="\n  ")
+        faults += len(fuzzer.faults)
+    return min(faults, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
