@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,9 +216,7 @@ def _replacement(component: Component, name: str, reference: Reference, base: Ba
     if place.is_dir():
         return open_component(component, place / name if (place / name).is_dir() else place, base.variant)
     own, tensors = base.own_blueprint(name), open_tensors(place)
-    bare = name == "vae" and any(
-        key.removeprefix("vae.").startswith(("encoder.down.", "decoder.up.")) for key in tensors
-    )
+    bare = name == "vae" and any(re.match(r"(vae\.)?(encoder\.down|decoder\.up)\.", key) for key in tensors)
     if not bare and not single_file.is_single_file(tensors):
         return open_weights(own, tensors, place)
     if bare:  # a VAE alone, as its own training leaves it

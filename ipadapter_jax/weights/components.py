@@ -145,8 +145,14 @@ class Blueprint:
     @functools.cached_property
     def template(self) -> Tree:
         """The parameter tree with shapes for leaves. Raises InputError naming the file when no network comes of it."""
-        network = self.component.module(self.config, np.float32)
-        return _explained(self.component, self.path, lambda: template_of(self.component, network))
+        key = self.component.title, self.config
+        if key not in _templates:
+            network = self.component.module(self.config, np.float32)
+            _templates[key] = _explained(self.component, self.path, lambda: template_of(self.component, network))
+        return _templates[key]
+
+
+_templates: dict[Any, Tree] = {}  # tracing a UNet for its shapes takes a second
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -173,13 +173,13 @@ def check_base(file: IPAdapterFile, cross_attention_dim: int, widths: tuple[int,
         family, this = (FAMILIES.get(width, "no known family") for width in (made_for, cross_attention_dim))
         raise WeightFileError(
             f"{file.path}: made for tokens of width {made_for} ({family}), this base has {cross_attention_dim} "
-            f"({this}); take the adapter of this base"
+            f"({this}); give an adapter of this base (--adapter), or its base (--base)"
         )
     sites = len(file.ip_adapter) // 2
     if sites != len(widths):
         raise WeightFileError(
             f"{file.path}: made for a UNet with {sites} cross-attentions, this base has {len(widths)}; "
-            "take the adapter of this base"
+            "give an adapter of this base (--adapter)"
         )
 
 

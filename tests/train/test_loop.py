@@ -12,12 +12,13 @@ import pytest
 from helpers import IMAGE_ENCODER
 from training import changed, micro, photographs
 
-from ipadapter_jax import StableDiffusion
+from ipadapter_jax import StableDiffusion, cli
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.encode import Encode, encode
 from ipadapter_jax.train.loop import STOPPED, train
 from ipadapter_jax.train.stop import StopSignal
+from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
 
 STEPS = 8
 
@@ -206,3 +207,18 @@ def test_the_unet_alone(run, tmp_path) -> None:
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), base.params["unet"], trained.params["unet"])
     assert max(jax.tree.leaves(moved)) > 1e-4
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+def test_the_newest_checkpoint_as_a_file(done, tmp_path, capsys):
+    """What the run itself exported, to the bit; the run is left as it is."""
+    before = sorted(path.name for path in (done / "checkpoints").iterdir())
+    assert cli.main(["convert", str(done), str(tmp_path / "a.safetensors")]) == 0
+    expected, found = (open_ip_adapter(folder) for folder in (done / "adapter.safetensors", tmp_path / "a.safetensors"))
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert found.tensors[name].read().tobytes() == tensor.read().tobytes()
+    assert found.metadata == expected.metadata
+    assert sorted(path.name for path in (done / "checkpoints").iterdir()) == before
+    (empty := tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert cli.main(["convert", str(empty.parent), str(tmp_path / "b.bin")]) == 2
+    assert "nothing was saved yet" in capsys.readouterr().err

@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 from weight_files import assert_same_tree, refused, write_bin
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.weights import components
 from ipadapter_jax.weights.components import (
     IMAGE_ENCODER,
     TEXT_ENCODER,
@@ -33,23 +32,6 @@ from ipadapter_jax.weights.tree import leaves, nest
 FLOAT32 = np.dtype("float32")
 PARTS = {"unet": UNET, "vae": VAE_COMPONENT, "text_encoder": TEXT_ENCODER}
 STEM = "diffusion_pytorch_model"
-
-
-@pytest.fixture(autouse=True)
-def shapes_once(monkeypatch):
-    """Tracing a UNet for its shapes takes a second; these tests load the same few networks over and over."""
-    trace = components.template_of
-
-    def template_of(component, module):
-        key = component.title, repr(module)
-        if key not in _templates:
-            _templates[key] = trace(component, module)
-        return _templates[key]
-
-    monkeypatch.setattr(components, "template_of", template_of)
-
-
-_templates: dict = {}
 
 
 @functools.cache

@@ -134,12 +134,12 @@ def test_an_adapter_for_another_base():
     refused(
         lambda: check_base(file, 768, WIDTHS),
         f"{file.path}: made for tokens of width 32 (no known family), this base has 768 (SD 1.x)",
-        "take the adapter of this base",
+        "give an adapter of this base (--adapter)",
         error=WeightFileError,
     )
     refused(
         lambda: check_base(file, 32, WIDTHS[:-1]),
-        f"{file.path}: made for a UNet with 16 cross-attentions, this base has 15; take the adapter of this base",
+        f"{file.path}: made for a UNet with 16 cross-attentions, this base has 15; give an adapter of this base",
         error=WeightFileError,
     )
 
