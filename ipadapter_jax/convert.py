@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ipadapter_jax.files import write_whole
 from ipadapter_jax.weights import kinds, single_file
 from ipadapter_jax.weights.component_export import our_tensors, save_opened, spelled
 from ipadapter_jax.weights.components import read_json
-from ipadapter_jax.weights.hub import local_path
+from ipadapter_jax.weights.hub import local_path, path_here
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_adapter_tensors
 from ipadapter_jax.weights.ip_adapter_file import IPAdapterFile, check_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.lazy import Tensor
@@ -52,18 +52,19 @@ def convert(
     if out.exists():
         raise InputError(f"{out} exists; choose another name, or remove it first")
     options = {"config": config, "vae": vae, "text_encoder": text_encoder, "extract_ema": extract_ema}
-    place = local_path(source, lambda names: names, what="source")
-    kind = _kind(place)
+    on_hub = path_here(source, "source") is None and len(PurePosixPath(source).parts) == 2  # a repository: a base model
+    place = Path(source) if on_hub else local_path(source, lambda names: names, what="source")
+    kind = kinds.CHECKPOINT if on_hub else _kind(place)
     if kind == kinds.IP_ADAPTER:
         _only(kind, {"flax": flax, **options})
-        return save_adapter(out, open_ip_adapter(place), dtype)
-    if kind == kinds.CHECKPOINT:
-        return _convert_base(open_base(place, **options), out, dtype, flax)  # pyright: ignore[reportArgumentType]
-    if kind == kinds.IMAGE_ENCODER:
+        save_adapter(out, open_ip_adapter(place), dtype)
+    elif kind == kinds.IMAGE_ENCODER:
         _only(kind, options)
         opened = open_image_encoder(place)
-        return _as_folder(out, lambda folder: save_opened(opened, folder, _numpy(dtype), flax=flax))
-    raise WeightFileError(f"{place}: {kind}")
+        _as_folder(out, lambda folder: save_opened(opened, folder, _numpy(dtype), flax=flax))
+    else:
+        base = open_base(source if on_hub else place, **options)  # pyright: ignore[reportArgumentType]
+        _convert_base(base, out, dtype, flax)
 
 
 def save_adapter(out: Path, file: IPAdapterFile, dtype: str | None) -> None:
