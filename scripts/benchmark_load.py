@@ -4,8 +4,8 @@
     python scripts/benchmark_load.py --weights weights/full
 
 Ours: the weights of UNet, VAE and text encoder as float32 arrays on the device, checked and finite. PyTorch: load_file,
-load_state_dict into float32 modules that are there already, and one read of every tensor (its loader alone only maps the
-file). The two take turns in one process, from files that lie in the page cache. Needs the extra torch.
+load_state_dict into float32 modules that are there already, and one read of every tensor (its loader alone only maps
+the file). The two take turns in one process, from files that lie in the page cache. Needs the extra torch.
 """
 
 import gc
@@ -22,6 +22,7 @@ import jax
 import tyro
 
 from ipadapter_jax.base_model import BASE_COMPONENTS, open_base
+from ipadapter_jax.weights.components import read_json
 
 GOAL_TIME, GOAL_MEMORY = 3.0, 1.3
 
@@ -57,11 +58,12 @@ def ours(weights: Path) -> Any:
 
 def _modules(weights: Path) -> Iterator[tuple[Path, Any]]:
     """PyTorch's networks, built from the configurations alone, by their weight files."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     for part, network in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-        yield _file(weights / part), network.from_config(network.load_config(weights / part))
+        yield _file(weights / part), network.from_config(read_json(weights / part / "config.json"))
     yield _file(weights / "text_encoder"), CLIPTextModel(CLIPTextConfig.from_pretrained(weights / "text_encoder"))
 
 

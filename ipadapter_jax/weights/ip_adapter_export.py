@@ -34,11 +34,12 @@ def adapter_metadata(config: ImageProjConfig, *, step: int | None = None) -> dic
     features = "penultimate_states" if config.uses_patches else "image_embeds"
     width = config.cross_attention_dim
     known = {} if step is None else {"step": str(step)}
+    if config.num_tokens:  # a file of the full variant does not tell
+        known["num_tokens"] = str(config.num_tokens)
     return {
         "variant": config.variant,
         "image_encoder": encoder_name(config) or "custom",
         "features": f"{features} {config.feature_dim}",
-        "num_tokens": str(config.num_tokens),
         "base": FAMILIES.get(width, f"custom, text width {width}"),
         **known,
         "ipadapter_jax": importlib.metadata.version("ipadapter-jax"),
