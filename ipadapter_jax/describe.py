@@ -62,7 +62,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
     facts["sha256"] = {file.name: sha256(file) for file in files_of(path)}
     if DIGEST in metadata:
         facts["intact"] = metadata[DIGEST] == digest(tensors)
-    return facts | {"metadata": metadata}
+    return facts | {"metadata": dict(sorted(metadata.items()))}
 
 
 def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

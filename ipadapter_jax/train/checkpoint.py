@@ -92,11 +92,16 @@ class Checkpoints:
         self._set_aside(list(damaged))
         return step, state, about
 
-    def leaves(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest good step and its leaves by path, as they were saved, on one device; None when nothing was ever
-        saved here. Raises InputError when there are steps, all damaged."""
-        found = self._newest_good(self._leaves)
-        return None if found is None else found[:2]
+    def leaves(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
+        """A step, by default the newest good one, and its leaves by path, as they were saved, on one device; None when
+        nothing was ever saved here. Raises InputError when the step is damaged, or all are."""
+        if step is None:
+            found = self._newest_good(self._leaves)
+            return None if found is None else found[:2]
+        try:
+            return step, self._leaves(step)
+        except Damaged as error:
+            raise InputError(f"{self._folder}: step {step} is damaged ({error}); take another") from None
 
     def about(self) -> dict[str, Any] | None:
         """What was said about the run at its newest step with a good manifest, without reading arrays; None when

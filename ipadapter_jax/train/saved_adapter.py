@@ -1,4 +1,4 @@
-"""The adapter in the newest checkpoint of a run: what a run that was stopped has learnt, without starting it."""
+"""The adapter in a checkpoint of a run: what a run that was stopped has learnt, without starting it."""
 
 from pathlib import Path
 
@@ -14,16 +14,22 @@ from ipadapter_jax.weights.names import to_torch, torch_key
 
 
 def is_run(folder: Path) -> bool:
-    """Whether this is the folder of a run of `ipadapter-jax train`."""
-    return (folder / CHECKPOINTS).is_dir()
+    """Whether this is the folder of a run of `ipadapter-jax train`, or one of its checkpoints (runs/mine/checkpoints/
+    500)."""
+    return (folder / CHECKPOINTS).is_dir() or _is_step(folder)
+
+
+def _is_step(folder: Path) -> bool:
+    return folder.is_dir() and folder.name.isdecimal() and folder.absolute().parent.name == CHECKPOINTS
 
 
 def open_run(folder: Path) -> IPAdapterFile:
-    """The adapter, of the moving average where the run keeps one, in float32. Raises InputError when no checkpoint is
-    good, or when the run trains no whole adapter."""
-    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+    """The adapter of a run's newest good checkpoint, or of the checkpoint named, of the moving average where the run
+    keeps one, in float32. Raises InputError when no checkpoint is good, or when the run trains no whole adapter."""
+    step = int(folder.name) if _is_step(folder) else None
+    checkpoints = Checkpoints(folder / CHECKPOINTS if step is None else folder.absolute().parent, read_only=True)
     try:
-        found = checkpoints.leaves()
+        found = checkpoints.leaves(step)
     finally:
         checkpoints.close()
     if found is None:

@@ -37,9 +37,12 @@ class IPAdapterFile:
 
     @functools.cached_property
     def widths(self) -> tuple[int, ...]:
-        """Of the cross-attentions in file order, as the keys' shapes say."""
-        keys = [name for name in self.ip_adapter if name.endswith(".to_k_ip.weight")]
-        return tuple(self.ip_adapter[name].shape[0] for name in sorted(keys, key=_number))
+        """Of the cross-attentions in file order, as the keys' shapes say. Raises WeightFileError for other shapes."""
+        keys = {name: tensor.shape for name, tensor in self.ip_adapter.items() if name.endswith(".to_k_ip.weight")}
+        for name, shape in keys.items():
+            if len(shape) != 2 or not all(shape):
+                raise WeightFileError(f"{self.path}: {name} has shape {shape}, no matrix; download it again")
+        return tuple(keys[name][0] for name in sorted(keys, key=_number))
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def vision_settings(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]
         if (file.parent / name).is_file():
             try:
                 return read(json.loads((file.parent / name).read_text(encoding="utf-8")))
-            except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, OSError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError):
                 raise InputError(f"{file.parent / name} cannot be read; download it again") from None
     settings = _from_shapes(tensors)
     heads = {1280: 16, 1664: 16}.get(settings["hidden_size"])

@@ -213,6 +213,9 @@ def test_the_newest_checkpoint_as_a_file(done, tmp_path, capsys):
     """What the run itself exported, to the bit; the run is left as it is."""
     before = sorted(path.name for path in (done / "checkpoints").iterdir())
     assert cli.main(["convert", str(done), str(tmp_path / "a.safetensors")]) == 0
+    step = done / "checkpoints" / str(STEPS)
+    assert cli.main(["convert", str(step), str(tmp_path / "step.safetensors")]) == 0
+    assert (tmp_path / "step.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
     expected, found = (open_ip_adapter(folder) for folder in (done / "adapter.safetensors", tmp_path / "a.safetensors"))
     assert found.tensors.keys() == expected.tensors.keys()
     for name, tensor in expected.tensors.items():
