@@ -25,7 +25,7 @@ def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | No
     return prompts, negatives
 
 
-def check_choices(images_per_prompt: int, guidance_scale: float, eta: float, scheduler: str, output_type: str) -> None:
+def check_choices(images_per_prompt: int, guidance_scale: float, eta: float, output_type: str) -> None:
     """Raises InputError naming the first argument that cannot be used."""
     if not isinstance(images_per_prompt, Integral) or images_per_prompt < 1:
         raise InputError(f"num_images_per_prompt={images_per_prompt} must be a whole number of at least 1")
@@ -33,8 +33,6 @@ def check_choices(images_per_prompt: int, guidance_scale: float, eta: float, sch
         raise InputError(f"guidance_scale={guidance_scale} is not a finite number; 7.5 is usual, 1 turns guidance off")
     if not _is_number(eta) or not 0 <= eta <= 1:
         raise InputError(f"eta={eta} must lie between 0 (deterministic) and 1 (as DDPM)")
-    if scheduler != "ddim":
-        raise InputError(f"scheduler {scheduler!r} is not known; choose ddim")
     if output_type not in ("pil", "np", "latent"):
         raise InputError(f"output_type {output_type!r} is not known; choose pil, np or latent")
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from ipadapter_jax.arguments import (
 )
 from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base
 from ipadapter_jax.compilation_cache import enable_compilation_cache
-from ipadapter_jax.diffusion.ddim import DDIMSteps, ddim_steps
+from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
+from ipadapter_jax.diffusion.steps import State, Steps, begin
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.clip import CLIPText
 from ipadapter_jax.models.unet import UNet, cross_attention_sites
@@ -39,7 +40,7 @@ from ipadapter_jax.weights.tree import Tree
 DTYPES = ("float32", "bfloat16", "float16")
 GUIDANCE_SCALE = 7.5  # Stable Diffusion's usual one
 
-OnStep = Callable[[int, int, Array], None]
+OnStep = Callable[[int, float, Array], None]
 """Called after every step with its number, its timestep and the latents (B, h, w, 4)."""
 
 
@@ -137,6 +138,7 @@ class StableDiffusion:
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
         scheduler: str = "ddim",
+        scheduler_config: Mapping[str, Any] | None = None,
         eta: float = 0.0,
         num_images_per_prompt: int = 1,
         height: int | None = None,
@@ -152,20 +154,24 @@ class StableDiffusion:
         adapters a list of these, one per adapter; each a PIL image, an array or a path, brought to a square by `fit`
         ("crop", "resize", "pad"). ip_adapter_image_embeds instead: per adapter the encoder's features (G, n, ...), the
         negative branch first when guidance_scale > 1 (G = 2). ip_adapter_scale: lambda of the paper, one or one per
-        adapter. seed: picture i uses seed + i, or seed[i], and nothing else. latents (B, h, w, 4): standard normal.
-        guidance_scale: by default the pipeline's own; <= 1 leaves the unconditional branch out. callback(step,
-        timestep, latents) is called after every step; then each step is a jitted call of its own.
+        adapter. scheduler: ddim, ddpm, pndm, dpmsolver++, euler, euler_a, unipc or lcm; scheduler_config changes
+        settings of the model's scheduler_config.json, such as {"use_karras_sigmas": True, "timestep_spacing":
+        "trailing", "rescale_betas_zero_snr": True}. seed: picture i uses seed + i, or seed[i], and nothing else.
+        latents (B, h, w, 4): standard normal. guidance_scale: by default the pipeline's own; <= 1 leaves the
+        unconditional branch out. callback(step, timestep, latents) is called after every step; then each step is a
+        jitted call of its own.
 
         Returns PIL images ("pil"), a float array (B, H, W, 3) in [0, 1] ("np") or the final latents ("latent"). Raises
         InputError before anything is compiled when an argument cannot be used.
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         prompts, negatives = prompt_pairs(prompt, negative_prompt)
-        check_choices(num_images_per_prompt, guidance_scale, eta, scheduler, output_type)
+        check_choices(num_images_per_prompt, guidance_scale, eta, output_type)
         if callback is not None and not callable(callback):
             raise InputError("callback must be a function of (step, timestep, latents)")
         check_text_to_image(str(self.sources.get("unet", "of this pipeline")), self.unet.config)
-        steps = ddim_steps(self.schedule, num_inference_steps, eta)
+        schedule = self.schedule if scheduler_config is None else self.schedule.changed(scheduler_config)
+        steps, init_noise_sigma = sample_table(scheduler, schedule, num_inference_steps, eta)
         shape = self._latent_shape(height, width)
         count = len(prompts) * num_images_per_prompt
         seeds = seeds_of(seed, count)
@@ -180,11 +186,12 @@ class StableDiffusion:
         text_kv = sampling.text_keys_values(self.unet, self.params["unet"], text)
         image_kv = [a.keys_values(f()) for a, f in zip(self.adapters, features, strict=True)]
         batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt))
+        first = batch.noise(shape, 0) if given is None else batch.spread(given)
         final = self._denoise(
-            batch.noise(shape, 0) if given is None else batch.spread(given),
+            begin(first * np.float32(init_noise_sigma)),
             steps,
             batch,
-            functools.partial(sampling.denoise, self.unet, self.schedule, self.mesh, self.params["unet"]),
+            functools.partial(sampling.denoise, self.unet, self.mesh, self.params["unet"]),
             (batch.prompt_of_image, text_kv, image_kv, weight, np.float32(guidance_scale)),
             callback,
         )
@@ -195,24 +202,24 @@ class StableDiffusion:
 
     def _denoise(
         self,
-        x: Array,
-        steps: DDIMSteps,
+        state: State,
+        steps: Steps,
         batch: sampling.Batch,
         run: Callable,
         conditions: tuple,
         on_step: OnStep | None,
     ) -> Array:
         """All steps in one call, or with `on_step` one call per step."""
-        stochastic, total = bool(np.any(steps.sigma)), len(steps.timestep)
+        stochastic, total = bool(np.any(steps.noise)), len(steps.timestep)
         length = total if on_step is None else 1
         for first in range(0, total, length):
             segment = jax.tree.map(lambda field, first=first: field[first : first + length], steps)
             numbers = range(first, first + length)
-            noise = jnp.stack([batch.noise(x.shape[1:], 1 + i) for i in numbers]) if stochastic else None
-            x = run(x, segment, noise, *conditions)
+            noise = jnp.stack([batch.noise(state.x.shape[1:], 1 + i) for i in numbers]) if stochastic else None
+            state = run(state, segment, noise, *conditions)
             if on_step is not None:
-                on_step(first, int(segment.timestep[0]), x[: batch.count])
-        return x
+                on_step(first, float(segment.timestep[0]), state.x[: batch.count])
+        return state.x
 
     def _tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)

@@ -16,9 +16,8 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ipadapter_jax.diffusion.ddim import DDIMSteps, ddim_step
 from ipadapter_jax.diffusion.guidance import guide
-from ipadapter_jax.diffusion.schedule import NoiseSchedule
+from ipadapter_jax.diffusion.steps import State, Steps, advance
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
 from ipadapter_jax.models.projections import Projection
@@ -101,46 +100,46 @@ def text_keys_values(unet: UNet, params: Tree, text: Array) -> list[KeyValue]:
     return jax.tree.map(lambda x: x.reshape(*text.shape[:2], *x.shape[1:]), rows)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def denoise(
     unet: UNet,
-    schedule: NoiseSchedule,
     mesh: Mesh,
     params: Tree,
-    latents: Array,
-    steps: DDIMSteps,
+    state: State,
+    steps: Steps,
     noise: Array | None,
     prompt_of_image: Array,
     text_kv: list[KeyValue],
     image_kv: Sequence[list[KeyValue]],
     image_weight: Array,
     guidance_scale: Array,
-) -> Array:
-    """latents (B, h, w, 4) through the given steps (n,): one scan.
+) -> State:
+    """Latents (B, h, w, 4) and what the sampler keeps of them through the given steps (n,): one scan.
 
     noise (n, B, h, w, 4) for stochastic samplers, prompt_of_image (B,) picks a row of text_kv (P, G, S, C); image_kv
     holds (G, N, C) per entry and site, image_weight (entries, sites).
     """
 
-    def run(latents, noise, prompt_of_image, steps, params, text_kv, image_kv, image_weight, guidance_scale):
-        images, branches = latents.shape[0], text_kv[0][0].shape[1]
+    def run(state, noise, prompt_of_image, steps, params, text_kv, image_kv, image_weight, guidance_scale):
+        images, branches = state.x.shape[0], text_kv[0][0].shape[1]
         text_rows = jax.tree.map(lambda x: x[prompt_of_image].reshape(-1, *x.shape[2:]), text_kv)
         image_rows = jax.tree.map(lambda x: jnp.tile(x, (images, 1, 1)), image_kv)
 
-        def body(x, inputs):
+        def body(state, inputs):
             step, fresh = inputs
             time = jnp.full((images,), step.timestep)
-            output = _apply(unet, params, x, time, text_rows, image_rows, image_weight)
+            output = _apply(unet, params, step.input_scale * state.x, time, text_rows, image_rows, image_weight)
             output = output.reshape(images, branches, *output.shape[1:])
             output = guide(output, guidance_scale) if branches == 2 else output[:, 0]
-            return ddim_step(schedule, step, x, output, fresh), None
+            return advance(step, state, output, fresh), None
 
-        return jax.lax.scan(body, latents, (steps, noise))[0]
+        return jax.lax.scan(body, state, (steps, noise))[0]
 
     by_step = P(None, "data")
-    specs = (P("data"), by_step, P("data"), P(), P(), P(), P(), P(), P())
-    spread = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
-    return spread(latents, noise, prompt_of_image, steps, params, text_kv, image_kv, image_weight, guidance_scale)
+    spread = State._make((P("data"), P("data"), by_step))
+    specs = (spread, by_step, P("data"), P(), P(), P(), P(), P(), P())
+    over_devices = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=spread, check_vma=False)
+    return over_devices(state, noise, prompt_of_image, steps, params, text_kv, image_kv, image_weight, guidance_scale)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

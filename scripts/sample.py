@@ -18,8 +18,9 @@ import tyro
 from PIL import Image
 
 from ipadapter_jax import StableDiffusion
-from ipadapter_jax.diffusion.ddim import ddim_step, ddim_steps
 from ipadapter_jax.diffusion.guidance import guide
+from ipadapter_jax.diffusion.samplers import sample_table
+from ipadapter_jax.diffusion.steps import advance, begin
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.preprocess import clip_pixel_values, image_grid, load_image, to_uint8
@@ -65,14 +66,14 @@ def main(
         )
         weight = jnp.full((1, len(text_kv)), scale)
 
-        def body(x, step):
+        def body(state, step):
             time = jnp.full((batch,), step.timestep)
-            output = apply(unet, "unet", x, time, text_kv, [image_kv], weight)
+            output = apply(unet, "unet", step.input_scale * state.x, time, text_kv, [image_kv], weight)
             output = guide(output.reshape(batch, 2, *output.shape[1:]), guidance_scale)
-            return ddim_step(schedule, step, x, output), None
+            return advance(step, state, output), None
 
-        latents, _ = jax.lax.scan(body, latents, ddim_steps(schedule, steps))
-        decoded = apply(vae, "vae", latents / vae.config.scaling_factor, method=VAE.decode)
+        state, _ = jax.lax.scan(body, begin(latents), sample_table("ddim", schedule, steps).steps)
+        decoded = apply(vae, "vae", state.x / vae.config.scaling_factor, method=VAE.decode)
         return jnp.clip(decoded / 2 + 0.5, 0, 1)
 
     ids = tokenize(pipe.tokenizer, [negative_prompt, prompt], text_encoder.config.max_position_embeddings)

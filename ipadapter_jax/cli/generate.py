@@ -71,8 +71,14 @@ class Generate:
     """Denoising steps."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 turns it off. By default the model's own, 7.5 for Stable Diffusion."""
-    scheduler: Literal["ddim"] = "ddim"
-    """The sampler."""
+    scheduler: Literal["ddim", "ddpm", "pndm", "dpmsolver++", "euler", "euler_a", "unipc", "lcm"] = "ddim"
+    """The sampler. dpmsolver++ and unipc need 20 to 30 steps; lcm is for models that were distilled for it."""
+    karras: bool = False
+    """Noise levels after Karras et al., for dpmsolver++, euler and unipc."""
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
+    """Where the steps lie; by default as the model's scheduler_config.json says, or as the sampler prefers."""
+    zero_snr: bool = False
+    """Rescale the noise schedule so that the first step starts from pure noise, for models trained so."""
     eta: float = 0.0
     """Fresh noise in every step, from 0 (none) to 1 (as DDPM)."""
     height: int | None = None
@@ -147,9 +153,10 @@ def _sample(
     """The pictures, one step per call so that the bar moves with the work, and the digests of the weights, made
     meanwhile. There is no bar where nobody watches."""
     digests: concurrent.futures.Future = concurrent.futures.Future()
-    with tqdm.tqdm(total=args.steps, desc="compiling, then sampling", unit="step", disable=None) as bar:
+    calls = args.steps + (args.scheduler == "pndm" and args.steps > 1)  # which makes its first step twice
+    with tqdm.tqdm(total=calls, desc="compiling, then sampling", unit="step", disable=None) as bar:
 
-        def on_step(number: int, timestep: int, latents: Any) -> None:
+        def on_step(number: int, timestep: float, latents: Any) -> None:
             if number == 0:  # now all arguments are good; a daemon, so that an interruption does not wait for it
                 threading.Thread(target=_fulfil, args=(digests, pipe), daemon=True).start()
             latents.block_until_ready()
@@ -165,6 +172,7 @@ def _sample(
             num_inference_steps=args.steps,
             guidance_scale=args.guidance_scale,
             scheduler=args.scheduler,
+            scheduler_config=_scheduler_config(args),
             eta=args.eta,
             num_images_per_prompt=args.num_images,
             height=args.height,
@@ -173,6 +181,16 @@ def _sample(
             callback=on_step,
         )
     return found, digests.result()
+
+
+def _scheduler_config(args: Generate) -> dict[str, Any]:
+    """What the options change of the model's own settings."""
+    options = {
+        "use_karras_sigmas": args.karras,
+        "timestep_spacing": args.timestep_spacing,
+        "rescale_betas_zero_snr": args.zero_snr,
+    }
+    return {name: value for name, value in options.items() if value}
 
 
 def _fulfil(digests: concurrent.futures.Future, pipe: StableDiffusion) -> None:

@@ -22,12 +22,15 @@ class NoiseSchedule:
     beta_schedule: str = "linear"
     trained_betas: tuple[float, ...] | None = None
     prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = None  # a sampler's own
     steps_offset: int = 0
     set_alpha_to_one: bool = True
     clip_sample: bool = True
     clip_sample_range: float = 1.0
     rescale_betas_zero_snr: bool = False
+    use_karras_sigmas: bool | None = None
+    final_sigmas_type: str = "zero"
+    solver_type: str | None = None  # UniPC's bh1; everything else is its bh2 and DPM-Solver's midpoint
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "NoiseSchedule":
@@ -46,15 +49,22 @@ class NoiseSchedule:
         schedule: NoiseSchedule = typed(cls, fields, "scheduler")
         for name, choices in _CHOICES.items():
             if getattr(schedule, name) not in choices:
-                raise InputError(
-                    f"scheduler config: {name}={getattr(schedule, name)!r}, known are {', '.join(choices)}"
-                )
+                known = ", ".join(filter(None, choices))
+                raise InputError(f"scheduler config: {name}={getattr(schedule, name)!r}, known are {known}")
         total = schedule.num_train_timesteps
         if schedule.trained_betas is not None and len(schedule.trained_betas) != total:
             raise InputError(f"scheduler config: {len(schedule.trained_betas)} trained_betas for {total} timesteps")
         if not total or not 0 < schedule.beta_start <= schedule.beta_end < 1:
             raise InputError("scheduler config: it needs training timesteps and 0 < beta_start <= beta_end < 1")
         return schedule
+
+    def changed(self, settings: Mapping[str, Any]) -> "NoiseSchedule":
+        """The same with these settings of scheduler_config.json. Raises InputError for one that is not known."""
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in settings:
+            if name not in names:
+                raise InputError(f"scheduler_config: {name!r} is not known; choose among {', '.join(names)}")
+        return self.from_json({**dataclasses.asdict(self), **settings})
 
     @property
     def alphas_cumprod(self) -> np.ndarray:
@@ -92,9 +102,10 @@ class NoiseSchedule:
             raise InputError(
                 f"num_inference_steps={num_steps} must be a whole number between 1 and {total}, the training timesteps"
             )
-        if self.timestep_spacing == "linspace":
+        spacing = self.timestep_spacing or "leading"
+        if spacing == "linspace":
             steps = np.linspace(0, total - 1, num_steps).round()[::-1]
-        elif self.timestep_spacing == "leading":
+        elif spacing == "leading":
             steps = (np.arange(num_steps) * (total // num_steps))[::-1] + self.steps_offset
         else:  # trailing
             # diffusers' rounding error can append a timestep -1 (for 61 steps, say); the cut leaves it out
@@ -105,5 +116,7 @@ class NoiseSchedule:
 _CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "timestep_spacing": (None, "linspace", "leading", "trailing"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "solver_type": (None, "midpoint", "bh1", "bh2"),
 }

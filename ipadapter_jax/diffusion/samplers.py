@@ -1,0 +1,58 @@
+"""All samplers by name, and a run of one as arrays (`steps.py`)."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from ipadapter_jax.diffusion.alpha_samplers import ddim, ddpm, lcm, pndm
+from ipadapter_jax.diffusion.schedule import NoiseSchedule
+from ipadapter_jax.diffusion.sigma_samplers import dpm_solver_pp_2m, euler, euler_ancestral, unipc
+from ipadapter_jax.diffusion.steps import Row, Steps
+from ipadapter_jax.errors import InputError
+
+SAMPLERS: Mapping[str, Callable[..., tuple[list[Row], float]]] = {
+    "ddim": lambda schedule, num_steps: (ddim(schedule, num_steps, 0.0), 1.0),
+    "ddpm": ddpm,
+    "pndm": pndm,
+    "dpmsolver++": dpm_solver_pp_2m,
+    "euler": euler,
+    "euler_a": euler_ancestral,
+    "unipc": unipc,
+    "lcm": lcm,
+}
+
+
+class Run(NamedTuple):
+    """The steps of a run, and what standard normal latents are multiplied with before the first one."""
+
+    steps: Steps
+    init_noise_sigma: float
+
+
+def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: float = 0.0) -> Run:
+    """The table of a sampler of SAMPLERS. Raises InputError for an unknown one or steps that it cannot make."""
+    if sampler not in SAMPLERS:
+        raise InputError(f"scheduler {sampler!r} is not known; choose {', '.join(SAMPLERS)}")
+    if eta and sampler != "ddim":
+        raise InputError(f"eta={eta} is for the scheduler ddim; {sampler} has none")
+    schedule.timesteps(num_steps)  # refuses a number of steps that cannot be
+    rows, init = (ddim(schedule, num_steps, eta), 1.0) if sampler == "ddim" else SAMPLERS[sampler](schedule, num_steps)
+    clips = schedule.clip_sample and sampler in ("ddim", "ddpm", "lcm")
+    with np.errstate(over="ignore"):
+        fields = {
+            "timestep": [row.timestep for row in rows],
+            "input_scale": [row.input_scale for row in rows],
+            "memory": [row.memory for row in rows],
+            "clip": [schedule.clip_sample_range if clips else np.inf] * len(rows),
+            "weights": [(row.weights, row.kept) for row in rows],
+            "noise": [row.noise for row in rows],
+        }
+        steps = Steps(**{name: np.asarray(value, np.float32) for name, value in fields.items()})
+    for name, field in steps._asdict().items():
+        if name != "clip" and not np.isfinite(field).all():
+            raise InputError(
+                f"scheduler {sampler}: no finite {name} for prediction_type={schedule.prediction_type} with this noise "
+                "schedule; use v_prediction where the last timestep has no signal"
+            )
+    return Run(steps, init)
