@@ -34,6 +34,7 @@ from ipadapter_jax.weights.ip_adapter_file import (
     IPAdapterFile,
     check_base,
     check_encoder,
+    check_ip_adapter,
     load_ip_adapter,
     open_ip_adapter,
 )
@@ -128,6 +129,7 @@ def open_adapter(
     file = open_ip_adapter(local)
     widths = tuple(site.width for site in cross_attention_sites(unet))
     check_base(file, unet.cross_attention_dim, widths)
+    check_ip_adapter(file, widths)
     encoder = open_image_encoder(_encoder_beside(path, local) if image_encoder is None else image_encoder, revision)
     check_encoder(file, encoder.config.projection_dim, encoder.config.hidden_size, str(encoder.source))
     return OpenedAdapter(file, encoder, widths)

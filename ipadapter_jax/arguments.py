@@ -25,7 +25,9 @@ def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | No
     return prompts, negatives
 
 
-def check_choices(images_per_prompt: int, guidance_scale: float, eta: float, output_type: str) -> None:
+def check_choices(
+    images_per_prompt: int, guidance_scale: float, eta: float, output_type: str, callback: Any = None
+) -> None:
     """Raises InputError naming the first argument that cannot be used."""
     if not isinstance(images_per_prompt, Integral) or images_per_prompt < 1:
         raise InputError(f"num_images_per_prompt={images_per_prompt} must be a whole number of at least 1")
@@ -33,6 +35,8 @@ def check_choices(images_per_prompt: int, guidance_scale: float, eta: float, out
         raise InputError(f"guidance_scale={guidance_scale} is not a finite number; 7.5 is usual, 1 turns guidance off")
     if not _is_number(eta) or not 0 <= eta <= 1:
         raise InputError(f"eta={eta} must lie between 0 (deterministic) and 1 (as DDPM)")
+    if callback is not None and not callable(callback):
+        raise InputError("callback must be a function of (step, timestep, latents)")
     if output_type not in ("pil", "np", "latent"):
         raise InputError(f"output_type {output_type!r} is not known; choose pil, np or latent")
 

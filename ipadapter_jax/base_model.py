@@ -167,6 +167,17 @@ def open_base(
     return BaseModel(str(reference), root, variant, replaced=replaced)
 
 
+def open_base_folder(reference: Reference, variant: str | None) -> BaseModel:
+    """The same for whoever reads the folder again and again, such as training. Raises InputError for a single file."""
+    base = open_base(reference, variant=variant)
+    if base.file is not None:
+        raise InputError(
+            f"base model {reference}: a single file; make a folder of it first, `ipadapter-jax convert {reference} "
+            f"{base.file.stem}`, and give that"
+        )
+    return base
+
+
 def _open_file(
     reference: Reference, file: Path, config: Reference | None, replaced: Mapping[str, Reference], extract_ema: bool
 ) -> BaseModel:
@@ -192,7 +203,8 @@ def _settings_folder(file: Path, config: Reference | None) -> Path:
             f"family with --config ({error})"
         ) from None
     if not (folder / "unet" / "config.json").is_file():
-        raise InputError(f"config {config}: no folder in diffusers' layout (it has no unet/config.json)")
+        given = config or STABLE_DIFFUSION
+        raise InputError(f"config {given}: no folder in diffusers' layout (it has no unet/config.json)")
     return folder
 
 
@@ -210,11 +222,11 @@ def _replacement(component: Component, name: str, reference: Reference, base: Ba
 
     def choose(names: Sequence[str]) -> Sequence[str]:
         inside = name if any(file.startswith(f"{name}/") for file in names) else ""
-        return choose_files(names, {inside: component}, (), base.variant)
+        return choose_files(names, {inside: component}, (), None)
 
     place = local_path(reference, choose, what=component.title)
     if place.is_dir():
-        return open_component(component, place / name if (place / name).is_dir() else place, base.variant)
+        return open_component(component, place / name if (place / name).is_dir() else place)
     own, tensors = base.own_blueprint(name), open_tensors(place)
     bare = name == "vae" and any(re.match(r"(vae\.)?(encoder\.down|decoder\.up)\.", key) for key in tensors)
     if not bare and not single_file.is_single_file(tensors):
@@ -223,6 +235,8 @@ def _replacement(component: Component, name: str, reference: Reference, base: Ba
         prefix = single_file.PREFIXES[name]
         tensors = {prefix + key.removeprefix("vae."): tensor for key, tensor in tensors.items()}
     tensors = single_file.split(str(place), tensors)[name]
+    if not tensors:
+        raise WeightFileError(f"{place}: holds no {component.title}; name another place")
     return open_weights(own, tensors, place, single_file_spelling(name, own.config))
 
 

@@ -1,10 +1,11 @@
 """From any format of weights that is read to any that is written: adapters, base models, single networks."""
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,8 +16,14 @@ from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, Reference, open
 from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.files import write_whole
 from ipadapter_jax.weights import kinds, single_file
-from ipadapter_jax.weights.component_export import our_tensors, save_opened, spelled
-from ipadapter_jax.weights.components import read_json
+from ipadapter_jax.weights.component_export import class_name, our_tensors, save_opened, spelled
+from ipadapter_jax.weights.components import (
+    IMAGE_ENCODER,
+    choose_files,
+    choose_weights,
+    open_component,
+    read_json,
+)
 from ipadapter_jax.weights.hub import local_path, path_here
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_adapter_tensors
 from ipadapter_jax.weights.ip_adapter_file import IPAdapterFile, check_ip_adapter, open_ip_adapter
@@ -52,40 +59,46 @@ def convert(
     if out.exists():
         raise InputError(f"{out} exists; choose another name, or remove it first")
     options = {"config": config, "vae": vae, "text_encoder": text_encoder, "extract_ema": extract_ema}
-    on_hub = path_here(source, "source") is None and len(PurePosixPath(source).parts) == 2  # a repository: a base model
-    place = Path(source) if on_hub else local_path(source, lambda names: names, what="source")
-    kind = kinds.CHECKPOINT if on_hub else _kind(place)
+    if _is_repository(source):
+        return _convert_base(open_base(source, **options), out, dtype, flax)  # pyright: ignore[reportArgumentType]
+    place = local_path(source, _of_a_folder, what="source")
+    kind = _kind(place)
+    if kind == kinds.CHECKPOINT:
+        return _convert_base(open_base(place, **options), out, dtype, flax)  # pyright: ignore[reportArgumentType]
     if kind == kinds.IP_ADAPTER:
-        _only(kind, {"flax": flax, **options})
-        save_adapter(out, open_ip_adapter(place), dtype)
-    elif kind == kinds.IMAGE_ENCODER:
-        _only(kind, options)
-        opened = open_image_encoder(place)
-        _as_folder(out, lambda folder: save_opened(opened, folder, _numpy(dtype), flax=flax))
-    else:
-        base = open_base(source if on_hub else place, **options)  # pyright: ignore[reportArgumentType]
-        _convert_base(base, out, dtype, flax)
+        only(kind, {"flax": flax, **options})
+        return save_adapter(out, open_ip_adapter(place), dtype)
+    only(kind, options)
+    component = next(component for component in _NETWORKS if component.kind == kind)
+    opened = open_image_encoder(place) if component is IMAGE_ENCODER else open_component(component, place)
+    return _as_folder(out, lambda folder: save_opened(opened, folder, _numpy(dtype), flax=flax))
+
+
+_NETWORKS = (*BASE_COMPONENTS.values(), IMAGE_ENCODER)
+
+
+def _is_repository(source: Reference) -> bool:
+    """Whether this can only be a repository of the Hub: a base model."""
+    weights = str(source).endswith((".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack"))
+    return path_here(source, "source") is None and len(PurePosixPath(source).parts) == 2 and not weights
+
+
+def _of_a_folder(names: Sequence[str]) -> Sequence[str]:
+    """What is needed of a folder inside a repository, which holds an image encoder or nothing for us."""
+    return choose_files(names, {"": IMAGE_ENCODER}, ("open_clip_config.json",), None)
 
 
 def save_adapter(out: Path, file: IPAdapterFile, dtype: str | None) -> None:
     """Writes an adapter, whole and known, with what its file said of itself. Raises InputError as `convert`."""
     check_ip_adapter(file, file.widths)
-    known = adapter_metadata(file.config)
-    save_adapter_tensors(out, file.tensors, dtype, {**known, **file.metadata})
+    save_adapter_tensors(out, file.tensors, dtype, {**file.metadata, **adapter_metadata(file.config)})
 
 
 def _kind(place: Path) -> str:
-    """IP_ADAPTER, CHECKPOINT for every base model, or IMAGE_ENCODER. Raises WeightFileError for everything else."""
+    """IP_ADAPTER, CHECKPOINT for every base model, or the kind of a network in a folder. Raises WeightFileError for
+    everything else."""
     if place.is_dir():
-        if (place / "unet").is_dir():
-            return kinds.CHECKPOINT
-        if any(place.glob("*config.json")):
-            return kinds.IMAGE_ENCODER
-        held = ", ".join(sorted(path.name for path in place.iterdir())[:5]) or "nothing"
-        raise WeightFileError(
-            f"{place}: no base model (it has no unet/config.json), image encoder (no config.json) or run of training "
-            f"(no checkpoints/); it holds {held}: name one of its files"
-        )
+        return kinds.CHECKPOINT if (place / "unet").is_dir() else _kind_of_folder(place)
     tensors = open_tensors(place)
     if single_file.is_single_file(tensors):
         return kinds.CHECKPOINT
@@ -94,13 +107,29 @@ def _kind(place: Path) -> str:
         return kinds.IMAGE_ENCODER
     if found.name not in (kinds.IP_ADAPTER, kinds.IMAGE_ENCODER):
         raise WeightFileError(
-            f"{place}: {found} is not converted; give an IP-Adapter, a base model or a CLIP image encoder "
-            f"({found.advice})"
+            f"{place}: {found} by itself is not converted; give an IP-Adapter, a base model, a CLIP image encoder or a "
+            f"network's folder with its config.json ({found.advice})"
         )
     return found.name
 
 
-def _only(kind: str, options: Mapping[str, Any]) -> None:
+def _kind_of_folder(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    for component in _NETWORKS:
+        with contextlib.suppress(WeightFileError):
+            weights = choose_weights(component, names, str(folder), None)
+            found = kinds.identify(open_tensors(folder / weights)).name
+            if found in (component.kind, kinds.OPENCLIP):
+                return component.kind
+    held = ", ".join(names[:5]) or "nothing"
+    raise WeightFileError(
+        f"{folder}: no base model (it has no unet/config.json), no network's folder and no run of training (no "
+        f"checkpoints/); it holds {held}: name one of its files"
+    )
+
+
+def only(kind: str, options: Mapping[str, Any]) -> None:
+    """Raises InputError for an option that is given and has no meaning for this kind of source."""
     for name, value in options.items():
         if value:
             raise InputError(f"--{name.replace('_', '-')} has no meaning for {kind}")
@@ -144,36 +173,42 @@ def _as_folder(out: Path, write: Callable[[Path], None]) -> None:
             write(folder)
             os.rename(folder, out)
     except OSError as error:
-        raise InputError(f"{out}: not written ({error.strerror}); make room or choose another place") from None
+        raise InputError(f"{out}: not written ({error.strerror or error}); make room or choose another place") from None
 
 
 def _save_base(base: BaseModel, folder: Path, dtype: Any, flax: bool) -> None:
     for name in BASE_COMPONENTS:
         save_opened(base.part(name), folder / name, dtype, flax=flax)
     shutil.copytree(base.folder / "tokenizer", folder / "tokenizer", copy_function=shutil.copyfile)
-    scheduler = read_json(base.folder / "scheduler" / "scheduler_config.json")
-    named = {**scheduler, "_class_name": _class_name(scheduler.get("_class_name", "PNDMScheduler"), flax)}
-    _write_json(folder / "scheduler" / "scheduler_config.json", named)
-    _write_json(folder / "model_index.json", _index(named["_class_name"], flax))
+    scheduler = dict(read_json(base.folder / "scheduler" / "scheduler_config.json"))
+    name = str(scheduler.get("_class_name", "")).removeprefix("Flax")
+    if not name.endswith("Scheduler") or (flax and name not in _FLAX_SCHEDULERS):
+        name = "PNDMScheduler"
+    scheduler["_class_name"] = class_name(name, flax)
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    inpainting = base.config("unet").in_channels != base.config("unet").out_channels
+    _write_json(folder / "model_index.json", _index(scheduler["_class_name"], flax, inpainting))
 
 
-def _index(scheduler: str, flax: bool) -> dict[str, Any]:
+_FLAX_SCHEDULERS = (
+    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"),
+    "DPMSolverMultistepScheduler",
+)
+
+
+def _index(scheduler: str, flax: bool, inpainting: bool) -> dict[str, Any]:
     """The model_index.json of a whole model without a safety checker."""
     classes = {
         "feature_extractor": (None, None),
         "safety_checker": (None, None),
         "scheduler": ("diffusers", scheduler),
-        "text_encoder": ("transformers", _class_name("CLIPTextModel", flax)),
+        "text_encoder": ("transformers", class_name("CLIPTextModel", flax)),
         "tokenizer": ("transformers", "CLIPTokenizer"),
-        "unet": ("diffusers", _class_name("UNet2DConditionModel", flax)),
-        "vae": ("diffusers", _class_name("AutoencoderKL", flax)),
+        "unet": ("diffusers", class_name("UNet2DConditionModel", flax)),
+        "vae": ("diffusers", class_name("AutoencoderKL", flax)),
     }
-    whole = _class_name("StableDiffusionPipeline", flax)
+    whole = class_name("StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline", flax)
     return {"_class_name": whole, "_diffusers_version": "0.35.0", "requires_safety_checker": False, **classes}
-
-
-def _class_name(name: str, flax: bool) -> str:
-    return ("Flax" if flax else "") + name.removeprefix("Flax")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

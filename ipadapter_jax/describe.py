@@ -15,7 +15,7 @@ from ipadapter_jax.weights.ip_adapter_file import DIGEST, describe_adapter
 from ipadapter_jax.weights.kinds import IP_ADAPTER, identify
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.safetensors_bytes import digest
-from ipadapter_jax.weights.tensors import container, files_of, metadata_of, open_tensors
+from ipadapter_jax.weights.tensors import files_of, open_file
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -37,10 +37,12 @@ def _describe_folder(folder: Path) -> dict[str, Any]:
             parts[name] = _describe_file(place / choose_weights(component, _names(place), str(place), None))
     if not parts:
         held = _names(folder)
-        file = next((name for name in held if name.endswith((".safetensors", ".bin", ".msgpack", ".index.json"))), None)
-        if file is None:
-            raise InputError(f"{folder}: no weights here (it holds {', '.join(held[:5]) or 'nothing'})")
-        return _describe_file(folder / file)
+        files = [name for name in held if name.endswith(".index.json")]
+        files = files or [name for name in held if name.endswith((".safetensors", ".bin", ".msgpack", ".ckpt"))]
+        if len(files) != 1:
+            here = "no weights here" if not files else "several files of weights; name one"
+            raise InputError(f"{folder}: {here} (it holds {', '.join(held[:5]) or 'nothing'})")
+        return _describe_file(folder / files[0])
     return {"path": str(folder), "kind": "a base model in diffusers' layout", "parts": parts}
 
 
@@ -49,9 +51,9 @@ def _names(folder: Path) -> list[str]:
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
-    tensors, metadata = open_tensors(path), metadata_of(path)
+    container, tensors, metadata = open_file(path)
     kind = identify(tensors)
-    facts: dict[str, Any] = {"path": str(path), "kind": kind.name, "container": container(path)}
+    facts: dict[str, Any] = {"path": str(path), "kind": kind.name, "container": container}
     if kind.family:
         facts["base"] = kind.family
     if kind.name == IP_ADAPTER:

@@ -166,11 +166,9 @@ class StableDiffusion:
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         prompts, negatives = prompt_pairs(prompt, negative_prompt)
-        check_choices(num_images_per_prompt, guidance_scale, eta, output_type)
-        if callback is not None and not callable(callback):
-            raise InputError("callback must be a function of (step, timestep, latents)")
+        check_choices(num_images_per_prompt, guidance_scale, eta, output_type, callback)
         check_text_to_image(str(self.sources.get("unet", "of this pipeline")), self.unet.config)
-        schedule = self.schedule if scheduler_config is None else self.schedule.changed(scheduler_config)
+        schedule = self.schedule.changed(scheduler_config or {})
         steps, init_noise_sigma = sample_table(scheduler, schedule, num_inference_steps, eta)
         shape = self._latent_shape(height, width)
         count = len(prompts) * num_images_per_prompt

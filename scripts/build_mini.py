@@ -34,7 +34,7 @@ from ipadapter_jax import InputError
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.weights.component_export import save_component
-from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT
+from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, drawn_params
 
 STEPS = {
     "vae-crops": 5000,
@@ -99,13 +99,12 @@ def _base(out: Path, folder: Path, steps: dict[str, int], deadline: float) -> No
     pair = trained and mini_clip.train(out, out / "tokenizer", steps, deadline)
     if not trained or not pair:
         raise TimeUp
-    unet, example = UNet(UNET_CONFIG), UNET.example(UNET_CONFIG)
-    drawn = jax.jit(lambda key: unet.init(key, method=example.func, **example.keywords))(jax.random.key(0))
+    drawn = drawn_params(UNET, UNet(UNET_CONFIG), jax.random.key(0))
     for component, name, config, kind, params in (
         (VAE_COMPONENT, "vae", VAE_CONFIG, "AutoencoderKL", trained[1]),
         (TEXT_ENCODER, "text_encoder", TEXT_CONFIG, "CLIPTextModel", pair[1]["text"]),
         (IMAGE_ENCODER, str(ENCODER), VISION_CONFIG, "CLIPVisionModelWithProjection", pair[1]["vision"]),
-        (UNET, "unet", UNET_CONFIG, "UNet2DConditionModel", drawn["params"]),
+        (UNET, "unet", UNET_CONFIG, "UNet2DConditionModel", drawn),
     ):
         text = json.dumps(public_config(config, kind), indent=2)
         save_component(component, folder / name, params, np.dtype(np.float16), text.encode())

@@ -36,7 +36,7 @@ from ipadapter_jax.models.unet import UNet, UNetConfig
 from ipadapter_jax.pipeline import StableDiffusion
 from ipadapter_jax.preprocess import image_grid, square_pixels
 from ipadapter_jax.weights.component_export import save_component
-from ipadapter_jax.weights.components import UNET, VAE_COMPONENT
+from ipadapter_jax.weights.components import UNET, VAE_COMPONENT, drawn_params
 
 SIDE = 64  # pixels
 COUNT = 4  # pictures sampled from each image prompt
@@ -69,9 +69,8 @@ def write_base(folder: Path, squares: np.ndarray, vae_steps: int) -> None:
     random weights."""
     vae, params = small_vae.fit(squares, steps=vae_steps)
     write_model(folder, (UNET_CONFIG, vae.config, TEXT_CONFIG, VISION_CONFIG), np.dtype(np.float32))
-    unet, example = UNet(UNET_CONFIG), UNET.example(UNET_CONFIG)
-    drawn = jax.jit(lambda key: unet.init(key, method=example.func, **example.keywords))(jax.random.key(0))
-    for component, name, tree in ((VAE_COMPONENT, "vae", params), (UNET, "unet", drawn["params"])):
+    drawn = drawn_params(UNET, UNet(UNET_CONFIG), jax.random.key(0))
+    for component, name, tree in ((VAE_COMPONENT, "vae", params), (UNET, "unet", drawn)):
         place = folder / name
         save_component(component, place, tree, np.dtype(np.float32), (place / "config.json").read_bytes())
 

@@ -66,7 +66,8 @@ def test_what_a_file_said_of_itself_is_kept(tmp_path):
     convert(FILES["plus"], tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", "numpy") as file:
         assert file.metadata()["variant"] == "plus" and "step" not in file.metadata()
-    save_file(load_file(FILES["plus"]), tmp_path / "b.safetensors", metadata={"step": "7", "author": "me"})
+    told = {"step": "7", "author": "me", "variant": "base", "format": "np"}  # what its tensors tell wins
+    save_file(load_file(FILES["plus"]), tmp_path / "b.safetensors", metadata=told)
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors")
     with safe_open(tmp_path / "c.safetensors", "numpy") as file:
         assert file.metadata() | {"step": "7", "author": "me", "variant": "plus"} == file.metadata()
@@ -161,14 +162,27 @@ def test_diffusers_reads_the_folder_that_we_write(sources, tmp_path):
                     assert found[key.removeprefix("text_model.")].numpy().tobytes() == array.tobytes(), key
 
 
-def test_an_image_encoder_there_and_back(tmp_path):
-    convert(IMAGE_ENCODER, tmp_path / "flax", flax=True)
+@pytest.mark.parametrize("folder", [IMAGE_ENCODER, *(TORCH_MODEL / name for name in BASE_COMPONENTS)])
+def test_one_network_there_and_back(tmp_path, folder):
+    convert(folder, tmp_path / "flax", flax=True)
+    assert next((tmp_path / "flax").glob("*.msgpack"))
     convert(tmp_path / "flax", tmp_path / "torch")
-    recorded = content(IMAGE_ENCODER / "model.safetensors")
-    expected = {name: value for name, value in recorded.items() if "position_ids" not in name}
-    assert content(tmp_path / "torch" / "model.safetensors") == expected
+    weights = next(folder.glob("*.safetensors"))
+    expected = {name: value for name, value in content(weights).items() if "position_ids" not in name}
+    assert content(tmp_path / "torch" / weights.name) == expected
     written = json.loads((tmp_path / "torch" / "config.json").read_text())
-    assert written == json.loads((IMAGE_ENCODER / "config.json").read_text())
+    assert written == json.loads((folder / "config.json").read_text())
+
+
+def test_an_inpainting_model_is_named_so(tmp_path):
+    tensors = load_file(ldm_file(tmp_path / "a.safetensors"))
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = np.zeros((32, 9, 3, 3), np.float16)
+    save_file(tensors, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "out", config=TORCH_MODEL)
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionInpaintPipeline"
+    assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["in_channels"] == 9
+    assert open_base(tmp_path / "out").config("unet").in_channels == 9
 
 
 # --- the command, and what is refused ----------------------------------------------------------------------------
@@ -194,9 +208,10 @@ WRONG = [
     (TORCH_MODEL, "a.safetensors", {"flax": True}, "--flax writes a folder"),
     (TORCH_MODEL, "a", {"config": TORCH_MODEL}, "is a folder"),
     (IMAGE_ENCODER, "a.safetensors", {}, "becomes a folder"),
-    (TORCH_MODEL / "tokenizer", "a", {}, "no "),
+    (TORCH_MODEL / "tokenizer", "a", {}, "no network's folder"),
+    (TORCH_MODEL / "nowhere.safetensors", "a.bin", {}, "there is no such file or folder"),
     (ADAPTERS, "a.bin", {}, "name one of its files"),
-    (TORCH_MODEL / "vae" / "diffusion_pytorch_model.safetensors", "a", {}, "a VAE is not converted"),
+    (TORCH_MODEL / "vae" / "diffusion_pytorch_model.safetensors", "a", {}, "a VAE by itself is not converted"),
 ]
 
 

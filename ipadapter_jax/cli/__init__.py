@@ -57,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a folder that may not be read, a name that is too long
+        if debug:
+            raise
+        print(f"ipadapter-jax: {error.filename}: {error.strerror or error}; choose another place", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("ipadapter-jax: interrupted", file=sys.stderr)
         return 130

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ipadapter_jax.convert import convert as run
-from ipadapter_jax.convert import save_adapter
+from ipadapter_jax.convert import only, save_adapter
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.saved_adapter import is_run, open_run
 
@@ -44,12 +44,13 @@ class Convert:
 def convert(args: Convert) -> int:
     """Converts and prints the name of what was written. Raises InputError."""
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    source, out = options.pop("source"), options.pop("out")
+    source, out, dtype = (options.pop(name) for name in ("source", "out", "dtype"))
     if is_run(Path(source)):
         if out.exists():
             raise InputError(f"{out} exists; choose another name, or remove it first")
-        save_adapter(out, open_run(Path(source)), args.dtype or "float16")
+        only("a run of training", options)
+        save_adapter(out, open_run(Path(source)), dtype)
     else:
-        run(source, out, **options)
+        run(source, out, dtype=dtype, **options)
     print(out)
     return 0

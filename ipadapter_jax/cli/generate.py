@@ -196,7 +196,7 @@ def _scheduler_config(args: Generate) -> dict[str, Any]:
 def _fulfil(digests: concurrent.futures.Future, pipe: StableDiffusion) -> None:
     try:
         digests.set_result(_digests(pipe))
-    except OSError as error:
+    except Exception as error:  # whoever waits for it must hear of it
         digests.set_exception(InputError(f"the weights cannot be read again ({error}); did somebody remove them?"))
 
 

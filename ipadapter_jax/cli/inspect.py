@@ -30,11 +30,21 @@ def inspect(args: Inspect) -> int:
 
 
 def _rows(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    width = max(map(len, facts), default=0)
-    for name, value in facts.items():
+    names = {name: _printable(name, 40) for name in facts}
+    width = max(map(len, names.values()), default=0)
+    for fact, value in facts.items():
+        name = names[fact]
         if isinstance(value, Mapping):
             yield f"{indent}{name}" + ("" if value else "  none")
             yield from _rows(value, indent + "  ")
         else:
-            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+            shown = (
+                f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _printable(str(value), 300)
+            )
             yield f"{indent}{name:<{width}}  {shown}"
+
+
+def _printable(text: str, length: int) -> str:
+    """A file's own words without what a terminal would act on, and not pages of them."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text[:length])
+    return shown + " ..." * (len(text) > length)

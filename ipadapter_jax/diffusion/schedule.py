@@ -64,7 +64,7 @@ class NoiseSchedule:
         for name in settings:
             if name not in names:
                 raise InputError(f"scheduler_config: {name!r} is not known; choose among {', '.join(names)}")
-        return self.from_json({**dataclasses.asdict(self), **settings})
+        return self.from_json({**dataclasses.asdict(self), **settings}) if settings else self
 
     @property
     def alphas_cumprod(self) -> np.ndarray:

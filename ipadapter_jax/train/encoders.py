@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax import sampling
 from ipadapter_jax.adapters import open_image_encoder
-from ipadapter_jax.base_model import open_base
+from ipadapter_jax.base_model import open_base_folder
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.preprocess import CLIP_TABLE
 from ipadapter_jax.weights.components import Loaded
@@ -81,7 +81,7 @@ def _encode(
 
 def load_encoders(base: str, variant: str | None, image_encoder: str, dtype: str, patches: bool) -> Encoders:
     """Reads both networks. Raises InputError and WeightFileError as the readers do."""
-    model, vision, mesh = open_base(base, variant=variant), open_image_encoder(image_encoder), sampling.device_mesh()
+    model, vision, mesh = open_base_folder(base, variant), open_image_encoder(image_encoder), sampling.device_mesh()
     put = functools.partial(jax.device_put, device=sampling.replicated(mesh))
     length, levels = model.config("text_encoder").max_position_embeddings, model.config("unet").levels
     step = model.config("vae").downscale * 2 ** (levels - 1)

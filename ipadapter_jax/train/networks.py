@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from ipadapter_jax.adapters import adapter_file, open_image_encoder
-from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base
+from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base_folder
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.adapter import IPAdapter
@@ -26,6 +26,7 @@ from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.initial import initial_adapter, load_initial, projection_config
 from ipadapter_jax.train.optim import trainable
 from ipadapter_jax.train.sharding import of_frozen, put, replicated
+from ipadapter_jax.weights.ip_adapter_file import check_base, open_ip_adapter
 from ipadapter_jax.weights.tree import Tree
 
 
@@ -99,9 +100,13 @@ def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
     Raises InputError and WeightFileError as the readers do.
     """
     model, mask = config.model, trainable(config.model)
-    compute, opened = jnp.dtype(model.dtype), open_base(model.base, variant=model.variant)
+    compute, opened = jnp.dtype(model.dtype), open_base_folder(model.base, model.variant)
     opened.check()
-    check_text_to_image(model.base, opened.config("unet"))
+    unet_config = opened.config("unet")
+    check_text_to_image(model.base, unet_config)
+    if model.init_from is not None:  # before gigabytes are read
+        widths = tuple(site.width for site in cross_attention_sites(unet_config))
+        check_base(open_ip_adapter(adapter_file(model.init_from)), unet_config.cross_attention_dim, widths)
     parts, tokenizer, schedule = {}, opened.tokenizer, opened.schedule
     for name in BASE_COMPONENTS:
         dtype = np.dtype(np.float32) if mask.get(name) else compute

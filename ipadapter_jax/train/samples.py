@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ipadapter_jax.adapters import open_image_encoder
-from ipadapter_jax.base_model import open_base
+from ipadapter_jax.base_model import open_base_folder
 from ipadapter_jax.data.batches import MAX_BAD_IN_A_ROW, Skipped, usable
 from ipadapter_jax.data.cache import CachedSamples, is_cache
 from ipadapter_jax.data.open_source import open_source
@@ -31,7 +31,7 @@ def open_samples(config: Train, path: str) -> Samples:
     if path == data.path:  # validation data may be of another format
         names = ("image_root", "image_column", "text_column", "cond_image_column")
         named = {name: getattr(data, name) for name in names}
-    source, base = open_source(path, **named), open_base(model.base, variant=model.variant)
+    source, base = open_source(path, **named), open_base_folder(model.base, model.variant)
     clip_size = None
     if model.adapter != "none":
         clip_size = open_image_encoder(model.image_encoder).config.image_size

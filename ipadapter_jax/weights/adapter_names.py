@@ -26,21 +26,19 @@ _PROJECTION_IN_UNET = re.compile(r"(?:unet\.)?encoder_hid_proj\.(?:image_project
 def adapter_parts(source: str, tensors: Mapping[str, Tensor]) -> tuple[Tensors, Tensors, list[str]]:
     """The tensors of the projection, those of the keys and values, and the names of all others.
 
-    Raises WeightFileError naming `source` when a part is there twice or several adapters are in it. A part that is not
-    there at all is empty.
+    Of a part that is there under several names the released one is taken. A part that is not there at all is empty.
+    Raises WeightFileError naming `source` when several adapters are in it, or some of the layers of one.
     """
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     used: set[str] = set()
-    projection = _group(source, tensors, _PROJECTION, used) or _projection_in_unet(source, tensors, used)
-    adapter = _group(source, tensors, _ADAPTER, used) or _adapter_in_unet(source, tensors, used)
+    projection = _group(tensors, _PROJECTION, used) or _projection_in_unet(source, tensors, used)
+    adapter = _group(tensors, _ADAPTER, used) or _adapter_in_unet(source, tensors, used)
     return projection, adapter, [name for name in tensors if name not in used]
 
 
-def _group(source: str, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], used: set[str]) -> Tensors:
+def _group(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], used: set[str]) -> Tensors:
     found = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in tensors)]
-    if len(found) > 1:
-        raise WeightFileError(f"{source}: holds both {found[0]}* and {found[1]}*; save one of them")
     names = [name for name in tensors if found and name.startswith(found[0])]
     used.update(names)
     return {name.removeprefix(found[0]): tensors[name] for name in names}
@@ -52,9 +50,25 @@ def _adapter_in_unet(source: str, tensors: Mapping[str, Tensor], used: set[str])
     _check_one(source, {match[6] for match in found.values()})
     order = ("down_blocks", "up_blocks", "mid_block")
     places = {name: (order.index(m[1]), int(m[2] or 0), int(m[3]), int(m[4])) for name, m in found.items()}
+    _check_whole(source, set(places.values()))
     numbers = {place: 2 * i + 1 for i, place in enumerate(sorted(set(places.values())))}
     used.update(found)
-    return {f"{numbers[places[name]]}.{match[5]}.weight": tensors[name] for name, match in found.items()}
+    named = {f"{numbers[places[name]]}.{match[5]}.weight": tensors[name] for name, match in found.items()}
+    if len(named) < len(found):
+        raise WeightFileError(f"{source}: the layers of its adapter are there twice; save them once")
+    return named
+
+
+def _check_whole(source: str, places: set[tuple[int, int, int, int]]) -> None:
+    """A layer that is missing would shift the numbers of all behind it. What cross-attentions a UNet has is not known
+    here, but they lie without gaps, in as many blocks on the way down as up, and in the middle."""
+    sides = [{block for side, block, *_ in places if side == wanted} for wanted in (0, 1, 2)]
+    gaps = any(blocks and len(blocks) != max(blocks) - min(blocks) + 1 for blocks in sides)
+    for side, block, attention, layer in places:
+        before = (side, block, attention, layer - 1) if layer else (side, block, attention - 1, 0)
+        gaps |= before[2] >= 0 and before not in places
+    if places and (gaps or len(sides[0]) != len(sides[1]) or not sides[2]):
+        raise WeightFileError(f"{source}: some layers of its adapter are missing; give the whole checkpoint")
 
 
 def _projection_in_unet(source: str, tensors: Mapping[str, Tensor], used: set[str]) -> Tensors:

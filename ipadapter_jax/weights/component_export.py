@@ -35,11 +35,14 @@ def save_opened(opened: Opened, folder: Path, dtype: np.dtype | None, *, flax: b
     names, and its config.json. Raises InputError as `save_component`."""
     _save(opened.blueprint.component, folder, our_tensors(opened), dtype, flax)
     settings = dict(opened.blueprint.settings)
-    if isinstance(
-        name := settings.get("_class_name"), str
-    ):  # diffusers: UNet2DConditionModel, FlaxUNet2DConditionModel
-        settings["_class_name"] = ("Flax" if flax else "") + name.removeprefix("Flax")
+    if isinstance(name := settings.get("_class_name"), str):
+        settings["_class_name"] = class_name(name, flax)
     write_whole(folder / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
+
+
+def class_name(name: str, flax: bool) -> str:
+    """UNet2DConditionModel or FlaxUNet2DConditionModel."""
+    return ("Flax" if flax else "") + name.removeprefix("Flax")
 
 
 def our_tensors(opened: Opened) -> dict[TreePath, Tensor]:

@@ -67,6 +67,11 @@ def _old_text_key(key: str) -> str:
     )
 
 
+def _like(*shape: int, dtype: Any = jnp.float32) -> Any:
+    """An array's shape and dtype, where no array is needed."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 UNET = Component(
     title="UNet",
     kind=kinds.UNET,
@@ -76,9 +81,9 @@ UNET = Component(
     module=UNet,
     example=lambda config: functools.partial(
         UNet.from_text,
-        latents=jnp.zeros((1, 2**config.levels, 2**config.levels, config.in_channels)),
-        timesteps=jnp.zeros((1,)),
-        text=jnp.zeros((1, 1, config.cross_attention_dim)),
+        latents=_like(1, 2**config.levels, 2**config.levels, config.in_channels),
+        timesteps=_like(1),
+        text=_like(1, 1, config.cross_attention_dim),
     ),
 )
 VAE_COMPONENT = Component(
@@ -89,7 +94,7 @@ VAE_COMPONENT = Component(
     config=VAEConfig.from_json,
     module=VAE,
     example=lambda config: functools.partial(
-        VAE.__call__, images=jnp.zeros((1, config.downscale, config.downscale, config.in_channels))
+        VAE.__call__, images=_like(1, config.downscale, config.downscale, config.in_channels)
     ),
     renames=VAE_RENAMES,
     modernise=_old_vae_key,
@@ -101,7 +106,7 @@ TEXT_ENCODER = Component(
     flax_stem="flax_model",
     config=CLIPTextConfig.from_json,
     module=CLIPText,
-    example=lambda config: functools.partial(CLIPText.__call__, input_ids=jnp.zeros((1, 1), jnp.int32)),
+    example=lambda config: functools.partial(CLIPText.__call__, input_ids=_like(1, 1, dtype=jnp.int32)),
     modernise=_old_text_key,
     ignored=r".*position_ids|text_projection\..*|logit_scale|vision_model\..*|visual_projection\..*",
 )
@@ -113,12 +118,9 @@ IMAGE_ENCODER = Component(
     config=CLIPVisionConfig.from_json,
     module=CLIPVision,
     example=lambda config: functools.partial(
-        CLIPVision.__call__, pixel_values=jnp.zeros((1, config.image_size, config.image_size, 3))
+        CLIPVision.__call__, pixel_values=_like(1, config.image_size, config.image_size, 3)
     ),
-    other_files=(
-        *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
-        "open_clip_pytorch_model.bin",
-    ),
+    other_files=("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
     translate=to_transformers,
     ignored=r".*position_ids|text_projection\..*|logit_scale|text_model\..*",
 )
@@ -226,7 +228,8 @@ def open_weights(
     try:
         check_tree(tensors, blueprint.template, spelling, source=str(source))
     except WeightFileError as error:
-        if found.name in (component.kind, kinds.UNKNOWN, kinds.CHECKPOINT, kinds.OPENCLIP):
+        own = {component.kind, kinds.UNKNOWN, kinds.CHECKPOINT} | ({kinds.OPENCLIP} if component.other_files else set())
+        if found.name in own:
             raise
         raise WeightFileError(f"{error} It looks like {found}: {found.advice}") from None
     return Opened(blueprint, tensors, spelling, source)
@@ -243,8 +246,15 @@ def _modernised(tensors: Mapping[str, Tensor], component: Component, source: str
 def template_of(component: Component, module: Any) -> Tree:
     """The module's parameter tree with shapes for leaves, at no cost."""
     example = component.example(module.config)
-    init = functools.partial(module.init, method=example.func, **example.keywords)
-    return jax.eval_shape(init, jax.random.key(0))["params"]
+    init = functools.partial(module.init, method=example.func)
+    return jax.eval_shape(init, jax.random.key(0), **example.keywords)["params"]
+
+
+def drawn_params(component: Component, module: Any, key: jax.Array) -> Tree:
+    """First weights of the module, as flax draws them."""
+    example = component.example(module.config)
+    inputs = {name: jnp.zeros(like.shape, like.dtype) for name, like in example.keywords.items()}
+    return jax.jit(lambda key: module.init(key, method=example.func, **inputs))(key)["params"]
 
 
 def drop_ignored(tensors: Mapping[str, Tensor], pattern: str, source: str) -> dict[str, Tensor]:

@@ -79,5 +79,5 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: an adapter is saved as .safetensors or .bin; give it such a name")
     # The third reader of this file may be strict: no tensors beyond the two parts; metadata are free.
-    about = {"format": "pt", **metadata, DIGEST: digest(tensors)}
+    about = {**metadata, "format": "pt", DIGEST: digest(tensors)}
     return write_proved(path, safetensors_chunks(tensors, about), tensors)

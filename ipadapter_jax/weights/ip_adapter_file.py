@@ -18,7 +18,7 @@ from ipadapter_jax.weights.kinds import FAMILIES, IP_ADAPTER, identify
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import torch_spelling
 from ipadapter_jax.weights.safetensors_bytes import digest
-from ipadapter_jax.weights.tensors import metadata_of, open_tensors
+from ipadapter_jax.weights.tensors import open_file
 from ipadapter_jax.weights.tree import Tree, check_tree, load_tree
 
 _MAX_DEPTH = 64  # the released Resamplers have 4 layers; what a file has beyond is reported as left over
@@ -63,10 +63,14 @@ def open_ip_adapter(path: Path) -> IPAdapterFile:
     Raises WeightFileError for other files, saying what was found, and for one of ours whose bytes have changed.
     """
     path = Path(path)
-    tensors, metadata = open_tensors(path), metadata_of(path)
+    _, tensors, metadata = open_file(path)
+    adapter = to_adapter(path, tensors, metadata)
     if DIGEST in metadata and metadata[DIGEST] != digest(tensors):
-        raise WeightFileError(f"{path}: damaged: its weights are not those that were written; copy the file again")
-    return to_adapter(path, tensors, metadata)
+        raise WeightFileError(
+            f"{path}: its weights are not those that were written with it: damaged, so copy the file again; or another "
+            f"program changed them and kept the old {DIGEST} in the metadata, so have it leave that out"
+        )
+    return adapter
 
 
 def to_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> IPAdapterFile:
@@ -119,14 +123,14 @@ def _projection(proj: Mapping[str, Tensor], width: int) -> ImageProjConfig | Non
     """The variant and sizes of a projection to tokens of this width; KeyError, ValueError and so on if incomplete."""
     if "proj.weight" in proj:
         rows, features = proj["proj.weight"].shape
-        return ImageProjConfig("base", features, width, num_tokens=_ratio(rows, width))
+        return ImageProjConfig("base", _ratio(features, 1), width, num_tokens=_ratio(rows, width))
     if "proj.3.weight" in proj:
-        return ImageProjConfig("full", proj["proj.0.weight"].shape[1], width, num_tokens=0)
+        return ImageProjConfig("full", _ratio(proj["proj.0.weight"].shape[1], 1), width, num_tokens=0)
     if "latents" in proj:
         _, tokens, hidden = proj["latents"].shape
         return ImageProjConfig(
             "plus",
-            feature_dim=proj["proj_in.weight"].shape[1],
+            feature_dim=_ratio(proj["proj_in.weight"].shape[1], 1),
             cross_attention_dim=width,
             num_tokens=_ratio(tokens, 1),
             hidden_dim=hidden,
@@ -193,13 +197,13 @@ def check_encoder(file: IPAdapterFile, embedding: int, hidden: int, encoder: str
         needed = encoder_name(file.config) or "another encoder"
         raise WeightFileError(
             f"{file.path}: needs {kind} of width {file.config.feature_dim} ({needed}), the image encoder {encoder} "
-            f"gives {found}; choose the right one with image_encoder"
+            f"gives {found}; choose the right one with --image-encoder (image_encoder)"
         )
 
 
 def check_ip_adapter(file: IPAdapterFile, widths: tuple[int, ...]) -> None:
     """Raises WeightFileError naming a tensor that is missing, left over or of another shape."""
-    for part, template in _templates(file, widths).items():
+    for part, template in _templates(file.config, widths).items():
         tensors = {"image_proj": file.image_proj, "ip_adapter": file.ip_adapter}[part]
         check_tree(tensors, template, torch_spelling(), source=f"{file.path} ({part})")
 
@@ -212,14 +216,15 @@ def load_ip_adapter(
     spelling = torch_spelling()
     return {
         part: load_tree(tensors[part], template, spelling, source=f"{file.path} ({part})", dtype=dtype, put=put)
-        for part, template in _templates(file, widths).items()
+        for part, template in _templates(file.config, widths).items()
     }
 
 
-def _templates(file: IPAdapterFile, widths: tuple[int, ...]) -> dict[str, Tree]:
-    projection, adapter = image_projection(file.config), IPAdapter(widths)
-    tokens = jax.ShapeDtypeStruct((1, 1, file.config.cross_attention_dim), jnp.float32)
+@functools.lru_cache(maxsize=8)
+def _templates(config: ImageProjConfig, widths: tuple[int, ...]) -> dict[str, Tree]:
+    projection, adapter = image_projection(config), IPAdapter(widths)
+    tokens = jax.ShapeDtypeStruct((1, 1, config.cross_attention_dim), jnp.float32)
     return {
-        "image_proj": jax.eval_shape(projection.init, jax.random.key(0), example_features(file.config))["params"],
+        "image_proj": jax.eval_shape(projection.init, jax.random.key(0), example_features(config))["params"],
         "ip_adapter": jax.eval_shape(adapter.init, jax.random.key(0), tokens)["params"],
     }

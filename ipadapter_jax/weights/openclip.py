@@ -1,6 +1,7 @@
 """CLIP vision encoders in OpenCLIP's layout, brought to the names of transformers, and sizes told from tensors."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.weights.lazy import Tensor, rows, turned
+
+log = logging.getLogger("ipadapter_jax")
 
 # OpenCLIP's name -> transformers'. Its fused projection to queries, keys and values is cut below.
 _RENAMES = {
@@ -22,6 +25,7 @@ _RENAMES = {
     r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(.*)": r"vision_model.encoder.layers.\1.mlp.fc1.\2",
     r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(.*)": r"vision_model.encoder.layers.\1.mlp.fc2.\2",
 }
+_MAX_LAYERS, _MAX_SIDE = 128, 4096  # far above any encoder
 _FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 
 
@@ -64,12 +68,15 @@ def vision_settings(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]
             except (ValueError, OSError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError):
                 raise InputError(f"{file.parent / name} cannot be read; download it again") from None
     settings = _from_shapes(tensors)
+    if settings["num_hidden_layers"] > _MAX_LAYERS or settings["image_size"] > _MAX_SIDE:
+        raise InputError(f"{file}: an image encoder of sizes that none has; download it again")
     heads = {1280: 16, 1664: 16}.get(settings["hidden_size"])
     if heads is None:
         raise InputError(
             f"{file}: an image encoder of width {settings['hidden_size']}, whose number of heads no tensor tells; "
             "put its config.json beside it, or give its folder"
         )
+    log.info("%s: no config.json beside it: read as OpenCLIP's own of this width, with gelu", file)
     return settings | {"num_attention_heads": heads, "hidden_act": "gelu"}
 
 

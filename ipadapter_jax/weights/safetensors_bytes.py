@@ -13,15 +13,15 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what is wri
 
 
 def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
-    """A length (8 bytes), a JSON header, then the tensors by name, one at a time.
+    """A length (8 bytes), a JSON header, then the tensors, one at a time.
     https://huggingface.co/docs/safetensors
 
     Not by the library's writer: it puts metadata in a random order, so that no digest could be compared, needs all
     arrays in memory, and up to 0.8.0 it writes arrays that are not contiguous as they lie in memory.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    position = 0
-    for name, tensor in sorted(tensors.items()):
+    position, ordered = 0, sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    for name, tensor in ordered:  # by width first, so that all of them are aligned
         end = position + int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
         header[name] = {
             "dtype": DTYPES[tensor.dtype.name],
@@ -32,7 +32,7 @@ def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
-    for _, tensor in sorted(tensors.items()):
+    for _, tensor in ordered:
         yield raw(tensor.read())
 
 

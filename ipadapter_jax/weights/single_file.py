@@ -9,7 +9,7 @@ import numpy as np
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.models.unet import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
-from ipadapter_jax.weights.components import drop_ignored
+from ipadapter_jax.weights.components import drop_ignored, report_ignored
 from ipadapter_jax.weights.kinds import identify
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import Path, Spelling, from_torch, to_torch, torch_key, torch_shape
@@ -39,6 +39,8 @@ def split(source: str, tensors: Mapping[str, Tensor], *, extract_ema: bool = Fal
     }
     if not parts["vae"]:  # some files of VAEs
         parts["vae"] = {name.removeprefix("vae."): tensors[name] for name in tensors if name.startswith("vae.")}
+    inside = (*PREFIXES.values(), "vae.", *([_EMA] if extract_ema else []))
+    report_ignored([name for name in tensors if not name.startswith(inside)], source)
     if extract_ema:
         averages = {name: f"{_EMA}{name.replace('.', '')}" for name in parts["unet"]}
         missing = [average for average in averages.values() if average not in tensors]

@@ -2,10 +2,11 @@
 
 import functools
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
@@ -17,7 +18,16 @@ from ipadapter_jax.weights.msgpack_file import read_msgpack_file
 from ipadapter_jax.weights.torch_pickle import flatten, read_torch_file
 
 SAFETENSORS, PICKLE, MSGPACK, INDEX = "safetensors", "PyTorch pickle", "Flax msgpack", "index of shards"
-_MAX_HEADER = 100_000_000  # bytes, what the safetensors library reads
+_HEADER = 100_000_000  # bytes of the longest header that the safetensors library reads
+_MAX_HEADER, _MAX_INDEX = 1 << 22, 1 << 24  # bytes, of a hundred times more tensors than any Stable Diffusion has
+
+
+class WeightFile(NamedTuple):
+    """An opened file: `container` is SAFETENSORS, PICKLE, MSGPACK or INDEX, and only safetensors have metadata."""
+
+    container: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
@@ -26,30 +36,36 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     Which of these it is, its first bytes tell; the name does not count. Raises WeightFileError naming the file when it
     is none of these or damaged. Nothing is ever unpickled.
     """
+    return open_file(path).tensors
+
+
+def open_file(path: Path) -> WeightFile:
+    """The same with what the file says about itself."""
     path = Path(path)
     try:
-        tensors = dict(_READERS[container(path)](path))
+        kind = container(path)
+        found = WeightFile(kind, *_READERS[kind](path))
     except OSError as error:
         raise WeightFileError(f"{path}: cannot be read ({error.strerror or error})") from None
-    for name in tensors:
+    for name in found.tensors:
         if not name.isprintable() or len(name) > 1000:  # it may stand in a message of one line
             raise WeightFileError(f"{path}: not a file of weights: it has a tensor called {name[:60]!r}")
-    return tensors
+    return found
 
 
 def container(path: Path) -> str:
     """SAFETENSORS, PICKLE, MSGPACK or INDEX. Raises WeightFileError saying what else it is."""
-    if not path.is_file():
-        there = "is a folder, not a file" if path.is_dir() else "there is no such file"
-        raise WeightFileError(f"{path}: {there}")
     try:
+        if not path.is_file():
+            there = "is a folder, not a file" if path.is_dir() else "there is no such file"
+            raise WeightFileError(f"{path}: {there}")
         with open(path, "rb") as file:
             head = file.read(512)
     except OSError as error:
         raise WeightFileError(f"{path}: cannot be read ({error.strerror or error})") from None
     if not head.strip():
         raise WeightFileError(f"{path}: the file is empty; download it again")
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER:
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _HEADER:
         return SAFETENSORS
     if head.startswith(b"PK\3\4") or re.match(rb"\x80[\x02-\x05]", head):
         return PICKLE
@@ -83,23 +99,20 @@ _STRANGERS = {
 }
 
 
-def metadata_of(path: Path) -> dict[str, str]:
-    """What a safetensors file says about itself; empty for every other kind of file."""
-    if container(path) != SAFETENSORS:
-        return {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise _not_whole(path, error) from None
+_Found = tuple[dict[str, Tensor], dict[str, str]]  # tensors and metadata
 
 
-def _open_pickle(path: Path) -> Mapping[str, Tensor]:
+def _open_msgpack(path: Path) -> _Found:
+    return dict(read_msgpack_file(path)), {}
+
+
+def _open_pickle(path: Path) -> _Found:
     tensors, buffer = flatten(read_torch_file(path)), map_file(path)
-    return {
+    found: dict[str, Tensor] = {
         name: MappedTensor(buffer, tensor.storage.position + tensor.offset, tensor.shape, tensor.dtype, tensor.strides)
         for name, tensor in tensors.items()
     }
+    return found, {}
 
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"} | {
@@ -107,27 +120,43 @@ _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF
 }
 
 
-def _open_safetensors(path: Path) -> dict[str, MappedTensor]:
+def _open_safetensors(path: Path) -> _Found:
     """A length (8 bytes), a JSON header, then the tensors. https://huggingface.co/docs/safetensors"""
+    buffer = map_file(path)
+    start = 8 + int.from_bytes(buffer[:8], "little")
+    if start > _MAX_HEADER:
+        raise WeightFileError(f"{path}: its header has {start:,} bytes, far more than weights need")
     try:
         with safe_open(path, framework="numpy"):  # checks header, sizes and offsets; its own reading copies each tensor
             pass
     except SafetensorError as error:
-        raise _not_whole(path, error) from None
-    buffer = map_file(path)
-    start = 8 + int.from_bytes(buffer[:8], "little")
-    tensors = {}
-    for name, entry in json.loads(buffer[8:start], object_pairs_hook=functools.partial(_once, path)).items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise WeightFileError(
-                f"{path}: {name[:60]!r} is stored as {entry['dtype']}; only float64, float32, float16 and bfloat16 "
-                "weights are read, so convert the file first"
-            )
-        dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
-        tensors[name] = MappedTensor(buffer, start + entry["data_offsets"][0], tuple(entry["shape"]), dtype)
-    return tensors
+        reason = " ".join(str(error).split())[:200]
+        raise WeightFileError(f"{path}: not a whole safetensors file ({reason}); download it again") from None
+    header = json.loads(buffer[8:start], object_pairs_hook=functools.partial(_once, path))
+    metadata = header.pop("__metadata__", None) or {}
+    tensors: dict[str, Tensor] = {}
+    for name, entry in header.items():
+        dtype, shape, offset = _entry(path, name, entry)
+        tensors[name] = MappedTensor(buffer, start + offset, shape, dtype)
+    return tensors, metadata
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int]:
+    """dtype, shape and offset of a tensor. The library lets odd forms of an entry pass, and shapes with a zero in them
+    that numpy cannot hold."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(offset), int()]}:
+            pass
+        case _:
+            raise WeightFileError(f"{path}: {name[:60]!r} is described in an odd way; download the file again")
+    if dtype not in _SAFETENSORS_DTYPES:
+        raise WeightFileError(
+            f"{path}: {name[:60]!r} is stored as {dtype}; only float64, float32, float16 and bfloat16 weights are "
+            "read, so convert the file first"
+        )
+    if len(shape) > 32 or math.prod(size or 1 for size in shape) >= 1 << 48:
+        raise WeightFileError(f"{path}: {name[:60]!r} has a shape that no weights have; download the file again")
+    return np.dtype(_SAFETENSORS_DTYPES[dtype]), tuple(shape), offset
 
 
 def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -138,17 +167,14 @@ def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _not_whole(path: Path, error: SafetensorError) -> WeightFileError:
-    reason = " ".join(str(error).split())[:200]
-    return WeightFileError(f"{path}: not a whole safetensors file ({reason}); download it again")
-
-
-def _open_shards(path: Path) -> dict[str, Tensor]:
+def _open_shards(path: Path) -> _Found:
     names = _weight_map(path)
     tensors: dict[str, Tensor] = {}
-    for file in files_of(path):
+    for file in sorted({path.parent / shard for shard in names.values()}):
         if not file.is_file():
             raise WeightFileError(f"{path}: the shard {file.name} is missing; download it too")
+        if container(file) != SAFETENSORS:
+            raise WeightFileError(f"{path}: the shard {file.name} is no safetensors file; download it again")
         found = open_tensors(file)
         listed = {name for name in names if names[name] == file.name}
         if odd := sorted(listed ^ found.keys()):
@@ -157,17 +183,21 @@ def _open_shards(path: Path) -> dict[str, Tensor]:
                 f"{path}: {odd[0][:60]!r} {where} {file.name}, against the index; download both again"
             )
         tensors |= found
-    return tensors
+    return tensors, {}
 
 
 def files_of(path: Path) -> list[Path]:
     """The files that hold a source's tensors: its shards when it is an index, else itself."""
-    return sorted({path.parent / shard for shard in _weight_map(path).values()}) if path.suffix == ".json" else [path]
+    if container(path) != INDEX:
+        return [path]
+    return sorted({path.parent / shard for shard in _weight_map(path).values()})
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Which shard, a file beside the index, holds a tensor."""
     try:
+        if index.stat().st_size > _MAX_INDEX:
+            raise ValueError
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         outside = [shard for shard in names.values() if not re.fullmatch(r"[\w.-]+\.safetensors", shard)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -177,9 +207,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-_READERS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {
+_READERS: dict[str, Callable[[Path], _Found]] = {
     SAFETENSORS: _open_safetensors,
     PICKLE: _open_pickle,
-    MSGPACK: read_msgpack_file,
+    MSGPACK: _open_msgpack,
     INDEX: _open_shards,
 }

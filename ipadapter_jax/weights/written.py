@@ -20,14 +20,14 @@ def write_proved(path: Path, chunks: Iterable[bytes | memoryview], tensors: Mapp
     Until the file has been read back and compared with `tensors`, and when that fails, an older file of this name
     stays. Raises InputError naming the file that cannot be written or the tensor that comes back otherwise.
     """
-    unproven = path.with_name(f".unproven-{path.name}")
+    unproven = path.with_name(f".unproven-{os.getpid()}-{path.name}")
     try:
         write_whole(unproven, chunks)
         _prove(unproven, path, tensors)
         digest = sha256(unproven)
         os.replace(unproven, path)
     except OSError as error:
-        raise InputError(f"{path}: not written ({error.strerror}); choose another place") from None
+        raise InputError(f"{path}: not written ({error.strerror or error}); choose another place") from None
     finally:
         with contextlib.suppress(OSError):
             unproven.unlink()

@@ -212,9 +212,10 @@ def test_the_unet_alone(run, tmp_path) -> None:
 def test_the_newest_checkpoint_as_a_file(done, tmp_path, capsys):
     """What the run itself exported, to the bit; the run is left as it is."""
     before = sorted(path.name for path in (done / "checkpoints").iterdir())
-    assert cli.main(["convert", str(done), str(tmp_path / "a.safetensors")]) == 0
+    half = ["--dtype", "float16"]
+    assert cli.main(["convert", str(done), str(tmp_path / "a.safetensors"), *half]) == 0
     step = done / "checkpoints" / str(STEPS)
-    assert cli.main(["convert", str(step), str(tmp_path / "step.safetensors")]) == 0
+    assert cli.main(["convert", str(step), str(tmp_path / "step.safetensors"), *half]) == 0
     assert (tmp_path / "step.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
     expected, found = (open_ip_adapter(folder) for folder in (done / "adapter.safetensors", tmp_path / "a.safetensors"))
     assert found.tensors.keys() == expected.tensors.keys()
@@ -222,6 +223,9 @@ def test_the_newest_checkpoint_as_a_file(done, tmp_path, capsys):
         assert found.tensors[name].read().tobytes() == tensor.read().tobytes()
     assert found.metadata == expected.metadata
     assert sorted(path.name for path in (done / "checkpoints").iterdir()) == before
+    assert cli.main(["convert", str(done), str(tmp_path / "c.safetensors")]) == 0  # by default nothing is rounded
+    assert {t.dtype.name for t in open_ip_adapter(tmp_path / "c.safetensors").tensors.values()} == {"float32"}
+    assert cli.main(["convert", str(done), str(tmp_path / "c"), "--flax"]) == 2
     (empty := tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert cli.main(["convert", str(empty.parent), str(tmp_path / "b.bin")]) == 2
     assert "nothing was saved yet" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Adapters under other names than the released ones: every spelling gives the same trees bit for bit."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -115,11 +116,28 @@ def _torch(path: Path) -> dict:
     return load_torch(path)
 
 
-def test_a_part_that_is_there_twice(tmp_path):
-    tensors = released("base")
+def test_the_released_name_wins(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     path = tmp_path / "a.safetensors"
-    save_file(tensors | {"image_proj_model.norm.weight": np.zeros(32, np.float16)}, path)
-    refused(lambda: open_ip_adapter(path), f"{path}: holds both image_proj.* and image_proj_model.*")
+    save_file(released("base") | {"image_proj_model.norm.weight": np.zeros(32, np.float16)}, path)
+    assert_same_tree(trees(open_ip_adapter(path)), trees(open_ip_adapter(FILES["base"])))
+    assert "ignored image_proj_model.norm.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "missing", ["up_blocks.1.attentions.1", "up_blocks.1", "mid_block", "down_blocks.0", "up_blocks.2.attentions.0"]
+)
+def test_a_part_of_a_checkpoint_is_not_renumbered(tmp_path, missing):
+    content = {name: array for name, array in deduplicated(released("base")).items() if f"unet.{missing}" not in name}
+    save_file(content, tmp_path / "a.safetensors")
+    refused(lambda: open_ip_adapter(tmp_path / "a.safetensors"), "some layers", "missing", error=WeightFileError)
+
+
+def test_layers_that_are_there_twice(tmp_path):
+    content = deduplicated(released("base"))
+    content |= {name.removeprefix("unet."): array for name, array in content.items() if ".attn2." in name}
+    save_file(content, tmp_path / "a.safetensors")
+    refused(lambda: open_ip_adapter(tmp_path / "a.safetensors"), "there twice", error=WeightFileError)
 
 
 def test_face_id_in_a_unet_of_diffusers_is_not_taken_for_full(tmp_path):

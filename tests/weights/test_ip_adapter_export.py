@@ -151,7 +151,12 @@ def test_one_changed_bit_of_our_file_is_found(tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    refused(lambda: open_ip_adapter(path), f"{path}: damaged", "copy the file again", error=WeightFileError)
+    refused(
+        lambda: open_ip_adapter(path),
+        f"{path}: its weights are not those that were written",
+        "copy the file again",
+        error=WeightFileError,
+    )
 
 
 def test_metadata(tmp_path):

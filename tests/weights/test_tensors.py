@@ -101,7 +101,8 @@ def test_nothing_is_read_but_the_header(tmp_path):
 def test_files_of_a_source(tmp_path):
     index = shards(tmp_path, {"a": W}, {"b": W})
     assert [file.name for file in files_of(index)] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    assert files_of(tmp_path / "model.msgpack") == [tmp_path / "model.msgpack"]
+    [first, _] = files_of(index)
+    assert files_of(first) == [first]
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
@@ -196,6 +197,15 @@ HOSTILE = {
     "hole": header(of(offsets=(8, 32)), DATA + bytes(8)),
     "bytes after the end": header(of(), DATA + bytes(8)),
     "overlap": header(of() | {"v": of()["w"]}, DATA),
+    "entry as a list": header({"w": ["F32", [2, 3], [0, 24]]}, DATA),
+    "dtype as an object": header({"w": {"dtype": {"F32": None}, "shape": [2, 3], "data_offsets": [0, 24]}}, DATA),
+    "shape that numpy cannot hold": header(of(shape=(1 << 63, 0), offsets=(0, 0))),
+    "too many axes": header(of(shape=(1,) * 99, offsets=(0, 4)), bytes(4)),
+    "header of megabytes": header({f"{i:0100}": of(shape=(0,), offsets=(0, 0))["w"] for i in range(40_000)}),
+    "two of one name": header(
+        b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        bytes(1),
+    ),
     "no dtype": header({"w": {"shape": [2, 3], "data_offsets": [0, 24]}}, DATA),
     "unknown dtype": header(of(dtype="F128"), DATA),
     "names of control characters": header({"w\n\x1b[31m": of()["w"]}, DATA),
@@ -238,6 +248,17 @@ def test_eight_bit_floats(tmp_path, dtype):
 
 
 # --- shards ------------------------------------------------------------------------------------------------------
+
+
+def test_an_index_under_another_name_and_one_that_names_itself(tmp_path):
+    index = shards(tmp_path, {"w": W}, {"v": W})
+    renamed = index.with_name("weights.safetensors")
+    renamed.write_bytes(index.read_bytes())
+    assert open_tensors(renamed).keys() == {"w", "v"} and len(files_of(renamed)) == 2
+    renamed.write_text(json.dumps({"weight_map": {"w": renamed.name}}))
+    refused(lambda: open_tensors(renamed), "is no safetensors file", error=WeightFileError)
+    renamed.write_text(json.dumps({"weight_map": {}}))
+    assert open_tensors(renamed) == {}
 
 
 @pytest.mark.parametrize(
