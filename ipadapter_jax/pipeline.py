@@ -168,8 +168,7 @@ class StableDiffusion:
         prompts, negatives = prompt_pairs(prompt, negative_prompt)
         check_choices(num_images_per_prompt, guidance_scale, eta, output_type, callback)
         check_text_to_image(str(self.sources.get("unet", "of this pipeline")), self.unet.config)
-        schedule = self.schedule.changed(scheduler_config or {})
-        steps, init_noise_sigma = sample_table(scheduler, schedule, num_inference_steps, eta)
+        steps, sigma = sample_table(scheduler, self.schedule.changed(scheduler_config or {}), num_inference_steps, eta)
         shape = self._latent_shape(height, width)
         count = len(prompts) * num_images_per_prompt
         seeds = seeds_of(seed, count)
@@ -186,7 +185,7 @@ class StableDiffusion:
         batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt))
         first = batch.noise(shape, 0) if given is None else batch.spread(given)
         final = self._denoise(
-            begin(first * np.float32(init_noise_sigma)),
+            begin(first * np.float32(sigma)),
             steps,
             batch,
             functools.partial(sampling.denoise, self.unet, self.mesh, self.params["unet"]),
