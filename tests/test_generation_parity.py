@@ -1,4 +1,6 @@
-"""Whole generations against PyTorch diffusers on the same tiny random weights, latents and pictures."""
+"""Whole generations against PyTorch diffusers on the same tiny random weights, latents, pictures and noise."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,55 +10,75 @@ import ipadapter_jax.sampling
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 
+SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "DPMSolverMultistepScheduler": "dpmsolver++",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
+}
+CASES = [
+    *(
+        f"gen_{s}_{p}_{g}"
+        for s in ("ddim", "pndm", "dpmpp2m", "euler", "unipc", "lcm")
+        for p in ("eps", "v")
+        for g in ("g1p0", "g7p5")
+    ),
+    *(f"gen_{s}_{p}_g7p5" for s in ("dpmpp2m_karras", "euler_a") for p in ("eps", "v")),
+    *("gen_full", "gen_plus", "gen_ddim_eta", "gen_no_adapter"),
+    *("gen_multi_per_prompt", "gen_two_adapters", "gen_two_images"),
+]
+
 
 @pytest.fixture(scope="module")
 def base() -> StableDiffusion:
     return StableDiffusion.from_pretrained(TORCH_MODEL)
 
 
-def generate(base: StableDiffusion, case: Case, **more):
-    """Runs a recorded call and returns (timesteps, latents after every step, final latents, raw picture)."""
-    meta, kwargs = case.meta, dict(case.meta["call"]["kwargs"])
-    name = meta["ip_adapter"][0].rsplit("/", 1)[-1]
-    image = meta["images"]["ip_adapter_image"].removeprefix("assets/").removesuffix(".png")
-    import dataclasses
+def picture(name):
+    if isinstance(name, list):
+        return [picture(inner) for inner in name]
+    return ORACLES / "assets" / f"{name.removeprefix('assets/').removesuffix('.png')}.png"
 
-    pipe = base.with_ip_adapter(ADAPTERS / name, image_encoder=IMAGE_ENCODER)
+
+def generate(base: StableDiffusion, case: Case):
+    """Runs a recorded call and returns (timesteps, latents after every step, final latents, raw picture)."""
+    meta, kwargs, pipe = case.meta, dict(case.meta["call"]["kwargs"]), base
+    for file in meta.get("ip_adapter") or []:
+        pipe = pipe.with_ip_adapter(ADAPTERS / file.rsplit("/", 1)[-1], image_encoder=IMAGE_ENCODER)
+    if pipe.adapters:
+        kwargs["ip_adapter_image"] = picture(meta["images"]["ip_adapter_image"])
+        kwargs["ip_adapter_scale"] = meta["ip_adapter_scale"]
     pipe = dataclasses.replace(pipe, schedule=NoiseSchedule.from_json(meta["scheduler"]["config"]))
     seen = []
     final = pipe(
         **kwargs,
-        ip_adapter_image=ORACLES / "assets" / f"{image}.png",
-        ip_adapter_scale=meta["ip_adapter_scale"],
+        scheduler=SAMPLERS[meta["scheduler"]["class"]],
         latents=nhwc(case.inputs["latents"]),
         output_type="latent",
         callback=lambda number, timestep, latents: seen.append((timestep, np.asarray(latents))),
-        **more,
     )
     timesteps, steps = zip(*seen, strict=True)
     decoded = ipadapter_jax.sampling.decode(
         pipe.vae, pipe.mesh, pipe.params["vae"], np.repeat(final, pipe.mesh.size, 0)
     )
-    return np.asarray(timesteps, np.float32), np.stack(steps), final, np.asarray(decoded)[:1]
+    return np.asarray(timesteps, np.float32), np.stack(steps), final, np.asarray(decoded)[: len(final)]
 
 
-@pytest.mark.parametrize(
-    "name", ["gen_ddim_eps_g1p0", "gen_ddim_eps_g7p5", "gen_ddim_v_g1p0", "gen_ddim_v_g7p5", "gen_full"]
-)
-def test_generation_equals_diffusers(base, name):
+@pytest.mark.parametrize("name", CASES)
+def test_generation_equals_diffusers(base, name, monkeypatch):
+    """Stochastic samplers are given the recorded noise, in the order in which it was drawn."""
     case = load_case(name)
-    timesteps, steps, final, picture = generate(base, case)
-    case.check(timesteps=timesteps, latents_steps=nchw(steps), latents=nchw(final))
-    if "image" in case.outputs:
-        case.check(image=nchw(picture))
-
-
-def test_stochastic_ddim_equals_diffusers_given_its_noise(base, monkeypatch):
-    case = load_case("gen_ddim_eta")
 
     def recorded(batch, shape, step):
-        return batch.spread(nhwc(case.inputs[f"noise_{step - 1}"]))
+        noise = case.inputs.get(f"noise_{step - 1}")
+        return batch.spread(np.zeros((1, *shape), np.float32) if noise is None else nhwc(noise))
 
-    monkeypatch.setattr(ipadapter_jax.sampling.Batch, "noise", recorded)
-    timesteps, steps, final, _ = generate(base, case)
+    if "noise_0" in case.inputs:
+        monkeypatch.setattr(ipadapter_jax.sampling.Batch, "noise", recorded)
+    timesteps, steps, final, decoded = generate(base, case)
     case.check(timesteps=timesteps, latents_steps=nchw(steps), latents=nchw(final))
+    if "image" in case.outputs:
+        case.check(image=nchw(decoded))
