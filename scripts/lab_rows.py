@@ -27,7 +27,7 @@ COUNT = 4  # pictures of each prompt
 _CHUNK = 25  # prompts in a file
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 GUIDANCES = (1.0, GUIDANCE_SCALE, 7.5)
-DROPS = ("decoupled", "no image dropped", "more images dropped", "little text dropped")
+DROPS = ("decoupled", "no image dropped", "little text dropped")
 
 Text = Literal["", "caption", "other_caption"]
 
