@@ -3,12 +3,14 @@ come through.
 
     python scripts/fuzz_weights.py --count 1000000 --seed 7
 
-A trial takes a good adapter file, damages it and loads it as the product does. What may happen: WeightFileError in one
-line that names the file; or exactly the tensors of the good file by name, shape and dtype, all finite, and with the
-same bits where the file carries a digest. Everything else is a fault and is printed with its trial's number.
+A trial takes a good file (an adapter as safetensors or pickle, an image encoder in OpenCLIP's layout), damages it and
+loads it as the product does. What may happen: an error in one line that names the file; or exactly the tensors of the
+good file by name, shape and dtype, all finite, and with the same bits where the file carries a digest. Everything else
+is a fault and is printed with its trial's number.
 """
 
 import collections
+import json
 import random
 import re
 import struct
@@ -18,32 +20,59 @@ import time
 import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tqdm
 import tyro
 
-from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.adapters import open_image_encoder
+from ipadapter_jax.describe import describe
+from ipadapter_jax.errors import InputError
 from ipadapter_jax.weights.ip_adapter_export import save_adapter_tensors
-from ipadapter_jax.weights.ip_adapter_file import IPAdapterFile, check_ip_adapter, open_ip_adapter
+from ipadapter_jax.weights.ip_adapter_file import DIGEST, load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.lazy import Tensor, held
 from ipadapter_jax.weights.safetensors_bytes import safetensors_chunks
 from ipadapter_jax.weights.torch_file import pickled, torch_bytes
 from ipadapter_jax.weights.tree import all_finite
 
-SECONDS, MEMORY = 2.0, 1.5  # what a trial may take: time, and memory in sizes of its file (beside 1 MB for all files)
+SECONDS, MEMORY = 2.0, 1.5  # what a trial may take: time, and memory in sizes of its file
+OVERHEAD = 1 << 19  # bytes that any file may take beside: digests read 256 KB at a time
 _MEMORY_EVERY = 25  # trials; tracing makes them slow
 # What Python reports when something is run that a file could have named.
 _EXECUTION = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
 
 
-class Fuzzer:
-    """Trials over good files; `seen` counts what they ended in, `faults` says what must not happen."""
+class Content(NamedTuple):
+    """What a file gave: its arrays by their names there, and whether it says what they must be."""
 
-    def __init__(self, folder: Path, files: list[Path], seed: int):
-        self._path, self._files, self._rng = folder / "damaged", files, random.Random(seed)
-        self._good = [_Good(open_ip_adapter(file)) for file in files]
+    arrays: dict[str, np.ndarray]
+    digest: bool
+
+
+def read_adapter(path: Path) -> Content:
+    describe(path)
+    file = open_ip_adapter(path)
+    load_ip_adapter(file, file.widths, np.dtype("float32"), put=lambda array: array)
+    return Content({name: np.array(tensor.read()) for name, tensor in file.tensors.items()}, DIGEST in file.metadata)
+
+
+def read_encoder(path: Path) -> Content:
+    opened = open_image_encoder(path)
+    opened.load(np.dtype("float32"), put=lambda array: array)
+    return Content({name: np.array(tensor.read()) for name, tensor in opened.tensors.items()}, False)
+
+
+READERS = {"safetensors": read_adapter, "bin": read_adapter, "openclip": read_encoder}
+
+
+class Fuzzer:
+    """Trials over good files of a kind; `seen` counts what they ended in, `faults` says what must not happen."""
+
+    def __init__(self, folder: Path, kind: str, seed: int):
+        self._path, self._files, self._rng = folder / "damaged", seeds(folder)[kind], random.Random(seed)
+        self._read = READERS[kind]
+        self._good = [self._read(file) for file in self._files]
         self._executed: list[str] = []
         self.seen: collections.Counter[str] = collections.Counter()
         self.faults: list[str] = []
@@ -61,7 +90,7 @@ class Fuzzer:
             if time.monotonic() - started > SECONDS:
                 self._fault(number, f"took {time.monotonic() - started:.1f} s")
             if tracemalloc.is_tracing():
-                if (peak := tracemalloc.get_traced_memory()[1]) > MEMORY * len(content) + 2**20:
+                if (peak := tracemalloc.get_traced_memory()[1]) > MEMORY * len(content) + OVERHEAD:
                     self._fault(number, f"took {peak} bytes for {len(content)}")
                 tracemalloc.stop()
             if self._executed:
@@ -73,35 +102,28 @@ class Fuzzer:
     def _fault(self, number: int, what: str) -> None:
         self.faults.append(f"trial {number}: {what}")
 
-    def _outcome(self, good: "_Good") -> str:
+    def _outcome(self, good: Content) -> str:
         try:
-            return good.compared(open_ip_adapter(self._path))
-        except WeightFileError as error:
+            return _compared(good, self._read(self._path))
+        except InputError as error:
             message = str(error)
-            proper = message.isprintable() and str(self._path) in message and len(message) < 1000
+            proper = message.isprintable() and str(self._path.parent) in message and len(message) < 1000
             return "refused" if proper else f"fault: message {message[:200]!r}"
         except Exception as error:
             return f"fault: {type(error).__name__} {str(error)[:200]}"
 
 
-class _Good:
-    def __init__(self, file: IPAdapterFile):
-        self._names = {name: (tensor.shape, tensor.dtype) for name, tensor in file.tensors.items()}
-        self._bits = {name: tensor.read().tobytes() for name, tensor in file.tensors.items()}
-        self._digest = "tensors_sha256" in file.metadata
-
-    def compared(self, file: IPAdapterFile) -> str:
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in file.tensors.items()}
-        if found != self._names:
-            check_ip_adapter(file, file.widths)  # refused here, before anything is read
-            return "fault: other names, shapes or dtypes"
-        arrays = {name: np.array(tensor.read()) for name, tensor in file.tensors.items()}
-        if not all(all_finite(array) for array in arrays.values()):
-            return "refused"  # `load_tree` says so of each tensor that it reads
-        changed = any(arrays[name].tobytes() != bits for name, bits in self._bits.items())
-        if changed and self._digest and "tensors_sha256" in file.metadata:
-            return "fault: other bits under a digest"
-        return "other bits, no digest" if changed else "unharmed"
+def _compared(good: Content, found: Content) -> str:
+    if {name: (a.shape, a.dtype) for name, a in found.arrays.items()} != {
+        name: (a.shape, a.dtype) for name, a in good.arrays.items()
+    }:
+        return "fault: other names, shapes or dtypes"
+    if not all(all_finite(array) for array in found.arrays.values()):
+        return "fault: numbers that are not finite"
+    changed = any(found.arrays[name].tobytes() != array.tobytes() for name, array in good.arrays.items())
+    if changed and good.digest and found.digest:
+        return "fault: other bits under a digest"
+    return "other bits, no digest" if changed else "unharmed"
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
@@ -161,7 +183,7 @@ _FAULTS: list[Callable[[bytearray, int, random.Random], None]] = [
 def seeds(folder: Path) -> dict[str, list[Path]]:
     """Good files to begin with: small adapters of all variants, as safetensors with and without a digest, and as both
     containers of torch.save."""
-    kinds: dict[str, list[Path]] = {"safetensors": [], "bin": []}
+    kinds: dict[str, list[Path]] = {"safetensors": [], "bin": [], "openclip": [_openclip(folder)]}
     for number, (variant, shapes) in enumerate(_SHAPES.items()):
         draw, dtype = np.random.default_rng(number), ("float16", "float32", "bfloat16")[number]
         adapter = {f"ip_adapter.{key}": shape for key, shape in _ADAPTER.items()}
@@ -180,6 +202,29 @@ def seeds(folder: Path) -> dict[str, list[Path]]:
         save_adapter_tensors(folder / f"{variant}-digest.safetensors", tensors, None, {})
         kinds["safetensors"].append(folder / f"{variant}-digest.safetensors")
     return kinds
+
+
+def _openclip(folder: Path) -> Path:
+    """A small vision encoder, with the settings that lie beside any file in this folder."""
+    vision = {"image_size": 8, "layers": 1, "width": 8, "head_width": 4, "patch_size": 4, "mlp_ratio": 2}
+    settings = {"model_cfg": {"embed_dim": 4, "vision_cfg": vision}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    block, draw = "transformer.resblocks.0", np.random.default_rng(9)
+    shapes: dict[str, tuple[int, ...]] = {
+        **{"class_embedding": (8,), "positional_embedding": (5, 8), "conv1.weight": (8, 3, 4, 4), "proj": (8, 4)},
+        **{f"{block}.attn.in_proj_weight": (24, 8), f"{block}.attn.in_proj_bias": (24,)},
+        **{f"{block}.attn.out_proj.weight": (8, 8), f"{block}.attn.out_proj.bias": (8,)},
+        **{f"{block}.mlp.c_fc.weight": (16, 8), f"{block}.mlp.c_fc.bias": (16,)},
+        **{f"{block}.mlp.c_proj.weight": (8, 16), f"{block}.mlp.c_proj.bias": (8,)},
+        **{
+            f"{norm}.{end}": (8,)
+            for norm in ("ln_pre", "ln_post", f"{block}.ln_1", f"{block}.ln_2")
+            for end in ("weight", "bias")
+        },
+    }
+    tensors = {f"visual.{key}": held(draw.standard_normal(shape).astype(np.float16)) for key, shape in shapes.items()}
+    (folder / "encoder.openclip").write_bytes(b"".join(safetensors_chunks(tensors, {})))
+    return folder / "encoder.openclip"
 
 
 _ADAPTER = {f"{site}.to_{part}_ip.weight": (2 + site, 4) for site in (1, 3) for part in "kv"}
@@ -211,16 +256,16 @@ def _sequence(tree: Mapping[str, Mapping[str, Tensor]]) -> bytes:
 
 
 def main(
-    count: Annotated[int, tyro.conf.arg(help="damaged files of each container")] = 30_000,
+    count: Annotated[int, tyro.conf.arg(help="damaged files of each kind")] = 30_000,
     seed: int = 0,
 ) -> int:
     """Prints what came of all trials. Returns 1 when there was a fault."""
     faults = 0
-    for container in ("safetensors", "bin"):
+    for kind in READERS:
         with tempfile.TemporaryDirectory() as folder:
-            fuzzer = Fuzzer(Path(folder), seeds(Path(folder))[container], seed)
+            fuzzer = Fuzzer(Path(folder), kind, seed)
             fuzzer.run(count)
-        print(container, dict(fuzzer.seen), f"{len(fuzzer.faults)} faults", *fuzzer.faults[:20], sep="\n  ")
+        print(kind, dict(fuzzer.seen), f"{len(fuzzer.faults)} faults", *fuzzer.faults[:20], sep="\n  ")
         faults += len(fuzzer.faults)
     return min(faults, 1)
 

@@ -101,7 +101,9 @@ def _converted(view: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
             for i in range(0, len(rows), _ROWS):
                 places[i : i + _ROWS] = rows[i : i + _ROWS].astype(dtype, copy=False)
     if not all_finite(array):
-        if np.isfinite(view).all():
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            finite = np.isfinite(view).all()
+        if finite:
             raise WeightFileError(f"{what} has numbers too large for {dtype}; use a wider dtype")
         raise WeightFileError(f"{what} holds NaN or infinity; use another file")
     return array

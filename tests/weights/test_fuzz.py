@@ -1,39 +1,78 @@
-"""Damaged files of weights: 20,000 safetensors and 10,000 pickles. scripts/fuzz_weights.py runs more."""
+"""Damaged files of weights: 20,000 safetensors, 10,000 pickles, 2,000 encoders. scripts/fuzz_weights.py runs more."""
 
+import os
+import time
+
+import fuzz_weights
+import numpy as np
 import pytest
-from fuzz_weights import Fuzzer, seeds
+from fuzz_weights import Fuzzer
+
+from ipadapter_jax.errors import WeightFileError
 
 
-@pytest.mark.parametrize(("container", "count"), [("safetensors", 20_000), ("bin", 10_000)])
-def test_only_whole_tensors_under_their_own_names_come_through(tmp_path, container, count):
-    fuzzer = Fuzzer(tmp_path, seeds(tmp_path)[container], seed=20)
+@pytest.mark.parametrize(("kind", "count"), [("safetensors", 20_000), ("bin", 10_000), ("openclip", 2_000)])
+def test_only_whole_tensors_under_their_own_names_come_through(tmp_path, kind, count):
+    fuzzer = Fuzzer(tmp_path, kind, seed=20)
     fuzzer.run(count)
     assert fuzzer.faults == []
     assert fuzzer.seen["refused"] > count / 2 and fuzzer.seen["unharmed"] > count / 50  # neither too gentle nor rough
     assert fuzzer.seen.keys() <= {"refused", "unharmed", "other bits, no digest"}
 
 
-def test_the_fuzzer_sees_what_must_not_happen(tmp_path, monkeypatch):
-    """With a reader that lets a wrong shape through, that runs code, and that is slow."""
-    import fuzz_weights
+def turned(path):
+    content = fuzz_weights.Content({"x": np.zeros((2, 3), np.float32)}, False)
+    return content if path.name != "damaged" else content._replace(arrays={"x": np.zeros((3, 2), np.float32)})
 
-    from ipadapter_jax.weights.lazy import held
 
-    fuzzer = Fuzzer(tmp_path, seeds(tmp_path)["bin"], seed=1)
-    good = fuzz_weights.open_ip_adapter(tmp_path / "base-zip.bin")
-    key, tensor = next(iter(good.ip_adapter.items()))
-    good.ip_adapter[key] = held(tensor.read().T)
-    monkeypatch.setattr(fuzz_weights, "open_ip_adapter", lambda _: good)
-    monkeypatch.setattr(fuzz_weights, "check_ip_adapter", lambda *_: None)
-    fuzzer.run(20)
-    assert fuzzer.seen["fault: other names, shapes or dtypes"] == 20 == len(fuzzer.faults)
+def not_finite(path):
+    return fuzz_weights.Content({"x": np.full(3, np.inf if path.name == "damaged" else 0, np.float32)}, False)
 
-    def runs_code(_):
-        import os
 
-        os.system("true")
-        raise fuzz_weights.WeightFileError("x")
+def changed(path):
+    return fuzz_weights.Content({"x": np.full(3, path.name == "damaged", np.float32)}, True)
 
-    monkeypatch.setattr(fuzz_weights, "open_ip_adapter", runs_code)
+
+def runs_code(path):
+    os.system("true")
+    raise WeightFileError(f"{path}: no")
+
+
+def slow(path):
+    time.sleep(0.02)
+    raise WeightFileError(f"{path}: no")
+
+
+def greedy(path):
+    np.zeros(1 << 20).sum()
+    raise WeightFileError(f"{path}: no")
+
+
+def crashes(path):
+    raise KeyError(path)
+
+
+def silent(path):
+    raise WeightFileError("no")
+
+
+@pytest.mark.parametrize(
+    ("reader", "word"),
+    [
+        (turned, "other names, shapes or dtypes"),
+        (not_finite, "not finite"),
+        (changed, "other bits under a digest"),
+        (runs_code, "executed os.system"),
+        (slow, "took 0."),
+        (greedy, "bytes for"),
+        (crashes, "KeyError"),
+        (silent, "message 'no'"),
+    ],
+)
+def test_the_fuzzer_sees_what_must_not_happen(tmp_path, monkeypatch, reader, word):
+    fuzzer = Fuzzer(tmp_path, "bin", seed=1)
+    monkeypatch.setattr(fuzz_weights, "SECONDS", 0.01)
+    good = [reader(tmp_path / "good")] if reader in (turned, not_finite, changed) else []
+    fuzzer._read, fuzzer._good = reader, good * 6 or fuzzer._good
     fuzzer.run(1)
-    assert any("executed os.system" in fault for fault in fuzzer.faults)
+    assert any(word in fault for fault in fuzzer.faults), fuzzer.faults
