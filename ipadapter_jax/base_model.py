@@ -28,7 +28,7 @@ from ipadapter_jax.weights.components import (
     read_blueprint,
     read_json,
 )
-from ipadapter_jax.weights.hub import local_path
+from ipadapter_jax.weights.hub import local_path, path_here
 from ipadapter_jax.weights.kinds import identify
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import Spelling
@@ -169,13 +169,13 @@ def open_base(
 
 def open_base_folder(reference: Reference, variant: str | None) -> BaseModel:
     """The same for whoever reads the folder again and again, such as training. Raises InputError for a single file."""
-    base = open_base(reference, variant=variant)
-    if base.file is not None:
+    here = path_here(reference, "base model")
+    if here is not None and here.is_file():
         raise InputError(
             f"base model {reference}: a single file; make a folder of it first, `ipadapter-jax convert {reference} "
-            f"{base.file.stem}`, and give that"
+            f"{here.stem}`, and give that"
         )
-    return base
+    return open_base(reference, variant=variant)
 
 
 def _open_file(

@@ -114,13 +114,16 @@ def _kind(place: Path) -> str:
 
 
 def _kind_of_folder(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
+    names, weights = sorted(path.name for path in folder.iterdir()), None
     for component in _NETWORKS:
-        with contextlib.suppress(WeightFileError):
+        with contextlib.suppress(WeightFileError):  # no file of this component's name
             weights = choose_weights(component, names, str(folder), None)
-            found = kinds.identify(open_tensors(folder / weights)).name
-            if found in (component.kind, kinds.OPENCLIP):
-                return component.kind
+        if weights is None:
+            continue
+        found = kinds.identify(open_tensors(folder / weights)).name
+        if found == component.kind or (found == kinds.OPENCLIP and component is IMAGE_ENCODER):
+            return component.kind
+        weights = None
     held = ", ".join(names[:5]) or "nothing"
     raise WeightFileError(
         f"{folder}: no base model (it has no unet/config.json), no network's folder and no run of training (no "

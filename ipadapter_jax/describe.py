@@ -1,13 +1,14 @@
 """What a file or folder of weights is and what it needs, told without reading the weights."""
 
 import collections
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ipadapter_jax.base_model import BASE_COMPONENTS
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.files import sha256
 from ipadapter_jax.weights.adapter_names import adapter_parts
 from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_weights
@@ -37,6 +38,9 @@ def _describe_folder(folder: Path) -> dict[str, Any]:
             parts[name] = _describe_file(place / choose_weights(component, _names(place), str(place), None))
     if not parts:
         held = _names(folder)
+        for component in (*BASE_COMPONENTS.values(), IMAGE_ENCODER):  # one network, perhaps in several formats
+            with contextlib.suppress(WeightFileError):
+                return _describe_file(folder / choose_weights(component, held, str(folder), None))
         files = [name for name in held if name.endswith(".index.json")]
         files = files or [name for name in held if name.endswith((".safetensors", ".bin", ".msgpack", ".ckpt"))]
         if len(files) != 1:

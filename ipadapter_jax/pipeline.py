@@ -185,7 +185,7 @@ class StableDiffusion:
         batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt))
         first = batch.noise(shape, 0) if given is None else batch.spread(given)
         final = self._denoise(
-            begin(first * np.float32(sigma)),
+            sampling.placed(begin(first * np.float32(sigma)), self.mesh),
             steps,
             batch,
             functools.partial(sampling.denoise, self.unet, self.mesh, self.params["unet"]),

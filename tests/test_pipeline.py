@@ -43,6 +43,25 @@ def test_nothing_that_a_person_changes_compiles_again(pipe):
     assert count() > 0
 
 
+def test_another_sampler_is_the_same_program(pipe):
+    """Among those without fresh noise; and with a callback every step is the same program as the first."""
+    pipe("a cat", ip_adapter_image=CAT, **SMALL)
+    with compilations() as count:
+        for sampler in ("dpmsolver++", "euler", "unipc"):
+            pipe("a cat", ip_adapter_image=CAT, scheduler=sampler, **SMALL)
+        pipe("a cat", ip_adapter_image=CAT, scheduler="unipc", scheduler_config={"use_karras_sigmas": True}, **SMALL)
+    assert count() == 0
+    with compilations() as count:
+        seen = []
+        pipe(
+            "a cat",
+            ip_adapter_image=CAT,
+            callback=lambda *_: seen.append(count()),
+            **SMALL | {"num_inference_steps": 4},
+        )
+    assert len(seen) == 4 and len(set(seen)) == 1, seen
+
+
 def test_scale_zero_is_the_base_model_bit_for_bit(base, pipe):
     plain = base("a cat", **SMALL)
     np.testing.assert_array_equal(pipe("a cat", ip_adapter_image=CAT, ip_adapter_scale=0.0, **SMALL), plain)

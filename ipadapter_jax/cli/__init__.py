@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a folder that may not be read, a name that is too long
         if debug:
             raise
-        print(f"ipadapter-jax: {error.filename}: {error.strerror or error}; choose another place", file=sys.stderr)
+        place = f"{error.filename}: {error.strerror}; choose another place" if error.filename else str(error)
+        print(f"ipadapter-jax: {' '.join(place.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ipadapter-jax: interrupted", file=sys.stderr)

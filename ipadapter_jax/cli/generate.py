@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 from ipadapter_jax import embedded
 from ipadapter_jax.adapters import open_adapter
 from ipadapter_jax.base_model import check_text_to_image, open_base
+from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import check_writable, sha256, write_whole
 from ipadapter_jax.pipeline import StableDiffusion
@@ -78,7 +79,8 @@ class Generate:
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
     """Where the steps lie; by default as the model's scheduler_config.json says, or as the sampler prefers."""
     zero_snr: bool = False
-    """Rescale the noise schedule so that the first step starts from pure noise, for models trained so."""
+    """Rescale the noise schedule so that the first step starts from pure noise, for models trained so; the spacing is
+    then trailing unless another is given."""
     eta: float = 0.0
     """Fresh noise in every step, from 0 (none) to 1 (as DDPM)."""
     height: int | None = None
@@ -118,6 +120,7 @@ def _load(args: Generate) -> StableDiffusion:
     )
     unet = base.config("unet")
     check_text_to_image(args.base, unet)
+    sample_table(args.scheduler, base.schedule.changed(_scheduler_config(args)), args.steps, args.eta)
     adapter = None if args.adapter is None else open_adapter(args.adapter, args.image_encoder, unet)
     if sys.stderr.isatty():
         print("loading the weights", file=sys.stderr)
@@ -138,6 +141,10 @@ def _check(args: Generate) -> None:
         raise InputError(f"--steps {args.steps} must be at least 1")
     if (args.num_images > 1 and not 0 <= args.seed <= 2**32 - args.num_images) or not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: seeds of all pictures must lie between 0 and 2^32 - 1")
+    if args.karras and args.scheduler not in ("dpmsolver++", "euler", "unipc"):
+        raise InputError(
+            f"--karras has no meaning for --scheduler {args.scheduler}; it is for dpmsolver++, euler, unipc"
+        )
     if not 0 <= args.eta <= 1:
         raise InputError(f"--eta {args.eta} must lie between 0 and 1")
     for path in _targets(args):
@@ -187,7 +194,7 @@ def _scheduler_config(args: Generate) -> dict[str, Any]:
     """What the options change of the model's own settings."""
     options = {
         "use_karras_sigmas": args.karras,
-        "timestep_spacing": args.timestep_spacing,
+        "timestep_spacing": args.timestep_spacing or ("trailing" if args.zero_snr else None),
         "rescale_betas_zero_snr": args.zero_snr,
     }
     return {name: value for name, value in options.items() if value}

@@ -53,7 +53,8 @@ def ddim(schedule: NoiseSchedule, num_steps: int, eta: float) -> list[Row]:
 def ddpm(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
     """arXiv 2006.11239, equation 7, with the variance beta~."""
     rows = []
-    for t, a, b in _ends(schedule, schedule.timesteps(num_steps), num_steps, 1.0):
+    levels = [a for _, a, _ in _ends(schedule, schedule.timesteps(num_steps), num_steps, 1.0)]
+    for t, a, b in zip(schedule.timesteps(num_steps), levels, [*levels[1:], 1.0], strict=True):
         ratio = a / b
         mean = np.sqrt(b) * (1 - ratio) / (1 - a) * M0 + np.sqrt(ratio) * (1 - b) / (1 - a) * X
         noise = np.sqrt(max((1 - b) / (1 - a) * (1 - ratio), 1e-20)) if t > 0 else 0.0
@@ -66,9 +67,12 @@ def pndm(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
     of both outputs, so that a run has one call more than steps. Equation 9 is `transfer`."""
     if schedule.prediction_type == "sample":
         raise InputError("scheduler pndm: it knows prediction_type epsilon and v_prediction, not sample")
-    a, last = schedule.alphas_cumprod.astype(np.float64), float(schedule.final_alpha_cumprod)
+    a = schedule.alphas_cumprod.astype(np.float64)
+    last = 1.0 if schedule.set_alpha_to_one else a[0]  # where a config does not say, the other way round than DDIM
     stride, timesteps = schedule.num_train_timesteps // num_steps, schedule.timesteps(num_steps)
     _ends(schedule, timesteps, num_steps, last)  # all of them exist
+    if not a[timesteps[0]]:
+        raise InputError("scheduler pndm: it cannot start where no signal is left; choose ddim, or another spacing")
 
     def transfer(sample: np.ndarray, output: np.ndarray, start: int, end: int) -> np.ndarray:
         here, there = a[start], a[end] if end >= 0 else last
@@ -98,6 +102,8 @@ def lcm(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
     """Latent consistency models, arXiv 2310.04378, for networks that were distilled so."""
     if num_steps > _LCM_STEPS:
         raise InputError(f"num_inference_steps={num_steps}: the scheduler lcm makes at most {_LCM_STEPS}")
+    if schedule.num_train_timesteps < _LCM_STEPS:
+        raise InputError(f"scheduler lcm: it needs {_LCM_STEPS} training timesteps; choose another")
     learnt = np.arange(1, _LCM_STEPS + 1)[::-1] * (schedule.num_train_timesteps // _LCM_STEPS) - 1
     timesteps = learnt[np.floor(np.linspace(0, _LCM_STEPS, num_steps, endpoint=False)).astype(int)]
     rows = []

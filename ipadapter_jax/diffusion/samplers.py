@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ipadapter_jax.diffusion.alpha_samplers import ddim, ddpm, lcm, pndm
-from ipadapter_jax.diffusion.schedule import NoiseSchedule
+from ipadapter_jax.diffusion.schedule import FIXED, NoiseSchedule
 from ipadapter_jax.diffusion.sigma_samplers import dpm_solver_pp_2m, euler, euler_ancestral, unipc
 from ipadapter_jax.diffusion.steps import Row, Steps
 from ipadapter_jax.errors import InputError
@@ -36,6 +36,7 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
         raise InputError(f"scheduler {sampler!r} is not known; choose {', '.join(SAMPLERS)}")
     if eta and sampler != "ddim":
         raise InputError(f"eta={eta} is for the scheduler ddim; {sampler} has none")
+    _check_settings(sampler, schedule)
     schedule.timesteps(num_steps)  # refuses a number of steps that cannot be
     rows, init = (ddim(schedule, num_steps, eta), 1.0) if sampler == "ddim" else SAMPLERS[sampler](schedule, num_steps)
     clips = schedule.clip_sample and sampler in ("ddim", "ddpm", "lcm")
@@ -53,6 +54,18 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
         if name != "clip" and not np.isfinite(field).all():
             raise InputError(
                 f"scheduler {sampler}: no finite {name} for prediction_type={schedule.prediction_type} with this noise "
-                "schedule; use v_prediction where the last timestep has no signal"
+                "schedule; where the last timestep has no signal only v_prediction can be used"
             )
     return Run(steps, init)
+
+
+def _check_settings(sampler: str, schedule: NoiseSchedule) -> None:
+    """Raises InputError for a setting of the model's scheduler that would change the result and is not followed."""
+    given = {**dict(schedule.others), "solver_type": schedule.solver_type}
+    for name, accepted in FIXED.get(sampler, {}).items():
+        if given.get(name) is not None and given[name] not in accepted:
+            known = " or ".join(map(repr, accepted))
+            raise InputError(
+                f"scheduler config: {name}={given[name]!r} is not supported by {sampler}, only {known}; choose another "
+                "scheduler, or change the setting"
+            )

@@ -24,29 +24,30 @@ class NoiseSchedule:
     prediction_type: str = "epsilon"
     timestep_spacing: str | None = None  # a sampler's own
     steps_offset: int = 0
-    set_alpha_to_one: bool = True
-    clip_sample: bool = True
+    set_alpha_to_one: bool | None = None  # a sampler's own
+    clip_sample: bool = False
     clip_sample_range: float = 1.0
     rescale_betas_zero_snr: bool = False
     use_karras_sigmas: bool | None = None
-    final_sigmas_type: str = "zero"
+    final_sigmas_type: str | None = "zero"
     solver_type: str | None = None  # UniPC's bh1; everything else is its bh2 and DPM-Solver's midpoint
+    others: tuple[tuple[str, Any], ...] = ()  # settings that some samplers cannot follow
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "NoiseSchedule":
         """From scheduler/scheduler_config.json of any scheduler. Raises InputError naming what is not supported.
 
-        What a config leaves out takes DDIMScheduler's default, as in diffusers; that includes clip_sample, which clips
-        a latent model's prediction to [-1, 1] and is then said aloud.
+        What a config leaves out takes DDIMScheduler's default, but for clip_sample: diffusers' pipelines of latent
+        models turn it off.
         """
         if raw.get("thresholding"):
             raise InputError("scheduler config: thresholding=true is not supported for latent models")
         fields = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
-        if "clip_sample" not in raw:
-            warnings.warn(
-                "scheduler config: no clip_sample, so predictions are clipped to [-1, 1] as in diffusers", stacklevel=2
-            )
-        schedule: NoiseSchedule = typed(cls, fields, "scheduler")
+        if raw.get("clip_sample"):
+            warnings.warn("scheduler config: clip_sample clips predictions, which latents do not bear", stacklevel=2)
+        others = tuple((name, raw[name]) for name in OTHERS if raw.get(name) is not None)
+        schedule: NoiseSchedule = typed(cls, {**fields, "others": ()}, "scheduler")
+        schedule = dataclasses.replace(schedule, others=others)
         for name, choices in _CHOICES.items():
             if getattr(schedule, name) not in choices:
                 known = ", ".join(filter(None, choices))
@@ -60,11 +61,12 @@ class NoiseSchedule:
 
     def changed(self, settings: Mapping[str, Any]) -> "NoiseSchedule":
         """The same with these settings of scheduler_config.json. Raises InputError for one that is not known."""
-        names = [field.name for field in dataclasses.fields(self)]
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "others"}
+        names = [*own, *OTHERS]
         for name in settings:
             if name not in names:
                 raise InputError(f"scheduler_config: {name!r} is not known; choose among {', '.join(names)}")
-        return self.from_json({**dataclasses.asdict(self), **settings}) if settings else self
+        return self.from_json({**own, **dict(self.others), **settings}) if settings else self
 
     @property
     def alphas_cumprod(self) -> np.ndarray:
@@ -79,7 +81,7 @@ class NoiseSchedule:
     @property
     def final_alpha_cumprod(self) -> np.float32:
         """The share of signal after the last step, beyond timestep 0."""
-        return np.float32(1.0) if self.set_alpha_to_one else self.alphas_cumprod[0]
+        return self.alphas_cumprod[0] if self.set_alpha_to_one is False else np.float32(1.0)
 
     def _betas(self) -> np.ndarray:
         start, end, steps = self.beta_start, self.beta_end, self.num_train_timesteps
@@ -113,10 +115,32 @@ class NoiseSchedule:
         return steps.astype(np.int32)
 
 
+_KARRAS_ALONE = dict.fromkeys(
+    ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"), (False,)
+)
+# Settings that are fixed here, by sampler: another value is an error where that sampler is used.
+FIXED: Mapping[str, Mapping[str, tuple]] = {
+    "dpmsolver++": {
+        **{
+            "algorithm_type": ("dpmsolver++",),
+            "solver_order": (2,),
+            "solver_type": ("midpoint", "bh1", "bh2", "logrho"),
+        },
+        **{"lower_order_final": (True,), "euler_at_final": (False,)},
+        **_KARRAS_ALONE,
+    },
+    "unipc": {"solver_order": (2,), "predict_x0": (True,), "lower_order_final": (True,), **_KARRAS_ALONE},
+    "euler": {"interpolation_type": ("linear",), "timestep_type": ("discrete",), **_KARRAS_ALONE},
+    "ddpm": {"variance_type": ("fixed_small",)},
+    "pndm": {"skip_prk_steps": (True,)},
+    "lcm": {"original_inference_steps": (50,), "timestep_scaling": (10.0,)},
+}
+OTHERS = sorted({name for fixed in FIXED.values() for name in fixed} - {"solver_type"})
+
 _CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "timestep_spacing": (None, "linspace", "leading", "trailing"),
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "solver_type": (None, "midpoint", "bh1", "bh2"),
+    "final_sigmas_type": (None, "zero", "sigma_min"),
+    "solver_type": (None, "midpoint", "heun", "logrho", "bh1", "bh2"),
 }

@@ -9,6 +9,7 @@ import numpy as np
 from ipadapter_jax.diffusion.alpha_samplers import clean
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.diffusion.steps import KEPT, M0, M1, M2, Row, X
+from ipadapter_jax.errors import InputError
 
 
 def _sigmas(schedule: NoiseSchedule) -> np.ndarray:
@@ -31,7 +32,7 @@ def _times(sigmas: np.ndarray, of_timesteps: np.ndarray) -> np.ndarray:
 
 
 def _euler_sigmas(schedule: NoiseSchedule, num_steps: int, karras: bool) -> tuple[np.ndarray, np.ndarray, float]:
-    """Timesteps (n,), sigmas (n + 1,) down to 0, and the scale of the first latents."""
+    """Timesteps (n,), sigmas (n + 1,) down to the last one, and the scale of the first latents."""
     spacing, known = schedule.timestep_spacing or "linspace", _sigmas(schedule)
     schedule = dataclasses.replace(schedule, timestep_spacing=spacing)
     timesteps = schedule.timesteps(num_steps).astype(np.float64)
@@ -42,7 +43,8 @@ def _euler_sigmas(schedule: NoiseSchedule, num_steps: int, karras: bool) -> tupl
         sigmas = _karras(sigmas[-1], sigmas[0], num_steps)
         timesteps = _times(sigmas, known)
     init = sigmas.max() if spacing != "leading" else np.sqrt(sigmas.max() ** 2 + 1)
-    return timesteps, np.append(sigmas, 0.0), float(init)
+    last = known[0] if schedule.final_sigmas_type == "sigma_min" else 0.0
+    return timesteps, np.append(sigmas, last), float(init)
 
 
 def _sigma_clean(schedule: NoiseSchedule, sigma: float) -> tuple[float, float]:
@@ -66,6 +68,7 @@ def euler(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
 def euler_ancestral(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
     """The same down to a smaller sigma, and noise up again."""
     timesteps, sigmas, init = _euler_sigmas(schedule, num_steps, karras=False)
+    sigmas[-1] = 0.0
     rows = []
     for t, sigma, end in zip(timesteps, sigmas, sigmas[1:], strict=False):
         up = np.sqrt(end**2 * (sigma**2 - end**2) / sigma**2)
@@ -88,6 +91,8 @@ def _multistep_sigmas(schedule: NoiseSchedule, num_steps: int) -> tuple[np.ndarr
     if schedule.use_karras_sigmas:
         sigmas = _karras(known[0], known[-1], num_steps)
         return _times(sigmas, known).round(), np.append(sigmas, last)
+    if len(set(timesteps.tolist())) < num_steps:
+        raise InputError(f"num_inference_steps={num_steps}: multistep solvers need fewer than {total}; 20 to 30 do")
     return timesteps, np.append(np.interp(timesteps, np.arange(total), known), last)
 
 

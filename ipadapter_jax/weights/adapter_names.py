@@ -67,6 +67,11 @@ def _check_whole(source: str, places: set[tuple[int, int, int, int]]) -> None:
     for side, block, attention, layer in places:
         before = (side, block, attention, layer - 1) if layer else (side, block, attention - 1, 0)
         gaps |= before[2] >= 0 and before not in places
+    per_block = {(side, block): 0 for side, block, *_ in places}
+    for place in {(side, block, attention) for side, block, attention, _ in places}:
+        per_block[place[:2]] += 1
+    on_the_way = [{count for (side, _), count in per_block.items() if side == wanted} for wanted in (0, 1)]
+    gaps |= len(on_the_way[0]) > 1 or on_the_way[1] != {count + 1 for count in on_the_way[0]}
     if places and (gaps or len(sides[0]) != len(sides[1]) or not sides[2]):
         raise WeightFileError(f"{source}: some layers of its adapter are missing; give the whole checkpoint")
 

@@ -19,7 +19,8 @@ from ipadapter_jax.weights.torch_pickle import flatten, read_torch_file
 
 SAFETENSORS, PICKLE, MSGPACK, INDEX = "safetensors", "PyTorch pickle", "Flax msgpack", "index of shards"
 _HEADER = 100_000_000  # bytes of the longest header that the safetensors library reads
-_MAX_HEADER, _MAX_INDEX = 1 << 22, 1 << 24  # bytes, of a hundred times more tensors than any Stable Diffusion has
+_MAX_HEADER, _MAX_INDEX = 1 << 25, 1 << 24  # bytes; trainers put pages of their own into the metadata
+_MAX_TENSORS = 20_000  # ten times those of any Stable Diffusion
 
 
 class WeightFile(NamedTuple):
@@ -134,6 +135,8 @@ def _open_safetensors(path: Path) -> _Found:
         raise WeightFileError(f"{path}: not a whole safetensors file ({reason}); download it again") from None
     header = json.loads(buffer[8:start], object_pairs_hook=functools.partial(_once, path))
     metadata = header.pop("__metadata__", None) or {}
+    if len(header) > _MAX_TENSORS:
+        raise WeightFileError(f"{path}: it has {len(header):,} tensors, far more than weights need")
     tensors: dict[str, Tensor] = {}
     for name, entry in header.items():
         dtype, shape, offset = _entry(path, name, entry)

@@ -68,7 +68,7 @@ def error(sampler: str, num_steps: int) -> float:
     def variance(a: float) -> float:
         return a / 4 + 1 - a
 
-    start, end = alpha(steps.timestep[0]), 1.0 if sampler == "euler" else alphas[0]
+    start, end = alpha(steps.timestep[0]), alphas[0]
     x, kept, memory = np.sqrt(variance(start)), 0.0, [0.0] * (HISTORY - 1)
     if scale != 1:  # in the space of x0 + sigma epsilon
         x /= np.sqrt(start)
@@ -78,7 +78,7 @@ def error(sampler: str, num_steps: int) -> float:
         m = of_x * x + of_output * output
         x, kept = weights.astype(np.float64) @ np.array([x, kept, output, m, *memory])
         memory = [m, *memory][: HISTORY - 1]
-    return abs(x / np.sqrt(variance(end)) - 1)
+    return abs(x * (np.sqrt(end) if scale != 1 else 1) / np.sqrt(variance(end)) - 1)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,9 @@ def test_one_step_and_few(sampler):
         ("pndm", {"prediction_type": "sample"}, "not sample"),
         ("lcm", {"steps": 51}, "at most 50"),
         ("euler", {"eta": 0.5}, "eta=0.5 is for the scheduler ddim"),
-        ("ddim", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "use v_prediction"),
+        ("ddim", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "only v_prediction"),
+        ("unipc", {"steps": 1000}, "fewer than 1000"),
+        ("pndm", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "cannot start"),
         ("ddim", {"steps_offset": 900}, "steps_offset=900"),
     ],
 )
@@ -170,7 +172,7 @@ def test_what_a_sampler_cannot_do(sampler, changes, words):
     "wrong",
     [
         *({"beta_schedule": "sigmoid"}, {"prediction_type": "flow"}, {"timestep_spacing": "x"}, {"thresholding": True}),
-        *({"final_sigmas_type": "x"}, {"solver_type": "heun"}),
+        *({"final_sigmas_type": "x"}, {"solver_type": "x"}),
     ],
 )
 def test_unknown_conventions_are_refused_by_name(wrong):
@@ -186,6 +188,41 @@ def test_changed_settings():
         schedule.changed({"karras": True})
 
 
-def test_a_config_without_clip_sample_clips_like_diffusers_and_says_so():
-    with pytest.warns(UserWarning, match="no clip_sample"):
-        assert NoiseSchedule.from_json({}).clip_sample
+def test_clip_sample_is_off_and_said_aloud_where_a_config_asks_for_it():
+    assert not NoiseSchedule.from_json({}).clip_sample
+    with pytest.warns(UserWarning, match="clip_sample clips predictions"):
+        assert NoiseSchedule.from_json({"clip_sample": True}).clip_sample
+
+
+@pytest.mark.parametrize(
+    ("sampler", "setting"),
+    [
+        ("dpmsolver++", {"algorithm_type": "sde-dpmsolver++"}),
+        ("dpmsolver++", {"solver_order": 3}),
+        ("dpmsolver++", {"solver_type": "heun"}),
+        ("unipc", {"predict_x0": False}),
+        ("euler", {"use_beta_sigmas": True}),
+        ("ddpm", {"variance_type": "fixed_large"}),
+        ("pndm", {"skip_prk_steps": False}),
+        ("lcm", {"original_inference_steps": 100}),
+    ],
+)
+def test_settings_that_a_sampler_does_not_follow_are_refused_by_it_alone(sampler, setting):
+    schedule = NoiseSchedule.from_json(SD15 | setting)
+    assert schedule == NoiseSchedule.from_json(SD15).changed(setting)
+    with pytest.raises(InputError, match=f"{next(iter(setting))}=.* is not supported by "):
+        sample_table(sampler, schedule, 4)
+    sample_table("ddim", schedule, 4)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading"])
+def test_ddpm_ends_a_step_where_the_next_one_begins(spacing):
+    """A perfect network's sample is then at the level that the network is told."""
+    schedule = NoiseSchedule.from_json(SD15 | {"timestep_spacing": spacing})
+    table, alphas = sample_table("ddpm", schedule, 7).steps, schedule.alphas_cumprod.astype(np.float64)
+    levels = [*alphas[table.timestep.astype(int)], 1.0]
+    for i in range(7):
+        of_x, of_m = table.weights[i, 0, 0], table.weights[i, 0, 3]
+        variance = (of_x * np.sqrt(1 - levels[i])) ** 2 + float(table.noise[i]) ** 2
+        assert of_x * np.sqrt(levels[i]) + of_m == pytest.approx(np.sqrt(levels[i + 1]), rel=1e-5)
+        assert variance == pytest.approx(1 - levels[i + 1], abs=1e-4 if i < 6 or int(table.timestep[i]) else 1e-2)

@@ -125,7 +125,16 @@ def test_the_released_name_wins(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "missing", ["up_blocks.1.attentions.1", "up_blocks.1", "mid_block", "down_blocks.0", "up_blocks.2.attentions.0"]
+    "missing",
+    [
+        "up_blocks.3.attentions.2",
+        "down_blocks.0.attentions.1",
+        "up_blocks.1.attentions.1",
+        "up_blocks.1",
+        "mid_block",
+        "down_blocks.0",
+        "up_blocks.2.attentions.0",
+    ],
 )
 def test_a_part_of_a_checkpoint_is_not_renumbered(tmp_path, missing):
     content = {name: array for name, array in deduplicated(released("base")).items() if f"unet.{missing}" not in name}
