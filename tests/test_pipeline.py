@@ -247,7 +247,7 @@ def test_wrong_models_are_refused_by_name(base, tmp_path):
         StableDiffusion.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="float8.*float32, bfloat16, float16"):
         StableDiffusion.from_pretrained(TORCH_MODEL, dtype="float8")
-    with pytest.raises(WeightFileError, match="looks like a CLIP model"):
+    with pytest.raises(WeightFileError, match="this is a CLIP image encoder"):
         base.with_ip_adapter(IMAGE_ENCODER / "model.safetensors")
     with pytest.raises(InputError, match=r"name one of its files \(.*ip-adapter_tiny.safetensors"):
         base.with_ip_adapter(ADAPTERS)

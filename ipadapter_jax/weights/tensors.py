@@ -66,7 +66,7 @@ def container(path: Path) -> str:
         raise WeightFileError(f"{path}: cannot be read ({error.strerror or error})") from None
     if not head.strip():
         raise WeightFileError(f"{path}: the file is empty; download it again")
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _HEADER:
+    if _is_safetensors(head):
         return SAFETENSORS
     if head.startswith(b"PK\3\4") or re.match(rb"\x80[\x02-\x05]", head):
         return PICKLE
@@ -82,6 +82,10 @@ def container(path: Path) -> str:
         f"{path}: no file of weights: neither .safetensors nor .bin, .ckpt or .msgpack by its first bytes; "
         "download it again"
     )
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _HEADER
 
 
 # How files begin that are found under the name of weights, in lower case.
@@ -191,7 +195,9 @@ def _open_shards(path: Path) -> _Found:
 
 def files_of(path: Path) -> list[Path]:
     """The files that hold a source's tensors: its shards when it is an index, else itself."""
-    if container(path) != INDEX:
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if _is_safetensors(head) or not head.lstrip().startswith(b"{"):
         return [path]
     return sorted({path.parent / shard for shard in _weight_map(path).values()})
 

@@ -255,7 +255,7 @@ WRONG = [
     ({"max_bad_share": 2}, "--max-bad-share 2"),
     ({"data": "{whole}"}, "encoded already"),
     ({"out": "{pictures}/cache"}, "lies in the data"),
-    ({"image_encoder": "{pictures}"}, "config.json"),
+    ({"image_encoder": "{pictures}"}, "no image encoder weights"),
 ]
 
 

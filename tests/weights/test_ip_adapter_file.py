@@ -173,7 +173,7 @@ def test_another_image_encoder(name, features, needed):
     file = open_ip_adapter(ADAPTERS / f"{name}.safetensors")
     check_encoder(file, 40, 48, "encoder")
     words = [f"{file.path}: needs {features} ({needed}), the image encoder models/vit-l gives 1024"]
-    words += ["choose the right one with image_encoder"]
+    words += ["choose the right one with --image-encoder"]
     refused(lambda: check_encoder(file, 1024, 1024, "models/vit-l"), *words, error=WeightFileError)
 
 
