@@ -171,6 +171,7 @@ def open_base_folder(reference: Reference, variant: str | None) -> BaseModel:
     """The same for whoever reads the folder again and again, such as training. Raises InputError for a single file."""
     here = path_here(reference, "base model")
     if here is not None and here.is_file():
+        _open_checkpoint(here)
         raise InputError(
             f"base model {reference}: a single file; make a folder of it first, `ipadapter-jax convert {reference} "
             f"{here.stem}`, and give that"
@@ -181,12 +182,17 @@ def open_base_folder(reference: Reference, variant: str | None) -> BaseModel:
 def _open_file(
     reference: Reference, file: Path, config: Reference | None, replaced: Mapping[str, Reference], extract_ema: bool
 ) -> BaseModel:
+    parts = single_file.split(str(file), _open_checkpoint(file), extract_ema=extract_ema)
+    return BaseModel(str(reference), _settings_folder(file, config), file=file, parts=parts, replaced=replaced)
+
+
+def _open_checkpoint(file: Path) -> dict[str, Tensor]:
+    """The tensors of a single file. Raises WeightFileError saying what it is when it is something else."""
     tensors = open_tensors(file)
     if not single_file.is_single_file(tensors):
         kind = identify(tensors)
         raise WeightFileError(f"base model {file}: this is {kind}, not a base model; {kind.advice}")
-    parts = single_file.split(str(file), tensors, extract_ema=extract_ema)
-    return BaseModel(str(reference), _settings_folder(file, config), file=file, parts=parts, replaced=replaced)
+    return tensors
 
 
 def _settings_folder(file: Path, config: Reference | None) -> Path:
