@@ -123,10 +123,10 @@ class BaseModel:
         found = self.blueprint(name)
         return open_weights(found, tensors, file, single_file_spelling(name, found.config))
 
-    def check(self, names: Sequence[str] = tuple(BASE_COMPONENTS)) -> None:
-        """Opens all of `names`. Raises InputError when the parts do not belong together."""
+    def check(self) -> None:
+        """Opens all networks. Raises InputError when the parts do not belong together."""
         _check_fit(self.reference, len(self.tokenizer), **{name: self.config(name) for name in BASE_COMPONENTS})
-        for name in names:
+        for name in BASE_COMPONENTS:
             self.part(name)
 
 

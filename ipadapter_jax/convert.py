@@ -1,6 +1,5 @@
 """From any format of weights that is read to any that is written: adapters, base models, single networks."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -114,16 +113,15 @@ def _kind(place: Path) -> str:
 
 
 def _kind_of_folder(folder: Path) -> str:
-    names, weights = sorted(path.name for path in folder.iterdir()), None
+    names = sorted(path.name for path in folder.iterdir())
     for component in _NETWORKS:
-        with contextlib.suppress(WeightFileError):  # no file of this component's name
+        try:
             weights = choose_weights(component, names, str(folder), None)
-        if weights is None:
+        except WeightFileError:  # no file of this network's name
             continue
         found = kinds.identify(open_tensors(folder / weights)).name
         if found == component.kind or (found == kinds.OPENCLIP and component is IMAGE_ENCODER):
             return component.kind
-        weights = None
     held = ", ".join(names[:5]) or "nothing"
     raise WeightFileError(
         f"{folder}: no base model (it has no unet/config.json), no network's folder and no run of training (no "

@@ -63,7 +63,12 @@ def _describe_file(path: Path) -> dict[str, Any]:
     if kind.name == IP_ADAPTER:
         projection, adapter, _ = adapter_parts(str(path), tensors)
         facts |= describe_adapter(projection, adapter)
-    facts |= {"use": kind.advice, **_numbers(tensors)}
+    use = kind.advice
+    if kind.name == IP_ADAPTER and kind.family in ("SDXL", "SD 2.x"):
+        use = "it can be converted, not sampled with"
+    if "not supported" in facts.get("variant", ""):
+        use = "none here yet"
+    facts |= {"use": use, **_numbers(tensors)}
     facts["bytes"] = sum(file.stat().st_size for file in files_of(path))
     facts["sha256"] = {file.name: sha256(file) for file in files_of(path)}
     if DIGEST in metadata:

@@ -39,7 +39,7 @@ def _ends(
     return [(t, float(a[t]), float(a[end]) if end >= 0 else last) for t, end in zip(timesteps, ends, strict=True)]
 
 
-def ddim(schedule: NoiseSchedule, num_steps: int, eta: float) -> list[Row]:
+def ddim(schedule: NoiseSchedule, num_steps: int, eta: float = 0.0) -> tuple[list[Row], float]:
     """arXiv 2010.02502, equation 12; eta 0 is deterministic, 1 has the variance of DDPM (equation 16)."""
     rows = []
     timesteps, last = schedule.timesteps(num_steps), float(schedule.final_alpha_cumprod)
@@ -47,7 +47,7 @@ def ddim(schedule: NoiseSchedule, num_steps: int, eta: float) -> list[Row]:
         sigma = eta * np.sqrt(max((1 - b) / (1 - a) * (1 - a / b), 0.0))
         direction = np.sqrt(max(1 - b - sigma**2, 0.0))
         rows.append(Row(t, np.sqrt(b) * M0 + direction * epsilon(schedule, a), clean(schedule, a), sigma))
-    return rows
+    return rows, 1.0
 
 
 def ddpm(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:

@@ -12,7 +12,7 @@ from ipadapter_jax.diffusion.steps import Row, Steps
 from ipadapter_jax.errors import InputError
 
 SAMPLERS: Mapping[str, Callable[..., tuple[list[Row], float]]] = {
-    "ddim": lambda schedule, num_steps: (ddim(schedule, num_steps, 0.0), 1.0),
+    "ddim": ddim,
     "ddpm": ddpm,
     "pndm": pndm,
     "dpmsolver++": dpm_solver_pp_2m,
@@ -38,7 +38,7 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
         raise InputError(f"eta={eta} is for the scheduler ddim; {sampler} has none")
     _check_settings(sampler, schedule)
     schedule.timesteps(num_steps)  # refuses a number of steps that cannot be
-    rows, init = (ddim(schedule, num_steps, eta), 1.0) if sampler == "ddim" else SAMPLERS[sampler](schedule, num_steps)
+    rows, init = SAMPLERS[sampler](schedule, num_steps, *([eta] if eta else []))
     clips = schedule.clip_sample and sampler in ("ddim", "ddpm", "lcm")
     with np.errstate(over="ignore"):
         fields = {

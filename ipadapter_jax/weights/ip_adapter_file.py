@@ -102,9 +102,10 @@ def face_id(proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) -> str | None:
 
 def _detect(path: Path, proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) -> ImageProjConfig:
     if face := face_id(proj, ip):
+        lora = " and brings a LoRA of the UNet" if any("_lora." in name for name in ip) else ""
         raise WeightFileError(
-            f"{path}: a {face} adapter: it needs the face embedding of InsightFace and has a LoRA of the UNet, which "
-            "are not supported; use a base, plus or full-face adapter"
+            f"{path}: a {face} adapter: it needs the face embedding of InsightFace{lora}, which is not supported; "
+            "use a base, plus or full-face adapter"
         )
     try:
         config = _projection(proj, width=ip["1.to_k_ip.weight"].shape[1])

@@ -67,7 +67,7 @@ def vision_settings(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]
                 return read(json.loads((file.parent / name).read_text(encoding="utf-8")))
             except (ValueError, OSError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError):
                 raise InputError(f"{file.parent / name} cannot be read; download it again") from None
-    settings = _from_shapes(tensors)
+    settings = _from_shapes(file, tensors)
     if settings["num_hidden_layers"] > _MAX_LAYERS or settings["image_size"] > _MAX_SIDE:
         raise InputError(f"{file}: an image encoder of sizes that none has; download it again")
     heads = {1280: 16, 1664: 16}.get(settings["hidden_size"])
@@ -98,7 +98,7 @@ def _from_openclip(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _from_shapes(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     place = "vision_model.embeddings"
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     layers = {name.split(".")[3] for name in shapes if re.match(r"vision_model\.encoder\.layers\.\d+\.", name)}
@@ -116,4 +116,6 @@ def _from_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             "layer_norm_eps": 1e-5,
         }
     except (KeyError, ValueError, IndexError) as error:
-        raise InputError(f"not a whole CLIP image encoder ({error} is missing or odd); download it again") from None
+        raise InputError(
+            f"{file}: not a whole CLIP image encoder ({error} is missing or odd); download it again"
+        ) from None
