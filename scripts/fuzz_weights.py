@@ -29,12 +29,12 @@ import tyro
 from ipadapter_jax.adapters import open_image_encoder
 from ipadapter_jax.describe import describe
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.weights.casting import all_finite
 from ipadapter_jax.weights.ip_adapter_export import save_adapter_tensors
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.lazy import Tensor, held
 from ipadapter_jax.weights.safetensors_bytes import safetensors_chunks
 from ipadapter_jax.weights.torch_file import pickled, torch_bytes
-from ipadapter_jax.weights.tree import all_finite
 
 SECONDS, MEMORY = 2.0, 1.5  # what a trial may take: time, and memory in sizes of its file
 OVERHEAD = 1 << 19  # bytes that any file may take beside: digests read 256 KB at a time

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.weights.casting import converted
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import Path, Spelling
 
@@ -71,7 +72,7 @@ def load_tree(
     wanted = check_tree(tensors, template, spelling, source=source)
 
     def load(key: str) -> Array:
-        return put(_converted(spelling.read(wanted[key][0], tensors[key].read()), dtype, f"{source}: {key}"))
+        return put(converted(spelling.read(wanted[key][0], tensors[key].read()), dtype, f"{source}: {key}"))
 
     # The largest first: what a tensor needs besides its own place is then taken while the others are still in the file.
     keys = sorted(wanted, key=lambda key: -math.prod(tensors[key].shape))
@@ -81,44 +82,6 @@ def load_tree(
 
 
 _THREADS = 4  # numpy casts on one core, and a file that is not in memory comes faster over several
-_ROWS = 32
-_ALIGNMENT = 64  # from here on jax uses an array of the CPU without copying it
-
-
-def _converted(view: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
-    """A finite, aligned copy in `dtype`, C order, of an array from a file, which may be transposed.
-
-    Cast and transposed in the file's order and a few of its rows at a time: numpy alone would need a second copy.
-    """
-    raw = np.empty(view.size * dtype.itemsize + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    array = raw[start : start + view.size * dtype.itemsize].view(dtype).reshape(view.shape)
-    with np.errstate(over="ignore", invalid="ignore"):  # reported just below, with the tensor's name
-        if view.flags.c_contiguous:
-            np.copyto(array, view, casting="unsafe")
-        else:
-            rows, places = np.moveaxis(view, -1, 0), np.moveaxis(array, -1, 0)
-            for i in range(0, len(rows), _ROWS):
-                places[i : i + _ROWS] = rows[i : i + _ROWS].astype(dtype, copy=False)
-    if not all_finite(array):
-        with np.errstate(invalid="ignore"):  # signalling NaNs
-            finite = np.isfinite(view).all()
-        if finite:
-            raise WeightFileError(f"{what} has numbers too large for {dtype}; use a wider dtype")
-        raise WeightFileError(f"{what} holds NaN or infinity; use another file")
-    return array
-
-
-_INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
-
-
-def all_finite(array: np.ndarray) -> bool:
-    """No NaN and no infinity. Both have all exponent bits set: as integers they lie above every finite number of their
-    sign, positive ones among the signed and negative ones among the unsigned integers."""
-    infinity, bits = _INFINITY[array.dtype.name], 8 * array.dtype.itemsize
-    signed, unsigned = array.view(f"i{bits // 8}"), array.view(f"u{bits // 8}")
-    return not array.size or bool(signed.max() < infinity and unsigned.max() < infinity + 2 ** (bits - 1))
-
 
 def _refuse(source: str, fault: str, names: Sequence[str]) -> None:
     if names:

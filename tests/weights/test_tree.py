@@ -10,8 +10,9 @@ from weight_files import refused
 
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.weights import tree as tree_module
+from ipadapter_jax.weights.casting import all_finite
 from ipadapter_jax.weights.names import FLAX, torch_spelling
-from ipadapter_jax.weights.tree import all_finite, leaves, load_tree, nest
+from ipadapter_jax.weights.tree import leaves, load_tree, nest
 
 FLOATS = [np.dtype(kind) for kind in ("float32", "float16", "bfloat16")]
 FLOAT32 = np.dtype("float32")
