@@ -4,9 +4,10 @@
     python scripts/benchmark_load.py --weights weights/full
 
 Ours: the weights of UNet, VAE and text encoder as new float32 arrays on the device, checked and finite. PyTorch:
-load_file, load_state_dict into float32 modules, and one read of every tensor (its loader alone only maps the file); once
-into modules whose memory is in use already, once into memory that is new as ours is: the system's work for new pages is
-most of the difference. All take turns in one process, from files that lie in the page cache. Needs the extra torch.
+load_file, load_state_dict into float32 modules, and one read of every tensor (its loader alone only maps the file);
+once into modules whose memory is in use already, once into memory that is new as ours is: the system's work for new
+pages is most of the difference. All take turns in one process, from files that lie in the page cache. Needs the
+extra torch.
 """
 
 import gc

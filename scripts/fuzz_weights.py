@@ -3,38 +3,37 @@ come through.
 
     python scripts/fuzz_weights.py --count 1000000 --seed 7
 
-A trial takes a good file (an adapter as safetensors or pickle, an image encoder in OpenCLIP's layout), damages it and
-loads it as the product does. What may happen: an error in one line that names the file; or exactly the tensors of the
-good file by name, shape and dtype, all finite, and with the same bits where the file carries a digest. Everything else
-is a fault and is printed with its trial's number.
+A trial takes a good file (an adapter as safetensors or pickle, an image encoder in OpenCLIP's layout, as msgpack or as
+the index of its shards, a base model of one file), damages it and loads it as the product does. What may happen: an
+error in one line that names the file; or exactly the tensors of the good file by name, shape and dtype, all finite, and
+with the same bits where the file carries a digest. Everything else is a fault and is printed with its trial's number.
 """
 
 import collections
-import json
 import random
 import re
-import struct
 import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import fuzz_seeds
 import numpy as np
 import tqdm
 import tyro
 
 from ipadapter_jax.adapters import open_image_encoder
+from ipadapter_jax.base_model import BASE_COMPONENTS, open_base
 from ipadapter_jax.describe import describe
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.weights.casting import all_finite
-from ipadapter_jax.weights.ip_adapter_export import save_adapter_tensors
+from ipadapter_jax.weights.components import IMAGE_ENCODER, Opened, open_weights, read_blueprint
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, load_ip_adapter, open_ip_adapter
-from ipadapter_jax.weights.lazy import Tensor, held
-from ipadapter_jax.weights.safetensors_bytes import safetensors_chunks
-from ipadapter_jax.weights.torch_file import pickled, torch_bytes
+from ipadapter_jax.weights.tensors import open_tensors
+from ipadapter_jax.weights.tree import leaves
 
 SECONDS, MEMORY = 2.0, 1.5  # what a trial may take: time, and memory in sizes of its file
 OVERHEAD = 1 << 19  # bytes that any file may take beside: digests read 256 KB at a time
@@ -63,15 +62,45 @@ def read_encoder(path: Path) -> Content:
     return Content({name: np.array(tensor.read()) for name, tensor in opened.tensors.items()}, False)
 
 
-READERS = {"safetensors": read_adapter, "bin": read_adapter, "openclip": read_encoder}
+def read_network(path: Path) -> Content:
+    opened = open_weights(read_blueprint(IMAGE_ENCODER, path.parent / "config.json"), open_tensors(path), path)
+    return Content(_arrays(opened), False)
+
+
+def read_single_file(path: Path) -> Content:
+    base = open_base(path, config=path.parent / "config")
+    parts = {name: _arrays(base.part(name)) for name in BASE_COMPONENTS}
+    return Content({f"{part} {name}": array for part, arrays in parts.items() for name, array in arrays.items()}, False)
+
+
+def _arrays(opened: Opened) -> dict[str, np.ndarray]:
+    params = opened.load(np.dtype("float16"), put=lambda array: array).params
+    return {"/".join(path): leaf for path, leaf in leaves(params).items()}
+
+
+class Kind(NamedTuple):
+    """What writes good files into an empty folder, and what reads a damaged one there."""
+
+    seeds: Callable[[Path], list[Path]]
+    read: Callable[[Path], Content]
+
+
+KINDS = {
+    "safetensors": Kind(fuzz_seeds.safetensors, read_adapter),
+    "bin": Kind(fuzz_seeds.pickles, read_adapter),
+    "openclip": Kind(fuzz_seeds.openclip, read_encoder),
+    "msgpack": Kind(fuzz_seeds.msgpack, read_network),
+    "index": Kind(fuzz_seeds.index, read_network),
+    "single file": Kind(fuzz_seeds.single_file, read_single_file),
+}
 
 
 class Fuzzer:
     """Trials over good files of a kind; `seen` counts what they ended in, `faults` says what must not happen."""
 
     def __init__(self, folder: Path, kind: str, seed: int):
-        self._path, self._files, self._rng = folder / "damaged", seeds(folder)[kind], random.Random(seed)
-        self._read = READERS[kind]
+        self._path, self._rng = folder / "damaged", random.Random(seed)
+        self._files, self._read = KINDS[kind].seeds(folder), KINDS[kind].read
         self._good = [self._read(file) for file in self._files]
         self._executed: list[str] = []
         self.seen: collections.Counter[str] = collections.Counter()
@@ -180,88 +209,13 @@ _FAULTS: list[Callable[[bytearray, int, random.Random], None]] = [
 ]
 
 
-def seeds(folder: Path) -> dict[str, list[Path]]:
-    """Good files to begin with: small adapters of all variants, as safetensors with and without a digest, and as both
-    containers of torch.save."""
-    kinds: dict[str, list[Path]] = {"safetensors": [], "bin": [], "openclip": [_openclip(folder)]}
-    for number, (variant, shapes) in enumerate(_SHAPES.items()):
-        draw, dtype = np.random.default_rng(number), ("float16", "float32", "bfloat16")[number]
-        adapter = {f"ip_adapter.{key}": shape for key, shape in _ADAPTER.items()}
-        shapes = {f"image_proj.{key}": shape for key, shape in shapes.items()} | adapter
-        tensors = {key: held(draw.standard_normal(shape).astype(np.dtype(dtype))) for key, shape in shapes.items()}
-        tree: dict[str, dict] = {"image_proj": {}, "ip_adapter": {}}
-        for key, tensor in tensors.items():
-            tree[key.split(".")[0]][key.split(".", 1)[1]] = tensor
-        for name, content in {
-            f"{variant}.safetensors": b"".join(safetensors_chunks(tensors, {})),
-            f"{variant}-zip.bin": torch_bytes(tree),
-            f"{variant}-sequence.bin": _sequence(tree),
-        }.items():
-            (folder / name).write_bytes(content)
-            kinds[name.rpartition(".")[2]].append(folder / name)
-        save_adapter_tensors(folder / f"{variant}-digest.safetensors", tensors, None, {})
-        kinds["safetensors"].append(folder / f"{variant}-digest.safetensors")
-    return kinds
-
-
-def _openclip(folder: Path) -> Path:
-    """A small vision encoder, with the settings that lie beside any file in this folder."""
-    vision = {"image_size": 8, "layers": 1, "width": 8, "head_width": 4, "patch_size": 4, "mlp_ratio": 2}
-    settings = {"model_cfg": {"embed_dim": 4, "vision_cfg": vision}}
-    (folder / "open_clip_config.json").write_text(json.dumps(settings))
-    block, draw = "transformer.resblocks.0", np.random.default_rng(9)
-    shapes: dict[str, tuple[int, ...]] = {
-        **{"class_embedding": (8,), "positional_embedding": (5, 8), "conv1.weight": (8, 3, 4, 4), "proj": (8, 4)},
-        **{f"{block}.attn.in_proj_weight": (24, 8), f"{block}.attn.in_proj_bias": (24,)},
-        **{f"{block}.attn.out_proj.weight": (8, 8), f"{block}.attn.out_proj.bias": (8,)},
-        **{f"{block}.mlp.c_fc.weight": (16, 8), f"{block}.mlp.c_fc.bias": (16,)},
-        **{f"{block}.mlp.c_proj.weight": (8, 16), f"{block}.mlp.c_proj.bias": (8,)},
-        **{
-            f"{norm}.{end}": (8,)
-            for norm in ("ln_pre", "ln_post", f"{block}.ln_1", f"{block}.ln_2")
-            for end in ("weight", "bias")
-        },
-    }
-    tensors = {f"visual.{key}": held(draw.standard_normal(shape).astype(np.float16)) for key, shape in shapes.items()}
-    (folder / "encoder.openclip").write_bytes(b"".join(safetensors_chunks(tensors, {})))
-    return folder / "encoder.openclip"
-
-
-_ADAPTER = {f"{site}.to_{part}_ip.weight": (2 + site, 4) for site in (1, 3) for part in "kv"}
-_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
-    "base": {"proj.weight": (16, 6), "proj.bias": (16,), "norm.weight": (4,), "norm.bias": (4,)},
-    "full": {
-        **{"proj.0.weight": (6, 6), "proj.0.bias": (6,), "proj.2.weight": (4, 6), "proj.2.bias": (4,)},
-        **{"proj.3.weight": (4,), "proj.3.bias": (4,)},
-    },
-    "plus": {
-        **{"latents": (1, 2, 8), "proj_in.weight": (8, 6), "proj_in.bias": (8,), "proj_out.weight": (4, 8)},
-        **{"proj_out.bias": (4,), "norm_out.weight": (4,), "norm_out.bias": (4,)},
-        **{f"layers.0.{place}.{end}": (8,) for place in ("0.norm1", "0.norm2", "1.0") for end in ("weight", "bias")},
-        **{"layers.0.0.to_q.weight": (64, 8), "layers.0.0.to_kv.weight": (128, 8), "layers.0.0.to_out.weight": (8, 64)},
-        **{"layers.0.1.1.weight": (32, 8), "layers.0.1.3.weight": (8, 32)},
-    },
-}
-
-
-def _sequence(tree: Mapping[str, Mapping[str, Tensor]]) -> bytes:
-    """The older container of torch.save: a sequence of pickles, then the storages."""
-    tensors: list[Tensor] = []
-    magic, protocol = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x02M\xe9\x03."
-    body = pickled(tree, tensors)
-    keys = b"".join(b"X" + struct.pack("<I", len(str(i))) + str(i).encode() for i in range(len(tensors)))
-    arrays = [tensor.read() for tensor in tensors]
-    storages = b"".join(struct.pack("<q", array.size) + array.tobytes() for array in arrays)
-    return magic + protocol + b"\x80\x02}." + body + b"\x80\x02](" + keys + b"e." + storages
-
-
 def main(
     count: Annotated[int, tyro.conf.arg(help="damaged files of each kind")] = 30_000,
     seed: int = 0,
 ) -> int:
     """Prints what came of all trials. Returns 1 when there was a fault."""
     faults = 0
-    for kind in READERS:
+    for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
             fuzzer = Fuzzer(Path(folder), kind, seed)
             fuzzer.run(count)

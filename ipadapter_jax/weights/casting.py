@@ -22,7 +22,7 @@ def converted(view: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
     source, target = view.reshape(-1), array.reshape(-1)
     blocks = [slice(i, i + _BLOCK) for i in range(0, view.size, _BLOCK)]
     with np.errstate(over="ignore", invalid="ignore"):  # reported just below, with the tensor's name
-        if all([_cast(source[block], target[block]) for block in blocks]):
+        if all(_cast(source[block], target[block]) for block in blocks):
             return array
         if np.isfinite(view).all():
             raise WeightFileError(f"{what} has numbers too large for {dtype}; use a wider dtype")
@@ -47,7 +47,7 @@ def _ordered(view: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 
 # How the bits of a short float become those of a float32: shifted to their places, without the copies of the sign, and
-# times 2 ** (difference of the exponents' bias). Exact for all finite numbers; numpy's own cast takes four times as long.
+# times 2 ** (difference of the exponents' bias). Exact for finite numbers; numpy's own cast takes four times as long.
 _WIDENING = {"float16": (13, ~0x70000000, 2.0**112), "bfloat16": (16, ~0, 1.0)}
 
 

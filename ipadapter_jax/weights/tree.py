@@ -83,6 +83,7 @@ def load_tree(
 
 _THREADS = 4  # numpy casts on one core, and a file that is not in memory comes faster over several
 
+
 def _refuse(source: str, fault: str, names: Sequence[str]) -> None:
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

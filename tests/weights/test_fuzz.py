@@ -10,8 +10,10 @@ from fuzz_weights import Fuzzer
 
 from ipadapter_jax.errors import WeightFileError
 
+COUNTS = {"safetensors": 20_000, "bin": 10_000, "openclip": 2_000, "msgpack": 2_000, "index": 2_000, "single file": 300}
 
-@pytest.mark.parametrize(("kind", "count"), [("safetensors", 20_000), ("bin", 10_000), ("openclip", 2_000)])
+
+@pytest.mark.parametrize(("kind", "count"), COUNTS.items())
 def test_only_whole_tensors_under_their_own_names_come_through(tmp_path, kind, count):
     fuzzer = Fuzzer(tmp_path, kind, seed=20)
     fuzzer.run(count)
