@@ -29,6 +29,7 @@ class Kind:
 IP_ADAPTER, CHECKPOINT, UNET, VAE = "an IP-Adapter", "a whole Stable Diffusion checkpoint", "a UNet", "a VAE"
 TEXT_ENCODER, IMAGE_ENCODER, LORA, CONTROLNET = "a text encoder", "a CLIP image encoder", "a LoRA", "a ControlNet"
 OPENCLIP = "a CLIP model in OpenCLIP's layout"
+IMAGE_EMBEDS = "a set of image embeddings"
 UNKNOWN = "no known kind of weights"
 
 # The first that matches the beginning of some name decides, so what contains another kind stands before it.
@@ -63,6 +64,7 @@ _SIGNATURES: tuple[tuple[str, str, str], ...] = (
         "give it with --text-encoder, beside a base model",
     ),
     (r"emb_params$|string_to_(param|token)", "a textual inversion", _NO_PLACE),
+    (r"(image_embeds|hidden_states)$", IMAGE_EMBEDS, "give it in place of pictures (ip_adapter_image_embeds)"),
 )
 
 

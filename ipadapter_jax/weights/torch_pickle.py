@@ -17,13 +17,15 @@ from ipadapter_jax.weights.pickle_machine import AGAIN, SAVE, LazyTensor, Machin
 _MAX_PICKLE, _MAX_DIRECTORY, _MAX_DEPTH = 1 << 24, 1 << 22, 64  # the first two in bytes
 _MAX_NAMES = 1 << 24  # characters of all full names, and 64 for each entry: n dicts that share can spell 2^n names
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of the older container
+UNNAMED = "(unnamed)"  # the name of a tensor that was saved alone
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> dict:
     """Read a `.bin`, `.pt` or `.ckpt` file: nested dicts with LazyTensor leaves, without loops.
 
     Keys are strings or integers; entries under other keys are left out. Numbers, strings and None stay as they are,
-    everything else, lists included, becomes OPAQUE. Raises WeightFileError naming the file when it is none of
+    everything else, lists included, becomes OPAQUE. A file of nothing but a list of tensors becomes a dict of them by
+    their places, one of a single tensor {UNNAMED: tensor}. Raises WeightFileError naming the file when it is none of
     torch.save, damaged, hostile, or of a kind that is not supported.
     """
     try:
@@ -31,12 +33,20 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict:
         with _File(path) as file:
             head = file.read_at(0, min(file.size, 4))
             require(head.startswith((b"PK\3\4", b"\x80")), "is no file of torch.save")
-            tree = _read_zip(file) if head.startswith(b"PK") else _read_sequence(file)
-        require(type(tree) is dict, "holds no dict of tensors", SAVE)
+            tree = _named(_read_zip(file) if head.startswith(b"PK") else _read_sequence(file))
+        require(type(tree) is dict, "holds no dict of tensors, nor a list of them", SAVE)
         flatten({"": tree})  # refuses loops and the like here, where the name of the file is known
         return tree
     except (Refused, OSError) as error:
         raise WeightFileError(f"{path}: {error}") from None
+
+
+def _named(tree: Any) -> Any:
+    """Tensors that a file holds without names, as a dict; everything else as it is."""
+    if isinstance(tree, LazyTensor):
+        return {UNNAMED: tree}
+    listed = type(tree) in (list, tuple) and tree and all(isinstance(value, LazyTensor) for value in tree)
+    return dict(enumerate(tree)) if listed else tree
 
 
 def flatten(tree: dict) -> dict[str, LazyTensor]:

@@ -18,7 +18,7 @@ import pytest
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.weights import pickle_machine, torch_pickle
 from ipadapter_jax.weights.pickle_machine import OPAQUE
-from ipadapter_jax.weights.torch_pickle import LazyTensor, flatten, read_torch_file
+from ipadapter_jax.weights.torch_pickle import UNNAMED, LazyTensor, flatten, read_torch_file
 
 # --- files by hand -----------------------------------------------------------------------------------------------
 
@@ -159,6 +159,18 @@ def test_empty_and_expanded(tmp_path):
     tree = read_torch_file(write_zip(tmp_path / "a.bin", body))
     assert tree["none"].read().shape == (0, 5)
     assert tree["many"].read().tolist() == [0.0] * 1000
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_tensors_without_names(tmp_path, write):
+    alone = read_torch_file(write(tmp_path / "alone.bin", tensor()))
+    assert list(flatten(alone)) == [UNNAMED]
+    np.testing.assert_array_equal(alone[UNNAMED].read(), SIX.reshape(2, 3))
+    for body in (b"](" + tensor() + tensor(shape=(6,), strides=(1,)) + b"e", sequence(tensor(), tensor(shape=(1, 3)))):
+        listed = flatten(read_torch_file(write(tmp_path / "listed.bin", body)))
+        assert list(listed) == ["0", "1"] and listed["0"].shape == (2, 3)
+    for body in (b"](" + tensor() + NONE + b"e", b"]" + storage("0", 6) + b"Qa", storage("0", 6) + b"Q"):
+        assert "holds no dict of tensors, nor a list of them" in refused(write(tmp_path / "mixed.bin", body))
 
 
 def test_flatten_takes_the_state_dict_alone(tmp_path):
