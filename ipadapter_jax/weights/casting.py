@@ -37,7 +37,10 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _ordered(view: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Copies a transposed array (two axes at least) into `out`, whose last axes are the first of the source."""
+    """Copies a transposed array into `out`, whose last axes are the first of the source as a rule."""
+    if view.ndim < 2:  # with gaps: a damaged file can say so
+        out[...] = view
+        return out
     rows = max(1, _BLOCK // (_COLUMNS * max(1, math.prod(view.shape[:-2]))))
     for row in range(0, view.shape[-2], rows):
         for column in range(0, view.shape[-1], _COLUMNS):

@@ -92,6 +92,15 @@ def test_every_number_is_cast_as_numpy_does(stored, target):
         assert np.asarray(array).tobytes() == expected.tobytes(), path
 
 
+@pytest.mark.parametrize("stored", FLOATS)
+def test_arrays_with_gaps(stored):
+    """A pickle may give a tensor any strides."""
+    wide = np.arange(140, dtype=np.float32).astype(stored)
+    tensors, _ = file(conv__bias=wide[::2], dense__weight=np.ones((33, 140), stored)[:, ::2])
+    tree = load(tensors)
+    assert np.array_equal(tree["conv"]["bias"], np.arange(0, 140, 2)) and np.all(tree["dense"]["kernel"] == 1)
+
+
 def test_arrays_are_ours_and_as_jax_wants_them():
     """Not views of the file, which may be overwritten later; and a CPU device uses them without another copy."""
     tensors, _ = file()
