@@ -4,9 +4,9 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, get_args
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from PIL import Image
@@ -15,10 +15,9 @@ from ipadapter_jax import sampling
 from ipadapter_jax.arguments import as_floats
 from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.models.adapter import IPAdapter
-from ipadapter_jax.models.clip import CLIPVision, CLIPVisionConfig
 from ipadapter_jax.models.projections import Projection, image_projection
 from ipadapter_jax.models.unet import KeyValue, UNetConfig, cross_attention_sites
-from ipadapter_jax.preprocess import clip_pixel_values, load_image
+from ipadapter_jax.preprocess import clip_pixel_values, load_image, square_tiles
 from ipadapter_jax.weights.components import (
     IMAGE_ENCODER,
     Loaded,
@@ -30,6 +29,7 @@ from ipadapter_jax.weights.components import (
     open_weights,
 )
 from ipadapter_jax.weights.hub import local_path, path_here
+from ipadapter_jax.weights.image_embeds import load_image_embeds
 from ipadapter_jax.weights.ip_adapter_file import (
     IPAdapterFile,
     check_base,
@@ -44,60 +44,127 @@ from ipadapter_jax.weights.tensors import open_tensors
 from ipadapter_jax.weights.tree import Tree
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
-ImagePrompt = Picture | Sequence[Picture]
+Uncond = Literal["default", "zeros", "zero pixels", "black"]
+"""What the unconditional branch of guidance sees in place of a picture: zero features, the features of normalised
+pixels that are zero, or those of a black picture (ComfyUI's choice for plus and full adapters). The default is what
+adapters were trained with: zero features for base ones, zero pixels for plus and full ones."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
-    """One IP-Adapter with its image encoder, weights included."""
+    """One IP-Adapter with its image encoder, weights included; without an encoder it takes embeddings alone."""
 
     projection: Projection
     keys: IPAdapter
     params: dict[str, Tree]
-    encoder: Loaded
+    loaded_encoder: Loaded | None
     source: Path
 
-    def keys_values(self, features: Array) -> list[KeyValue]:
-        """Features (G, n, ...) -> per site keys and values (G, n N, C)."""
-        return sampling.image_keys_values(self.projection, self.keys, self.params, features)
+    def keys_values(self, features: Array, weight: np.ndarray) -> list[KeyValue]:
+        """Features (Q, G, n, ...) and a weight for each picture (n,) -> per site keys and values (Q, G, n N, C)."""
+        return sampling.image_keys_values(self.projection, self.keys, self.params, features, weight)
 
-    def from_images(self, prompt: ImagePrompt, fit: str, guided: bool) -> Callable[[], Array]:
-        """Reads the pictures now and returns what encodes them: (G, n, ...), without guidance G = 1.
-
-        The negative branch is what the adapters were trained with: base ones see zero embeddings, plus and full ones
-        the states of zero pixels.
-        """
-        given: Sequence[Any] = prompt if isinstance(prompt, list | tuple) else [prompt]
-        pictures = [load_image(picture) for picture in given]
-        if not pictures:
-            raise InputError("ip_adapter_image is an empty list; give at least one picture")
-        config: CLIPVisionConfig = self.encoder.module.config
-        pixels = clip_pixel_values(pictures, config.image_size, fit)
-        patches = self.projection.config.uses_patches
+    def from_images(
+        self,
+        prompts: Sequence[Sequence[Picture]],
+        fit: str,
+        guided: bool,
+        negative: Sequence[Picture] | None = None,
+        uncond: Uncond = "default",
+    ) -> tuple[Callable[[], Array], int]:
+        """Reads the pictures of Q prompts now and returns what encodes them, (Q, G, n, ...), without guidance G = 1;
+        and n, the pictures of a prompt."""
+        encoder, patches = self.encoder, self.projection.config.uses_patches
+        side = encoder.module.config.image_size
+        pixels = [_pixels(prompt, side, fit) for prompt in prompts]
+        count = len(pixels[0])
+        if any(len(prompt) != count for prompt in pixels):
+            raise InputError("ip_adapter_image: all image prompts of one call must have the same number of pictures")
+        dark = None if negative is None else _pixels(negative, side, fit)
+        if dark is not None and len(dark) not in (1, count):
+            raise InputError(
+                f"negative_ip_adapter_image has {len(dark)} pictures for {count}; give one, or one for each"
+            )
+        if uncond not in get_args(Uncond):
+            raise InputError(f"ip_adapter_uncond {uncond!r} is not known; choose {', '.join(get_args(Uncond))}")
 
         def encode(pixels: np.ndarray) -> Array:
-            return sampling.encode_image(self.encoder.module, patches, self.encoder.params, pixels)
+            return sampling.encode_image(encoder.module, patches, encoder.params, pixels)
 
         def features() -> Array:
-            positive = encode(pixels)
+            rows = encode(np.concatenate(pixels))
+            positive = rows.reshape(len(pixels), count, *rows.shape[1:])
+            if not guided:
+                return positive[:, None]
+            unlike = self._negative(uncond, positive[0]) if dark is None else encode(dark)
+            return jnp.stack([jnp.broadcast_to(unlike, positive.shape), positive], axis=1)
+
+        return features, count
+
+    def from_embeds(self, embeds: Any, guided: bool) -> tuple[Callable[[], Array], int]:
+        """Features (G, n, F) or, for plus and full, (G, n, L, F), or a file of them, as `from_images` returns them.
+        Those of the positive branch alone get the negative one that the adapter was trained with.
+
+        Raises InputError naming the right shape.
+        """
+        config, name = self.projection.config, "ip_adapter_image_embeds"
+        if isinstance(embeds, str | os.PathLike):
+            name = str(embeds)
+            found = load_image_embeds(Path(embeds), patches=config.uses_patches)
+            if len(found) != 1:
+                raise InputError(f"{name} holds embeddings for {len(found)} adapters; give each adapter its own")
+            embeds = found[0].features
+        array, branches = as_floats(embeds, name), 2 if guided else 1
+        axes = 4 if config.uses_patches else 3
+        shape = array.shape
+        if len(shape) != axes or shape[-1] != config.feature_dim or shape[0] not in (1, 2) or 0 in shape:
+            positions = "positions, " if config.uses_patches else ""
+            raise InputError(
+                f"{name} of shape {shape}: this adapter needs ({branches}, pictures, {positions}{config.feature_dim}), "
+                "the negative branch first"
+            )
+
+        def features() -> Array:
+            positive = jnp.asarray(array[-1:])
             if not guided:
                 return positive[None]
-            negative = encode(np.zeros_like(pixels)) if patches else np.zeros_like(positive)
-            return jax.numpy.stack([negative, positive])
+            negative = jnp.asarray(array[:1]) if len(array) == 2 else self._negative("default", positive)
+            return jnp.concatenate([jnp.broadcast_to(negative, positive.shape), positive])[None]
 
-        return features
+        if guided and len(array) == 1 and config.uses_patches:
+            _ = self.encoder  # the states of zero pixels come from it
+        return features, array.shape[1]
 
-    def from_embeds(self, embeds: Any, guided: bool) -> Callable[[], Array]:
-        """Checks features (G, n, F) or, for plus and full, (G, n, L, F). Raises InputError naming the right shape."""
-        config, vision = self.projection.config, self.encoder.module.config
-        array, branches = as_floats(embeds, "ip_adapter_image_embeds"), 2 if guided else 1
-        rest = (vision.num_positions, config.feature_dim) if config.uses_patches else (config.feature_dim,)
-        if array.ndim != 2 + len(rest) or array.shape[0] != branches or array.shape[2:] != rest or not array.shape[1]:
+    def _negative(self, uncond: Uncond, like: Array) -> Array:
+        """What `uncond` says in place of features (..., n, F) or (..., n, L, F): the same for every picture."""
+        patches = self.projection.config.uses_patches
+        if uncond == "zeros" or (uncond == "default" and not patches):
+            return jnp.zeros_like(like)
+        encoder = self.encoder
+        side = encoder.module.config.image_size
+        black = clip_pixel_values([Image.new("RGB", (side, side))], side)
+        pixels = black if uncond == "black" else np.zeros_like(black)
+        return sampling.encode_image(encoder.module, patches, encoder.params, pixels)
+
+    @property
+    def encoder(self) -> Loaded:
+        """Its image encoder. Raises InputError when it was opened without."""
+        if self.loaded_encoder is None:
             raise InputError(
-                f"ip_adapter_image_embeds have shape {array.shape}, this adapter needs ({branches}, pictures, "
-                f"{', '.join(map(str, rest))}) at this guidance_scale, the negative branch first"
+                f"adapter {self.source}: it was opened without an image encoder and takes embeddings of both branches "
+                "alone; name the encoder with image_encoder"
             )
-        return lambda: jax.numpy.asarray(array)
+        return self.loaded_encoder
+
+
+def _pixels(pictures: Sequence[Picture], side: int, fit: str) -> np.ndarray:
+    """Pictures -> what the encoder sees of them (n, side, side, 3), with fit "tile" several squares of each."""
+    loaded = [load_image(picture) for picture in pictures]
+    if not loaded:
+        raise InputError("ip_adapter_image is an empty list; give at least one picture")
+    if fit == "tile":
+        return clip_pixel_values([tile for picture in loaded for tile in square_tiles(picture)], side)
+    return clip_pixel_values(loaded, side, fit)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,23 +172,29 @@ class OpenedAdapter:
     """An adapter file and its image encoder, which fit a UNet with cross-attentions of these widths; still unread."""
 
     file: IPAdapterFile
-    encoder: Opened
+    encoder: Opened | None
     widths: tuple[int, ...]
 
     def load(self, dtype: Any, put: Callable, attached: Sequence[Adapter]) -> Adapter:
         """Reads both; the encoder is shared with an `attached` adapter that uses the same one."""
         params = load_ip_adapter(self.file, self.widths, np.dtype(dtype), put)
-        shared = [adapter.encoder for adapter in attached if adapter.encoder.source == self.encoder.source]
-        encoder = shared[0] if shared else self.encoder.load(np.dtype(dtype), put)
-        assert isinstance(encoder.module, CLIPVision)
+        encoder = None
+        if self.encoder is not None:
+            others = [adapter.loaded_encoder for adapter in attached if adapter.loaded_encoder is not None]
+            shared = [encoder for encoder in others if encoder.source == self.encoder.source]
+            encoder = shared[0] if shared else self.encoder.load(np.dtype(dtype), put)
         keys = IPAdapter(self.widths, dtype)
         return Adapter(image_projection(self.file.config, dtype), keys, params, encoder, self.file.path)
 
 
 def open_adapter(
-    path: str | os.PathLike, image_encoder: str | os.PathLike | None, unet: UNetConfig, revision: str | None = None
+    path: str | os.PathLike,
+    image_encoder: str | os.PathLike | Literal[False] | None,
+    unet: UNetConfig,
+    revision: str | None = None,
 ) -> OpenedAdapter:
-    """Opens an adapter for this UNet and the image encoder that feeds it, by default the one beside the adapter.
+    """Opens an adapter for this UNet and the image encoder that feeds it, by default the one beside the adapter; False
+    leaves it out, for embeddings.
 
     Raises WeightFileError or InputError when the three do not fit, naming what is needed.
     """
@@ -130,6 +203,8 @@ def open_adapter(
     widths = tuple(site.width for site in cross_attention_sites(unet))
     check_base(file, unet.cross_attention_dim, widths)
     check_ip_adapter(file, widths)
+    if image_encoder is False:
+        return OpenedAdapter(file, None, widths)
     encoder = open_image_encoder(_encoder_beside(path, local) if image_encoder is None else image_encoder, revision)
     check_encoder(file, encoder.config.projection_dim, encoder.config.hidden_size, str(encoder.source))
     return OpenedAdapter(file, encoder, widths)

@@ -26,13 +26,24 @@ def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | No
 
 
 def check_choices(
-    images_per_prompt: int, guidance_scale: float, eta: float, output_type: str, callback: Any = None
+    images_per_prompt: int,
+    guidance_scale: float,
+    guidance_rescale: float,
+    clip_skip: int,
+    text_layers: int,
+    eta: float,
+    output_type: str,
+    callback: Any,
 ) -> None:
     """Raises InputError naming the first argument that cannot be used."""
     if not isinstance(images_per_prompt, Integral) or images_per_prompt < 1:
         raise InputError(f"num_images_per_prompt={images_per_prompt} must be a whole number of at least 1")
     if not _is_number(guidance_scale):
         raise InputError(f"guidance_scale={guidance_scale} is not a finite number; 7.5 is usual, 1 turns guidance off")
+    if not _is_number(guidance_rescale) or not 0 <= guidance_rescale <= 1:
+        raise InputError(f"guidance_rescale={guidance_rescale} must lie between 0 (none) and 1; 0.7 is usual")
+    if not isinstance(clip_skip, Integral) or not 0 <= clip_skip < text_layers:
+        raise InputError(f"clip_skip={clip_skip} must be a whole number of layers to leave out, 0 to {text_layers - 1}")
     if not _is_number(eta) or not 0 <= eta <= 1:
         raise InputError(f"eta={eta} must lie between 0 (deterministic) and 1 (as DDPM)")
     if callback is not None and not callable(callback):
@@ -72,19 +83,6 @@ def given_latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def image_weights(scale: float | Sequence[float], adapters: int, sites: int) -> np.ndarray:
-    """One weight per (adapter, site), float32."""
-    scales = _listed(scale, "ip_adapter_scale")
-    if np.ndim(scale) == 0:
-        scales = scales * adapters
-    if len(scales) != adapters:
-        raise InputError(f"ip_adapter_scale has {len(scales)} values for {adapters} adapters; give one for each")
-    for value in scales:
-        if not _is_number(value):
-            raise InputError(f"ip_adapter_scale={value} is not a finite number; 0 is the base model, 1 the full image")
-    return np.broadcast_to(np.asarray(scales, np.float32)[:, None], (adapters, sites))
-
-
 def as_floats(value: Any, name: str) -> np.ndarray:
     """A finite float32 array. Raises InputError naming the argument."""
     try:
@@ -110,24 +108,3 @@ def _listed(value: Any, name: str) -> list:
         return np.atleast_1d(np.asarray(value)).tolist() if not isinstance(value, str) else [value]
     except (TypeError, ValueError):
         raise InputError(f"{name}={value!r} is neither a number nor a list of numbers") from None
-
-
-def prompts_of_adapters(images: Any, embeds: Sequence[Any] | None, adapters: int) -> Sequence[Any]:
-    """One image prompt (or one array of embeddings) per adapter.
-
-    With a single adapter a flat list is one prompt of several pictures; diffusers wants it nested, which works too.
-    """
-    if images is not None and embeds is not None:
-        raise InputError("ip_adapter_image and ip_adapter_image_embeds are both given; give one of them")
-    if not adapters:
-        if images is not None or embeds is not None:
-            raise InputError("an image prompt needs an adapter: call with_ip_adapter first")
-        return []
-    given = [images]
-    if embeds is not None:
-        given = list(embeds) if isinstance(embeds, list | tuple) else [embeds]
-    elif isinstance(images, list | tuple) and (adapters > 1 or any(isinstance(i, list | tuple) for i in images)):
-        given = list(images)
-    if len(given) != adapters or any(prompt is None for prompt in given):
-        raise InputError(f"{adapters} adapter(s) need as many image prompts (ip_adapter_image), one for each")
-    return given

@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +14,20 @@ from jax import Array
 from jax.sharding import Mesh
 
 from ipadapter_jax import sampling
-from ipadapter_jax.adapters import Adapter, ImagePrompt, OpenedAdapter, open_adapter
-from ipadapter_jax.arguments import (
-    check_choices,
-    given_latents,
-    image_weights,
-    latent_shape,
-    prompt_pairs,
-    prompts_of_adapters,
-    seeds_of,
-)
+from ipadapter_jax.adapters import Adapter, OpenedAdapter, Picture, Uncond, open_adapter
+from ipadapter_jax.arguments import check_choices, given_latents, latent_shape, prompt_pairs, seeds_of
+from ipadapter_jax.attention_maps import AttentionMaps
 from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base
 from ipadapter_jax.compilation_cache import enable_compilation_cache
-from ipadapter_jax.diffusion.samplers import sample_table
+from ipadapter_jax.diffusion.samplers import Run, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
-from ipadapter_jax.diffusion.steps import State, Steps, begin
+from ipadapter_jax.diffusion.steps import begin
+from ipadapter_jax.editing import Canvas, Start, start
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.image_prompts import Controls, Entry, ImagePrompt, PerPrompt, entries_of
+from ipadapter_jax.masks import site_masks
 from ipadapter_jax.models.clip import CLIPText
-from ipadapter_jax.models.unet import UNet, cross_attention_sites
+from ipadapter_jax.models.unet import UNet, cross_attention_sites, site_grids
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.preprocess import to_uint8
 from ipadapter_jax.tokens import tokenize
@@ -111,13 +107,18 @@ class StableDiffusion:
         )
 
     def with_ip_adapter(
-        self, path: str | os.PathLike, *, image_encoder: str | os.PathLike | None = None, revision: str | None = None
+        self,
+        path: str | os.PathLike,
+        *,
+        image_encoder: str | os.PathLike | Literal[False] | None = None,
+        revision: str | None = None,
     ) -> "StableDiffusion":
         """This pipeline with one more adapter: a file, "owner/name/path/in/repository.safetensors" on the Hub, or for
         the base model "mini" its own "mini" (4 tokens) and "mini-plus" (16).
 
         `image_encoder` is a folder or Hub place with CLIP's vision model; by default the folder `image_encoder` beside
-        the adapter, as in the authors' repository. Raises WeightFileError when adapter, base and encoder do not fit.
+        the adapter, as in the authors' repository; False leaves it out, for embeddings alone. Raises WeightFileError
+        when adapter, base and encoder do not fit.
         """
         return self.with_opened(open_adapter(path, image_encoder, self.unet.config, revision))
 
@@ -130,13 +131,22 @@ class StableDiffusion:
         self,
         prompt: str | Sequence[str] = "",
         *,
-        ip_adapter_image: ImagePrompt | Sequence[ImagePrompt] | None = None,
-        ip_adapter_image_embeds: Sequence[np.ndarray] | None = None,
-        ip_adapter_scale: float | Sequence[float] = 1.0,
+        ip_adapter_image: ImagePrompt | PerPrompt | Sequence[ImagePrompt] | None = None,
+        ip_adapter_image_embeds: Sequence[Any] | None = None,
+        negative_ip_adapter_image: ImagePrompt | None = None,
+        ip_adapter_uncond: Uncond = "default",
+        ip_adapter_scale: Any = 1.0,
+        ip_adapter_masks: Sequence[Any] | None = None,
         fit: str = "crop",
+        image: Picture | None = None,
+        mask_image: Picture | None = None,
+        strength: float | None = None,
+        exact_outside_mask: bool = False,
         negative_prompt: str | Sequence[str] | None = "",
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int = 0,
         scheduler: str = "ddim",
         scheduler_config: Mapping[str, Any] | None = None,
         eta: float = 0.0,
@@ -146,81 +156,177 @@ class StableDiffusion:
         seed: int | Sequence[int] = 0,
         latents: np.ndarray | None = None,
         output_type: str = "pil",
+        return_attention_maps: bool = False,
         callback: OnStep | None = None,
     ) -> Any:
         """Pictures for every prompt, prompt-major.
 
         ip_adapter_image: one picture, several for one adapter (their tokens share one softmax), or with several
         adapters a list of these, one per adapter; each a PIL image, an array or a path, brought to a square by `fit`
-        ("crop", "resize", "pad"). ip_adapter_image_embeds instead: per adapter the encoder's features (G, n, ...), the
-        negative branch first when guidance_scale > 1 (G = 2). ip_adapter_scale: lambda of the paper, one or one per
-        adapter. scheduler: ddim, ddpm, pndm, dpmsolver++, euler, euler_a, unipc or lcm; scheduler_config changes
-        settings of the model's scheduler_config.json, such as {"use_karras_sigmas": True, "timestep_spacing":
-        "trailing", "rescale_betas_zero_snr": True}. seed: picture i uses seed + i, or seed[i], and nothing else.
-        latents (B, h, w, 4): standard normal. guidance_scale: by default the pipeline's own; <= 1 leaves the
-        unconditional branch out. callback(step, timestep, latents) is called after every step; then each step is a
-        jitted call of its own.
+        ("crop", "resize", "pad", or "tile": several squares). `PerPrompt` holds one for each prompt.
+        ip_adapter_image_embeds instead: per adapter the encoder's features (G, n, ...), the negative branch first when
+        guidance_scale > 1 (G = 2), or a file of them. negative_ip_adapter_image: what the unconditional branch sees,
+        by default what `ip_adapter_uncond` says.
+        ip_adapter_scale: lambda of the paper, one or one per adapter: a number, a preset's name, diffusers' dictionary
+        or a `Scale`; in a list in the list one for each picture. ip_adapter_masks: where each picture acts.
+        image: a picture to paint over, of which `strength` (0.8; with a mask 1) is not kept; mask_image, white where to
+        paint; exact_outside_mask: the picture's own pixels elsewhere.
+        scheduler: ddim, ddpm, pndm, dpmsolver++, euler, euler_a, unipc or lcm; scheduler_config changes settings of
+        the model's scheduler_config.json, such as {"use_karras_sigmas": True, "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": True}. seed: picture i uses seed + i, or seed[i], and nothing else. latents
+        (B, h, w, 4): standard normal. guidance_scale: by default the pipeline's own; <= 1 leaves the unconditional
+        branch out. clip_skip: layers of the text encoder to leave out for the prompt. callback(step, timestep, latents)
+        is called after every step; then each step is a jitted call of its own.
 
-        Returns PIL images ("pil"), a float array (B, H, W, 3) in [0, 1] ("np") or the final latents ("latent"). Raises
-        InputError before anything is compiled when an argument cannot be used.
+        Returns PIL images ("pil"), a float array (B, H, W, 3) in [0, 1] ("np") or the final latents ("latent"), with
+        return_attention_maps in a pair with `AttentionMaps`. Raises InputError before anything is compiled when an
+        argument cannot be used.
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         prompts, negatives = prompt_pairs(prompt, negative_prompt)
-        check_choices(num_images_per_prompt, guidance_scale, eta, output_type, callback)
-        check_text_to_image(str(self.sources.get("unet", "of this pipeline")), self.unet.config)
-        steps, sigma = sample_table(scheduler, self.schedule.changed(scheduler_config or {}), num_inference_steps, eta)
-        shape = self._latent_shape(height, width)
+        layers = self.text_encoder.config.num_hidden_layers
+        check_choices(
+            num_images_per_prompt, guidance_scale, guidance_rescale, clip_skip, layers, eta, output_type, callback
+        )
+        canvas = self._canvas(image, mask_image, strength, exact_outside_mask, height, width)
+        if strength is None:
+            strength = 0.8 if canvas is not None and canvas.mask is None else 1.0
+        schedule = self.schedule.changed(scheduler_config or {})
+        run = sample_table(scheduler, schedule, num_inference_steps, eta, strength)
+        shape = self._latent_shape(*((height, width) if canvas is None else canvas.picture.shape[:2]))
         count = len(prompts) * num_images_per_prompt
         seeds = seeds_of(seed, count)
         given = None if latents is None else given_latents(latents, (count, *shape))
-        weight = image_weights(ip_adapter_scale, len(self.adapters), len(cross_attention_sites(self.unet.config)))
-        guided = guidance_scale > 1
-        features = self._features(ip_adapter_image, ip_adapter_image_embeds, fit, guided)
-
-        ids = np.stack([self._tokenize(texts) for texts in ((negatives, prompts) if guided else (prompts,))], axis=1)
-        text = sampling.encode_prompt(self.text_encoder, self.params["text_encoder"], ids.reshape(-1, ids.shape[-1]))
-        text = text.reshape(*ids.shape[:2], *text.shape[1:])
-        text_kv = sampling.text_keys_values(self.unet, self.params["unet"], text)
-        image_kv = [a.keys_values(f()) for a, f in zip(self.adapters, features, strict=True)]
-        batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt))
-        first = batch.noise(shape, 0) if given is None else batch.spread(given)
-        final = self._denoise(
-            sampling.placed(begin(first * np.float32(sigma)), self.mesh),
-            steps,
-            batch,
-            functools.partial(sampling.denoise, self.unet, self.mesh, self.params["unet"]),
-            (batch.prompt_of_image, text_kv, image_kv, weight, np.float32(guidance_scale)),
-            callback,
+        controls = Controls(
+            images=ip_adapter_image,
+            embeds=ip_adapter_image_embeds,
+            negative=negative_ip_adapter_image,
+            uncond=ip_adapter_uncond,
+            scale=ip_adapter_scale,
+            masks=ip_adapter_masks,
+            fit=fit,
         )
+        entries = self._entries(controls, run, guidance_scale, shape, len(prompts))
+        if return_attention_maps and not entries:
+            raise InputError("return_attention_maps needs an image prompt to look at")
+
+        batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt))
+        noise = batch.noise(shape, 0) if given is None else batch.spread(given)
+        began = Start(noise * np.float32(run.init_noise_sigma))
+        if canvas is not None:
+            shown = self.unet.config.in_channels != shape[-1]
+            params = self.params["vae"]
+            began = start(canvas, self.vae, params, batch, run, noise, strength=strength, shown=shown)
+        conditions = self._conditions(
+            prompts, negatives, clip_skip, guidance_scale, guidance_rescale, entries, shape, batch
+        )
+        final, maps = self._denoise(began, run, entries, conditions, batch, return_attention_maps, callback)
         if output_type == "latent":
-            return np.asarray(final)[:count]
-        decoded = np.asarray(sampling.decode(self.vae, self.mesh, self.params["vae"], final))[:count]
-        return _pictures(decoded, output_type)
+            found = np.asarray(final)[:count]
+        else:
+            decoded = np.asarray(sampling.decode(self.vae, self.mesh, self.params["vae"], final))[:count]
+            found = _pictures(decoded, output_type, canvas if exact_outside_mask else None)
+        if maps is None:
+            return found
+        grids = site_grids(self.unet.config, *shape[:2])
+        return found, AttentionMaps(
+            maps, cross_attention_sites(self.unet.config), grids, np.asarray(run.steps.timestep), count
+        )
+
+    def _canvas(
+        self, image: Any, mask: Any, strength: float | None, exact: bool, height: int | None, width: int | None
+    ) -> Canvas | None:
+        """The picture to paint over, if there is one. Raises InputError when the model cannot, or has to."""
+        if mask is None:
+            check_text_to_image(str(self.sources.get("unet", "of this pipeline")), self.unet.config)
+        if image is None and mask is None:
+            for name, value in (("strength", strength), ("exact_outside_mask", exact)):
+                if value:
+                    raise InputError(f"{name} is for painting over a picture: give image")
+            return None
+        if exact and mask is None:
+            raise InputError("exact_outside_mask needs mask_image, which says what is outside")
+        return Canvas.load(image, mask, height, width, self.vae.config.downscale)
+
+    def _entries(
+        self, controls: Controls, run: Run, guidance_scale: float, shape: tuple[int, ...], prompts: int
+    ) -> list[Entry]:
+        scale = self.vae.config.downscale
+        return entries_of(
+            controls,
+            self.adapters,
+            cross_attention_sites(self.unet.config),
+            num_steps=len(run.steps.timestep),
+            guided=guidance_scale > 1,
+            size=(shape[0] * scale, shape[1] * scale),
+            num_prompts=prompts,
+        )
+
+    def _conditions(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str],
+        clip_skip: int,
+        guidance_scale: float,
+        guidance_rescale: float,
+        entries: Sequence[Entry],
+        shape: tuple[int, ...],
+        batch: sampling.Batch,
+    ) -> sampling.Conditions:
+        """Runs the encoders: all that a network sees beside latents and time."""
+        branches = [self._text(prompts, clip_skip)]
+        if guidance_scale > 1:
+            branches.insert(0, self._text(negatives, 0))  # diffusers leaves out layers for the prompt alone
+        image_kv = [entry.keys_values() for entry in entries]
+        several = max([kv[0][0].shape[0] for kv in image_kv], default=1) > 1
+        return sampling.Conditions(
+            prompt_of_image=batch.prompt_of_image,
+            reference_of_image=batch.prompt_of_image if several else jnp.zeros_like(batch.prompt_of_image),
+            text_kv=sampling.text_keys_values(self.unet, self.params["unet"], jnp.stack(branches, axis=1)),
+            image_kv=image_kv,
+            image_masks=site_masks([entry.mask for entry in entries], site_grids(self.unet.config, *shape[:2])),
+            guidance_scale=np.float32(guidance_scale),
+            guidance_rescale=np.float32(guidance_rescale),
+        )
 
     def _denoise(
         self,
-        state: State,
-        steps: Steps,
+        began: Start,
+        run: Run,
+        entries: Sequence[Entry],
+        conditions: sampling.Conditions,
         batch: sampling.Batch,
-        run: Callable,
-        conditions: tuple,
+        maps: bool,
         on_step: OnStep | None,
-    ) -> Array:
+    ) -> tuple[Array, Any]:
         """All steps in one call, or with `on_step` one call per step."""
+        steps, sites = run.steps, len(conditions.text_kv)
         stochastic, total = bool(np.any(steps.noise)), len(steps.timestep)
+        branches = conditions.text_kv[0][0].shape[1]
+        weight = np.zeros((total, 0, branches, sites), np.float32)
+        if entries:
+            weight = np.stack([entry.weight for entry in entries], axis=1)
+        state, seen = sampling.placed(begin(began.latents), self.mesh), []
         length = total if on_step is None else 1
         for first in range(0, total, length):
-            segment = jax.tree.map(lambda field, first=first: field[first : first + length], steps)
+            part = slice(first, first + length)
             numbers = range(first, first + length)
             noise = jnp.stack([batch.noise(state.x.shape[1:], 1 + i) for i in numbers]) if stochastic else None
-            state = run(state, segment, noise, *conditions)
+            inputs = sampling.Inputs(jax.tree.map(lambda field, part=part: field[part], steps), noise, weight[part])
+            params = self.params["unet"]
+            state, new = sampling.denoise(
+                self.unet, self.mesh, maps, params, state, inputs, conditions, began.kept, began.more_channels
+            )
+            seen.append(new)
             if on_step is not None:
-                on_step(first, float(segment.timestep[0]), state.x[: batch.count])
-        return state.x
+                on_step(first, float(steps.timestep[first]), state.x[: batch.count])
+        return state.x, jax.tree.map(lambda *parts: np.concatenate(parts), *seen) if maps else None
 
-    def _tokenize(self, prompts: Sequence[str]) -> np.ndarray:
+    def _text(self, prompts: Sequence[str], clip_skip: int) -> Array:
+        """Text states (P, S, D)."""
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        return tokenize(self.tokenizer, prompts, length)
+        ids = tokenize(self.tokenizer, prompts, length)
+        return sampling.encode_prompt(self.text_encoder, clip_skip, self.params["text_encoder"], ids)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         scale, own = self.vae.config.downscale, self.unet.config.sample_size
@@ -228,22 +334,17 @@ class StableDiffusion:
             raise InputError("this model does not say its size; give height and width")
         h, w = own if isinstance(own, tuple) else (own or 0, own or 0)
         height, width = h * scale if height is None else height, w * scale if width is None else width
-        return latent_shape(height, width, scale, self.unet.config.in_channels)
-
-    def _features(self, images, embeds, fit: str, guided: bool) -> list[Callable[[], Array]]:
-        """Per adapter a function that gives its features (G, n, ...): pictures are read now, encoders run later."""
-        given = prompts_of_adapters(images, embeds, len(self.adapters))
-        if embeds is not None:
-            return [a.from_embeds(e, guided) for a, e in zip(self.adapters, given, strict=True)]
-        return [a.from_images(i, fit, guided) for a, i in zip(self.adapters, given, strict=True)]
+        return latent_shape(height, width, scale, self.vae.config.latent_channels)
 
 
-def _pictures(decoded: np.ndarray, output_type: str) -> Any:
+def _pictures(decoded: np.ndarray, output_type: str, canvas: Canvas | None) -> Any:
     if not np.isfinite(decoded).all():
         raise InputError(
             "the picture is not finite: float16 overflowed or the weights are damaged; try bfloat16 or float32"
         )
     pixels = np.clip(decoded / 2 + 0.5, 0.0, 1.0)
+    if canvas is not None:
+        pixels = canvas.restored(pixels)
     if output_type == "np":
         return pixels
     from PIL import Image

@@ -21,6 +21,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FITS = ("crop", "resize", "pad")
 MAX_PIXELS = 64_000_000  # below PIL's own limit (89 million), so that whatever PIL only warns about is refused here
 MAX_SIDE = 16_384
+MAX_TILES = 8
 # Named one by one so that no file reaches PIL's exotic readers: the one for EPS, for instance, runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _LIMITS = f"give one of at least 1 x 1, at most {MAX_PIXELS // 1_000_000} megapixels and {MAX_SIDE} pixels a side"
@@ -99,6 +100,20 @@ def clip_pixel_values(
         top, left = (size - image.height) // 2, (size - image.width) // 2
         out[top : top + image.height, left : left + image.width] = table[np.asarray(image), [0, 1, 2]]
     return values
+
+
+def square_tiles(image: Image.Image) -> list[Image.Image]:
+    """As few squares as cover a picture along its longer side, evenly spread: so nothing of it is cropped away. Raises
+    InputError above MAX_TILES."""
+    short, long = sorted(image.size)
+    count = -(-long // short)
+    if count > MAX_TILES:
+        raise InputError(
+            f"a picture of {image.width} x {image.height} would be {count} tiles, at most {MAX_TILES}: crop it"
+        )
+    starts = [round(i * (long - short) / max(1, count - 1)) for i in range(count)]
+    wide = image.width > image.height
+    return [image.crop((s, 0, s + short, short) if wide else (0, s, short, s + short)) for s in starts]
 
 
 def clip_pixels(image: Image.Image, size: int = 224) -> np.ndarray:

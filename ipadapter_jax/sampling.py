@@ -7,7 +7,7 @@ classifier-free guidance two, the unconditional first; row b * G + g of a networ
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from ipadapter_jax.diffusion.guidance import guide
 from ipadapter_jax.diffusion.steps import State, Steps, advance
@@ -72,10 +73,10 @@ class Batch:
         return draw_noise(shape, self._seeds, np.uint32(step), self.mesh)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def encode_prompt(text_encoder: CLIPText, params: Tree, input_ids: Array) -> Array:
-    """Token ids (P, S) -> text states (P, S, D)."""
-    return _apply(text_encoder, params, input_ids).last_hidden_state
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def encode_prompt(text_encoder: CLIPText, clip_skip: int, params: Tree, input_ids: Array) -> Array:
+    """Token ids (P, S) -> text states (P, S, D), without the last `clip_skip` layers."""
+    return _apply(text_encoder, params, input_ids, clip_skip).last_hidden_state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -86,11 +87,22 @@ def encode_image(encoder: CLIPVision, patches: bool, params: Tree, pixel_values:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def image_keys_values(projection: Projection, adapter: IPAdapter, params: Tree, features: Array) -> list[KeyValue]:
-    """Features (G, n, ...) of n pictures -> per site keys and values (G, n N, C), the tokens of all in one row."""
-    branches, images, *rest = features.shape
-    tokens = _apply(projection, params["image_proj"], features.reshape(branches * images, *rest))
-    return _apply(adapter, params["ip_adapter"], tokens.reshape(branches, -1, tokens.shape[-1]))
+def image_keys_values(
+    projection: Projection, adapter: IPAdapter, params: Tree, features: Array, weight: Array
+) -> list[KeyValue]:
+    """Features (Q, G, n, ...) of Q prompts of n pictures -> per site keys and values (Q, G, n N, C), the tokens of a
+    prompt in one row, the values of each picture times its weight (n,)."""
+    prompts, branches, _, *rest = features.shape
+    tokens = _apply(projection, params["image_proj"], features.reshape(-1, *rest))
+    rows = _apply(adapter, params["ip_adapter"], tokens.reshape(prompts * branches, -1, tokens.shape[-1]))
+    of_token = jnp.repeat(weight, tokens.shape[-2])[:, None]
+    return [
+        (
+            k.reshape(prompts, branches, *k.shape[1:]),
+            (v * of_token.astype(v.dtype)).reshape(prompts, branches, *v.shape[1:]),
+        )
+        for k, v in rows
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -100,7 +112,39 @@ def text_keys_values(unet: UNet, params: Tree, text: Array) -> list[KeyValue]:
     return jax.tree.map(lambda x: x.reshape(*text.shape[:2], *x.shape[1:]), rows)
 
 
-_STATE: Any = State._make((P("data"), P("data"), P(None, "data")))  # over the devices, by image
+class Conditions(NamedTuple):
+    """What the denoising of B images is told, beside the step: P text prompts, E image entries (an adapter, or one of
+    its pictures with a mask) of Q image prompts, s sites."""
+
+    prompt_of_image: Array  # (B,), a row of text_kv
+    reference_of_image: Array  # (B,), a row of image_kv
+    text_kv: list[KeyValue]  # per site (P, G, S, C)
+    image_kv: Sequence[list[KeyValue]]  # per entry and site (Q, G, N, C)
+    image_masks: Sequence[ArrayLike]  # per site (E, L): where in the picture an entry acts
+    guidance_scale: ArrayLike
+    guidance_rescale: ArrayLike
+
+
+class Kept(NamedTuple):
+    """What is put back after every step where an inpainting mask (B, h, w, 1) is 0: latents and their noise."""
+
+    mask: Array
+    latents: Array
+    noise: Array
+
+
+class Inputs(NamedTuple):
+    """What each of n steps takes, along the leading axis: a scan walks it."""
+
+    steps: Steps
+    noise: Array | None  # (n, B, h, w, 4) for stochastic samplers
+    image_weight: ArrayLike  # (n, E, G, s)
+
+
+_BY_IMAGE = P("data")
+_STATE: Any = State._make((_BY_IMAGE, _BY_IMAGE, P(None, "data")))  # over the devices, by image
+_INPUTS: Any = Inputs._make((P(), P(None, "data"), P()))
+_CONDITIONS: Any = Conditions._make((_BY_IMAGE, _BY_IMAGE, P(), P(), P(), P(), P()))
 
 
 def placed(state: State, mesh: Mesh) -> State:
@@ -108,44 +152,84 @@ def placed(state: State, mesh: Mesh) -> State:
     return jax.device_put(state, State._make(NamedSharding(mesh, spec) for spec in _STATE))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def denoise(
     unet: UNet,
     mesh: Mesh,
+    maps: bool,
     params: Tree,
     state: State,
-    steps: Steps,
-    noise: Array | None,
-    prompt_of_image: Array,
-    text_kv: list[KeyValue],
-    image_kv: Sequence[list[KeyValue]],
-    image_weight: Array,
-    guidance_scale: Array,
-) -> State:
-    """Latents (B, h, w, 4) and what the sampler keeps of them through the given steps (n,): one scan.
+    inputs: Inputs,
+    conditions: Conditions,
+    kept: Kept | None = None,
+    more_channels: Array | None = None,
+) -> tuple[State, Any]:
+    """Latents (B, h, w, 4) and what the sampler keeps of them through the given steps: one scan.
 
-    noise (n, B, h, w, 4) for stochastic samplers, prompt_of_image (B,) picks a row of text_kv (P, G, S, C); image_kv
-    holds (G, N, C) per entry and site, image_weight (entries, sites).
+    kept: for inpainting with a UNet of 4 channels; more_channels (B, h, w, 5): for one of 9, mask and masked picture.
+    With `maps` also the attention of every step to the image tokens, per entry and site (n, B, L, N), else None.
     """
 
-    def run(state, noise, prompt_of_image, steps, params, text_kv, image_kv, image_weight, guidance_scale):
-        images, branches = state.x.shape[0], text_kv[0][0].shape[1]
-        text_rows = jax.tree.map(lambda x: x[prompt_of_image].reshape(-1, *x.shape[2:]), text_kv)
-        image_rows = jax.tree.map(lambda x: jnp.tile(x, (images, 1, 1)), image_kv)
+    def run(state, inputs, conditions, kept, more_channels, params):
+        branches = conditions.text_kv[0][0].shape[1]
+        text_rows, image_rows = _rows(conditions)
 
         def body(state, inputs):
-            step, fresh = inputs
-            time = jnp.full((images,), step.timestep)
-            output = _apply(unet, params, step.input_scale * state.x, time, text_rows, image_rows, image_weight)
-            output = output.reshape(images, branches, *output.shape[1:])
-            output = guide(output, guidance_scale) if branches == 2 else output[:, 0]
-            return advance(step, state, output, fresh), None
+            step, weight = inputs.steps, _site_weights(inputs.image_weight, conditions.image_masks, state.x.shape[0])
+            x = step.input_scale * state.x
+            x = x if more_channels is None else jnp.concatenate([x, more_channels], axis=-1)
+            time = jnp.full(x.shape[:1], step.timestep)
+            output, seen = _with_maps(unet, maps, params, x, time, text_rows, image_rows, weight)
+            output = output.reshape(-1, branches, *output.shape[1:])
+            if branches == 2:
+                output = guide(output, conditions.guidance_scale, conditions.guidance_rescale)
+            else:
+                output = output[:, 0]
+            state = advance(step, state, output, inputs.noise)
+            if kept is not None:
+                original = step.level[0] * kept.latents + step.level[1] * kept.noise
+                state = state._replace(x=kept.mask * state.x + (1 - kept.mask) * original)
+            return state, jax.tree.map(lambda rows: rows[branches - 1 :: branches], seen)
 
-        return jax.lax.scan(body, state, (steps, noise))[0]
+        return jax.lax.scan(body, state, inputs)
 
-    specs = (_STATE, P(None, "data"), P("data"), P(), P(), P(), P(), P(), P())
-    over_devices = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=_STATE, check_vma=False)
-    return over_devices(state, noise, prompt_of_image, steps, params, text_kv, image_kv, image_weight, guidance_scale)
+    specs = (_STATE, _INPUTS, _CONDITIONS, _BY_IMAGE, _BY_IMAGE, P())
+    over_devices = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(_STATE, P(None, "data")), check_vma=False)
+    return over_devices(state, inputs, conditions, kept, more_channels, params)
+
+
+def _rows(conditions: Conditions) -> tuple[list[KeyValue], list[list[KeyValue]]]:
+    """Keys and values by row of the network's batch."""
+
+    def pick(tree, of_image):
+        return jax.tree.map(lambda x: x[of_image].reshape(-1, *x.shape[2:]), tree)
+
+    text = pick(conditions.text_kv, conditions.prompt_of_image)
+    return text, pick(list(conditions.image_kv), conditions.reference_of_image)
+
+
+def _site_weights(weight: Array, masks: Sequence[Array], images: int) -> list[list[Array]]:
+    """Weights (E, G, s) of a step and masks as the network takes them: per entry and site (R, L, 1)."""
+    rows = jnp.tile(weight, (1, images, 1))
+    return [
+        [rows[entry, :, site, None, None] * mask[entry, None, :, None] for site, mask in enumerate(masks)]
+        for entry in range(weight.shape[0])
+    ]
+
+
+def _with_maps(unet: UNet, maps: bool, params: Tree, *inputs: Any) -> tuple[Array, Any]:
+    if not maps:
+        return _apply(unet, params, *inputs), None
+    output, seen = unet.apply({"params": params}, *inputs, mutable=["maps"])
+    return output, UNet.maps_of(seen["maps"], unet.config)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_picture(vae: VAE, params: Tree, images: Array, noise: Array) -> Array:
+    """Pictures (n, H, W, 3) in [-1, 1] and standard normal noise (B, h, w, 4) -> latents (B, h, w, 4), drawn from the
+    posterior of picture 0, or each of its own."""
+    mean, logvar = _apply(vae, params, images, method=VAE.encode)
+    return vae.config.scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

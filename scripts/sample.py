@@ -72,7 +72,7 @@ def main(
             output = guide(output.reshape(batch, 2, *output.shape[1:]), guidance_scale)
             return advance(step, state, output), None
 
-        table, sigma = sample_table("ddim", schedule, steps)  # or another one without fresh noise: euler, unipc
+        table, sigma, _ = sample_table("ddim", schedule, steps)  # or another one without fresh noise: euler, unipc
         state, _ = jax.lax.scan(body, begin(latents * sigma), table)
         decoded = apply(vae, "vae", state.x / vae.config.scaling_factor, method=VAE.decode)
         return jnp.clip(decoded / 2 + 0.5, 0, 1)

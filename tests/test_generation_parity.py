@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, load_case, nchw, nhwc
+from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, flax_folder, load_case, nchw, nhwc
 from safetensors.numpy import save_file
 
 import ipadapter_jax.sampling
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
+from ipadapter_jax.editing import POSTERIOR
 from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
 
 SAMPLERS = {
@@ -31,7 +32,9 @@ CASES = [
     ),
     *(f"gen_{s}_{p}_g7p5" for s in ("dpmpp2m_karras", "euler_a") for p in ("eps", "v")),
     *("gen_full", "gen_plus", "gen_ddim_eta", "gen_no_adapter"),
-    *("gen_multi_per_prompt", "gen_two_adapters", "gen_two_images"),
+    *("gen_multi_per_prompt", "gen_two_adapters", "gen_two_images", "gen_masks", "gen_ip_embeds"),
+    *("gen_clip_skip", "gen_rescale_trailing", "gen_instantstyle"),
+    *("gen_img2img", "gen_img2img_euler", "gen_inpaint", "gen_inpaint_08"),
 ]
 
 
@@ -61,15 +64,23 @@ def generate(base: StableDiffusion, case: Case, folder: Path):
     for i, file in enumerate(files):
         file = file if i == 0 else adapter(file, files[0], folder)
         pipe = pipe.with_ip_adapter(file, image_encoder=IMAGE_ENCODER)
+    images = {name: picture(value) for name, value in meta.get("images", {}).items()}
+    if "strength" in kwargs and "image" not in images:
+        images["image"] = picture("init")
     if pipe.adapters:
-        kwargs["ip_adapter_image"] = picture(meta["images"]["ip_adapter_image"])
         kwargs["ip_adapter_scale"] = meta["ip_adapter_scale"]
+    if "ip_adapter_image_embeds" in case.inputs:
+        kwargs["ip_adapter_image_embeds"] = [case.inputs["ip_adapter_image_embeds"]]
+    if "ip_adapter_masks" in case.inputs:
+        del kwargs["cross_attention_kwargs"]
+        kwargs["ip_adapter_masks"] = [case.inputs["ip_adapter_masks"][None, :, 0]]
     pipe = dataclasses.replace(pipe, schedule=NoiseSchedule.from_json(meta["scheduler"]["config"]))
     seen = []
     final = pipe(
         **kwargs,
+        **images,
         scheduler=SAMPLERS[meta["scheduler"]["class"]],
-        latents=nhwc(case.inputs["latents"]),
+        latents=nhwc(case.inputs["latents"]) if "latents" in case.inputs else None,
         output_type="latent",
         callback=lambda number, timestep, latents: seen.append((timestep, np.asarray(latents))),
     )
@@ -82,12 +93,15 @@ def generate(base: StableDiffusion, case: Case, folder: Path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_generation_equals_diffusers(base, name, monkeypatch, tmp_path):
-    """Stochastic samplers are given the recorded noise, in the order in which it was drawn. The recordings of PNDM,
-    which calls the network once more than it has steps, begin with the second call."""
+    """Stochastic samplers are given the recorded noise, in the order in which it was drawn: that of a picture's
+    posterior comes before the first of the run. The recordings of PNDM, which calls the network once more than it has
+    steps, begin with the second call."""
     case = load_case(name)
+    painted = "strength" in case.meta["call"]["kwargs"]
 
     def recorded(batch, shape, step):
-        noise = case.inputs.get(f"noise_{step - 1}")
+        number = {POSTERIOR: 0, 0: 1}.get(step) if painted else step - 1
+        noise = case.inputs.get(f"noise_{number}")
         return batch.spread(np.zeros((1, *shape), np.float32) if noise is None else nhwc(noise))
 
     if "noise_0" in case.inputs:
@@ -98,3 +112,46 @@ def test_generation_equals_diffusers(base, name, monkeypatch, tmp_path):
     case.check(timesteps=timesteps, latents_steps=nchw(steps), latents=nchw(final))
     if "image" in case.outputs:
         case.check(image=nchw(decoded))
+
+
+@pytest.mark.parametrize("variant", ["base", "base_defaults", "full", "plus"])
+def test_generation_equals_the_authors_code(base, variant):
+    case = load_case(f"tencent_generate_{variant}")
+    kwargs = {
+        "prompt": "best quality, high quality",
+        "negative_prompt": "monochrome, lowres, bad anatomy, worst quality, low quality",
+        "guidance_scale": 7.5,
+        "scale": 1.0,
+        "num_samples": 1,
+        **case.meta["call"]["kwargs"],
+    }
+    schedule = NoiseSchedule.from_json(case.meta["scheduler"]["config"])
+    pipe = dataclasses.replace(base, schedule=schedule).with_ip_adapter(
+        ADAPTERS / case.meta["ip_adapter"][0].rsplit("/", 1)[-1], image_encoder=IMAGE_ENCODER
+    )
+    final = pipe(
+        ip_adapter_image=picture(case.meta["images"]["pil_image"]),
+        ip_adapter_scale=kwargs.pop("scale"),
+        num_images_per_prompt=kwargs.pop("num_samples"),
+        **kwargs,
+        scheduler=SAMPLERS[case.meta["scheduler"]["class"]],
+        latents=nhwc(case.inputs["latents"]),
+        output_type="latent",
+    )
+    case.check(latents=nchw(final))
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "dpmpp2m"])
+def test_generation_from_flax_files(sampler, tmp_path):
+    case = load_case(f"flax_pipeline_{sampler}")
+    call = {name: case.meta["call"][name] for name in CALL}
+    found = StableDiffusion.from_pretrained(flax_folder(tmp_path))(
+        **call,
+        scheduler=SAMPLERS[case.meta["scheduler"]["torch"]],
+        latents=nhwc(case.inputs["latents"]),
+        output_type="np",
+    )
+    case.check(image__torch=found[:, ::2, ::2])
+
+
+CALL = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "height", "width")

@@ -18,6 +18,11 @@ def clean(schedule: NoiseSchedule, a: float) -> tuple[float, float]:
         }[schedule.prediction_type]
 
 
+def level(a: float) -> tuple[float, float]:
+    """Picture and noise in x."""
+    return float(np.sqrt(a)), float(np.sqrt(1 - a))
+
+
 def epsilon(schedule: NoiseSchedule, a: float) -> np.ndarray:
     """The noise in x, as a row of weights."""
     if schedule.prediction_type == "sample":
@@ -39,18 +44,19 @@ def _ends(
     return [(t, float(a[t]), float(a[end]) if end >= 0 else last) for t, end in zip(timesteps, ends, strict=True)]
 
 
-def ddim(schedule: NoiseSchedule, num_steps: int, eta: float = 0.0) -> tuple[list[Row], float]:
+def ddim(schedule: NoiseSchedule, num_steps: int, first: int = 0, eta: float = 0.0) -> tuple[list[Row], float]:
     """arXiv 2010.02502, equation 12; eta 0 is deterministic, 1 has the variance of DDPM (equation 16)."""
     rows = []
     timesteps, last = schedule.timesteps(num_steps), float(schedule.final_alpha_cumprod)
     for t, a, b in _ends(schedule, timesteps, num_steps, last):
         sigma = eta * np.sqrt(max((1 - b) / (1 - a) * (1 - a / b), 0.0))
         direction = np.sqrt(max(1 - b - sigma**2, 0.0))
-        rows.append(Row(t, np.sqrt(b) * M0 + direction * epsilon(schedule, a), clean(schedule, a), sigma))
-    return rows, 1.0
+        weights = np.sqrt(b) * M0 + direction * epsilon(schedule, a)
+        rows.append(Row(t, weights, clean(schedule, a), level(a), sigma))
+    return rows[first:], 1.0
 
 
-def ddpm(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
+def ddpm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
     """arXiv 2006.11239, equation 7, with the variance beta~."""
     rows = []
     levels = [a for _, a, _ in _ends(schedule, schedule.timesteps(num_steps), num_steps, 1.0)]
@@ -58,11 +64,11 @@ def ddpm(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
         ratio = a / b
         mean = np.sqrt(b) * (1 - ratio) / (1 - a) * M0 + np.sqrt(ratio) * (1 - b) / (1 - a) * X
         noise = np.sqrt(max((1 - b) / (1 - a) * (1 - ratio), 1e-20)) if t > 0 else 0.0
-        rows.append(Row(t, mean, clean(schedule, a), noise))
-    return rows, 1.0
+        rows.append(Row(t, mean, clean(schedule, a), level(a), noise))
+    return rows[first:], 1.0
 
 
-def pndm(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
+def pndm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
     """PLMS, arXiv 2202.09778 without the Runge-Kutta start: the first step is made twice, the second time with the mean
     of both outputs, so that a run has one call more than steps. Equation 9 is `transfer`."""
     if schedule.prediction_type == "sample":
@@ -84,21 +90,22 @@ def pndm(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
     # Adams-Bashforth. The second call's output is never used again: the first one's lies one place further back.
     orders = [M0, (M0 + M1) / 2, (3 * M0 - M2) / 2, (23 * M0 - 16 * M1 + 5 * M3) / 12]
     orders += [(55 * M0 - 59 * M1 + 37 * M2 - 9 * M4) / 24]
-    calls = [timesteps[0], *timesteps[1:2], *timesteps[1:]]
+    begin, *rest = timesteps[first:]
+    calls = [begin, *rest[:1], *rest]
     rows = []
     for i, t in enumerate(calls):
         output = orders[i] if i < len(orders) else (55 * M0 - 59 * M1 + 37 * M2 - 9 * M3) / 24
         if i == 1:  # from the sample before the first step
-            rows.append(Row(t, transfer(KEPT, output, t + stride, t), (0.0, 1.0)))
+            rows.append(Row(t, transfer(KEPT, output, t + stride, t), (0.0, 1.0), level(float(a[t]))))
         else:
-            rows.append(Row(t, transfer(X, output, t, t - stride), (0.0, 1.0), kept=X))
+            rows.append(Row(t, transfer(X, output, t, t - stride), (0.0, 1.0), level(float(a[t])), kept=X))
     return rows, 1.0
 
 
 _LCM_STEPS, _LCM_TIME, _LCM_SIGMA = 50, 10.0, 0.5  # steps of its distillation, scale of time, sigma_data
 
 
-def lcm(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
+def lcm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
     """Latent consistency models, arXiv 2310.04378, for networks that were distilled so."""
     if num_steps > _LCM_STEPS:
         raise InputError(f"num_inference_steps={num_steps}: the scheduler lcm makes at most {_LCM_STEPS}")
@@ -113,7 +120,7 @@ def lcm(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
         skip = _LCM_SIGMA**2 / (time**2 + _LCM_SIGMA**2)
         denoised = time / np.sqrt(time**2 + _LCM_SIGMA**2) * M0 + skip * X
         if end is None:
-            rows.append(Row(t, denoised, clean(schedule, a)))
+            rows.append(Row(t, denoised, clean(schedule, a), level(a)))
         else:
-            rows.append(Row(t, np.sqrt(end) * denoised, clean(schedule, a), float(np.sqrt(1 - end))))
-    return rows, 1.0
+            rows.append(Row(t, np.sqrt(end) * denoised, clean(schedule, a), level(a), float(np.sqrt(1 - end))))
+    return rows[first:], 1.0

@@ -1,9 +1,14 @@
-"""Classifier-free guidance (arXiv 2207.12598)."""
+"""Classifier-free guidance (arXiv 2207.12598), and its rescaling (arXiv 2305.08891)."""
 
+import jax.numpy as jnp
 from jax import Array
 
 
-def guide(output: Array, scale: Array | float) -> Array:
-    """Outputs of both branches, (B, 2, ...) with the unconditional one first -> (B, ...): u + scale (c - u)."""
+def guide(output: Array, scale: Array | float, rescale: Array | float = 0.0) -> Array:
+    """Outputs of both branches, (B, 2, ...) with the unconditional one first -> (B, ...): g = u + scale (c - u), then
+    rescale g std(c) / std(g) + (1 - rescale) g, each picture by itself (arXiv 2305.08891, equations 15 and 16)."""
     unconditional, conditional = output[:, 0], output[:, 1]
-    return unconditional + scale * (conditional - unconditional)
+    guided = unconditional + scale * (conditional - unconditional)
+    axes = tuple(range(1, guided.ndim))
+    ratio = conditional.std(axes, keepdims=True) / jnp.maximum(guided.std(axes, keepdims=True), 1e-30)
+    return jnp.where(rescale == 0, guided, guided * (rescale * ratio + (1 - rescale)))

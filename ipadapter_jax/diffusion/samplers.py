@@ -24,21 +24,31 @@ SAMPLERS: Mapping[str, Callable[..., tuple[list[Row], float]]] = {
 
 
 class Run(NamedTuple):
-    """The steps of a run, and what standard normal latents are multiplied with before the first one."""
+    """The steps of a run; what standard normal latents are multiplied with before the first one; and, where a picture
+    is painted over, how much of it and of the noise there is then, (2,)."""
 
     steps: Steps
     init_noise_sigma: float
+    level: np.ndarray
 
 
-def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: float = 0.0) -> Run:
-    """The table of a sampler of SAMPLERS. Raises InputError for an unknown one or steps that it cannot make."""
+def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: float = 0.0, strength: float = 1.0) -> Run:
+    """The table of a sampler of SAMPLERS. With a `strength` below 1 only the last int(num_steps strength) steps are
+    made, of a picture under noise (SDEdit, arXiv 2108.01073). Raises InputError for an unknown sampler or steps that it
+    cannot make."""
     if sampler not in SAMPLERS:
         raise InputError(f"scheduler {sampler!r} is not known; choose {', '.join(SAMPLERS)}")
     if eta and sampler != "ddim":
         raise InputError(f"eta={eta} is for the scheduler ddim; {sampler} has none")
     _check_settings(sampler, schedule)
     schedule.timesteps(num_steps)  # refuses a number of steps that cannot be
-    rows, init = SAMPLERS[sampler](schedule, num_steps, *([eta] if eta else []))
+    made = int(num_steps * strength)
+    if not 0 < strength <= 1 or not made:
+        raise InputError(
+            f"strength={strength} of num_inference_steps={num_steps} leaves no step to make: give at most 1, and here "
+            f"at least {1 / num_steps:.2g}"
+        )
+    rows, init = SAMPLERS[sampler](schedule, num_steps, num_steps - made, *([eta] if eta else []))
     clips = schedule.clip_sample and sampler in ("ddim", "ddpm", "lcm")
     with np.errstate(over="ignore"):
         fields = {
@@ -48,6 +58,7 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
             "clip": [schedule.clip_sample_range if clips else np.inf] * len(rows),
             "weights": [(row.weights, row.kept) for row in rows],
             "noise": [row.noise for row in rows],
+            "level": [*(row.level for row in rows[1:]), (1.0, 0.0)],
         }
         steps = Steps(**{name: np.asarray(value, np.float32) for name, value in fields.items()})
     for name, field in steps._asdict().items():
@@ -56,7 +67,7 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
                 f"scheduler {sampler}: no finite {name} for prediction_type={schedule.prediction_type} with this noise "
                 "schedule; where the last timestep has no signal only v_prediction can be used"
             )
-    return Run(steps, init)
+    return Run(steps, init, np.asarray(rows[0].level, np.float32))
 
 
 def _check_settings(sampler: str, schedule: NoiseSchedule) -> None:

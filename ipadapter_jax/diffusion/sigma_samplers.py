@@ -55,17 +55,22 @@ def _sigma_clean(schedule: NoiseSchedule, sigma: float) -> tuple[float, float]:
     ]
 
 
-def euler(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
+def _sigma_row(schedule: NoiseSchedule, timestep: float, weights: np.ndarray, sigma: float) -> Row:
+    scale = 1 / np.sqrt(sigma**2 + 1)
+    return Row(timestep, weights, _sigma_clean(schedule, sigma), (1.0, sigma), input_scale=scale)
+
+
+def euler(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
     """The first-order step along dx / dsigma = (x - x0) / sigma (arXiv 2206.00364, algorithm 2 without churn)."""
     timesteps, sigmas, init = _euler_sigmas(schedule, num_steps, bool(schedule.use_karras_sigmas))
     rows = []
     for t, sigma, end in zip(timesteps, sigmas, sigmas[1:], strict=False):
         weights = end / sigma * X + (1 - end / sigma) * M0
-        rows.append(Row(t, weights, _sigma_clean(schedule, sigma), input_scale=1 / np.sqrt(sigma**2 + 1)))
-    return rows, init
+        rows.append(_sigma_row(schedule, t, weights, sigma))
+    return rows[first:], init
 
 
-def euler_ancestral(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
+def euler_ancestral(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
     """The same down to a smaller sigma, and noise up again."""
     timesteps, sigmas, init = _euler_sigmas(schedule, num_steps, karras=False)
     sigmas[-1] = 0.0
@@ -74,8 +79,8 @@ def euler_ancestral(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row],
         up = np.sqrt(end**2 * (sigma**2 - end**2) / sigma**2)
         down = np.sqrt(end**2 - up**2)
         weights = down / sigma * X + (1 - down / sigma) * M0
-        rows.append(Row(t, weights, _sigma_clean(schedule, sigma), up, input_scale=1 / np.sqrt(sigma**2 + 1)))
-    return rows, init
+        rows.append(_sigma_row(schedule, t, weights, sigma)._replace(noise=up))
+    return rows[first:], init
 
 
 def _multistep_sigmas(schedule: NoiseSchedule, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -109,37 +114,37 @@ class _Point(NamedTuple):
         return cls(alpha, sigma * alpha, np.inf if sigma == 0 else -np.log(sigma))
 
 
-def dpm_solver_pp_2m(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
+def dpm_solver_pp_2m(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
     """DPM-Solver++ (2M), arXiv 2211.01095, algorithm 2: second order, the first and last steps first order."""
     timesteps, sigmas = _multistep_sigmas(schedule, num_steps)
     points, rows = [_Point.of(sigma) for sigma in sigmas], []
-    for i, t in enumerate(timesteps):
+    for i in range(first, num_steps):
         s, e = points[i], points[i + 1]
         h = e.lam - s.lam
         final = i == num_steps - 1 and (num_steps < 15 or sigmas[-1] == 0)
         weights = e.sigma / s.sigma * X - e.alpha * np.expm1(-h) * M0
-        if i > 0 and not final:
+        if i > first and not final:
             r = (s.lam - points[i - 1].lam) / h
             weights = weights - 0.5 * e.alpha * np.expm1(-h) * (M0 - M1) / r
-        rows.append(Row(t, weights, clean(schedule, s.alpha**2)))
+        rows.append(Row(timesteps[i], weights, clean(schedule, s.alpha**2), (s.alpha, s.sigma)))
     return rows, 1.0
 
 
-def unipc(schedule: NoiseSchedule, num_steps: int) -> tuple[list[Row], float]:
+def unipc(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
     """UniPC of order 2, arXiv 2302.04867, in the data prediction: at each step the new output first corrects the sample
     (UniC), from which the next one is predicted (UniP)."""
     timesteps, sigmas = _multistep_sigmas(schedule, num_steps)
     points, rows, before = [_Point.of(sigma) for sigma in sigmas], [], 0
-    for i, t in enumerate(timesteps):
-        sample = X if i == 0 else _correct(schedule, points[: i + 1], before)
-        order = min(2, num_steps - i, i + 1)
+    for i in range(first, num_steps):
+        sample = X if i == first else _correct(schedule, points[: i + 1], before)
+        order = min(2, num_steps - i, i - first + 1)
         s, e = points[i], points[i + 1]
         h = e.lam - s.lam
         weights = e.sigma / s.sigma * sample - e.alpha * np.expm1(-h) * M0
         if order == 2:
             r = (points[i - 1].lam - s.lam) / h
             weights = weights - e.alpha * _b(schedule, h) * 0.5 * (M1 - M0) / r
-        rows.append(Row(t, weights, clean(schedule, s.alpha**2), kept=sample))
+        rows.append(Row(timesteps[i], weights, clean(schedule, s.alpha**2), (s.alpha, s.sigma), kept=sample))
         before = order
     return rows, 1.0
 

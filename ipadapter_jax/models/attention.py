@@ -37,6 +37,13 @@ def attend(query: Array, entries: Sequence[Entry], num_heads: int, *, causal: bo
     return total.astype(query.dtype)
 
 
+def attention_map(query: Array, key: Array, num_heads: int) -> Array:
+    """softmax(q k^T / sqrt(d)) as `attend` forms it, the mean over the heads: (B, L, C), (B, S, C) -> (B, L, S)."""
+    q, k = _split_heads(query, num_heads), _split_heads(key, num_heads)
+    logits = jnp.einsum("...ld,...sd->...ls", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(logits).mean(axis=1)
+
+
 def _softmax_attention(query: Array, key: Array, value: Array, num_heads: int, causal: bool) -> Array:
     """One softmax attention (B, L, C), (B, S, C), (B, S, C) -> (B, L, C) in float32."""
     q, k, v = (_split_heads(x, num_heads) for x in (query, key, value))

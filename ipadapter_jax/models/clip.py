@@ -103,8 +103,9 @@ class CLIPText(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, input_ids: Array) -> TextOutput:
-        return TextTransformer(self.config, self.dtype, name="text_model")(input_ids)
+    def __call__(self, input_ids: Array, skip: int = 0) -> TextOutput:
+        """`skip` leaves out that many of the last layers."""
+        return TextTransformer(self.config, self.dtype, name="text_model")(input_ids, skip)
 
 
 class TextTransformer(nn.Module):
@@ -112,12 +113,12 @@ class TextTransformer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, input_ids: Array) -> TextOutput:
+    def __call__(self, input_ids: Array, skip: int) -> TextOutput:
         config = self.config
         states = Encoder(config, causal=True, dtype=self.dtype, name="encoder")(
             TextEmbeddings(config, self.dtype, name="embeddings")(input_ids)
         )
-        last = layer_norm(self.dtype, config.layer_norm_eps, "final_layer_norm")(states[-1])
+        last = layer_norm(self.dtype, config.layer_norm_eps, "final_layer_norm")(states[-1 - skip])
         # Published configs carry eos_token_id 2 by mistake: there the end of text is the largest id.
         end = input_ids if config.eos_token_id in (None, 2) else (input_ids == config.eos_token_id)
         pooled = jnp.take_along_axis(last, end.argmax(-1)[:, None, None], axis=1)[:, 0]

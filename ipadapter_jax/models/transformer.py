@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from ipadapter_jax.models.attention import Entry, attend
+from ipadapter_jax.models.attention import Entry, attend, attention_map
 from ipadapter_jax.models.layers import conv, gelu, group_norm, layer_norm, match_rows
 
 KeyValue = tuple[Array, Array]
@@ -59,7 +59,8 @@ class TransformerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries of x (B, L, C) against entries of keys and values."""
+    """Queries of x (B, L, C) against entries of keys and values. Who makes the collection "maps" mutable finds there
+    the attention to every entry but the first, which is the text: a list of (B, L, N) under `images`."""
 
     width: int
     heads: int
@@ -73,7 +74,10 @@ class Attention(nn.Module):
         return self.to_k(context), self.to_v(context)
 
     def __call__(self, x: Array, entries: Sequence[Entry]) -> Array:
-        return self.to_out[0](attend(self.to_q(x), entries, self.heads))
+        query = self.to_q(x)
+        if self.is_mutable_collection("maps") and len(entries) > 1:
+            self.put_variable("maps", "images", [attention_map(query, key, self.heads) for key, _, _ in entries[1:]])
+        return self.to_out[0](attend(query, entries, self.heads))
 
 
 class FeedForward(nn.Module):

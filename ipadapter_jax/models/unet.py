@@ -91,11 +91,13 @@ _IGNORED = {"dropout", "split_head_dim", "use_memory_efficient_attention"}
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One cross-attention: its block's name, its number inside the block, its width C."""
+    """One cross-attention: its block's name, its number inside the block, its width C, its level of resolution, 0 being
+    the finest."""
 
     block: str
     index: int
     width: int
+    level: int
 
 
 def cross_attention_sites(config: UNetConfig) -> tuple[Site, ...]:
@@ -104,12 +106,18 @@ def cross_attention_sites(config: UNetConfig) -> tuple[Site, ...]:
     for level, kind in enumerate(config.down_block_types):
         if kind == "CrossAttnDownBlock2D":
             width = config.block_out_channels[level]
-            sites += [Site(f"down_blocks_{level}", i, width) for i in range(config.layers_per_block)]
+            sites += [Site(f"down_blocks_{level}", i, width, level) for i in range(config.layers_per_block)]
     for block, kind in enumerate(config.up_block_types):
         if kind == "CrossAttnUpBlock2D":
             width = config.block_out_channels[::-1][block]
-            sites += [Site(f"up_blocks_{block}", i, width) for i in range(config.layers_per_block + 1)]
-    return (*sites, Site("mid_block", 0, config.block_out_channels[-1]))
+            level = config.levels - 1 - block
+            sites += [Site(f"up_blocks_{block}", i, width, level) for i in range(config.layers_per_block + 1)]
+    return (*sites, Site("mid_block", 0, config.block_out_channels[-1], config.levels - 1))
+
+
+def site_grids(config: UNetConfig, h: int, w: int) -> list[tuple[int, int]]:
+    """Per site the rows and columns of its queries for latents of h x w: every level halves, rounding up."""
+    return [(-(-h // 2**site.level), -(-w // 2**site.level)) for site in cross_attention_sites(config)]
 
 
 class UNet(nn.Module):
@@ -173,6 +181,14 @@ class UNet(nn.Module):
         blocks = {block.name: block for block in (*self.down_blocks, *self.up_blocks, self.mid_block)}
         text = text.astype(self.dtype)
         return [blocks[site.block].attentions[site.index].text_kv(text) for site in cross_attention_sites(self.config)]
+
+    @staticmethod
+    def maps_of(collection: Mapping[str, Any], config: UNetConfig) -> list[list[Array]]:
+        """The collection "maps" of a call as attention (R, L, N) to the tokens of every image entry, per entry and
+        site."""
+        sites = cross_attention_sites(config)
+        blocks = [collection[site.block][f"attentions_{site.index}"]["transformer_blocks_0"] for site in sites]
+        return [list(entry) for entry in zip(*(block["attn2"]["images"] for block in blocks), strict=True)]
 
     def from_text(self, latents: Array, timesteps: Array, text: Array) -> Array:
         """The plain UNet of text states (B, S, D): touches every parameter, so it also initialises."""

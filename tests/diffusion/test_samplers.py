@@ -60,7 +60,7 @@ def error(sampler: str, num_steps: int) -> float:
     more = {"num_train_timesteps": total, "trained_betas": tuple(betas.tolist()), "final_sigmas_type": "sigma_min"}
     more |= {"use_karras_sigmas": sampler not in ("ddim", "pndm"), "set_alpha_to_one": False}
     schedule = NoiseSchedule.from_json({**SD15, **more, "timestep_spacing": "trailing"})
-    steps, scale = sample_table(sampler, schedule, num_steps)
+    steps, scale, _ = sample_table(sampler, schedule, num_steps)
 
     def alpha(timestep: float) -> float:
         return 1 / (1 + np.interp(timestep, np.arange(total), sigma) ** 2)
@@ -72,7 +72,7 @@ def error(sampler: str, num_steps: int) -> float:
     x, kept, memory = np.sqrt(variance(start)), 0.0, [0.0] * (HISTORY - 1)
     if scale != 1:  # in the space of x0 + sigma epsilon
         x /= np.sqrt(start)
-    for timestep, input_scale, (of_x, of_output), _, weights, _ in zip(*steps, strict=True):
+    for timestep, input_scale, (of_x, of_output), _, weights, *_ in zip(*steps, strict=True):
         here = alpha(timestep)
         output = np.sqrt(1 - here) * input_scale * x / variance(here)
         m = of_x * x + of_output * output

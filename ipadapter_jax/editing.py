@@ -1,0 +1,92 @@
+"""Image-to-image and inpainting: a picture as the start of a run (SDEdit, arXiv 2108.01073), and what is kept of it."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ipadapter_jax import sampling
+from ipadapter_jax.diffusion.samplers import Run
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.masks import latent_mask, load_mask
+from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.preprocess import load_image
+from ipadapter_jax.weights.tree import Tree
+
+# Numbers of noise draws beside those of the steps: of the picture's posterior, and of the masked picture's.
+POSTERIOR, MASKED_POSTERIOR = 2**32 - 2, 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Canvas:
+    """The picture to paint over, (H, W, 3) uint8, and with inpainting the mask (H, W) in [0, 1], 1 where to paint."""
+
+    picture: np.ndarray
+    mask: np.ndarray | None
+
+    @classmethod
+    def load(cls, image: Any, mask: Any, height: int | None, width: int | None, multiple: int) -> "Canvas":
+        """Picture and mask in this size, by default the picture's own rounded down to a `multiple`. Raises
+        InputError."""
+        if image is None:
+            raise InputError("mask_image says where to paint, image what to paint on: give both")
+        loaded = load_image(image)
+        height = loaded.height // multiple * multiple if height is None else height
+        width = loaded.width // multiple * multiple if width is None else width
+        if min(height, width) < multiple:
+            raise InputError(f"the image to paint on is {loaded.width} x {loaded.height} pixels; give a larger one")
+        if loaded.size != (width, height):
+            loaded = loaded.resize((width, height), 1)  # Lanczos, as diffusers
+        inside = None if mask is None else load_mask(mask, height, width, "mask_image")
+        return cls(np.asarray(loaded), inside)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """(1, H, W, 3) float32 in [-1, 1]."""
+        return self.picture[None].astype(np.float32) / 127.5 - 1
+
+    def restored(self, pictures: np.ndarray) -> np.ndarray:
+        """Pictures (B, H, W, 3) in [0, 1] with the very pixels of this one where the mask is 0."""
+        assert self.mask is not None
+        mask = self.mask[:, :, None]
+        return mask * pictures + (1 - mask) * (self.picture.astype(np.float32) / 255)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """What a run begins with: latents (B, h, w, 4), and with a mask what is kept or what the network is shown."""
+
+    latents: Array
+    kept: sampling.Kept | None = None
+    more_channels: Array | None = None
+
+
+def start(
+    canvas: Canvas,
+    vae: VAE,
+    params: Tree,
+    batch: sampling.Batch,
+    run: Run,
+    noise: Array,
+    *,
+    strength: float,
+    shown: bool,
+) -> Start:
+    """The canvas under noise (B, h, w, 4); noise alone where inpainting has full strength. `shown`: the UNet is an
+    inpainting one of 9 channels, which sees mask and masked picture."""
+    h, w, _ = shape = noise.shape[1:]
+    clean = sampling.encode_picture(vae, params, canvas.pixels, batch.noise(shape, POSTERIOR))
+    latents = run.level[0] * clean + run.level[1] * noise
+    if canvas.mask is None:
+        return Start(latents)
+    if strength == 1:
+        latents = noise * np.float32(run.init_noise_sigma)
+    inside = np.broadcast_to(latent_mask(canvas.mask, h, w)[:, :, None], (batch.count, h, w, 1))
+    mask = batch.spread(inside)
+    if not shown:
+        return Start(latents, sampling.Kept(mask, clean, noise))
+    masked = canvas.pixels * (canvas.mask < 0.5)[None, :, :, None]
+    seen = sampling.encode_picture(vae, params, masked, batch.noise(shape, MASKED_POSTERIOR))
+    return Start(latents, more_channels=jnp.concatenate([mask, seen], axis=-1))

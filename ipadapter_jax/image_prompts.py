@@ -1,0 +1,202 @@
+"""Image prompts as a person gives them, with scales and masks, and what becomes of them: entries of every
+cross-attention (`sampling.Conditions`)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax import Array
+
+from ipadapter_jax.adapters import Adapter, Picture, Uncond
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.masks import load_mask
+from ipadapter_jax.models.unet import KeyValue, Site
+from ipadapter_jax.scales import scale_table
+
+ImagePrompt = Picture | Sequence[Picture]
+
+
+class PerPrompt(tuple):
+    """One image prompt for each text prompt, in a tuple: PerPrompt([cat, dog]) goes with two prompts."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+    """One attention of every site beside the text's: an adapter's pictures, or one of them with a mask.
+
+    `features` encodes the pictures (Q, G, n, ...); of these `pictures` are used, each times `picture_weight`, and with
+    `crossed` the two branches of guidance exchanged. `weight` (steps, G, sites) and `mask` (H, W) say where it acts.
+    """
+
+    adapter: Adapter
+    features: Callable[[], Array]
+    pictures: slice
+    picture_weight: np.ndarray
+    weight: np.ndarray
+    mask: np.ndarray | None
+    crossed: bool = False
+
+    def keys_values(self) -> list[KeyValue]:
+        """Per site (Q, G, n N, C)."""
+        features = self.features()[:, :, self.pictures]
+        return self.adapter.keys_values(features[:, ::-1] if self.crossed else features, self.picture_weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """What a call says of its image prompts, as `StableDiffusion.__call__` describes it."""
+
+    images: Any = None
+    embeds: Any = None
+    negative: Any = None
+    uncond: Uncond = "default"
+    scale: Any = 1.0
+    masks: Any = None
+    fit: str = "crop"
+
+
+def entries_of(
+    controls: Controls,
+    adapters: Sequence[Adapter],
+    sites: Sequence[Site],
+    num_steps: int,
+    guided: bool,
+    size: tuple[int, int],
+    num_prompts: int,
+) -> list[Entry]:
+    """All image entries of a call for pictures of `size` (height, width), one adapter after the other.
+
+    Reads and checks what was given; encoders run when an entry is asked for keys and values. Raises InputError.
+    """
+    given = _per_adapter(controls, len(adapters))
+    scales = _scales(controls.scale, len(adapters))
+    masks = _masks(controls.masks, len(adapters))
+    negatives = _negatives(controls.negative, len(adapters))
+    entries = []
+    for adapter, prompt, negative, scale, of_pictures in zip(adapters, given, negatives, scales, masks, strict=True):
+        if controls.embeds is not None:
+            features, count = adapter.from_embeds(prompt, guided)
+        else:
+            prompts = [_pictures(p) for p in (prompt if isinstance(prompt, PerPrompt) else [prompt])]
+            if len(prompts) not in (1, num_prompts):
+                raise InputError(f"ip_adapter_image has {len(prompts)} image prompts for {num_prompts} prompts")
+            features, count = adapter.from_images(prompts, controls.fit, guided, negative, controls.uncond)
+        plan = _Plan(adapter, functools.cache(features), count, sites, num_steps, 2 if guided else 1)
+        if of_pictures is None:
+            entries += plan.together(scale)
+        else:
+            loaded = [load_mask(mask, *size, what=f"mask {i + 1}") for i, mask in enumerate(of_pictures)]
+            entries += plan.apart(scale, loaded)
+    return entries
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """From one adapter's pictures to its entries."""
+
+    adapter: Adapter
+    features: Callable[[], Array]
+    count: int
+    sites: Sequence[Site]
+    num_steps: int
+    branches: int
+
+    def together(self, scale: Any) -> list[Entry]:
+        """All pictures in one softmax; a list of numbers weighs each."""
+        weight = np.ones(self.count, np.float32)
+        if isinstance(scale, list | tuple):
+            if any(not isinstance(s, int | float) for s in scale):
+                raise InputError("ip_adapter_scale: several pictures without masks take one number each, or one scale")
+            tables = [scale_table(s, self.sites, 1).own[0, 0] for s in self._each(scale)]
+            weight, scale = np.asarray(tables, np.float32), 1.0
+        return self._entries(slice(None), weight, scale, None)
+
+    def apart(self, scale: Any, masks: Sequence[np.ndarray]) -> list[Entry]:
+        """Every picture in a softmax of its own, where its mask is."""
+        if len(masks) != self.count:
+            raise InputError(f"ip_adapter_masks: {len(masks)} masks for {self.count} pictures; give one for each")
+        scales = self._each(scale) if isinstance(scale, list | tuple) else [scale] * self.count
+        made = [
+            self._entries(slice(i, i + 1), np.ones(1, np.float32), s, mask)
+            for i, (s, mask) in enumerate(zip(scales, masks, strict=True))
+        ]
+        return [entry for entries in made for entry in entries]
+
+    def _each(self, scales: Sequence[Any]) -> Sequence[Any]:
+        if len(scales) != self.count:
+            raise InputError(f"ip_adapter_scale: {len(scales)} scales for {self.count} pictures; give one for each")
+        return scales
+
+    def _entries(self, pictures: slice, weight: np.ndarray, scale: Any, mask: np.ndarray | None) -> list[Entry]:
+        table = scale_table(scale, self.sites, self.num_steps)
+        own = np.repeat(table.own[:, None], self.branches, axis=1)
+        entries = [Entry(self.adapter, self.features, pictures, weight, own, mask)]
+        if table.crossed.any() and self.branches == 2:
+            crossed = np.stack([table.crossed, np.zeros_like(table.crossed)], axis=1)
+            entries.append(Entry(self.adapter, self.features, pictures, weight, crossed, mask, crossed=True))
+        return entries
+
+
+def _pictures(prompt: ImagePrompt) -> list[Picture]:
+    return list(prompt) if isinstance(prompt, list | tuple) else [prompt]  # pyright: ignore[reportReturnType]
+
+
+def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
+    """One image prompt (or one array of embeddings) per adapter.
+
+    With a single adapter a flat list is one prompt of several pictures; diffusers wants it nested, which works too.
+    """
+    images, embeds = controls.images, controls.embeds
+    if images is not None and embeds is not None:
+        raise InputError("ip_adapter_image and ip_adapter_image_embeds are both given; give one of them")
+    if not adapters:
+        if images is not None or embeds is not None:
+            raise InputError("an image prompt needs an adapter: call with_ip_adapter first")
+        return []
+    given = [images]
+    if embeds is not None:
+        given = list(embeds) if isinstance(embeds, list | tuple) else [embeds]
+    elif isinstance(images, list | tuple) and (
+        adapters > 1 or (type(images) is not PerPrompt and any(isinstance(image, list | tuple) for image in images))
+    ):
+        given = list(images)
+    if len(given) != adapters or any(prompt is None for prompt in given):
+        raise InputError(f"{adapters} adapter(s) need as many image prompts (ip_adapter_image), one for each")
+    return given
+
+
+def _scales(scale: Any, adapters: int) -> list[Any]:
+    scale = scale.tolist() if isinstance(scale, np.ndarray) else scale
+    scales = list(scale) if isinstance(scale, list | tuple) else [scale] * adapters
+    if len(scales) != adapters:
+        raise InputError(
+            f"ip_adapter_scale has {len(scales)} values for {adapters} adapters; give one for each, and for several "
+            "pictures of one adapter a list in the list, [[0.7, 0.3]]"
+        )
+    return scales
+
+
+def _masks(masks: Any, adapters: int) -> list[Sequence[Any] | None]:
+    """Per adapter a mask for each picture, or none."""
+    if masks is None:
+        return [None] * adapters
+    if not isinstance(masks, list | tuple):
+        raise InputError(
+            "ip_adapter_masks is a list with one mask for each picture, for several adapters a list of these"
+        )
+    nested = [list(m[0]) if isinstance(m, np.ndarray) and m.ndim == 4 else m for m in masks]  # diffusers' (1, n, H, W)
+    if adapters == 1 and not any(isinstance(mask, list | tuple) for mask in nested):
+        nested = [nested]
+    if len(nested) != adapters:
+        raise InputError(f"ip_adapter_masks has {len(nested)} lists for {adapters} adapters; give one for each")
+    return [m if m is None or isinstance(m, list | tuple) else [m] for m in nested]
+
+
+def _negatives(negative: Any, adapters: int) -> list[list[Picture] | None]:
+    if negative is None or adapters < 2:
+        return [None if negative is None else _pictures(negative)] * adapters
+    if not isinstance(negative, list | tuple) or len(negative) != adapters:
+        raise InputError(f"negative_ip_adapter_image: give a list with one picture for each of the {adapters} adapters")
+    return [None if picture is None else _pictures(picture) for picture in negative]
