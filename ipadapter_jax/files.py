@@ -2,8 +2,9 @@
 
 import hashlib
 import os
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ipadapter_jax.errors import InputError
@@ -18,12 +19,12 @@ def write_whole(path: Path, content: bytes | Iterable[bytes | memoryview]) -> No
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=".part-", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".part-{_fitting(path.name)}-", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
+        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes private files
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -50,7 +51,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def unfinished(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Temporary files in this folder that `write_whole` is at, or was when its process was killed, each with the name
+    that it was to get (the first 200 bytes of it)."""
+    for path in folder.glob(".part-*"):
+        if found := re.fullmatch(r"\.part-(.+)-[a-z0-9_]{8}", path.name, re.DOTALL):
+            yield path, found[1]
+
+
+def _fitting(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:200])  # file systems allow names of 255 bytes
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+_UMASK = _umask()  # once: to ask is to change it for all threads

@@ -24,6 +24,8 @@ MAX_SIDE = 16_384
 MAX_TILES = 8
 # Named one by one so that no file reaches PIL's exotic readers: the one for EPS, for instance, runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# How the names of picture files end, in lower case.
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"))
 _LIMITS = f"give one of at least 1 x 1, at most {MAX_PIXELS // 1_000_000} megapixels and {MAX_SIDE} pixels a side"
 _WHOLE_LIMIT = 1 << 24  # a scaled picture of up to so many pixels (64 MiB in PIL) is made whole before it is cropped
 # For EXIF orientations 2 to 8:

@@ -16,9 +16,10 @@ PACKAGE = "ipadapter_jax"
 LAYERS = [
     {"errors"},  # whoever reads what a person gave must be able to say what is wrong with it
     {"settings"},
-    {"diffusion", "preprocess", "tokens", "arguments", "files", "compilation_cache", "flops", "embedded"},
-    {"models"},
-    {"weights"},
+    {"diffusion", "preprocess", "tokens", "arguments", "files", "compilation_cache", "flops", "embedded"}
+    | {"differences", "in_order", "lock", "stopping"},
+    {"lines", "models"},
+    {"jobs", "weights"},
     {"sampling", "base_model"},
     {"adapters"},
     {"pipeline", "convert", "describe", "data"},

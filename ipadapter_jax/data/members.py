@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import printable
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.preprocess import SUFFIXES
 
-PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"))
 ROLES = ("image", "txt", "json", "cond")
 
 
@@ -28,7 +28,7 @@ def split_name(name: str) -> tuple[str, str] | None:
         return None
     if suffix in (".txt", ".json"):
         return stem, suffix[1:]
-    if suffix not in PICTURES:
+    if suffix not in SUFFIXES:
         return None
     return (stem[: -len(".cond")], "cond") if stem.lower().endswith(".cond") else (stem, "image")
 

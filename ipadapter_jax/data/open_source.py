@@ -11,19 +11,19 @@ from ipadapter_jax.data.columns import Columns
 from ipadapter_jax.data.files import Files, find_files
 from ipadapter_jax.data.folders import FolderSource
 from ipadapter_jax.data.json_list import EXAMPLE, JsonListSource
-from ipadapter_jax.data.members import PICTURES
 from ipadapter_jax.data.parquet import ParquetSource
 from ipadapter_jax.data.records import Source
 from ipadapter_jax.data.strings import printable
 from ipadapter_jax.data.tar_shards import TarSource
 from ipadapter_jax.data.tfds import FEATURES, INFO, TfdsSource
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.preprocess import SUFFIXES
 
 # What a folder may hold, by preference: img2dataset leaves .parquet files beside its shards and pictures.
 SUFFIXES = {
     "tar": re.compile(r"\.tar$"),
     "array_record": re.compile(r"\.array_?record(-\d+-of-\d+)?$"),
-    "folder": re.compile(rf"\.({'|'.join(suffix[1:] for suffix in sorted(PICTURES))})$", re.IGNORECASE),
+    "folder": re.compile(rf"\.({'|'.join(suffix[1:] for suffix in sorted(SUFFIXES))})$", re.IGNORECASE),
     "parquet": re.compile(r"\.parquet$"),
 }
 MAGIC = {b"PAR1": "parquet", bytes.fromhex("83af70d10d884a3f"): "array_record"}  # the latter begins Riegeli files

@@ -6,6 +6,7 @@ what the next one goes on from; the processes of a job take every P-th shard and
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -19,18 +20,19 @@ import tqdm
 from jax import Array
 
 from ipadapter_jax.compilation_cache import enable_compilation_cache
-from ipadapter_jax.data.batches import Skipped
+from ipadapter_jax.data.batches import Skipped, usable
 from ipadapter_jax.data.cache import CachedSamples, begin, finish, is_cache
 from ipadapter_jax.data.encoded_shards import Layout, Plan, ShardWriter, shard_facts
-from ipadapter_jax.data.in_order import in_order
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.data.samples import LiveSamples
+from ipadapter_jax.differences import differences
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256
+from ipadapter_jax.in_order import in_order
 from ipadapter_jax.train.config import Dtype, Mesh
 from ipadapter_jax.train.distributed import barrier, initialize
 from ipadapter_jax.train.encoders import Encoders, load_encoders
-from ipadapter_jax.train.folder import differences, run_lock
+from ipadapter_jax.train.folder import run_lock
 from ipadapter_jax.weights.tensors import files_of
 
 _ENOUGH = 200  # records before a share of them says something
@@ -161,7 +163,8 @@ class _Job:
         """Writes shards. So many records are done by now, of which some were skipped."""
         config, parts = self.config, [self.plan.shard_records(shard) for shard in shards]
         ahead = 2 * config.batch_size * self.encoders.mesh.size
-        rows = in_order(self.samples, itertools.chain.from_iterable(parts), threads=config.threads, ahead=ahead)
+        records, load = itertools.chain.from_iterable(parts), functools.partial(usable, self.samples)
+        rows = in_order(load, records, threads=config.threads, ahead=ahead)
         total = sum(map(len, parts))
         with contextlib.closing(rows), tqdm.tqdm(total=total, desc="encoding", unit="sample", disable=None) as bar:
             for shard, part in zip(shards, parts, strict=True):

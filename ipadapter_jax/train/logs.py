@@ -1,13 +1,12 @@
 """What a run leaves to read: metrics on disk, in TensorBoard and wandb, and the list of skipped records."""
 
-import contextlib
 import importlib
 import io
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from PIL import Image
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import write_whole
+from ipadapter_jax.lines import Lines, naming
 
 
 class RunLog:
@@ -30,7 +30,7 @@ class RunLog:
         self, folder: Path, *, tensorboard: bool, wandb: str | None, config: Mapping[str, Any], first_step: int
     ):
         self._folder = folder
-        self._metrics = _Lines(folder / "metrics.jsonl", lambda line: _is_step(line.get("step"), first_step))
+        self._metrics = Lines(folder / "metrics.jsonl", lambda line: _is_step(line.get("step"), first_step))
         self._tensorboard = _TensorBoard(folder / "tensorboard", config, first_step) if tensorboard else None
         self._wandb = _WandB(folder, wandb, config) if wandb is not None else None
 
@@ -85,7 +85,7 @@ class Skips:
     def __init__(self, path: Path, max_share: float):
         self.seen = self.bad = 0
         self._path, self._max_share = path, max_share
-        self._lines = _Lines(path, lambda line: isinstance(line.get("index"), int))
+        self._lines = Lines(path, lambda line: isinstance(line.get("index"), int))
         self._listed = {line["index"] for line in self._lines.found}
 
     def add(self, rows: int, skipped: Iterable[SkippedRecord]) -> None:
@@ -110,36 +110,6 @@ class Skips:
         self._lines.close()
 
 
-class _Lines:
-    """A JSONL file that is appended to, each line on disk at once.
-
-    `found` are the lines that are there already: those that `keep` wants. All others, a last one that a killed run
-    left in part among them, are removed from the file.
-    """
-
-    def __init__(self, path: Path, keep: Callable[[dict], bool]):
-        content = path.read_bytes() if path.exists() else b""
-        lines = [(line, _json_object(line)) for line in content.splitlines()]
-        kept = [(line, value) for line, value in lines if value is not None and keep(value)]
-        self.found = [value for _, value in kept]
-        cut = b"".join(line + b"\n" for line, _ in kept)
-        if cut != content:
-            write_whole(path, cut)
-        self._path = path
-        with _naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
-
-    def add(self, value: Mapping[str, Any]) -> None:
-        with _naming(self._path):
-            self._file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        with _naming(self._path):  # closing writes what an earlier failure left
-            self._file.close()
-
-
 class _TensorBoard:
     """Events for TensorBoard, written at once and from this thread.
 
@@ -154,7 +124,7 @@ class _TensorBoard:
 
         self._folder, self._summary = folder, tensorboardX.summary
         self._proto: Any = event_pb2  # its classes are made at run time, unknown to type checkers
-        with _naming(folder):
+        with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
             # File names carry the second only: the process tells a quick restart from the run before it.
             self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
@@ -174,11 +144,11 @@ class _TensorBoard:
         self._add(step, summary=self._summary.image(name, pixels, dataformats="HWC"))
 
     def close(self) -> None:
-        with _naming(self._folder):
+        with naming(self._folder):
             self._writer.close()
 
     def _add(self, step: int, **content: Any) -> None:
-        with _naming(self._folder):
+        with naming(self._folder):
             self._writer.write_event(self._proto.Event(step=step, wall_time=time.time(), **content))
             self._writer.flush()
 
@@ -215,19 +185,3 @@ class _WandB:
 
 def _is_step(value: Any, last: int) -> bool:
     return isinstance(value, int) and value <= last and last > 0  # a run that begins anew validates step 0 again
-
-
-def _json_object(line: bytes) -> dict | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: not written ({error.strerror}); make room or choose another folder") from None

@@ -15,14 +15,16 @@ from jax.sharding import Mesh
 
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.data.batches import Skipped, batches
+from ipadapter_jax.differences import differences
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.flops import count_flops
+from ipadapter_jax.stopping import STOPPED
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.config import Train, check, identity
 from ipadapter_jax.train.desk import Desk
 from ipadapter_jax.train.digest import digests, fingerprint
 from ipadapter_jax.train.distributed import barrier, initialize
-from ipadapter_jax.train.folder import agreed, differences, run_lock, together
+from ipadapter_jax.train.folder import agreed, run_lock, together
 from ipadapter_jax.train.logs import Skips
 from ipadapter_jax.train.memory import available, plan, remedies
 from ipadapter_jax.train.networks import load_networks
@@ -36,7 +38,6 @@ from ipadapter_jax.train.validation import Validation
 
 log = logging.getLogger("ipadapter_jax")
 
-STOPPED = 75  # the exit code that asks a scheduler to start the run again
 CHECKPOINTS = "checkpoints"  # in the folder of a run
 _SURE = 1.25  # the computed memory is right to 13 % beside XLA's own plan
 _IN_FLIGHT = 2  # steps given to the devices before the first one's outcome is looked at: they never wait for the host

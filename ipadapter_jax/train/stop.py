@@ -1,44 +1,34 @@
-"""Asked to stop: SIGTERM and Ctrl-C, noticed at the same step by every process of a run."""
+"""Asked to stop, noticed at the same step by every process of a run."""
 
 import signal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from ipadapter_jax.stopping import Stopping
 
-class StopSignal:
-    """Notices that the run is asked to stop, by SIGTERM (a scheduler's notice) or Ctrl-C to any of its processes.
 
-        with StopSignal() as stop:
-            for step in steps:
-                ...
-                if stop.requested(step):
-                    break
+class StopSignal(Stopping):
+    """Notices that the run is asked to stop, by SIGTERM or Ctrl-C to any of its processes.
 
-    A second Ctrl-C ends the process at once. Only for the main thread, as all signal handlers.
+    with StopSignal() as stop:
+        for step in steps:
+            ...
+            if stop.requested(step):
+                break
     """
-
-    def __enter__(self) -> "StopSignal":
-        self._asked = False
-        self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._interrupted)}
-        if not jax.distributed.is_initialized():  # else jax has a handler of its own, which tells the other processes
-            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step. Every process asks once after every step, with the step's number; all of
         them get True at the same one. Takes microseconds."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+        return self.asked
 
-    def _ask(self, *_: object) -> None:
-        self._asked = True
-
-    def _interrupted(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
-        signal.raise_signal(signal.SIGTERM)
+    def _handlers(self) -> dict[signal.Signals, Callable[..., Any]]:
+        handlers = super()._handlers()
+        if jax.distributed.is_initialized():  # jax has a handler of its own, which tells the other processes
+            del handlers[signal.SIGTERM]
+        return handlers

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.digest import digests, fingerprint
-from ipadapter_jax.train.folder import differences, run_lock
+from ipadapter_jax.train.folder import run_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 ABOUT = {"optim": {"learning_rate": 1e-4}, "data": [1, 2]}
@@ -380,16 +380,3 @@ def test_a_file_system_without_locks_warns(tmp_path: Path, monkeypatch, caplog) 
     monkeypatch.setattr("fcntl.flock", refuse)
     with caplog.at_level(logging.WARNING), run_lock(tmp_path):
         assert "cannot be locked (Operation not supported)" in caplog.text
-
-
-def test_differences() -> None:
-    old = {"optim": {"learning_rate": 1e-4, "warmup": 10}, "data": {"files": [1, 2]}, "gone": None, "deep": {}}
-    new = {"optim": {"learning_rate": 2e-4, "warmup": 10}, "data": {"files": (1, 2)}, "name": "b", "deep": {"a": {}}}
-    assert differences(old, new) == [
-        "optim.learning_rate: 0.0001 -> 0.0002",
-        "gone: null -> (absent)",
-        "deep: {} -> (absent)",
-        'name: (absent) -> "b"',
-        "deep.a: (absent) -> {}",
-    ]
-    assert differences(old, json.loads(json.dumps(old))) == []

@@ -1,0 +1,162 @@
+"""The folder of a job: its pictures are the truth, all other files say something about them.
+
+    fox.png, ...      pictures, there when they are whole
+    job.json          the settings that the job was begun with
+    job.jsonl         a line for each picture: what it was made from
+    bad_rows.jsonl    rows that cannot be used, and why
+    lock              held while a process is at work
+
+Of several processes that share a folder, process p > 0 has files of its own: job-p.jsonl, bad_rows-p.jsonl, lock-p.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from ipadapter_jax.differences import differences
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.files import unfinished, write_whole
+from ipadapter_jax.jobs.plan import Work
+from ipadapter_jax.jobs.rows import BadRow
+from ipadapter_jax.lines import Lines, read_lines
+from ipadapter_jax.lock import held
+
+SETTINGS = "job.json"
+
+
+class JobFolder:
+    """Opened by `job_folder`. `pending` are the works whose picture is not there yet."""
+
+    def __init__(self, out: Path, works: Sequence[Work], settings: Mapping[str, Any], shard: tuple[int, int]):
+        self._out, own = out, f"-{shard[0]}" if shard[0] else ""
+        self._bad_rows, manifest = out / f"bad_rows{own}.jsonl", out / f"job{own}.jsonl"
+        there = set(os.listdir(out))
+        self.pending = [work for work in works if work.picture not in there]
+        self._done = [work for work in works if work.picture in there]
+        self._agree(settings)
+        self._remove_leftovers({*(work.picture for work in works), manifest.name, self._bad_rows.name}, shard)
+        self._listed = self._listed_elsewhere(manifest, there)
+        self._manifest = Lines(manifest, lambda line: _is_first(line, there, self._listed))
+
+    def compare(self) -> None:
+        """Gives pictures that are there their lines, where a kill came between the two. Raises InputError when pictures
+        were made from rows that have changed since: nobody would notice."""
+        changed = []
+        for work in self._done:
+            line, facts = self._listed.get(work.picture), _facts(work)
+            if line is None:
+                self.note(work)
+            elif line != facts and (how := differences(_comparable(line), _comparable(facts))):
+                changed.append(f"{work.picture} for one ({'; '.join(how)[:500]})")
+        if changed:
+            raise InputError(
+                f"{self._out}: {len(changed)} pictures there were made from other rows, {changed[0]}; remove these "
+                "pictures to have them made again, or choose another --out"
+            )
+
+    def write(self, work: Work, png: bytes) -> None:
+        """The picture, under its name when it is whole. Safe in threads."""
+        write_whole(self._out / work.picture, png)
+
+    def note(self, work: Work) -> None:
+        """The line of a picture that was written."""
+        self._manifest.add(_facts(work))
+
+    def sync(self) -> None:
+        self._manifest.sync()
+
+    def report(self, bad: Iterable[BadRow]) -> None:
+        """Replaces the list of bad rows; there is no file when there are none."""
+        lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in sorted(bad)]
+        if lines:
+            write_whole(self._bad_rows, "".join(lines).encode("utf-8", "replace"))
+        else:
+            self._bad_rows.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._manifest.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _agree(self, settings: Mapping[str, Any]) -> None:
+        """Raises InputError when the folder's pictures were made with other settings, or by something else."""
+        path = self._out / SETTINGS
+        if not path.exists():
+            if self._done:
+                raise InputError(
+                    f"{self._out} holds {self._done[0].picture}, which no job has made there; choose another --out"
+                )
+            write_whole(path, json.dumps(settings, indent=2).encode() + b"\n")
+            return
+        try:
+            before = json.loads(path.read_bytes())
+            changed = differences(before, settings)
+        except (ValueError, AttributeError):
+            raise InputError(f"{path} is damaged; choose another --out") from None
+        if changed:
+            raise InputError(
+                f"{self._out} holds a job that was begun with other settings ({'; '.join(changed[:8])}); go on with "
+                "those, or choose another --out"
+            )
+
+    def _remove_leftovers(self, own: set[str], shard: tuple[int, int]) -> None:
+        """What a kill has left half written; other processes may be at the like."""
+        for path, name in unfinished(self._out):
+            if name in own or shard[1] == 1:
+                path.unlink(missing_ok=True)
+
+    def _listed_elsewhere(self, manifest: Path, there: set[str]) -> dict[str, dict]:
+        """The lines of pictures in other manifests, of a job that had other processes, by picture."""
+        listed: dict[str, dict] = {}
+        for path in sorted(self._out.glob("job*.jsonl")):
+            if path != manifest:
+                for line in read_lines(path):
+                    _is_first(line, there, listed)
+        return listed
+
+
+@contextlib.contextmanager
+def job_folder(
+    out: Path, works: Sequence[Work], settings: Mapping[str, Any], shard: tuple[int, int]
+) -> Iterator[JobFolder]:
+    """Opens the folder of a new job or of one to go on with, and puts right what a kill has left; `works` are all works
+    of this process. Raises InputError: in use, begun with other settings, made from other rows, not a job's."""
+    lock = out / (f"lock-{shard[0]}" if shard[0] else "lock")
+    with held(lock), JobFolder(out, works, settings, shard) as folder:
+        folder.compare()
+        yield folder
+
+
+def _facts(work: Work) -> dict[str, Any]:
+    row = work.row
+    return {
+        "picture": work.picture,
+        "name": row.name,
+        "prompt": row.prompt,
+        "negative_prompt": row.negative_prompt,
+        "images": [os.fsencode(path).decode("utf-8", "replace") for path in row.images],
+        "seed": work.seed,
+        "scale": work.scale,
+    }
+
+
+def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """With the names of image prompts alone, which may lie in another folder now."""
+    images = facts.get("images")
+    return {**facts, "images": [os.path.basename(str(path)) for path in images] if isinstance(images, list) else images}
+
+
+def _is_first(line: dict, there: set[str], listed: dict[str, dict]) -> bool:
+    """Whether this is the first line of a picture that is there; then it is added to `listed`."""
+    picture = line.get("picture")
+    if not isinstance(picture, str) or picture not in there or picture in listed:
+        return False
+    listed[picture] = line
+    return True

@@ -1,0 +1,122 @@
+"""A job, from its rows to its pictures: rows are loaded ahead, batch after batch is made, and what was made is written
+meanwhile. It may be killed at any moment; the same call goes on from there."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.in_order import in_order
+from ipadapter_jax.jobs.folder import job_folder
+from ipadapter_jax.jobs.plan import Work, batches
+from ipadapter_jax.jobs.rows import BadRow, Row
+from ipadapter_jax.stopping import STOPPED, Stopping
+
+Content = TypeVar("Content")
+Picture = TypeVar("Picture")
+
+_THREADS = 4  # that load, and as many that write: decoding and encoding a picture take about as long
+_IN_FLIGHT = 2  # batches that may be unwritten when another is begun: the device never waits for the disk
+
+
+@dataclasses.dataclass
+class Tally:
+    """Of one process: pictures in all, those that were there before, bad rows so far (whose pictures count in all the
+    same), pictures made now, and whether it was stopped before the end."""
+
+    total: int
+    before: int
+    bad: list[BadRow]
+    made: int = 0
+    stopped: bool = False
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+        return STOPPED if self.stopped else 0
+
+
+def run_job(
+    works: Sequence[Work],
+    out: Path,
+    *,
+    settings: Mapping[str, Any],
+    batch_size: int,
+    load: Callable[[Row], Content],
+    make: Callable[[list[tuple[Work, Content]]], Sequence[Picture]],
+    encode: Callable[[Work, Picture], bytes],
+    bad: Sequence[BadRow] = (),
+    shard: tuple[int, int] = (0, 1),
+    on_progress: Callable[[Tally], None] = lambda tally: None,
+) -> Tally:
+    """Makes the works whose picture is not in `out` yet, or those until SIGTERM or Ctrl-C. `folder` says what else is
+    left there. For the main thread.
+
+    works, shard: from `plan`, with the same shard. settings: JSON; all that pictures depend on beside the rows.
+    load: what is needed of a row's files, called once a row, ahead of time, in threads; an InputError makes it a bad
+      row, which the next one replaces. A few batches of what it returns are in memory.
+    make: the pictures of a batch, all of equally many image prompts; the last ones of a kind are smaller. They need not
+      be computed when it returns.
+    encode: a picture as PNG, in threads, while the next batch is made.
+    bad: rows that cannot be used, as `read_rows` found; process 0 reports them.
+    on_progress: called when a batch is written.
+    Raises InputError when the folder cannot be used, and what `make` and `encode` raise; what was made is kept.
+    """
+    found = list(bad) if shard[0] == 0 else []
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(job_folder(out, works, settings, shard))
+        folder.report(found)
+        tally = Tally(total=len(works), before=len(works) - len(folder.pending), bad=found)
+        stop = stack.enter_context(Stopping())
+        writers = stack.enter_context(ThreadPoolExecutor(_THREADS))
+        items = stack.enter_context(contextlib.closing(_loaded(folder.pending, load, 2 * batch_size, found)))
+        writing: deque[list[tuple[Work, Future[None]]]] = deque()
+
+        def write(work: Work, picture: Picture) -> None:
+            folder.write(work, encode(work, picture))
+
+        def finish(most: int) -> None:
+            """Waits until at most `most` batches are unwritten."""
+            while len(writing) > most:
+                for work, written in writing.popleft():
+                    written.result()
+                    folder.note(work)
+                    tally.made += 1
+                folder.sync()
+                on_progress(tally)
+
+        for batch in batches(items, batch_size):
+            if stop.asked:
+                tally.stopped = True
+                break
+            pairs = zip((work for work, _ in batch), make(batch), strict=True)
+            writing.append([(work, writers.submit(write, work, picture)) for work, picture in pairs])
+            finish(_IN_FLIGHT)
+        finish(0)
+        folder.report(found)
+    return tally
+
+
+def _loaded(
+    works: Sequence[Work], load: Callable[[Row], Content], ahead: int, bad: list[BadRow]
+) -> Generator[tuple[Work, Content], None, None]:
+    """The works with what `load` gives for their rows; rows that it refuses are left out and added to `bad`."""
+
+    def attempt(group: list[Work]) -> tuple[list[Work], Content | InputError]:
+        try:
+            return group, load(group[0].row)
+        except InputError as error:
+            return group, error
+
+    groups = (list(group) for _, group in itertools.groupby(works, key=lambda work: work.row.index))
+    with contextlib.closing(in_order(attempt, groups, threads=_THREADS, ahead=ahead)) as attempts:
+        for group, content in attempts:
+            if isinstance(content, InputError):
+                bad.append(BadRow(group[0].row.line, str(content)))
+            else:
+                yield from ((work, content) for work in group)

@@ -1,0 +1,193 @@
+"""Rows from folders, CSV and JSONL: what is read, and what each bad row is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.jobs.rows import BadRow, Row, read_rows
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With pictures; rows only look whether they are there."""
+    for name in ("fox.png", "owl.jpg", "deep/hen.webp"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pictures" / name).write_bytes(b"")
+    return tmp_path / "pictures"
+
+
+def read(folder: Path, content: str | bytes, name: str = "rows") -> tuple[list[Row], list[BadRow]]:
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_rows(folder / name)
+
+
+def test_csv(folder):
+    content = (
+        "\ufeffname,prompt,image,seed,scale,negative_prompt\r\n"
+        'one,"a fox, red","fox.png; deep/hen.webp",7,0.5,blurry\r\n'
+        ",,,,,\r\n"
+        "\r\n"
+        ',"two\nlines",,3.0,,\r\n'
+        f",,{folder}/owl.jpg,,,\r\n"
+    )
+    rows, bad = read(folder, content)
+    pictures = (folder / "fox.png", folder / "deep/hen.webp")
+    assert bad == []
+    assert rows == [
+        Row(0, 2, "one", "a fox, red", "blurry", pictures, 7, 0.5),
+        Row(1, 5, "000001", "two\nlines", "", (), 3, None),
+        Row(2, 7, "000002", "", "", (folder / "owl.jpg",), None, None),
+    ]
+
+
+def test_jsonl(folder):
+    lines = [
+        {"name": "one", "prompt": "a fox", "image": ["fox.png", "deep/hen.webp"], "seed": 0, "scale": 1},
+        {"image": "owl.jpg", "prompt": None, "seed": None, "scale": None, "negative_prompt": "Füße"},
+    ]
+    rows, bad = read(folder, "\n\n".join(json.dumps(line) for line in lines))
+    assert bad == []
+    assert rows == [
+        Row(0, 1, "one", "a fox", "", (folder / "fox.png", folder / "deep/hen.webp"), 0, 1.0),
+        Row(1, 3, "000001", "", "Füße", (folder / "owl.jpg",), None, None),
+    ]
+
+
+def test_a_folder(folder):
+    (folder / "owl.txt").write_bytes("\ufeffan owl\n".encode())
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "notes.md").write_bytes(b"")
+    (folder / " x.png").write_bytes(b"")
+    assert read_rows(folder) == (
+        [
+            Row(0, 1, "x", "", "", (folder / " x.png",), None, None),
+            Row(1, 2, "fox", "", "", (folder / "fox.png",), None, None),
+            Row(2, 3, "owl", "an owl", "", (folder / "owl.jpg",), None, None),
+        ],
+        [],
+    )
+
+
+def test_bad_pictures_of_a_folder(folder):
+    (folder / "fox.jpg").write_bytes(b"")
+    (folder / "owl.txt").write_bytes(b"F\xfc\xdfe")
+    (folder / "what?.png").write_bytes(b"")
+    rows, bad = read_rows(folder)
+    assert [row.name for row in rows] == ["fox"]
+    assert [(row.line, row.reason.split(";")[0]) for row in bad] == [
+        (2, "name 'fox' is that of line 1 too, but for case"),
+        (3, "prompt 'F\\udcfc\\udcdfe' is not UTF-8"),
+        (4, "name 'what?' is no good file name"),
+    ]
+
+
+BAD_CSV = [
+    ("a,,,,,\nb,,,,,,", "7 values for 6 columns; put text that has commas into quotes"),
+    ("a,,,,,\nb", "1 values for 6 columns"),
+    (",,blurry,1,1,x", "neither prompt nor image; give one of them or both"),
+    ("a,gone.png,,,,", "image 'gone.png' does not exist; paths are relative to "),
+    ("a,deep,,,,", "image 'deep' is a folder, not a picture"),
+    ("a,fox.png;gone.png,,,,", "image 'gone.png' does not exist"),
+    ("a,,,-1,,", "seed '-1' must be a whole number between 0 and 2^32 - 1"),
+    ("a,,,4294967296,,", "seed '4294967296' must be"),
+    ("a,,,1.5,,", "seed '1.5' must be"),
+    ("a,,,one,,", "seed 'one' must be"),
+    ("a,,,inf,,", "seed 'inf' must be"),
+    ("a,,,,much,", "scale 'much' is not a finite number; 0 is the base model"),
+    ("a,,,,nan,", "scale 'nan' is not a finite number"),
+    ("a,,,,,../a", "name '../a' is no good file name; leave out "),
+    ("a,,,,,.a", "name '.a' is no good file name"),
+    ("a,,,,," + "ü" * 76, "is too long; at most 150 bytes"),
+    ("a,,,,,Ä\nb,,,,,ä", "name 'ä' is that of line 3 too, but for case; rename one"),
+    ("a,,,,,000001", None),
+    ("a,,,,,000002\nb,,,,,", "name '000002' is that of line 3 too"),
+    ('"a" b,,,,,', "not CSV (',' expected after '\"'); close every quote"),
+    ('"a,,,,,\nb,,,,,\nc,,,,,', "lines 3 to 5: not CSV (unexpected end of data)"),
+    (b"F\xfc\xdfe,,,,,", "prompt 'F\\udcfc\\udcdfe' is not UTF-8; save the text as UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("lines", "message"), BAD_CSV)
+def test_bad_rows_of_a_csv_file(folder, lines, message):
+    """Each costs that row alone: the one before it is read."""
+    lines = lines if isinstance(lines, bytes) else lines.encode()
+    rows, bad = read(folder, b"prompt,image,negative_prompt,seed,scale,name\nfine,,,,,\n" + lines)
+    assert rows[0].prompt == "fine"
+    assert len(bad) == (message is not None)
+    if message is not None:
+        assert message in bad[0].reason
+        several = lines.count(b"\n") and not bad[0].reason.startswith("lines")
+        assert bad[0].line == (4 if several else 3)
+
+
+BAD_JSON = [
+    ('{"prompt": "a"', "not JSON (Expecting ',' delimiter"),
+    ("[" * 100_000, "not JSON ("),
+    ('["a"]', "not an object; a line should look like {"),
+    ('{"prompt": 3}', "prompt 3 is not a text; put it into quotes"),
+    ('{"prompt": "a", "image": 3}', "image 3 is not a text"),
+    ('{"image": ["fox.png", null]}', "image None is not a text"),
+    ('{"image": "fox.png;owl.jpg"}', "image 'fox.png;owl.jpg' does not exist"),
+    ('{"image": "fox\\u0000.png"}', "image 'fox\\x00.png' does not exist"),
+    ('{"image": "https://example.com/fox.png"}', "does not exist"),
+    ('{"image": []}', "neither prompt nor image"),
+    ('{"prompt": "\\ud800"}', "prompt '\\ud800' is not UTF-8"),
+    (b'{"prompt": "\xff"}', "prompt '\\udcff' is not UTF-8"),
+    ('{"prompt": "a", "seed": true}', "seed True must be a whole number"),
+    ('{"prompt": "a", "seed": [1]}', "seed [1] must be"),
+    ('{"prompt": "a", "scale": NaN}', "scale nan is not a finite number"),
+    ('{"prompt": "a", "scale": 1' + "0" * 400 + "}", "is not a finite number"),
+    ('{"prompt": "a", "name": "a\\nb"}', "name 'a\\nb' is no good file name"),
+    ('{"promt": "a"}', "unknown column 'promt' (did you mean 'prompt'?)"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_JSON)
+def test_bad_lines_of_a_jsonl_file(folder, line, message):
+    line = line if isinstance(line, bytes) else line.encode()
+    rows, bad = read(folder, b'{"prompt": "fine"}\n' + line + b'\n{"prompt": "fine, too"}')
+    assert [(row.name, row.line) for row in rows] == [("000000", 1), ("000002", 3)]
+    (bad_row,) = bad
+    assert bad_row.line == 2 and message in bad_row.reason and len(bad_row.reason) < 500
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no row that can be used; it is empty"),
+        (b"prompt,image\n", "holds no row that can be used; it is empty"),
+        (b"prompt\n\na,b\n", "holds no row that can be used; line 3: 2 values for 1 columns"),
+        (
+            b"promt\na\n",
+            "line 1: unknown column 'promt' (did you mean 'prompt'?); the columns, separated by commas, are ",
+        ),
+        (b"Image\na\n", "(did you mean 'image'?)"),
+        (b"prompt;image\na;b\n", "unknown column 'prompt;image'"),
+        (b"prompt,prompt\na,b\n", "two columns are named 'prompt'; remove one of them"),
+        (b"a red fox\n", "unknown column 'a red fox'; the columns"),
+        (b'{"promt": "a"}\n{"promt": "b"}', "line 1: unknown column 'promt' (did you mean 'prompt'?)"),
+        (b'"prompt\na', "line 2: unexpected end of data"),
+        ("prompt\na".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is not a text; give a folder of pictures, a CSV or a JSONL file"),
+    ],
+)
+def test_what_cannot_be_used_as_a_whole(folder, content, message):
+    with pytest.raises(InputError) as caught:
+        read(folder, content)
+    assert message in str(caught.value) and str(folder / "rows") in str(caught.value)
+
+
+def test_no_source(tmp_path):
+    with pytest.raises(InputError, match="gone.csv cannot be read .No such file or directory.; give a folder"):
+        read_rows(tmp_path / "gone.csv")
+    with pytest.raises(InputError, match="holds no row that can be used; it is empty; give pictures"):
+        read_rows(tmp_path)
+
+
+def test_a_relative_source_means_the_same_from_elsewhere(folder, monkeypatch):
+    read(folder, "image\nfox.png\n", "rows.csv")
+    monkeypatch.chdir(folder.parent)
+    assert read_rows(Path("pictures/rows.csv")) == read_rows(folder / "rows.csv")
+    assert read_rows(Path("pictures")) == read_rows(folder)
