@@ -54,15 +54,6 @@ class Canvas:
         return mask * pictures + (1 - mask) * (self.picture.astype(np.float32) / 255)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Start:
-    """What a run begins with: latents (B, h, w, 4), and with a mask what is kept or what the network is shown."""
-
-    latents: Array
-    kept: sampling.Kept | None = None
-    more_channels: Array | None = None
-
-
 def start(
     canvas: Canvas,
     vae: VAE,
@@ -73,20 +64,20 @@ def start(
     *,
     strength: float,
     shown: bool,
-) -> Start:
+) -> sampling.Start:
     """The canvas under noise (B, h, w, 4); noise alone where inpainting has full strength. `shown`: the UNet is an
     inpainting one of 9 channels, which sees mask and masked picture."""
     h, w, _ = shape = noise.shape[1:]
     clean = sampling.encode_picture(vae, params, canvas.pixels, batch.noise(shape, POSTERIOR))
     latents = run.level[0] * clean + run.level[1] * noise
     if canvas.mask is None:
-        return Start(latents)
+        return sampling.Start(latents)
     if strength == 1:
         latents = noise * np.float32(run.init_noise_sigma)
     inside = np.broadcast_to(latent_mask(canvas.mask, h, w)[:, :, None], (batch.count, h, w, 1))
     mask = batch.spread(inside)
     if not shown:
-        return Start(latents, sampling.Kept(mask, clean, noise))
+        return sampling.Start(latents, sampling.Kept(mask, clean, noise))
     masked = canvas.pixels * (canvas.mask < 0.5)[None, :, :, None]
     seen = sampling.encode_picture(vae, params, masked, batch.noise(shape, MASKED_POSTERIOR))
-    return Start(latents, more_channels=jnp.concatenate([mask, seen], axis=-1))
+    return sampling.Start(latents, more_channels=jnp.concatenate([mask, seen], axis=-1))

@@ -13,6 +13,7 @@ from ipadapter_jax.adapters import Adapter, Picture, Uncond
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.masks import load_mask
 from ipadapter_jax.models.unet import KeyValue, Site
+from ipadapter_jax.sampling import Conditions
 from ipadapter_jax.scales import scale_table
 
 ImagePrompt = Picture | Sequence[Picture]
@@ -92,6 +93,13 @@ def entries_of(
     return entries
 
 
+def entry_weights(entries: Sequence[Entry], conditions: Conditions, num_steps: int) -> np.ndarray:
+    """The weights of all entries (steps, E, G, sites) for a run under these conditions."""
+    if entries:
+        return np.stack([entry.weight for entry in entries], axis=1)
+    return np.zeros((num_steps, 0, conditions.text_kv[0][0].shape[1], len(conditions.text_kv)), np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """From one adapter's pictures to its entries."""
@@ -168,7 +176,7 @@ def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
 
 
 def _scales(scale: Any, adapters: int) -> list[Any]:
-    scale = scale.tolist() if isinstance(scale, np.ndarray) else scale
+    scale = scale.tolist() if hasattr(scale, "tolist") else scale  # an array, or a number of numpy or jax
     scales = list(scale) if isinstance(scale, list | tuple) else [scale] * adapters
     if len(scales) != adapters:
         raise InputError(

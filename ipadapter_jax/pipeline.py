@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,9 @@ from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_i
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.diffusion.samplers import Run, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
-from ipadapter_jax.diffusion.steps import begin
-from ipadapter_jax.editing import Canvas, Start, start
+from ipadapter_jax.editing import Canvas, start
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.image_prompts import Controls, Entry, ImagePrompt, PerPrompt, entries_of
+from ipadapter_jax.image_prompts import Controls, Entry, ImagePrompt, PerPrompt, entries_of, entry_weights
 from ipadapter_jax.masks import site_masks
 from ipadapter_jax.models.clip import CLIPText
 from ipadapter_jax.models.unet import UNet, cross_attention_sites, site_grids
@@ -35,9 +34,6 @@ from ipadapter_jax.weights.tree import Tree
 
 DTYPES = ("float32", "bfloat16", "float16")
 GUIDANCE_SCALE = 7.5  # Stable Diffusion's usual one
-
-OnStep = Callable[[int, float, Array], None]
-"""Called after every step with its number, its timestep and the latents (B, h, w, 4)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -157,7 +153,7 @@ class StableDiffusion:
         latents: np.ndarray | None = None,
         output_type: str = "pil",
         return_attention_maps: bool = False,
-        callback: OnStep | None = None,
+        callback: sampling.OnStep | None = None,
     ) -> Any:
         """Pictures for every prompt, prompt-major.
 
@@ -212,7 +208,7 @@ class StableDiffusion:
 
         batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt))
         noise = batch.noise(shape, 0) if given is None else batch.spread(given)
-        began = Start(noise * np.float32(run.init_noise_sigma))
+        began = sampling.Start(noise * np.float32(run.init_noise_sigma))
         if canvas is not None:
             shown = self.unet.config.in_channels != shape[-1]
             params = self.params["vae"]
@@ -220,7 +216,9 @@ class StableDiffusion:
         conditions = self._conditions(
             prompts, negatives, clip_skip, guidance_scale, guidance_rescale, entries, shape, batch
         )
-        final, maps = self._denoise(began, run, entries, conditions, batch, return_attention_maps, callback)
+        denoise = functools.partial(sampling.denoise, self.unet, self.mesh, return_attention_maps, self.params["unet"])
+        weight = entry_weights(entries, conditions, len(run.steps.timestep))
+        final, maps = sampling.run_steps(denoise, run.steps, weight, conditions, batch, began, callback)
         if output_type == "latent":
             found = np.asarray(final)[:count]
         else:
@@ -288,39 +286,6 @@ class StableDiffusion:
             guidance_scale=np.float32(guidance_scale),
             guidance_rescale=np.float32(guidance_rescale),
         )
-
-    def _denoise(
-        self,
-        began: Start,
-        run: Run,
-        entries: Sequence[Entry],
-        conditions: sampling.Conditions,
-        batch: sampling.Batch,
-        maps: bool,
-        on_step: OnStep | None,
-    ) -> tuple[Array, Any]:
-        """All steps in one call, or with `on_step` one call per step."""
-        steps, sites = run.steps, len(conditions.text_kv)
-        stochastic, total = bool(np.any(steps.noise)), len(steps.timestep)
-        branches = conditions.text_kv[0][0].shape[1]
-        weight = np.zeros((total, 0, branches, sites), np.float32)
-        if entries:
-            weight = np.stack([entry.weight for entry in entries], axis=1)
-        state, seen = sampling.placed(begin(began.latents), self.mesh), []
-        length = total if on_step is None else 1
-        for first in range(0, total, length):
-            part = slice(first, first + length)
-            numbers = range(first, first + length)
-            noise = jnp.stack([batch.noise(state.x.shape[1:], 1 + i) for i in numbers]) if stochastic else None
-            inputs = sampling.Inputs(jax.tree.map(lambda field, part=part: field[part], steps), noise, weight[part])
-            params = self.params["unet"]
-            state, new = sampling.denoise(
-                self.unet, self.mesh, maps, params, state, inputs, conditions, began.kept, began.more_channels
-            )
-            seen.append(new)
-            if on_step is not None:
-                on_step(first, float(steps.timestep[first]), state.x[: batch.count])
-        return state.x, jax.tree.map(lambda *parts: np.concatenate(parts), *seen) if maps else None
 
     def _text(self, prompts: Sequence[str], clip_skip: int) -> Array:
         """Text states (P, S, D)."""

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from ipadapter_jax.diffusion.guidance import guide
-from ipadapter_jax.diffusion.steps import State, Steps, advance
+from ipadapter_jax.diffusion.steps import State, Steps, advance, begin
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
 from ipadapter_jax.models.projections import Projection
@@ -133,6 +133,15 @@ class Kept(NamedTuple):
     noise: Array
 
 
+class Start(NamedTuple):
+    """What a run begins with: latents (B, h, w, 4); what a UNet of 4 channels gets back after every step; what an
+    inpainting one of 9 is shown beside the latents, mask and masked picture (B, h, w, 5)."""
+
+    latents: Array
+    kept: Kept | None = None
+    more_channels: Array | None = None
+
+
 class Inputs(NamedTuple):
     """What each of n steps takes, along the leading axis: a scan walks it."""
 
@@ -222,6 +231,36 @@ def _with_maps(unet: UNet, maps: bool, params: Tree, *inputs: Any) -> tuple[Arra
         return _apply(unet, params, *inputs), None
     output, seen = unet.apply({"params": params}, *inputs, mutable=["maps"])
     return output, UNet.maps_of(seen["maps"], unet.config)
+
+
+OnStep = Callable[[int, float, Array], None]
+"""Called after every step with its number, its timestep and the latents (B, h, w, 4)."""
+
+
+def run_steps(
+    denoise: Callable,
+    steps: Steps,
+    image_weight: np.ndarray,
+    conditions: Conditions,
+    batch: Batch,
+    start: Start,
+    on_step: OnStep | None,
+) -> tuple[Array, Any]:
+    """All steps in one call of `denoise` (without its first four arguments), or with `on_step` one call per step: final
+    latents and, where `denoise` gives them, the attention maps of all steps as numpy arrays."""
+    stochastic, total = bool(np.any(steps.noise)), len(steps.timestep)
+    state, seen = placed(begin(start.latents), batch.mesh), []
+    length = total if on_step is None else 1
+    for first in range(0, total, length):
+        part = slice(first, first + length)
+        numbers = range(first, first + length)
+        noise = jnp.stack([batch.noise(state.x.shape[1:], 1 + i) for i in numbers]) if stochastic else None
+        inputs = Inputs(jax.tree.map(lambda field, part=part: field[part], steps), noise, image_weight[part])
+        state, new = denoise(state, inputs, conditions, start.kept, start.more_channels)
+        seen.append(new)
+        if on_step is not None:
+            on_step(first, float(steps.timestep[first]), state.x[: batch.count])
+    return state.x, jax.tree.map(lambda *parts: np.concatenate(parts), *seen)
 
 
 @functools.partial(jax.jit, static_argnums=0)

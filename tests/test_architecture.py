@@ -21,7 +21,8 @@ LAYERS = [
     {"lines", "models"},
     {"jobs", "weights"},
     {"sampling", "base_model"},
-    {"adapters"},
+    {"adapters", "attention_maps", "masks", "scales"},
+    {"editing", "image_prompts"},
     {"pipeline", "convert", "describe", "data"},
     {"scenes"},
     {"evaluate"},
@@ -125,7 +126,9 @@ def test_sizes(name: str) -> None:
     assert lines <= MAX_FILE_LINES, f"{name} has {lines} lines: one concept per file"
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            # Without signature and docstring: a public function with many arguments has to describe them.
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
             assert length <= MAX_FUNCTION_LINES, f"{name}: {node.name} has {length} lines"
 
 

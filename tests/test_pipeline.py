@@ -13,7 +13,7 @@ from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, compilations,
 from PIL import Image
 
 import ipadapter_jax.pipeline
-from ipadapter_jax import InputError, StableDiffusion, WeightFileError
+from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion, WeightFileError
 from ipadapter_jax.adapters import Adapter
 from ipadapter_jax.models.projections import ImageProjConfig
 
@@ -137,7 +137,7 @@ def test_two_adapters_at_weight_zero_and_one(base, pipe):
 
 def test_given_embeddings_replace_the_picture(pipe):
     adapter = pipe.adapters[0]
-    features = np.asarray(adapter.from_images(CAT, "crop", guided=True)())
+    features = np.asarray(adapter.from_images([[CAT]], "crop", guided=True)[0]())[0]
     expected = pipe("a cat", ip_adapter_image=CAT, **SMALL)
     np.testing.assert_array_equal(pipe("a cat", ip_adapter_image_embeds=[features], **SMALL), expected)
 
@@ -193,7 +193,7 @@ WRONG = [
     ({"height": float("nan")}, "height=nan"),
     ({"guidance_scale": 1e300}, "guidance_scale=1e"),
     ({"guidance_scale": "7"}, "guidance_scale=7"),
-    ({"ip_adapter_scale": "0.5"}, "ip_adapter_scale=0.5 is not a finite number"),
+    ({"ip_adapter_scale": "0.5"}, "no preset '0.5'; choose linear"),
     ({"prompt": None}, "prompt must be a text"),
     ({"prompt": "\udcff"}, "no text in UTF-8"),
     ({"seed": None}, "seed None must be a whole number"),
@@ -201,7 +201,7 @@ WRONG = [
     ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, "too large for 2 pictures"),
     ({"latents": "abc"}, "latents must be an array of numbers"),
     ({"callback": 5}, "callback must be a function"),
-    ({"ip_adapter_image": None, "ip_adapter_image_embeds": 5}, "ip_adapter_image_embeds have shape"),
+    ({"ip_adapter_image": None, "ip_adapter_image_embeds": 5}, "ip_adapter_image_embeds of shape"),
     ({"ip_adapter_image": None, "ip_adapter_image_embeds": [["a"]]}, "ip_adapter_image_embeds must be an array"),
     ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
     ({"ip_adapter_scale": float("nan")}, "ip_adapter_scale=nan is not a finite number"),
@@ -222,7 +222,30 @@ WRONG = [
     ({"ip_adapter_image": []}, "empty"),
     ({"ip_adapter_image": "nowhere.png"}, "nowhere.png"),
     ({"ip_adapter_image_embeds": [np.zeros((2, 1, 40))]}, "both given"),
-    ({"ip_adapter_image": None, "ip_adapter_image_embeds": [np.zeros((1, 1, 40))]}, r"needs \(2, pictures, 40\)"),
+    ({"ip_adapter_scale": "stile"}, "no preset 'stile'; did you mean 'style'?"),
+    ({"ip_adapter_scale": {"down": {"block_7": 1}}}, "down.block_7 has no cross-attention here; down has block_0"),
+    ({"ip_adapter_scale": {"up": {"block_1": [1]}}}, "up.block_1 has 1 factors for"),
+    ({"ip_adapter_scale": Scale(layers=[1.0])}, "1 factors for"),
+    ({"ip_adapter_scale": Scale(start=0.5, end=0.5)}, "0 <= start < end <= 1"),
+    ({"ip_adapter_scale": Scale(steps=())}, "steps is empty"),
+    ({"ip_adapter_scale": Scale(steps="linear")}, "no list of numbers"),
+    ({"ip_adapter_scale": [[1.0, 1.0]]}, "2 scales for 1 pictures"),
+    ({"ip_adapter_scale": [["linear"]]}, "take one number each"),
+    ({"ip_adapter_masks": CAT}, "is a list with one mask for each picture"),
+    ({"ip_adapter_masks": [CAT, CAT]}, "2 masks for 1 pictures"),
+    ({"ip_adapter_masks": [np.zeros((64, 128))]}, "mask 1 is 128 x 64 pixels, the picture 64 x 64"),
+    ({"negative_ip_adapter_image": [CAT, CAT]}, "2 pictures for 1; give one"),
+    ({"ip_adapter_uncond": "none"}, "ip_adapter_uncond 'none' is not known; choose default"),
+    ({"ip_adapter_image": PerPrompt([CAT, CAT])}, "2 image prompts for 1 prompts"),
+    ({"fit": "tile", "ip_adapter_image": np.zeros((9, 90, 3))}, "would be 10 tiles, at most 8"),
+    ({"strength": 0.5}, "strength is for painting over a picture: give image"),
+    ({"image": CAT, "strength": 0.1}, "leaves no step to make"),
+    ({"image": CAT, "strength": 1.5}, "leaves no step to make: give at most 1"),
+    ({"mask_image": CAT}, "give both"),
+    ({"image": CAT, "exact_outside_mask": True}, "exact_outside_mask needs mask_image"),
+    ({"guidance_rescale": 2.0}, "guidance_rescale=2.0 must lie between 0"),
+    ({"clip_skip": 9}, "clip_skip=9 must be a whole number of layers to leave out, 0 to"),
+    ({"ip_adapter_image": None, "ip_adapter_image_embeds": [np.zeros((3, 1, 40))]}, r"needs \(2, pictures, 40\)"),
 ]
 
 
@@ -255,7 +278,7 @@ def test_wrong_models_are_refused_by_name(base, tmp_path):
 
 def test_a_picture_that_is_not_finite_is_an_error():
     with pytest.raises(InputError, match="not finite: .* try bfloat16 or float32"):
-        ipadapter_jax.pipeline._pictures(np.full((1, 8, 8, 3), np.nan, np.float32), "np")
+        ipadapter_jax.pipeline._pictures(np.full((1, 8, 8, 3), np.nan, np.float32), "np", None)
 
 
 def test_numbers_may_come_from_numpy_and_jax(pipe):
@@ -322,7 +345,7 @@ def test_a_model_without_a_size_asks_for_one(tmp_path):
 def test_prompts_have_the_tokenizers_length(tmp_path):
     """As in diffusers: model_max_length of the tokenizer, not the positions that the text encoder has."""
     pipe = StableDiffusion.from_pretrained(copy_with(tmp_path, "tokenizer/tokenizer_config.json", model_max_length=20))
-    assert pipe._tokenize(["a cat"]).shape == (1, 20)
+    assert pipe._text(["a cat"], 0).shape[:2] == (1, 20)
 
 
 def test_repr_is_one_line(pipe):

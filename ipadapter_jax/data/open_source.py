@@ -17,13 +17,13 @@ from ipadapter_jax.data.strings import printable
 from ipadapter_jax.data.tar_shards import TarSource
 from ipadapter_jax.data.tfds import FEATURES, INFO, TfdsSource
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.preprocess import SUFFIXES
+from ipadapter_jax.preprocess import SUFFIXES as PICTURES
 
 # What a folder may hold, by preference: img2dataset leaves .parquet files beside its shards and pictures.
 SUFFIXES = {
     "tar": re.compile(r"\.tar$"),
     "array_record": re.compile(r"\.array_?record(-\d+-of-\d+)?$"),
-    "folder": re.compile(rf"\.({'|'.join(suffix[1:] for suffix in sorted(SUFFIXES))})$", re.IGNORECASE),
+    "folder": re.compile(rf"\.({'|'.join(suffix[1:] for suffix in sorted(PICTURES))})$", re.IGNORECASE),
     "parquet": re.compile(r"\.parquet$"),
 }
 MAGIC = {b"PAR1": "parquet", bytes.fromhex("83af70d10d884a3f"): "array_record"}  # the latter begins Riegeli files
