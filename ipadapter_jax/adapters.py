@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +50,12 @@ pixels that are zero, or those of a black picture (ComfyUI's choice for plus and
 adapters were trained with: zero features for base ones, zero pixels for plus and full ones."""
 
 
+class Prepared(NamedTuple):
+    """Pictures of one image prompt as the image encoder sees them, (n, side, side, 3)."""
+
+    pixels: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """One IP-Adapter with its image encoder, weights included; without an encoder it takes embeddings alone."""
@@ -61,12 +67,12 @@ class Adapter:
     source: Path
 
     def keys_values(self, features: Array, weight: np.ndarray) -> list[KeyValue]:
-        """Features (Q, G, n, ...) and a weight for each picture (n,) -> per site keys and values (Q, G, n N, C)."""
+        """Features (Q, G, n, ...), weights of the pictures (Q or 1, n) -> per site keys and values (Q, G, n N, C)."""
         return sampling.image_keys_values(self.projection, self.keys, self.params, features, weight)
 
     def from_images(
         self,
-        prompts: Sequence[Sequence[Picture]],
+        prompts: Sequence[Sequence[Picture] | Prepared],
         fit: str,
         guided: bool,
         negative: Sequence[Picture] | None = None,
@@ -100,6 +106,10 @@ class Adapter:
             return jnp.stack([jnp.broadcast_to(unlike, positive.shape), positive], axis=1)
 
         return features, count
+
+    def prepare(self, pictures: Sequence[Picture], fit: str) -> Prepared:
+        """Reads pictures once, for a prompt that is used again or later. Raises InputError naming what cannot be."""
+        return Prepared(_pixels(pictures, self.encoder.module.config.image_size, fit))
 
     def from_embeds(self, embeds: Any, guided: bool) -> tuple[Callable[[], Array], int]:
         """Features (G, n, F) or, for plus and full, (G, n, L, F), or a file of them, as `from_images` returns them.
@@ -157,8 +167,10 @@ class Adapter:
         return self.loaded_encoder
 
 
-def _pixels(pictures: Sequence[Picture], side: int, fit: str) -> np.ndarray:
+def _pixels(pictures: Sequence[Picture] | Prepared, side: int, fit: str) -> np.ndarray:
     """Pictures -> what the encoder sees of them (n, side, side, 3), with fit "tile" several squares of each."""
+    if isinstance(pictures, Prepared):
+        return pictures.pixels
     loaded = [load_image(picture) for picture in pictures]
     if not loaded:
         raise InputError("ip_adapter_image is an empty list; give at least one picture")

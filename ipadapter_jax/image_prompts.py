@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from ipadapter_jax.adapters import Adapter, Picture, Uncond
+from ipadapter_jax.adapters import Adapter, Picture, Prepared, Uncond
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.masks import load_mask
 from ipadapter_jax.models.unet import KeyValue, Site
 from ipadapter_jax.sampling import Conditions
-from ipadapter_jax.scales import scale_table
+from ipadapter_jax.scales import Scale, scale_table
 
 ImagePrompt = Picture | Sequence[Picture]
 
@@ -27,8 +27,9 @@ class PerPrompt(tuple):
 class Entry:
     """One attention of every site beside the text's: an adapter's pictures, or one of them with a mask.
 
-    `features` encodes the pictures (Q, G, n, ...); of these `pictures` are used, each times `picture_weight`, and with
-    `crossed` the two branches of guidance exchanged. `weight` (steps, G, sites) and `mask` (H, W) say where it acts.
+    `features` encodes the pictures (Q, G, n, ...); of these `pictures` are used, each times `picture_weight` (Q or 1,
+    n), with `crossed` the two branches of guidance exchanged. `weight` (steps, G, sites) and `mask` (H, W) say where it
+    acts.
     """
 
     adapter: Adapter
@@ -84,7 +85,7 @@ def entries_of(
             if len(prompts) not in (1, num_prompts):
                 raise InputError(f"ip_adapter_image has {len(prompts)} image prompts for {num_prompts} prompts")
             features, count = adapter.from_images(prompts, controls.fit, guided, negative, controls.uncond)
-        plan = _Plan(adapter, functools.cache(features), count, sites, num_steps, 2 if guided else 1)
+        plan = _Plan(adapter, functools.cache(features), count, sites, num_steps, 2 if guided else 1, num_prompts)
         if of_pictures is None:
             entries += plan.together(scale)
         else:
@@ -110,15 +111,18 @@ class _Plan:
     sites: Sequence[Site]
     num_steps: int
     branches: int
+    num_prompts: int
 
     def together(self, scale: Any) -> list[Entry]:
         """All pictures in one softmax; a list of numbers weighs each."""
-        weight = np.ones(self.count, np.float32)
-        if isinstance(scale, list | tuple):
+        weight = np.ones((1, self.count), np.float32)
+        if isinstance(scale, PerPrompt):
+            weight, scale = self._by_prompt(scale)
+        elif isinstance(scale, list | tuple):
             if any(not isinstance(s, int | float) for s in scale):
                 raise InputError("ip_adapter_scale: several pictures without masks take one number each, or one scale")
             tables = [scale_table(s, self.sites, 1).own[0, 0] for s in self._each(scale)]
-            weight, scale = np.asarray(tables, np.float32), 1.0
+            weight, scale = np.asarray([tables], np.float32), 1.0
         return self._entries(slice(None), weight, scale, None)
 
     def apart(self, scale: Any, masks: Sequence[np.ndarray]) -> list[Entry]:
@@ -127,10 +131,22 @@ class _Plan:
             raise InputError(f"ip_adapter_masks: {len(masks)} masks for {self.count} pictures; give one for each")
         scales = self._each(scale) if isinstance(scale, list | tuple) else [scale] * self.count
         made = [
-            self._entries(slice(i, i + 1), np.ones(1, np.float32), s, mask)
+            self._entries(slice(i, i + 1), np.ones((1, 1), np.float32), s, mask)
             for i, (s, mask) in enumerate(zip(scales, masks, strict=True))
         ]
         return [entry for entries in made for entry in entries]
+
+    def _by_prompt(self, scales: "PerPrompt") -> tuple[np.ndarray, Scale]:
+        """A weight for each prompt's pictures (Q, n), and the scale that they have in common."""
+        full = [s if isinstance(s, Scale) else Scale(s) for s in scales]
+        common = [dataclasses.replace(s, value=1.0) for s in full]
+        if len(full) != self.num_prompts or any(s != common[0] for s in common):
+            raise InputError(
+                f"ip_adapter_scale: PerPrompt takes one for each of {self.num_prompts} prompts, and they may differ in "
+                "their value alone"
+            )
+        values = [scale_table(s.value, self.sites, 1).own[0, 0] for s in full]
+        return np.repeat(np.asarray(values, np.float32)[:, None], self.count, axis=1), common[0]
 
     def _each(self, scales: Sequence[Any]) -> Sequence[Any]:
         if len(scales) != self.count:
@@ -147,8 +163,8 @@ class _Plan:
         return entries
 
 
-def _pictures(prompt: ImagePrompt) -> list[Picture]:
-    return list(prompt) if isinstance(prompt, list | tuple) else [prompt]  # pyright: ignore[reportReturnType]
+def _pictures(prompt: Any) -> Any:
+    return prompt if isinstance(prompt, Prepared) else list(prompt) if isinstance(prompt, list | tuple) else [prompt]  # pyright: ignore[reportReturnType]
 
 
 def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
@@ -177,7 +193,8 @@ def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
 
 def _scales(scale: Any, adapters: int) -> list[Any]:
     scale = scale.tolist() if hasattr(scale, "tolist") else scale  # an array, or a number of numpy or jax
-    scales = list(scale) if isinstance(scale, list | tuple) else [scale] * adapters
+    several = isinstance(scale, list | tuple) and not isinstance(scale, PerPrompt)
+    scales = list(scale) if several else [scale] * adapters
     if len(scales) != adapters:
         raise InputError(
             f"ip_adapter_scale has {len(scales)} values for {adapters} adapters; give one for each, and for several "

@@ -21,7 +21,7 @@ from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_i
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.diffusion.samplers import Run, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
-from ipadapter_jax.editing import Canvas, start
+from ipadapter_jax.editing import Canvas, start, strength_of
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.image_prompts import Controls, Entry, ImagePrompt, PerPrompt, entries_of, entry_weights
 from ipadapter_jax.masks import site_masks
@@ -185,8 +185,7 @@ class StableDiffusion:
             num_images_per_prompt, guidance_scale, guidance_rescale, clip_skip, layers, eta, output_type, callback
         )
         canvas = self._canvas(image, mask_image, strength, exact_outside_mask, height, width)
-        if strength is None:
-            strength = 0.8 if canvas is not None and canvas.mask is None else 1.0
+        strength = strength_of(strength, image, mask_image)
         schedule = self.schedule.changed(scheduler_config or {})
         run = sample_table(scheduler, schedule, num_inference_steps, eta, strength)
         shape = self._latent_shape(*((height, width) if canvas is None else canvas.picture.shape[:2]))

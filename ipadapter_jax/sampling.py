@@ -91,18 +91,17 @@ def image_keys_values(
     projection: Projection, adapter: IPAdapter, params: Tree, features: Array, weight: Array
 ) -> list[KeyValue]:
     """Features (Q, G, n, ...) of Q prompts of n pictures -> per site keys and values (Q, G, n N, C), the tokens of a
-    prompt in one row, the values of each picture times its weight (n,)."""
+    prompt in one row, the values of each picture times its weight (Q or 1, n)."""
     prompts, branches, _, *rest = features.shape
     tokens = _apply(projection, params["image_proj"], features.reshape(-1, *rest))
     rows = _apply(adapter, params["ip_adapter"], tokens.reshape(prompts * branches, -1, tokens.shape[-1]))
-    of_token = jnp.repeat(weight, tokens.shape[-2])[:, None]
-    return [
-        (
-            k.reshape(prompts, branches, *k.shape[1:]),
-            (v * of_token.astype(v.dtype)).reshape(prompts, branches, *v.shape[1:]),
-        )
-        for k, v in rows
-    ]
+    of_token = jnp.repeat(jnp.asarray(weight), tokens.shape[-2], axis=1)[:, None, :, None]  # (Q or 1, 1, n N, 1)
+
+    def by_prompt(x: Array) -> Array:
+        x = x.reshape(prompts, branches, *x.shape[1:])
+        return jnp.broadcast_to(x, (max(prompts, len(of_token)), *x.shape[1:]))
+
+    return [(by_prompt(k), by_prompt(v) * of_token.astype(v.dtype)) for k, v in rows]
 
 
 @functools.partial(jax.jit, static_argnums=0)

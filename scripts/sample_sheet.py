@@ -14,25 +14,21 @@ from typing import Annotated
 
 import tqdm
 import tyro
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ipadapter_jax import InputError, StableDiffusion
 from ipadapter_jax.embedded import REFERENCE
+from ipadapter_jax.figures import Labelled, sheet
 from ipadapter_jax.files import check_writable, write_whole
 from ipadapter_jax.preprocess import clip_pixels, load_image
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 RESULTS = 4
 STEPS = 30
-ENLARGE = 4  # mini paints 64 pixels
-LINE, GAP = 24, 8  # pixels
 WHAT_TO_SEE = (
     "What to look for: above, the reference's colours, shape, texture and background in every picture; "
     "below, whether they come as the scale rises."
 )
-
-Row = list[tuple[str, Image.Image]]
-"""Pictures of one size, each with its label."""
 
 
 def main(
@@ -50,7 +46,7 @@ def main(
         told = f'the picture and the words "{prompt}"' if prompt else "the picture alone, no words"
         titles = f"The prompt: {told}; scale 1", f"The same prompt, seed {seed}, the scale of the picture from 0 to 1"
         buffer = io.BytesIO()
-        sheet(dict(zip(titles, (above, below), strict=True))).save(buffer, "PNG")
+        sheet(dict(zip(titles, (above, below), strict=True)), WHAT_TO_SEE).save(buffer, "PNG")
         write_whole(out, buffer.getvalue())
     except InputError as error:
         print(f"sample_sheet: {error}", file=sys.stderr)
@@ -59,7 +55,7 @@ def main(
     return 0
 
 
-def sample(reference: Image.Image, prompt: str, seed: int) -> tuple[Row, Row]:
+def sample(reference: Image.Image, prompt: str, seed: int) -> tuple[Labelled, Labelled]:
     """The row of results and that of scales. One picture a call: scales and seeds are data, so that the first call
     compiles and the others run."""
     pipe = StableDiffusion.from_pretrained("mini").with_ip_adapter("mini")
@@ -75,24 +71,6 @@ def sample(reference: Image.Image, prompt: str, seed: int) -> tuple[Row, Row]:
     seen = Image.fromarray(clip_pixels(reference, pipe.adapters[0].encoder.module.config.image_size))
     results = [(f"seed {seed + number}", painted[1.0, number]) for number in range(RESULTS)]
     return [("reference", seen), *results], [(f"scale {scale:g}", painted[scale, 0]) for scale in SCALES]
-
-
-def sheet(rows: dict[str, Row]) -> Image.Image:
-    """The rows, each under its title, enlarged, with a line about what to look at."""
-    cells = [cell for row in rows.values() for _, cell in row]
-    width, height = cells[0].width * ENLARGE, cells[0].height * ENLARGE
-    columns, block = max(map(len, rows.values())), 2 * LINE + height + GAP
-    canvas = Image.new("RGB", (GAP + columns * (width + GAP), len(rows) * block + LINE + GAP), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
-    for number, (title, row) in enumerate(rows.items()):
-        top = number * block
-        draw.text((GAP, top + LINE / 2), title, "black", font, anchor="lm")
-        for column, (label, cell) in enumerate(row):
-            left = GAP + column * (width + GAP)
-            draw.text((left, top + 1.5 * LINE), label, "black", font, anchor="lm")
-            canvas.paste(cell.resize((width, height), Image.Resampling.BICUBIC), (left, top + 2 * LINE))
-    draw.text((GAP, len(rows) * block + LINE / 2), WHAT_TO_SEE, "black", font, anchor="lm")
-    return canvas
 
 
 if __name__ == "__main__":

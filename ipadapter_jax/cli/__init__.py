@@ -17,6 +17,7 @@ from typing import Any
 
 import tyro
 
+from ipadapter_jax.cli.batch import Batch, batch
 from ipadapter_jax.cli.convert import Convert, convert
 from ipadapter_jax.cli.doctor import Doctor, doctor
 from ipadapter_jax.cli.encode import encode
@@ -30,6 +31,7 @@ from ipadapter_jax.train.encode import Encode
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "generate": (Generate, generate),
+    "batch": (Batch, batch),
     "train": (Train, train),
     "encode": (Encode, encode),
     "convert": (Convert, convert),

@@ -1,0 +1,65 @@
+"""`ipadapter-jax generate --explore`: one figure of what a control does."""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import tqdm
+from PIL import Image
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.figures import Labelled, sheet
+from ipadapter_jax.models.unet import cross_attention_sites
+from ipadapter_jax.pipeline import StableDiffusion
+from ipadapter_jax.preprocess import clip_pixels
+from ipadapter_jax.scales import PRESETS, Scale, scale_table
+
+if TYPE_CHECKING:
+    from ipadapter_jax.cli.generate import Generate
+
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def figure(
+    pipe: StableDiffusion, args: "Generate", what: Literal["scales", "presets"], pictures: Sequence[Image.Image]
+) -> bytes:
+    """A PNG: seeds by scales, or references by presets (those that the UNet's layers allow). One picture a call, so
+    that the first compiles and all others run."""
+    presets = [name for name in PRESETS if _possible(pipe, name)]
+    count = args.num_images * len(SCALES) if what == "scales" else len(pictures) * len(presets)
+    with tqdm.tqdm(total=count, desc="compiling, then sampling", unit="picture", disable=None) as bar:
+
+        def paint(references: Sequence[Image.Image], scale: Scale, seed: int) -> Image.Image:
+            [picture] = pipe(
+                args.prompt,
+                negative_prompt=args.negative_prompt,
+                ip_adapter_image=list(references),
+                ip_adapter_scale=scale,
+                seed=seed,
+                **args.arguments(),
+            )
+            bar.update()
+            return picture
+
+        rows: dict[str, Labelled] = {}
+        if what == "scales":
+            for seed in range(args.seed, args.seed + args.num_images):
+                cells = [(f"scale {value:g}", paint(pictures, args.scale_of(value), seed)) for value in SCALES]
+                rows[f"seed {seed}"] = cells
+        else:
+            for number, reference in enumerate(pictures):
+                cells = [(name, paint([reference], args.scale_of(layers=name), args.seed)) for name in presets]
+                title = f"{args.image[number]}, scale {args.scale:g}, seed {args.seed}"
+                rows[title] = [("reference", Image.fromarray(clip_pixels(reference))), *cells]
+    drawn = sheet(rows, side=192)
+    buffer = io.BytesIO()
+    drawn.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _possible(pipe: StableDiffusion, preset: str) -> bool:
+    try:
+        scale_table(preset, cross_attention_sites(pipe.unet.config), 1)
+    except InputError:
+        return False
+    return True

@@ -1,0 +1,194 @@
+"""What all commands that sample are told: models, sampler, controls of the image prompt; and what comes of it."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import io
+import json
+import math
+import sys
+from typing import Any, Literal
+
+from PIL import Image, PngImagePlugin
+
+from ipadapter_jax import embedded
+from ipadapter_jax.adapters import Uncond, open_adapter
+from ipadapter_jax.base_model import check_text_to_image, open_base
+from ipadapter_jax.diffusion.samplers import sample_table
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.files import sha256
+from ipadapter_jax.models.unet import cross_attention_sites
+from ipadapter_jax.pipeline import StableDiffusion
+from ipadapter_jax.scales import Scale, scale_table
+from ipadapter_jax.weights.tensors import files_of
+
+
+@dataclasses.dataclass(kw_only=True)
+class Sampling:
+    """Options of every command that samples."""
+
+    base: str = embedded.NAME
+    """Base model: a folder in diffusers' layout (PyTorch or Flax weights), a single file (.safetensors or .ckpt), a
+    Hub id such as owner/name, or mini, the model inside this package (./mini is a folder of that name)."""
+    config: str | None = None
+    """For a single file: folder or Hub id of its family, for settings and tokenizer; by default Stable Diffusion
+    1.5."""
+    vae: str | None = None
+    """Another VAE than the base model's: a folder, a Hub id or a file."""
+    text_encoder: str | None = None
+    """Another text encoder than the base model's: a folder, a Hub id or a file."""
+    extract_ema: bool = False
+    """For a single file: take the moving average of its UNet."""
+    negative_prompt: str = ""
+    """What to avoid."""
+    adapter: str | None = None
+    """IP-Adapter file (.safetensors or .bin), or a place on the Hub such as owner/name/folder/file.safetensors. The
+    base model mini has two, mini and mini-plus; with an image prompt the first is its default."""
+    image_encoder: str | None = None
+    """Folder, file or Hub place of the CLIP vision model; by default image_encoder beside the adapter."""
+    scale: float = 1.0
+    """Weight of the image prompt: 0 is the base model, 0.5 to 0.7 balances with the text, 1 follows the picture."""
+    layers: str = "linear"
+    """Where the image prompt acts: a preset ("ease out", "style", "composition", "strong style" ...), or as JSON
+    diffusers' dictionary {"up": {"block_1": [0, 1, 0]}}, a sum of presets {"style": 1, "composition": 0.5}, or a list
+    with a factor for each layer."""
+    scale_start: float = 0.0
+    """From which part of the steps on the image prompt acts."""
+    scale_end: float = 1.0
+    """Up to which part of the steps."""
+    scale_steps: tuple[float, ...] = (1.0,)
+    """Factors of the scale spread over the steps, linear between: "1 0" fades out, "0 1" in."""
+    fit: Literal["crop", "resize", "pad", "tile"] = "crop"
+    """How a reference that is not square becomes so; tile makes several squares of it."""
+    negative_image: str | None = None
+    """A picture to keep away from: what the unconditional branch of guidance sees."""
+    uncond: Uncond = "default"
+    """What that branch sees without one: zeros (features), "zero pixels" or black. The default is what the adapter was
+    trained with."""
+    steps: int = 50
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 turns it off. By default the model's own, 7.5 for Stable Diffusion."""
+    guidance_rescale: float = 0.0
+    """How far the guided prediction gets back the spread of the unguided one, 0 to 1; against burnt colours."""
+    clip_skip: int = 0
+    """Layers of the text encoder to leave out for the prompt."""
+    scheduler: Literal["ddim", "ddpm", "pndm", "dpmsolver++", "euler", "euler_a", "unipc", "lcm"] = "ddim"
+    """The sampler. dpmsolver++ and unipc need 20 to 30 steps; lcm is for models that were distilled for it."""
+    karras: bool = False
+    """Noise levels after Karras et al., for dpmsolver++, euler and unipc."""
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
+    """Where the steps lie; by default as the model's scheduler_config.json says, or as the sampler prefers."""
+    zero_snr: bool = False
+    """Rescale the noise schedule so that the first step starts from pure noise, for models trained so; the spacing is
+    then trailing unless another is given."""
+    eta: float = 0.0
+    """Fresh noise in every step, from 0 (none) to 1 (as DDPM)."""
+    height: int | None = None
+    """Height in pixels, a multiple of 8; by default the model's own size."""
+    width: int | None = None
+    """Width in pixels."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of weights and networks; bfloat16 halves the memory and is the fast one on accelerators."""
+    variant: str | None = None
+    """Which weight files of the base model to prefer, such as fp16."""
+    revision: str | None = None
+    """Branch, tag or commit of the base model on the Hub."""
+
+    def check(self) -> None:
+        """Raises InputError for what can be told before any file is opened."""
+        if self.steps < 1:
+            raise InputError(f"--steps {self.steps} must be at least 1")
+        if self.karras and self.scheduler not in ("dpmsolver++", "euler", "unipc"):
+            raise InputError(
+                f"--karras has no meaning for --scheduler {self.scheduler}; it is for dpmsolver++, euler, unipc"
+            )
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"--eta {self.eta} must lie between 0 and 1")
+        for name, value in (("scale", self.scale), ("guidance-scale", self.guidance_scale)):
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"--{name} {value} is not a finite number")
+
+    def load(self, *, with_encoder: bool = True, inpainting: bool = False) -> StableDiffusion:
+        """Opens all that is needed, so that what does not fit is said at once, then reads it."""
+        base = open_base(
+            self.base,
+            variant=self.variant,
+            revision=self.revision,
+            config=self.config,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            extract_ema=self.extract_ema,
+        )
+        unet = base.config("unet")
+        if not inpainting:
+            check_text_to_image(self.base, unet)
+        sample_table(self.scheduler, base.schedule.changed(self.scheduler_config()), self.steps, self.eta)
+        scale_table(self.scale_of(), cross_attention_sites(unet), self.steps)
+        encoder = self.image_encoder if with_encoder else False
+        adapter = None if self.adapter is None else open_adapter(self.adapter, encoder, unet)
+        if sys.stderr.isatty():
+            print("loading the weights", file=sys.stderr)
+        pipe = StableDiffusion.from_opened(base, self.dtype)
+        return pipe if adapter is None else pipe.with_opened(adapter)
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """What the options change of the model's own settings."""
+        options = {
+            "use_karras_sigmas": self.karras,
+            "timestep_spacing": self.timestep_spacing or ("trailing" if self.zero_snr else None),
+            "rescale_betas_zero_snr": self.zero_snr,
+        }
+        return {name: value for name, value in options.items() if value}
+
+    def scale_of(self, value: float | None = None, layers: str | None = None) -> Scale:
+        """The scale of the image prompt, by default as the options say."""
+        given: Any = self.layers if layers is None else layers
+        if given.lstrip().startswith(("{", "[")):
+            try:
+                given = json.loads(given)
+            except ValueError as error:
+                raise InputError(f"--layers: no JSON ({error}); an example is '{{\"mid\": 1}}'") from None
+        return Scale(self.scale if value is None else value, given, self.scale_start, self.scale_end, self.scale_steps)
+
+    def arguments(self) -> dict[str, Any]:
+        """For the call of a pipeline: all that does not differ from picture to picture."""
+        return {
+            "negative_ip_adapter_image": self.negative_image,
+            "ip_adapter_uncond": self.uncond,
+            "fit": self.fit,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
+            "clip_skip": self.clip_skip,
+            "scheduler": self.scheduler,
+            "scheduler_config": self.scheduler_config(),
+            "eta": self.eta,
+            "height": self.height,
+            "width": self.width,
+        }
+
+
+def digests(pipe: StableDiffusion) -> dict[str, dict[str, str]]:
+    """Per part of the pipeline the sha256 of its weight files."""
+    sources = dict(pipe.sources)
+    for adapter in pipe.adapters:
+        sources["ip_adapter"] = adapter.source
+        if adapter.loaded_encoder is not None:
+            sources["image_encoder"] = adapter.loaded_encoder.source
+    once = functools.cache(sha256)  # a single file has all parts
+    return {part: {file.name: once(file) for file in files_of(source)} for part, source in sources.items()}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a picture looks like."""
+    return {name: importlib.metadata.version(name) for name in ("ipadapter-jax", "jax", "jaxlib", "flax")}
+
+
+def png(picture: Image.Image, metadata: dict[str, Any]) -> bytes:
+    """The picture as PNG, with the metadata in its text chunk "ipadapter_jax"."""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("ipadapter_jax", json.dumps(metadata, ensure_ascii=False))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=text)
+    return buffer.getvalue()

@@ -1,0 +1,39 @@
+"""Figures: pictures in rows with labels, and heat over a picture."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+LINE, GAP = 24, 8  # pixels
+
+Labelled = Sequence[tuple[str, Image.Image]]
+"""Pictures of one size, each with its label."""
+
+
+def sheet(rows: Mapping[str, Labelled], note: str = "", side: int = 256) -> Image.Image:
+    """The rows, each under its title, with a note below; every picture `side` wide, in the shape of the last one."""
+    *_, (_, last) = (cell for row in rows.values() for cell in row)
+    width, height = side, round(side * last.height / last.width)
+    columns, block = max(map(len, rows.values())), 2 * LINE + height + GAP
+    canvas = Image.new("RGB", (GAP + columns * (width + GAP), len(rows) * block + (LINE + GAP if note else 0)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
+    for number, (title, row) in enumerate(rows.items()):
+        top = number * block
+        draw.text((GAP, top + LINE / 2), title, "black", font, anchor="lm")
+        for column, (label, cell) in enumerate(row):
+            left = GAP + column * (width + GAP)
+            draw.text((left, top + 1.5 * LINE), label, "black", font, anchor="lm")
+            canvas.paste(cell.resize((width, height), Image.Resampling.BICUBIC), (left, top + 2 * LINE))
+    draw.text((GAP, len(rows) * block + LINE / 2), note, "black", font, anchor="lm")
+    return canvas
+
+
+def heated(picture: Image.Image, heat: np.ndarray) -> Image.Image:
+    """The picture in grey under its heat (H, W): from blue, the least of the map, over white to red, the most."""
+    low, high = float(heat.min()), float(heat.max())
+    share = (heat - low) / (high - low) if high > low else np.full_like(heat, 0.5)
+    cold, warm = np.clip(1 - 2 * share, 0, 1), np.clip(2 * share - 1, 0, 1)
+    colour = np.stack([1 - cold, 1 - np.maximum(cold, warm), 1 - warm], axis=-1)
+    grey = np.asarray(picture.convert("L"), np.float32)[:, :, None] / 255
+    return Image.fromarray(np.uint8(np.rint(255 * (0.35 + 0.65 * grey) * colour)))
