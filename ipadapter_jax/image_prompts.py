@@ -72,6 +72,11 @@ def entries_of(
     Reads and checks what was given; encoders run when an entry is asked for keys and values. Raises InputError.
     """
     given = _per_adapter(controls, len(adapters))
+    if controls.embeds is not None and (controls.negative is not None or controls.uncond != "default"):
+        raise InputError(
+            "negative_ip_adapter_image and ip_adapter_uncond go with ip_adapter_image; ip_adapter_image_embeds holds "
+            "its negative branch itself"
+        )
     scales = _scales(controls.scale, len(adapters))
     masks = _masks(controls.masks, len(adapters))
     negatives = _negatives(controls.negative, len(adapters))
