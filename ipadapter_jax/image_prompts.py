@@ -4,6 +4,7 @@ cross-attention (`sampling.Conditions`)."""
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ class _Plan:
         """All pictures in one softmax; a list of numbers weighs each."""
         weight = np.ones(self.count, np.float32)
         if isinstance(scale, list | tuple):
-            if any(not isinstance(s, int | float) for s in scale):
+            if any(not isinstance(s, Real) for s in scale):
                 raise InputError("ip_adapter_scale: several pictures without masks take one number each, or one scale")
             tables = [scale_table(s, self.sites, 1).own[0, 0] for s in self._each(scale)]
             weight, scale = np.asarray(tables, np.float32), 1.0
