@@ -137,7 +137,7 @@ def _places(sites: Sequence[Site]) -> list[Place]:
 
 def _preset(name: str, sites: Sequence[Site]) -> np.ndarray:
     if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, 1)
+        near = get_close_matches(str(name), PRESETS, 1)
         meant = f"did you mean {near[0]!r}?" if near else f"choose {', '.join(PRESETS)}"
         raise InputError(f"ip_adapter_scale: no preset {name!r}; {meant}")
     preset = PRESETS[name]

@@ -185,6 +185,7 @@ def test_other_presets_follow_the_number_of_layers():
     ("scale", "message"),
     [
         ("stlye", "no preset 'stlye'; did you mean 'style'"),
+        ({4: 1.0}, "no preset 4; choose linear"),
         ({"style": 1, "down": 1}, "no preset 'down'"),
         ({"down": {"block_3": 1}}, "down.block_3 has no cross-attention here; down has block_0, block_1, block_2"),
         ({"up": {"block_0": 1}}, "up.block_0 has no cross-attention here; up has block_1, block_2, block_3"),
