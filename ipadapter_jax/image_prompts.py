@@ -182,8 +182,9 @@ def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
     if images is not None and embeds is not None:
         raise InputError("ip_adapter_image and ip_adapter_image_embeds are both given; give one of them")
     if not adapters:
-        if images is not None or embeds is not None:
-            raise InputError("an image prompt needs an adapter: call with_ip_adapter first")
+        needing = (images, embeds, controls.negative, controls.masks)
+        if any(value is not None for value in needing) or controls.uncond != "default":
+            raise InputError("an image prompt, negative or with masks, needs an adapter: call with_ip_adapter first")
         return []
     given = [images]
     if embeds is not None:
