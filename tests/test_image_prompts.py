@@ -117,7 +117,7 @@ def test_weights_of_pictures_scale_their_values_alone(pipe):
             adapter.keys,
             adapter.params,
             np.stack([np.zeros_like(picture), picture])[None, :, None],
-            np.ones(1, np.float32),
+            np.ones((1, 1), np.float32),
         )
         for picture in given
     ]
@@ -141,7 +141,7 @@ def test_a_weight_of_zero_is_not_leaving_a_picture_out(pipe):
 
 def test_weights_may_be_numbers_of_numpy(pipe):
     [entry] = entries(pipe, images=[CAT, DOG], scale=[[np.float32(0.5), np.int64(2)]])
-    np.testing.assert_array_equal(entry.picture_weight, [0.5, 2])
+    np.testing.assert_array_equal(entry.picture_weight, [[0.5, 2]])
 
 
 def test_a_mask_of_everything_is_no_mask(pipe):
@@ -301,7 +301,7 @@ def test_a_precise_preset_shows_the_other_layers_to_the_unconditional_branch_alo
     positive = features(pipe, CAT)
     given = np.stack([np.zeros_like(positive), positive])[None]
     kv = [
-        sampling.image_keys_values(adapter.projection, adapter.keys, adapter.params, order, np.ones(1, np.float32))
+        sampling.image_keys_values(adapter.projection, adapter.keys, adapter.params, order, np.ones((1, 1), np.float32))
         for order in (given, given[:, ::-1])
     ]
     acts = np.array([t in {0, 1, 2, 3, *range(9, 16)} for t in (*range(6), *range(7, 16), 6)])  # in file order
