@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.projections import Projection, image_projection
 from ipadapter_jax.models.unet import KeyValue, UNetConfig, cross_attention_sites
-from ipadapter_jax.preprocess import clip_pixel_values, load_image, square_tiles
+from ipadapter_jax.preprocess import FITS, clip_pixel_values, load_image, square_tiles
 from ipadapter_jax.weights.components import (
     IMAGE_ENCODER,
     Loaded,
@@ -51,7 +51,8 @@ the pictures away from grain. The default is what adapters were trained with: ze
 for plus and full ones."""
 
 
-class Prepared(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
     """Pictures of one image prompt as the image encoder sees them, (n, side, side, 3)."""
 
     pixels: np.ndarray
@@ -87,13 +88,12 @@ class Adapter:
         count = len(pixels[0])
         if any(len(prompt) != count for prompt in pixels):
             raise InputError("ip_adapter_image: all image prompts of one call must have the same number of pictures")
-        dark = None if negative is None else _pixels(negative, side, fit)
+        dark = None if negative is None else _pixels(negative, side, "crop" if fit == "tile" else fit)
         if dark is not None and len(dark) not in (1, count):
             raise InputError(
                 f"negative_ip_adapter_image has {len(dark)} pictures for {count}; give one, or one for each"
             )
-        if uncond not in get_args(Uncond):
-            raise InputError(f"ip_adapter_uncond {uncond!r} is not known; choose {', '.join(get_args(Uncond))}")
+        _check_uncond(uncond)
 
         def encode(pixels: np.ndarray) -> Array:
             return sampling.encode_image(encoder.module, patches, encoder.params, pixels)
@@ -112,9 +112,9 @@ class Adapter:
         """Reads pictures once, for a prompt that is used again or later. Raises InputError naming what cannot be."""
         return Prepared(_pixels(pictures, self.encoder.module.config.image_size, fit))
 
-    def from_embeds(self, embeds: Any, guided: bool) -> tuple[Callable[[], Array], int]:
+    def from_embeds(self, embeds: Any, guided: bool, uncond: Uncond = "default") -> tuple[Callable[[], Array], int]:
         """Features (G, n, F) or, for plus and full, (G, n, L, F), or a file of them, as `from_images` returns them.
-        Those of the positive branch alone get the negative one that the adapter was trained with.
+        Those of the positive branch alone get the negative one that `uncond` says.
 
         Raises InputError naming the right shape.
         """
@@ -139,11 +139,14 @@ class Adapter:
             positive = jnp.asarray(array[-1:])
             if not guided:
                 return positive[None]
-            negative = jnp.asarray(array[:1]) if len(array) == 2 else self._negative("default", positive)
+            negative = jnp.asarray(array[:1]) if len(array) == 2 else self._negative(uncond, positive)
             return jnp.concatenate([jnp.broadcast_to(negative, positive.shape), positive])[None]
 
-        if guided and len(array) == 1 and config.uses_patches:
-            _ = self.encoder  # the states of zero pixels come from it
+        if len(array) == 2 and uncond != "default":
+            raise InputError(f"ip_adapter_uncond={uncond!r}: {name} hold the negative branch already")
+        _check_uncond(uncond)
+        if guided and len(array) == 1 and uncond != "zeros" and (config.uses_patches or uncond != "default"):
+            _ = self.encoder  # which makes the negative branch
         return features, array.shape[1]
 
     def _negative(self, uncond: Uncond, like: Array) -> Array:
@@ -172,13 +175,20 @@ class Adapter:
         return self.loaded_encoder
 
 
+def _check_uncond(uncond: str) -> None:
+    if uncond not in get_args(Uncond):
+        raise InputError(f"ip_adapter_uncond {uncond!r} is not known; choose {', '.join(get_args(Uncond))}")
+
+
 def _pixels(pictures: Sequence[Picture] | Prepared, side: int, fit: str) -> np.ndarray:
     """Pictures -> what the encoder sees of them (n, side, side, 3), with fit "tile" several squares of each."""
     if isinstance(pictures, Prepared):
         return pictures.pixels
+    if fit not in (*FITS, "tile"):
+        raise InputError(f"fit={fit!r}: choose {', '.join(FITS)} or tile")
     loaded = [load_image(picture) for picture in pictures]
     if not loaded:
-        raise InputError("ip_adapter_image is an empty list; give at least one picture")
+        raise InputError("an image prompt is an empty list; give at least one picture")
     if fit == "tile":
         return clip_pixel_values([tile for picture in loaded for tile in square_tiles(picture)], side)
     return clip_pixel_values(loaded, side, fit)

@@ -51,10 +51,10 @@ class AttentionMaps:
                 f"entries, {len(self.sites)} sites; choose among them"
             )
         height, width = size
-        total = []
+        total = np.zeros(())  # a running sum: full adapters have 257 tokens
         for site in chosen:
             seen = self.maps[entry][site][steps, image].mean(axis=0)  # (L, N)
             rows = seen.T.reshape(-1, *self.grids[site])
             enlarged = [Image.fromarray(token).resize((width, height), Image.Resampling.BILINEAR) for token in rows]
-            total.append(np.stack([np.asarray(token) for token in enlarged]))
-        return np.mean(total, axis=0)
+            total = total + np.stack([np.asarray(token) for token in enlarged])
+        return total / len(chosen)

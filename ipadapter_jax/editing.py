@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from PIL import Image
 
 from ipadapter_jax import sampling
 from ipadapter_jax.arguments import latent_shape
@@ -39,9 +40,10 @@ class Canvas:
         height = loaded.height // multiple * multiple if height is None else height
         width = loaded.width // multiple * multiple if width is None else width
         latent_shape(height, width, multiple, 0)  # refuses what is no size
+        drawn_for = loaded.height, loaded.width
         if loaded.size != (width, height):
-            loaded = loaded.resize((width, height), 1)  # Lanczos, as diffusers
-        inside = None if mask is None else load_mask(mask, height, width, "mask_image")
+            loaded = loaded.resize((width, height), Image.Resampling.LANCZOS)  # as diffusers
+        inside = None if mask is None else load_mask(mask, height, width, "mask_image", drawn_for)
         return cls(np.asarray(loaded), inside)
 
     @property
@@ -50,9 +52,10 @@ class Canvas:
         return self.picture[None].astype(np.float32) / 127.5 - 1
 
     def restored(self, pictures: np.ndarray) -> np.ndarray:
-        """Pictures (B, H, W, 3) in [0, 1] with the very pixels of this one where the mask is 0."""
+        """Pictures (B, H, W, 3) in [0, 1] with the very pixels of this one where the mask is black, up to 1 % of white,
+        which is how far JPEG strays."""
         assert self.mask is not None
-        mask = self.mask[:, :, None]
+        mask = np.where(self.mask < 0.01, 0, self.mask)[:, :, None]
         return mask * pictures + (1 - mask) * (self.picture.astype(np.float32) / 255)
 
 

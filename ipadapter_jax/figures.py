@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 LINE, GAP = 24, 8  # pixels
 
@@ -12,7 +12,8 @@ Labelled = Sequence[tuple[str, Image.Image]]
 
 
 def sheet(rows: Mapping[str, Labelled], note: str = "", side: int = 256) -> Image.Image:
-    """The rows, each under its title, with a note below; every picture `side` wide, in the shape of the last one."""
+    """The rows, each under its title, with a note below; every picture fitted into `side` by what the last one then has
+    in height."""
     *_, (_, last) = (cell for row in rows.values() for cell in row)
     width, height = side, round(side * last.height / last.width)
     columns, block = max(map(len, rows.values())), 2 * LINE + height + GAP
@@ -24,7 +25,7 @@ def sheet(rows: Mapping[str, Labelled], note: str = "", side: int = 256) -> Imag
         for column, (label, cell) in enumerate(row):
             left = GAP + column * (width + GAP)
             draw.text((left, top + 1.5 * LINE), label, "black", font, anchor="lm")
-            canvas.paste(cell.resize((width, height), Image.Resampling.BICUBIC), (left, top + 2 * LINE))
+            canvas.paste(ImageOps.contain(cell, (width, height), Image.Resampling.BICUBIC), (left, top + 2 * LINE))
     draw.text((GAP, len(rows) * block + LINE / 2), note, "black", font, anchor="lm")
     return canvas
 

@@ -20,8 +20,11 @@ from ipadapter_jax.scales import Scale, scale_table
 ImagePrompt = Picture | Sequence[Picture]
 
 
-class PerPrompt(tuple):
-    """One image prompt for each text prompt, in a tuple: PerPrompt([cat, dog]) goes with two prompts."""
+@dataclasses.dataclass(frozen=True)
+class PerPrompt:
+    """One image prompt, or one scale, for each text prompt: PerPrompt([cat, dog]) goes with two prompts."""
+
+    items: Sequence[Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,22 +77,24 @@ def entries_of(
     Reads and checks what was given; encoders run when an entry is asked for keys and values. Raises InputError.
     """
     given = _per_adapter(controls, len(adapters))
-    if controls.embeds is not None and (controls.negative is not None or controls.uncond != "default"):
-        raise InputError(
-            "negative_ip_adapter_image and ip_adapter_uncond go with ip_adapter_image; ip_adapter_image_embeds holds "
-            "its negative branch itself"
-        )
+    if controls.embeds is not None and controls.negative is not None:
+        raise InputError("negative_ip_adapter_image goes with ip_adapter_image; embeddings hold their negative branch")
+    if not guided and (controls.negative is not None or controls.uncond != "default"):
+        raise InputError("negative_ip_adapter_image and ip_adapter_uncond need guidance: guidance_scale above 1")
     scales = _scales(controls.scale, len(adapters))
     masks = _masks(controls.masks, len(adapters))
     negatives = _negatives(controls.negative, len(adapters))
     entries = []
     for adapter, prompt, negative, scale, of_pictures in zip(adapters, given, negatives, scales, masks, strict=True):
         if controls.embeds is not None:
-            features, count = adapter.from_embeds(prompt, guided)
+            features, count = adapter.from_embeds(prompt, guided, controls.uncond)
         else:
-            prompts = [_pictures(p) for p in (prompt if isinstance(prompt, PerPrompt) else [prompt])]
+            prompts = [_pictures(p) for p in (prompt.items if isinstance(prompt, PerPrompt) else [prompt])]
             if len(prompts) not in (1, num_prompts):
-                raise InputError(f"ip_adapter_image has {len(prompts)} image prompts for {num_prompts} prompts")
+                raise InputError(
+                    f"ip_adapter_image has {len(prompts)} image prompts for {num_prompts} prompts; PerPrompt takes one for "
+                    "each"
+                )
             features, count = adapter.from_images(prompts, controls.fit, guided, negative, controls.uncond)
         plan = _Plan(adapter, functools.cache(features), count, sites, num_steps, 2 if guided else 1, num_prompts)
         if of_pictures is None:
@@ -134,7 +139,9 @@ class _Plan:
     def apart(self, scale: Any, masks: Sequence[np.ndarray]) -> list[Entry]:
         """Every picture in a softmax of its own, where its mask is."""
         if len(masks) != self.count:
-            raise InputError(f"ip_adapter_masks: {len(masks)} masks for {self.count} pictures; give one for each")
+            raise InputError(f"ip_adapter_masks: {len(masks)} masks for {self.count} {_SQUARES}; give one for each")
+        if isinstance(scale, PerPrompt):
+            raise InputError("ip_adapter_scale: PerPrompt goes without masks; with them give a scale for each picture")
         scales = self._each(scale) if isinstance(scale, list | tuple) else [scale] * self.count
         made = [
             self._entries(slice(i, i + 1), np.ones((1, 1), np.float32), s, mask)
@@ -144,19 +151,20 @@ class _Plan:
 
     def _by_prompt(self, scales: "PerPrompt") -> tuple[np.ndarray, Scale]:
         """A weight for each prompt's pictures (Q, n), and the scale that they have in common."""
-        full = [s if isinstance(s, Scale) else Scale(s) for s in scales]
+        full = [s if isinstance(s, Scale) else Scale(s) for s in scales.items]
         common = [dataclasses.replace(s, value=1.0) for s in full]
         if len(full) != self.num_prompts or any(s != common[0] for s in common):
             raise InputError(
                 f"ip_adapter_scale: PerPrompt takes one for each of {self.num_prompts} prompts, and they may differ in "
                 "their value alone"
             )
-        values = [scale_table(s.value, self.sites, 1).own[0, 0] for s in full]
-        return np.repeat(np.asarray(values, np.float32)[:, None], self.count, axis=1), common[0]
+        for s in full:  # a number: presets belong into Scale(layers=...)
+            scale_table(Scale(s.value), self.sites, 1)
+        return np.repeat(np.asarray([s.value for s in full], np.float32)[:, None], self.count, axis=1), common[0]
 
     def _each(self, scales: Sequence[Any]) -> Sequence[Any]:
         if len(scales) != self.count:
-            raise InputError(f"ip_adapter_scale: {len(scales)} scales for {self.count} pictures; give one for each")
+            raise InputError(f"ip_adapter_scale: {len(scales)} scales for {self.count} {_SQUARES}; give one for each")
         return scales
 
     def _entries(self, pictures: slice, weight: np.ndarray, scale: Any, mask: np.ndarray | None) -> list[Entry]:
@@ -169,8 +177,13 @@ class _Plan:
         return entries
 
 
+_SQUARES = 'pictures (of fit="tile" every square)'
+
+
 def _pictures(prompt: Any) -> Any:
-    return prompt if isinstance(prompt, Prepared) else list(prompt) if isinstance(prompt, list | tuple) else [prompt]  # pyright: ignore[reportReturnType]
+    if isinstance(prompt, Prepared):
+        return prompt
+    return list(prompt) if isinstance(prompt, list | tuple) else [prompt]
 
 
 def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
@@ -186,22 +199,27 @@ def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
         if any(value is not None for value in needing) or controls.uncond != "default":
             raise InputError("an image prompt, negative or with masks, needs an adapter: call with_ip_adapter first")
         return []
-    given = [images]
+    given = [images] * (adapters if isinstance(images, PerPrompt) else 1)
     if embeds is not None:
         given = list(embeds) if isinstance(embeds, list | tuple) else [embeds]
-    elif isinstance(images, list | tuple) and (
-        adapters > 1 or (type(images) is not PerPrompt and any(isinstance(image, list | tuple) for image in images))
-    ):
+        if any(isinstance(e, PerPrompt) for e in given):
+            raise InputError(
+                "ip_adapter_image_embeds are the same for all prompts; PerPrompt goes with ip_adapter_image"
+            )
+    elif isinstance(images, list | tuple) and (adapters > 1 or any(isinstance(i, list | tuple) for i in images)):
         given = list(images)
     if len(given) != adapters or any(prompt is None for prompt in given):
-        raise InputError(f"{adapters} adapter(s) need as many image prompts (ip_adapter_image), one for each")
+        name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
+        raise InputError(
+            f"{adapters} adapter(s) need as many image prompts ({name}), one for each; for one for each text prompt give "
+            "PerPrompt([...])"
+        )
     return given
 
 
 def _scales(scale: Any, adapters: int) -> list[Any]:
     scale = scale.tolist() if hasattr(scale, "tolist") else scale  # an array, or a number of numpy or jax
-    several = isinstance(scale, list | tuple) and not isinstance(scale, PerPrompt)
-    scales = list(scale) if several else [scale] * adapters
+    scales = list(scale) if isinstance(scale, list | tuple) else [scale] * adapters
     if len(scales) != adapters:
         raise InputError(
             f"ip_adapter_scale has {len(scales)} values for {adapters} adapters; give one for each, and for several "

@@ -10,19 +10,24 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.preprocess import load_image
 
 
-def load_mask(source: Any, height: int, width: int, what: str = "mask") -> np.ndarray:
-    """A picture file, a PIL picture or an array as a mask (height, width) float32 in [0, 1], white or 1 being inside.
+def load_mask(
+    source: Any, height: int, width: int, what: str = "mask", shape: tuple[int, int] | None = None
+) -> np.ndarray:
+    """A picture file, a PIL picture or an array as a mask (height, width) float32 in [0, 1], white or 1 being inside and
+    what is transparent outside.
 
-    Grey is kept. Raises InputError, with `what` in the message, when it is none or has another shape of picture.
+    Grey is kept. `shape`: height and width of what the mask was drawn for, if not these. Raises InputError, with `what`
+    in the message, when it is none or has other proportions.
     """
     if isinstance(source, np.ndarray) and source.ndim > 2 and source.size == source.shape[-2] * source.shape[-1]:
         source = source.reshape(source.shape[-2:])  # (1, H, W) as diffusers has masks
     if isinstance(source, np.ndarray) and source.dtype.kind in "biu" and set(np.unique(source)) <= {0, 1}:
         source = source.astype(np.float32)
-    picture = load_image(source).convert("L")
-    if abs(picture.width * height - picture.height * width) > 0.02 * picture.width * height:
+    picture = load_image(source, background="black").convert("L")
+    rows, columns = shape or (height, width)
+    if abs(picture.width * rows - picture.height * columns) > 0.02 * picture.width * rows:
         raise InputError(
-            f"the {what} is {picture.width} x {picture.height} pixels, the picture {width} x {height}: give a mask of "
+            f"the {what} is {picture.width} x {picture.height} pixels, the picture {columns} x {rows}: give a mask of "
             "the same shape"
         )
     if picture.size != (width, height):

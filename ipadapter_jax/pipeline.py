@@ -165,8 +165,8 @@ class StableDiffusion:
         by default what `ip_adapter_uncond` says.
         ip_adapter_scale: lambda of the paper, one or one per adapter: a number, a preset's name, diffusers' dictionary
         or a `Scale`; in a list in the list one for each picture. ip_adapter_masks: where each picture acts.
-        image: a picture to paint over, of which `strength` (0.8; with a mask 1) is not kept; mask_image, white where to
-        paint; exact_outside_mask: the picture's own pixels elsewhere.
+        image: a picture to paint over, by the last `strength` (0.8; with a mask 1) of the steps, in its own size unless
+        height and width are given; mask_image: white where to paint; exact_outside_mask: the picture's pixels elsewhere.
         scheduler: ddim, ddpm, pndm, dpmsolver++, euler, euler_a, unipc or lcm; scheduler_config changes settings of
         the model's scheduler_config.json, such as {"use_karras_sigmas": True, "timestep_spacing": "trailing",
         "rescale_betas_zero_snr": True}. seed: picture i uses seed + i, or seed[i], and nothing else. latents
@@ -184,6 +184,8 @@ class StableDiffusion:
         check_choices(
             num_images_per_prompt, guidance_scale, guidance_rescale, clip_skip, layers, eta, output_type, callback
         )
+        if exact_outside_mask and output_type == "latent":
+            raise InputError("exact_outside_mask is for pictures; latents hold no pixels to keep")
         canvas = self._canvas(image, mask_image, strength, exact_outside_mask, height, width)
         strength = strength_of(strength, image, mask_image)
         schedule = self.schedule.changed(scheduler_config or {})

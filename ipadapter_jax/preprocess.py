@@ -32,12 +32,13 @@ _WHOLE_LIMIT = 1 << 24  # a scaled picture of up to so many pixels (64 MiB in PI
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
 
-def load_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Image.Image:
+def load_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, background: str = "white") -> Image.Image:
     """Any picture as a new, upright, opaque PIL picture of mode RGB.
 
     source: a file; a PIL picture; or an array (H, W) or (H, W, 1 | 3 | 4) of uint8, uint16 or floats in [0, 1].
     EXIF orientation is applied, the first frame of an animation taken, transparency composited on white (as in
-    transformers 5), 16 bits are scaled to 8, CMYK is converted without a profile. Warns when a side is 1 pixel long.
+    transformers 5) or another `background`, 16 bits are scaled to 8, CMYK is converted without a profile. Warns when a
+    side is 1 pixel long.
     Raises InputError: no such file, damaged, not a picture, above the limits (checked undecoded), bad values, a URL.
     """
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
@@ -46,11 +47,11 @@ def load_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Ima
 
     def read() -> Image.Image:
         if isinstance(source, np.ndarray):
-            return _to_rgb(_array_to_image(source, name), name)
+            return _to_rgb(_array_to_image(source, name), name, background)
         if isinstance(source, Image.Image):
-            return _to_rgb(source, name)
+            return _to_rgb(source, name, background)
         with _open(_checked_path(path, name), name) as file:
-            return _to_rgb(file, name)
+            return _to_rgb(file, name, background)
 
     image = _named_errors(read, name)
     if min(image.size) == 1:
@@ -227,7 +228,7 @@ def _kind_of_no_picture(head: bytes) -> str:
     return "is not a picture, or damaged at its beginning: convert it to PNG or JPEG, or download it again"
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, background: str = "white") -> Image.Image:
     """Decodes, puts upright, makes opaque 8-bit RGB."""
     width, height = image.size
     most = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)  # PIL's own limit counts if someone has lowered it
@@ -242,8 +243,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = image.transpose(Image.Transpose[_TURNS[orientation - 2]])
     image = _shallow(image, name)
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        behind = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(behind, image.convert("RGBA"))
     image = image.convert("RGB")
     image.info.clear()  # else a second call would turn the picture again
     return image

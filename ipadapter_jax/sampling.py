@@ -101,7 +101,7 @@ def image_keys_values(
         x = x.reshape(prompts, branches, *x.shape[1:])
         return jnp.broadcast_to(x, (max(prompts, len(of_token)), *x.shape[1:]))
 
-    return [(by_prompt(k), by_prompt(v) * of_token.astype(v.dtype)) for k, v in rows]
+    return [(by_prompt(k), (by_prompt(v) * of_token).astype(v.dtype)) for k, v in rows]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -209,8 +209,8 @@ def denoise(
 def _rows(conditions: Conditions) -> tuple[list[KeyValue], list[list[KeyValue]]]:
     """Keys and values by row of the network's batch."""
 
-    def pick(tree, of_image):
-        return jax.tree.map(lambda x: x[of_image].reshape(-1, *x.shape[2:]), tree)
+    def pick(tree, of_image):  # one prompt of an adapter may serve all images
+        return jax.tree.map(lambda x: x[jnp.minimum(of_image, len(x) - 1)].reshape(-1, *x.shape[2:]), tree)
 
     text = pick(conditions.text_kv, conditions.prompt_of_image)
     return text, pick(list(conditions.image_kv), conditions.reference_of_image)
@@ -256,7 +256,7 @@ def run_steps(
         noise = jnp.stack([batch.noise(state.x.shape[1:], 1 + i) for i in numbers]) if stochastic else None
         inputs = Inputs(jax.tree.map(lambda field, part=part: field[part], steps), noise, image_weight[part])
         state, new = denoise(state, inputs, conditions, start.kept, start.more_channels)
-        seen.append(new)
+        seen.append(jax.device_get(new))  # maps of all steps would fill a device
         if on_step is not None:
             on_step(first, float(steps.timestep[first]), state.x[: batch.count])
     return state.x, jax.tree.map(lambda *parts: np.concatenate(parts)[:, : batch.count], *seen)

@@ -30,13 +30,18 @@ class Scale:
     end: float = 1.0
     steps: Sequence[float] = (1.0,)
 
+    def __post_init__(self) -> None:
+        for name in ("layers", "steps"):  # arrays do not compare as one
+            if isinstance(value := getattr(self, name), np.ndarray):
+                object.__setattr__(self, name, tuple(value.tolist()))
+
 
 class ScaleTable(NamedTuple):
     """Weights of one image prompt for a run of n steps over s sites in file order, both (n, s).
 
-    own: of both branches' own tokens. crossed: where a precise preset takes the prompt away from the layers that it
-    spares, the weight with which the unconditional branch sees the conditional one's tokens instead (guidance then
-    steers those layers away from it); `own` counts for the other layers alone.
+    own: of both branches' own tokens. crossed: where a precise preset takes the prompt away from layers, the weight with
+    which the unconditional branch sees the conditional one's tokens there instead, so that guidance steers these layers
+    away from it; `own` is 0 there.
     """
 
     own: np.ndarray
@@ -81,6 +86,10 @@ PRESETS: Mapping[str, Callable[[Place], float] | Mapping[int, float]] = {
     "precise style": _STYLE,
     "precise composition": _COMPOSITION,
 }
+_CROSSED: Mapping[str, Mapping[int, float]] = {
+    "precise style": _COMPOSITION,
+    "precise composition": _STYLE | dict.fromkeys((6, 7, 8), 0.1),
+}
 
 
 def scale_table(scale: Any, sites: Sequence[Site], num_steps: int) -> ScaleTable:
@@ -93,8 +102,8 @@ def scale_table(scale: Any, sites: Sequence[Site], num_steps: int) -> ScaleTable
     steps = value * _step_factors(scale, num_steps)[:, None]
     layers = _layer_factors(scale.layers, sites)
     own, crossed = steps * layers, np.zeros((num_steps, len(sites)))
-    if isinstance(scale.layers, str) and scale.layers.startswith("precise"):
-        crossed = np.broadcast_to(steps, own.shape) * (layers == 0)
+    if isinstance(scale.layers, str) and scale.layers in _CROSSED:
+        crossed = steps * np.array([_CROSSED[scale.layers].get(place.t, 0.0) for place in _places(sites)])
     return ScaleTable(own.astype(np.float32), crossed.astype(np.float32))
 
 
@@ -109,8 +118,11 @@ def _step_factors(scale: Scale, num_steps: int) -> np.ndarray:
     if not len(curve):
         raise InputError("ip_adapter_scale: steps is empty; (1,) is constant, (1, 0) fades out")
     step = np.arange(num_steps)
+    active = (step / num_steps >= start) & ((step + 1) / num_steps <= end)
+    if not active.any():
+        raise InputError(f"ip_adapter_scale: no whole step of {num_steps} lies between start={start} and end={end}")
     factors = np.interp(np.linspace(0, len(curve) - 1, num_steps), np.arange(len(curve)), curve)
-    return factors * ((step / num_steps >= start) & ((step + 1) / num_steps <= end))
+    return factors * active
 
 
 def _layer_factors(layers: Any, sites: Sequence[Site]) -> np.ndarray:
@@ -120,6 +132,8 @@ def _layer_factors(layers: Any, sites: Sequence[Site]) -> np.ndarray:
     if isinstance(layers, Mapping):
         if layers.keys() <= {"down", "mid", "up"}:
             return _blocks(layers, sites)
+        if precise := _CROSSED.keys() & layers.keys():
+            raise InputError(f"ip_adapter_scale: {min(precise)!r} cannot be a part of a sum; give it alone")
         pairs = [(_preset(name, sites), _number(factor, f"layers[{name!r}]")) for name, factor in layers.items()]
         return sum((factor * preset for preset, factor in pairs), np.zeros(len(sites)))
     factors = _numbers(layers, "layers of a scale")

@@ -23,6 +23,7 @@ FOLDER = Path("docs/guide")
 def main() -> int:
     """Returns the exit code of the first command that fails, else 0. To be run in the repository's root."""
     FOLDER.mkdir(exist_ok=True)
+    before = set(FOLDER.iterdir())
     Image.open(REFERENCE).convert("RGB").save(FOLDER / "heart.png")
     star = Thing("star", "orange", "plain", "large", "centre", 0.5, 0.5, 0.34, 0.1, COLOURS["orange"])
     pair = [_on_cyan("circle", "red", "dotted"), _on_cyan("square", "green", "plain")]
@@ -36,7 +37,7 @@ def main() -> int:
         print("ipadapter-jax", shlex.join(words), flush=True)
         if code := run(words):
             return code
-    for file in FOLDER.iterdir():
+    for file in set(FOLDER.iterdir()) - before:
         if file.name not in shown(GUIDE.read_text(encoding="utf-8")):
             file.unlink()
     return 0

@@ -77,10 +77,12 @@ def batch(args: Batch) -> int:
             encode=lambda work, picture: png(picture, _metadata(settings, work)),
             bad=bad,
             shard=shard,
+            kind=lambda work, content: 0 if content is None else len(content.pixels),
             on_progress=on_progress,
         )
     if tally.bad:
-        print(f"{len(tally.bad)} rows could not be used, see {args.out / 'bad_rows.jsonl'}", file=sys.stderr)
+        name = "bad_rows.jsonl" if args.process == 0 else f"bad_rows-{args.process}.jsonl"
+        print(f"{len(tally.bad)} rows could not be used, see {args.out / name}", file=sys.stderr)
     if tally.stopped:
         print(f"stopped at {tally.before + tally.made} of {tally.total}; the same command goes on", file=sys.stderr)
     print(args.out)
@@ -113,7 +115,7 @@ def _make(pipe: StableDiffusion, args: Batch, given: list[tuple[Work, Prepared |
     arguments = args.arguments()
     if prompts[0] is None:
         pipe = dataclasses.replace(pipe, adapters=())
-        arguments |= {"negative_ip_adapter_image": None}
+        arguments |= {"negative_ip_adapter_image": None, "ip_adapter_uncond": "default"}
     else:
         arguments["ip_adapter_image"] = PerPrompt(prompts)
         arguments["ip_adapter_scale"] = PerPrompt(args.scale_of(work.scale) for work in works)

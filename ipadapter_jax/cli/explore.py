@@ -1,6 +1,5 @@
 """`ipadapter-jax generate --explore`: one figure of what a control does."""
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -22,8 +21,8 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 def figure(
     pipe: StableDiffusion, args: "Generate", what: Literal["scales", "presets"], pictures: Sequence[Image.Image]
-) -> bytes:
-    """A PNG: seeds by scales, or references by presets (those that the UNet's layers allow). One picture a call, so
+) -> Image.Image:
+    """Seeds by scales, or references by presets (those that the UNet's layers allow). One picture a call, so
     that the first compiles and all others run."""
     presets = [name for name in PRESETS if _possible(pipe, name)]
     count = args.num_images * len(SCALES) if what == "scales" else len(pictures) * len(presets)
@@ -51,10 +50,7 @@ def figure(
                 cells = [(name, paint([reference], args.scale_of(layers=name), args.seed)) for name in presets]
                 title = f"{args.image[number]}, scale {args.scale:g}, seed {args.seed}"
                 rows[title] = [("reference", Image.fromarray(clip_pixels(reference))), *cells]
-    drawn = sheet(rows, side=192)
-    buffer = io.BytesIO()
-    drawn.save(buffer, "PNG")
-    return buffer.getvalue()
+    return sheet(rows, side=192)
 
 
 def _possible(pipe: StableDiffusion, preset: str) -> bool:

@@ -54,9 +54,9 @@ class Generate(Sampling):
     mask_image: str | None = None
     """White where to paint over --init-image (inpainting)."""
     strength: float | None = None
-    """How much of --init-image is painted over: 0.8, with a mask 1. 1 keeps nothing."""
+    """By which part of the steps --init-image is painted over: 0.8, with a mask 1."""
     exact_outside_mask: bool = False
-    """Keep the very pixels of --init-image outside the mask."""
+    """Keep the pixels of --init-image where the mask is black."""
     num_images: int = 1
     """Pictures to make, picture i with seed + i."""
     seed: int = 0
@@ -74,18 +74,23 @@ def generate(args: Generate) -> int:
         args = dataclasses.replace(args, adapter=embedded.NAME)
     _check(args)
     pictures = [load_image(path) for path in args.image]
-    pipe = args.load(with_encoder=args.embeds is None, inpainting=args.mask_image is not None)
+    for path in (*args.masks, args.negative_image, args.init_image, args.mask_image):
+        if path is not None:
+            load_image(path)  # what cannot be read is said before the weights are
+    with_encoder = args.embeds is None or args.image_encoder is not None
+    pipe = args.load(with_encoder=with_encoder, inpainting=args.mask_image is not None)
     if args.explore is not None:
-        write_whole(args.out, explore.figure(pipe, args, args.explore, pictures))
+        drawn = explore.figure(pipe, args, args.explore, pictures)
+        write_whole(args.out, png(drawn, {**_metadata(args, pipe, digests(pipe)), "explore": args.explore}))
         print(args.out)
         return 0
     found, maps, sums = _sample(pipe, args, pictures)
+    metadata = _metadata(args, pipe, sums)
+    _write(found, args, metadata)
     if args.save_embeds is not None:
         _save_embeds(args.save_embeds, pipe, args, pictures)
-    if args.attention_maps is not None:
-        assert maps is not None
-        write_whole(args.attention_maps, png(_heat_figure(found[0], maps), {}))
-    _write(found, args, _metadata(args, pipe, sums))
+    if maps is not None and args.attention_maps is not None:
+        write_whole(args.attention_maps, png(_heat_figure(found[0], maps), metadata))
     return 0
 
 
@@ -99,22 +104,31 @@ def _check(args: Generate) -> None:
     if args.image and args.embeds:
         raise InputError("--image and --embeds are both given; embeddings stand in the place of pictures")
     if args.adapter is None and (prompted or args.image_encoder):
-        raise InputError("--image and --image-encoder need --adapter, the IP-Adapter file that reads the picture")
+        what = "--embeds needs" if args.embeds else "--image and --image-encoder need"
+        raise InputError(f"{what} --adapter, the IP-Adapter file that reads the picture")
+    if args.save_embeds is not None and args.save_embeds.suffix != ".safetensors":
+        raise InputError(f"--save-embeds {args.save_embeds}: give a name that ends in .safetensors")
     if args.adapter is not None and not prompted:
         raise InputError("--adapter needs --image, the picture to use as prompt")
     for option, needs, given in _NEEDS:
         if given(args) and not getattr(args, needs):
             raise InputError(f"--{option} needs --{needs.replace('_', '-')}")
     for option, values in (("image-weights", args.image_weights), ("masks", args.masks)):
-        if values and len(values) != len(args.image):
+        if values and args.image and len(values) != len(args.image):
             raise InputError(f"--{option}: {len(values)} for {len(args.image)} pictures; give one for each")
     if args.num_images < 1:
         raise InputError(f"--num-images {args.num_images} must be at least 1")
     if (args.num_images > 1 and not 0 <= args.seed <= 2**32 - args.num_images) or not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: seeds of all pictures must lie between 0 and 2^32 - 1")
-    for path in (*_targets(args), args.attention_maps, args.save_embeds):
-        if path is not None:
-            check_writable(path)
+    if args.explore is not None:
+        ignored = [option for option, given in _NOT_EXPLORED.items() if given(args)]
+        if ignored:
+            raise InputError(f"--explore makes a figure of its own; leave out --{', --'.join(ignored)}")
+    places = [path for path in (*_targets(args), args.attention_maps, args.save_embeds) if path is not None]
+    if len({path.absolute() for path in places}) < len(places):
+        raise InputError("--out, --attention-maps and --save-embeds must be different files")
+    for path in places:
+        check_writable(path)
 
 
 _NEEDS = [
@@ -126,6 +140,18 @@ _NEEDS = [
     ("strength", "init_image", lambda args: args.strength is not None),
     ("exact-outside-mask", "mask_image", lambda args: args.exact_outside_mask),
 ]
+
+
+_NOT_EXPLORED = {
+    "masks": lambda args: args.masks,
+    "image-weights": lambda args: args.image_weights,
+    "init-image": lambda args: args.init_image,
+    "save-embeds": lambda args: args.save_embeds,
+    "attention-maps": lambda args: args.attention_maps,
+    "layers": lambda args: args.explore == "presets" and args.layers != "linear",
+    "num-images": lambda args: args.explore == "presets" and args.num_images > 1,
+    "scale": lambda args: args.explore == "scales" and args.scale != 1,
+}
 
 
 def _sample(

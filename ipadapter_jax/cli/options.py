@@ -85,7 +85,7 @@ class Sampling:
     eta: float = 0.0
     """Fresh noise in every step, from 0 (none) to 1 (as DDPM)."""
     height: int | None = None
-    """Height in pixels, a multiple of 8; by default the model's own size."""
+    """Height in pixels, a multiple of 8; by default the model's own size, or that of a picture to paint over."""
     width: int | None = None
     """Width in pixels."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -188,7 +188,7 @@ def versions() -> dict[str, str]:
 def png(picture: Image.Image, metadata: dict[str, Any]) -> bytes:
     """The picture as PNG, with the metadata in its text chunk "ipadapter_jax"."""
     text = PngImagePlugin.PngInfo()
-    text.add_itxt("ipadapter_jax", json.dumps(metadata, ensure_ascii=False))
+    text.add_itxt("ipadapter_jax", json.dumps(metadata))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=text)
     return buffer.getvalue()

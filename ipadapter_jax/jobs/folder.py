@@ -88,7 +88,7 @@ class JobFolder:
     def _agree(self, settings: Mapping[str, Any]) -> None:
         """Raises InputError when the folder's pictures were made with other settings, or by something else."""
         path = self._out / SETTINGS
-        if not path.exists():
+        if not self._done or not path.exists():  # a first try with wrong settings made none
             if self._done:
                 raise InputError(
                     f"{self._out} holds {self._done[0].picture}, which no job has made there; choose another --out"

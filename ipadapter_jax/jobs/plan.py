@@ -2,7 +2,7 @@
 reordered or is split among processes makes the same ones."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -41,20 +41,27 @@ def plan(
     return works
 
 
-def batches(items: Iterable[tuple[Work, Content]], size: int) -> Iterator[list[tuple[Work, Content]]]:
-    """Batches of `size`, all rows of which have equally many image prompts: one shape each. The last batch of each kind
-    may be smaller; whoever wants one shape for all fills it up. The order is kept among the rows of a kind.
+def batches(
+    items: Iterable[tuple[Work, Content]], size: int, kind: Callable[[Work, Content], Hashable]
+) -> Iterator[list[tuple[Work, Content]]]:
+    """Batches of `size`, all of one `kind`: one shape each. The last batch of each kind may be smaller; whoever wants one
+    shape for all fills it up. The order is kept among the rows of a kind.
 
     Lazy: takes an item when it needs it.
     """
-    waiting: dict[int, list[tuple[Work, Content]]] = {}
+    waiting: dict[Hashable, list[tuple[Work, Content]]] = {}
     for item in items:
-        kind = len(item[0].row.images)
-        batch = waiting.setdefault(kind, [])
+        own = kind(*item)
+        batch = waiting.setdefault(own, [])
         batch.append(item)
         if len(batch) == size:
-            yield waiting.pop(kind)
+            yield waiting.pop(own)
     yield from waiting.values()
+
+
+def by_images(work: Work, content: object) -> int:
+    """The kind of a row: how many image prompts it has."""
+    return len(work.row.images)
 
 
 def _number_of(name: str) -> int:

@@ -130,7 +130,7 @@ def _scale(value: Any) -> float | None:
     if value in (None, ""):
         return None
     number = _number(value)
-    if not math.isfinite(number):
+    if not abs(number) < 1e38:  # not NaN: that compares as false
         raise InputError(f"scale {_shown(value)} is not a finite number; 0 is the base model, 1 the full image")
     return number
 

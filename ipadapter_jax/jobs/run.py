@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.in_order import in_order
 from ipadapter_jax.jobs.folder import job_folder
-from ipadapter_jax.jobs.plan import Work, batches
+from ipadapter_jax.jobs.plan import Work, batches, by_images
 from ipadapter_jax.jobs.rows import BadRow, Row
 from ipadapter_jax.stopping import STOPPED, Stopping
 
@@ -52,6 +52,7 @@ def run_job(
     encode: Callable[[Work, Picture], bytes],
     bad: Sequence[BadRow] = (),
     shard: tuple[int, int] = (0, 1),
+    kind: Callable[[Work, Content], Hashable] = by_images,
     on_progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
     """Makes the works whose picture is not in `out` yet, or those until SIGTERM or Ctrl-C. `folder` says what else is
@@ -60,7 +61,8 @@ def run_job(
     works, shard: from `plan`, with the same shard. settings: JSON; all that pictures depend on beside the rows.
     load: what is needed of a row's files, called once a row, ahead of time, in threads; an InputError makes it a bad
       row, which the next one replaces. A few batches of what it returns are in memory.
-    make: the pictures of a batch, all of equally many image prompts; the last ones of a kind are smaller. They need not
+    make: the pictures of a batch, all of one `kind`, by default that of the number of image prompts; the last ones of a
+      kind are smaller. They need not
       be computed when it returns.
     encode: a picture as PNG, in threads, while the next batch is made.
     bad: rows that cannot be used, as `read_rows` found; process 0 reports them.
@@ -90,7 +92,7 @@ def run_job(
                 folder.sync()
                 on_progress(tally)
 
-        for batch in batches(items, batch_size):
+        for batch in batches(items, batch_size, kind):
             if stop.asked:
                 tally.stopped = True
                 break
