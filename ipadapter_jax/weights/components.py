@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ipadapter_jax.errors import InputError, WeightFileError
-from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from ipadapter_jax.models.unet import UNet, UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.weights import kinds
@@ -123,6 +123,20 @@ IMAGE_ENCODER = Component(
     other_files=("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
     translate=to_transformers,
     ignored=r".*position_ids|text_projection\..*|logit_scale|text_model\..*",
+)
+WHOLE_CLIP = Component(
+    title="CLIP model",
+    kind=kinds.IMAGE_ENCODER,  # its text half has no name of its own that a text encoder lacks
+    torch_stem="model",
+    flax_stem="flax_model",
+    config=CLIPConfig.from_json,
+    module=CLIP,
+    example=lambda config: functools.partial(
+        CLIP.__call__,
+        pixel_values=_like(1, config.vision.image_size, config.vision.image_size, 3),
+        input_ids=_like(1, 1, dtype=jnp.int32),
+    ),
+    ignored=r".*position_ids|logit_scale",
 )
 
 
