@@ -69,8 +69,11 @@ def make_pictures(
     load: Callable[[Row], Prepared | None],
     bad: Sequence[BadRow] = (),
 ) -> Tally:
-    """The works of this process as a job into `out`, with a bar where somebody watches. settings: from `Many.settings`,
-    with all else that the pictures depend on. load: what the image encoder sees of a row's pictures. Raises InputError as `run_job`."""
+    """The works of this process as a job into `out`, with a bar where somebody watches.
+
+    settings: those of `Many.settings`, with all else that the pictures depend on beside the rows. load: what the image
+    encoder sees of a row's pictures. Raises InputError as `run_job`.
+    """
     with tqdm.tqdm(total=len(works), desc="pictures", unit="picture", disable=None) as bar:
 
         def on_progress(tally: Tally) -> None:
