@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.measures import Embedded, embedded_of
 from ipadapter_jax.evaluate.references import Reference
 from ipadapter_jax.evaluate.scorer import Scorer
@@ -48,26 +48,22 @@ def chunks(
 
 def is_there(chunk: Chunk, clip: dict[str, Any]) -> bool:
     """Whether its embeddings were made, from these pictures and captions by this CLIP (`OpenedScorer.identity`)."""
-    inputs = _inputs(chunk, clip)
-    if inputs is None or not chunk.file.exists():
-        return False
     try:
         _, _, metadata = open_file(chunk.file)
-    except WeightFileError:  # damaged since
+        return metadata.get(_INPUTS) == _inputs(chunk, clip)
+    except (FileNotFoundError, InputError):  # not made yet, or damaged since
         return False
-    return metadata.get(_INPUTS) == inputs
 
 
 def make(chunk: Chunk, scorer: Scorer, clip: dict[str, Any]) -> None:
     """Embeds and writes. Raises InputError naming a picture that cannot be read."""
-    inputs = _inputs(chunk, clip)
+    metadata = {_INPUTS: _inputs(chunk, clip)}
     images = scorer.pictures(_squares(chunk, scorer.side))
     texts = scorer.captions([chunk.prefix + text for reference in chunk.references for text in reference.captions])
     for name, rows in (("picture", images), ("caption", texts)):
         if not np.isfinite(rows).all():
             raise InputError(f"the embedding of a {name} is not finite: the weights of the scoring CLIP are damaged")
-    counts = json.dumps([len(reference.captions) for reference in chunk.references])
-    metadata = {_INPUTS: inputs or "", _CAPTIONS: counts}
+    metadata[_CAPTIONS] = json.dumps([len(reference.captions) for reference in chunk.references])
     write_whole(chunk.file, safetensors_chunks({"images": held(images), "texts": held(texts)}, metadata))
 
 
@@ -95,12 +91,9 @@ def _squares(chunk: Chunk, side: int) -> Iterator[np.ndarray]:
     return in_order(square, every, threads=_THREADS, ahead=2 * _THREADS)
 
 
-def _inputs(chunk: Chunk, clip: dict[str, Any]) -> str | None:
-    """A digest of all that the embeddings depend on; None where a picture is not there yet."""
-    try:
-        pictures = [[_stamp(path) for path in paths] for paths in chunk.pictures]
-    except FileNotFoundError:
-        return None
+def _inputs(chunk: Chunk, clip: dict[str, Any]) -> str:
+    """A digest of all that the embeddings depend on. Raises FileNotFoundError where a picture is not there yet."""
+    pictures = [[_stamp(path) for path in paths] for paths in chunk.pictures]
     references = [[reference.name, reference.stamp, reference.captions] for reference in chunk.references]
     return hashlib.sha256(json.dumps([clip, chunk.prefix, references, pictures]).encode()).hexdigest()
 

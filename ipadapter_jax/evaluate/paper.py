@@ -5,7 +5,12 @@ from typing import Any, NamedTuple
 
 PROMPTS, PICTURES = 5000, 4  # image prompts, and pictures of each
 DATA = "captions_val2017.json"
-SETTINGS = {"scheduler": "ddim", "steps": 50, "guidance_scale": 7.5, "scale": 1.0, "layers": "linear"}
+SETTINGS = {"scheduler": "ddim", "steps": 50, "guidance_scale": 7.5, "scale": 1.0}
+# What the paper says nothing of, and a reader would expect to be left alone.
+PLAIN = {
+    **{"negative_prompt": "", "negative_image": None, "uncond": "default", "fit": "crop", "layers": "linear"},
+    **{"scale_start": 0.0, "scale_end": 1.0, "scale_steps": [1.0], "guidance_rescale": 0.0, "clip_skip": 0, "eta": 0.0},
+}
 
 
 class Row(NamedTuple):
@@ -46,9 +51,11 @@ def departures(
         found.append(f"captions were scored with {prefix!r} before them")
     if made is None:
         return [*found, "how the pictures were made is not known here"]
-    for name, value in SETTINGS.items():
+    for name, value in (SETTINGS | PLAIN).items():
         if made.get(name) != value:
-            found.append(f"{name.replace('_', ' ')}: {made.get(name)}, not {value}")
+            found.append(f"{name.replace('_', ' ')}: {made.get(name)}, not {value if value != '' else 'empty'}")
     if made.get("with_caption"):
         found.append("the text prompt was the caption, not empty")
+    elif "with_caption" not in made:
+        found.append("whether the text prompts were empty is not known here")
     return found
