@@ -28,7 +28,8 @@ from ipadapter_jax import embedded
 from ipadapter_jax.scenes.captions import caption
 from ipadapter_jax.scenes.scene import generator
 from ipadapter_jax.weights.component_export import save_component
-from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, WHOLE_CLIP, load_component
+from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, load_component
+from ipadapter_jax.weights.whole_clip import WHOLE_CLIP
 
 _WORDS = 17  # a stream of random numbers that no data set uses
 TABLES = ("evaluation.json", "prompts.csv", "pictures.csv")

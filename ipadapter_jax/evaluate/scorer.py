@@ -21,10 +21,11 @@ from ipadapter_jax.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisi
 from ipadapter_jax.preprocess import CLIP_MEAN, CLIP_STD, CLIP_TABLE
 from ipadapter_jax.sampling import by_image, device_mesh, replicated
 from ipadapter_jax.tokens import load_tokenizer, tokenize
-from ipadapter_jax.weights.components import WHOLE_CLIP, Opened, choose_files, open_component, read_json
+from ipadapter_jax.weights.components import Opened, choose_files, open_component, read_json
 from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.tensors import files_of
 from ipadapter_jax.weights.tree import Tree
+from ipadapter_jax.weights.whole_clip import WHOLE_CLIP
 
 REFERENCE = "openai/clip-vit-large-patch14"  # what the paper scores with
 _REFERENCE_CONFIG = CLIPConfig(

@@ -9,7 +9,8 @@ from ipadapter_jax.flops import count_flops
 from ipadapter_jax.models.clip import CLIP
 from ipadapter_jax.models.unet import UNetConfig
 from ipadapter_jax.sampling import device_mesh
-from ipadapter_jax.weights.components import WHOLE_CLIP, template_of
+from ipadapter_jax.weights.components import template_of
+from ipadapter_jax.weights.whole_clip import WHOLE_CLIP
 
 STEPS, BRANCHES, PICTURES, CAPTIONS = 50, 2, 4, 5  # of COCO's captions; the paper's sampler
 
