@@ -44,10 +44,11 @@ from ipadapter_jax.weights.tensors import open_tensors
 from ipadapter_jax.weights.tree import Tree
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
-Uncond = Literal["default", "zeros", "zero pixels", "black"]
+Uncond = Literal["default", "zeros", "zero pixels", "black", "noise"]
 """What the unconditional branch of guidance sees in place of a picture: zero features, the features of normalised
-pixels that are zero, or those of a black picture (ComfyUI's choice for plus and full adapters). The default is what
-adapters were trained with: zero features for base ones, zero pixels for plus and full ones."""
+pixels that are zero, those of a black picture (ComfyUI's choice for plus and full adapters), or of noise, which pulls
+the pictures away from grain. The default is what adapters were trained with: zero features for base ones, zero pixels
+for plus and full ones."""
 
 
 class Prepared(NamedTuple):
@@ -152,8 +153,12 @@ class Adapter:
             return jnp.zeros_like(like)
         encoder = self.encoder
         side = encoder.module.config.image_size
-        black = clip_pixel_values([Image.new("RGB", (side, side))], side)
-        pixels = black if uncond == "black" else np.zeros_like(black)
+        painted = np.zeros((side, side, 3), np.uint8)  # black
+        if uncond == "noise":
+            painted = np.random.default_rng(0).integers(0, 256, painted.shape, np.uint8)
+        pixels = clip_pixel_values([Image.fromarray(painted)], side)
+        if uncond in ("default", "zero pixels"):
+            pixels = np.zeros_like(pixels)
         return sampling.encode_image(encoder.module, patches, encoder.params, pixels)
 
     @property

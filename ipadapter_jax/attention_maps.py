@@ -36,16 +36,19 @@ class AttentionMaps:
     ) -> np.ndarray:
         """The mean over steps and sites for one picture, (N, height, width) of `size`: where each token is seen.
 
-        Raises InputError for a picture, entry or site that is not there.
+        Raises InputError for a picture, entry or site that is not there, and where no step or site is chosen.
         """
-        chosen = range(len(self.sites)) if sites is None else sites
+        known = range(len(self.sites))
+        chosen = known if sites is None else sites
         if (
             not 0 <= image < self.count
             or not 0 <= entry < len(self.maps)
-            or not set(chosen) <= {*range(len(self.sites))}
+            or not (set(chosen) and set(chosen) <= set(known))
+            or not len(self.timesteps[steps])
         ):
             raise InputError(
-                f"attention maps: there are {self.count} pictures, {len(self.maps)} entries, {len(self.sites)} sites"
+                f"attention maps: there are {len(self.timesteps)} steps, {self.count} pictures, {len(self.maps)} "
+                f"entries, {len(self.sites)} sites; choose among them"
             )
         height, width = size
         total = []

@@ -267,5 +267,5 @@ def check_text_to_image(reference: str, unet: UNetConfig) -> None:
     if unet.in_channels != unet.out_channels:
         raise InputError(
             f"base model {reference}: an inpainting model ({unet.in_channels} channels), which needs a picture and a "
-            "mask; these cannot be given yet, so take the ordinary model of 4 channels"
+            "mask: in Python give image and mask_image, elsewhere take the ordinary model of 4 channels"
         )

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax import sampling
+from ipadapter_jax.arguments import latent_shape
 from ipadapter_jax.diffusion.samplers import Run
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.masks import latent_mask, load_mask
@@ -33,10 +34,11 @@ class Canvas:
         if image is None:
             raise InputError("mask_image says where to paint, image what to paint on: give both")
         loaded = load_image(image)
+        if (height is None and loaded.height < multiple) or (width is None and loaded.width < multiple):
+            raise InputError(f"the image to paint on is {loaded.width} x {loaded.height} pixels; give a larger one")
         height = loaded.height // multiple * multiple if height is None else height
         width = loaded.width // multiple * multiple if width is None else width
-        if min(height, width) < multiple:
-            raise InputError(f"the image to paint on is {loaded.width} x {loaded.height} pixels; give a larger one")
+        latent_shape(height, width, multiple, 0)  # refuses what is no size
         if loaded.size != (width, height):
             loaded = loaded.resize((width, height), 1)  # Lanczos, as diffusers
         inside = None if mask is None else load_mask(mask, height, width, "mask_image")

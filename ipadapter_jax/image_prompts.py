@@ -4,6 +4,7 @@ cross-attention (`sampling.Conditions`)."""
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,11 @@ def entries_of(
     Reads and checks what was given; encoders run when an entry is asked for keys and values. Raises InputError.
     """
     given = _per_adapter(controls, len(adapters))
+    if controls.embeds is not None and (controls.negative is not None or controls.uncond != "default"):
+        raise InputError(
+            "negative_ip_adapter_image and ip_adapter_uncond go with ip_adapter_image; ip_adapter_image_embeds holds "
+            "its negative branch itself"
+        )
     scales = _scales(controls.scale, len(adapters))
     masks = _masks(controls.masks, len(adapters))
     negatives = _negatives(controls.negative, len(adapters))
@@ -119,7 +125,7 @@ class _Plan:
         if isinstance(scale, PerPrompt):
             weight, scale = self._by_prompt(scale)
         elif isinstance(scale, list | tuple):
-            if any(not isinstance(s, int | float) for s in scale):
+            if any(not isinstance(s, Real) for s in scale):
                 raise InputError("ip_adapter_scale: several pictures without masks take one number each, or one scale")
             tables = [scale_table(s, self.sites, 1).own[0, 0] for s in self._each(scale)]
             weight, scale = np.asarray([tables], np.float32), 1.0
@@ -176,8 +182,9 @@ def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
     if images is not None and embeds is not None:
         raise InputError("ip_adapter_image and ip_adapter_image_embeds are both given; give one of them")
     if not adapters:
-        if images is not None or embeds is not None:
-            raise InputError("an image prompt needs an adapter: call with_ip_adapter first")
+        needing = (images, embeds, controls.negative, controls.masks)
+        if any(value is not None for value in needing) or controls.uncond != "default":
+            raise InputError("an image prompt, negative or with masks, needs an adapter: call with_ip_adapter first")
         return []
     given = [images]
     if embeds is not None:

@@ -225,10 +225,9 @@ class StableDiffusion:
             found = _pictures(decoded, output_type, canvas if exact_outside_mask else None)
         if maps is None:
             return found
-        grids = site_grids(self.unet.config, *shape[:2])
-        return found, AttentionMaps(
-            maps, cross_attention_sites(self.unet.config), grids, np.asarray(run.steps.timestep), count
-        )
+        maps = [seen for seen, entry in zip(maps, entries, strict=True) if not entry.crossed]
+        sites, grids = cross_attention_sites(self.unet.config), site_grids(self.unet.config, *shape[:2])
+        return found, AttentionMaps(maps, sites, grids, np.asarray(run.steps.timestep), count)
 
     def _canvas(
         self, image: Any, mask: Any, strength: float | None, exact: bool, height: int | None, width: int | None

@@ -259,7 +259,7 @@ def run_steps(
         seen.append(new)
         if on_step is not None:
             on_step(first, float(steps.timestep[first]), state.x[: batch.count])
-    return state.x, jax.tree.map(lambda *parts: np.concatenate(parts), *seen)
+    return state.x, jax.tree.map(lambda *parts: np.concatenate(parts)[:, : batch.count], *seen)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -137,7 +137,7 @@ def _places(sites: Sequence[Site]) -> list[Place]:
 
 def _preset(name: str, sites: Sequence[Site]) -> np.ndarray:
     if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, 1)
+        near = get_close_matches(str(name), PRESETS, 1)
         meant = f"did you mean {near[0]!r}?" if near else f"choose {', '.join(PRESETS)}"
         raise InputError(f"ip_adapter_scale: no preset {name!r}; {meant}")
     preset = PRESETS[name]
@@ -152,33 +152,31 @@ def _preset(name: str, sites: Sequence[Site]) -> np.ndarray:
 
 
 def _blocks(tree: Mapping[str, Any], sites: Sequence[Site]) -> np.ndarray:
-    """diffusers' dictionary: a number for a part or a block, or a list with one for each layer of a block."""
+    """diffusers' dictionary: a number for a part or a block, or a list with one for each layer of a block; a list for a
+    part goes to each of its blocks."""
     found = np.zeros(len(sites))
-    for part, blocks in tree.items():
-        inside = [s for s, site in enumerate(sites) if site.block.startswith(part)]
-        names = {re.sub(rf"^{part}_(blocks|block)_?", "block_", sites[s].block).rstrip("_") for s in inside}
-        if not isinstance(blocks, Mapping):
-            found[inside] = _spread(blocks, len(inside), part)
-            continue
+    for part, given in tree.items():
+        inside: dict[str, list[int]] = {}
+        for s, site in enumerate(sites):
+            if site.block.startswith(part):
+                inside.setdefault(re.sub(rf"^{part}_blocks?", "block", site.block), []).append(s)
+        blocks = given if isinstance(given, Mapping) else dict.fromkeys(inside, given)
         for name, value in blocks.items():
-            if name not in names:
+            if name not in inside:
                 raise InputError(
                     f"ip_adapter_scale: {part}.{name} has no cross-attention here; {part} has "
-                    f"{', '.join(sorted(names))}"
+                    f"{', '.join(sorted(inside))}"
                 )
-            block = [s for s in inside if sites[s].block.endswith(name.removeprefix("block"))]
-            found[block] = _spread(value, len(block), f"{part}.{name}")
+            found[inside[name]] = _spread(value, len(inside[name]), f"{part}.{name}")
     return found
 
 
 def _spread(value: Any, count: int, what: str) -> np.ndarray:
     """A number for all, or as many numbers as layers."""
-    if isinstance(value, Real):
-        return np.full(count, _number(value, what))
-    factors = _numbers(value, what)
-    if len(factors) != count:
+    factors = _numbers([value] if isinstance(value, Real) else value, what)
+    if len(factors) not in (1, count):
         raise InputError(f"ip_adapter_scale: {what} has {len(factors)} factors for {count} layers; give one for each")
-    return factors
+    return np.broadcast_to(factors, count)
 
 
 def _number(value: Any, what: str) -> float:

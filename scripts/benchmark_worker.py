@@ -93,7 +93,8 @@ class Ours:
         self.pipe(**prompts, latents=self.settings.noise, **self.settings.call)
 
     def loop(self) -> Any:
-        return self._loop().block_until_ready()
+        state, _ = self._loop()
+        return state.x.block_until_ready()
 
     def latents(self) -> np.ndarray:
         return np.asarray(self.loop())

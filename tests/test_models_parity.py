@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, flax_folder, load_case, nchw, nhwc
 
+from ipadapter_jax import sampling
+from ipadapter_jax.masks import load_mask, site_masks
 from ipadapter_jax.models import transformer
 from ipadapter_jax.models import vae as vae_module
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.layers import ResnetBlock
 from ipadapter_jax.models.projections import image_projection
-from ipadapter_jax.models.unet import UNet, cross_attention_sites
+from ipadapter_jax.models.unet import UNet, cross_attention_sites, site_grids
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.preprocess import clip_pixel_values, load_image
+from ipadapter_jax.scales import scale_table
 from ipadapter_jax.tokens import load_tokenizer, tokenize
 from ipadapter_jax.weights.components import IMAGE_ENCODER as IMAGE_ENCODER_COMPONENT
 from ipadapter_jax.weights.components import TEXT_ENCODER, UNET, VAE_COMPONENT, Loaded, load_component
@@ -147,15 +150,16 @@ def test_decoupled_attention_layer():
 
 
 @functools.cache
-def adapter(path: str):
-    """(projection as Loaded, adapter as Loaded) of a file."""
+def adapter(path: str, rounded: str = "float32"):
+    """(projection as Loaded, adapter as Loaded) of a file, keys and values rounded to another dtype."""
     widths = tuple(site.width for site in cross_attention_sites(component("unet").module.config))
     file = open_ip_adapter(ADAPTERS / Path(path).name)
     params = load_ip_adapter(file, widths, FLOAT32)
+    keys = jax.tree.map(lambda x: np.asarray(x).astype(rounded).astype(np.float32), params["ip_adapter"])
     source = file.path
     return (
         Loaded(image_projection(file.config), params["image_proj"], source),
-        Loaded(IPAdapter(widths), params["ip_adapter"], source),
+        Loaded(IPAdapter(widths), keys, source),
     )
 
 
@@ -182,6 +186,57 @@ def test_unet_with_adapter(variant):
 
     for name, scale in case.meta["scales"].items():
         case.check(**{name: nchw(run(unet.params, np.full((1, len(text_kv)), scale, np.float32)))})
+
+
+def entries_of(case, masks):
+    """Keys and values, scales (a function of the recorded ones) and masks of every entry of a recorded call."""
+    first, *others = case.meta["ip_adapter"]
+    # diffusers rounds the keys and values of all adapters to the dtype of the first one's (docs/weights.md)
+    dtype = open_ip_adapter(ADAPTERS / Path(first).name).ip_adapter["1.to_k_ip.weight"].dtype.name
+    image_kv, scales, of_entries = [], [], []
+    for number, path in enumerate([first, *others]):
+        projection, keys = adapter(path, dtype if number else "float32")
+        features = case.inputs[f"image_features_{number}"][:, None]  # (B, G, n, ...): rows as prompts of one branch
+        params = {"image_proj": projection.params, "ip_adapter": keys.params}
+        count = features.shape[2]
+        for pictures in [slice(i, i + 1) for i in range(count)] if masks is not None else [slice(None)]:
+            chosen = features[:, :, pictures]
+            weight = np.ones(chosen.shape[2], np.float32)
+            rows = sampling.image_keys_values(projection.module, keys.module, params, chosen, weight)
+            image_kv.append([(k[:, 0], v[:, 0]) for k, v in rows])
+            scales.append(lambda scale, n=number, i=pictures.start: nested(scale, n, i))
+            of_entries.append(None if masks is None else masks[len(of_entries)])
+    return image_kv, scales, of_entries
+
+
+def nested(scale, adapter: int, picture: int | None):
+    """One scale of a number for all, a list with one for each adapter, or a list of these with one for each picture."""
+    scale = scale[adapter] if isinstance(scale, list) else scale
+    return scale[picture] if isinstance(scale, list) else scale
+
+
+@pytest.mark.parametrize("name", ["instantstyle", "masks", "masks_two_adapters", "two_adapters", "two_images"])
+def test_unet_with_controls(name):
+    """Dictionaries of scales, masks, several pictures, several adapters: as tables, through the product's functions."""
+    case = load_case(f"unet_ip_{name}")
+    unet = component("unet")
+    masks = case.inputs.get("ip_adapter_masks")
+    masks = None if masks is None else [load_mask(mask, *mask.shape[-2:]) for mask in masks]
+    image_kv, scales, of_entries = entries_of(case, masks)
+    text_kv = apply(unet, case.inputs["encoder_hidden_states"], method=UNet.text_kv)
+    x, times = nhwc(case.inputs["sample"]), case.inputs["timesteps"]
+    config = unet.module.config
+    sites = cross_attention_sites(config)
+    at_sites = site_masks(of_entries, site_grids(config, *x.shape[1:3]))
+
+    @jax.jit
+    def run(params, weight):
+        weights = sampling._site_weights(weight, at_sites, len(x))
+        return unet.module.apply({"params": params}, x, times, text_kv, image_kv, weights)
+
+    for output, scale in case.meta["scales"].items():
+        weight = np.stack([scale_table(one(scale), sites, 1).own for one in scales])  # (E, 1, s): one branch
+        case.check(**{output: nchw(run(unet.params, weight))})
 
 
 @pytest.fixture(scope="module")

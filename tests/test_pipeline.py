@@ -224,7 +224,7 @@ WRONG = [
     ({"ip_adapter_image_embeds": [np.zeros((2, 1, 40))]}, "both given"),
     ({"ip_adapter_scale": "stile"}, "no preset 'stile'; did you mean 'style'?"),
     ({"ip_adapter_scale": {"down": {"block_7": 1}}}, "down.block_7 has no cross-attention here; down has block_0"),
-    ({"ip_adapter_scale": {"up": {"block_1": [1]}}}, "up.block_1 has 1 factors for"),
+    ({"ip_adapter_scale": {"up": {"block_1": [1, 1]}}}, "up.block_1 has 2 factors for"),
     ({"ip_adapter_scale": Scale(layers=[1.0])}, "1 factors for"),
     ({"ip_adapter_scale": Scale(start=0.5, end=0.5)}, "0 <= start < end <= 1"),
     ({"ip_adapter_scale": Scale(steps=())}, "steps is empty"),

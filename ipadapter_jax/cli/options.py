@@ -63,8 +63,8 @@ class Sampling:
     negative_image: str | None = None
     """A picture to keep away from: what the unconditional branch of guidance sees."""
     uncond: Uncond = "default"
-    """What that branch sees without one: zeros (features), "zero pixels" or black. The default is what the adapter was
-    trained with."""
+    """What that branch sees without one: zeros (features), "zero pixels", black or noise. The default is what the
+    adapter was trained with."""
     steps: int = 50
     """Denoising steps."""
     guidance_scale: float | None = None

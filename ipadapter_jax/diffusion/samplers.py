@@ -1,6 +1,7 @@
 """All samplers by name, and a run of one as arrays (`steps.py`)."""
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -42,8 +43,8 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
         raise InputError(f"eta={eta} is for the scheduler ddim; {sampler} has none")
     _check_settings(sampler, schedule)
     schedule.timesteps(num_steps)  # refuses a number of steps that cannot be
-    made = int(num_steps * strength)
-    if not 0 < strength <= 1 or not made:
+    made = int(num_steps * strength) if isinstance(strength, Real) and 0 < strength <= 1 else 0
+    if not made:
         raise InputError(
             f"strength={strength} of num_inference_steps={num_steps} leaves no step to make: give at most 1, and here "
             f"at least {1 / num_steps:.2g}"

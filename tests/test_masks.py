@@ -1,0 +1,155 @@
+"""Masks of image prompts and of inpainting against PyTorch's interpolations, and what a person may give as one."""
+
+import numpy as np
+import pytest
+from helpers import ORACLES
+from PIL import Image
+
+from ipadapter_jax import InputError
+from ipadapter_jax.masks import latent_mask, load_mask, site_masks
+from ipadapter_jax.models.unet import UNetConfig, site_grids
+
+RANDOM = np.random.default_rng(7).random((96, 120)).astype(np.float32)  # not symmetric in any way
+CIRCLE = (np.hypot(*np.mgrid[-1:1:96j, -1:1:120j]) < 0.7).astype(np.float32)
+GRIDS = [(12, 15), (6, 8), (3, 4), (1, 1), (13, 7), (96, 120), (100, 131)]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("mask", [RANDOM, CIRCLE], ids=["random", "circle"])
+def test_masks_shrink_as_pytorchs_bicubic_interpolation_does(mask, grid):
+    torch = pytest.importorskip("torch")
+    expected = torch.nn.functional.interpolate(
+        torch.tensor(mask, dtype=torch.float64)[None, None], grid, mode="bicubic"
+    )
+    [found] = site_masks([mask], [grid])
+    assert found.shape == (1, grid[0] * grid[1]) and found.dtype == np.float32
+    np.testing.assert_allclose(found[0], expected.numpy().ravel(), atol=1e-6)  # float32's rounding of numbers up to 1.3
+
+
+def test_overshoot_is_kept():
+    [found] = site_masks([CIRCLE], [(31, 33)])
+    assert found.min() < -0.01 and found.max() > 1.01
+
+
+# Pixels of a picture, and so of its masks: sides that are, and are not, divisible by all levels of SD 1.5.
+@pytest.mark.torch
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (128, 64), (64, 96), (192, 320), (128, 256)])
+def test_masks_at_every_site_equal_diffusers(height, width):
+    torch = pytest.importorskip("torch")
+    image_processor = pytest.importorskip("diffusers.image_processor")
+    masks = np.random.default_rng(height).random((2, height, width)).astype(np.float32)
+    grids = site_grids(UNetConfig(), height // 8, width // 8)
+    for found, (h, w) in zip(site_masks(list(masks), grids), grids, strict=True):
+        for mask, row in zip(masks, found, strict=True):
+            given = torch.from_numpy(mask)[None]
+            expected = image_processor.IPAdapterMaskProcessor.downsample(given, 1, h * w, 1)
+            np.testing.assert_allclose(row, expected[0, :, 0], atol=2e-6)  # it computes in float32
+
+
+def test_odd_latents_have_masks_of_the_grids_that_the_network_has():
+    """Where halves are rounded up, diffusers guesses the grid from the number of queries and can miss it."""
+    grids = site_grids(UNetConfig(), 9, 13)
+    assert sorted(set(grids)) == [(2, 2), (3, 4), (5, 7), (9, 13)]
+    mask = np.zeros((72, 104))
+    mask[:, 52:] = 1
+    for found, (h, w) in zip(site_masks([mask], grids), grids, strict=True):
+        rows = found.reshape(h, w)
+        np.testing.assert_array_equal(rows, np.repeat(rows[:1], h, 0))  # nothing differs from top to bottom
+        assert rows[0, 0] < 0.1 and rows[0, -1] > 0.9
+
+
+def test_no_mask_is_everywhere():
+    grids = [(4, 6), (2, 3)]
+    for found, (h, w) in zip(site_masks([None, np.ones((32, 48)), None], grids), grids, strict=True):
+        np.testing.assert_array_equal(found[[0, 2]], np.ones((2, h * w)))
+        np.testing.assert_allclose(found[1], 1, rtol=1e-7)  # the four weights sum to 1 but for rounding
+    assert [mask.shape for mask in site_masks([], grids)] == [(0, 24), (0, 6)]
+
+
+HALVES = np.zeros((48, 64), np.float32)
+HALVES[:, 32:] = 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        HALVES,
+        HALVES.astype(np.float64),
+        HALVES.astype(bool),
+        HALVES.astype(np.uint8),  # 0 and 1, as diffusers' processor writes them
+        HALVES.astype(np.int64),
+        (HALVES * 255).astype(np.uint8),
+        HALVES[None],
+        HALVES[:, :, None],
+        Image.fromarray((HALVES * 255).astype(np.uint8)),
+        Image.fromarray((HALVES * 255).astype(np.uint8)).convert("RGB"),
+        Image.fromarray(HALVES.astype(bool)),
+    ],
+    ids=["float", "double", "bool", "01", "int", "uint8", "(1, H, W)", "(H, W, 1)", "L", "RGB", "1"],
+)
+def test_what_a_mask_may_be(given):
+    found = load_mask(given, 48, 64)
+    np.testing.assert_array_equal(found, HALVES)
+    assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.float32])
+def test_a_mask_of_one_value_stays_that_value(value, dtype):
+    np.testing.assert_array_equal(load_mask(np.full((8, 8), value, dtype), 8, 8), np.full((8, 8), value))
+
+
+def test_grey_is_kept():
+    ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (48, 1))
+    for given in (ramp, Image.fromarray(ramp), ramp / 255):
+        np.testing.assert_array_equal(load_mask(given, 48, 64), ramp.astype(np.float32) / 255)
+
+
+def test_a_mask_of_another_size_is_resized_smoothly():
+    large = np.kron(HALVES, np.ones((3, 3)))
+    found = load_mask(large, 48, 64)
+    assert found.shape == (48, 64) and np.abs(found - HALVES)[:, [*range(29), *range(35, 64)]].max() == 0
+    expected = Image.fromarray((large * 255).astype(np.uint8)).resize((64, 48), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(found, np.asarray(expected, np.float32) / 255)
+    assert load_mask(HALVES, 200, 264).shape == (200, 264)  # 1.32 and 1.33 wide: within 2 percent
+
+
+def test_a_mask_may_be_a_file():
+    found = load_mask(ORACLES / "assets" / "ipmask_1.png", 128, 128)
+    assert found.shape == (128, 128) and {*np.unique(found)} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((48, 48)), "the mask 3 is 48 x 48 pixels, the picture 64 x 48: give a mask of the same shape"),
+        (np.zeros((64, 48)), "48 x 64 pixels, the picture 64 x 48"),
+        (np.full((48, 64), 1.5), "image array"),
+        (np.full((48, 64), np.nan), "image array"),
+        (np.zeros((2, 48, 64)), "image array"),
+        (np.zeros((0, 4)), "image array"),
+        ("nowhere.png", "nowhere.png"),
+    ],
+)
+def test_what_is_no_mask_is_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        load_mask(given, 48, 64, "mask 3")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("height", "width", "h", "w"), [(64, 64, 8, 8), (72, 104, 9, 13), (70, 99, 8, 12), (5, 7, 9, 11)]
+)
+def test_latent_masks_are_pytorchs_nearest_pixels_of_a_binary_mask(height, width, h, w):
+    torch = pytest.importorskip("torch")
+    grey = np.random.default_rng(height).integers(0, 256, (height, width)).astype(np.float32) / 255
+    binary = torch.from_numpy((grey >= 0.5).astype(np.float32))[None, None]
+    expected = torch.nn.functional.interpolate(binary, (h, w))[0, 0].numpy()
+    found = latent_mask(grey, h, w)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_one_half_is_inside():
+    np.testing.assert_array_equal(latent_mask(np.float32([[0.5, 0.499]]), 1, 2), [[1, 0]])
