@@ -141,8 +141,8 @@ def _paint(args: Evaluate, references: Sequence[Reference]) -> tuple[list[list[P
     tally = make_pictures(pipe, args, mine, folder, settings, load)
     if tally.bad:
         raise InputError(
-            f"{len(tally.bad)} image prompts cannot be used, among them {tally.bad[0].reason}; the list is "
-            f"{folder / 'bad_rows.jsonl'}. Repair them, and the same command goes on"
+            f"{len(tally.bad)} image prompts cannot be used, among them {tally.bad[0].reason}; bad_rows*.jsonl in "
+            f"{folder} lists them. Repair them, and the same command goes on"
         )
     places: list[list[Path]] = [[] for _ in references]
     for work in works:
