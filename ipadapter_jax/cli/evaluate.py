@@ -87,7 +87,7 @@ def evaluate(args: Evaluate) -> int:
     if args.images_from is not None:
         pictures = find_pictures(args.images_from, references.found)
     else:
-        pictures, code = _paint(args, references.found)
+        pictures, code = _paint(args, references)
         if code:
             return code
     chunks = embeddings.chunks(args.out / "scores", references.found, pictures, args.caption_prefix)
@@ -125,26 +125,27 @@ def _checked(args: Evaluate) -> Evaluate:
     return args
 
 
-def _paint(args: Evaluate, references: Sequence[Reference]) -> tuple[list[list[Path]], int]:
+def _paint(args: Evaluate, references: References) -> tuple[list[list[Path]], int]:
     """The places of all pictures, those of other processes too, and an exit code, 0 when this process has made its
     own. Raises InputError for image prompts that cannot be read: a mean over the others would be another number."""
     folder = args.out / "images"
-    rows = [_row(args, reference) for reference in references]
+    rows = [_row(args, reference) for reference in references.found]
     works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale)
     mine = [work for work in works if work.row.index // embeddings.CHUNK % args.processes == args.process]
     pipe = args.load()
 
     def load(row: Row) -> Prepared:
-        return pipe.adapters[0].prepare([references[row.index].picture()], args.fit)
+        return pipe.adapters[0].prepare([references.found[row.index].picture()], args.fit)
 
-    settings = args.settings(pipe) | {"with_caption": args.with_caption}
+    data = {name: value for name, value in references.identity.items() if name != "prompts"}  # --limit may grow
+    settings = args.settings(pipe) | {"with_caption": args.with_caption, "data": data}
     tally = make_pictures(pipe, args, mine, folder, settings, load)
     if tally.bad:
         raise InputError(
             f"{len(tally.bad)} image prompts cannot be used, among them {tally.bad[0].reason}; bad_rows*.jsonl in "
             f"{folder} lists them. Repair them, and the same command goes on"
         )
-    places: list[list[Path]] = [[] for _ in references]
+    places: list[list[Path]] = [[] for _ in references.found]
     for work in works:
         places[work.row.index].append(folder / work.picture)
     return places, tally.code
@@ -194,7 +195,7 @@ def _write(args: Evaluate, references: References, clip: OpenedScorer, results: 
         "scores": results.summary(),
         "otherwise than in the paper": apart,
         "data": references.identity,
-        "pictures": made if made is not None else {"from": str(args.images_from)},
+        "pictures": {**({"from": str(args.images_from)} if made is None else made), **results.files()},
         "scoring": {"caption": args.caption, "caption_prefix": args.caption_prefix, "clip": clip.identity},
         "versions": {**versions(), **{name: importlib.metadata.version(name) for name in ("pillow", "numpy")}},
     }

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from ipadapter_jax.data.files import digest, size
 from ipadapter_jax.evaluate.embeddings import Chunk, read
 from ipadapter_jax.evaluate.frechet import Moments, frechet_distance
 from ipadapter_jax.evaluate.measures import Choice, Interval, Scores, interval, measure
@@ -33,6 +34,11 @@ class Results:
     def summary(self) -> dict[str, Any]:
         """The numbers alone, as JSON."""
         return {name: found._asdict() for name, found in self.intervals.items()} | self.distances
+
+    def files(self) -> dict[str, Any]:
+        """What tells these pictures from others, as JSON: how many, and a sha256 over their names and sizes."""
+        sizes = [(path.name, size(str(path))) for paths in self.pictures for path in paths]
+        return {"files": len(sizes), "digest": digest(sizes)}
 
 
 def compute(chunks: Sequence[Chunk], choice: Choice) -> Results:

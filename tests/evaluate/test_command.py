@@ -96,7 +96,7 @@ def test_the_report_says_what_was_done(place):
         "steps: 4, not 50",
         "guidance scale: 4.0, not 7.5",
     ]
-    assert {"unet", "ip_adapter"} <= about["pictures"]["sha256"].keys()
+    assert {"unet", "ip_adapter"} <= about["pictures"]["sha256"].keys() and about["pictures"]["files"] == 12
     assert "model.safetensors" in about["scoring"]["clip"]["sha256"] and "jax" in about["versions"]
 
 
@@ -218,3 +218,7 @@ def test_an_image_prompt_that_is_damaged_ends_it(place, tmp_path, capsys):
     damaged.write_bytes(whole)
     assert main(words(tmp_path, out)) == 0
     assert tables(out)["prompts.csv"] == tables(place / "whole")["prompts.csv"]
+    annotations = tmp_path / "coco" / "annotations" / "captions_val2017.json"
+    annotations.write_text(annotations.read_text() + "\n")
+    assert main(words(tmp_path, out)) == 2  # made for other annotations
+    assert "data.sha256" in capsys.readouterr().err
