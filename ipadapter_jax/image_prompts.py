@@ -92,8 +92,8 @@ def entries_of(
             prompts = [_pictures(p) for p in (prompt.items if isinstance(prompt, PerPrompt) else [prompt])]
             if len(prompts) not in (1, num_prompts):
                 raise InputError(
-                    f"ip_adapter_image has {len(prompts)} image prompts for {num_prompts} prompts; PerPrompt takes one for "
-                    "each"
+                    f"ip_adapter_image has {len(prompts)} image prompts for {num_prompts} prompts; PerPrompt takes one "
+                    "for each"
                 )
             features, count = adapter.from_images(prompts, controls.fit, guided, negative, controls.uncond)
         plan = _Plan(adapter, functools.cache(features), count, sites, num_steps, 2 if guided else 1, num_prompts)
@@ -211,8 +211,8 @@ def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
     if len(given) != adapters or any(prompt is None for prompt in given):
         name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
         raise InputError(
-            f"{adapters} adapter(s) need as many image prompts ({name}), one for each; for one for each text prompt give "
-            "PerPrompt([...])"
+            f"{adapters} adapter(s) need as many image prompts ({name}), one for each; for one for each text prompt "
+            "give PerPrompt([...])"
         )
     return given
 

@@ -13,8 +13,8 @@ from ipadapter_jax.preprocess import load_image
 def load_mask(
     source: Any, height: int, width: int, what: str = "mask", shape: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """A picture file, a PIL picture or an array as a mask (height, width) float32 in [0, 1], white or 1 being inside and
-    what is transparent outside.
+    """A picture file, a PIL picture or an array as a mask (height, width) float32 in [0, 1], white or 1 being inside
+    and what is transparent outside.
 
     Grey is kept. `shape`: height and width of what the mask was drawn for, if not these. Raises InputError, with `what`
     in the message, when it is none or has other proportions.

@@ -166,7 +166,7 @@ class StableDiffusion:
         ip_adapter_scale: lambda of the paper, one or one per adapter: a number, a preset's name, diffusers' dictionary
         or a `Scale`; in a list in the list one for each picture. ip_adapter_masks: where each picture acts.
         image: a picture to paint over, by the last `strength` (0.8; with a mask 1) of the steps, in its own size unless
-        height and width are given; mask_image: white where to paint; exact_outside_mask: the picture's pixels elsewhere.
+        height and width are given; mask_image: white where to paint; exact_outside_mask: its own pixels elsewhere.
         scheduler: ddim, ddpm, pndm, dpmsolver++, euler, euler_a, unipc or lcm; scheduler_config changes settings of
         the model's scheduler_config.json, such as {"use_karras_sigmas": True, "timestep_spacing": "trailing",
         "rescale_betas_zero_snr": True}. seed: picture i uses seed + i, or seed[i], and nothing else. latents

@@ -39,9 +39,9 @@ class Scale:
 class ScaleTable(NamedTuple):
     """Weights of one image prompt for a run of n steps over s sites in file order, both (n, s).
 
-    own: of both branches' own tokens. crossed: where a precise preset takes the prompt away from layers, the weight with
-    which the unconditional branch sees the conditional one's tokens there instead, so that guidance steers these layers
-    away from it; `own` is 0 there.
+    own: of both branches' own tokens. crossed: where a precise preset takes the prompt away from layers, the weight
+    with which the unconditional branch sees the conditional one's tokens there instead, so that guidance steers these
+    layers away from it; `own` is 0 there.
     """
 
     own: np.ndarray

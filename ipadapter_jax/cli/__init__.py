@@ -21,6 +21,7 @@ from ipadapter_jax.cli.batch import Batch, batch
 from ipadapter_jax.cli.convert import Convert, convert
 from ipadapter_jax.cli.doctor import Doctor, doctor
 from ipadapter_jax.cli.encode import encode
+from ipadapter_jax.cli.evaluate import Evaluate, evaluate
 from ipadapter_jax.cli.generate import Generate, generate
 from ipadapter_jax.cli.inspect import Inspect, inspect
 from ipadapter_jax.cli.train import parse as parse_train
@@ -34,6 +35,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "batch": (Batch, batch),
     "train": (Train, train),
     "encode": (Encode, encode),
+    "evaluate": (Evaluate, evaluate),
     "convert": (Convert, convert),
     "inspect": (Inspect, inspect),
     "doctor": (Doctor, doctor),

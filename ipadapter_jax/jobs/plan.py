@@ -44,8 +44,8 @@ def plan(
 def batches(
     items: Iterable[tuple[Work, Content]], size: int, kind: Callable[[Work, Content], Hashable]
 ) -> Iterator[list[tuple[Work, Content]]]:
-    """Batches of `size`, all of one `kind`: one shape each. The last batch of each kind may be smaller; whoever wants one
-    shape for all fills it up. The order is kept among the rows of a kind.
+    """Batches of `size`, all of one `kind`: one shape each. The last batch of each kind may be smaller; whoever wants
+    one shape for all fills it up. The order is kept among the rows of a kind.
 
     Lazy: takes an item when it needs it.
     """

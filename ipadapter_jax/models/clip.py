@@ -61,6 +61,28 @@ class CLIPVisionConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """Both halves of a whole CLIP; what both are projected to is `vision.projection_dim` numbers."""
+
+    text: CLIPTextConfig
+    vision: CLIPVisionConfig
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "CLIPConfig":
+        """From the config.json of a CLIPModel of transformers. Raises InputError where a half is missing."""
+        text, vision = raw.get("text_config"), raw.get("vision_config")
+        if not isinstance(text, Mapping) or not isinstance(vision, Mapping):
+            half = "vision" if isinstance(text, Mapping) else "text"
+            raise InputError(
+                f"no whole CLIP model, for there is no {half}_config; give one with both encoders, such as "
+                "openai/clip-vit-large-patch14"
+            )
+        # The halves may name a projection of their own, which a whole CLIP does not have.
+        projection = {"projection_dim": raw.get("projection_dim", _VISION_DEFAULTS["projection_dim"])}
+        return cls(CLIPTextConfig.from_json(text), CLIPVisionConfig.from_json({**vision, **projection}))
+
+
 # What transformers takes where a published config leaves a setting out; those are small ViT-B/32 sizes.
 _SHARED = {"num_hidden_layers": 12, "hidden_act": "quick_gelu"}
 _TEXT_DEFAULTS = {**_SHARED, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
@@ -186,6 +208,30 @@ class VisionEmbeddings(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, config.hidden_size)), x], axis=1)
         positions = nn.Embed(config.num_positions, config.hidden_size, dtype=self.dtype, name="position_embedding")
         return x + positions(jnp.arange(config.num_positions))[None]
+
+
+class CLIP(nn.Module):
+    """A whole CLIP, whose `images` and `texts` embed either side in one space. Parameters lie as published."""
+
+    config: CLIPConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        self.text_model = TextTransformer(self.config.text, self.dtype)
+        self.vision_model = VisionTransformer(self.config.vision, self.dtype)
+        projections = (nn.Dense(self.config.vision.projection_dim, use_bias=False, dtype=self.dtype) for _ in range(2))
+        self.text_projection, self.visual_projection = projections
+
+    def __call__(self, pixel_values: Array, input_ids: Array) -> tuple[Array, Array]:
+        return self.images(pixel_values), self.texts(input_ids)
+
+    def images(self, pixel_values: Array) -> Array:
+        """Normalised pixels (B, H, W, 3) -> embeddings (B, P), of no certain length."""
+        return self.visual_projection(self.vision_model(pixel_values)[0])
+
+    def texts(self, input_ids: Array) -> Array:
+        """Token ids (B, S) -> embeddings (B, P), of no certain length."""
+        return self.text_projection(self.text_model(input_ids, 0).pooled)
 
 
 class Encoder(nn.Module):

@@ -67,7 +67,7 @@ def _old_text_key(key: str) -> str:
     )
 
 
-def _like(*shape: int, dtype: Any = jnp.float32) -> Any:
+def like(*shape: int, dtype: Any = jnp.float32) -> Any:
     """An array's shape and dtype, where no array is needed."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -81,9 +81,9 @@ UNET = Component(
     module=UNet,
     example=lambda config: functools.partial(
         UNet.from_text,
-        latents=_like(1, 2**config.levels, 2**config.levels, config.in_channels),
-        timesteps=_like(1),
-        text=_like(1, 1, config.cross_attention_dim),
+        latents=like(1, 2**config.levels, 2**config.levels, config.in_channels),
+        timesteps=like(1),
+        text=like(1, 1, config.cross_attention_dim),
     ),
 )
 VAE_COMPONENT = Component(
@@ -94,7 +94,7 @@ VAE_COMPONENT = Component(
     config=VAEConfig.from_json,
     module=VAE,
     example=lambda config: functools.partial(
-        VAE.__call__, images=_like(1, config.downscale, config.downscale, config.in_channels)
+        VAE.__call__, images=like(1, config.downscale, config.downscale, config.in_channels)
     ),
     renames=VAE_RENAMES,
     modernise=_old_vae_key,
@@ -106,7 +106,7 @@ TEXT_ENCODER = Component(
     flax_stem="flax_model",
     config=CLIPTextConfig.from_json,
     module=CLIPText,
-    example=lambda config: functools.partial(CLIPText.__call__, input_ids=_like(1, 1, dtype=jnp.int32)),
+    example=lambda config: functools.partial(CLIPText.__call__, input_ids=like(1, 1, dtype=jnp.int32)),
     modernise=_old_text_key,
     ignored=r".*position_ids|text_projection\..*|logit_scale|vision_model\..*|visual_projection\..*",
 )
@@ -118,7 +118,7 @@ IMAGE_ENCODER = Component(
     config=CLIPVisionConfig.from_json,
     module=CLIPVision,
     example=lambda config: functools.partial(
-        CLIPVision.__call__, pixel_values=_like(1, config.image_size, config.image_size, 3)
+        CLIPVision.__call__, pixel_values=like(1, config.image_size, config.image_size, 3)
     ),
     other_files=("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
     translate=to_transformers,

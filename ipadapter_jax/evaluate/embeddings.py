@@ -1,0 +1,103 @@
+"""Embeddings on disk, from which every score is computed: a file for some image prompts, whole or not there, so that
+a run that was killed goes on and ends with the same numbers."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.evaluate.measures import Embedded, embedded_of
+from ipadapter_jax.evaluate.references import Reference
+from ipadapter_jax.evaluate.scorer import Scorer
+from ipadapter_jax.files import unfinished, write_whole
+from ipadapter_jax.in_order import in_order
+from ipadapter_jax.preprocess import clip_pixels, load_image
+from ipadapter_jax.weights.lazy import held
+from ipadapter_jax.weights.safetensors_bytes import safetensors_chunks
+from ipadapter_jax.weights.tensors import open_file
+
+CHUNK = 32  # image prompts to a file
+_THREADS = 4  # that read pictures
+_INPUTS, _CAPTIONS = "inputs", "captions"  # in a file's metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Some image prompts with the pictures that were made for them, and the file of their embeddings."""
+
+    file: Path
+    references: Sequence[Reference]
+    pictures: Sequence[Sequence[Path]]
+    prefix: str  # of every caption
+
+
+def chunks(
+    folder: Path, references: Sequence[Reference], pictures: Sequence[Sequence[Path]], prefix: str
+) -> list[Chunk]:
+    """All of an evaluation; which prompts go together does not depend on how many processes there are."""
+    parts = [slice(start, start + CHUNK) for start in range(0, len(references), CHUNK)]
+    return [Chunk(folder / f"{part.start:06d}.safetensors", references[part], pictures[part], prefix) for part in parts]
+
+
+def is_there(chunk: Chunk, clip: dict[str, Any]) -> bool:
+    """Whether its embeddings were made, from these pictures and captions by this CLIP (`OpenedScorer.identity`)."""
+    try:
+        _, _, metadata = open_file(chunk.file)
+        return metadata.get(_INPUTS) == _inputs(chunk, clip)
+    except (FileNotFoundError, InputError):  # not made yet, or damaged since
+        return False
+
+
+def make(chunk: Chunk, scorer: Scorer, clip: dict[str, Any]) -> None:
+    """Embeds and writes. Raises InputError naming a picture that cannot be read."""
+    metadata = {_INPUTS: _inputs(chunk, clip)}
+    images = scorer.pictures(_squares(chunk, scorer.side))
+    texts = scorer.captions([chunk.prefix + text for reference in chunk.references for text in reference.captions])
+    for name, rows in (("picture", images), ("caption", texts)):
+        if not np.isfinite(rows).all():
+            raise InputError(f"the embedding of a {name} is not finite: the weights of the scoring CLIP are damaged")
+    metadata[_CAPTIONS] = json.dumps([len(reference.captions) for reference in chunk.references])
+    write_whole(chunk.file, safetensors_chunks({"images": held(images), "texts": held(texts)}, metadata))
+
+
+def read(chunk: Chunk) -> Embedded:
+    """What `make` has written."""
+    _, tensors, metadata = open_file(chunk.file)
+    images, texts = (np.array(tensors[name].read()) for name in ("images", "texts"))
+    return embedded_of(images, texts, json.loads(metadata[_CAPTIONS]))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a kill has left half written; for when nobody writes any more."""
+    for path, _ in unfinished(folder):
+        path.unlink(missing_ok=True)
+
+
+def _squares(chunk: Chunk, side: int) -> Iterator[np.ndarray]:
+    """What the scorer sees of the image prompts, then of their pictures."""
+    every: list[Reference | Path] = [*chunk.references, *(path for paths in chunk.pictures for path in paths)]
+
+    def square(item: Reference | Path) -> np.ndarray:
+        picture: Image.Image = item.picture() if isinstance(item, Reference) else load_image(item)
+        return clip_pixels(picture, side)
+
+    return in_order(square, every, threads=_THREADS, ahead=2 * _THREADS)
+
+
+def _inputs(chunk: Chunk, clip: dict[str, Any]) -> str:
+    """A digest of all that the embeddings depend on. Raises FileNotFoundError where a picture is not there yet."""
+    pictures = [[_stamp(path) for path in paths] for paths in chunk.pictures]
+    references = [[reference.name, reference.stamp, reference.captions] for reference in chunk.references]
+    return hashlib.sha256(json.dumps([clip, chunk.prefix, references, pictures]).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> list[Any]:
+    found = os.stat(path)
+    return [path.name, found.st_size, found.st_mtime_ns]

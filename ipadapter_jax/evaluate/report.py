@@ -1,0 +1,124 @@
+"""Results as one page of HTML that needs no other file: the table with the paper's rows, histograms, best and worst
+examples, and all that the numbers depend on."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ipadapter_jax.evaluate.measures import DRAWS, SEED
+from ipadapter_jax.evaluate.paper import TABLE
+from ipadapter_jax.evaluate.results import TITLES, Results
+from ipadapter_jax.preprocess import load_image
+
+_EXAMPLES, _SHOWN, _SIDE = 4, 4, 112  # best and worst prompts, pictures of each, their pixels
+_BINS, _WIDTH, _HEIGHT = 40, 360, 140  # of a histogram
+_STYLE = """
+body { font: 15px/1.45 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse } td, th { padding: .2em .8em; text-align: left; border-bottom: 1px solid #ddd }
+.number { text-align: right } .warning { background: #fdd; padding: .6em } img { margin: 2px } figure { margin: .5em 0 }
+figcaption { font-size: 13px } pre { background: #f6f6f6; padding: .8em; overflow-x: auto } svg { margin-right: 1em }
+"""
+
+
+def page(results: Results, about: Mapping[str, Any], departures: Sequence[str], is_reference: bool) -> str:
+    """The page. about: settings, versions and digests as JSON."""
+    prompts, each = results.scores.clip_i.shape
+    parts = [
+        "" if is_reference else _warning(),
+        "<h1>CLIP-I and CLIP-T</h1>",
+        f"<p>{prompts:,} image prompts, {each} pictures of each.</p>",
+        _table(results),
+        f"<p>In brackets: 95 % intervals over image prompts (bootstrap of {DRAWS:,} draws, seed {SEED}). Rows of the "
+        "paper: arXiv 2308.06721, Table 1, which has no intervals.</p>",
+        _departures(departures),
+        "<h2>Distributions over image prompts</h2>",
+        *(_histogram(TITLES[name], values) for name, values in results.scores.of_prompts().items()),
+        *_examples(results),
+        f"<h2>What the numbers depend on</h2><pre>{escape(json.dumps(about, indent=2, ensure_ascii=False))}</pre>",
+    ]
+    body = "\n".join(filter(None, parts))
+    head = f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><style>{_STYLE}</style>'
+    return f"{head}\n<body>\n{body}\n</body></html>\n"
+
+
+def _warning() -> str:
+    return (
+        '<p class="warning">Warning: the scoring CLIP is not ViT-L/14. These numbers cannot be compared with those of '
+        "the paper, nor with any that another CLIP gave.</p>"
+    )
+
+
+def _table(results: Results) -> str:
+    head = ["method", "", "CLIP-T", "CLIP-I", "diversity", "CLIP-FID", *(["FID"] if "fid" in results.distances else [])]
+    own = [_shown(results, name) for name in ("clip_t", "clip_i", "diversity")]
+    own += [f"{value:.4g}" for value in results.distances.values()]
+    rows = [["<b>this evaluation</b>", "", *own]]
+    rows += [[row.method, row.kind, f"{row.clip_t:.3f}", f"{row.clip_i:.3f}"] for row in TABLE]
+    cells = (_row(row + [""] * (len(head) - len(row)), "td") for row in rows)
+    return "<table>" + _row(head, "th") + "".join(cells) + "</table>"
+
+
+def _row(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}{'' if i < 2 else _NUMBER}>{c}</{tag}>" for i, c in enumerate(cells)) + "</tr>"
+
+
+_NUMBER = ' class="number"'
+
+
+def _shown(results: Results, name: str) -> str:
+    if name not in results.intervals:
+        return ""
+    found = results.intervals[name]
+    return f"{found.mean:.4f} [{found.low:.4f}, {found.high:.4f}]"
+
+
+def _departures(lines: Sequence[str]) -> str:
+    if not lines:
+        return "<p>Made and scored as in the paper, as far as it says how.</p>"
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<h2>Otherwise than in the paper</h2><ul>{items}</ul>"
+
+
+def _histogram(title: str, values: np.ndarray) -> str:
+    """Bars over the values' range, as SVG."""
+    counts, edges = np.histogram(values, bins=_BINS)
+    width, tallest = _WIDTH / _BINS, counts.max()
+    bars = "".join(
+        f'<rect x="{i * width:.1f}" y="{_HEIGHT * (1 - count / tallest):.1f}" width="{width - 1:.1f}" '
+        f'height="{_HEIGHT * count / tallest:.1f}" fill="#47a"/>'
+        for i, count in enumerate(counts)
+    )
+    label = f'<text y="{_HEIGHT + 32}">{title}</text><text y="{_HEIGHT + 15}" font-size="11">{edges[0]:.3f}</text>'
+    label += f'<text x="{_WIDTH}" y="{_HEIGHT + 15}" font-size="11" text-anchor="end">{edges[-1]:.3f}</text>'
+    return f'<svg width="{_WIDTH}" height="{_HEIGHT + 40}">{bars}{label}</svg>'
+
+
+def _examples(results: Results) -> Iterator[str]:
+    """The prompts that the pictures follow best, and least, by CLIP-I."""
+    order = np.argsort(-results.scores.clip_i.mean(axis=1), kind="stable")
+    yield "<h2>Best by CLIP-I: image prompt, then pictures</h2>"
+    yield from (_example(results, int(index)) for index in order[:_EXAMPLES])
+    yield "<h2>Worst by CLIP-I</h2>"
+    yield from (_example(results, int(index)) for index in order[::-1][:_EXAMPLES])
+
+
+def _example(results: Results, index: int) -> str:
+    reference, paths = results.references[index], results.pictures[index][:_SHOWN]
+    scores = ", ".join(f"{TITLES[name]} {values[index]:.3f}" for name, values in results.scores.of_prompts().items())
+    caption = escape(f"{reference.name}: {reference.captions[0]} ({scores})")
+    pictures = "".join(_inline(load_image(path)) for path in paths)
+    return f"<figure>{_inline(reference.picture())} &nbsp; {pictures}<figcaption>{caption}</figcaption></figure>"
+
+
+def _inline(picture: Image.Image) -> str:
+    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    with io.BytesIO() as file:
+        picture.save(file, "JPEG", quality=80)
+        content = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/jpeg;base64,{content}" alt="">'

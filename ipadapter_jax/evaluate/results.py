@@ -1,0 +1,86 @@
+"""From embeddings on disk to results: scores of all pictures, means with intervals, distances, and tables of them."""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from ipadapter_jax.data.files import digest, size
+from ipadapter_jax.evaluate.embeddings import Chunk, read
+from ipadapter_jax.evaluate.frechet import Moments, frechet_distance
+from ipadapter_jax.evaluate.measures import Choice, Interval, Scores, interval, measure
+from ipadapter_jax.evaluate.references import Reference
+from ipadapter_jax.files import write_whole
+
+TITLES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "diversity": "diversity"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Results:
+    """Of P image prompts with n pictures each. intervals: by the names in TITLES; distances: Frechet's, by name."""
+
+    references: Sequence[Reference]
+    pictures: Sequence[Sequence[Path]]
+    scores: Scores
+    intervals: dict[str, Interval]
+    distances: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers alone, as JSON."""
+        return {name: found._asdict() for name, found in self.intervals.items()} | self.distances
+
+    def files(self) -> dict[str, Any]:
+        """What tells these pictures from others, as JSON: how many, and a sha256 over their names and sizes."""
+        sizes = [(path.name, size(str(path))) for paths in self.pictures for path in paths]
+        return {"files": len(sizes), "digest": digest(sizes)}
+
+
+def compute(chunks: Sequence[Chunk], choice: Choice) -> Results:
+    """Reads one chunk after the other. CLIP-FID: the Frechet distance between all pictures and all image prompts in the
+    features of the scoring CLIP, its embeddings as they are."""
+    parts: list[Scores] = []
+    sums: list[Moments] = []
+    for chunk in chunks:
+        embedded = read(chunk)
+        parts.append(measure(embedded, choice))
+        sums = sums or [Moments(embedded.references.shape[-1]) for _ in range(2)]
+        sums[0].add(embedded.references)
+        sums[1].add(embedded.pictures.reshape(-1, embedded.pictures.shape[-1]))
+    scores = Scores(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return Results(
+        references=[reference for chunk in chunks for reference in chunk.references],
+        pictures=[paths for chunk in chunks for paths in chunk.pictures],
+        scores=scores,
+        intervals={name: interval(values) for name, values in scores.of_prompts().items()},
+        distances={"clip_fid": frechet_distance(*sums)},
+    )
+
+
+def write_tables(results: Results, folder: Path) -> None:
+    """prompts and pictures, each as .csv and .parquet: a row for each image prompt, and for each picture."""
+    names = [reference.name for reference in results.references]
+    each = results.scores.clip_i.shape[1]
+    prompts = {
+        "name": names,
+        "image": [reference.key for reference in results.references],
+        "caption": [reference.captions[0] for reference in results.references],
+        **results.scores.of_prompts(),
+    }
+    pictures = {
+        "name": [name for name in names for _ in range(each)],
+        "picture": [path.name for paths in results.pictures for path in paths],
+        "clip_i": results.scores.clip_i.reshape(-1),
+        "clip_t": results.scores.clip_t.reshape(-1),
+    }
+    for title, columns in (("prompts", prompts), ("pictures", pictures)):
+        table = pa.table(columns)
+        for suffix, write in (("csv", pyarrow.csv.write_csv), ("parquet", pyarrow.parquet.write_table)):
+            with io.BytesIO() as file:
+                write(table, file)
+                write_whole(folder / f"{title}.{suffix}", file.getvalue())
