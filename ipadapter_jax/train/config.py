@@ -111,6 +111,9 @@ class Log:
     """Samples in the fixed validation batch; the first 4 become the image prompts of the sample grid."""
     sample_steps: int = 30
     """Denoising steps of the sample grid; 0 for no grid."""
+    clip: str | None = None
+    """A whole CLIP, folder or Hub id such as openai/clip-vit-large-patch14, that scores the pictures of the grid:
+    CLIP-I, CLIP-T and diversity as curves. They are few: a trend, not a result."""
     guidance_scale: float = 7.5
 
 

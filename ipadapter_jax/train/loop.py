@@ -208,8 +208,8 @@ class Run:
             return
         validation, learnt = self.validation, self.state.params if self.state.ema is None else self.state.ema
         with self.desk.paused() if self.desk is not None else contextlib.nullcontext():
-            losses, grid = validation.losses(learnt), validation.grid(learnt)
-            self._in_process_0(lambda: self.desk.validated(number, losses, grid))
+            losses, (grid, scores) = validation.losses(learnt), validation.grid(learnt)
+            self._in_process_0(lambda: self.desk.validated(number, losses | scores, grid))
 
     def _save(self, number: int) -> None:
         """The checkpoint, which is written while training goes on, and the file for everybody else."""

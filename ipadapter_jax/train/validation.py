@@ -19,6 +19,9 @@ from PIL import Image
 
 from ipadapter_jax import sampling
 from ipadapter_jax.adapters import Adapter
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.evaluate.measures import score
+from ipadapter_jax.evaluate.scorer import open_scorer
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipeline import StableDiffusion
 from ipadapter_jax.preprocess import image_grid, to_uint8
@@ -52,6 +55,10 @@ class Validation:
         self._frozen = loaded.frozen | ({} if dropped is None else {"zero_features": dropped})
         self._losses = jax.jit(make_validation_losses(loaded.networks, mesh), out_shardings=replicated(mesh))
         self._prompts = self._image_prompts() if config.log.sample_steps else None
+        if config.log.clip is not None and self._prompts is None:
+            raise InputError("log.clip scores the sample grid: give log.sample_steps as well")
+        scores = config.log.clip is not None and jax.process_index() == 0
+        self._scorer = open_scorer(str(config.log.clip)).load() if scores else None
 
     def losses(self, learnt: Any) -> dict[str, float]:
         """By name, "validation_loss_0" being that of the least noisy quarter of the timesteps."""
@@ -59,36 +66,45 @@ class Validation:
         named = {f"validation_loss_{i}": float(loss) for i, loss in enumerate(losses)}
         return {"validation_loss": float(np.mean(losses)), **named}
 
-    def grid(self, learnt: Any) -> Image.Image | None:
-        """A row for every image prompt: the reference and pictures of fixed seeds, without text. For process 0, which
-        samples on its own devices; None for the others, and where there is to be none."""
+    def grid(self, learnt: Any) -> tuple[Image.Image | None, dict[str, float]]:
+        """A row for every image prompt: the reference and pictures of fixed seeds, without text; and by name what the
+        scoring CLIP says of them. For process 0, which samples on its own devices; nothing for the others, and where
+        there is to be none."""
         if self._prompts is None:
-            return None
+            return None, {}
         local, loaded = sampling.device_mesh(), self._loaded
         params = fill(learnt, loaded.frozen) | {name: loaded.frozen[name] for name in ("vae", "text_encoder")}
         params = local_copy(whole(params, self._mesh), local)
-        return (
-            None if jax.process_index() else sample_grid(pipeline_of(loaded, params, local), self._prompts, self._log)
-        )
+        if jax.process_index():
+            return None, {}
+        groups = samples_of(pipeline_of(loaded, params, local), self._prompts, self._log)
+        rows = zip(self._prompts.references, groups, strict=True)
+        picture = image_grid([cell for reference, group in rows for cell in (reference, *group)], columns=1 + _COLUMNS)
+        if self._scorer is None:
+            return picture, {}
+        captions = [[loaded.tokenizer.decode(ids, skip_special_tokens=True)] for ids in self._prompts.input_ids]
+        scores = score(self._scorer, groups, self._prompts.references, captions)
+        return picture, {name: float(values.mean()) for name, values in scores.of_prompts().items()}
 
     def _image_prompts(self) -> "ImagePrompts":
         vae, params = self._loaded.networks.vae, self._loaded.frozen["vae"]
 
-        def head(params: Any, batch: Batch) -> tuple[Array, Any]:
+        def head(params: Any, batch: Batch) -> tuple[Array, Array, Any]:
             decoded: Any = vae.apply({"params": params}, batch["mean"][:_PICTURES], method=VAE.decode)
-            return decoded, batch["features"][:_PICTURES] if "features" in batch else None
+            features = batch["features"][:_PICTURES] if "features" in batch else None
+            return decoded, batch["input_ids"][:_PICTURES], features
 
-        decoded, positive = jax.tree.map(
+        decoded, input_ids, positive = jax.tree.map(
             lambda x: np.asarray(x.addressable_data(0)),
             jax.jit(head, out_shardings=replicated(self._mesh))(params, self._batch),
         )
         references = [Image.fromarray(picture) for picture in to_uint8(np.clip(decoded / 2 + 0.5, 0, 1))]
         if positive is None:
-            return ImagePrompts(references, None)
+            return ImagePrompts(references, input_ids, None)
         negative = np.zeros_like(positive)
         if "zero_features" in self._frozen:
             negative[:] = np.asarray(self._frozen["zero_features"].addressable_data(0))
-        return ImagePrompts(references, np.stack([negative, positive]))
+        return ImagePrompts(references, input_ids, np.stack([negative, positive]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +112,7 @@ class ImagePrompts:
     """The prompts of the sample grid; arrays that every process holds."""
 
     references: list[Image.Image]  # through the VAE and back: the best that the latents allow
+    input_ids: np.ndarray  # (n, S), of the captions
     features: np.ndarray | None  # (2, n, ...), the negative ones first
 
 
@@ -144,25 +161,27 @@ def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, dic
     return losses
 
 
-def sample_grid(pipe: StableDiffusion, prompts: ImagePrompts, log: Log) -> Image.Image:
-    """References and samples, a row for each prompt."""
-    pictures, side = [], prompts.references[0].width
-    for i, reference in enumerate(prompts.references):
+def samples_of(pipe: StableDiffusion, prompts: ImagePrompts, log: Log) -> list[list[Image.Image]]:
+    """Pictures of fixed seeds for each prompt."""
+    groups, side = [], prompts.references[0].width
+    for i in range(len(prompts.references)):
         embeds = None
         if prompts.features is not None:
             features = prompts.features[:, i : i + 1]
             embeds = [features if log.guidance_scale > 1 else features[1:]]
-        pictures += [reference] + pipe(
-            "",
-            ip_adapter_image_embeds=embeds,
-            num_inference_steps=log.sample_steps,
-            guidance_scale=log.guidance_scale,
-            num_images_per_prompt=_COLUMNS,
-            seed=i * _COLUMNS,
-            height=side,
-            width=side,
+        groups.append(
+            pipe(
+                "",
+                ip_adapter_image_embeds=embeds,
+                num_inference_steps=log.sample_steps,
+                guidance_scale=log.guidance_scale,
+                num_images_per_prompt=_COLUMNS,
+                seed=i * _COLUMNS,
+                height=side,
+                width=side,
+            )
         )
-    return image_grid(pictures, columns=1 + _COLUMNS)
+    return groups
 
 
 def pipeline_of(loaded: Loaded, params: dict[str, Any], mesh: Mesh) -> StableDiffusion:

@@ -1,11 +1,11 @@
 """The scoring CLIP gives the scores of transformers' PyTorch CLIP; what is no whole CLIP is refused by name."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
+import clip_models
 import numpy as np
 import pytest
 from helpers import IMAGE_ENCODER, TORCH_MODEL
@@ -19,9 +19,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
 
-spec = importlib.util.spec_from_file_location("clip_models", Path(__file__).with_name("clip_models.py"))
-clip_models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(clip_models)
 CAPTIONS, SIDE = clip_models.CAPTIONS, clip_models.SIDE
 
 

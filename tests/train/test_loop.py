@@ -72,6 +72,19 @@ def test_what_a_run_leaves(done) -> None:
     assert (done / "skipped.jsonl").read_text() == ""
 
 
+@pytest.mark.torch
+def test_a_scoring_clip_draws_curves(run, tmp_path) -> None:
+    """Of the pictures of the sample grid, whose captions are those of the data."""
+    from clip_models import clip_model  # writes a tiny CLIPModel of transformers
+
+    clip_model(tmp_path / "clip")
+    config = changed(run, out=str(tmp_path / "run"), log__validate_every=STEPS, log__clip=str(tmp_path / "clip"))
+    assert train(config) == 0
+    for name, low, high in (("clip_i", -1, 1), ("clip_t", 0, 2.5), ("diversity", 0, 2)):
+        scores = logged(tmp_path / "run", name)
+        assert list(scores) == [0, STEPS] and all(low <= score <= high for score in scores.values())
+
+
 def test_the_adapter_is_used_by_the_sampler(done, run, data) -> None:
     pipe = StableDiffusion.from_pretrained(run.model.base)
     pipe = pipe.with_ip_adapter(done / "adapter.safetensors", image_encoder=run.model.image_encoder)

@@ -1,10 +1,9 @@
 """A tiny random CLIPModel of PyTorch, saved with a tokenizer, and pictures to score."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from make_random_weights import write_tokenizer
 from PIL import Image
 
@@ -12,8 +11,11 @@ SIDE, LENGTH, VOCABULARY = 32, 24, 520
 CAPTIONS = [["a red fox", "an animal in snow"], ["two cats", "cats on a sofa", "a sofa"], ["a very small bird"]]
 
 
-def clip_model(folder: Path, *, safe: bool = True, eos: int = VOCABULARY - 1) -> transformers.CLIPModel:
+def clip_model(folder: Path, *, safe: bool = True, eos: int = VOCABULARY - 1) -> Any:
     """Writes it to `folder` as transformers does, or as a PyTorch pickle of the older days, and returns it."""
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     shared = {"num_attention_heads": 4, "num_hidden_layers": 2, "initializer_range": 0.2}
     text = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH}
