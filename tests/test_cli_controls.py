@@ -60,7 +60,7 @@ def test_every_control_at_once(tmp_path):
 
 @pytest.mark.parametrize(("what", "columns", "rows"), [("scales", 5, 2), ("presets", 16, 1)])
 def test_explore(tmp_path, what, columns, rows):
-    assert main(arguments(tmp_path / "a.png", explore=what, num_images=2)) == 0
+    assert main(arguments(tmp_path / "a.png", explore=what, num_images=rows)) == 0
     with Image.open(tmp_path / "a.png") as figure:
         assert figure.width == 8 + columns * 200 and figure.height == rows * (2 * 24 + 192 + 8)
 
@@ -79,6 +79,9 @@ WRONG = [
     (["--layers", "[1, 2]"], "2 factors for 16 layers"),
     (["--scale-start", "0.9", "--scale-end", "0.1"], "0 <= start < end <= 1"),
     (["--uncond", "white"], "--uncond"),
+    (["--save-embeds", "a.pt"], "--save-embeds a.pt: give a name that ends in .safetensors"),
+    (["--explore", "scales", "--masks", "m.png"], "--explore makes a figure of its own; leave out --masks"),
+    (["--negative-image", "gone.png"], "'gone.png' does not exist"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Image prompts and their controls against the same said by hand: in pictures, or in tokens that are attended to."""
 
+import dataclasses
 import functools
 
 import jax
@@ -235,16 +236,45 @@ def test_uncond_of_a_plus_adapter_is_by_default_zero_pixels(plus, uncond):
 
 
 def test_without_guidance_there_is_one_branch(pipe):
-    for controls in ({"images": CAT}, {"images": CAT, "negative": DOG}, {"embeds": [np.ones((2, 1, 40))]}):
+    for controls in ({"images": CAT}, {"embeds": [np.ones((2, 1, 40))]}):
         [entry] = entries(pipe, guided=False, **controls)
         assert entry.features().shape == (1, 1, 1, 40) and entry.weight.shape == (2, 1, 16)
         assert entry.features().any()  # the positive one
 
 
 @pytest.mark.parametrize("control", [{"negative": DOG}, {"uncond": "black"}])
-def test_embeddings_bring_their_own_negative_branch(pipe, control):
-    with pytest.raises(InputError, match="ip_adapter_image_embeds"):
+def test_nothing_is_ignored_without_guidance(pipe, control):
+    with pytest.raises(InputError, match="need guidance: guidance_scale above 1"):
+        entries(pipe, guided=False, images=CAT, **control)
+
+
+@pytest.mark.parametrize(
+    ("control", "words"),
+    [({"negative": DOG}, "hold their negative branch"), ({"uncond": "black"}, "hold the negative")],
+)
+def test_embeddings_bring_their_own_negative_branch(pipe, control, words):
+    with pytest.raises(InputError, match=words):
         entries(pipe, embeds=[np.ones((2, 1, 40))], **control)
+
+
+def test_embeddings_of_the_positive_branch_may_choose_the_other(pipe):
+    one = features(pipe, CAT)[None]
+    black, zeros = (entries(pipe, embeds=[one], uncond=uncond)[0].features() for uncond in ("black", "zeros"))
+    assert np.abs(black[0, 0]).max() > 0 and not np.asarray(zeros[0, 0]).any()
+    np.testing.assert_array_equal(black[0, 1], zeros[0, 1])
+
+
+def test_one_for_each_prompt_goes_to_every_adapter(base, pipe):
+    two = dataclasses.replace(pipe, adapters=pipe.adapters * 2)
+    made = entries(two, images=PerPrompt([CAT, DOG]), prompts=2)
+    assert [entry.keys_values()[0][0].shape[0] for entry in made] == [2, 2]
+    for controls, words in (
+        ({"embeds": PerPrompt([1, 2])}, "are the same for all prompts"),
+        ({"images": CAT, "scale": PerPrompt(["style", "linear"])}, "is not a finite number"),
+        ({"images": [CAT, DOG], "masks": [np.ones((64, 64))] * 2, "scale": PerPrompt([1, 2])}, "goes without masks"),
+    ):
+        with pytest.raises(InputError, match=words):
+            entries(pipe, prompts=2, **controls)
 
 
 # --- tiles and files -------------------------------------------------------------------------------------------------
@@ -307,7 +337,7 @@ def test_a_precise_preset_shows_the_other_layers_to_the_unconditional_branch_alo
     acts = np.array([t in {0, 1, 2, 3, *range(9, 16)} for t in (*range(6), *range(7, 16), 6)])  # in file order
     weight = np.zeros((2, 2, 2, 16), np.float32)  # steps, entries, branches, sites
     weight[:, 0] = 0.8 * acts
-    weight[:, 1, 0] = 0.8 * ~acts
+    weight[:, 1, 0] = 0.8 * np.array([{4: 0.25, 5: 1.0}.get(t, 0) for t in (*range(6), *range(7, 16), 6)])
 
     shape = (8, 8, 4)
     batch = sampling.Batch(pipe.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))

@@ -55,19 +55,33 @@ def test_presets_by_their_formulas(name):
         np.testing.assert_allclose(found, value * np.tile(executed(FORMULAS[name]), (3, 1)), rtol=1e-6)
 
 
+STYLE = (*range(4), *range(9, 16))
+
+
 @pytest.mark.parametrize(
-    ("name", "spared"), [("precise style", {4, 5, 6, 7, 8}), ("precise composition", {*range(16)} - {4, 5})]
+    ("name", "spared"),
+    [
+        ("precise style", {4: 0.25, 5: 1.0}),
+        ("precise composition", {**dict.fromkeys(STYLE, 1.0), **dict.fromkeys((6, 7, 8), 0.1)}),
+    ],
 )
 def test_precise_presets_exchange_the_branches_where_they_do_not_act(name, spared):
+    """With the factors that ComfyUI has there."""
     table = scale_table(Scale(0.5, name, end=0.5), SITES, 4)
-    np.testing.assert_array_equal(table.crossed[:2], np.tile(executed(lambda t: 0.5 * (t in spared)), (2, 1)))
+    expected = np.tile(executed(lambda t: 0.5 * spared.get(t, 0)), (2, 1))
+    np.testing.assert_allclose(table.crossed[:2], expected, rtol=1e-6)
     assert not table.crossed[2:].any() and not table.own[2:].any()
     assert not (table.own * table.crossed).any()
 
 
-@pytest.mark.parametrize("scale", [0.7, "style", "ease in", Scale(layers={"precise style": 1.0})])
+@pytest.mark.parametrize("scale", [0.7, "style", "ease in"])
 def test_nothing_else_exchanges_them(scale):
     assert not scale_table(scale, SITES, 2).crossed.any()
+
+
+def test_precise_presets_are_no_part_of_a_sum():
+    with pytest.raises(InputError, match="'precise style' cannot be a part of a sum; give it alone"):
+        own({"precise style": 1.0, "linear": 0.1})
 
 
 def test_numbers_act_everywhere():
@@ -123,6 +137,10 @@ def peer():
 def test_start_and_end_are_parts_of_the_run(start, end, steps):
     """As control_guidance_start and _end: step i of n, from i / n to (i + 1) / n, must lie inside as a whole."""
     expected = [0.0 if i / steps < start or (i + 1) / steps > end else 1.0 for i in range(steps)]
+    if not any(expected):
+        with pytest.raises(InputError, match=f"no whole step of {steps} lies between start={start} and end={end}"):
+            own(Scale(start=start, end=end), steps)
+        return
     np.testing.assert_array_equal(own(Scale(start=start, end=end), steps), np.tile(np.c_[expected], 16))
 
 
@@ -169,7 +187,7 @@ def test_presets_of_sd15s_layers_are_refused_elsewhere():
         words = re.escape(f"the preset '{name}' is for the 16 layers")
         with pytest.raises(InputError, match=f"{words} .* this UNet has 7; give factors for its layers"):
             own(name, sites=TWO_LEVELS)
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match="part of a sum" if "precise" in name else words):
             own({name: 1.0, "linear": 1.0}, sites=TWO_LEVELS)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ipadapter_jax.jobs.plan import Work, batches, plan
+from ipadapter_jax.jobs.plan import Work, batches, by_images, plan
 from ipadapter_jax.jobs.rows import Row
 
 
@@ -55,7 +55,7 @@ def test_reordered_split_or_shortened_the_pictures_are_the_same():
 @pytest.mark.parametrize("size", [1, 4, 1000])
 def test_batches_are_uniform_and_keep_the_order(size):
     works = plan(ROWS, **OPTIONS)
-    found = list(batches(((work, work.picture) for work in works), size))
+    found = list(batches(((work, work.picture) for work in works), size, by_images))
     kinds = [{len(work.row.images) for work, _ in batch} for batch in found]
     assert all(len(kind) == 1 for kind in kinds)
     for kind in range(3):
@@ -68,5 +68,5 @@ def test_batches_are_uniform_and_keep_the_order(size):
 
 def test_batches_take_what_they_need():
     works = iter([(work, None) for work in plan(ROWS[::3], **OPTIONS)])
-    assert len(next(batches(works, 4))) == 4
+    assert len(next(batches(works, 4, by_images))) == 4
     assert next(works)[0].picture == "row3-1.png"
