@@ -22,7 +22,7 @@ from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.diffusion.samplers import Run, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.editing import Canvas, start, strength_of
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, PictureError
 from ipadapter_jax.image_prompts import Controls, Entry, ImagePrompt, PerPrompt, entries_of, entry_weights
 from ipadapter_jax.masks import site_masks
 from ipadapter_jax.models.clip import CLIPText
@@ -304,7 +304,7 @@ class StableDiffusion:
 
 def _pictures(decoded: np.ndarray, output_type: str, canvas: Canvas | None) -> Any:
     if not np.isfinite(decoded).all():
-        raise InputError(
+        raise PictureError(
             "the picture is not finite: float16 overflowed or the weights are damaged; try bfloat16 or float32"
         )
     pixels = np.clip(decoded / 2 + 0.5, 0.0, 1.0)

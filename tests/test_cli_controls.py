@@ -81,6 +81,8 @@ WRONG = [
     (["--uncond", "white"], "--uncond"),
     (["--save-embeds", "a.pt"], "--save-embeds a.pt: give a name that ends in .safetensors"),
     (["--explore", "scales", "--masks", "m.png"], "--explore makes a figure of its own; leave out --masks"),
+    (["--clip-skip", "99"], "clip_skip=99 must be a whole number"),
+    (["--guidance-rescale", "2"], "guidance_rescale=2.0 must lie between 0"),
     (["--negative-image", "gone.png"], "'gone.png' does not exist"),
 ]
 
@@ -168,6 +170,7 @@ def test_batch_goes_on_and_refuses_other_settings(tmp_path, table, capsys, monke
         ({"process": 2, "processes": 2}, "--process 2 of --processes 2"),
         ({"adapter": None}, "name the IP-Adapter that reads them with --adapter"),
         ({"seed": -1}, "--seed -1 must lie between"),
+        ({"height": 100}, "height=100 is not a multiple of 8"),
     ],
 )
 def test_wrong_batches(tmp_path, table, capsys, monkeypatch, changes, words):

@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from ipadapter_jax import embedded
 from ipadapter_jax.adapters import Uncond, open_adapter
+from ipadapter_jax.arguments import check_choices, latent_shape
 from ipadapter_jax.base_model import check_text_to_image, open_base
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.errors import InputError
@@ -123,6 +124,11 @@ class Sampling:
         unet = base.config("unet")
         if not inpainting:
             check_text_to_image(self.base, unet)
+        layers, multiple = base.config("text_encoder").num_hidden_layers, base.config("vae").downscale
+        guidance = 1.0 if self.guidance_scale is None else self.guidance_scale
+        check_choices(1, guidance, self.guidance_rescale, self.clip_skip, layers, self.eta, "pil", None)
+        height, width = (multiple if side is None else side for side in (self.height, self.width))
+        latent_shape(height, width, multiple, unet.out_channels)
         sample_table(self.scheduler, base.schedule.changed(self.scheduler_config()), self.steps, self.eta)
         scale_table(self.scale_of(), cross_attention_sites(unet), self.steps)
         encoder = self.image_encoder if with_encoder else False

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, PictureError
 from ipadapter_jax.in_order import in_order
 from ipadapter_jax.jobs.folder import job_folder
 from ipadapter_jax.jobs.plan import Work, batches, by_images
@@ -62,8 +62,7 @@ def run_job(
     load: what is needed of a row's files, called once a row, ahead of time, in threads; an InputError makes it a bad
       row, which the next one replaces. A few batches of what it returns are in memory.
     make: the pictures of a batch, all of one `kind`, by default that of the number of image prompts; the last ones of a
-      kind are smaller. They need not
-      be computed when it returns.
+      kind are smaller. They need not be computed when it returns. A PictureError costs the picture alone.
     encode: a picture as PNG, in threads, while the next batch is made.
     bad: rows that cannot be used, as `read_rows` found; process 0 reports them.
     on_progress: called when a batch is written.
@@ -96,12 +95,28 @@ def run_job(
             if stop.asked:
                 tally.stopped = True
                 break
-            pairs = zip((work for work, _ in batch), make(batch), strict=True)
+            pairs = _made(batch, make, found)
             writing.append([(work, writers.submit(write, work, picture)) for work, picture in pairs])
             finish(_IN_FLIGHT)
         finish(0)
         folder.report(found)
     return tally
+
+
+def _made(
+    batch: list[tuple[Work, Content]],
+    make: Callable[[list[tuple[Work, Content]]], Sequence[Picture]],
+    bad: list[BadRow],
+) -> list[tuple[Work, Picture]]:
+    """The works of a batch with their pictures; those that come out as none, which only single ones tell, are left out
+    and added to `bad`."""
+    try:
+        return list(zip((work for work, _ in batch), make(batch), strict=True))
+    except PictureError as error:
+        if len(batch) == 1:
+            bad.append(BadRow(batch[0][0].row.line, str(error)))
+            return []
+        return [pair for item in batch for pair in _made([item], make, bad)]
 
 
 def _loaded(

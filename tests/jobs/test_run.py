@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, PictureError
 from ipadapter_jax.jobs.rows import BadRow, Row
 from ipadapter_jax.lock import held
 
@@ -114,6 +114,29 @@ def test_bad_rows_are_reported_and_replaced(tmp_path):
     run(works(12), tmp_path)  # repaired
     check_whole(tmp_path, works(12))
     assert not (tmp_path / "bad_rows.jsonl").exists()
+
+
+def test_a_picture_that_is_none_costs_itself_alone(tmp_path):
+    def make(batch):
+        if any(work.picture == "row3-1.png" for work, _ in batch):
+            raise PictureError("the picture is not finite")
+        return [work.seed for work, _ in batch]
+
+    tally = run(works(), tmp_path / "out", make=make)
+    check_whole(tmp_path / "out", [work for work in works() if work.picture != "row3-1.png"])
+    assert (tally.made, tally.bad) == (19, [BadRow(5, "the picture is not finite")])
+
+
+def test_a_job_that_made_nothing_may_be_begun_again(tmp_path):
+    def make(batch):
+        raise InputError("height=100 is not a multiple of 8")
+
+    with pytest.raises(InputError, match="height=100"):
+        run(works(), tmp_path / "out", make=make, settings={"height": 100})
+    run(works(), tmp_path / "out", settings={"height": 104})
+    check_whole(tmp_path / "out", works())
+    with pytest.raises(InputError, match="height: 104 -> 112"):
+        run(works(), tmp_path / "out", settings={"height": 112})
 
 
 def test_a_failure_keeps_what_was_made(tmp_path):
