@@ -201,7 +201,7 @@ def entries_of(case, masks):
         count = features.shape[2]
         for pictures in [slice(i, i + 1) for i in range(count)] if masks is not None else [slice(None)]:
             chosen = features[:, :, pictures]
-            weight = np.ones(chosen.shape[2], np.float32)
+            weight = np.ones((1, chosen.shape[2]), np.float32)
             rows = sampling.image_keys_values(projection.module, keys.module, params, chosen, weight)
             image_kv.append([(k[:, 0], v[:, 0]) for k, v in rows])
             scales.append(lambda scale, n=number, i=pictures.start: nested(scale, n, i))
