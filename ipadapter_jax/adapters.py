@@ -135,6 +135,13 @@ class Adapter:
                 "the negative branch first"
             )
 
+        known = self.loaded_encoder
+        if config.uses_patches and known is not None and shape[2] != known.module.config.num_positions:
+            raise InputError(
+                f"{name} of shape {shape}: this adapter's image encoder has {known.module.config.num_positions} "
+                "positions; these are of another encoder, or projected already"
+            )
+
         def features() -> Array:
             positive = jnp.asarray(array[-1:])
             if not guided:

@@ -36,7 +36,9 @@ class JobFolder:
         there = set(os.listdir(out))
         self.pending = [work for work in works if work.picture not in there]
         self._done = [work for work in works if work.picture in there]
-        self._agree(settings)
+        # Nobody else is at work in it, and nothing is made: settings that made nothing may be mended.
+        begun = shard[1] > 1 or any(name.endswith(".png") for name in there)
+        self._agree(settings, begun)
         self._remove_leftovers({*(work.picture for work in works), manifest.name, self._bad_rows.name}, shard)
         self._listed = self._listed_elsewhere(manifest, there)
         self._manifest = Lines(manifest, lambda line: _is_first(line, there, self._listed))
@@ -85,10 +87,10 @@ class JobFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _agree(self, settings: Mapping[str, Any]) -> None:
-        """Raises InputError when the folder's pictures were made with other settings, or by something else."""
+    def _agree(self, settings: Mapping[str, Any], begun: bool) -> None:
+        """Raises InputError when the job that was `begun` here has other settings, or is something else."""
         path = self._out / SETTINGS
-        if not self._done or not path.exists():  # a first try with wrong settings made none
+        if not begun or not path.exists():
             if self._done:
                 raise InputError(
                     f"{self._out} holds {self._done[0].picture}, which no job has made there; choose another --out"

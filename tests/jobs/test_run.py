@@ -139,6 +139,16 @@ def test_a_job_that_made_nothing_may_be_begun_again(tmp_path):
         run(works(), tmp_path / "out", settings={"height": 112})
 
 
+def test_another_process_may_not_change_the_settings(tmp_path):
+    """Also where it has made nothing itself."""
+    shards = [works(shard=(process, 2)) for process in range(2)]
+    run(shards[0], tmp_path / "out", shard=(0, 2))
+    with pytest.raises(InputError, match="other settings"):
+        run(shards[1], tmp_path / "out", shard=(1, 2), settings={"steps": 21})
+    run(shards[1], tmp_path / "out", shard=(1, 2))
+    check_whole(tmp_path / "out", works(), ("job.jsonl", "job-1.jsonl"))
+
+
 def test_a_failure_keeps_what_was_made(tmp_path):
     def make(batch):
         if any(work.row.index == 7 for work, _ in batch):
