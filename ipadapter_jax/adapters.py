@@ -16,7 +16,8 @@ from ipadapter_jax.arguments import as_floats
 from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.projections import Projection, image_projection
-from ipadapter_jax.models.unet import KeyValue, UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet import KeyValue
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.preprocess import FITS, clip_pixel_values, load_image, square_tiles
 from ipadapter_jax.weights.components import (
     IMAGE_ENCODER,

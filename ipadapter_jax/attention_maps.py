@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.models.unet import Site
+from ipadapter_jax.models.unet_config import Site
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import Any
 from ipadapter_jax import embedded
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, WeightFileError
-from ipadapter_jax.models.unet import UNetConfig
+from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.tokens import load_tokenizer
 from ipadapter_jax.weights import single_file
 from ipadapter_jax.weights.components import (

@@ -13,7 +13,8 @@ from jax import Array
 from ipadapter_jax.adapters import Adapter, Picture, Prepared, Uncond
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.masks import load_mask
-from ipadapter_jax.models.unet import KeyValue, Site
+from ipadapter_jax.models.unet import KeyValue
+from ipadapter_jax.models.unet_config import Site
 from ipadapter_jax.sampling import Conditions
 from ipadapter_jax.scales import Scale, scale_table
 

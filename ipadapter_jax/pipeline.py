@@ -26,7 +26,8 @@ from ipadapter_jax.errors import InputError, PictureError
 from ipadapter_jax.image_prompts import Controls, Entry, ImagePrompt, PerPrompt, entries_of, entry_weights
 from ipadapter_jax.masks import site_masks
 from ipadapter_jax.models.clip import CLIPText
-from ipadapter_jax.models.unet import UNet, cross_attention_sites, site_grids
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import cross_attention_sites, site_grids
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.preprocess import to_uint8
 from ipadapter_jax.tokens import tokenize

@@ -181,13 +181,15 @@ def denoise(
     def run(state, inputs, conditions, kept, more_channels, params):
         branches = conditions.text_kv[0][0].shape[1]
         text_rows, image_rows = _rows(conditions)
+        time_shifts = _apply(unet, params, inputs.steps.timestep, method=UNet.time_shifts)  # of all steps at once
 
-        def body(state, inputs):
+        def body(state, of_step):
+            inputs, time_shifts = of_step
             step, weight = inputs.steps, _site_weights(inputs.image_weight, conditions.image_masks, state.x.shape[0])
             x = step.input_scale * state.x
             x = x if more_channels is None else jnp.concatenate([x, more_channels], axis=-1)
-            time = jnp.full(x.shape[:1], step.timestep)
-            output, seen = _with_maps(unet, maps, params, x, time, text_rows, image_rows, weight)
+            time_shifts = jax.tree.map(lambda shift: shift[None], time_shifts)  # the same for every row
+            output, seen = _with_maps(unet, maps, params, x, time_shifts, text_rows, image_rows, weight)
             output = output.reshape(-1, branches, *output.shape[1:])
             if branches == 2:
                 output = guide(output, conditions.guidance_scale, conditions.guidance_rescale)
@@ -199,7 +201,7 @@ def denoise(
                 state = state._replace(x=kept.mask * state.x + (1 - kept.mask) * original)
             return state, jax.tree.map(lambda rows: rows[branches - 1 :: branches], seen)
 
-        return jax.lax.scan(body, state, inputs)
+        return jax.lax.scan(body, state, (inputs, time_shifts))
 
     specs = (_STATE, _INPUTS, _CONDITIONS, _BY_IMAGE, _BY_IMAGE, P())
     over_devices = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(_STATE, P(None, "data")), check_vma=False)
@@ -227,8 +229,8 @@ def _site_weights(weight: Array, masks: Sequence[Array], images: int) -> list[li
 
 def _with_maps(unet: UNet, maps: bool, params: Tree, *inputs: Any) -> tuple[Array, Any]:
     if not maps:
-        return _apply(unet, params, *inputs), None
-    output, seen = unet.apply({"params": params}, *inputs, mutable=["maps"])
+        return _apply(unet, params, *inputs, method=UNet.at), None
+    output, seen = unet.apply({"params": params}, *inputs, method=UNet.at, mutable=["maps"])
     return output, UNet.maps_of(seen["maps"], unet.config)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.models.unet import Site
+from ipadapter_jax.models.unet_config import Site
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from ipadapter_jax import Scale, StableDiffusion, sampling
-from ipadapter_jax.models.unet import cross_attention_sites
+from ipadapter_jax.models.unet_config import cross_attention_sites
 
 GOAL = 1.10
 

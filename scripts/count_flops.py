@@ -17,7 +17,8 @@ import tyro
 
 from ipadapter_jax.flops import count_flops
 from ipadapter_jax.models.adapter import IPAdapter
-from ipadapter_jax.models.unet import UNet, UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.weights.components import UNET, template_of
 
 TEXT_TOKENS = 77

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
-from ipadapter_jax.models.unet import UNetConfig
+from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 
 SIDE = 64  # pixels

@@ -32,7 +32,8 @@ from PIL import Image
 
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
-from ipadapter_jax.models.unet import UNet, UNetConfig
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.pipeline import StableDiffusion
 from ipadapter_jax.preprocess import image_grid, square_pixels
 from ipadapter_jax.weights.component_export import save_component

@@ -13,7 +13,8 @@ from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
 from ipadapter_jax.models.projections import ImageProjConfig, example_features, image_projection
-from ipadapter_jax.models.unet import UNet, cross_attention_sites
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import cross_attention_sites
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.train.config import Data, Model, Optim, Train
 from ipadapter_jax.train.networks import Networks

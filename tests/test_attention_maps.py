@@ -14,7 +14,8 @@ from ipadapter_jax.attention_maps import AttentionMaps
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.models.attention import attention_map
 from ipadapter_jax.models.transformer import Attention
-from ipadapter_jax.models.unet import Site, UNet, cross_attention_sites, site_grids
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import Site, cross_attention_sites, site_grids
 
 CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
 SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}

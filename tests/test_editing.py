@@ -15,7 +15,8 @@ from ipadapter_jax import InputError, StableDiffusion
 from ipadapter_jax.diffusion.samplers import SAMPLERS, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.editing import MASKED_POSTERIOR, POSTERIOR, Canvas
-from ipadapter_jax.models.unet import UNet, UNetConfig
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import UNetConfig
 
 CAT, MASK = (ORACLES / "assets" / f"{name}.png" for name in ("init", "mask"))
 # Two levels of one layer each compile in a third of the time.

@@ -20,7 +20,8 @@ from helpers import load_case, nchw, nhwc
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from ipadapter_jax.models.projections import ImageProjConfig, example_features, image_projection
-from ipadapter_jax.models.unet import UNet, UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.weights.components import (
     IMAGE_ENCODER,

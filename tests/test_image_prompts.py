@@ -12,7 +12,7 @@ from PIL import Image
 from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion, sampling
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.image_prompts import Controls, entries_of, entry_weights
-from ipadapter_jax.models.unet import cross_attention_sites, site_grids
+from ipadapter_jax.models.unet_config import cross_attention_sites, site_grids
 from ipadapter_jax.preprocess import CLIP_MEAN, CLIP_STD, clip_pixel_values
 from ipadapter_jax.weights.image_embeds import save_image_embeds
 

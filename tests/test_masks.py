@@ -7,7 +7,7 @@ from PIL import Image
 
 from ipadapter_jax import InputError
 from ipadapter_jax.masks import latent_mask, load_mask, site_masks
-from ipadapter_jax.models.unet import UNetConfig, site_grids
+from ipadapter_jax.models.unet_config import UNetConfig, site_grids
 
 RANDOM = np.random.default_rng(7).random((96, 120)).astype(np.float32)  # not symmetric in any way
 CIRCLE = (np.hypot(*np.mgrid[-1:1:96j, -1:1:120j]) < 0.7).astype(np.float32)

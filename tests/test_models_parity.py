@@ -16,7 +16,8 @@ from ipadapter_jax.models import vae as vae_module
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.layers import ResnetBlock
 from ipadapter_jax.models.projections import image_projection
-from ipadapter_jax.models.unet import UNet, cross_attention_sites, site_grids
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import cross_attention_sites, site_grids
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.preprocess import clip_pixel_values, load_image
 from ipadapter_jax.scales import scale_table
@@ -115,6 +116,9 @@ def test_blocks_on_small_inputs_show_their_epsilons():
     def with_text(module, x, text):
         return module(x, [(*module.text_kv(text), 1.0)])
 
+    def with_time(module, x, time):
+        return module(x, module.time_shift(time))
+
     config = unet.module.config
     attention = transformer.Transformer(hidden.shape[-1], config.heads(0), config.norm_num_groups, jnp.float32)
     resnet = ResnetBlock(config.block_out_channels[0], config.norm_num_groups, config.norm_eps, jnp.float32)
@@ -124,7 +128,9 @@ def test_blocks_on_small_inputs_show_their_epsilons():
         "unet.down_blocks.0.attentions.0": attention.apply(
             {"params": down["attentions_0"]}, hidden, text, method=with_text
         ),
-        "unet.down_blocks.0.resnets.0": resnet.apply({"params": down["resnets_0"]}, hidden, case.inputs["temb"]),
+        "unet.down_blocks.0.resnets.0": resnet.apply(
+            {"params": down["resnets_0"]}, hidden, case.inputs["temb"], method=with_time
+        ),
         "vae.decoder.mid_block.attentions.0": vae_attention.apply({"params": mid["attentions_0"]}, hidden_vae),
         "vae.decoder.mid_block.resnets.0": vae_resnet.apply({"params": mid["resnets_0"]}, hidden_vae),
     }

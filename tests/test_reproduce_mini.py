@@ -39,7 +39,7 @@ from safetensors import safe_open
 
 from ipadapter_jax import StableDiffusion, sampling
 from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
-from ipadapter_jax.models.unet import UNetConfig
+from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.preprocess import CLIP_TABLE
 from ipadapter_jax.scenes.render import render

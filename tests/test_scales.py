@@ -7,7 +7,7 @@ import pytest
 from helpers import TORCH_MODEL
 
 from ipadapter_jax import InputError, Scale
-from ipadapter_jax.models.unet import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.scales import PRESETS, scale_table
 
 SITES = cross_attention_sites(UNetConfig())

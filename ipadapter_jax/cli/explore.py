@@ -8,7 +8,7 @@ from PIL import Image
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.figures import Labelled, sheet
-from ipadapter_jax.models.unet import cross_attention_sites
+from ipadapter_jax.models.unet_config import cross_attention_sites
 from ipadapter_jax.pipeline import StableDiffusion
 from ipadapter_jax.preprocess import clip_pixels
 from ipadapter_jax.scales import PRESETS, Scale, scale_table

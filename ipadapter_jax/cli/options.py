@@ -18,7 +18,7 @@ from ipadapter_jax.base_model import check_text_to_image, open_base
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256
-from ipadapter_jax.models.unet import cross_attention_sites
+from ipadapter_jax.models.unet_config import cross_attention_sites
 from ipadapter_jax.pipeline import StableDiffusion
 from ipadapter_jax.scales import Scale, scale_table
 from ipadapter_jax.weights.tensors import files_of

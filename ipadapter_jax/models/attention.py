@@ -5,19 +5,34 @@ D width. Images and latents are channels-last everywhere.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ipadapter_jax.models.attention_kernels import kernel_for
+from ipadapter_jax.models.own_rows import knows_own_rows, on_own_rows
+
 # Logits of fewer elements than this are formed at once; above it the queries are walked in chunks (memory on
 # accelerators, cache on a CPU).
 _DENSE_LOGITS = 1 << 20
-_CPU_QUERY_CHUNK = 512
 _ACCELERATOR_CHUNK_LOGITS = 1 << 28
+# On a CPU a head of more logits than this is walked by itself: 1.6 times faster at 4096 x 77, twice at 1024 x 1024, no
+# matter at 1024 x 77, 2.5 times slower at 65 x 65 (scripts/benchmark_attention.py).
+_CPU_HEAD_LOGITS = 1 << 17
+_CPU_QUERY_CHUNK = 1024
 
 Entry = tuple[Array, Array, Array | float]
 """Keys (B, S, C), values (B, S, C) and a weight that broadcasts against (B, L, C)."""
+
+
+class _Heads(NamedTuple):
+    """An entry by head: keys and values (B, heads, S, d), and its weight (B, heads, L, 1) or None for 1."""
+
+    key: Array
+    value: Array
+    weight: Array | None
 
 
 def attend(query: Array, entries: Sequence[Entry], num_heads: int, *, causal: bool = False) -> Array:
@@ -25,16 +40,23 @@ def attend(query: Array, entries: Sequence[Entry], num_heads: int, *, causal: bo
 
     query (B, L, C); every entry has its own softmax, computed in float32 whatever the input's dtype. Plain attention is
     one entry of weight 1. A weight is a scalar, or (B, 1, 1) per row, or (B, L, 1) for a regional mask. Returns
-    (B, L, C) in the dtype of the query.
+    (B, L, C) in the dtype of the query. All entries share one walk over the queries.
     """
-    total = None
-    for key, value, weight in entries:
-        out = _softmax_attention(query, key, value, num_heads, causal)
-        if not (isinstance(weight, float) and weight == 1.0):
-            out = out * weight
-        total = out if total is None else total + out
-    assert total is not None, "attention needs at least one entry"
-    return total.astype(query.dtype)
+    assert entries, "attention needs at least one entry"
+    (key, value, weight), *others = entries
+    if not others and not causal and _is_one(weight):
+        kernel = kernel_for(query.shape, key.shape, num_heads, query.dtype)
+        if kernel is not None:
+            return on_own_rows(kernel, query, key, value)
+    batch, length, _ = query.shape
+    q = _split_heads(query, num_heads)
+    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    by_head = [
+        _Heads(_split_heads(key, num_heads), _split_heads(value, num_heads), _by_head(weight, q))
+        for key, value, weight in entries
+    ]
+    out = _written_out(q, by_head, causal)
+    return out.transpose(0, 2, 1, 3).reshape(batch, length, -1).astype(query.dtype)
 
 
 def attention_map(query: Array, key: Array, num_heads: int) -> Array:
@@ -44,19 +66,8 @@ def attention_map(query: Array, key: Array, num_heads: int) -> Array:
     return jax.nn.softmax(logits).mean(axis=1)
 
 
-def _softmax_attention(query: Array, key: Array, value: Array, num_heads: int, causal: bool) -> Array:
-    """One softmax attention (B, L, C), (B, S, C), (B, S, C) -> (B, L, C) in float32."""
-    q, k, v = (_split_heads(x, num_heads) for x in (query, key, value))
-    batch, heads, length, depth = q.shape
-    logits_per_query = batch * heads * k.shape[2]
-    q = q * jnp.asarray(depth**-0.5, q.dtype)
-    if causal or logits_per_query * length <= _DENSE_LOGITS:
-        out = _dense(q, k, v, causal)
-    elif jax.default_backend() == "cpu" and jax.device_count() == 1:
-        out = _per_head(q, k, v, _CPU_QUERY_CHUNK)
-    else:
-        out = _chunked(q, k, v, max(128, _ACCELERATOR_CHUNK_LOGITS // logits_per_query))
-    return out.transpose(0, 2, 1, 3).reshape(batch, length, heads * depth)
+def _is_one(weight: Array | float) -> bool:
+    return isinstance(weight, float) and weight == 1.0
 
 
 def _split_heads(x: Array, num_heads: int) -> Array:
@@ -64,33 +75,66 @@ def _split_heads(x: Array, num_heads: int) -> Array:
     return x.reshape(*x.shape[:2], num_heads, -1).transpose(0, 2, 1, 3)
 
 
-def _dense(q: Array, k: Array, v: Array, causal: bool = False) -> Array:
-    """softmax(q k^T) v over the last two axes, logits and sums in float32, products in the dtype of v."""
+def _by_head(weight: Array | float, q: Array) -> Array | None:
+    if _is_one(weight):
+        return None
+    weight = jnp.asarray(weight, jnp.float32)
+    return jnp.broadcast_to(weight[..., None, :, :] if weight.ndim else weight, (*q.shape[:-1], 1))
+
+
+def _written_out(q: Array, entries: Sequence[_Heads], causal: bool) -> Array:
+    """Attention with its logits in memory, or a part of them at a time: float32 (B, heads, L, d)."""
+    batch, heads, length, _ = q.shape
+    keys = sum(entry.key.shape[2] for entry in entries)
+    if jax.default_backend() == "cpu" and length * keys > _CPU_HEAD_LOGITS and knows_own_rows() and not causal:
+        return on_own_rows(_per_head, q, entries)
+    if causal or batch * heads * length * keys <= _DENSE_LOGITS:
+        return _dense(q, entries, causal)
+    return _chunked(q, entries, max(128, _ACCELERATOR_CHUNK_LOGITS // (batch * heads * keys)))
+
+
+def _dense(q: Array, entries: Sequence[_Heads], causal: bool = False) -> Array:
+    """The sum over all entries along the last two axes; logits and sums in float32, products in the dtype of v."""
+    return sum(_softmax_attention(q, entry, causal) for entry in entries)  # pyright: ignore[reportReturnType]
+
+
+def _softmax_attention(q: Array, entry: _Heads, causal: bool) -> Array:
+    k, v, weight = entry
     logits = jnp.einsum("...ld,...sd->...ls", q, k, preferred_element_type=jnp.float32)
     if causal:
         logits = jnp.where(jnp.tri(*logits.shape[-2:], dtype=bool), logits, jnp.finfo(jnp.float32).min)
     # The largest one cancels out, so its gradient is nothing but work.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     out = jnp.einsum("...ls,...sd->...ld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out / weights.sum(-1, keepdims=True)
+    out = out / weights.sum(-1, keepdims=True)
+    return out if weight is None else out * weight
 
 
-def _chunked(q: Array, k: Array, v: Array, chunk: int) -> Array:
+def _chunked(q: Array, entries: Sequence[_Heads], chunk: int) -> Array:
     """The same as `_dense`, `chunk` queries at a time; a chunk's weights are formed again in the backward pass."""
     length = q.shape[-2]
     chunks = -(-length // chunk)
     if chunks == 1:
-        return jax.checkpoint(_dense)(q, k, v)
+        return jax.checkpoint(_dense)(q, entries)
     chunk = -(-length // chunks)  # equal ones, so that nothing is padded as a rule
-    padding = [(0, 0)] * (q.ndim - 2) + [(0, chunks * chunk - length), (0, 0)]
-    walked = jnp.moveaxis(jnp.pad(q, padding).reshape(*q.shape[:-2], chunks, chunk, q.shape[-1]), -3, 0)
-    out = jax.lax.map(jax.checkpoint(lambda rows: _dense(rows, k, v)), walked)
-    return jnp.moveaxis(out, 0, -3).reshape(*q.shape[:-2], chunks * chunk, q.shape[-1])[..., :length, :]
+
+    def walked(x: Array) -> Array:
+        """(..., L, d) -> (chunks, ..., chunk, d)."""
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, chunks * chunk - length), (0, 0)])
+        return jnp.moveaxis(x.reshape(*x.shape[:-2], chunks, chunk, x.shape[-1]), -3, 0)
+
+    @jax.checkpoint
+    def one(rows):
+        queries, weights = rows
+        return _dense(queries, [e._replace(weight=w) for e, w in zip(entries, weights, strict=True)])
+
+    out = jax.lax.map(one, jax.tree.map(walked, (q, [entry.weight for entry in entries])))
+    return jnp.moveaxis(out, 0, -3).reshape(*q.shape[:-2], chunks * chunk, -1)[..., :length, :]
 
 
-def _per_head(q: Array, k: Array, v: Array, chunk: int) -> Array:
-    """One head of one row at a time: on a CPU only then are the two products plain matrix products with the logits in
-    cache, 4 times faster than the batched form. For one device: on a mesh every device would be given all rows."""
-    merged = tuple(x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-    out = jax.lax.map(lambda head: _chunked(head[0], head[1], head[2], chunk), merged)
-    return out.reshape(*q.shape)
+def _per_head(q: Array, entries: Sequence[_Heads]) -> Array:
+    """One head of one row at a time: on a CPU only then are the products plain matrix products with the logits in
+    cache, up to 4 times faster than the batched form."""
+    merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (q, list(entries)))
+    out = jax.lax.map(lambda head: _chunked(*head, _CPU_QUERY_CHUNK), merged)
+    return out.reshape(*q.shape[:2], *out.shape[1:])

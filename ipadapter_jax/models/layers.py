@@ -1,4 +1,4 @@
-"""Layers that the networks share, with the numerics of PyTorch: exact GELU, two-pass statistics in float32."""
+"""Layers that the networks share, with the numerics of PyTorch: exact GELU, statistics in float32."""
 
 import flax.linen as nn
 import jax
@@ -9,14 +9,20 @@ from jax import Array
 from ipadapter_jax.models.convolution import convolve
 
 
+def _sums_at_once(dtype: jnp.dtype) -> bool:
+    """Whether a norm's variance may be E[x^2] - E[x]^2, both sums from one reading of x. It loses digits when the mean
+    is large: in float32 more than PyTorch loses, of half precision never more than rounding x has lost before."""
+    return jnp.dtype(dtype).itemsize == 2
+
+
 def group_norm(groups: int, epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.GroupNorm:
-    """GroupNorm with PyTorch's variance: flax's fast variance E[x^2] - E[x]^2 loses digits when the mean is large."""
-    return nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+    """GroupNorm with statistics in float32."""
+    return nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=_sums_at_once(dtype), dtype=dtype, name=name)
 
 
 def layer_norm(dtype: jnp.dtype, epsilon: float = 1e-5, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with PyTorch's epsilon and variance."""
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+    """LayerNorm with PyTorch's epsilon and statistics in float32."""
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=_sums_at_once(dtype), dtype=dtype, name=name)
 
 
 def conv(features: int, kernel: int, dtype: jnp.dtype, name: str | None = None) -> nn.Conv:
@@ -69,19 +75,23 @@ class ResnetBlock(nn.Module):
     epsilon: float
     dtype: jnp.dtype
 
-    @nn.compact
-    def __call__(self, x: Array, time: Array | None = None) -> Array:
-        """time (B, T) is the time embedding; the VAE has none."""
-        y = nn.silu(group_norm(self.groups, self.epsilon, self.dtype, "norm1")(x))
-        y = conv(self.features, 3, self.dtype, "conv1")(y)
-        if time is not None:
-            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
-            y = y + match_rows(shift, y.shape[0])[:, None, None]
-        y = nn.silu(group_norm(self.groups, self.epsilon, self.dtype, "norm2")(y))
-        y = conv(self.features, 3, self.dtype, "conv2")(y)
-        if x.shape[-1] != self.features:
-            x = conv(self.features, 1, self.dtype, "conv_shortcut")(x)
-        return x + y
+    def setup(self):
+        self.norm1, self.norm2 = (group_norm(self.groups, self.epsilon, self.dtype) for _ in range(2))
+        self.conv1, self.conv2 = (conv(self.features, 3, self.dtype) for _ in range(2))
+        # Flax gives parameters to what is called: the VAE has no time, and equal widths need no shortcut.
+        self.time_emb_proj = nn.Dense(self.features, dtype=self.dtype)
+        self.conv_shortcut = conv(self.features, 1, self.dtype)
+
+    def time_shift(self, time: Array) -> Array:
+        """The time embedding (B, T) -> what `__call__` adds for it, (B, features)."""
+        return self.time_emb_proj(nn.silu(time))
+
+    def __call__(self, x: Array, time_shift: Array | None = None) -> Array:
+        y = self.conv1(nn.silu(self.norm1(x)))
+        if time_shift is not None:
+            y = y + match_rows(time_shift, y.shape[0])[:, None, None]
+        y = self.conv2(nn.silu(self.norm2(y)))
+        return (x if x.shape[-1] == self.features else self.conv_shortcut(x)) + y
 
 
 class Downsample(nn.Module):

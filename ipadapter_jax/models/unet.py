@@ -1,11 +1,11 @@
 """The Stable Diffusion 1.x UNet, channels-last, with keys and values of the cross-attentions as arguments.
 
 K and V of a cross-attention depend on the prompt and not on the UNet's state, so the caller computes them once per
-prompt (`text_kv`) and once per image (models/adapter.py) and an image prompt needs no other UNet. Parameter names are
-those of the published Flax trees.
+prompt (`text_kv`) and once per image (models/adapter.py) and an image prompt needs no other UNet. What depends on time
+alone is an argument, too, for who knows all timesteps beforehand (`time_shifts`). Parameter names are those of the
+published Flax trees.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.attention import Entry
 from ipadapter_jax.models.layers import (
     Downsample,
@@ -25,99 +24,7 @@ from ipadapter_jax.models.layers import (
     timestep_embedding,
 )
 from ipadapter_jax.models.transformer import KeyValue, Transformer
-from ipadapter_jax.settings import pick, typed
-
-
-@dataclasses.dataclass(frozen=True)
-class UNetConfig:
-    """Sizes of one UNet of the Stable Diffusion 1.x family; the defaults are SD 1.5."""
-
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    layers_per_block: int = 2
-    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads: a published misnomer
-    cross_attention_dim: int = 768
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    sample_size: int | tuple[int, ...] | None = 64  # (h, w) of the latents it was trained on
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "UNetConfig":
-        """From diffusers' unet/config.json. Raises InputError for what this family does not have."""
-        found = pick(cls, raw, what="UNet", fixed=_FIXED, ignored=_IGNORED)
-        config: UNetConfig = typed(cls, {"sample_size": None} | found, "UNet")
-        levels = len(config.block_out_channels)
-        if {len(config.down_block_types), len(config.up_block_types)} != {levels}:
-            raise InputError(
-                f"UNet config: {levels} block_out_channels need as many down_block_types and up_block_types"
-            )
-        for kind in config.down_block_types + config.up_block_types:
-            if kind not in ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"):
-                raise InputError(f"UNet config: block type {kind!r} is not supported")
-        return config
-
-    def heads(self, level: int) -> int:
-        """Attention heads at a resolution level, 0 being the finest."""
-        return self.attention_head_dim if isinstance(self.attention_head_dim, int) else self.attention_head_dim[level]
-
-    @property
-    def levels(self) -> int:
-        return len(self.block_out_channels)
-
-
-_FIXED = {
-    "act_fn": ("silu",),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "downsample_padding": (1,),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "resnet_out_scale_factor": (1,),
-    "resnet_time_scale_shift": ("default",),
-    "time_embedding_type": ("positional",),
-    "transformer_layers_per_block": (1,),
-    "use_linear_projection": (False,),
-    "addition_embed_type_num_heads": (64,),
-}
-_IGNORED = {"dropout", "split_head_dim", "use_memory_efficient_attention"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """One cross-attention: its block's name, its number inside the block, its width C, its level of resolution, 0 being
-    the finest."""
-
-    block: str
-    index: int
-    width: int
-    level: int
-
-
-def cross_attention_sites(config: UNetConfig) -> tuple[Site, ...]:
-    """All cross-attentions in file order: down, up, mid (the order in which diffusers registers its processors)."""
-    sites = []
-    for level, kind in enumerate(config.down_block_types):
-        if kind == "CrossAttnDownBlock2D":
-            width = config.block_out_channels[level]
-            sites += [Site(f"down_blocks_{level}", i, width, level) for i in range(config.layers_per_block)]
-    for block, kind in enumerate(config.up_block_types):
-        if kind == "CrossAttnUpBlock2D":
-            width = config.block_out_channels[::-1][block]
-            level = config.levels - 1 - block
-            sites += [Site(f"up_blocks_{block}", i, width, level) for i in range(config.layers_per_block + 1)]
-    return (*sites, Site("mid_block", 0, config.block_out_channels[-1], config.levels - 1))
-
-
-def site_grids(config: UNetConfig, h: int, w: int) -> list[tuple[int, int]]:
-    """Per site the rows and columns of its queries for latents of h x w: every level halves, rounding up."""
-    return [(-(-h // 2**site.level), -(-w // 2**site.level)) for site in cross_attention_sites(config)]
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 
 
 class UNet(nn.Module):
@@ -162,19 +69,35 @@ class UNet(nn.Module):
         (k, v), each (R, S, C), per site of `cross_attention_sites`. image_kv holds the same for every image entry, and
         image_weight[entry][site] that entry's weight there: a scalar or what broadcasts to (R, L, 1).
         """
-        contexts = self._contexts(text_kv, image_kv, image_weight)
-        time = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]))
+        return self.at(latents, self.time_shifts(timesteps), text_kv, image_kv, image_weight)
+
+    def at(
+        self,
+        latents: Array,
+        time_shifts: Sequence[Sequence[Array]],
+        text_kv: Sequence[KeyValue],
+        image_kv: Sequence[Sequence[KeyValue]] = (),
+        image_weight: Array | Sequence = (),
+    ) -> Array:
+        """The same with `time_shifts` of the timesteps, rows of B or 1."""
+        contexts, shifts = self._contexts(text_kv, image_kv, image_weight), iter(time_shifts)
         x = self.conv_in(latents.astype(self.dtype))
         skips = [x]
         for block in self.down_blocks:
-            x, outputs = block(x, time, contexts[str(block.name)])
+            x, outputs = block(x, next(shifts), contexts[str(block.name)])
             skips += outputs
-        x = self.mid_block(x, time, contexts["mid_block"])
+        x = self.mid_block(x, next(shifts), contexts["mid_block"])
         for block in self.up_blocks:
             taken = [skips.pop() for _ in range(block.layers)]
-            x = block(x, taken, skips[-1].shape if skips else None, time, contexts[str(block.name)])
+            x = block(x, taken, skips[-1].shape if skips else None, next(shifts), contexts[str(block.name)])
         assert not skips
         return self.conv_out(nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
+
+    def time_shifts(self, timesteps: Array) -> list[list[Array]]:
+        """Timesteps (n,) -> per block, in the order of the forward pass, what time adds in each resnet, (n, C)."""
+        time = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]))
+        blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        return [[resnet.time_shift(time) for resnet in block.resnets] for block in blocks]
 
     def text_kv(self, text: Array) -> list[KeyValue]:
         """Text states (B, S, D) -> (k, v), each (B, S, C), per site in file order: once per prompt."""
@@ -245,10 +168,12 @@ class DownBlock(nn.Module):
         if self.level < config.levels - 1:
             self.downsamplers = [Downsample(width, ((1, 1), (1, 1)), self.dtype)]
 
-    def __call__(self, x: Array, time: Array, contexts: Iterator[list[Entry]]) -> tuple[Array, list[Array]]:
+    def __call__(
+        self, x: Array, time_shifts: Sequence[Array], contexts: Iterator[list[Entry]]
+    ) -> tuple[Array, list[Array]]:
         outputs = []
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
+        for i, (resnet, shift) in enumerate(zip(self.resnets, time_shifts, strict=True)):
+            x = resnet(x, shift)
             if self.attention:
                 x = self.attentions[i](x, next(contexts))
             outputs.append(x)
@@ -270,9 +195,9 @@ class MidBlock(nn.Module):
         self.resnets = [_resnet(self.config, width, self.dtype, self.remat) for _ in range(2)]
         self.attentions = [_transformer(self.config, self.config.levels - 1, self.dtype, self.remat)]
 
-    def __call__(self, x: Array, time: Array, contexts: Iterator[list[Entry]]) -> Array:
-        x = self.attentions[0](self.resnets[0](x, time), next(contexts))
-        return self.resnets[1](x, time)
+    def __call__(self, x: Array, time_shifts: Sequence[Array], contexts: Iterator[list[Entry]]) -> Array:
+        x = self.attentions[0](self.resnets[0](x, time_shifts[0]), next(contexts))
+        return self.resnets[1](x, time_shifts[1])
 
 
 class UpBlock(nn.Module):
@@ -301,12 +226,12 @@ class UpBlock(nn.Module):
         x: Array,
         skips: Sequence[Array],
         next_skip: tuple[int, ...] | None,
-        time: Array,
+        time_shifts: Sequence[Array],
         contexts: Iterator[list[Entry]],
     ) -> Array:
         """next_skip is the shape (B, h, w, C) of the next block's first skip: odd sizes do not double exactly."""
-        for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
-            x = resnet(jnp.concatenate([x, match_rows(skip, x.shape[0])], axis=-1), time)
+        for i, (resnet, skip, shift) in enumerate(zip(self.resnets, skips, time_shifts, strict=True)):
+            x = resnet(jnp.concatenate([x, match_rows(skip, x.shape[0])], axis=-1), shift)
             if self.attention:
                 x = self.attentions[i](x, next(contexts))
         return x if next_skip is None else self.upsamplers[0](x, *next_skip[1:3])

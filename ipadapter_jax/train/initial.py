@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.models.projections import ImageProjConfig, example_features, image_projection
-from ipadapter_jax.models.unet import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.weights.ip_adapter_file import check_base, check_encoder, load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.tree import Tree, leaves, nest
 

@@ -19,7 +19,8 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPText, CLIPVision, CLIPVisionConfig
 from ipadapter_jax.models.projections import Projection, image_projection
-from ipadapter_jax.models.unet import UNet, cross_attention_sites
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import cross_attention_sites
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.tokens import tokenize
 from ipadapter_jax.train.config import Train

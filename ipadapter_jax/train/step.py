@@ -15,6 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from ipadapter_jax.models.own_rows import rows_over
 from ipadapter_jax.preprocess import CLIP_TABLE
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import Networks
@@ -125,7 +126,8 @@ def make_step(
     """The jittable step (state, frozen, batch) -> (state, metrics). Donate the state."""
 
     def gradient(state: TrainState, frozen: dict[str, Any], batch: Batch, draws: Draws):
-        inputs = encode(networks, gathered(frozen, mesh), batch, draws)
+        with rows_over(mesh):
+            inputs = encode(networks, gathered(frozen, mesh), batch, draws)
 
         def scaled(learnt, frozen):
             loss = row_losses(networks, fill(learnt, gathered(frozen, mesh)), inputs).mean()
@@ -133,7 +135,8 @@ def make_step(
 
         if mesh.shape["fsdp"] > 1:  # the backward pass gathers again rather than keep whole weights
             scaled = jax.checkpoint(scaled, policy=jax.checkpoint_policies.save_anything_except_these_names(_GATHERED))
-        (_, loss), grads = jax.value_and_grad(scaled, has_aux=True)(state.params, frozen)
+        with rows_over(mesh):
+            (_, loss), grads = jax.value_and_grad(scaled, has_aux=True)(state.params, frozen)
         return loss, jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
 
     def step(state: TrainState, frozen: dict[str, Any], batch: Batch) -> tuple[TrainState, dict[str, Array]]:

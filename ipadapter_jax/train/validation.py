@@ -22,6 +22,7 @@ from ipadapter_jax.adapters import Adapter
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.measures import score
 from ipadapter_jax.evaluate.scorer import open_scorer
+from ipadapter_jax.models.own_rows import rows_over
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipeline import StableDiffusion
 from ipadapter_jax.preprocess import image_grid, to_uint8
@@ -123,9 +124,10 @@ def _encoded(networks: Networks, mesh: Mesh, frozen: dict[str, Any], batch: Batc
     rows = batch["input_ids"].shape[0]
 
     def some(part: Batch) -> Batch:
-        mean, log_variance = posterior(networks, frozen, part)
         keep = jnp.zeros(part["input_ids"].shape[0], bool)
-        features = image_features(networks, frozen, part, keep)
+        with rows_over(mesh):
+            mean, log_variance = posterior(networks, frozen, part)
+            features = image_features(networks, frozen, part, keep)
         found = {"mean": mean, "logvar": log_variance, "input_ids": part["input_ids"]}
         return found if features is None else found | {"features": features.astype(jnp.float32)}
 
@@ -154,7 +156,8 @@ def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, dic
             draws = draw(_SEED, step, rows, networks.latent_shape, width, drop=(0.0, 0.0, 0.0))
             draws = draws._replace(timestep=bucket * width + draws.timestep)
             full = gathered(frozen, mesh)
-            return row_losses(networks, fill(learnt, full), encode(networks, full, batch, draws)).mean()
+            with rows_over(mesh):
+                return row_losses(networks, fill(learnt, full), encode(networks, full, batch, draws)).mean()
 
         return jax.lax.map(of_bucket, jnp.arange(BUCKETS))
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
-from ipadapter_jax.models.unet import UNet, UNetConfig
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.weights import kinds
 from ipadapter_jax.weights.lazy import Tensor

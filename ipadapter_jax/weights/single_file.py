@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.models.unet import UNetConfig
+from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.weights.components import drop_ignored, report_ignored
 from ipadapter_jax.weights.kinds import identify

@@ -7,7 +7,7 @@ from count_flops import unet_flops
 from ipadapter_jax.evaluate.scorer import _REFERENCE_CONFIG, embed_captions, embed_pictures
 from ipadapter_jax.flops import count_flops
 from ipadapter_jax.models.clip import CLIP
-from ipadapter_jax.models.unet import UNetConfig
+from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.sampling import device_mesh
 from ipadapter_jax.weights.components import template_of
 from ipadapter_jax.weights.whole_clip import WHOLE_CLIP

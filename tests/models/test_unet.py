@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ipadapter_jax.models.unet import UNet, UNetConfig
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.weights.components import UNET, template_of
 
 SMALL = UNetConfig(

@@ -17,7 +17,8 @@ from weight_files import assert_same_tree, refused
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.models.projections import ImageProjConfig
-from ipadapter_jax.models.unet import UNet, UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.train.initial import initial_adapter, load_initial, projection_config
 from ipadapter_jax.weights import components
 from ipadapter_jax.weights.components import load_component, read_blueprint, template_of

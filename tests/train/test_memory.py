@@ -8,7 +8,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType
 from make_random_weights import MICRO
 
-from ipadapter_jax.models.unet import UNetConfig
+from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.train.liveness import peak_bytes
 from ipadapter_jax.train.memory import MemoryPlan, available, plan, remedies
 from ipadapter_jax.train.sharding import AXES

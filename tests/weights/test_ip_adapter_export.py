@@ -20,7 +20,7 @@ from weight_files import assert_same_tree, refused
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.models.projections import ImageProjConfig
-from ipadapter_jax.models.unet import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.preprocess import load_image, to_uint8
 from ipadapter_jax.train.initial import initial_adapter
 from ipadapter_jax.weights import written

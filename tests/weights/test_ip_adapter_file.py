@@ -13,7 +13,7 @@ from weight_files import assert_same_tree, refused, write_bin
 
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.models.projections import ImageProjConfig
-from ipadapter_jax.models.unet import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.weights.components import read_json
 from ipadapter_jax.weights.ip_adapter_file import check_base, check_encoder, load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.tree import leaves

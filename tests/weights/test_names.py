@@ -11,7 +11,8 @@ import pytest
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from ipadapter_jax.models.projections import ImageProjConfig, example_features, image_projection
-from ipadapter_jax.models.unet import UNet, UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, template_of
 from ipadapter_jax.weights.names import VAE_RENAMES, from_torch, to_torch, torch_key, torch_shape

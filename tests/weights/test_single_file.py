@@ -16,7 +16,8 @@ from weight_files import assert_same_tree, refused, write_bin
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.base_model import BASE_COMPONENTS, open_base
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.models.unet import UNet, UNetConfig
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.weights.components import UNET, VAE_COMPONENT, load_component, template_of
 from ipadapter_jax.weights.single_file import PREFIXES, unet_spelling, vae_spelling

@@ -1,0 +1,89 @@
+"""Attention kernels that never write the logits to memory: cuDNN's on NVIDIA GPUs, JAX's own on TPUs ("splash").
+
+Both are for half precision. float32 is for comparing, and is computed as it is written down.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from ipadapter_jax.models.own_rows import knows_own_rows
+
+Kernel = Callable[[Array, Array, Array], Array]
+"""Queries (B, L, C), keys and values (B, S, C) -> softmax(q k^T / sqrt(d)) v for every head, (B, L, C)."""
+
+_FEWEST_POSITIONS = {"gpu": 256, "tpu": 1024}  # below, the logits are small and the plain products quicker
+_LANES = 128  # of a TPU: the kernel's blocks are multiples of it
+
+
+def kernel_for(query: Sequence[int], key: Sequence[int], num_heads: int, dtype: DTypeLike) -> Kernel | None:
+    """The kernel for queries (B, L, C) and keys (B, S, C) on this process's devices, or None where there is none."""
+    platform, (_, length, width), positions = jax.default_backend(), query, key[1]
+    depth = width // num_heads
+    if jnp.dtype(dtype).itemsize != 2 or platform not in _FEWEST_POSITIONS or not knows_own_rows():
+        return None
+    if min(length, positions) < _FEWEST_POSITIONS[platform]:
+        return None
+    if platform == "gpu":
+        return functools.partial(_cudnn, num_heads) if cudnn_runs(depth, jnp.dtype(dtype)) else None
+    whole = length % _LANES == positions % _LANES == 0
+    return functools.partial(_splash, num_heads) if whole else None
+
+
+def _by_head(num_heads: int, *arrays: Array) -> list[Array]:
+    """(B, L, C) -> (B, L, heads, d)."""
+    return [x.reshape(*x.shape[:2], num_heads, -1) for x in arrays]
+
+
+def _cudnn(num_heads: int, query: Array, key: Array, value: Array) -> Array:
+    out = jax.nn.dot_product_attention(*_by_head(num_heads, query, key, value), implementation="cudnn")
+    return out.reshape(query.shape)
+
+
+@functools.cache
+def cudnn_runs(depth: int, dtype: Any) -> bool:
+    """Whether cuDNN's attention compiles and runs for heads of this depth, with its gradient, on this process's GPU.
+
+    What it takes depends on GPU, depth and the releases of cuDNN and XLA, and shows when a program is compiled: so a
+    small one is tried. A GPU that should have it and has not is told of by a warning.
+    """
+    device = jax.local_devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    if float(device.compute_capability) < 8.0 or depth % 8 or depth > 256:
+        return False
+
+    def loss(x: Array) -> Array:
+        return _cudnn(2, x, x, x).astype(jnp.float32).sum()
+
+    try:
+        with jax.ensure_compile_time_eval():
+            x = jax.device_put(jnp.ones((1, 256, 2 * depth), dtype), device)
+            jax.block_until_ready(jax.jit(jax.grad(loss))(x))
+    except Exception as error:  # of Python, XLA or cuDNN, of any kind
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"cuDNN has no attention for heads of {depth} here, a slower one is used: {reason}", stacklevel=2)
+        return False
+    return True
+
+
+def _splash(num_heads: int, query: Array, key: Array, value: Array, interpret: bool = False) -> Array:
+    """Pallas's kernel; `interpret` runs it on any device, slowly."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in _by_head(num_heads, query, key, value))
+    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    rows, columns = (next(size for size in (512, 256, _LANES) if x.shape[2] % size == 0) for x in (q, k))
+    forward = {"block_q": rows, "block_kv": columns, "block_kv_compute": columns}
+    weights = {"block_q_dkv": rows, "block_kv_dkv": columns, "block_kv_dkv_compute": columns}
+    blocks = splash.BlockSizes(**forward, **weights, block_q_dq=rows, block_kv_dq=columns)
+    mask = splash.MultiHeadMask([splash.FullMask((q.shape[2], k.shape[2]))] * num_heads)
+    with jax.ensure_compile_time_eval():  # what is known of the mask holds for every trace
+        kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+    return jax.vmap(kernel)(q, k, v).transpose(0, 2, 1, 3).reshape(query.shape)

@@ -1,0 +1,33 @@
+"""What works on each row of a batch by itself, and so on a mesh by each device on the rows that it has.
+
+The compiler spreads plain arithmetic over the devices. Inside kernels and loops over rows it does not see, and would
+give every device all rows.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+
+def rows_over(mesh: Mesh) -> AbstractContextManager:
+    """Says, while a function is traced for the compiler to spread, that rows lie over all axes of the mesh."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def knows_own_rows() -> bool:
+    """Whether `on_own_rows` is free: on one device, on each device of a shard_map, or within `rows_over`."""
+    return jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+
+
+def on_own_rows(function: Callable[..., Array], *arguments: Any) -> Array:
+    """function(*arguments), arrays (B, ...) or trees of them, by each device on its rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spread = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+    if not spread or mesh.size == 1:
+        return function(*arguments)
+    return jax.shard_map(function, in_specs=P(spread), out_specs=P(spread), check_vma=False)(*arguments)

@@ -1,0 +1,100 @@
+"""Sizes of the Stable Diffusion 1.x UNet, and where its cross-attentions are."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.settings import pick, typed
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of one UNet of the Stable Diffusion 1.x family; the defaults are SD 1.5."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    layers_per_block: int = 2
+    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads: a published misnomer
+    cross_attention_dim: int = 768
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    sample_size: int | tuple[int, ...] | None = 64  # (h, w) of the latents it was trained on
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "UNetConfig":
+        """From diffusers' unet/config.json. Raises InputError for what this family does not have."""
+        found = pick(cls, raw, what="UNet", fixed=_FIXED, ignored=_IGNORED)
+        config: UNetConfig = typed(cls, {"sample_size": None} | found, "UNet")
+        levels = len(config.block_out_channels)
+        if {len(config.down_block_types), len(config.up_block_types)} != {levels}:
+            raise InputError(
+                f"UNet config: {levels} block_out_channels need as many down_block_types and up_block_types"
+            )
+        for kind in config.down_block_types + config.up_block_types:
+            if kind not in ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"):
+                raise InputError(f"UNet config: block type {kind!r} is not supported")
+        return config
+
+    def heads(self, level: int) -> int:
+        """Attention heads at a resolution level, 0 being the finest."""
+        return self.attention_head_dim if isinstance(self.attention_head_dim, int) else self.attention_head_dim[level]
+
+    @property
+    def levels(self) -> int:
+        return len(self.block_out_channels)
+
+
+_FIXED = {
+    "act_fn": ("silu",),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "downsample_padding": (1,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "resnet_out_scale_factor": (1,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+    "transformer_layers_per_block": (1,),
+    "use_linear_projection": (False,),
+    "addition_embed_type_num_heads": (64,),
+}
+_IGNORED = {"dropout", "split_head_dim", "use_memory_efficient_attention"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One cross-attention: its block's name, its number inside the block, its width C, its level of resolution, 0 being
+    the finest."""
+
+    block: str
+    index: int
+    width: int
+    level: int
+
+
+def cross_attention_sites(config: UNetConfig) -> tuple[Site, ...]:
+    """All cross-attentions in file order: down, up, mid (the order in which diffusers registers its processors)."""
+    sites = []
+    for level, kind in enumerate(config.down_block_types):
+        if kind == "CrossAttnDownBlock2D":
+            width = config.block_out_channels[level]
+            sites += [Site(f"down_blocks_{level}", i, width, level) for i in range(config.layers_per_block)]
+    for block, kind in enumerate(config.up_block_types):
+        if kind == "CrossAttnUpBlock2D":
+            width = config.block_out_channels[::-1][block]
+            level = config.levels - 1 - block
+            sites += [Site(f"up_blocks_{block}", i, width, level) for i in range(config.layers_per_block + 1)]
+    return (*sites, Site("mid_block", 0, config.block_out_channels[-1], config.levels - 1))
+
+
+def site_grids(config: UNetConfig, h: int, w: int) -> list[tuple[int, int]]:
+    """Per site the rows and columns of its queries for latents of h x w: every level halves, rounding up."""
+    return [(-(-h // 2**site.level), -(-w // 2**site.level)) for site in cross_attention_sites(config)]
