@@ -1,7 +1,8 @@
 """Counts the work of a program from its jaxpr: nothing is run.
 
 A multiplication with its addition is 2 FLOP, and only matrix products and convolutions count: the convention of
-published utilisation figures. What jax.checkpoint does a second time in the backward pass is counted apart.
+published utilisation figures. What jax.checkpoint does a second time in the backward pass is counted apart, and so is
+what attention kernels form again there.
 """
 
 import math
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
@@ -37,9 +39,13 @@ def _count(jaxpr: Any, again: bool = False) -> Counter[tuple[str, bool]]:
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         repeated = again or "rematted_computation" in str(eqn.source_info.name_stack)  # so jax.checkpoint marks it
+        kernel = attention_kernel(eqn)
         if name in _FORMULAE:
             kind, formula = _FORMULAE[name]
             total[kind, repeated] += formula(eqn)
+        elif kernel is not None:
+            once, twice = (products * _attention_product(eqn) for products in kernel)
+            total += Counter({("matmul", repeated): once, ("matmul", True): twice})
         elif name == "cond":
             total += max((_count(branch, repeated) for branch in params["branches"]), key=Counter.total)
         else:
@@ -73,7 +79,28 @@ def _conv(eqn: Any) -> int:
     return 2 * eqn.outvars[0].aval.size * (kernel.size // output_channels) // math.prod(params["lhs_dilation"])
 
 
-# An attention kernel that hides its products in one instruction would have its formula here.
+def attention_kernel(eqn: Any) -> tuple[int, int] | None:
+    """How many matrix products of queries, keys and values an attention kernel makes, and how many of these again: the
+    weights in the backward pass, and one gradient that both of Pallas's kernels need. None for anything else."""
+    name = str(eqn.params.get("name")) if eqn.primitive.name == "pallas_call" else eqn.primitive.name
+    return next((products for start, products in _ATTENTION.items() if name.startswith(start)), None)
+
+
+_ATTENTION = {
+    "dot_product_attention_fwd": (2, 0),
+    "dot_product_attention_bwd": (4, 1),
+    "splash_mha_fwd": (2, 0),
+    "splash_mha_dq": (2, 1),
+    "splash_mha_dkv": (2, 2),
+}
+
+
+def _attention_product(eqn: Any) -> int:
+    """FLOP of one of them: queries (B, L, heads, d) and keys (B, S, heads, d), for Pallas (..., heads, L, d)."""
+    query, key, *_ = (var.aval for var in eqn.invars if var.aval.ndim > 2 and jnp.issubdtype(var.aval, jnp.floating))
+    return 2 * query.size * key.shape[-2 if eqn.primitive.name == "pallas_call" else 1]
+
+
 _FORMULAE: dict[str, tuple[str, Callable[[Any], int]]] = {
     "dot_general": ("matmul", _matmul),
     "conv_general_dilated": ("conv", _conv),

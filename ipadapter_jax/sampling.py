@@ -150,14 +150,14 @@ class Inputs(NamedTuple):
 
 
 _BY_IMAGE = P("data")
-_STATE: Any = State._make((_BY_IMAGE, _BY_IMAGE, P(None, "data")))  # over the devices, by image
+STATE: Any = State._make((_BY_IMAGE, _BY_IMAGE, P(None, "data")))  # over the devices, by image
 _INPUTS: Any = Inputs._make((P(), P(None, "data"), P()))
 _CONDITIONS: Any = Conditions._make((_BY_IMAGE, _BY_IMAGE, P(), P(), P(), P(), P()))
 
 
 def placed(state: State, mesh: Mesh) -> State:
     """The state where `denoise` leaves it, so that a second call is the same program as the first."""
-    return jax.device_put(state, State._make(NamedSharding(mesh, spec) for spec in _STATE))
+    return jax.device_put(state, State._make(NamedSharding(mesh, spec) for spec in STATE))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -203,8 +203,8 @@ def denoise(
 
         return jax.lax.scan(body, state, (inputs, time_shifts))
 
-    specs = (_STATE, _INPUTS, _CONDITIONS, _BY_IMAGE, _BY_IMAGE, P())
-    over_devices = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(_STATE, P(None, "data")), check_vma=False)
+    specs = (STATE, _INPUTS, _CONDITIONS, _BY_IMAGE, _BY_IMAGE, P())
+    over_devices = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(STATE, P(None, "data")), check_vma=False)
     return over_devices(state, inputs, conditions, kept, more_channels, params)
 
 

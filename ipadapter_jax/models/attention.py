@@ -136,5 +136,5 @@ def _per_head(q: Array, entries: Sequence[_Heads]) -> Array:
     """One head of one row at a time: on a CPU only then are the products plain matrix products with the logits in
     cache, up to 4 times faster than the batched form."""
     merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (q, list(entries)))
-    out = jax.lax.map(lambda head: _chunked(*head, _CPU_QUERY_CHUNK), merged)
+    out = jax.lax.map(lambda head: _chunked(head[0], head[1], _CPU_QUERY_CHUNK), merged)
     return out.reshape(*q.shape[:2], *out.shape[1:])

@@ -80,10 +80,11 @@ def _splash(num_heads: int, query: Array, key: Array, value: Array, interpret: b
     q, k, v = (x.transpose(0, 2, 1, 3) for x in _by_head(num_heads, query, key, value))
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     rows, columns = (next(size for size in (512, 256, _LANES) if x.shape[2] % size == 0) for x in (q, k))
-    forward = {"block_q": rows, "block_kv": columns, "block_kv_compute": columns}
-    weights = {"block_q_dkv": rows, "block_kv_dkv": columns, "block_kv_dkv_compute": columns}
-    blocks = splash.BlockSizes(**forward, **weights, block_q_dq=rows, block_kv_dq=columns)
+    of_queries = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), rows)
+    kinds = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
+    blocks: Any = splash.BlockSizes(**of_queries, **dict.fromkeys(kinds, columns))  # pyright: ignore[reportArgumentType]
     mask = splash.MultiHeadMask([splash.FullMask((q.shape[2], k.shape[2]))] * num_heads)
     with jax.ensure_compile_time_eval():  # what is known of the mask holds for every trace
-        kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
-    return jax.vmap(kernel)(q, k, v).transpose(0, 2, 1, 3).reshape(query.shape)
+        kernel: Any = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+    out: Any = jax.vmap(kernel)(q, k, v)
+    return out.transpose(0, 2, 1, 3).reshape(query.shape)

@@ -3,7 +3,7 @@
 The compiler fuses elementwise operations with what reads them and computes them again rather than keep them, so these
 rules say what lies in memory:
 
-- what products, convolutions, reductions and loops give, and what products, convolutions and loops read. A product
+- what products, convolutions, kernels, reductions and loops give, and what all of these but reductions read. A product
   that is only read rounded is written rounded; a convolution's kernel is laid out anew, and the copy stays as well;
 - an elementwise result that three or more operations read, but for exponentials: the weights of a softmax are formed
   again. Of others, what they are made of stays in their place.
@@ -20,12 +20,13 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.interpreters import partial_eval
 
-from ipadapter_jax.flops import programs
+from ipadapter_jax.flops import attention_kernel, programs
 
 _CHECKPOINTS = {"checkpoint", "remat2"}
 _CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", *_CHECKPOINTS}
 _LOOPS = {"scan", "while", "cond"}
-_READERS = {"dot_general", "conv_general_dilated", *_LOOPS}
+_ATTENTION = "attention kernel"
+_READERS = {"dot_general", "conv_general_dilated", _ATTENTION, *_LOOPS}
 _WRITERS = _READERS | {"concatenate", "gather", "scatter", "scatter-add", "sort", "cumsum", "argmax", "argmin"}
 _VIEWS = {"reshape", "transpose", "squeeze", "convert_element_type", "broadcast_in_dim", "optimization_barrier", "copy"}
 _AGAIN = _VIEWS | {"exp"}
@@ -77,6 +78,7 @@ def _flat(jaxpr: Any, values: dict[Any, _Value]) -> Iterator[_Operation]:
     kernels: set[_Value] = set()
     for eqn in jaxpr.eqns:
         name, inner = eqn.primitive.name, [getattr(p, "jaxpr", p) for p in programs(eqn.params.values())]
+        name = name if attention_kernel(eqn) is None else _ATTENTION
         if name in _CALLS:
             given = zip(reversed(inner[0].invars), reversed(eqn.invars), strict=False)
             inside = {own: values[var] for own, var in given if not isinstance(var, Literal) and var in values}

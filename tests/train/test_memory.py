@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from abstract_step import abstract_step
+from abstract_programs import abstract_step
 from jax.experimental import topologies
 from jax.sharding import AxisType
 from make_random_weights import MICRO

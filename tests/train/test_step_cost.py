@@ -4,7 +4,7 @@ import functools
 
 import jax
 import pytest
-from abstract_step import Step, abstract_step
+from abstract_programs import Step, abstract_step
 from jax.sharding import AxisType
 
 from ipadapter_jax.flops import count_flops, count_recomputed_flops

@@ -1,15 +1,24 @@
-"""A training step with shapes for arguments: the real size at no cost."""
+"""The training step and the sampler with shapes for arguments: their programs at the real size, at no cost."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from make_random_weights import FULL, SCHEDULER
 
+from ipadapter_jax import sampling
+from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
+from ipadapter_jax.diffusion.steps import begin
+from ipadapter_jax.models import attention_kernels
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
 from ipadapter_jax.models.projections import ImageProjConfig, example_features, image_projection
@@ -24,8 +33,76 @@ from ipadapter_jax.train.state import initial_state, state_shardings
 from ipadapter_jax.train.step import make_step
 from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, template_of
 
+TEXT_TOKENS, IMAGE_TOKENS = 77, 4
+
+
+@contextlib.contextmanager
+def as_on(platform: str) -> Iterator[None]:
+    """Programs are traced as on a "gpu" or "tpu" of today, with its attention kernels, whatever this machine has."""
+    fakes = [
+        (jax, "default_backend", lambda: platform),
+        (attention_kernels, "cudnn_runs", lambda depth, dtype: depth % 8 == 0 and depth <= 256),
+        # JAX asks the device in the middle of tracing.
+        (fused_attention_stablehlo, "check_cudnn_version", lambda: 91100),
+        (fused_attention_stablehlo, "check_compute_capability", lambda capability: True),
+        (fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda capability: False),
+    ]
+    with contextlib.ExitStack() as stack:
+        for fake in fakes:
+            stack.enter_context(mock.patch.object(*fake))
+        stack.callback(jax.clear_caches)
+        jax.clear_caches()  # what was traced before is another platform's
+        yield
+
+
+class Sampler(NamedTuple):
+    """`sampling.denoise` and its arguments."""
+
+    arguments: tuple[Any, ...]
+
+    def trace(self):
+        return sampling.denoise.trace(*self.arguments)
+
+
+def abstract_sampler(
+    mesh: Mesh, *, batch: int = 1, steps: int = 50, sizes: Any = FULL, latent: int = 64, dtype: Any = "bfloat16"
+) -> Sampler:
+    """DDIM with guidance and one base adapter, on a mesh of the one axis "data"."""
+    compute = jnp.dtype(dtype)
+    unet, rows = UNet(sizes[0], compute), NamedSharding(mesh, P("data"))
+
+    def given(shape, dtype, sharding=None) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or sampling.replicated(mesh))
+
+    def like(tree):
+        return jax.tree.map(lambda x: given(np.shape(x), np.asarray(x).dtype), tree)
+
+    run = sample_table("ddim", NoiseSchedule.from_json(SCHEDULER), steps, 0.0, 1.0)
+    state = jax.eval_shape(begin, given((batch, latent, latent, 4), jnp.float32))
+    shardings = sampling.State._make(NamedSharding(mesh, spec) for spec in sampling.STATE)
+    sites = cross_attention_sites(sizes[0])
+    text, image = (
+        [tuple(given((1, 2, tokens, site.width), compute) for _ in "kv") for site in sites]
+        for tokens in (TEXT_TOKENS, IMAGE_TOKENS)
+    )
+    conditions = sampling.Conditions(
+        prompt_of_image=given((batch,), jnp.int32, rows),
+        reference_of_image=given((batch,), jnp.int32, rows),
+        text_kv=text,
+        image_kv=[image],
+        image_masks=[given((1, (-(-latent // 2**site.level)) ** 2), jnp.float32) for site in sites],
+        guidance_scale=given((), jnp.float32),
+        guidance_rescale=given((), jnp.float32),
+    )
+    params = jax.tree.map(lambda leaf: given(leaf.shape, compute), template_of(UNET, unet))
+    state = jax.tree.map(lambda x, sharding: given(x.shape, x.dtype, sharding), state, shardings)
+    inputs = sampling.Inputs(like(run.steps), None, given((steps, 1, 2, len(sites)), jnp.float32))
+    return Sampler((unet, mesh, False, params, state, inputs, conditions))
+
 
 class Step(NamedTuple):
+    """A training step and its arguments."""
+
     make: Callable[[Mesh], Callable]
     mesh: Mesh
     arguments: tuple[Any, Any, Any]  # state, frozen, batch
@@ -36,7 +113,15 @@ class Step(NamedTuple):
 
 
 def abstract_step(
-    mesh: Mesh, *, batch: int, sizes=FULL, latent=64, dtype="bfloat16", remat=False, live=False, accumulate=1
+    mesh: Mesh,
+    *,
+    batch: int,
+    sizes: Any = FULL,
+    latent: int = 64,
+    dtype: Any = "bfloat16",
+    remat=False,
+    live=False,
+    accumulate=1,
 ) -> Step:
     """The base adapter on networks of the given sizes; `latent` is the side of the latents. Precomputed latents and
     features unless `live`."""
@@ -44,7 +129,7 @@ def abstract_step(
     unet, vae = UNet(sizes[0], compute, remat=remat), VAE(sizes[1], compute)
     text, vision = CLIPText(sizes[2], compute), CLIPVision(sizes[3], compute)
     projection = ImageProjConfig("base", sizes[3].projection_dim, sizes[0].cross_attention_dim, 4)
-    networks = Networks(
+    networks: Any = Networks(
         unet=unet,
         vae=vae,
         text_encoder=text,
@@ -61,7 +146,7 @@ def abstract_step(
         "image_encoder": (IMAGE_ENCODER, vision),
     }
 
-    def given(shape, dtype, sharding):
+    def given(shape, dtype, sharding) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     frozen = {name: template_of(*part) for name, part in parts.items() if live or name != "image_encoder"}
