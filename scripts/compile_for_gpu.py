@@ -1,0 +1,96 @@
+"""Compiles the sampler and the training step for GPUs that this machine does not have, and counts what XLA made.
+
+    pip install 'jax[cuda12]'            the compiler; no driver and no GPU is needed
+    python scripts/compile_for_gpu.py sampler
+    python scripts/compile_for_gpu.py step --batch 8 --devices 8
+
+Stable Diffusion 1.5 at 512 px in bfloat16 with the base adapter, by shapes alone: no weights. For every kind of kernel
+the table has how many one step starts, what they read and write, and how long that takes at the bandwidth of the
+device's memory: a floor for what is not a product, and what fusion has to work on. Kernels are chosen without trying
+them on a device, so their number is a little higher than there. --flags are XLA's for this compilation.
+"""
+
+import os
+import sys
+from typing import Annotated, Literal
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # the devices compiled for are descriptions
+
+import jax
+import numpy as np
+import tyro
+from abstract_programs import abstract_sampler, abstract_step, as_on
+from compiled_text import collective_bytes, groups, main_computation
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from ipadapter_jax.train.sharding import AXES
+
+_DESCRIPTION = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: 0 }} threads_per_warp: 32 threads_per_block_limit: 1024
+  threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {units} shared_memory_per_block: 49152
+  shared_memory_per_core: {shared} shared_memory_per_block_optin: {block} registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth} l2_cache_size: {cache} clock_rate_ghz: {clock} device_memory_size: {memory}
+}}
+platform_name: "CUDA" device_description_str: "{name}" runtime_version {{ major: 12 minor: 9 }}
+dnn_version_info {{ major: 9 minor: {cudnn} }}
+"""
+GPUS = {
+    "A100": _DESCRIPTION.format(
+        name="A100", major=8, cores=108, units=64, shared=167936, block=166912, bandwidth=1555000000000,
+        cache=41943040, clock=1.41, memory=42505076736, cudnn=8,
+    ),
+    "H200": _DESCRIPTION.format(
+        name="NVIDIA H200", major=9, cores=132, units=128, shared=233472, block=232448, bandwidth=4800000000000,
+        cache=52428800, clock=1.98, memory=150754820096, cudnn=10,
+    ),
+}  # fmt: skip
+BANDWIDTH = {"A100": 1.4e12, "H200": 4.3e12}  # bytes a second, of a copy
+
+
+def devices(gpu: str, count: int) -> list[jax.Device]:
+    """Descriptions to compile for. Raises an exception of XLA where JAX's CUDA plugin is not installed."""
+    config = {"target_config": GPUS[gpu]}
+    return list(topologies.get_topology_desc(gpu, "cuda", topology=f"1x{count}x1", **config).devices)
+
+
+def compiled(what: str, batch: int, found: list[jax.Device], flags: dict[str, str], **sizes) -> tuple[str, int]:
+    """The compiled program's text, and the bytes that it needs beside its arguments on each device."""
+    axes, shape = (("data",), (len(found),)) if what == "sampler" else (AXES, (len(found), 1))
+    mesh = Mesh(np.array(found).reshape(shape), axes, axis_types=(AxisType.Auto,) * len(axes))
+    with as_on("gpu"):
+        make = abstract_sampler if what == "sampler" else abstract_step
+        lowered = make(mesh, batch=batch * len(found), **sizes).trace().lower(lowering_platforms=("cuda",))
+        program = lowered.compile({"xla_gpu_autotune_level": 0} | flags)
+    return str(program.as_text()), int(program.memory_analysis().temp_size_in_bytes)
+
+
+def main(
+    what: tyro.conf.Positional[Literal["sampler", "step"]],
+    gpu: Literal["H200", "A100"] = "H200",
+    batch: Annotated[int, tyro.conf.arg(help="pictures on each device")] = 1,
+    devices_: Annotated[int, tyro.conf.arg(name="devices")] = 1,
+    flags: Annotated[tuple[str, ...], tyro.conf.arg(help="such as xla_gpu_dot_merger_threshold_mb=0")] = (),
+) -> None:
+    """Prints one table for one guided denoising step, or one training step from precomputed features."""
+    try:
+        found = devices(gpu, devices_)
+    except Exception as error:
+        sys.exit(f"no compiler for GPUs: {str(error).splitlines()[0]}; pip install 'jax[cuda12]'")
+    text, memory = compiled(what, batch, found, dict(flag.split("=", 1) for flag in flags))
+    kernels = groups(main_computation(text))
+    print("| kernels | number | MiB | ms at the bandwidth |\n|---|---:|---:|---:|")
+    for name, group in kernels.items():
+        print(f"| {name} | {group.kernels} | {group.bytes / 2**20:,.0f} | {group.bytes / BANDWIDTH[gpu] * 1e3:.2f} |")
+    total = sum(group.bytes for group in kernels.values())
+    count = sum(group.kernels for group in kernels.values())
+    print(f"| all | {count} | {total / 2**20:,.0f} | {total / BANDWIDTH[gpu] * 1e3:.2f} |\n")
+    print(f"- {what}, {batch} a device, {devices_} x {gpu}; {memory / 2**20:,.0f} MiB beside the arguments")
+    for name, size in collective_bytes(text).items():
+        print(f"- {name}: {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,112 @@
+"""Reads what XLA made of a program: its kernels, the memory that they read and write, what devices tell each other."""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\) -> .*? \{\n(.*?)^\}", re.DOTALL | re.MULTILINE)
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+_FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "after-all"}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a compiled program."""
+
+    name: str
+    operation: str
+    text: str
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Kernels of one kind."""
+
+    kernels: int
+    bytes: int
+
+
+def byte_count(shape: str) -> int:
+    """Of "f32[2,3]{1,0}" or of all arrays of a tuple."""
+    return sum(
+        _SIZES.get(kind, 0) * math.prod(int(n) for n in axes.split(",") if n) for kind, axes in _SHAPE.findall(shape)
+    )
+
+
+def instructions(body: str) -> Iterator[Instruction]:
+    """Those of one computation, without what costs nothing."""
+    shapes: dict[str, str] = {}
+    for line in body.splitlines():
+        found = _INSTRUCTION.match(line)
+        if found is None:
+            continue
+        name, shape, operation, rest = found.groups()
+        shapes[name] = shape
+        if operation in _FREE:
+            continue
+        operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+        read = sum(byte_count(shapes.get(operand, "")) for operand in operands)
+        yield Instruction(name, operation, line, read, byte_count(shape))
+
+
+def computations(text: str) -> dict[str, list[Instruction]]:
+    """By name, as compiled.as_text() prints them."""
+    return {name: list(instructions(body)) for name, body in _COMPUTATION.findall(text)}
+
+
+def main_computation(text: str) -> list[Instruction]:
+    """The one that moves most memory: the body of the denoising loop, or the whole training step."""
+    reached = set(re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", text))
+    loops = set(re.findall(r"body=%?([\w.\-]+)", text))
+    candidates = {n: i for n, i in computations(text).items() if n not in reached or n in loops}
+    return max(candidates.values(), key=lambda found: sum(i.bytes_read + i.bytes_written for i in found))
+
+
+def kind(instruction: Instruction) -> str:
+    """What a person would call the kernel."""
+    target = re.search(r'custom_call_target="([^"]+)"', instruction.text)
+    if target:
+        names = {"fmha": "attention (cuDNN)", "conv": "convolution", "gemm": "matrix product"}
+        return next((name for part, name in names.items() if part in target[1]), target[1])
+    if any(instruction.operation.startswith(name) for name in COLLECTIVES):
+        return "collective"
+    if instruction.operation != "fusion":
+        return instruction.operation
+    emitter = re.search(r'"kind":"__(\w+)"', instruction.text)
+    if emitter and "gemm" in emitter[1]:
+        return "matrix product"
+    return "norm, softmax or sum" if emitter or "kind=kInput" in instruction.text else "elementwise"
+
+
+def groups(found: list[Instruction]) -> dict[str, Group]:
+    """Kernels and bytes by kind, the most bytes first."""
+    sums: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for instruction in found:
+        if not instruction.operation.endswith("-done"):
+            of_kind = sums[kind(instruction)]
+            of_kind[0] += 1
+            of_kind[1] += instruction.bytes_read + instruction.bytes_written
+    return {name: Group(*values) for name, values in sorted(sums.items(), key=lambda item: -item[1][1])}
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """Bytes of whole arrays that are summed or gathered, by collective; those in loops count once."""
+    sums: defaultdict[str, int] = defaultdict(int)
+    for found in computations(text).values():
+        for instruction in found:
+            for name in COLLECTIVES:
+                if instruction.operation in (name, f"{name}-start"):
+                    sums[name] += max(instruction.bytes_read, instruction.bytes_written - _repeated(instruction))
+    return dict(sums)
+
+
+def _repeated(instruction: Instruction) -> int:
+    """The start of an asynchronous collective names its operands among its results."""
+    return instruction.bytes_read if re.search(r"= \(\(", instruction.text) else 0
