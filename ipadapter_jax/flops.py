@@ -8,11 +8,20 @@ what attention kernels form again there.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
+
+
+class Product(NamedTuple):
+    """A matrix product or convolution, as often as it runs."""
+
+    where: str  # names of the modules and transformations that it stands in, "a/b/c"
+    kind: str  # "matmul" or "conv"
+    flops: int
+    again: bool  # computed a second time, for the backward pass
 
 
 def count_flops(jaxpr: ClosedJaxpr) -> Counter[str]:
@@ -21,40 +30,49 @@ def count_flops(jaxpr: ClosedJaxpr) -> Counter[str]:
     What no result depends on is not counted: the compiler removes it. A loop's body counts as often as it runs. Raises
     ValueError for products inside a loop of unknown length.
     """
-    return Counter({kind: flops for (kind, again), flops in _count(_alive(jaxpr)).items() if not again})
+    return _by_kind(found for found in products(jaxpr) if not found.again)
 
 
 def count_recomputed_flops(jaxpr: ClosedJaxpr) -> Counter[str]:
-    """The same for what jax.checkpoint computes again, which `count_flops` leaves out."""
-    return Counter({kind: flops for (kind, again), flops in _count(_alive(jaxpr)).items() if again})
+    """The same for what is computed again, which `count_flops` leaves out."""
+    return _by_kind(found for found in products(jaxpr) if found.again)
 
 
-def _alive(jaxpr: ClosedJaxpr) -> Jaxpr:
-    return partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[0]
+def products(jaxpr: ClosedJaxpr) -> Iterator[Product]:
+    """All products of a program; `count_flops` says which."""
+    alive = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[0]
+    yield from _products(alive, "", 1)
 
 
-def _count(jaxpr: Any, again: bool = False) -> Counter[tuple[str, bool]]:
-    """FLOP per kind and whether it is a recomputation."""
-    total: Counter[tuple[str, bool]] = Counter()
+def _by_kind(found: Iterable[Product]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for product in found:
+        total[product.kind] += product.flops
+    return total
+
+
+def _products(jaxpr: Any, outside: str, times: int) -> Iterator[Product]:
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
-        repeated = again or "rematted_computation" in str(eqn.source_info.name_stack)  # so jax.checkpoint marks it
+        where = f"{outside}/{eqn.source_info.name_stack}"
+        again = "rematted_computation" in where  # so jax.checkpoint marks it
         kernel = attention_kernel(eqn)
         if name in _FORMULAE:
             kind, formula = _FORMULAE[name]
-            total[kind, repeated] += formula(eqn)
+            yield Product(where, kind, times * formula(eqn), again)
         elif kernel is not None:
-            once, twice = (products * _attention_product(eqn) for products in kernel)
-            total += Counter({("matmul", repeated): once, ("matmul", True): twice})
+            once, twice = (count * times * _attention_product(eqn) for count in kernel)
+            yield Product(where, "matmul", once, again)
+            yield Product(where, "matmul", twice, True)
         elif name == "cond":
-            total += max((_count(branch, repeated) for branch in params["branches"]), key=Counter.total)
+            branches = ([*_products(branch, where, times)] for branch in params["branches"])
+            yield from max(branches, key=lambda branch: sum(found.flops for found in branch))
         else:
-            times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
-            inside = sum((_count(program, repeated) for program in programs(params.values())), Counter())
+            rounds = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
+            inside = [found for p in programs(params.values()) for found in _products(p, where, times * rounds)]
             if name == "while" and inside:
                 raise ValueError("matrix products inside a while loop of unknown length; write it as a scan")
-            total += Counter({kind: times * flops for kind, flops in inside.items()})
-    return total
+            yield from inside
 
 
 def programs(values: Iterable[Any]) -> Iterator[Any]:
