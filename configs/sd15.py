@@ -4,7 +4,7 @@
 
 64 samples a step (8 on each of 8 accelerators), 1,000,000 steps, AdamW at 1e-4 with weight decay 0.01, 512 px, image,
 text and both dropped for 5 % of the samples each, the new keys and values begun as copies of the text's. Trains
-22,319,616 parameters. On 8 V100 add `--model.dtype float16`, with 16 GB of memory also `--model.remat`.
+22,319,616 parameters. On 8 V100 add `--model.dtype float16`.
 
 Speed: 1.67 TFLOP per sample from precomputed features (`ipadapter-jax encode`), 3.1 from pictures. At half of an H200's
 790 TFLOP/s that would be 237 and 126 samples a second, 3.1 and 5.9 days for the whole run; computed, not measured.

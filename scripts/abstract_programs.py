@@ -157,9 +157,8 @@ def abstract_step(
         "image_proj": jax.eval_shape(networks.projection.init, jax.random.key(0), example_features(projection)),
         "ip_adapter": jax.eval_shape(networks.adapter.init, jax.random.key(0), tokens),
     }
-    config = Train(
-        model=Model(dtype=dtype, remat=remat), data=Data(batch_size=batch), optim=Optim(accumulate=accumulate)
-    )
+    model = Model(dtype=dtype, remat="always" if remat else "never")
+    config = Train(model=model, data=Data(batch_size=batch), optim=Optim(accumulate=accumulate))
     mask = trainable(config.model)
     optimizer = make_optimizer(config.optim, mask)
     learnt = view(frozen | {part: tree["params"] for part, tree in learnt.items()}, mask)

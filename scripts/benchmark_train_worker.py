@@ -82,7 +82,7 @@ class Ours:
                 image_encoder=str(encoder),
                 init_from=str(settings.weights / ADAPTER),
                 dtype=self.dtype,
-                remat=settings.remat,
+                remat="always" if settings.remat else "never",
             ),
             data=recipe.Data(batch_size=settings.batch_size, resolution=settings.size, **drops),
             optim=recipe.Optim(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, beta1=BETA1),

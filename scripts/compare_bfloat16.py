@@ -56,7 +56,7 @@ def relative_error(found: np.ndarray, exact: np.ndarray) -> float:
 def compare(settings: Comparison) -> dict[str, float]:
     """The error of half precision by side, and under "float32" how far both are apart there."""
     spawn, found = multiprocessing.get_context("spawn"), {}
-    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)}
+    given: dict[str, Any] = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)}
     for side in SIDES:
         for dtype in ("float32", settings.dtype):
             with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as alone:

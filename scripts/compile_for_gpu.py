@@ -12,11 +12,10 @@ them on a device, so their number is a little higher than there. --flags are XLA
 
 import os
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the devices compiled for are descriptions
 
-import jax
 import numpy as np
 import tyro
 from abstract_programs import abstract_sampler, abstract_step, as_on
@@ -50,20 +49,20 @@ GPUS = {
 BANDWIDTH = {"A100": 1.4e12, "H200": 4.3e12}  # bytes a second, of a copy
 
 
-def devices(gpu: str, count: int) -> list[jax.Device]:
+def devices(gpu: str, count: int) -> list[Any]:
     """Descriptions to compile for. Raises an exception of XLA where JAX's CUDA plugin is not installed."""
     config = {"target_config": GPUS[gpu]}
     return list(topologies.get_topology_desc(gpu, "cuda", topology=f"1x{count}x1", **config).devices)
 
 
-def compiled(what: str, batch: int, found: list[jax.Device], flags: dict[str, str], **sizes) -> tuple[str, int]:
+def compiled(what: str, batch: int, found: list[Any], flags: dict[str, Any], **sizes: Any) -> tuple[str, int]:
     """The compiled program's text, and the bytes that it needs beside its arguments on each device."""
     axes, shape = (("data",), (len(found),)) if what == "sampler" else (AXES, (len(found), 1))
     mesh = Mesh(np.array(found).reshape(shape), axes, axis_types=(AxisType.Auto,) * len(axes))
     with as_on("gpu"):
         make = abstract_sampler if what == "sampler" else abstract_step
         lowered = make(mesh, batch=batch * len(found), **sizes).trace().lower(lowering_platforms=("cuda",))
-        program = lowered.compile({"xla_gpu_autotune_level": 0} | flags)
+        program: Any = lowered.compile({"xla_gpu_autotune_level": 0} | flags)
     return str(program.as_text()), int(program.memory_analysis().temp_size_in_bytes)
 
 

@@ -5,7 +5,8 @@
     python scripts/profile_layers.py sampler --size tiny --latent 8           anywhere, in seconds
 
 Stable Diffusion 1.5 with the base adapter at 512 px, random weights of the right shapes. JAX's profiler says how long
-every kernel ran, the compiled program from which layer it comes, ipadapter_jax/flops.py how much that layer computes.
+every kernel ran, the compiled program from which layer it comes and what it reads and writes, ipadapter_jax/flops.py how
+much that layer computes.
 The floor is the layer's FLOP at the rate of a large matrix product, measured here and now; layers without products have
 none, and what they take is the price of memory traffic. On a CPU kernels may run side by side and their times overlap.
 """
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from abstract_programs import abstract_sampler, abstract_step
+from compiled_text import main_computation
 from jax.sharding import AxisType
 from make_random_weights import SIZES
 
@@ -56,6 +58,15 @@ class Profile:
     steps: Annotated[int, tyro.conf.arg(help="of the denoising loop")] = 2
     size: Literal["full", "tiny", "micro"] = "full"
     latent: Annotated[int, tyro.conf.arg(help="side of the latents: pixels / 8")] = 64
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one layer in one step."""
+
+    flops: int = 0
+    bytes: int = 0  # read and written by its kernels; what loops inside a step do counts once
+    seconds: float = 0.0
 
 
 def layer(where: str) -> str:
@@ -136,26 +147,31 @@ def main(settings: Profile) -> None:
             jax.block_until_ready(compiled(*arguments))
         wall = (time.perf_counter() - start) / steps
         seconds = durations(folder)
-    of_layer, rate = layers_of(compiled.as_text()), product_rate(settings.dtype)
-    time_by: collections.Counter[str] = collections.Counter()
+    text, rate = str(compiled.as_text()), product_rate(settings.dtype)
+    of_layer, rows = layers_of(text), collections.defaultdict(Cost)
     for name, value in seconds.items():
-        time_by[of_layer.get(name, REST)] += value / steps
-    flops_by: collections.Counter[str] = collections.Counter()
+        rows[of_layer.get(name, REST)].seconds += value / steps
+    for kernel in main_computation(text):
+        rows[of_layer.get(kernel.name, REST)].bytes += kernel.bytes_read + kernel.bytes_written
     for found in products(traced.jaxpr):
-        flops_by[layer(found.where)] += found.flops // steps
-    print("| layer | GFLOP | of the work | floor, ms | measured, ms | of the time | floor / measured |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for name, value in time_by.most_common():
-        print(row(name, flops_by[name], flops_by.total(), value, time_by.total(), rate))
-    print(row("all", flops_by.total(), flops_by.total(), time_by.total(), time_by.total(), rate))
+        rows[layer(found.where)].flops += found.flops // steps
+    total = Cost(*(sum(values) for values in zip(*map(dataclasses.astuple, rows.values()), strict=True)))
+    print("| layer | GFLOP | of the work | MiB | floor, ms | measured, ms | of the time | floor / measured |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, cost in sorted(rows.items(), key=lambda item: -item[1].seconds):
+        if cost.seconds:
+            print(f"| {name} | {cells(cost, total, rate)} |")
+    print(f"| all | {cells(total, total, rate)} |")
     print(f"\n- {jax.devices()[0].device_kind}, {settings.dtype}; products at {rate / 1e12:.3g} TFLOP/s")
     print(f"- one step of a batch of {settings.batch}: {wall * 1e3:.1f} ms with the profiler on")
 
 
-def row(name: str, flops: int, all_flops: int, seconds: float, all_seconds: float, rate: float) -> str:
-    floor = flops / rate
-    cells = [f"{flops / 1e9:,.1f}", f"{flops / all_flops:.1%}", f"{floor * 1e3:.1f}", f"{seconds * 1e3:.1f}"]
-    return f"| {name} | {' | '.join(cells)} | {seconds / all_seconds:.1%} | {floor / seconds:.0%} |"
+def cells(cost: Cost, total: Cost, rate: float) -> str:
+    """A row of the table without its name."""
+    floor = cost.flops / rate
+    work = [f"{cost.flops / 1e9:,.1f}", f"{cost.flops / total.flops:.1%}", f"{cost.bytes / 2**20:,.0f}"]
+    times = [f"{floor * 1e3:.1f}", f"{cost.seconds * 1e3:.1f}", f"{cost.seconds / total.seconds:.1%}"]
+    return " | ".join([*work, *times, f"{floor / cost.seconds:.0%}"])
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ class Model:
     dtype: Dtype = "bfloat16"
     """Of the computation and of frozen weights; what learns is kept in float32, and begins as copies of the frozen keys
     and values in this dtype. float16 scales its loss."""
-    remat: bool = False
+    remat: Literal["auto", "always", "never"] = "auto"
     """Compute the inside of the UNet's blocks again in the backward pass: a third of the activations for a third more
-    work."""
+    work. auto: where a step would not fit into a device's memory otherwise."""
     variant: str | None = None
     """Which weight files of the base model to prefer, such as fp16."""
 

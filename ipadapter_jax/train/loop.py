@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from ipadapter_jax.train.digest import digests, fingerprint
 from ipadapter_jax.train.distributed import barrier, initialize
 from ipadapter_jax.train.folder import agreed, run_lock, together
 from ipadapter_jax.train.logs import Skips
-from ipadapter_jax.train.memory import available, plan, remedies
+from ipadapter_jax.train.memory import MemoryPlan, available, plan, remedies
 from ipadapter_jax.train.networks import load_networks
 from ipadapter_jax.train.optim import make_optimizer, trainable, view
 from ipadapter_jax.train.samples import Samples, check_fits, encoded_by, good_sample, open_samples
@@ -96,12 +95,11 @@ class Run:
         )
         self.state = jax.jit(begin, out_shardings=shardings)(learnt) if found is None else found
         self.first = int(self.state.step)
-        self.make_step = functools.partial(make_step, self.loaded.networks, optimizer, self.config)
-        self.step = jax.jit(
-            self.make_step(self.mesh),
-            donate_argnums=0,
-            out_shardings=(shardings, replicated(self.mesh)),
-        )
+
+        def step_on(mesh: Mesh) -> Callable:
+            return make_step(self.loaded.networks, optimizer, self.config, mesh)
+
+        self.make_step, self.outputs = step_on, (shardings, replicated(self.mesh))
 
     def _check_cost(self) -> int:
         """The FLOP of a step, over all devices. Raises InputError, before anything runs, when it cannot fit."""
@@ -110,9 +108,15 @@ class Run:
             name: jax.ShapeDtypeStruct((size, *array.shape), array.dtype, sharding=sharding)
             for name, array in good_sample(self.samples, 0).items()
         }
-        needed = plan(self.make_step, self.mesh, self.state, self.loaded.frozen, batch)
+        needed, limit = self._plan(batch), available()
+        if limit is not None and needed.total > limit and self.config.model.remat == "auto":
+            networks = self.loaded.networks
+            networks = dataclasses.replace(networks, unet=networks.unet.clone(remat=True))
+            self.loaded = dataclasses.replace(self.loaded, networks=networks)
+            log.info("the UNet's blocks are computed again in the backward pass: they would not fit otherwise")
+            needed = self._plan(batch)
         log.info("memory:\n%s", needed.table())
-        limit = available()
+        self.step = jax.jit(self.make_step(self.mesh), donate_argnums=0, out_shardings=self.outputs)
         if limit is not None and needed.total > limit:
             ways = remedies(self.config, self.mesh, live="pixels" in batch)
             numbers = f"about {needed.total / 2**30:.1f} GiB on each device, which has {limit / 2**30:.1f}"
@@ -120,6 +124,9 @@ class Run:
                 raise InputError(f"a step needs {numbers}; use {ways}")
             log.warning("a step may need %s; if it fails, use %s", numbers, ways)
         return count_flops(self.step.trace(self.state, self.loaded.frozen, batch).jaxpr).total()
+
+    def _plan(self, batch: dict[str, Any]) -> MemoryPlan:
+        return plan(self.make_step, self.mesh, self.state, self.loaded.frozen, batch)
 
     def _about(self) -> dict[str, Any]:
         """What a resumed run must share with the run before it: settings, data, frozen weights."""

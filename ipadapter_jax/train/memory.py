@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.liveness import peak_bytes
 from ipadapter_jax.train.state import TrainState
+
+_UNKNOWN = 2**60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +79,10 @@ def _bytes(tree: Any) -> int:
 
 
 def available() -> int | None:
-    """Bytes that JAX may use on each device of this process, where the device says so; a CPU does not."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
-    return min((limit for limit in limits if limit), default=None)
+    """Bytes that JAX may use on each device of all processes, where the devices say so; a CPU does not."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") or _UNKNOWN for device in jax.local_devices()]
+    least = int(np.min(multihost_utils.process_allgather(np.float64(min(limits)))))
+    return None if least >= _UNKNOWN else least
 
 
 def remedies(config: Train, mesh: Mesh, *, live: bool) -> str:
@@ -88,7 +92,7 @@ def remedies(config: Train, mesh: Mesh, *, live: bool) -> str:
     ways = {
         "encode the data once (ipadapter-jax encode)": live,
         "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment, in place of 0.75": jax.default_backend() == "gpu",
-        "--model.remat": not config.model.remat,
+        "--model.remat always": config.model.remat == "never",
         f"--mesh.fsdp {mesh.size}": mesh.size > 1 and config.mesh.fsdp == 1,
         f"--optim.accumulate {2 * accumulate}": rows > 1 and rows % 2 == 0,
         f"--data.batch-size {config.data.batch_size // 2}": rows > 1 and rows % 2 == 0,

@@ -112,7 +112,7 @@ def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
     for name in BASE_COMPONENTS:
         dtype = np.dtype(np.float32) if mask.get(name) else compute
         parts[name] = opened.part(name).load(dtype, functools.partial(_onto, mesh))
-    unet = UNet(parts["unet"].module.config, compute, remat=model.remat)
+    unet = UNet(parts["unet"].module.config, compute, remat=model.remat == "always")
     side = latent_side(config.data.resolution, parts["vae"].module.config.downscale, unet.config.levels)
     networks = Networks(
         unet=unet,
