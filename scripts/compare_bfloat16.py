@@ -59,8 +59,9 @@ def compare(settings: Comparison) -> dict[str, float]:
     given: dict[str, Any] = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)}
     for side in SIDES:
         for dtype in ("float32", settings.dtype):
+            one: dict[str, Any] = {**given, "dtype": dtype}
             with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as alone:
-                found[side, dtype] = alone.submit(latents, side, Settings(**given | {"dtype": dtype})).result()
+                found[side, dtype] = alone.submit(latents, side, Settings(**one)).result()
     errors = {side: relative_error(found[side, settings.dtype], found[side, "float32"]) for side in SIDES}
     return errors | {"float32": relative_error(found["ours", "float32"], found["PyTorch", "float32"])}
 

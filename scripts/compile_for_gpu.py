@@ -62,7 +62,8 @@ def compiled(what: str, batch: int, found: list[Any], flags: dict[str, Any], **s
     with as_on("gpu"):
         make = abstract_sampler if what == "sampler" else abstract_step
         lowered = make(mesh, batch=batch * len(found), **sizes).trace().lower(lowering_platforms=("cuda",))
-        program: Any = lowered.compile({"xla_gpu_autotune_level": 0} | flags)
+        options: dict[str, Any] = {"xla_gpu_autotune_level": 0, **flags}
+        program: Any = lowered.compile(options)
     return str(program.as_text()), int(program.memory_analysis().temp_size_in_bytes)
 
 
