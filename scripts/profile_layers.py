@@ -6,8 +6,9 @@
 
 Stable Diffusion 1.5 with the base adapter at 512 px, random weights of the right shapes. JAX's profiler says how long
 every kernel ran, the compiled program from which layer it comes and what it reads and writes, ipadapter_jax/flops.py
-how much that layer computes. The floor is the layer's FLOP at the rate of a large matrix product, measured here and now; layers without products have
-none, and what they take is the price of memory traffic. On a CPU kernels may run side by side and their times overlap.
+how much that layer computes. The floor is the layer's FLOP at the rate of a large matrix product, measured here and
+now; layers without products have none, and what they take is the price of memory traffic. On a CPU kernels may run side
+by side and their times overlap.
 """
 
 import collections
