@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from helpers import ADAPTERS, TORCH_MODEL
+from helpers import ADAPTERS, IMAGE_ENCODER, TORCH_MODEL
 from make_random_weights import MICRO, write_component
 from safetensors.numpy import load_file, save_file
 
@@ -41,7 +41,7 @@ def small_model() -> Path:
 
 @functools.cache
 def small_adapter(name: str) -> Path:
-    """A recorded adapter for it: the first layers, which have its width."""
+    """A recorded adapter for it, with its image encoder beside it: the first layers, which have its width."""
     layers = {2 * i + 1 for i in range(len(cross_attention_sites(CONFIG)))}
     found = {
         key: array
@@ -49,4 +49,5 @@ def small_adapter(name: str) -> Path:
         if not key.startswith("ip_adapter.") or int(key.split(".")[1]) in layers
     }
     save_file(found, _folder() / f"{name}.safetensors")
+    shutil.copytree(IMAGE_ENCODER, _folder() / IMAGE_ENCODER.name, dirs_exist_ok=True)
     return _folder() / f"{name}.safetensors"
