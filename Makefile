@@ -16,7 +16,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGE := ipadapter_jax
 PYRIGHT = $(BIN)/pyright --pythonpath $(BIN)/python
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# tests/conftest.py puts the longest files first; xdist's own order, by the number of tests, has them last.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e
 
 .PHONY: help sample test test-light test-full lint lint-light format clean

@@ -25,6 +25,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # else it prints that PyTorch was not found
 os.environ["MPLBACKEND"] = "agg"
 
+# Whole files go to the processes of a run, and a long one that begins last leaves the others without work.
+LONGEST_FIRST = (
+    "train/test_loop.py",
+    "test_generation_parity.py",
+    "test_models_parity.py",
+    "train/test_layouts.py",
+    "test_torture.py",
+    "train/test_step.py",
+    "weights/test_fuzz.py",
+    "test_pipeline.py",
+    "test_editing.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; xdist keeps this order with --no-loadscope-reorder."""
+    rank = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))  # a stable sort: the others stay as they are
+
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:

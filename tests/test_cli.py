@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import ADAPTERS, ORACLES, TORCH_MODEL, forbid_sampling
 from PIL import Image
+from small_model import small_adapter, small_model
 
 from ipadapter_jax.cli import main
 from ipadapter_jax.files import sha256, write_whole
@@ -20,8 +21,8 @@ ADAPTER = ADAPTERS / "ip-adapter_tiny.safetensors"
 def arguments(target: Path, **changes) -> list[str]:
     """A small complete command line; None leaves an option out."""
     options = {
-        "base": TORCH_MODEL,
-        "adapter": ADAPTER,
+        "base": small_model(),
+        "adapter": small_adapter("ip-adapter_tiny"),
         "image": CAT,
         "prompt": "a cat",
         "steps": 2,
@@ -44,9 +45,9 @@ def test_generate_writes_a_grid_and_single_pictures_with_their_settings(tmp_path
     assert capsys.readouterr().out == f"{out}\n"
     assert sorted(p.name for p in out.parent.iterdir()) == ["cats-0.png", "cats-1.png", "cats-2.png", "cats.png"]
     assert [settings(out.with_name(f"cats-{i}.png"))["seed"] for i in range(3)] == [5, 6, 7]
-    found = settings(out)
+    found, adapter = settings(out), small_adapter("ip-adapter_tiny")
     assert (found["prompt"], found["scale"], found["steps"], found["num_images"]) == ("a cat", 0.6, 2, 3)
-    assert found["sha256"]["ip_adapter"] == {ADAPTER.name: sha256(ADAPTER)}
+    assert found["sha256"]["ip_adapter"] == {adapter.name: sha256(adapter)}
     assert set(found["sha256"]) == {"unet", "vae", "text_encoder", "ip_adapter", "image_encoder"}
     assert {"jax", "flax", "ipadapter-jax"} <= set(found["versions"])
     singles = [np.asarray(Image.open(out.with_name(f"cats-{i}.png"))) for i in range(3)]

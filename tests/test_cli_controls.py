@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import ORACLES, TORCH_MODEL, forbid_sampling
 from PIL import Image
+from small_model import small_adapter, small_model
 from test_cli import ADAPTER, CAT, arguments, settings
 
 from ipadapter_jax.cli import main
@@ -60,7 +61,8 @@ def test_every_control_at_once(tmp_path):
 
 @pytest.mark.parametrize(("what", "columns", "rows"), [("scales", 5, 2), ("presets", 16, 1)])
 def test_explore(tmp_path, what, columns, rows):
-    assert main(arguments(tmp_path / "a.png", explore=what, num_images=rows)) == 0
+    recorded = {"base": TORCH_MODEL, "adapter": ADAPTER}  # some presets are for layers that the small model lacks
+    assert main(arguments(tmp_path / "a.png", explore=what, num_images=rows, **recorded)) == 0
     with Image.open(tmp_path / "a.png") as figure:
         assert figure.width == 8 + columns * 200 and figure.height == rows * (2 * 24 + 192 + 8)
 
@@ -90,7 +92,7 @@ WRONG = [
 @pytest.mark.parametrize(("more", "words"), WRONG)
 def test_wrong_options(tmp_path, monkeypatch, capsys, more, words):
     forbid_sampling(monkeypatch)
-    assert main([*arguments(tmp_path / "a.png"), *more]) == 2
+    assert main([*arguments(tmp_path / "a.png", base=TORCH_MODEL, adapter=ADAPTER), *more]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert words in line and not list(tmp_path.iterdir())
 
@@ -100,8 +102,8 @@ def test_wrong_options(tmp_path, monkeypatch, capsys, more, words):
 
 def batch(source: Path, out: Path, **changes) -> list[str]:
     options = {
-        "base": TORCH_MODEL,
-        "adapter": ADAPTER,
+        "base": small_model(),
+        "adapter": small_adapter("ip-adapter_tiny"),
         "steps": 2,
         "height": 64,
         "width": 64,

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, flax_folder, load_case, nchw, nhwc
@@ -38,8 +39,18 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Compiles in three quarters of the time of four, which would make the same picture each; test_pipeline.py holds
+    that a picture does not depend on their number."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ipadapter_jax.sampling, "device_mesh", lambda: mesh)
+        yield
+
+
 @pytest.fixture(scope="module")
-def base() -> StableDiffusion:
+def base(one_device) -> StableDiffusion:
     return StableDiffusion.from_pretrained(TORCH_MODEL)
 
 

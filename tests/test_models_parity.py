@@ -42,6 +42,12 @@ def apply(loaded: Loaded, *args, method=None):
     return run(loaded.params, *args)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def unet_output(module: UNet, params, x, times, text_kv, image_kv, weights):
+    """Everything is an argument: cases of the same shapes are one program."""
+    return module.apply({"params": params}, x, times, text_kv, image_kv, weights)
+
+
 def test_tokenizer():
     case = load_case("tokenizer_sd15")
     ids = tokenize(load_tokenizer(TORCH_MODEL / "tokenizer"), case.meta["strings"], 77)
@@ -98,6 +104,7 @@ def test_unet(name):
 def test_unet_of_odd_sizes_and_fractional_timesteps():
     case = load_case("unet_nonsquare")
     x, times, text = nhwc(case.inputs["sample"]), case.inputs["timesteps"], case.inputs["encoder_hidden_states"]
+    times = times.astype(np.float32)  # the same program as the fractional ones; test_unet gives whole numbers
     run = functools.partial(apply, component("unet"), method=UNet.from_text)
     case.check(
         out=nchw(run(x, times, text)),
@@ -185,13 +192,9 @@ def test_unet_with_adapter(variant):
     image_kv = apply(keys, apply(projection, features))
     text_kv = apply(unet, case.inputs["encoder_hidden_states"], method=UNet.text_kv)
     x, times = nhwc(case.inputs["sample"]), case.inputs["timesteps"]
-
-    @jax.jit
-    def run(params, weight):
-        return unet.module.apply({"params": params}, x, times, text_kv, [image_kv], weight)
-
     for name, scale in case.meta["scales"].items():
-        case.check(**{name: nchw(run(unet.params, np.full((1, len(text_kv)), scale, np.float32)))})
+        weights = np.full((1, len(text_kv)), scale, np.float32)
+        case.check(**{name: nchw(unet_output(unet.module, unet.params, x, times, text_kv, [image_kv], weights))})
 
 
 def entries_of(case, masks):
@@ -234,15 +237,10 @@ def test_unet_with_controls(name):
     config = unet.module.config
     sites = cross_attention_sites(config)
     at_sites = site_masks(of_entries, site_grids(config, *x.shape[1:3]))
-
-    @jax.jit
-    def run(params, weight):
-        weights = sampling._site_weights(weight, at_sites, len(x))
-        return unet.module.apply({"params": params}, x, times, text_kv, image_kv, weights)
-
     for output, scale in case.meta["scales"].items():
         weight = np.stack([scale_table(one(scale), sites, 1).own for one in scales])  # (E, 1, s): one branch
-        case.check(**{output: nchw(run(unet.params, weight))})
+        weights = sampling._site_weights(weight, at_sites, len(x))
+        case.check(**{output: nchw(unet_output(unet.module, unet.params, x, times, text_kv, image_kv, weights))})
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,18 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, compilations, flax_folder, forbid_sampling
+from helpers import (
+    ADAPTERS,
+    IMAGE_ENCODER,
+    ORACLES,
+    TORCH_MODEL,
+    compilations,
+    flax_folder,
+    forbid_sampling,
+    legacy_msgpack,
+)
 from PIL import Image
+from small_model import small_adapter, small_model
 
 import ipadapter_jax.pipeline
 from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion, WeightFileError
@@ -23,11 +33,18 @@ SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np
 
 @pytest.fixture(scope="module")
 def base() -> StableDiffusion:
-    return StableDiffusion.from_pretrained(TORCH_MODEL)
+    return StableDiffusion.from_pretrained(small_model())
 
 
 @pytest.fixture(scope="module")
 def pipe(base) -> StableDiffusion:
+    return base.with_ip_adapter(small_adapter("ip-adapter_tiny"), image_encoder=IMAGE_ENCODER)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> StableDiffusion:
+    """The layers of SD 1.5; nothing is compiled for it here."""
+    base = StableDiffusion.from_pretrained(TORCH_MODEL)
     return base.with_ip_adapter(ADAPTERS / "ip-adapter_tiny.safetensors", image_encoder=IMAGE_ENCODER)
 
 
@@ -102,7 +119,7 @@ def test_a_picture_does_not_depend_on_the_number_of_devices(tmp_path):
     found = []
     for devices in (1, 4):
         out = tmp_path / f"{devices}.npz"
-        arguments = [TORCH_MODEL, ADAPTERS / "ip-adapter_tiny.safetensors", IMAGE_ENCODER, CAT, out]
+        arguments = [small_model(), small_adapter("ip-adapter_tiny"), IMAGE_ENCODER, CAT, out]
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
         subprocess.run([sys.executable, "-c", ON_DEVICES, *map(str, arguments)], check=True, env=environment)
         found.append(np.load(out))
@@ -129,7 +146,7 @@ def test_the_same_picture_twice_is_that_picture_once(pipe):
 
 
 def test_two_adapters_at_weight_zero_and_one(base, pipe):
-    two = pipe.with_ip_adapter(ADAPTERS / "ip-adapter-plus_tiny.bin", image_encoder=IMAGE_ENCODER)
+    two = pipe.with_ip_adapter(small_adapter("ip-adapter-plus_tiny"), image_encoder=IMAGE_ENCODER)
     assert two.adapters[1].encoder is pipe.adapters[0].encoder  # the same weights are not loaded twice
     found = two("a cat", ip_adapter_image=[CAT, [DOG, CAT]], ip_adapter_scale=[1.0, 0.0], **SMALL)
     np.testing.assert_allclose(found, pipe("a cat", ip_adapter_image=CAT, **SMALL), atol=2e-5)
@@ -159,8 +176,8 @@ def test_step_by_step_gives_the_same_latents(pipe):
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.06), ("float16", 0.02)])
 def test_half_precision_stays_near_float32(pipe, dtype, error):
     """Mean difference of pictures in [0, 1]; 8 and 11 bits of mantissa through two steps with guidance 7.5."""
-    half = StableDiffusion.from_pretrained(TORCH_MODEL, dtype=dtype)
-    half = half.with_ip_adapter(ADAPTERS / "ip-adapter_tiny.safetensors", image_encoder=IMAGE_ENCODER)
+    half = StableDiffusion.from_pretrained(small_model(), dtype=dtype)
+    half = half.with_ip_adapter(small_adapter("ip-adapter_tiny"), image_encoder=IMAGE_ENCODER)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {dtype}
     found = half("a cat", ip_adapter_image=CAT, **SMALL)
     assert found.dtype == np.float32
@@ -168,7 +185,11 @@ def test_half_precision_stays_near_float32(pipe, dtype, error):
 
 
 def test_a_flax_repository_gives_the_same_pictures(base, tmp_path):
-    flax = StableDiffusion.from_pretrained(flax_folder(tmp_path))
+    folder, unet = flax_folder(tmp_path), small_model() / "unet"
+    shutil.copy(unet / "config.json", folder / "unet")
+    weights = legacy_msgpack(unet / "diffusion_pytorch_model.safetensors")
+    (folder / "unet" / "diffusion_flax_model.msgpack").write_bytes(weights)
+    flax = StableDiffusion.from_pretrained(folder)
     np.testing.assert_array_equal(flax("a cat", **SMALL), base("a cat", **SMALL))
 
 
@@ -250,11 +271,11 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("wrong", "message"), WRONG)
-def test_wrong_arguments_end_before_anything_is_computed(pipe, wrong, message, monkeypatch):
+def test_wrong_arguments_end_before_anything_is_computed(recorded, wrong, message, monkeypatch):
     forbid_sampling(monkeypatch)
     arguments = {"prompt": "a cat", "ip_adapter_image": CAT} | SMALL | wrong
     with pytest.raises(InputError, match=message) as caught:
-        pipe(**arguments)
+        recorded(**arguments)
     assert "\n" not in str(caught.value)
 
 
@@ -295,8 +316,8 @@ def test_numbers_may_come_from_numpy_and_jax(pipe):
 
 
 def copy_with(root, part: str, **changes):
-    """The tiny model with other settings in one of its JSON files."""
-    shutil.copytree(TORCH_MODEL, root / "model")
+    """The small model with other settings in one of its JSON files."""
+    shutil.copytree(small_model(), root / "model")
     path = root / "model" / part
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return root / "model"

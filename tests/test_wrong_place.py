@@ -131,7 +131,7 @@ def test_refused_at_once(case, files, tmp_path, capsys, monkeypatch):
     forbid_reading(monkeypatch)
     given = {name: str(files.get(value, value)) for name, value in options.items()}
     started = time.monotonic()
-    assert main(arguments(tmp_path / "out.png", **given)) == 2
+    assert main(arguments(tmp_path / "out.png", **{"base": TORCH_MODEL, "adapter": ADAPTER} | given)) == 2
     assert time.monotonic() - started < 5
     complaint = capsys.readouterr().err
     assert complaint.startswith("ipadapter-jax: ") and complaint.count("\n") == 1 and len(complaint) < 700

@@ -39,7 +39,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(data) -> Train:
-    return micro(steps=STEPS, data__path=str(data))
+    return micro(levels=1, steps=STEPS, data__path=str(data))
 
 
 def encoded(run: Train, out: Path, **changes) -> Path:
@@ -47,6 +47,11 @@ def encoded(run: Train, out: Path, **changes) -> Path:
     places = {"base": run.model.base, "image_encoder": run.model.image_encoder, "data": run.data.path}
     encode(Encode(**places, out=out, resolution=32, dtype="float32", **changes))
     return out
+
+
+@pytest.fixture(scope="module")
+def patches(run, tmp_path_factory) -> Path:
+    return encoded(run, tmp_path_factory.mktemp("patches") / "cache", features="penultimate")
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +176,10 @@ def test_precomputed_features_give_the_losses_of_pictures(done, run, data, tmp_p
 
 
 @pytest.mark.parametrize("adapter", ["plus", "full"])
-def test_precomputed_patches_do_so_too(run, tmp_path, adapter) -> None:
+def test_precomputed_patches_do_so_too(run, patches, tmp_path, adapter) -> None:
     live = changed(run, model__adapter=adapter, model__resampler_heads=2, steps=3)
     live = changed(live, log__validate_every=3, log__sample_steps=0)
-    cache = encoded(run, tmp_path / "cache", features="penultimate")
-    for name, path in (("live", run.data.path), ("cached", str(cache))):
+    for name, path in (("live", run.data.path), ("cached", str(patches))):
         assert train(changed(live, data__path=path, out=str(tmp_path / name))) == 0
     for name, count in (("loss", 3), ("validation_loss", 2)):
         expected, found = (list(logged(tmp_path / run, name).values()) for run in ("live", "cached"))
