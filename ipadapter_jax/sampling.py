@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from ipadapter_jax.diffusion.guidance import guide
 from ipadapter_jax.diffusion.steps import State, Steps, advance, begin
+from ipadapter_jax.kept_programs import keepable, kept
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
 from ipadapter_jax.models.projections import Projection
@@ -73,20 +74,20 @@ class Batch:
         return draw_noise(shape, self._seeds, np.uint32(step), self.mesh)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@kept(2)
 def encode_prompt(text_encoder: CLIPText, clip_skip: int, params: Tree, input_ids: Array) -> Array:
     """Token ids (P, S) -> text states (P, S, D), without the last `clip_skip` layers."""
     return _apply(text_encoder, params, input_ids, clip_skip).last_hidden_state
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@kept(2)
 def encode_image(encoder: CLIPVision, patches: bool, params: Tree, pixel_values: Array) -> Array:
     """Normalised pixels (n, H, W, 3) -> embeddings (n, F), or with `patches` the penultimate states (n, L, F)."""
     output = _apply(encoder, params, pixel_values)
     return output.hidden_states[-2] if patches else output.image_embeds
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@kept(2)
 def image_keys_values(
     projection: Projection, adapter: IPAdapter, params: Tree, features: Array, weight: Array
 ) -> list[KeyValue]:
@@ -104,7 +105,7 @@ def image_keys_values(
     return [(by_prompt(k), (by_prompt(v) * of_token).astype(v.dtype)) for k, v in rows]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@kept(1)
 def text_keys_values(unet: UNet, params: Tree, text: Array) -> list[KeyValue]:
     """Text states (P, G, S, D) -> per site keys and values (P, G, S, C)."""
     rows = _apply(unet, params, text.reshape(-1, *text.shape[2:]), method=UNet.text_kv)
@@ -149,6 +150,8 @@ class Inputs(NamedTuple):
     image_weight: ArrayLike  # (n, E, G, s)
 
 
+keepable(State, Steps, Conditions, Kept, Inputs)
+
 _BY_IMAGE = P("data")
 STATE: Any = State._make((_BY_IMAGE, _BY_IMAGE, P(None, "data")))  # over the devices, by image
 _INPUTS: Any = Inputs._make((P(), P(None, "data"), P()))
@@ -160,7 +163,7 @@ def placed(state: State, mesh: Mesh) -> State:
     return jax.device_put(state, State._make(NamedSharding(mesh, spec) for spec in STATE))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@kept(3)
 def denoise(
     unet: UNet,
     mesh: Mesh,
@@ -264,7 +267,7 @@ def run_steps(
     return state.x, jax.tree.map(lambda *parts: np.concatenate(parts)[:, : batch.count], *seen)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@kept(1)
 def encode_picture(vae: VAE, params: Tree, images: Array, noise: Array) -> Array:
     """Pictures (n, H, W, 3) in [-1, 1] and standard normal noise (B, h, w, 4) -> latents (B, h, w, 4), drawn from the
     posterior of picture 0, or each of its own."""
@@ -272,7 +275,7 @@ def encode_picture(vae: VAE, params: Tree, images: Array, noise: Array) -> Array
     return vae.config.scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@kept(2)
 def decode(vae: VAE, mesh: Mesh, params: Tree, latents: Array) -> Array:
     """Latents (B, h, w, 4) -> pictures (B, H, W, 3) float32 about [-1, 1], one at a time to bound the memory."""
 

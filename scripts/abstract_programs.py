@@ -61,7 +61,7 @@ class Sampler(NamedTuple):
     arguments: tuple[Any, ...]
 
     def trace(self):
-        return sampling.denoise.trace(*self.arguments)
+        return sampling.denoise.jitted.trace(*self.arguments)
 
 
 def abstract_sampler(

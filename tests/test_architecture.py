@@ -18,7 +18,7 @@ LAYERS = [
     {"settings"},
     {"diffusion", "figures", "preprocess", "tokens", "arguments", "files", "compilation_cache", "flops", "embedded"}
     | {"differences", "in_order", "lock", "stopping"},
-    {"lines", "models"},
+    {"lines", "models", "kept_programs"},
     {"jobs", "weights"},
     {"sampling", "base_model"},
     {"adapters", "attention_maps", "masks", "scales"},

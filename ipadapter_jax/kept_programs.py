@@ -1,0 +1,122 @@
+"""Traced programs are kept on disk, so that a second process neither traces nor lowers what an earlier one did.
+
+jax's persistent cache keeps what the compiler makes of a program, but finding it there takes the program, and making
+that takes seconds for large networks. Here the program itself is kept (jax.export, StableHLO), under a name made of all
+that it depends on: the source of this package, the releases of jax, devices, settings, and the arguments' shapes.
+"""
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jaxlib
+from jax import export
+from jax.tree_util import PyTreeDef
+
+from ipadapter_jax.compilation_cache import cache_folder, cache_is_on
+from ipadapter_jax.files import write_whole
+
+log = logging.getLogger(__name__)
+_config: Any = jax.config  # its settings are made at run time, unknown to type checkers
+
+# Not promised to be stable between releases of jax, and so not kept across them.
+_KERNELS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "tpu_custom_call")
+
+
+class _Call(NamedTuple):
+    """What tells two programs of one function apart."""
+
+    fixed: tuple[Any, ...]
+    structure: PyTreeDef
+    shapes: tuple[Any, ...]
+    settings: tuple[Any, ...]
+
+
+class KeptProgram:
+    """A jitted function whose first `fixed` arguments are static, and whose programs are kept on disk.
+
+    Where a program cannot be kept or read, it is traced as usual: `jitted` is the plain function.
+    """
+
+    def __init__(self, function: Callable, fixed: int):
+        self.jitted = jax.jit(function, static_argnums=tuple(range(fixed)))
+        self._name, self._fixed = function.__name__, fixed
+        self._programs: dict[_Call, Callable] = {}
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        given = arguments[self._fixed :]
+        leaves, structure = jax.tree.flatten(given)
+        inside = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)  # of another program, which has it then
+        if inside or not cache_is_on() or _config.jax_disable_jit:
+            return self.jitted(*arguments)
+        shapes = tuple((jax.typeof(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
+        call = _Call(arguments[: self._fixed], structure, shapes, _settings())
+        if call not in self._programs:
+            self._programs[call] = self._open(call, arguments)
+        return self._programs[call](*given)
+
+    def forget(self) -> None:
+        """As in a new process."""
+        self._programs.clear()
+
+    def _open(self, call: _Call, arguments: tuple[Any, ...]) -> Callable:
+        """The program from disk, or traced here and put there; the plain function where neither can be done."""
+        file = cache_folder() / f"{self._name}-{_digest(self._name, call)}.program"
+        try:
+            content = _read(file)
+            if content is None:
+                checks = [export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]
+                content = bytes(export.export(self.jitted, disabled_checks=checks)(*arguments).serialize())
+                write_whole(file, hashlib.sha256(content).digest() + content)
+            program = export.deserialize(bytearray(content)).call
+            return jax.jit(program).lower(*arguments[self._fixed :]).compile()
+        except Exception as error:  # a full disk, what jax cannot export, a kernel that this machine lacks
+            log.debug("%s: not kept: %s", file, error)
+            return functools.partial(self.jitted, *call.fixed)
+
+
+def _read(file: Path) -> bytes | None:
+    """What was kept, unless it is not there or damaged."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    digest, content = content[:32], content[32:]
+    return content if hashlib.sha256(content).digest() == digest else None
+
+
+def kept(fixed: int) -> Callable[[Callable], KeptProgram]:
+    """Decorates a pure function of which the first `fixed` arguments are static."""
+    return lambda function: KeptProgram(function, fixed)
+
+
+def keepable(*kinds: type[tuple]) -> None:
+    """Lets programs be kept whose arguments or results hold these named tuples."""
+    for kind in kinds:
+        export.register_namedtuple_serialization(kind, serialized_name=f"{kind.__module__}.{kind.__name__}")
+
+
+def _settings() -> tuple[Any, ...]:
+    """Of jax, those that change what is traced."""
+    names = ("default_matmul_precision", "enable_x64", "numpy_dtype_promotion", "threefry_partitionable")
+    return (jax.default_backend(), *(getattr(_config, f"jax_{name}") for name in names))
+
+
+def _digest(name: str, call: _Call) -> str:
+    devices = [(device.platform, device.device_kind) for device in jax.devices()]
+    depends = (name, _source(), jax.__version__, jaxlib.__version__, devices, str(call))
+    return hashlib.sha256(repr(depends).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _source() -> str:
+    """A digest of this package's files of Python."""
+    found = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()

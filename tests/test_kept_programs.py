@@ -1,0 +1,130 @@
+"""Programs on disk: found again by a new process, never for another function, shape or setting, never when damaged."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ipadapter_jax import StableDiffusion, sampling
+from ipadapter_jax.kept_programs import KeptProgram, keepable
+from ipadapter_jax.models.unet import UNet
+
+
+class Pair(NamedTuple):
+    left: jax.Array
+    right: jax.Array
+
+
+keepable(Pair)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty place for programs."""
+    monkeypatch.setattr("ipadapter_jax.kept_programs.cache_folder", lambda: tmp_path / "compiled")
+    return tmp_path / "compiled"
+
+
+def program():
+    """A function as a new process has it, and how often it was traced."""
+    traced = []
+
+    def scaled(factor, pair, x):
+        traced.append(factor)
+        return Pair(factor * pair.left + x, jnp.sin(pair.right))
+
+    return KeptProgram(scaled, 1), traced
+
+
+def pair(*shape):
+    return Pair(jnp.ones(shape), jnp.full(shape, 0.3))
+
+
+def test_a_new_process_does_not_trace(folder):
+    first, traced = program()
+    expected = first(3.0, pair(4), np.float32(2))
+    assert len(traced) == 1 and len(list(folder.iterdir())) == 1
+    again, traced = program()
+    found = again(3.0, pair(4), np.float32(2))
+    assert traced == []
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert type(found) is Pair
+
+
+def test_values_of_arguments_are_no_part_of_it(folder):
+    function, traced = program()
+    np.testing.assert_array_equal(function(3.0, pair(4), np.float32(2)).left, np.full(4, 5))
+    np.testing.assert_array_equal(function(3.0, pair(4), np.float32(7)).left, np.full(4, 10))
+    assert len(traced) == 1
+
+
+def test_every_other_thing_is(folder):
+    """Static arguments, shapes, dtypes, weak types, shardings, settings."""
+    function, _ = program()
+    function(3.0, pair(4), np.float32(2))
+    calls = [
+        lambda: function(4.0, pair(4), np.float32(2)),
+        lambda: function(3.0, pair(5), np.float32(2)),
+        lambda: function(3.0, pair(4), np.int32(2)),
+        lambda: function(3.0, pair(4), 2.0),
+        lambda: function(3.0, jax.device_put(pair(4), jax.devices()[1]), 2.0),
+    ]
+    for call in calls:
+        before = len(list(folder.iterdir()))
+        call()
+        assert len(list(folder.iterdir())) == before + 1
+    with jax.default_matmul_precision("bfloat16"):
+        function(3.0, pair(4), np.float32(2))
+    assert len(list(folder.iterdir())) == len(calls) + 2
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_damage_is_traced_anew(folder, damage):
+    expected = program()[0](3.0, pair(4), np.float32(2))
+    (file,) = folder.iterdir()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes({"flipped": bytes(content), "cut": content[: len(content) // 2], "empty": b""}[damage])
+    again, traced = program()
+    jax.tree.map(np.testing.assert_array_equal, again(3.0, pair(4), np.float32(2)), expected)
+    assert len(traced) == 1
+    healed, traced = program()
+    healed(3.0, pair(4), np.float32(2))
+    assert traced == []
+
+
+def test_where_nothing_can_be_written_it_still_runs(folder):
+    folder.write_text("a file, where a folder should be")
+    function, traced = program()
+    for _ in range(2):
+        np.testing.assert_array_equal(function(3.0, pair(4), np.float32(2)).left, np.full(4, 5))
+    assert len(traced) <= 2
+
+
+def test_who_turned_the_cache_off_finds_no_files(folder, monkeypatch):
+    monkeypatch.setattr("ipadapter_jax.kept_programs.cache_is_on", lambda: False)
+    program()[0](3.0, pair(4), np.float32(2))
+    assert not folder.exists()
+
+
+def test_inside_another_program_it_is_a_part_of_it(folder):
+    function, _ = program()
+    assert jax.jit(lambda x: function(3.0, pair(4), x).left.sum())(np.float32(2)) == 20
+    assert not folder.exists()
+
+
+def test_a_second_process_samples_without_tracing_the_networks(folder, monkeypatch):
+    pipe = StableDiffusion.from_pretrained("mini").with_ip_adapter("mini")
+    call = {"ip_adapter_image": np.full((64, 64, 3), 200, np.uint8), "num_inference_steps": 2, "output_type": "np"}
+    functions = [f for f in vars(sampling).values() if isinstance(f, KeptProgram)]
+    for function in functions:
+        function.forget()
+    expected = pipe("a red heart", **call)
+    kinds = {file.name.partition("-")[0] for file in folder.iterdir()}
+    assert kinds == {"encode_prompt", "encode_image", "image_keys_values", "text_keys_values", "denoise", "decode"}
+    for function in functions:
+        function.forget()
+    monkeypatch.setattr(UNet, "at", None)  # would fail where it is traced
+    np.testing.assert_array_equal(pipe("a red heart", **call), expected)
