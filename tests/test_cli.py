@@ -172,4 +172,5 @@ def test_help_and_doctor_as_a_person_runs_them():
     report = run("doctor")
     assert report.returncode == 0
     assert "nothing required is missing" in report.stdout and "compiled programs" in report.stdout
+    assert "XLA_FLAGS: " in report.stdout and "40 written out" in report.stdout
     assert run("genrate").returncode == 2

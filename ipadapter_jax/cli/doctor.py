@@ -11,6 +11,7 @@ import jax
 
 from ipadapter_jax import embedded
 from ipadapter_jax.compilation_cache import cache_folder, cache_is_on
+from ipadapter_jax.models.attention_kernels import named_kernel
 
 _PACKAGES = (
     *("ipadapter-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers"),
@@ -23,6 +24,9 @@ _OPTIONAL = {
 }
 
 
+_HEADS = (40, 80, 160)  # of Stable Diffusion 1.5
+
+
 @dataclasses.dataclass
 class Doctor:
     """Shows devices, versions, caches and what is missing; exits with 1 when something required is."""
@@ -31,7 +35,8 @@ class Doctor:
 def doctor(_: Doctor) -> int:
     """Prints the report and returns the exit code."""
     missing = []
-    parts = {"devices": _devices(), "packages": _packages(missing), "model": _model(), "caches": _caches()}
+    parts = {"devices": _devices(), "programs": _programs(), "packages": _packages(missing)}
+    parts |= {"model": _model(), "caches": _caches()}
     for title, lines in parts.items():
         print(title)
         for line in lines:
@@ -47,6 +52,14 @@ def _devices() -> Iterator[str]:
         yield f"{device.platform} {device.id}: {device.device_kind}" + (f", {memory / 2**30:.1f} GiB" if memory else "")
     if jax.default_backend() == "cpu":
         yield "no accelerator: for NVIDIA install ipadapter-jax[gpu], for TPU ipadapter-jax[tpu]"
+
+
+def _programs() -> Iterator[str]:
+    """What decides how programs are compiled. No flag of XLA is set here: none was measured to pay."""
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION"):
+        yield f"{name}: {os.environ.get(name) or 'not set'}"
+    kernels = {depth: named_kernel(depth, "bfloat16") or "written out" for depth in _HEADS}
+    yield "attention in bfloat16, by depth of a head: " + ", ".join(f"{d} {name}" for d, name in kernels.items())
 
 
 def _packages(missing: list[str]) -> Iterator[str]:

@@ -36,6 +36,14 @@ def kernel_for(query: Sequence[int], key: Sequence[int], num_heads: int, dtype: 
     return functools.partial(_splash, num_heads) if whole else None
 
 
+def named_kernel(depth: int, dtype: DTypeLike) -> str | None:
+    """What long self-attention with heads of this depth is computed by on this process's devices, for a person."""
+    platform = jax.default_backend()
+    if platform == "gpu" and cudnn_runs(depth, jnp.dtype(dtype)):
+        return "cuDNN"
+    return "Pallas (splash)" if platform == "tpu" else None
+
+
 def _by_head(num_heads: int, *arrays: Array) -> list[Array]:
     """(B, L, C) -> (B, L, heads, d)."""
     return [x.reshape(*x.shape[:2], num_heads, -1) for x in arrays]
