@@ -105,9 +105,7 @@ def main(settings: Settings) -> None:
             name = f"{positions} x {f'({TEXT} + {IMAGE})' if cross else positions}, heads of {width // HEADS}"
             print(f"| {name} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f} |")
     what = "forward and backward" if settings.backward else "forward"
-    print(
-        f"\n- {jax.devices()[0].device_kind}, {settings.dtype}, batch {settings.batch}, {what}; with the copy to the host"
-    )
+    print(f"\n- {jax.devices()[0].device_kind}, {settings.dtype}, batch {settings.batch}, {what}")
 
 
 if __name__ == "__main__":
