@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_reference import exact, random
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.models import attention_kernels
 from ipadapter_jax.models.attention import attend
@@ -92,6 +94,30 @@ def test_a_gpu_whose_kernel_fails_is_told_of_once(monkeypatch):
     with pytest.warns(UserWarning, match="cuDNN has no attention for heads of 40"):
         assert not attention_kernels.cudnn_runs(40, BFLOAT16)
     assert not attention_kernels.cudnn_runs(40, BFLOAT16)
+    attention_kernels.cudnn_runs.cache_clear()
+
+
+def test_a_gpu_is_tried_in_the_middle_of_tracing(monkeypatch):
+    """Where the question comes up: within a program that is spread over devices."""
+    gpu = FakeGpu()
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    device_put, cpu, tried = jax.device_put, jax.devices()[0], []
+
+    def plain(num_heads, q, k, v):
+        tried.append(q.shape)
+        return attend(q, [(k, v, 1.0)], num_heads)
+
+    monkeypatch.setattr(jax, "device_put", lambda x, device: device_put(x, cpu if device is gpu else device))
+    monkeypatch.setattr(attention_kernels, "_cudnn", plain)
+    attention_kernels.cudnn_runs.cache_clear()
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def body(x):
+        return jax.lax.scan(lambda x, _: (x + float(attention_kernels.cudnn_runs(40, BFLOAT16)), None), x, length=2)[0]
+
+    spread = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+    np.testing.assert_array_equal(spread(jnp.zeros(4)), np.full(4, 2))
+    assert tried == [(1, 256, 80)]
     attention_kernels.cudnn_runs.cache_clear()
 
 
