@@ -11,15 +11,21 @@ from torture_run import environment, hold, prepare
 
 from ipadapter_jax.train.export import ADAPTER
 
-# Run first: whoever imports one of these, or reaches out, gets an error.
+# Run first: these are not to be found, as if they were not installed, and whoever reaches out gets an error.
 ALONE = """
-import socket, sys
+import importlib, importlib.machinery, socket, sys
 MISSING = ("torch", "torchvision", "diffusers", "tensorflow")
-class NotInstalled:  # None in sys.modules would not do: tensorflow_datasets takes it for a loaded tensorflow
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] in MISSING:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, NotInstalled())
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, *more):
+        return None if name.partition(".")[0] in MISSING else super().find_spec(name, *more)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
+for name in MISSING:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        continue
+    sys.exit(f"{name} is found")
 def no_network(*_, **__):
     raise OSError("the network was reached for")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = no_network

@@ -55,8 +55,7 @@ class Disk:
             said = refusal(lambda: run_here(config))
             hold("not saved" in said or "not written" in said or "cannot write" in said, said)
             hold(contents(out / CHECKPOINTS / f"{half}") == before, "the checkpoint of before has changed")
-            for tensor in open_ip_adapter(out / ADAPTER).tensors.values():  # of that step, or a later one, and whole
-                hold(bool(np.isfinite(tensor.read()).all()), "the adapter is damaged")
+            hold(_is_whole(out / ADAPTER), "the adapter is damaged")  # it is of that step, or of a later one
         late = max(logged(out)) - half
         hold(late <= 2 * _EVERY, f"the save of step {half + _EVERY} failed and the run went on to {half + late}")
         # The adapter alone: all steps are done, and the run has only to export.
@@ -90,6 +89,10 @@ class Disk:
         hold(contents(out) == before, "an encoding without room changed what was there")
         run(out)
         hold(contents(out) == whole, "an encoding that went on differs from one that was never stopped")
+
+
+def _is_whole(adapter: Path) -> bool:
+    return all(np.isfinite(tensor.read()).all() for tensor in open_ip_adapter(adapter).tensors.values())
 
 
 @contextlib.contextmanager

@@ -96,6 +96,8 @@ class Jobs:
 
 
 def _contents(out: Path) -> dict[str, str | list[str]]:
-    """Every file below the folder; the lines of a list in order, as pictures are made in another one after a kill."""
+    """Every file below the folder; the lines of a list in order, as pictures are made in another one after a kill; no
+    embeddings, which name the time stamps of their pictures, and whose numbers are in the tables."""
     lists = {str(path.relative_to(out)): sorted(path.read_text().splitlines()) for path in out.rglob("job*.jsonl")}
-    return contents(out) | lists
+    files = {name: digest for name, digest in contents(out).items() if not name.startswith("scores/")}
+    return files | lists
