@@ -15,8 +15,8 @@ from torture_refuse import Refuse
 from torture_stop import Stop
 
 SHORT = [
-    Kill(times=2, steps=60, seed=1),
-    Stop(times=1, steps=60),
+    Kill(times=2, steps=150, seed=1),
+    Stop(times=1, steps=150),
     Layouts(steps=6, others=0),
     Damage(trials=24),
     Disk(disks=False),
@@ -29,8 +29,8 @@ SHORT = [
     Endurance(steps=1500, every=50, save_every=300, settled=700, slope=100.0),
 ]
 SLOW = [
-    Kill(times=3, steps=60, processes=2, devices=4),
-    Stop(times=2, steps=100, processes=2),
+    Kill(times=3, processes=2, devices=4),
+    Stop(times=2, processes=2),
     Layouts(),
     Jobs(times=2),
 ]
