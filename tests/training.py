@@ -1,6 +1,7 @@
 """What the training tests share: the recorded tiny model as a run, and the authors' recorded draws."""
 
 import atexit
+import dataclasses
 import functools
 import os
 import shutil
