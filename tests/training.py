@@ -14,6 +14,7 @@ import skimage.data
 from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, nhwc
 from make_random_weights import MICRO, write_model
 from PIL import Image
+from torture_run import changed
 
 from ipadapter_jax.preprocess import clip_pixels, load_image
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train
@@ -28,15 +29,6 @@ TINY = Train(
 def tiny(**changes) -> Train:
     """TINY with dotted names changed, `model__adapter="plus"` for instance."""
     return changed(TINY, **changes)
-
-
-def changed(config: Train, **changes) -> Train:
-    for name, value in changes.items():
-        part, _, setting = name.rpartition("__")
-        if part:
-            value = dataclasses.replace(getattr(config, part), **{setting: value})
-        config = dataclasses.replace(config, **{part or setting: value})
-    return config
 
 
 def recorded_batch(case: Case) -> dict[str, np.ndarray]:

@@ -155,9 +155,10 @@ def make_step(
     def _update(state: TrainState, loss: Array, grads: Any) -> tuple[TrainState, dict[str, Array]]:
         # Split as the optimiser's state is: each device updates its part, and the parts are gathered.
         grads = jax.tree.map(lambda g: jax.lax.with_sharding_constraint(g, of_optimiser(mesh, g)), grads)
-        finite = all_finite((loss, grads))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        # A finite gradient may have an infinite square, which would stay in the moments and still its weight for ever.
+        finite = all_finite((loss, grads, opt_state, params))
         ema = state.ema
         if config.optim.ema is not None:
             ema = optax.incremental_update(params, state.ema, 1 - config.optim.ema)

@@ -1,5 +1,6 @@
 """A folder or a file by one string: `mini` inside the package, a path on this machine, a repository of the Hugging Face
-Hub ("owner/name"), or a place inside one ("owner/name/folder/file.safetensors")."""
+Hub ("owner/name"), or a place inside one ("owner/name/folder/file.safetensors"). "owner/name@REVISION" pins the
+repository to a branch, a tag or a commit."""
 
 import logging
 import os
@@ -20,16 +21,17 @@ def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revis
     """Where the referenced folder or file lies on this machine, downloading what `choose` picks when it is on the Hub.
 
     What is here wins (`path_here`). `choose` gets the names of all files below the reference, relative to it, and
-    returns those that are needed. Raises InputError naming the reference when it is neither here nor on the Hub.
+    returns those that are needed. `revision` is for a reference that pins none. Raises InputError naming the reference
+    when it is neither here nor on the Hub.
     """
     if not isinstance(reference, str | os.PathLike):
         raise InputError(f"{what} {reference!r}: give a path or a Hub id (owner/name)")
     if here := path_here(reference, what):
         return here
-    repo, inside = _hub_place(str(reference))
+    repo, pinned, inside = _hub_place(str(reference))
     if not repo:
         raise InputError(f"{what} {reference}: there is no such file or folder here, and it is no Hub id (owner/name)")
-    return _from_hub(repo, inside, choose, what, revision)
+    return _from_hub(repo, inside, choose, what, pinned or revision)
 
 
 def path_here(reference: str | os.PathLike, what: str) -> Path | None:
@@ -39,12 +41,13 @@ def path_here(reference: str | os.PathLike, what: str) -> Path | None:
     return inside or (Path(path) if os.path.exists(path) else None)
 
 
-def _hub_place(reference: str) -> tuple[str, str]:
-    """'owner/name/folder/file' -> ('owner/name', 'folder/file'); empty strings for what can only be a path."""
+def _hub_place(reference: str) -> tuple[str, str, str]:
+    """'owner/name@v2/folder/file' -> ('owner/name', 'v2', 'folder/file'); empty strings for what can only be a path."""
     parts = PurePosixPath(reference).parts
     if len(parts) < 2 or reference.startswith((".", "/", "~")) or ".." in parts or "\\" in reference:
-        return "", ""
-    return "/".join(parts[:2]), "/".join(parts[2:])
+        return "", "", ""
+    name, _, revision = parts[1].partition("@")
+    return f"{parts[0]}/{name}", revision, "/".join(parts[2:])
 
 
 def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str | None) -> Path:

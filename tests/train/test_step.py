@@ -160,6 +160,20 @@ def test_a_step_with_bad_gradients_is_skipped(short_run) -> None:
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def test_a_finite_gradient_with_an_infinite_square_is_skipped(short_run) -> None:
+    """In Adam's second moment it would stay for ever, and its weight never move again."""
+    loaded, state, _, batch = short_run
+    config = micro(data__path="none", model__dtype="bfloat16")
+    optimizer = make_optimizer(config.optim, trainable(config.model))
+    huge = jax.tree.map(lambda x: x * 1e13, state.params["ip_adapter"])
+    params = state.params | {"ip_adapter": huge}
+    before = initial_state(params, optimizer, config)
+    after, metrics = jax.jit(make_step(loaded.networks, optimizer, config, make_mesh()))(before, loaded.frozen, batch)
+    assert np.isfinite(metrics["loss"]) and int(metrics["bad_steps"]) == 1
+    for a, b in zip(jax.tree.leaves(before.opt_state), jax.tree.leaves(after.opt_state), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
 def test_the_loss_scale() -> None:
     scale = LossScale.initial("float16")
     assert scale.scale == 2.0**15
