@@ -66,8 +66,8 @@ class KeptProgram:
 
     def _open(self, call: _Call, arguments: tuple[Any, ...]) -> Callable:
         """The program from disk, or traced here and put there; the plain function where neither can be done."""
-        file = cache_folder() / f"{self._name}-{_digest(self._name, call)}.program"
         try:
+            file = cache_folder() / f"{self._name}-{_digest(self._name, call)}.program"
             content = _read(file)
             if content is None:
                 checks = [export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]
@@ -76,7 +76,7 @@ class KeptProgram:
             program = export.deserialize(bytearray(content)).call
             return jax.jit(program).lower(*arguments[self._fixed :]).compile()
         except Exception as error:  # a full disk, what jax cannot export, a kernel that this machine lacks
-            log.debug("%s: not kept: %s", file, error)
+            log.debug("%s: not kept: %s", self._name, error)
             return functools.partial(self.jitted, *call.fixed)
 
 
@@ -109,6 +109,8 @@ def _settings() -> tuple[Any, ...]:
 
 def _digest(name: str, call: _Call) -> str:
     devices = [(device.platform, device.device_kind) for device in jax.devices()]
+    if " at 0x" in str(call):
+        raise ValueError("a static argument prints an address, which is another one in every process")
     depends = (name, _source(), jax.__version__, jaxlib.__version__, devices, str(call))
     return hashlib.sha256(repr(depends).encode()).hexdigest()[:32]
 

@@ -109,6 +109,14 @@ def test_who_turned_the_cache_off_finds_no_files(folder, monkeypatch):
     assert not folder.exists()
 
 
+def test_what_cannot_be_named_is_not_kept(folder):
+    """An object that prints its address would be another one for every process, and the disk would fill."""
+    function, traced = program()
+    function.jitted = jax.jit(lambda factor, pair, x: pair.left + x, static_argnums=0)
+    np.testing.assert_array_equal(function(object(), pair(4), np.float32(2)), np.full(4, 3))
+    assert not folder.exists() and traced == []
+
+
 def test_inside_another_program_it_is_a_part_of_it(folder):
     function, _ = program()
     assert jax.jit(lambda x: function(3.0, pair(4), x).left.sum())(np.float32(2)) == 20
