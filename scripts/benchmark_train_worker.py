@@ -69,9 +69,12 @@ class Ours:
     def __init__(self, settings: Settings):
         import jax
 
+        from ipadapter_jax.heap import keep_freed_memory
         from ipadapter_jax.train import config as recipe
 
         self.settings, self.dtype = settings, settings.dtype
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()  # as the trainer does
         if self.dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")
         encoder = settings.weights / ADAPTER.parent / "image_encoder"

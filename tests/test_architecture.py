@@ -17,7 +17,7 @@ LAYERS = [
     {"errors"},  # whoever reads what a person gave must be able to say what is wrong with it
     {"settings"},
     {"diffusion", "figures", "preprocess", "tokens", "arguments", "files", "compilation_cache", "flops", "embedded"}
-    | {"differences", "in_order", "lock", "stopping"},
+    | {"differences", "heap", "in_order", "lock", "stopping"},
     {"lines", "models", "kept_programs"},
     {"jobs", "weights"},
     {"sampling", "base_model"},
