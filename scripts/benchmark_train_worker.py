@@ -69,11 +69,11 @@ class Ours:
     def __init__(self, settings: Settings):
         import jax
 
-        from ipadapter_jax.heap import keep_freed_memory
+        from ipadapter_jax.heap import keep_freed_memory, on_cpu_alone
         from ipadapter_jax.train import config as recipe
 
         self.settings, self.dtype = settings, settings.dtype
-        if jax.default_backend() == "cpu":
+        if on_cpu_alone():
             keep_freed_memory()  # as the trainer does
         if self.dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")

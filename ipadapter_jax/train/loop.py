@@ -17,7 +17,7 @@ from ipadapter_jax.data.batches import Skipped, batches
 from ipadapter_jax.differences import differences
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.flops import count_flops
-from ipadapter_jax.heap import keep_freed_memory
+from ipadapter_jax.heap import keep_freed_memory, on_cpu_alone
 from ipadapter_jax.stopping import STOPPED
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.config import Train, check, identity
@@ -49,10 +49,10 @@ def train(config: Train) -> int:
     Raises InputError for what cannot be used, and when the training goes wrong.
     """
     check(config)
+    if on_cpu_alone():
+        keep_freed_memory()
     initialize(config.mesh)
     enable_compilation_cache()
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
     mesh, folder = make_mesh(config.mesh.fsdp), Path(config.out).expanduser()
     check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config, config.data.path)  # the likeliest mistake, found before there is a folder
