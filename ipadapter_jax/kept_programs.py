@@ -9,13 +9,12 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jaxlib
-from jax import export
-from jax.tree_util import PyTreeDef
+from jax import core, export
 
 from ipadapter_jax.compilation_cache import cache_folder, cache_is_on
 from ipadapter_jax.files import write_whole
@@ -31,7 +30,7 @@ class _Call(NamedTuple):
     """What tells two programs of one function apart."""
 
     fixed: tuple[Any, ...]
-    structure: PyTreeDef
+    structure: Any
     shapes: tuple[Any, ...]
     settings: tuple[Any, ...]
 
@@ -51,7 +50,7 @@ class KeptProgram:
     def __call__(self, *arguments: Any) -> Any:
         given = arguments[self._fixed :]
         leaves, structure = jax.tree.flatten(given)
-        inside = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)  # of another program, which has it then
+        inside = any(isinstance(leaf, core.Tracer) for leaf in leaves)  # of another program, which has it then
         if inside or not cache_is_on() or _config.jax_disable_jit:
             return self.jitted(*arguments)
         shapes = tuple((jax.typeof(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
@@ -111,7 +110,7 @@ def _digest(name: str, call: _Call) -> str:
     devices = [(device.platform, device.device_kind) for device in jax.devices()]
     if " at 0x" in str(call):
         raise ValueError("a static argument prints an address, which is another one in every process")
-    depends = (name, _source(), jax.__version__, jaxlib.__version__, devices, str(call))
+    depends = (name, _source(), jax.__version__, version("jaxlib"), devices, str(call))
     return hashlib.sha256(repr(depends).encode()).hexdigest()[:32]
 
 

@@ -53,8 +53,8 @@ def sides(settings: Settings, positions: int, width: int, cross: bool) -> dict[s
         entries = [(k, v, weight) for k, v, weight in zip(kv[::2], kv[1::2], weights, strict=False)]
         return attend(q, entries, HEADS)
 
-    def in_torch(q: Any, *kv: Any) -> Any:
-        q, *kv = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, *kv))
+    def in_torch(*given: Any) -> Any:
+        q, *kv = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in given)
         attention = torch.nn.functional.scaled_dot_product_attention
         parts = [attention(q, k, v) for k, v in zip(kv[::2], kv[1::2], strict=True)]
         out = parts[0] + SCALE * parts[1] if cross else parts[0]
