@@ -5,6 +5,7 @@ that takes seconds for large networks. Here the program itself is kept (jax.expo
 that it depends on: the source of this package, the releases of jax, devices, settings, and the arguments' shapes.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -17,6 +18,7 @@ import jax
 from jax import core, export
 
 from ipadapter_jax.compilation_cache import cache_folder, cache_is_on
+from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import write_whole
 
 log = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ class KeptProgram:
         inside = any(isinstance(leaf, core.Tracer) for leaf in leaves)  # of another program, which has it then
         if inside or not cache_is_on() or _config.jax_disable_jit:
             return self.jitted(*arguments)
-        shapes = tuple((jax.typeof(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
+        shapes = tuple((jax.typeof(leaf), _place(leaf)) for leaf in leaves)
         call = _Call(arguments[: self._fixed], structure, shapes, _settings())
         if call not in self._programs:
             self._programs[call] = self._open(call, arguments)
@@ -71,7 +73,8 @@ class KeptProgram:
             if content is None:
                 checks = [export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]
                 content = bytes(export.export(self.jitted, disabled_checks=checks)(*arguments).serialize())
-                write_whole(file, hashlib.sha256(content).digest() + content)
+                with contextlib.suppress(InputError):  # a full disk
+                    write_whole(file, hashlib.sha256(content).digest() + content)
             program = export.deserialize(bytearray(content)).call
             return jax.jit(program).lower(*arguments[self._fixed :]).compile()
         except Exception as error:  # a full disk, what jax cannot export, a kernel that this machine lacks
@@ -100,9 +103,17 @@ def keepable(*kinds: type[tuple]) -> None:
         export.register_namedtuple_serialization(kind, serialized_name=f"{kind.__module__}.{kind.__name__}")
 
 
+def _place(leaf: Any) -> Any:
+    """Where an argument lies. On one device every way of saying so is the same."""
+    sharding = getattr(leaf, "sharding", None)
+    devices = () if sharding is None else tuple(sharding.device_set)
+    return (sharding if len(devices) > 1 else devices), getattr(leaf, "committed", False)
+
+
 def _settings() -> tuple[Any, ...]:
     """Of jax, those that change what is traced."""
-    names = ("default_matmul_precision", "enable_x64", "numpy_dtype_promotion", "threefry_partitionable")
+    names = ["default_matmul_precision", "enable_x64", "numpy_dtype_promotion", "threefry_partitionable"]
+    names += ["default_device"]
     return (jax.default_backend(), *(getattr(_config, f"jax_{name}") for name in names))
 
 
@@ -110,14 +121,19 @@ def _digest(name: str, call: _Call) -> str:
     devices = [(device.platform, device.device_kind) for device in jax.devices()]
     if " at 0x" in str(call):
         raise ValueError("a static argument prints an address, which is another one in every process")
-    depends = (name, _source(), jax.__version__, version("jaxlib"), devices, str(call))
+    if "://" in (_config.jax_compilation_cache_dir or ""):
+        raise ValueError("the cache is no folder of this machine")
+    releases = [version(package) for package in ("jax", "jaxlib", "flax", "numpy")]
+    depends = (name, _SOURCE, releases, jax.local_devices()[0].client.platform_version, devices, str(call))
     return hashlib.sha256(repr(depends).encode()).hexdigest()[:32]
 
 
-@functools.cache
 def _source() -> str:
     """A digest of this package's files of Python."""
     found = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         found.update(file.read_bytes())
     return found.hexdigest()
+
+
+_SOURCE = _source()  # of what is imported now, not of what may lie there when a program is traced

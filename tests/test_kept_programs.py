@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax import StableDiffusion, sampling
 from ipadapter_jax.kept_programs import KeptProgram, keepable
@@ -39,7 +41,7 @@ def program():
 
 
 def pair(*shape):
-    return Pair(jnp.ones(shape), jnp.full(shape, 0.3))
+    return Pair(jnp.ones(shape), jnp.full(shape, 0.3, jnp.float32))
 
 
 def test_a_new_process_does_not_trace(folder):
@@ -136,3 +138,13 @@ def test_a_second_process_samples_without_tracing_the_networks(folder, monkeypat
         function.forget()
     monkeypatch.setattr(UNet, "at", None)  # would fail where it is traced
     np.testing.assert_array_equal(pipe("a red heart", **call), expected)
+
+
+def test_on_one_device_a_result_is_an_argument_like_any_other(folder):
+    """What comes back says otherwise where it lies, and is no reason for another program: a loop of steps has one."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    function, traced = program()
+    given = jax.device_put(pair(4), NamedSharding(mesh, P("data")))
+    again = function(3.0, given, np.float32(0))
+    function(3.0, jax.device_put(again, NamedSharding(mesh, P())), np.float32(0))
+    assert len(traced) == 1 and len(list(folder.iterdir())) == 1

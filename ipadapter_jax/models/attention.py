@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.models.attention_kernels import kernel_for
-from ipadapter_jax.models.own_rows import knows_own_rows, on_own_rows
+from ipadapter_jax.models.own_rows import knows_own_rows, on_own_rows, row_devices
 
 # Logits of fewer elements than this are formed at once; above it the queries are walked in chunks (memory on
 # accelerators, cache on a CPU).
@@ -90,7 +90,8 @@ def _written_out(q: Array, entries: Sequence[_Heads], causal: bool) -> Array:
         return on_own_rows(_per_head, q, entries)
     if causal or batch * heads * length * keys <= _DENSE_LOGITS:
         return _dense(q, entries, causal)
-    return _chunked(q, entries, max(128, _ACCELERATOR_CHUNK_LOGITS // (batch * heads * keys)))
+    logits_per_query = -(-batch // row_devices()) * heads * keys  # on each device
+    return _chunked(q, entries, max(128, _ACCELERATOR_CHUNK_LOGITS // logits_per_query))
 
 
 def _dense(q: Array, entries: Sequence[_Heads], causal: bool = False) -> Array:

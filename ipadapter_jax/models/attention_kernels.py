@@ -34,7 +34,7 @@ def kernel_for(query: Sequence[int], key: Sequence[int], num_heads: int, dtype: 
         return None
     if platform == "gpu":
         return functools.partial(_cudnn, num_heads) if cudnn_runs(depth, jnp.dtype(dtype)) else None
-    whole = length % _LANES == positions % _LANES == 0
+    whole = length % _LANES == positions % _LANES == 0 and jnp.dtype(dtype) == jnp.bfloat16  # TPUs have no float16
     return functools.partial(_splash, num_heads) if whole else None
 
 
@@ -66,7 +66,8 @@ def cudnn_runs(depth: int, dtype: Any) -> bool:
     device = jax.local_devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return False
-    if float(device.compute_capability) < 8.0 or depth % 8 or depth > 256:
+    deepest = 256 if float(device.compute_capability) >= 9.0 else 128
+    if float(device.compute_capability) < 8.0 or depth % 8 or depth > deepest:
         return False
 
     def loss(x: Array) -> Array:

@@ -4,6 +4,7 @@ The compiler spreads plain arithmetic over the devices. Inside kernels and loops
 give every device all rows.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -26,8 +27,19 @@ def knows_own_rows() -> bool:
 
 def on_own_rows(function: Callable[..., Array], *arguments: Any) -> Array:
     """function(*arguments), arrays (B, ...) or trees of them, by each device on its rows."""
-    mesh = jax.sharding.get_abstract_mesh()
-    spread = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
-    if not spread or mesh.size == 1:
+    spread = _spread()
+    if row_devices() == 1:
         return function(*arguments)
     return jax.shard_map(function, in_specs=P(spread), out_specs=P(spread), check_vma=False)(*arguments)
+
+
+def row_devices() -> int:
+    """Over how many devices the compiler is to spread the rows of what is traced, as far as that is known."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in _spread())
+
+
+def _spread() -> tuple[str, ...]:
+    """The axes of the mesh that the compiler handles."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)

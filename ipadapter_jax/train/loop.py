@@ -112,7 +112,7 @@ class Run:
             for name, array in good_sample(self.samples, 0).items()
         }
         needed, limit = self._plan(batch), available()
-        if limit is not None and needed.total > limit and self.config.model.remat == "auto":
+        if limit is not None and _SURE * needed.total > limit and self.config.model.remat == "auto":
             networks = self.loaded.networks
             networks = dataclasses.replace(networks, unet=networks.unet.clone(remat=True))
             self.loaded = dataclasses.replace(self.loaded, networks=networks)

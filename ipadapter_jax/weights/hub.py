@@ -29,6 +29,10 @@ def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revis
     if here := path_here(reference, what):
         return here
     repo, pinned, inside = _hub_place(str(reference))
+    if repo and "@" in str(reference).split("/")[1] and not pinned:
+        raise InputError(
+            f"{what} {reference}: no revision after the @; give a branch, a tag or a commit, or leave it out"
+        )
     if not repo:
         raise InputError(f"{what} {reference}: there is no such file or folder here, and it is no Hub id (owner/name)")
     return _from_hub(repo, inside, choose, what, pinned or revision)

@@ -58,10 +58,13 @@ def test_it_lowers_for_a_tpu_with_its_gradient(one_tpu, length, depth):
 
 @pytest.mark.parametrize(
     ("length", "keys", "dtype"),
-    [(4096, 4096, "float32"), (4096, 77, "bfloat16"), (256, 256, "bfloat16"), (1025, 1025, "bfloat16")],
+    [
+        *[(4096, 4096, "float32"), (4096, 4096, "float16")],
+        *[(4096, 77, "bfloat16"), (256, 256, "bfloat16"), (1025, 1025, "bfloat16")],
+    ],
 )
 def test_what_a_tpu_computes_as_it_is_written(one_tpu, length, keys, dtype):
-    """float32, the short cross-attentions, low resolutions, and lengths that blocks do not divide."""
+    """float32, float16, the short cross-attentions, low resolutions, and lengths that blocks do not divide."""
     assert kernel_for((1, 4096, 320), (1, 4096, 320), 8, BFLOAT16) is not None
     assert kernel_for((1, length, 320), (1, keys, 320), 8, jnp.dtype(dtype)) is None
 
@@ -121,9 +124,9 @@ def test_a_gpu_is_tried_in_the_middle_of_tracing(monkeypatch):
     attention_kernels.cudnn_runs.cache_clear()
 
 
-@pytest.mark.parametrize(("capability", "depth"), [("7.0", 40), ("9.0", 42), ("9.0", 512)])
+@pytest.mark.parametrize(("capability", "depth"), [("7.0", 40), ("9.0", 42), ("9.0", 512), ("8.0", 160)])
 def test_a_gpu_that_cannot_have_it_is_not_tried(monkeypatch, recwarn, capability, depth):
-    """V100; depths that are no multiple of 8; the VAE's one head."""
+    """V100; depths that are no multiple of 8; the VAE's one head; an A100 and heads of more than 128."""
     monkeypatch.setattr(FakeGpu, "compute_capability", capability)
     monkeypatch.setattr(jax, "local_devices", lambda: [FakeGpu()])
     attention_kernels.cudnn_runs.cache_clear()

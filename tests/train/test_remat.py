@@ -23,7 +23,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def crowded(monkeypatch):
-    """A device of 100 bytes for a step that needs 150, or `needed` with remat. Gives the choices that were made."""
+    """A device of 110 bytes for a step that needs 150, or `needed` with remat. Gives the choices that were made."""
 
     def crowd(needed: int) -> list[bool]:
         seen: list[bool] = []
@@ -38,7 +38,7 @@ def crowded(monkeypatch):
 
         monkeypatch.setattr(loop, "make_step", recorded)
         monkeypatch.setattr(loop, "plan", plan)
-        monkeypatch.setattr(loop, "available", lambda: 100)
+        monkeypatch.setattr(loop, "available", lambda: 110)
         return seen
 
     return crowd
