@@ -53,7 +53,7 @@ class KeptProgram:
         given = arguments[self._fixed :]
         leaves, structure = jax.tree.flatten(given)
         inside = any(isinstance(leaf, core.Tracer) for leaf in leaves)  # of another program, which has it then
-        if inside or not cache_is_on() or _config.jax_disable_jit:
+        if inside or not (cache_is_on() and _worth_it()) or _config.jax_disable_jit:
             return self.jitted(*arguments)
         shapes = tuple((jax.typeof(leaf), _place(leaf)) for leaf in leaves)
         call = _Call(arguments[: self._fixed], structure, shapes, _settings())
@@ -80,6 +80,12 @@ class KeptProgram:
         except Exception as error:  # a full disk, what jax cannot export, a kernel that this machine lacks
             log.debug("%s: not kept: %s", self._name, error)
             return functools.partial(self.jitted, *call.fixed)
+
+
+def _worth_it() -> bool:
+    """Not on a CPU: jaxlib 0.10.2 has crashed there, once in hundreds of programs, while it wrote a compiled one of these
+    to its own cache."""
+    return jax.default_backend() != "cpu"
 
 
 def _read(file: Path) -> bytes | None:
