@@ -83,8 +83,8 @@ class KeptProgram:
 
 
 def _worth_it() -> bool:
-    """Not on a CPU: jaxlib 0.10.2 has crashed there, once in hundreds of programs, while it wrote a compiled one of these
-    to its own cache."""
+    """Not on a CPU: jaxlib 0.10.2 has crashed there, once in hundreds of programs, while it wrote a compiled one to its
+    own cache."""
     return jax.default_backend() != "cpu"
 
 
