@@ -55,7 +55,21 @@ MICRO = (
     CLIPTextConfig(514, 32, 64, 1, 2, eos_token_id=513),
     CLIPVisionConfig(32, 64, 32, 2, 2, image_size=32, patch_size=16),
 )
-SIZES = {"micro": MICRO, "tiny": TINY, "full": FULL}
+NANO = (  # one level: the smallest that has every part
+    UNetConfig(
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=32,
+        sample_size=8,
+    ),
+    VAEConfig(block_out_channels=(32,), layers_per_block=1),
+    CLIPTextConfig(514, 32, 64, 1, 2, eos_token_id=513),
+    CLIPVisionConfig(32, 64, 32, 2, 2, image_size=32, patch_size=16),
+)
+SIZES = {"nano": NANO, "micro": MICRO, "tiny": TINY, "full": FULL}
 
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
@@ -194,7 +208,7 @@ def write_model_index(folder: Path, scheduler: dict) -> None:
 def main(
     out: Path,
     size: Annotated[
-        Literal["micro", "tiny", "full"], tyro.conf.arg(help="small models, or Stable Diffusion 1.5")
+        Literal["nano", "micro", "tiny", "full"], tyro.conf.arg(help="small models, or Stable Diffusion 1.5")
     ] = "tiny",
     dtype: Annotated[
         Literal["float16", "float32"], tyro.conf.arg(help="of the files; the numbers are the same")

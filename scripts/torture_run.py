@@ -15,33 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_random_weights import write_model
+from make_random_weights import NANO, write_model
 from PIL import Image
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256
-from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
-from ipadapter_jax.models.unet import UNetConfig
-from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Mesh, Model, Optim, Train
 from ipadapter_jax.train.export import ADAPTER
 from ipadapter_jax.train.loop import CHECKPOINTS, train
 
-NANO = (  # one level: the smallest that has every part
-    UNetConfig(
-        block_out_channels=(32,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=32,
-        sample_size=8,
-    ),
-    VAEConfig(block_out_channels=(32,), layers_per_block=1),
-    CLIPTextConfig(514, 32, 64, 1, 2, eos_token_id=513),
-    CLIPVisionConfig(32, 64, 32, 2, 2, image_size=32, patch_size=16),
-)
 SIDE = 8  # of the training pictures, in pixels
 HEARTBEAT = 10  # seconds; less than the default, so that a lost process is noticed within the patience of a test
 

@@ -1,5 +1,6 @@
 """The laboratory, from its data to its report, on a model of random weights; and its statistics."""
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -33,13 +34,12 @@ from lab_rows import (
 )
 from lab_scenes import inked, prompt
 from lab_trainings import SHIPPED, TRAININGS, drops
-from make_random_weights import write_model
+from make_random_weights import NANO, write_model
 from PIL import Image
 from safetensors import safe_open
 
 from ipadapter_jax import StableDiffusion, sampling
 from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
-from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.preprocess import CLIP_TABLE
 from ipadapter_jax.scenes.render import render
@@ -47,15 +47,7 @@ from ipadapter_jax.train.initial import initial_adapter, projection_config
 from ipadapter_jax.weights.components import UNET, load_component
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_adapter
 
-UNET_CONFIG = UNetConfig(
-    block_out_channels=(32,),
-    down_block_types=("CrossAttnDownBlock2D",),
-    up_block_types=("CrossAttnUpBlock2D",),
-    layers_per_block=1,
-    attention_head_dim=2,
-    cross_attention_dim=32,
-    sample_size=16,
-)
+UNET_CONFIG = dataclasses.replace(NANO[0], sample_size=16)
 VISION = CLIPVisionConfig(32, 64, 32, 2, 2, image_size=64, patch_size=16)
 CONFIGS = (
     UNET_CONFIG,

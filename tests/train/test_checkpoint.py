@@ -20,6 +20,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from torture_damage import DAMAGES
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.checkpoint import Checkpoints
@@ -191,20 +192,6 @@ def test_another_model_is_an_error_and_no_damage(two_steps: Path) -> None:
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
-
-
-def flip(content: bytes, rng: random.Random) -> bytes:
-    damaged, at = bytearray(content), rng.randrange(8 * len(content))
-    damaged[at // 8] ^= 1 << at % 8
-    return bytes(damaged)
-
-
-DAMAGES = {
-    "flip": flip,
-    "truncate": lambda content, rng: content[: rng.randrange(len(content))],
-    "zeros": lambda content, rng: bytes(len(content)),
-    "delete": lambda content, rng: None,
-}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
