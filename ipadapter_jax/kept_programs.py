@@ -20,6 +20,7 @@ from jax import core, export
 from ipadapter_jax.compilation_cache import cache_folder, cache_is_on
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import write_whole
+from ipadapter_jax.models.attention_kernels import REFUSED
 
 log = logging.getLogger(__name__)
 _config: Any = jax.config  # its settings are made at run time, unknown to type checkers
@@ -53,7 +54,7 @@ class KeptProgram:
         given = arguments[self._fixed :]
         leaves, structure = jax.tree.flatten(given)
         inside = any(isinstance(leaf, core.Tracer) for leaf in leaves)  # of another program, which has it then
-        if inside or not (cache_is_on() and _worth_it()) or _config.jax_disable_jit:
+        if inside or not cache_is_on() or _config.jax_disable_jit:
             return self.jitted(*arguments)
         shapes = tuple((jax.typeof(leaf), _place(leaf)) for leaf in leaves)
         call = _Call(arguments[: self._fixed], structure, shapes, _settings())
@@ -73,19 +74,14 @@ class KeptProgram:
             if content is None:
                 checks = [export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]
                 content = bytes(export.export(self.jitted, disabled_checks=checks)(*arguments).serialize())
-                with contextlib.suppress(InputError):  # a full disk
-                    write_whole(file, hashlib.sha256(content).digest() + content)
+                if not REFUSED:  # else it lacks a kernel that this machine may have the next time
+                    with contextlib.suppress(InputError):  # a full disk
+                        write_whole(file, hashlib.sha256(content).digest() + content)
             program = export.deserialize(bytearray(content)).call
             return jax.jit(program).lower(*arguments[self._fixed :]).compile()
         except Exception as error:  # a full disk, what jax cannot export, a kernel that this machine lacks
             log.debug("%s: not kept: %s", self._name, error)
             return functools.partial(self.jitted, *call.fixed)
-
-
-def _worth_it() -> bool:
-    """Not on a CPU: jaxlib 0.10.2 has crashed there, once in hundreds of programs, while it wrote a compiled one to its
-    own cache."""
-    return jax.default_backend() != "cpu"
 
 
 def _read(file: Path) -> bytes | None:

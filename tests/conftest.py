@@ -5,6 +5,9 @@ The settings are environment variables, made before anything imports jax, so tha
 
 import os
 import socket
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; xdist keeps this order with --no-loadscope-reorder."""
     rank = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))  # a stable sort: the others stay as they are
+
+
+MOST_PIECES = 20_000
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    """Compiled programs are let go before the process has as many pieces of memory as the kernel allows it (65,530):
+    jaxlib crashes there, wherever it compiles next. Short tests compile little, and counting is not free."""
+    began = time.monotonic()
+    yield
+    if time.monotonic() - began > 0.5 and _pieces_of_memory() > MOST_PIECES:
+        jax = sys.modules.get("jax")
+        assert jax is not None, "something else than jax takes memory in small pieces"
+        jax.clear_caches()
+
+
+def _pieces_of_memory() -> int:
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0  # Linux alone has them
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,8 @@ LAYERS = [
     {"settings"},
     {"diffusion", "figures", "preprocess", "tokens", "arguments", "files", "compilation_cache", "flops", "embedded"}
     | {"differences", "heap", "in_order", "lock", "stopping"},
-    {"lines", "models", "kept_programs"},
-    {"jobs", "weights"},
+    {"lines", "models"},
+    {"jobs", "weights", "kept_programs"},
     {"sampling", "base_model"},
     {"adapters", "attention_maps", "masks", "scales"},
     {"editing", "image_prompts"},

@@ -26,7 +26,6 @@ keepable(Pair)
 def folder(tmp_path, monkeypatch):
     """An empty place for programs."""
     monkeypatch.setattr("ipadapter_jax.kept_programs.cache_folder", lambda: tmp_path / "compiled")
-    monkeypatch.setattr("ipadapter_jax.kept_programs._worth_it", lambda: True)
     return tmp_path / "compiled"
 
 
@@ -106,6 +105,13 @@ def test_where_nothing_can_be_written_it_still_runs(folder):
     assert len(traced) <= 2
 
 
+def test_a_program_that_lacks_a_kernel_is_not_kept(folder, monkeypatch):
+    """The kernel may run in the next process, whose program would be another one."""
+    monkeypatch.setattr("ipadapter_jax.kept_programs.REFUSED", {40})
+    program()[0](3.0, pair(4), np.float32(2))
+    assert not folder.exists()
+
+
 def test_who_turned_the_cache_off_finds_no_files(folder, monkeypatch):
     monkeypatch.setattr("ipadapter_jax.kept_programs.cache_is_on", lambda: False)
     program()[0](3.0, pair(4), np.float32(2))
@@ -126,7 +132,6 @@ def test_inside_another_program_it_is_a_part_of_it(folder):
     assert not folder.exists()
 
 
-@pytest.mark.slow  # on a CPU jaxlib may crash while it writes a network's program to its own cache
 def test_a_second_process_samples_without_tracing_the_networks(folder, monkeypatch):
     pipe = StableDiffusion.from_pretrained("mini").with_ip_adapter("mini")
     call = {"ip_adapter_image": np.full((64, 64, 3), 200, np.uint8), "num_inference_steps": 2, "output_type": "np"}

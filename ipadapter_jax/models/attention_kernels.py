@@ -6,13 +6,14 @@ Both are for half precision. float32 is for comparing, and is computed as it is 
 import concurrent.futures
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from ipadapter_jax.models.own_rows import knows_own_rows
@@ -22,6 +23,8 @@ Kernel = Callable[[Array, Array, Array], Array]
 
 _FEWEST_POSITIONS = {"gpu": 256, "tpu": 1024}  # below, the logits are small and the plain products quicker
 _LANES = 128  # of a TPU: the kernel's blocks are multiples of it
+_AGREED: set[tuple[int, Any]] = set()  # depths and dtypes that cuDNN runs in every process of a run of several
+REFUSED: set[int] = set()  # depths that cuDNN should have had on this GPU, and has not
 
 
 def kernel_for(query: Sequence[int], key: Sequence[int], num_heads: int, dtype: DTypeLike) -> Kernel | None:
@@ -56,8 +59,30 @@ def _cudnn(num_heads: int, query: Array, key: Array, value: Array) -> Array:
     return out.reshape(query.shape)
 
 
-@functools.cache
+def agree(depths: Iterable[int], dtype: DTypeLike) -> None:
+    """Lets cuDNN be used in a run of several processes, for heads of those depths that it runs in all of them: where it
+    failed in one alone, the programs would differ, and a run whose programs differ hangs. Without this none is used.
+
+    All processes call this, before anything is traced. With one process it does nothing.
+    """
+    if jax.process_count() == 1:
+        return
+    asked = sorted(set(depths))
+    runs = np.array([_cudnn_runs(depth, jnp.dtype(dtype)) for depth in asked])
+    everywhere = multihost_utils.process_allgather(runs).reshape(-1, len(asked)).all(axis=0)
+    _AGREED.update((depth, jnp.dtype(dtype)) for depth, yes in zip(asked, everywhere, strict=True) if yes)
+
+
 def cudnn_runs(depth: int, dtype: Any) -> bool:
+    """Whether cuDNN's attention is to be used for heads of this depth: it runs here, and in all processes of the run
+    (`agree`)."""
+    if jax.process_count() > 1:
+        return (depth, dtype) in _AGREED
+    return _cudnn_runs(depth, dtype)
+
+
+@functools.cache
+def _cudnn_runs(depth: int, dtype: Any) -> bool:
     """Whether cuDNN's attention compiles and runs for heads of this depth, with its gradient, on this process's GPU.
 
     What it takes depends on GPU, depth and the releases of cuDNN and XLA, and shows when a program is compiled: so a
@@ -82,6 +107,7 @@ def cudnn_runs(depth: int, dtype: Any) -> bool:
             own.submit(run).result()
     except Exception as error:  # of Python, XLA or cuDNN, of any kind
         reason = str(error).partition("\n")[0]
+        REFUSED.add(depth)
         warnings.warn(f"cuDNN has no attention for heads of {depth} here, a slower one is used: {reason}", stacklevel=2)
         return False
     return True

@@ -44,6 +44,11 @@ class UNetConfig:
         return self.attention_head_dim if isinstance(self.attention_head_dim, int) else self.attention_head_dim[level]
 
     @property
+    def head_depths(self) -> tuple[int, ...]:
+        """Channels of one attention head, for every resolution level."""
+        return tuple(width // self.heads(level) for level, width in enumerate(self.block_out_channels))
+
+    @property
     def levels(self) -> int:
         return len(self.block_out_channels)
 

@@ -18,6 +18,7 @@ from ipadapter_jax.differences import differences
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.flops import count_flops
 from ipadapter_jax.heap import keep_freed_memory, on_cpu_alone
+from ipadapter_jax.models import attention_kernels
 from ipadapter_jax.stopping import STOPPED
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.config import Train, check, identity
@@ -70,6 +71,7 @@ class Run:
         self.config, self.mesh, self.folder, self.samples = config, mesh, folder, samples
         self.loaded = load_networks(config, mesh, encoded_by(self.samples))
         check_fits(self.samples, config, self.loaded)
+        attention_kernels.agree(self.loaded.networks.head_depths, config.model.dtype)
         self.about = self._about()
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every)

@@ -49,6 +49,12 @@ class Networks:
     projection: Projection | None = None
     adapter: IPAdapter | None = None
 
+    @property
+    def head_depths(self) -> tuple[int, ...]:
+        """Channels of one attention head, of every size that there is in UNet and image encoder."""
+        vision = [] if self.image_encoder is None else [self.image_encoder.config]
+        return *self.unet.config.head_depths, *(config.hidden_size // config.num_attention_heads for config in vision)
+
     def moments(self, frozen: dict[str, Any], images: Array) -> tuple[Array, Array]:
         """images (B, H, W, 3) in [-1, 1] -> mean and log-variance (B, h, w, C) of the latents' posterior."""
         return _apply(self.vae, frozen["vae"], images, method=VAE.encode)

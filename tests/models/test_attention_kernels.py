@@ -93,11 +93,26 @@ class FakeGpu:
 
 def test_a_gpu_whose_kernel_fails_is_told_of_once(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [FakeGpu()])
-    attention_kernels.cudnn_runs.cache_clear()
+    attention_kernels._cudnn_runs.cache_clear()
     with pytest.warns(UserWarning, match="cuDNN has no attention for heads of 40"):
         assert not attention_kernels.cudnn_runs(40, BFLOAT16)
     assert not attention_kernels.cudnn_runs(40, BFLOAT16)
-    attention_kernels.cudnn_runs.cache_clear()
+    assert sorted(attention_kernels.REFUSED) == [40]
+    attention_kernels._cudnn_runs.cache_clear()
+    attention_kernels.REFUSED.clear()
+
+
+def test_processes_use_what_all_of_them_have(monkeypatch):
+    """This one has cuDNN for both depths, the other one for 80 alone."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(attention_kernels, "_cudnn_runs", lambda depth, dtype: True)
+    gathered = lambda own: np.stack([own, [False, True]])  # noqa: E731
+    monkeypatch.setattr(attention_kernels.multihost_utils, "process_allgather", gathered)
+    monkeypatch.setattr(attention_kernels, "_AGREED", set())
+    assert not attention_kernels.cudnn_runs(80, BFLOAT16)  # nobody was asked
+    attention_kernels.agree([80, 40, 80], "bfloat16")
+    assert [attention_kernels.cudnn_runs(depth, BFLOAT16) for depth in (40, 80, 160)] == [False, True, False]
+    assert not attention_kernels.cudnn_runs(80, jnp.dtype("float16"))
 
 
 def test_a_gpu_is_tried_in_the_middle_of_tracing(monkeypatch):
@@ -112,7 +127,7 @@ def test_a_gpu_is_tried_in_the_middle_of_tracing(monkeypatch):
 
     monkeypatch.setattr(jax, "device_put", lambda x, device: device_put(x, cpu if device is gpu else device))
     monkeypatch.setattr(attention_kernels, "_cudnn", plain)
-    attention_kernels.cudnn_runs.cache_clear()
+    attention_kernels._cudnn_runs.cache_clear()
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 
     def body(x):
@@ -121,7 +136,7 @@ def test_a_gpu_is_tried_in_the_middle_of_tracing(monkeypatch):
     spread = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
     np.testing.assert_array_equal(spread(jnp.zeros(4)), np.full(4, 2))
     assert tried == [(1, 256, 80)]
-    attention_kernels.cudnn_runs.cache_clear()
+    attention_kernels._cudnn_runs.cache_clear()
 
 
 @pytest.mark.parametrize(("capability", "depth"), [("7.0", 40), ("9.0", 42), ("9.0", 512), ("8.0", 160)])
@@ -129,9 +144,9 @@ def test_a_gpu_that_cannot_have_it_is_not_tried(monkeypatch, recwarn, capability
     """V100; depths that are no multiple of 8; the VAE's one head; an A100 and heads of more than 128."""
     monkeypatch.setattr(FakeGpu, "compute_capability", capability)
     monkeypatch.setattr(jax, "local_devices", lambda: [FakeGpu()])
-    attention_kernels.cudnn_runs.cache_clear()
+    attention_kernels._cudnn_runs.cache_clear()
     assert not attention_kernels.cudnn_runs(depth, BFLOAT16)
-    attention_kernels.cudnn_runs.cache_clear()
+    attention_kernels._cudnn_runs.cache_clear()
     assert not recwarn.list
 
 
