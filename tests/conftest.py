@@ -68,6 +68,14 @@ def _pieces_of_memory() -> int:
     return maps.read_bytes().count(b"\n") if maps.exists() else 0  # Linux alone has them
 
 
+@pytest.fixture(autouse=True, scope="session")
+def memory_is_given_back() -> None:
+    """A run keeps what it had, for the whole process; here that would be the sum of what the tests need."""
+    from ipadapter_jax import heap
+
+    heap.keep_freed_memory = lambda: None
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that reaches out fails, on a machine with a network too."""

@@ -12,12 +12,12 @@ import jax
 from jax import Array
 from jax.sharding import Mesh
 
+from ipadapter_jax import heap
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.data.batches import Skipped, batches
 from ipadapter_jax.differences import differences
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.flops import count_flops
-from ipadapter_jax.heap import keep_freed_memory, on_cpu_alone
 from ipadapter_jax.models import attention_kernels
 from ipadapter_jax.stopping import STOPPED
 from ipadapter_jax.train.checkpoint import Checkpoints
@@ -50,8 +50,8 @@ def train(config: Train) -> int:
     Raises InputError for what cannot be used, and when the training goes wrong.
     """
     check(config)
-    if on_cpu_alone():
-        keep_freed_memory()
+    if heap.on_cpu_alone():
+        heap.keep_freed_memory()
     initialize(config.mesh)
     enable_compilation_cache()
     mesh, folder = make_mesh(config.mesh.fsdp), Path(config.out).expanduser()
