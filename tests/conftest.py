@@ -76,6 +76,15 @@ def memory_is_given_back() -> None:
     heap.keep_freed_memory = lambda: None
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_program_is_kept() -> None:
+    """Writing them costs more than finding them again saves, and they would never be let go; test_kept_programs.py
+    keeps some."""
+    from ipadapter_jax import kept_programs
+
+    kept_programs.cache_is_on = lambda: False
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that reaches out fails, on a machine with a network too."""

@@ -26,6 +26,7 @@ keepable(Pair)
 def folder(tmp_path, monkeypatch):
     """An empty place for programs."""
     monkeypatch.setattr("ipadapter_jax.kept_programs.cache_folder", lambda: tmp_path / "compiled")
+    monkeypatch.setattr("ipadapter_jax.kept_programs.cache_is_on", lambda: True)
     return tmp_path / "compiled"
 
 
