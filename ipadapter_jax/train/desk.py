@@ -22,8 +22,10 @@ class Desk:
         self, config: Train, folder: Path, about: dict[str, Any], loaded: Loaded, first: int, flops: float | None
     ):
         self._config, self._folder, self._about, self._loaded = config, folder, about, loaded
+        sources = {part: str(path) for part, path in loaded.sources.items()}  # of the Hub, with the commit
+        written = about | {"sources": sources}
         self._log = RunLog(
-            folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=about, first_step=first
+            folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=written, first_step=first
         )
         peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
         self._meter = Meter(

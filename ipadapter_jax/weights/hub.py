@@ -1,9 +1,10 @@
 """A folder or a file by one string: `mini` inside the package, a path on this machine, a repository of the Hugging Face
 Hub ("owner/name"), or a place inside one ("owner/name/folder/file.safetensors"). "owner/name@REVISION" pins the
-repository to a branch, a tag or a commit."""
+repository to a branch, a tag, a commit or a pull request (refs/pr/1)."""
 
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +14,9 @@ from ipadapter_jax.errors import InputError
 log = logging.getLogger("ipadapter_jax")
 
 _TIMEOUT = 20  # seconds
+
+# The name, the revision (the only ones with slashes that the Hub makes are those of pull requests), the place inside.
+_NAME = re.compile(r"([^@/]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]*))?(?:/(.*))?")
 
 Choose = Callable[[Sequence[str]], Sequence[str]]
 
@@ -50,8 +54,8 @@ def _hub_place(reference: str) -> tuple[str, str, str]:
     parts = PurePosixPath(reference).parts
     if len(parts) < 2 or reference.startswith((".", "/", "~")) or ".." in parts or "\\" in reference:
         return "", "", ""
-    name, _, revision = parts[1].partition("@")
-    return f"{parts[0]}/{name}", revision, "/".join(parts[2:])
+    found = _NAME.fullmatch("/".join(parts[1:]))
+    return (f"{parts[0]}/{found[1]}", found[2] or "", found[3] or "") if found else ("", "", "")
 
 
 def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str | None) -> Path:
@@ -78,11 +82,13 @@ def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str |
             raise InputError(f"{what} {repo}: the repository has no {inside or 'files'}")
         wanted = [here + name for name in choose(below)]
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)) / inside
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:
         raise InputError(
             f"{what} {repo}: the download has stopped: {_reason(error)}; the same command goes on with it"
         ) from None
+    log.info("%s %s: %s", what, repo, snapshot)  # whose last part is the commit
+    return snapshot / inside
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:

@@ -72,7 +72,8 @@ def test_what_a_run_leaves(done) -> None:
         "samples-0000004.png",
         "samples-0000008.png",
     ]
-    assert any((done / "tensorboard").iterdir())
+    (events,) = (done / "tensorboard").iterdir()
+    assert all(part in events.read_bytes() for part in (b'"sources"', b'"vae": "/'))
     assert (done / "README.md").read_text().startswith("---\nlibrary_name: diffusers")
     assert (done / "skipped.jsonl").read_text() == ""
 

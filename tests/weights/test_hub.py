@@ -98,15 +98,18 @@ def everything(names):
     return names
 
 
+@pytest.mark.parametrize("pinned", ["0123abc", "refs/pr/1"])
 @pytest.mark.parametrize("inside", ["", "/models/a.bin"])
-def test_a_place_pins_its_revision(monkeypatch, tmp_path, inside):
+def test_a_place_pins_its_revision(monkeypatch, tmp_path, caplog, pinned, inside):
     """Also where another one is given, which is for the places that pin none."""
     (tmp_path / "source" / "models").mkdir(parents=True)
     (tmp_path / "source" / "models" / "a.bin").write_bytes(b"weights")
     hub = Hub(monkeypatch, tmp_path / "source", tmp_path / "cache", ["models/a.bin"])
-    found = local_path(f"owner/name@0123abc{inside}", everything, what="adapter", revision="v2")
+    with caplog.at_level("INFO"):
+        found = local_path(f"owner/name@{pinned}{inside}", everything, what="adapter", revision="v2")
     assert found == Path(f"{tmp_path / 'cache'}{inside}")
-    assert hub.calls == [("list", "owner/name", "0123abc"), ("download", "owner/name", "0123abc")]
+    assert hub.calls == [("list", "owner/name", pinned), ("download", "owner/name", pinned)]
+    assert f"adapter owner/name: {tmp_path / 'cache'}" in caplog.messages  # of which the last part is the commit
 
 
 def test_a_path_that_exists_wins(monkeypatch, tmp_path):
