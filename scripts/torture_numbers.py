@@ -33,6 +33,8 @@ class Numbers:
     row the run stops with advice; nothing that is not finite is saved or exported."""
 
     steps: int = 12
+    rates: tuple[float, ...] = (1e30, 1e39)
+    """Learning rates: weights beyond use, and beyond float32."""
 
     def __call__(self, work: Path) -> str:
         config = prepare(work, self.steps, save_every=1)
@@ -43,15 +45,15 @@ class Numbers:
             poisoned = _poisoned(cache, work / f"poisoned-{dtype}", bad)
             own = changed(config, model__dtype=dtype, data__path=str(poisoned), out=str(work / dtype))
             skipped += self._skips(own, bad)
-        rates = (1e30, 1e39)  # weights beyond use, and beyond float32
-        for rate in rates:
+        for rate in self.rates:
             own = changed(config, optim__learning_rate=rate, optim__max_bad_steps=_IN_A_ROW, out=str(work / f"{rate}"))
             said = refusal(lambda own=own: run_here(changed(own, steps=100)))
             hold(f"{_IN_A_ROW} steps in a row" in said and "learning-rate" in said, said)
             _hold_finite(Path(own.out))
         return (
-            f"{skipped} of {2 * self.steps} steps skipped, each with a bad sample and no other; {len(rates)} learning "
-            f"rates stopped after {_IN_A_ROW} in a row; frozen weights unchanged, nothing saved that is not finite"
+            f"{skipped} of {2 * self.steps} steps skipped, each with a bad sample and no other; {len(self.rates)} "
+            f"learning rates stopped after {_IN_A_ROW} in a row; frozen weights unchanged, nothing saved that is not "
+            "finite"
         )
 
     def _skips(self, config: Train, bad: dict[int, float]) -> int:

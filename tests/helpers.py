@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import lzma
 import re
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import flax.serialization
@@ -133,3 +136,15 @@ def ldm_file(path: Path) -> Path:
         tensors[key] = parts[part][name][:, :, None, None] if matrix else parts[part][name]
     save_file(tensors, path)
     return path
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """What happens inside takes less of the processor. Of other processes, and of what other tests have left for the
+    garbage collector to look through, nothing counts."""
+    gc.freeze()
+    began = time.process_time()
+    yield
+    took = time.process_time() - began
+    gc.unfreeze()
+    assert took < seconds, f"{took:.1f} s"

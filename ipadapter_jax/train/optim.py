@@ -82,7 +82,7 @@ class LossScale(NamedTuple):
 
 
 def all_finite(tree: Any) -> Array:
-    """A boolean scalar. The flags of the leaves are sorted rather than combined, since XLA copies what can be fused into
-    everything that reads it: all flags into the update of every weight, which compiles for minutes."""
+    """A boolean scalar. The flags of the leaves are sorted rather than combined: what can be fused XLA copies into all
+    that reads it, all flags into the update of every weight, which compiles for minutes."""
     flags = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
     return jnp.sort(flags.astype(jnp.int32))[0] == 1

@@ -1,5 +1,7 @@
 """The forms of a convolution agree; which one runs depends on its shape."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -11,14 +13,18 @@ NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 @pytest.mark.parametrize(("shape", "size"), [((2, 5, 7), 3), ((1, 30, 31), 3), ((2, 5, 7), 1), ((1, 8, 8), 5)], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_equals_xla(shape, size, stride):
+def test_equals_xla_with_its_gradients(shape, size, stride):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((*shape, 6)).astype(np.float32)
     kernel = rng.standard_normal((size, size, 6, 4)).astype(np.float32)
     for padding in ([(size // 2, size // 2)] * 2, [(0, 1), (0, 1)], "VALID"):
-        arguments = (x, kernel, (stride, stride), padding)
-        expected = jax.lax.conv_general_dilated(*arguments, dimension_numbers=NUMBERS)
-        np.testing.assert_allclose(convolve(*arguments, dimension_numbers=NUMBERS), expected, atol=2e-5)
+        options = {"window_strides": (stride, stride), "padding": padding, "dimension_numbers": NUMBERS}
+        expected, expected_gradient = jax.vjp(functools.partial(jax.lax.conv_general_dilated, **options), x, kernel)
+        found, gradient = jax.vjp(functools.partial(convolve, **options), x, kernel)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+        by_output = rng.standard_normal(expected.shape).astype(np.float32)
+        for one, other in zip(gradient(by_output), expected_gradient(by_output), strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-5 * abs(other).max())
 
 
 def test_small_convolutions_are_products():

@@ -49,7 +49,7 @@ def losses(config: Train, mesh, steps: int = 10):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Train:
-    return micro(data__path=str(photographs(tmp_path_factory.mktemp("data") / "photos")))
+    return micro(1, data__path=str(photographs(tmp_path_factory.mktemp("data") / "photos")))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def in_two_processes(data: str, out: Path, fsdp: int) -> np.ndarray:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     paths = os.pathsep.join(["tests", "scripts", "."])
-    environment = os.environ | {"PYTHONPATH": paths, "IPADAPTER_JAX_MICRO_MODEL": str(micro_model())}
+    environment = os.environ | {"PYTHONPATH": paths, "IPADAPTER_JAX_MICRO_MODEL": str(micro_model(1))}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, data, str(out), str(port), str(number), str(fsdp)],

@@ -3,7 +3,6 @@
 import json
 import random
 import struct
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import flax.serialization
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import ADAPTERS
+from helpers import ADAPTERS, within
 from safetensors.numpy import load_file, save_file
 from weight_files import refused, write_bin
 
@@ -217,9 +216,8 @@ HOSTILE = {
 def test_hostile_safetensors(tmp_path, name):
     path = tmp_path / "a.safetensors"
     path.write_bytes(HOSTILE[name])
-    started = time.monotonic()
-    refused(lambda: open_tensors(path), f"{path}: ", error=WeightFileError)
-    assert time.monotonic() - started < 5
+    with within(5):
+        refused(lambda: open_tensors(path), f"{path}: ", error=WeightFileError)
 
 
 def test_truncated_and_damaged_safetensors(tmp_path):
