@@ -80,11 +80,12 @@ class Kill:
         different = [step for step, loss in found.items() if loss != expected[step]]
         hold(not different, f"other losses at the steps {different[:5]}")
         tally.losses += len(found)
-        if found and max(found) > job.began_at():  # it came as far as training
+        log = (Path(config.out) / "metrics.jsonl").read_bytes() if found else b""
+        if log != tally.log:  # else it was killed before it came to training
             saved = (tally.reached // self.save_every) * self.save_every
             tally.lost = max(tally.lost, saved - job.began_at())
             hold(saved - job.began_at() <= self.save_every, f"from step {tally.reached} back to {job.began_at()}")
-        tally.reached = max(found, default=0)
+        tally.reached, tally.log = max(found, default=0), log
 
 
 @dataclasses.dataclass
@@ -92,6 +93,7 @@ class _Tally:
     kills: int = 0
     losses: int = 0
     reached: int = 0  # the newest step in the log
+    log: bytes = b""
     lost: int = 0  # steps between the newest save that was begun and the one that a run went on from, at most
     in_saves: int = 0  # kills that left a checkpoint half written
     in_deletions: int = 0
