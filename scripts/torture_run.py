@@ -107,7 +107,7 @@ class Job:
     def alive(self) -> bool:
         return all(member.poll() is None for member in self.members)
 
-    def wait(self, seconds: float = 300) -> list[int]:
+    def wait(self, seconds: float = 900) -> list[int]:
         """Exit codes. Raises Broken when some process does not end."""
         try:
             return [member.wait(seconds) for member in self.members]

@@ -15,14 +15,14 @@ from torture_refuse import Refuse
 from torture_stop import Stop
 
 SHORT = [
-    Kill(times=1, steps=60),
-    Stop(times=1, steps=60),
+    Kill(times=1, steps=100),
+    Stop(times=1, steps=150),
     Layouts(steps=6, others=0),
     Damage(trials=24),
     Disk(disks=False),
     Pictures(records=40, percents=(50,)),
     Numbers(rates=(1e39,)),
-    Refuse(steps=30),
+    Refuse(),
     Jobs(times=1, commands=("batch",)),
     Alone(),
     # The first saves take memory once; a leak of the step would show as 10 MB.
