@@ -56,15 +56,16 @@ class Endurance:
         slope = 10_000 * np.polyfit([sample.step for sample in late], [sample.memory for sample in late], 1)[0]
         first = [sample for sample in samples if sample.step > self.save_every]
         files = [sample.files for sample in samples]
-        hold(slope < self.slope, f"memory grows by {slope:.2f} MB per 10,000 steps: {[s.memory for s in late][::10]}")
         idle = min(files[: len(files) // 2])
-        hold(min(files[len(files) // 2 :]) == idle, f"open files: {files}")
-        hold(first[0].programs == first[-1].programs, f"programs: {[sample.programs for sample in first]}")
-        return (
+        told = (
             f"{self.steps} steps in {seconds:.0f} s, {len(samples)} looks: memory {late[0].memory:.0f} to "
             f"{late[-1].memory:.0f} MB, {slope:+.2f} MB per 10,000 steps after the first {self.settled}; {idle} files "
             f"open, {max(files)} while it saves; {samples[-1].programs} programs, none after step {first[0].step}"
         )
+        hold(min(files[len(files) // 2 :]) == idle, f"open files: {files}")
+        hold(first[0].programs == first[-1].programs, f"programs: {[sample.programs for sample in first]}")
+        hold(slope < self.slope, f"memory grows: {told}: {[round(s.memory, 1) for s in late][::10]}")
+        return told
 
     def _watch(self, job: Job, out: Path, note: Path) -> list[Sample]:
         (member,), samples, seen = job.members, [], 0

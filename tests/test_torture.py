@@ -49,4 +49,4 @@ def test_every_fault_has_a_short_form() -> None:
 def test_a_figure_that_does_not_hold_is_said(capsys) -> None:
     """Memory that may not grow at all: that of a process that has just begun does."""
     assert main(Endurance(steps=200, every=20, save_every=100, settled=0, slope=-1e9)) == 1
-    assert capsys.readouterr().out.startswith("NOT survived: memory grows by ")
+    assert capsys.readouterr().out.startswith("NOT survived: memory grows: ")
