@@ -12,6 +12,7 @@ from torture_run import Job, hold, logged, outcome, prepare
 from ipadapter_jax.stopping import STOPPED
 
 _IN_FLIGHT = 2  # steps whose losses are not in the log yet
+_POLL = 1.0  # seconds between two looks of jax for a signal that other processes are to be told of
 _NOTICED = {1: 1, 2: 2}  # further steps: the one that is running; of two processes the one that they agree on as well
 
 
@@ -39,11 +40,12 @@ class Stop:
         hold(outcome(out) == outcome(Path(whole.out)), "other weights than those of the undisturbed run")
         return (
             f"{self.times} SIGTERMs to one of {self.processes}: exit code {STOPPED} and one step saved everywhere, "
-            f"{max(late)} steps after the newest in the log at most ({_IN_FLIGHT} are in flight); equal to the bit"
+            f"{max(late)} steps at most after the newest in the log when it was noticed ({_IN_FLIGHT} are in flight); "
+            "equal to the bit"
         )
 
     def _stop(self, job: Job, out: Path, rng: random.Random) -> int:
-        """Steps between the newest in the log and the one that was saved."""
+        """Steps between the newest in the log when the signal was noticed, and the one that was saved."""
         before = max(logged(out), default=0)
         while job.alive and max(logged(out), default=0) <= before:
             time.sleep(0.01)
@@ -55,6 +57,9 @@ class Stop:
         rng.choice(job.members).send_signal(signal.SIGTERM)
         for member in job.members:
             member.send_signal(signal.SIGCONT)
+        if self.processes > 1:
+            time.sleep(_POLL)
+            seen = max(logged(out))
         codes = job.wait()
         hold(set(codes) == {STOPPED}, f"exit codes {codes}: {job.said()[-1000:]}")
         saved = {int(step) for step in re.findall(r"told to stop: step (\d+) is saved", job.said())}
