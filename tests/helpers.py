@@ -144,7 +144,9 @@ def within(seconds: float) -> Iterator[None]:
     garbage collector to look through, nothing counts."""
     gc.freeze()
     began = time.process_time()
-    yield
-    took = time.process_time() - began
-    gc.unfreeze()
+    try:
+        yield
+    finally:
+        took = time.process_time() - began
+        gc.unfreeze()
     assert took < seconds, f"{took:.1f} s"
