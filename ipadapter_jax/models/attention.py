@@ -5,13 +5,13 @@ D width. Images and latents are channels-last everywhere.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.models.attention_kernels import kernel_for
+from ipadapter_jax.models.attention_written import Heads, by_head, chunked, dense
 from ipadapter_jax.models.own_rows import knows_own_rows, on_own_rows, row_devices
 
 # Logits of fewer elements than this are formed at once; above it the queries are walked in chunks (memory on
@@ -21,18 +21,9 @@ _ACCELERATOR_CHUNK_LOGITS = 1 << 28
 # On a CPU a head of more logits than this is walked by itself: 1.6 times faster at 4096 x 77, twice at 1024 x 1024, no
 # matter at 1024 x 77, 2.5 times slower at 65 x 65 (scripts/benchmark_attention.py).
 _CPU_HEAD_LOGITS = 1 << 17
-_CPU_QUERY_CHUNK = 1024
 
 Entry = tuple[Array, Array, Array | float]
 """Keys (B, S, C), values (B, S, C) and a weight that broadcasts against (B, L, C)."""
-
-
-class _Heads(NamedTuple):
-    """An entry by head: keys and values (B, heads, S, d), and its weight (B, heads, L, 1) or None for 1."""
-
-    key: Array
-    value: Array
-    weight: Array | None
 
 
 def attend(query: Array, entries: Sequence[Entry], num_heads: int, *, causal: bool = False) -> Array:
@@ -52,7 +43,7 @@ def attend(query: Array, entries: Sequence[Entry], num_heads: int, *, causal: bo
     q = _split_heads(query, num_heads)
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     by_head = [
-        _Heads(_split_heads(key, num_heads), _split_heads(value, num_heads), _by_head(weight, q))
+        Heads(_split_heads(key, num_heads), _split_heads(value, num_heads), _by_head(weight, q))
         for key, value, weight in entries
     ]
     out = _written_out(q, by_head, causal)
@@ -82,60 +73,13 @@ def _by_head(weight: Array | float, q: Array) -> Array | None:
     return jnp.broadcast_to(weight[..., None, :, :] if weight.ndim else weight, (*q.shape[:-1], 1))
 
 
-def _written_out(q: Array, entries: Sequence[_Heads], causal: bool) -> Array:
+def _written_out(q: Array, entries: Sequence[Heads], causal: bool) -> Array:
     """Attention with its logits in memory, or a part of them at a time: float32 (B, heads, L, d)."""
     batch, heads, length, _ = q.shape
     keys = sum(entry.key.shape[2] for entry in entries)
     if jax.default_backend() == "cpu" and length * keys > _CPU_HEAD_LOGITS and knows_own_rows() and not causal:
-        return on_own_rows(_per_head, q, entries)
+        return on_own_rows(by_head, q, entries)
     if causal or batch * heads * length * keys <= _DENSE_LOGITS:
-        return _dense(q, entries, causal)
+        return dense(q, entries, causal)
     logits_per_query = -(-batch // row_devices()) * heads * keys  # on each device
-    return _chunked(q, entries, max(128, _ACCELERATOR_CHUNK_LOGITS // logits_per_query))
-
-
-def _dense(q: Array, entries: Sequence[_Heads], causal: bool = False) -> Array:
-    """The sum over all entries along the last two axes; logits and sums in float32, products in the dtype of v."""
-    return sum(_softmax_attention(q, entry, causal) for entry in entries)  # pyright: ignore[reportReturnType]
-
-
-def _softmax_attention(q: Array, entry: _Heads, causal: bool) -> Array:
-    k, v, weight = entry
-    logits = jnp.einsum("...ld,...sd->...ls", q, k, preferred_element_type=jnp.float32)
-    if causal:
-        logits = jnp.where(jnp.tri(*logits.shape[-2:], dtype=bool), logits, jnp.finfo(jnp.float32).min)
-    # The largest one cancels out, so its gradient is nothing but work.
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    out = jnp.einsum("...ls,...sd->...ld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = out / weights.sum(-1, keepdims=True)
-    return out if weight is None else out * weight
-
-
-def _chunked(q: Array, entries: Sequence[_Heads], chunk: int) -> Array:
-    """The same as `_dense`, `chunk` queries at a time; a chunk's weights are formed again in the backward pass."""
-    length = q.shape[-2]
-    chunks = -(-length // chunk)
-    if chunks == 1:
-        return jax.checkpoint(_dense)(q, entries)
-    chunk = -(-length // chunks)  # equal ones, so that nothing is padded as a rule
-
-    def walked(x: Array) -> Array:
-        """(..., L, d) -> (chunks, ..., chunk, d)."""
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, chunks * chunk - length), (0, 0)])
-        return jnp.moveaxis(x.reshape(*x.shape[:-2], chunks, chunk, x.shape[-1]), -3, 0)
-
-    @jax.checkpoint
-    def one(rows):
-        queries, weights = rows
-        return _dense(queries, [e._replace(weight=w) for e, w in zip(entries, weights, strict=True)])
-
-    out = jax.lax.map(one, jax.tree.map(walked, (q, [entry.weight for entry in entries])))
-    return jnp.moveaxis(out, 0, -3).reshape(*q.shape[:-2], chunks * chunk, -1)[..., :length, :]
-
-
-def _per_head(q: Array, entries: Sequence[_Heads]) -> Array:
-    """One head of one row at a time: on a CPU only then are the products plain matrix products with the logits in
-    cache, up to 4 times faster than the batched form."""
-    merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (q, list(entries)))
-    out = jax.lax.map(lambda head: _chunked(head[0], head[1], _CPU_QUERY_CHUNK), merged)
-    return out.reshape(*q.shape[:2], *out.shape[1:])
+    return chunked(q, entries, max(128, _ACCELERATOR_CHUNK_LOGITS // logits_per_query))

@@ -8,7 +8,7 @@ from attention_reference import exact, random
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ipadapter_jax.models import attention
+from ipadapter_jax.models import attention, attention_written
 from ipadapter_jax.models.attention import attend
 from ipadapter_jax.models.own_rows import rows_over
 
@@ -22,14 +22,14 @@ def form(request, monkeypatch):
     if chosen == "per head":
         monkeypatch.setattr(jax, "device_count", lambda: 1)
         monkeypatch.setattr(attention, "_CPU_HEAD_LOGITS", 0)
-        monkeypatch.setattr(attention, "_CPU_QUERY_CHUNK", 512)
+        monkeypatch.setattr(attention_written, "HEAD_CHUNK", 128)
     if chosen == "chunked":
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         monkeypatch.setattr(attention, "_DENSE_LOGITS", 0)
         monkeypatch.setattr(attention, "_ACCELERATOR_CHUNK_LOGITS", 1)  # chunks of 128
     if chosen == "dense":
         monkeypatch.setattr(attention, "_DENSE_LOGITS", 1 << 40)
-    used = {"per head": "_per_head", "chunked": "_chunked", "dense": "_dense"}[chosen]
+    used = {"per head": "by_head", "chunked": "chunked", "dense": "dense"}[chosen]
     calls, function = [], getattr(attention, used)
     monkeypatch.setattr(attention, used, lambda *given: calls.append(given) or function(*given))
     yield chosen
