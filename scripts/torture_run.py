@@ -144,11 +144,13 @@ class Job:
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Of a process that finds this package and has so many virtual CPU devices."""
+    """Of a process that finds this package, has so many virtual CPU devices, and compiles nothing that another has
+    compiled before it."""
     return os.environ | {
         "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 

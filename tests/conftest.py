@@ -3,6 +3,7 @@
 The settings are environment variables, made before anything imports jax, so that subprocesses inherit them.
 """
 
+import importlib.metadata
 import os
 import socket
 import time
@@ -17,8 +18,13 @@ PLATFORM = os.environ.get("IPADAPTER_JAX_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
 if PLATFORM == "cpu":
     os.environ["JAX_NUM_CPU_DEVICES"] = "4"
-    # Half the time of a test run is compiling; the tests' small arrays gain nothing from LLVM's optimiser.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    # Half the time of a test run is compiling; the tests' small arrays gain nothing from LLVM's optimiser. The old
+    # emitters compile a sampler in a third of the time, a training step in half; jaxlib 0.12 has them no more, and ends
+    # the process where it is given a flag that it does not know.
+    quick = ["--xla_backend_optimization_level=0"]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        quick += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    os.environ.setdefault("XLA_FLAGS", " ".join(quick))
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # A second run compiles nothing; `make clean` empties it.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")

@@ -113,22 +113,28 @@ class Run:
             name: jax.ShapeDtypeStruct((size, *array.shape), array.dtype, sharding=sharding)
             for name, array in good_sample(self.samples, 0).items()
         }
-        needed, limit = self._plan(batch), available()
-        if limit is not None and _SURE * needed.total > limit and self.config.model.remat == "auto":
+        limit = available()
+        if limit is not None:
+            self._check_memory(batch, limit)
+        self.step = jax.jit(self.make_step(self.mesh), donate_argnums=0, out_shardings=self.outputs)
+        return count_flops(self.step.trace(self.state, self.loaded.frozen, batch).jaxpr).total()
+
+    def _check_memory(self, batch: dict[str, Any], limit: int) -> None:
+        """Computes blocks again in the backward pass where a step would not fit otherwise."""
+        needed = self._plan(batch)
+        if _SURE * needed.total > limit and self.config.model.remat == "auto":
             networks = self.loaded.networks
             networks = dataclasses.replace(networks, unet=networks.unet.clone(remat=True))
             self.loaded = dataclasses.replace(self.loaded, networks=networks)
             log.info("the UNet's blocks are computed again in the backward pass: they would not fit otherwise")
             needed = self._plan(batch)
         log.info("memory:\n%s", needed.table())
-        self.step = jax.jit(self.make_step(self.mesh), donate_argnums=0, out_shardings=self.outputs)
-        if limit is not None and needed.total > limit:
+        if needed.total > limit:
             ways = remedies(self.config, self.mesh, live="pixels" in batch)
             numbers = f"about {needed.total / 2**30:.1f} GiB on each device, which has {limit / 2**30:.1f}"
             if needed.total > _SURE * limit:
                 raise InputError(f"a step needs {numbers}; use {ways}")
             log.warning("a step may need %s; if it fails, use %s", numbers, ways)
-        return count_flops(self.step.trace(self.state, self.loaded.frozen, batch).jaxpr).total()
 
     def _plan(self, batch: dict[str, Any]) -> MemoryPlan:
         return plan(self.make_step, self.mesh, self.state, self.loaded.frozen, batch)
