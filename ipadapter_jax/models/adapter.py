@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from ipadapter_jax.models.layers import Dense
+
 
 class IPAdapter(nn.Module):
     """to_k_ip and to_v_ip of every site, in file order: tokens (B, N, D) -> [(k', v')], each (B, N, C_site).
@@ -29,5 +31,5 @@ class KeyValue(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array) -> tuple[Array, Array]:
-        key = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="to_k_ip")(tokens)
-        return key, nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="to_v_ip")(tokens)
+        key = Dense(self.width, use_bias=False, dtype=self.dtype, name="to_k_ip")(tokens)
+        return key, Dense(self.width, use_bias=False, dtype=self.dtype, name="to_v_ip")(tokens)

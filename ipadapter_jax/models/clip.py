@@ -10,7 +10,7 @@ from jax import Array
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.attention import attend
-from ipadapter_jax.models.layers import ACTIVATIONS, layer_norm
+from ipadapter_jax.models.layers import ACTIVATIONS, Conv, Dense, Embed, layer_norm
 from ipadapter_jax.settings import typed
 
 
@@ -154,8 +154,8 @@ class TextEmbeddings(nn.Module):
     @nn.compact
     def __call__(self, input_ids: Array) -> Array:
         config = self.config
-        tokens = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="token_embedding")
-        positions = nn.Embed(
+        tokens = Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, name="token_embedding")
+        positions = Embed(
             config.max_position_embeddings, config.hidden_size, dtype=self.dtype, name="position_embedding"
         )
         return tokens(input_ids) + positions(jnp.arange(input_ids.shape[1]))[None]
@@ -170,7 +170,7 @@ class CLIPVision(nn.Module):
     @nn.compact
     def __call__(self, pixel_values: Array) -> VisionOutput:
         pooled, states = VisionTransformer(self.config, self.dtype, name="vision_model")(pixel_values)
-        project = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection")
+        project = Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection")
         return VisionOutput(project(pooled), states)
 
 
@@ -194,7 +194,7 @@ class VisionEmbeddings(nn.Module):
     @nn.compact
     def __call__(self, pixel_values: Array) -> Array:
         config, patch = self.config, self.config.patch_size
-        x = nn.Conv(
+        x = Conv(
             config.hidden_size,
             (patch, patch),
             strides=patch,
@@ -206,7 +206,7 @@ class VisionEmbeddings(nn.Module):
         x = x.reshape(x.shape[0], -1, config.hidden_size)
         first = self.param("class_embedding", nn.initializers.normal(0.02), (config.hidden_size,)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, config.hidden_size)), x], axis=1)
-        positions = nn.Embed(config.num_positions, config.hidden_size, dtype=self.dtype, name="position_embedding")
+        positions = Embed(config.num_positions, config.hidden_size, dtype=self.dtype, name="position_embedding")
         return x + positions(jnp.arange(config.num_positions))[None]
 
 
@@ -219,7 +219,7 @@ class CLIP(nn.Module):
     def setup(self) -> None:
         self.text_model = TextTransformer(self.config.text, self.dtype)
         self.vision_model = VisionTransformer(self.config.vision, self.dtype)
-        projections = (nn.Dense(self.config.vision.projection_dim, use_bias=False, dtype=self.dtype) for _ in range(2))
+        projections = (Dense(self.config.vision.projection_dim, use_bias=False, dtype=self.dtype) for _ in range(2))
         self.text_projection, self.visual_projection = projections
 
     def __call__(self, pixel_values: Array, input_ids: Array) -> tuple[Array, Array]:
@@ -285,9 +285,9 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = self.config.hidden_size
-        q, k, v = (nn.Dense(width, dtype=self.dtype, name=name)(x) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (Dense(width, dtype=self.dtype, name=name)(x) for name in ("q_proj", "k_proj", "v_proj"))
         y = attend(q, [(k, v, 1.0)], self.config.num_attention_heads, causal=self.causal)
-        return nn.Dense(width, dtype=self.dtype, name="out_proj")(y)
+        return Dense(width, dtype=self.dtype, name="out_proj")(y)
 
 
 class MLP(nn.Module):
@@ -296,5 +296,5 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
-        return nn.Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(ACTIVATIONS[self.config.hidden_act](x))
+        x = Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        return Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(ACTIVATIONS[self.config.hidden_act](x))

@@ -1,5 +1,7 @@
 """Layers that the networks share, with the numerics of PyTorch: exact GELU, statistics in float32."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,27 +11,54 @@ from jax import Array
 from ipadapter_jax.models.convolution import convolve
 
 
+class _AsGiven:
+    """A layer of flax that takes its parameters as they are given. flax traces the initializer of each to hold its
+    shape against it, a quarter of the time that tracing a network takes; weights/tree.py has held it already."""
+
+    def param(self: Any, name: str, *initial: Any, **options: Any) -> Any:
+        given = self.has_variable("params", name)
+        return self.get_variable("params", name) if given else nn.Module.param(self, name, *initial, **options)
+
+
+class Dense(_AsGiven, nn.Dense):
+    """x kernel + bias."""
+
+
+class Conv(_AsGiven, nn.Conv):
+    """A convolution over h and w."""
+
+
+class Embed(_AsGiven, nn.Embed):
+    """A table of vectors."""
+
+
+class GroupNorm(_AsGiven, nn.GroupNorm):
+    """Every group of channels of a row has mean 0 and variance 1."""
+
+
+class LayerNorm(_AsGiven, nn.LayerNorm):
+    """Every position has mean 0 and variance 1."""
+
+
 def _sums_at_once(dtype: jnp.dtype) -> bool:
     """Whether a norm's variance may be E[x^2] - E[x]^2, both sums in float32 from one reading of x. With a large mean m
     it is off by about 1e-7 m^2: rounding x to bfloat16 has cost 1e-5 m^2 before, but to float16 as little as this."""
     return jnp.dtype(dtype) == jnp.bfloat16
 
 
-def group_norm(groups: int, epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.GroupNorm:
+def group_norm(groups: int, epsilon: float, dtype: jnp.dtype, name: str | None = None) -> GroupNorm:
     """GroupNorm with statistics in float32."""
-    return nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=_sums_at_once(dtype), dtype=dtype, name=name)
+    return GroupNorm(groups, epsilon=epsilon, use_fast_variance=_sums_at_once(dtype), dtype=dtype, name=name)
 
 
-def layer_norm(dtype: jnp.dtype, epsilon: float = 1e-5, name: str | None = None) -> nn.LayerNorm:
+def layer_norm(dtype: jnp.dtype, epsilon: float = 1e-5, name: str | None = None) -> LayerNorm:
     """LayerNorm with PyTorch's epsilon and statistics in float32."""
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=_sums_at_once(dtype), dtype=dtype, name=name)
+    return LayerNorm(epsilon=epsilon, use_fast_variance=_sums_at_once(dtype), dtype=dtype, name=name)
 
 
-def conv(features: int, kernel: int, dtype: jnp.dtype, name: str | None = None) -> nn.Conv:
+def conv(features: int, kernel: int, dtype: jnp.dtype, name: str | None = None) -> Conv:
     """A convolution that keeps the size."""
-    return nn.Conv(
-        features, (kernel, kernel), padding=kernel // 2, dtype=dtype, conv_general_dilated=convolve, name=name
-    )
+    return Conv(features, (kernel, kernel), padding=kernel // 2, dtype=dtype, conv_general_dilated=convolve, name=name)
 
 
 def gelu(x: Array) -> Array:
@@ -79,7 +108,7 @@ class ResnetBlock(nn.Module):
         self.norm1, self.norm2 = (group_norm(self.groups, self.epsilon, self.dtype) for _ in range(2))
         self.conv1, self.conv2 = (conv(self.features, 3, self.dtype) for _ in range(2))
         # Flax gives parameters to what is called: the VAE has no time, and equal widths need no shortcut.
-        self.time_emb_proj = nn.Dense(self.features, dtype=self.dtype)
+        self.time_emb_proj = Dense(self.features, dtype=self.dtype)
         self.conv_shortcut = conv(self.features, 1, self.dtype)
 
     def time_shift(self, time: Array) -> Array:
@@ -104,7 +133,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return nn.Conv(self.features, (3, 3), strides=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
+        return Conv(self.features, (3, 3), strides=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
 
 
 class Upsample(nn.Module):

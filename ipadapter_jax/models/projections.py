@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.models.attention import attend
-from ipadapter_jax.models.layers import gelu, layer_norm
+from ipadapter_jax.models.layers import Dense, gelu, layer_norm
 
 HEAD_DIM = 64  # of the Resampler, in every released file
 
@@ -49,7 +49,7 @@ class ImageProj(nn.Module):
     @nn.compact
     def __call__(self, features: Array) -> Array:
         n, d = self.config.num_tokens, self.config.cross_attention_dim
-        x = nn.Dense(n * d, dtype=self.dtype, name="proj")(features.astype(self.dtype))
+        x = Dense(n * d, dtype=self.dtype, name="proj")(features.astype(self.dtype))
         return layer_norm(self.dtype, name="norm")(x.reshape(-1, n, d))
 
 
@@ -61,8 +61,8 @@ class MLPProj(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
-        x = nn.Dense(self.config.feature_dim, dtype=self.dtype, name="proj_0")(features.astype(self.dtype))
-        x = nn.Dense(self.config.cross_attention_dim, dtype=self.dtype, name="proj_2")(gelu(x))
+        x = Dense(self.config.feature_dim, dtype=self.dtype, name="proj_0")(features.astype(self.dtype))
+        x = Dense(self.config.cross_attention_dim, dtype=self.dtype, name="proj_2")(gelu(x))
         return layer_norm(self.dtype, name="proj_3")(x)
 
 
@@ -78,13 +78,13 @@ class Resampler(nn.Module):
         initial = nn.initializers.normal(width**-0.5)
         latents = self.param("latents", initial, (1, config.num_tokens, width)).astype(self.dtype)
         latents = jnp.broadcast_to(latents, (features.shape[0], *latents.shape[1:]))
-        x = nn.Dense(width, dtype=self.dtype, name="proj_in")(features.astype(self.dtype))
+        x = Dense(width, dtype=self.dtype, name="proj_in")(features.astype(self.dtype))
         for i in range(config.depth):
             latents = latents + PerceiverAttention(width, config.heads, self.dtype, name=f"layers_{i}_0")(x, latents)
             y = layer_norm(self.dtype, name=f"layers_{i}_1_0")(latents)
-            y = nn.Dense(config.ff_mult * width, use_bias=False, dtype=self.dtype, name=f"layers_{i}_1_1")(y)
-            latents = latents + nn.Dense(width, use_bias=False, dtype=self.dtype, name=f"layers_{i}_1_3")(gelu(y))
-        y = nn.Dense(config.cross_attention_dim, dtype=self.dtype, name="proj_out")(latents)
+            y = Dense(config.ff_mult * width, use_bias=False, dtype=self.dtype, name=f"layers_{i}_1_1")(y)
+            latents = latents + Dense(width, use_bias=False, dtype=self.dtype, name=f"layers_{i}_1_3")(gelu(y))
+        y = Dense(config.cross_attention_dim, dtype=self.dtype, name="proj_out")(latents)
         return layer_norm(self.dtype, name="norm_out")(y)
 
 
@@ -99,12 +99,10 @@ class PerceiverAttention(nn.Module):
     def __call__(self, x: Array, latents: Array) -> Array:
         inner = self.heads * HEAD_DIM
         x, y = layer_norm(self.dtype, name="norm1")(x), layer_norm(self.dtype, name="norm2")(latents)
-        q = nn.Dense(inner, use_bias=False, dtype=self.dtype, name="to_q")(y)
-        kv = nn.Dense(2 * inner, use_bias=False, dtype=self.dtype, name="to_kv")(jnp.concatenate([x, y], axis=1))
+        q = Dense(inner, use_bias=False, dtype=self.dtype, name="to_q")(y)
+        kv = Dense(2 * inner, use_bias=False, dtype=self.dtype, name="to_kv")(jnp.concatenate([x, y], axis=1))
         k, v = jnp.split(kv, 2, axis=-1)
-        return nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="to_out")(
-            attend(q, [(k, v, 1.0)], self.heads)
-        )
+        return Dense(self.width, use_bias=False, dtype=self.dtype, name="to_out")(attend(q, [(k, v, 1.0)], self.heads))
 
 
 def example_features(config: ImageProjConfig) -> jax.ShapeDtypeStruct:

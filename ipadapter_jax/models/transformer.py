@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.models.attention import Entry, attend, attention_map
-from ipadapter_jax.models.layers import conv, gelu, group_norm, layer_norm, match_rows
+from ipadapter_jax.models.layers import Dense, conv, gelu, group_norm, layer_norm, match_rows
 
 KeyValue = tuple[Array, Array]
 
@@ -67,8 +67,8 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        self.to_q, self.to_k, self.to_v = (nn.Dense(self.width, use_bias=False, dtype=self.dtype) for _ in range(3))
-        self.to_out = [nn.Dense(self.width, dtype=self.dtype)]
+        self.to_q, self.to_k, self.to_v = (Dense(self.width, use_bias=False, dtype=self.dtype) for _ in range(3))
+        self.to_out = [Dense(self.width, dtype=self.dtype)]
 
     def key_value(self, context: Array) -> KeyValue:
         return self.to_k(context), self.to_v(context)
@@ -88,7 +88,7 @@ class FeedForward(nn.Module):
 
     def setup(self):
         self.net_0 = GEGLU(4 * self.width, self.dtype)
-        self.net_2 = nn.Dense(self.width, dtype=self.dtype)
+        self.net_2 = Dense(self.width, dtype=self.dtype)
 
     def __call__(self, x: Array) -> Array:
         return self.net_2(self.net_0(x))
@@ -102,5 +102,5 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        value, gate = jnp.split(nn.Dense(2 * self.width, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        value, gate = jnp.split(Dense(2 * self.width, dtype=self.dtype, name="proj")(x), 2, axis=-1)
         return value * gelu(gate)

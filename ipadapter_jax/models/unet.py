@@ -15,6 +15,7 @@ from jax import Array
 
 from ipadapter_jax.models.attention import Entry
 from ipadapter_jax.models.layers import (
+    Dense,
     Downsample,
     ResnetBlock,
     Upsample,
@@ -136,8 +137,8 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.Dense(self.width, dtype=self.dtype, name="linear_1")(x)
-        return nn.Dense(self.width, dtype=self.dtype, name="linear_2")(nn.silu(x))
+        x = Dense(self.width, dtype=self.dtype, name="linear_1")(x)
+        return Dense(self.width, dtype=self.dtype, name="linear_2")(nn.silu(x))
 
 
 def _resnet(config: UNetConfig, width: int, dtype: jnp.dtype, remat: bool) -> ResnetBlock:

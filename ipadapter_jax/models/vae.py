@@ -10,7 +10,7 @@ from jax import Array
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.attention import attend
-from ipadapter_jax.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm
+from ipadapter_jax.models.layers import Dense, Downsample, ResnetBlock, Upsample, conv, group_norm
 from ipadapter_jax.settings import pick, typed
 
 _EPSILON = 1e-6  # of every norm in the VAE
@@ -163,8 +163,8 @@ class Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         batch, *_, width = x.shape
         y = group_norm(self.config.norm_num_groups, _EPSILON, self.dtype, "group_norm")(x).reshape(batch, -1, width)
-        q, k, v = (nn.Dense(width, dtype=self.dtype, name=name)(y) for name in ("query", "key", "value"))
-        y = nn.Dense(width, dtype=self.dtype, name="proj_attn")(attend(q, [(k, v, 1.0)], num_heads=1))
+        q, k, v = (Dense(width, dtype=self.dtype, name=name)(y) for name in ("query", "key", "value"))
+        y = Dense(width, dtype=self.dtype, name="proj_attn")(attend(q, [(k, v, 1.0)], num_heads=1))
         return x + y.reshape(x.shape)
 
 
