@@ -25,6 +25,14 @@ def keep_freed_memory() -> None:
             mallopt(_ARENA_MAX, 1)  # of threads' own arenas, large memory always goes back
 
 
+def give_back() -> None:
+    """Gives what is free back to the kernel, once: after work that is seldom done, whose peak would be kept for ever.
+    Under glibc alone; elsewhere nothing happens."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def on_cpu_alone() -> bool:
     """Whether jax will find no accelerator, told without letting it look: it was told so, or no plugin is installed."""
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")

@@ -234,6 +234,8 @@ class Run:
         self._look(0)
         together(lambda: self.checkpoints.save(number, self.state, self.about))
         self._export(number)
+        if heap.on_cpu_alone():
+            heap.give_back()
 
     def _export(self, number: int) -> None:
         learnt = whole(self.state.params if self.state.ema is None else self.state.ema, self.mesh)
