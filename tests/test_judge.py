@@ -1,9 +1,8 @@
 """The judge of scripts/judge.py against scenes of which everything is known."""
 
-import time
-
 import numpy as np
 import pytest
+from helpers import within
 from judge import ATTRIBUTES, UNKNOWN, judge, truth
 from scipy import ndimage
 
@@ -89,9 +88,5 @@ def test_wrong_pictures() -> None:
 
 def test_speed(scenes) -> None:
     judge(scenes[1][:2])
-    seconds = []
-    for start in range(0, 600, 200):  # the best of three: other processes may be busy
-        begin = time.perf_counter()
-        judge(scenes[1][start : start + 200])
-        seconds.append(time.perf_counter() - begin)
-    assert 200 / min(seconds) >= 300  # 750 on a core of 2024
+    with within(2):  # 0.3 s on a core of 2024: thousands of pictures are judged
+        judge(scenes[1][:200])
