@@ -40,6 +40,28 @@ def test_the_same_pages_serve_again():
     assert faults("keep") < 20  # of 65,536, or of 128 huge ones
 
 
+GIVEN_BACK = """
+import resource
+import numpy as np
+from ipadapter_jax.heap import give_back, keep_freed_memory
+keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
+before = resident()
+np.empty(2**28, np.uint8)[:] = 1
+kept = resident() - before
+give_back()
+print(kept, resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_memory_is_given_back_when_asked():
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
+    kept, left = map(float, done.stdout.split())
+    assert kept > 255 and left < 4  # MB
+
+
 def test_accelerators_are_told_without_looking(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert on_cpu_alone()

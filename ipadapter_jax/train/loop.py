@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from ipadapter_jax import heap
 from ipadapter_jax.compilation_cache import enable_compilation_cache
-from ipadapter_jax.data.batches import Skipped, batches
+from ipadapter_jax.data.batches import Batch, Skipped, batches
 from ipadapter_jax.differences import differences
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.flops import count_flops
@@ -190,6 +191,11 @@ class Run:
         )
         if self.first == 0:
             self._validate(0)
+        with _collected_often():
+            return self._steps(loading, stop)
+
+    def _steps(self, loading: Iterator[Batch], stop: StopSignal) -> int:
+        config = self.config
         for number, (arrays, skipped) in enumerate(loading, self.first + 1):
             self._count_bad(number, skipped)
             batch = global_batch(self.mesh, arrays, self.rows, config.data.batch_size)
@@ -267,6 +273,18 @@ class Run:
             self.skips.close()
             if self.desk is not None:
                 self.desk.close()
+
+
+@contextlib.contextmanager
+def _collected_often() -> Iterator[None]:
+    """Python looks through all objects when those that may be garbage are a quarter of them. What was made until now
+    stays, and is left out: else a million traced equations hide hundreds of thousands of steps' garbage."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _due(number: int, every: int) -> bool:
