@@ -26,7 +26,7 @@ def lower_bounds() -> list[str]:
     return [f"{match[1]}=={match[2]}" for match in found if match]
 
 
-def passes(folder: Path, constraints: list[str], tests: list[str], pip_flags: list[str]) -> bool:
+def passes(folder: Path, constraints: list[str], tests: list[str], pip_flags: list[str], jobs: int) -> bool:
     """Makes the environment `folder`, says what is in it, and runs the tests there."""
     python, pins = folder / "bin" / "python", folder.with_suffix(".txt")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,8 @@ def passes(folder: Path, constraints: list[str], tests: list[str], pip_flags: li
     subprocess.run([*install, "-e", f"{ROOT}[torch,dev]"], check=True)
     versions = "; ".join(f"print({name!r}, importlib.metadata.version({name!r}))" for name in SHOWN)
     subprocess.run([python, "-c", f"import importlib.metadata; {versions}"], check=True)
-    return subprocess.run([python, "-m", "pytest", "-q", *tests], cwd=ROOT).returncode == 0
+    spread = ["-n", str(jobs), "--dist", "loadfile", "--no-loadscope-reorder"]  # as `make test`
+    return subprocess.run([python, "-m", "pytest", "-q", *spread, *tests], cwd=ROOT).returncode == 0
 
 
 def main() -> int:
@@ -47,10 +48,13 @@ def main() -> int:
     parser.add_argument(
         "--pip-flags", nargs="+", default=[], help="such as --extra-index-url=URL for PyTorch's CPU build"
     )
+    parser.add_argument("--jobs", type=int, default=2, help="processes of the tests; each takes up to 6 GB")
     args = parser.parse_args()
     sets = {"oldest": lower_bounds(), "newest": []}
     chosen = [args.only] if args.only else list(sets)
-    good = {name: passes(args.out.absolute() / name, sets[name], args.tests, args.pip_flags) for name in chosen}
+    good = {
+        name: passes(args.out.absolute() / name, sets[name], args.tests, args.pip_flags, args.jobs) for name in chosen
+    }
     print(", ".join(f"{name}: {'passed' if passed else 'FAILED'}" for name, passed in good.items()))
     return 0 if all(good.values()) else 1
 
