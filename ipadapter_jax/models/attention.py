@@ -42,11 +42,11 @@ def attend(query: Array, entries: Sequence[Entry], num_heads: int, *, causal: bo
     batch, length, _ = query.shape
     q = _split_heads(query, num_heads)
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    by_head = [
+    split = [
         Heads(_split_heads(key, num_heads), _split_heads(value, num_heads), _by_head(weight, q))
         for key, value, weight in entries
     ]
-    out = _written_out(q, by_head, causal)
+    out = _written_out(q, split, causal)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, -1).astype(query.dtype)
 
 
