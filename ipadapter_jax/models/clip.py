@@ -11,6 +11,7 @@ from jax import Array
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.attention import attend
 from ipadapter_jax.models.layers import ACTIVATIONS, Conv, Dense, Embed, layer_norm
+from ipadapter_jax.models.parameters import Parameters
 from ipadapter_jax.settings import typed
 
 
@@ -187,7 +188,7 @@ class VisionTransformer(nn.Module):
         return layer_norm(self.dtype, config.layer_norm_eps, "post_layernorm")(states[-1][:, 0]), states
 
 
-class VisionEmbeddings(nn.Module):
+class VisionEmbeddings(Parameters, nn.Module):
     config: CLIPVisionConfig
     dtype: jnp.dtype
 

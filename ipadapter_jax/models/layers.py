@@ -1,7 +1,5 @@
 """Layers that the networks share, with the numerics of PyTorch: exact GELU, statistics in float32."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,34 +7,26 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax.models.convolution import convolve
+from ipadapter_jax.models.parameters import Parameters
 
 
-class _AsGiven:
-    """A layer of flax that takes its parameters as they are given. flax traces the initializer of each to hold its
-    shape against it, a quarter of the time that tracing a network takes; weights/tree.py has held it already."""
-
-    def param(self: Any, name: str, *initial: Any, **options: Any) -> Any:
-        given = self.has_variable("params", name)
-        return self.get_variable("params", name) if given else nn.Module.param(self, name, *initial, **options)
-
-
-class Dense(_AsGiven, nn.Dense):
+class Dense(Parameters, nn.Dense):
     """x kernel + bias."""
 
 
-class Conv(_AsGiven, nn.Conv):
+class Conv(Parameters, nn.Conv):
     """A convolution over h and w."""
 
 
-class Embed(_AsGiven, nn.Embed):
+class Embed(Parameters, nn.Embed):
     """A table of vectors."""
 
 
-class GroupNorm(_AsGiven, nn.GroupNorm):
+class GroupNorm(Parameters, nn.GroupNorm):
     """Every group of channels of a row has mean 0 and variance 1."""
 
 
-class LayerNorm(_AsGiven, nn.LayerNorm):
+class LayerNorm(Parameters, nn.LayerNorm):
     """Every position has mean 0 and variance 1."""
 
 

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.clip import CLIPVisionConfig
+from ipadapter_jax.models.parameters import parameter_shapes
 from ipadapter_jax.models.projections import ImageProjConfig, example_features, image_projection
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.weights.ip_adapter_file import check_base, check_encoder, load_ip_adapter, open_ip_adapter
@@ -76,7 +77,7 @@ def _text_keys_values(unet_params: Tree, config: UNetConfig) -> Tree:
 
 def _initial_projection(config: ImageProjConfig, key: Array) -> Tree:
     module = image_projection(config)
-    template = leaves(jax.eval_shape(module.init, jax.random.key(0), example_features(config))["params"])
+    template = leaves(parameter_shapes(module, example_features(config)))
 
     def draw(path: tuple[str, ...]) -> Array:
         shape = template[path].shape

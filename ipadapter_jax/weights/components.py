@@ -16,6 +16,7 @@ import numpy as np
 
 from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.parameters import parameter_shapes
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
@@ -247,8 +248,7 @@ def _modernised(tensors: Mapping[str, Tensor], component: Component, source: str
 def template_of(component: Component, module: Any) -> Tree:
     """The module's parameter tree with shapes for leaves, at no cost."""
     example = component.example(module.config)
-    init = functools.partial(module.init, method=example.func)
-    return jax.eval_shape(init, jax.random.key(0), **example.keywords)["params"]
+    return parameter_shapes(module, method=example.func, **example.keywords)
 
 
 def drawn_params(component: Component, module: Any, key: jax.Array) -> Tree:

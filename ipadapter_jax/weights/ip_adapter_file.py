@@ -11,6 +11,7 @@ import numpy as np
 
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.models.adapter import IPAdapter
+from ipadapter_jax.models.parameters import parameter_shapes
 from ipadapter_jax.models.projections import HEAD_DIM, ImageProjConfig, example_features, image_projection
 from ipadapter_jax.weights.adapter_names import adapter_parts
 from ipadapter_jax.weights.components import report_ignored
@@ -226,6 +227,6 @@ def _templates(config: ImageProjConfig, widths: tuple[int, ...]) -> dict[str, Tr
     projection, adapter = image_projection(config), IPAdapter(widths)
     tokens = jax.ShapeDtypeStruct((1, 1, config.cross_attention_dim), jnp.float32)
     return {
-        "image_proj": jax.eval_shape(projection.init, jax.random.key(0), example_features(config))["params"],
-        "ip_adapter": jax.eval_shape(adapter.init, jax.random.key(0), tokens)["params"],
+        "image_proj": parameter_shapes(projection, example_features(config)),
+        "ip_adapter": parameter_shapes(adapter, tokens),
     }
