@@ -3,6 +3,7 @@
 The settings are environment variables, made before anything imports jax, so that subprocesses inherit them.
 """
 
+import gc
 import importlib.metadata
 import os
 import socket
@@ -32,6 +33,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # else it prints that PyTorch was not found
 os.environ["MPLBACKEND"] = "agg"
+
+# Tracing makes millions of objects that stay: looking for garbage after every 700 of them is a tenth of a run.
+gc.set_threshold(50_000, 20, 20)
 
 # Whole files go to the processes of a run, and a long one that begins last leaves the others without work.
 LONGEST_FIRST = (
