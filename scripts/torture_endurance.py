@@ -50,7 +50,10 @@ class Endurance:
         with Job(config, devices=1, before=_WATCH.format(path=str(note))) as job:
             samples = self._watch(job, Path(config.out), note)
             job.finish()
-        seconds = time.monotonic() - began
+        return f"{self.steps} steps in {time.monotonic() - began:.0f} s, {self.judge(samples)}"
+
+    def judge(self, samples: list[Sample]) -> str:
+        """What was seen. Raises Broken where a figure does not hold."""
         hold(len(samples) >= 0.9 * self.steps / self.every, f"{len(samples)} looks only, of {self.steps // self.every}")
         late = [sample for sample in samples if sample.step >= self.settled]
         slope = 10_000 * np.polyfit([sample.step for sample in late], [sample.memory for sample in late], 1)[0]
@@ -58,9 +61,9 @@ class Endurance:
         files = [sample.files for sample in samples]
         idle = min(files[: len(files) // 2])
         told = (
-            f"{self.steps} steps in {seconds:.0f} s, {len(samples)} looks: memory {late[0].memory:.0f} to "
-            f"{late[-1].memory:.0f} MB, {slope:+.2f} MB per 10,000 steps after the first {self.settled}; {idle} files "
-            f"open, {max(files)} while it saves; {samples[-1].programs} programs, none after step {first[0].step}"
+            f"{len(samples)} looks: memory {late[0].memory:.0f} to {late[-1].memory:.0f} MB, "
+            f"{slope:+.2f} MB per 10,000 steps after the first {self.settled}; {idle} files open, {max(files)} while "
+            f"it saves; {samples[-1].programs} programs, none after step {first[0].step}"
         )
         hold(min(files[len(files) // 2 :]) == idle, f"open files: {files}")
         hold(first[0].programs == first[-1].programs, f"programs: {[sample.programs for sample in first]}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import flax.serialization
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 import ipadapter_jax.sampling
@@ -22,6 +23,11 @@ ORACLES = Path(__file__).parent / "data" / "oracles"
 TORCH_MODEL = ORACLES / "models" / "sd15_torch"
 ADAPTERS = ORACLES / "models" / "ip_adapter" / "models"
 IMAGE_ENCODER = ADAPTERS / "image_encoder"
+
+
+def slow(*values: str) -> list:
+    """Parameters whose path through the code default tests walk with another one."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @dataclasses.dataclass(frozen=True)

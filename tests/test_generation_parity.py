@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, flax_folder, load_case, nchw, nhwc
+from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, flax_folder, load_case, nchw, nhwc, slow
 from safetensors.numpy import save_file
 
 import ipadapter_jax.sampling
@@ -125,7 +125,7 @@ def test_generation_equals_diffusers(base, name, monkeypatch, tmp_path):
         case.check(image=nchw(decoded))
 
 
-@pytest.mark.parametrize("variant", ["base", "base_defaults", "full", "plus"])
+@pytest.mark.parametrize("variant", ["base_defaults", "plus", *slow("base", "full")])
 def test_generation_equals_the_authors_code(base, variant):
     case = load_case(f"tencent_generate_{variant}")
     kwargs = {

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, flax_folder, load_case, nchw, nhwc
+from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, flax_folder, load_case, nchw, nhwc, slow
 
 from ipadapter_jax import sampling
 from ipadapter_jax.masks import load_mask, site_masks
@@ -184,7 +184,7 @@ def test_image_projection(variant):
     case.check(tokens=apply(projection, features), tokens_zeros=apply(projection, np.zeros_like(features[:1])))
 
 
-@pytest.mark.parametrize("variant", ["base", "light", "plus", "full"])
+@pytest.mark.parametrize("variant", ["base", "light", *slow("plus", "full")])
 def test_unet_with_adapter(variant):
     case = load_case(f"unet_ip_{variant}")
     unet, (projection, keys) = component("unet"), adapter(case.meta["ip_adapter"][0])
@@ -224,7 +224,7 @@ def nested(scale, adapter: int, picture: int | None):
     return scale[picture] if isinstance(scale, list) else scale
 
 
-@pytest.mark.parametrize("name", ["instantstyle", "masks", "masks_two_adapters", "two_adapters", "two_images"])
+@pytest.mark.parametrize("name", ["masks_two_adapters", *slow("instantstyle", "masks", "two_adapters", "two_images")])
 def test_unet_with_controls(name):
     """Dictionaries of scales, masks, several pictures, several adapters: as tables, through the product's functions."""
     case = load_case(f"unet_ip_{name}")
@@ -248,6 +248,7 @@ def flax_model(tmp_path_factory) -> Path:
     return flax_folder(tmp_path_factory.mktemp("sd15_flax"))
 
 
+@pytest.mark.slow
 def test_flax_unet(flax_model):
     case = load_case("flax_unet")
     loaded = load_component(UNET, flax_model / "unet", FLOAT32)

@@ -5,7 +5,7 @@ from torture import FAULTS, main
 from torture_alone import Alone
 from torture_damage import Damage
 from torture_disk import Disk
-from torture_endurance import Endurance
+from torture_endurance import Endurance, Sample
 from torture_jobs import Jobs
 from torture_kill import Kill
 from torture_layouts import Layouts
@@ -15,18 +15,18 @@ from torture_refuse import Refuse
 from torture_stop import Stop
 
 SHORT = [
-    Kill(times=1, steps=100),
-    Stop(times=1, steps=150),
+    Kill(times=1, steps=48),
+    Stop(times=1, steps=60),
     Layouts(steps=6, others=0),
     Damage(trials=24),
     Disk(disks=False),
     Pictures(records=40, percents=(50,)),
-    Numbers(rates=(1e39,)),
+    Numbers(steps=7, rates=(1e39,)),
     Refuse(),
     Jobs(times=1, commands=("batch",)),
     Alone(),
     # The first saves take memory once; a leak of the step would show as 10 MB.
-    Endurance(steps=1500, every=50, save_every=300, settled=700, slope=100.0),
+    Endurance(steps=800, every=40, save_every=200, settled=280, slope=100.0),
 ]
 SLOW = [
     Kill(times=3, processes=2, devices=4),
@@ -46,7 +46,18 @@ def test_every_fault_has_a_short_form() -> None:
     assert {type(fault) for fault in SHORT} == set(FAULTS.values())
 
 
-def test_a_figure_that_does_not_hold_is_said(capsys) -> None:
-    """Memory that may not grow at all: that of a process that has just begun does."""
-    assert main(Endurance(steps=200, every=20, save_every=100, settled=0, slope=-1e9)) == 1
-    assert capsys.readouterr().out.startswith("NOT survived: memory grows: ")
+def looks(**growing: float) -> list[Sample]:
+    """Of a run of 4,000 steps that is flat, but for what grows with every look."""
+    flat = Sample(step=0, memory=500.0, files=10, programs=50)
+    return [
+        flat._replace(step=100 * i, **{name: getattr(flat, name) + i * by for name, by in growing.items()})
+        for i in range(1, 41)
+    ]
+
+
+@pytest.mark.parametrize(("growing", "said"), [("memory", "memory grows"), ("files", "open"), ("programs", "programs")])
+def test_a_figure_that_does_not_hold_is_said(growing, said, capsys) -> None:
+    fault = Endurance(steps=4000, every=100, save_every=400, settled=800)
+    assert fault.judge(looks(memory=0.009)).startswith("40 looks: memory 500 to 500 MB, +0.90 MB per 10,000 steps")
+    assert main(lambda work: fault.judge(looks(**{growing: 1}))) == 1
+    assert capsys.readouterr().out.startswith(f"NOT survived: {said}")

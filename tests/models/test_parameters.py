@@ -12,7 +12,6 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, drawn_params, template_of
 
-
 PARTS = {"unet": (UNET, UNet), "vae": (VAE_COMPONENT, VAE), "text": (TEXT_ENCODER, CLIPText)}
 PARTS["image"] = (IMAGE_ENCODER, CLIPVision)
 CONFIGS = dict(zip(PARTS, MICRO, strict=True))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL
+from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, slow
 from safetensors.numpy import load_file
 from weight_files import assert_same_tree, refused
 
@@ -244,7 +244,7 @@ def base() -> StableDiffusion:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("variant", FILES)
+@pytest.mark.parametrize("variant", ["base", "plus", *slow("full")])
 def test_diffusers_makes_our_picture_from_the_exported_file(base, tmp_path, variant):
     """1 level of 255 on 99.9 % of the pixels, from the same latents, in float32, of weights rounded to float16."""
     import torch
