@@ -19,8 +19,8 @@ class Parameters:
 
     def param(self: Any, name: str, draw: Callable, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
         if not self.has_variable("params", name):
-            if self.has_rng("params"):
-                return nn.Module.param(self, name, draw, shape, dtype)
+            if self.has_rng("params") or not self.is_mutable_collection("params"):
+                return nn.Module.param(self, name, draw, shape, dtype)  # draws it, or says that it is missing
             self.put_variable("params", name, jnp.zeros(shape, dtype))
         return self.get_variable("params", name)
 

@@ -1,11 +1,13 @@
 """Shapes of parameters, told without drawing them, are those of what is drawn."""
 
+import flax
 import jax
 import numpy as np
 import pytest
 from make_random_weights import MICRO
 
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
+from ipadapter_jax.models.layers import Dense
 from ipadapter_jax.models.parameters import parameter_shapes
 from ipadapter_jax.models.projections import ImageProjConfig, example_features, image_projection
 from ipadapter_jax.models.unet import UNet
@@ -31,3 +33,8 @@ def test_shapes_of_a_resampler():
     module, features = image_projection(config), example_features(config)
     drawn = jax.eval_shape(module.init, jax.random.key(0), features)["params"]
     assert parameter_shapes(module, features) == drawn
+
+
+def test_a_missing_parameter_is_named():
+    with pytest.raises(flax.errors.ScopeParamNotFoundError, match='"bias"'):
+        Dense(2).apply({"params": {"kernel": np.zeros((3, 2))}}, np.zeros((1, 3)))
