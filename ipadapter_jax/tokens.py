@@ -21,7 +21,9 @@ def load_tokenizer(folder: Path) -> Any:
     ):
         raise InputError(f"{folder}: no tokenizer here; it needs vocab.json and merges.txt")
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of how transformers 5.10 makes its own
+            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises many kinds
         raise InputError(f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from None
 

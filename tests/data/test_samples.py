@@ -67,7 +67,7 @@ def test_a_sample():
     }
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error")
 def test_a_long_caption_loses_its_end_in_silence():
     sample = live(Record("a.png", png(picture(0)), "word " * 500))[0]
     tokenizer = load_tokenizer(TOKENIZER)
