@@ -1,7 +1,7 @@
 """Runs the tests with the oldest and with the newest releases that pyproject.toml allows, each in an environment of its
 own.
 
-    python3.12 scripts/test_versions.py                    all default tests twice, about an hour on 2 cores
+    python3.12 scripts/test_versions.py                    all default tests twice, an hour and a half on 2 cores
     python3.12 scripts/test_versions.py --only oldest --tests tests/train
 
 The Python that runs this is the one whose environments are made: it needs no package. The oldest set pins every

@@ -34,7 +34,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # else it prints that PyTorch was not found
 os.environ["MPLBACKEND"] = "agg"
 
-# Tracing makes millions of objects that stay: looking for garbage after every 700 of them is a tenth of a run.
+# Tracing makes millions of objects that stay: looking for garbage after every 700 of them
+# was 7 % of a profile.
 gc.set_threshold(50_000, 20, 20)
 
 # Whole files go to the processes of a run, and a long one that begins last leaves the others without work.

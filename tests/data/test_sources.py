@@ -99,7 +99,7 @@ def test_identity_is_of_the_data_and_not_of_the_place(written, kind, tmp_path) -
     assert open_quietly(path).identity() == identity
     (moved / "notes.md").write_text("not data")
     assert open_quietly(path).identity() == identity
-    beside = ".parquet" if kind in ("folder", "tar") else "none"  # what img2dataset writes is not data
+    beside = ".parquet" if kind in ("folder", "tar") else None  # what img2dataset writes is not data
     data = (p for p in moved.rglob("*") if p.is_file() and p.suffix != beside)
     largest = max(data, key=lambda p: p.stat().st_size)
     source = open_quietly(path)
