@@ -10,7 +10,6 @@ in the adapter. Before a shape is timed both must agree. Needs the extra `torch`
 import dataclasses
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from compare_with_diffusers import require_peers
+from in_turns import seconds_in_turns
 
 from ipadapter_jax.models.attention import attend
 
@@ -95,13 +95,8 @@ def main(settings: Settings) -> None:
             error = difference(*(run() for run in runs.values()))  # which also warms up
             if not error < TOLERANCES[settings.dtype]:
                 sys.exit(f"no numbers: the sides are {error:.1e} apart at {positions} positions")
-            seconds: dict[str, list[float]] = {side: [] for side in runs}
-            for _ in range(settings.rounds):
-                for side, run in runs.items():
-                    start = time.perf_counter()
-                    run()
-                    seconds[side].append(time.perf_counter() - start)
-            ours, theirs = (1e3 * statistics.median(found) for found in seconds.values())
+            times = seconds_in_turns(runs, settings.rounds)
+            ours, theirs = (1e3 * statistics.median(found) for found in times.values())
             name = f"{positions} x {f'({TEXT} + {IMAGE})' if cross else positions}, heads of {width // HEADS}"
             print(f"| {name} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f} |")
     what = "forward and backward" if settings.backward else "forward"

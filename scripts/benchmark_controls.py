@@ -9,13 +9,13 @@ layer each. They take turns, compiled before; the medians and their ratio are pr
 
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
+from in_turns import seconds_in_turns
 
 from ipadapter_jax import Scale, StableDiffusion, sampling
 from ipadapter_jax.models.unet_config import cross_attention_sites
@@ -46,13 +46,7 @@ def main(
             two, ip_adapter_image=[picture, picture], ip_adapter_scale=scales, ip_adapter_masks=masks, **settings
         ),
     }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(runs):
-        for name, step in calls.items():
-            started = time.perf_counter()
-            jax.block_until_ready(step())
-            times[name].append(time.perf_counter() - started)
-    medians = [statistics.median(times[name]) for name in calls]
+    medians = [statistics.median(seconds) for seconds in seconds_in_turns(calls, runs).values()]
     for name, seconds in zip(calls, medians, strict=True):
         print(f"{name}: {seconds:.3f} s a step")
     print(f"ratio: {medians[1] / medians[0]:.3f} (goal: at most {GOAL})")
@@ -75,7 +69,7 @@ class _step:
         return self._real(*given)
 
     def __call__(self) -> Any:
-        return self._real(*self._given)
+        return jax.block_until_ready(self._real(*self._given))
 
 
 if __name__ == "__main__":

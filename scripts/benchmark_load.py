@@ -10,18 +10,17 @@ pages is most of the difference. All take turns in one process, from files that 
 extra torch.
 """
 
-import gc
 import re
 import statistics
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import tyro
+from in_turns import seconds_in_turns
 
 from ipadapter_jax.base_model import BASE_COMPONENTS, open_base
 from ipadapter_jax.weights.components import read_json
@@ -42,10 +41,7 @@ def main(
         "PyTorch": lambda: _torch(modules),
         "PyTorch, new memory": lambda: _torch(modules, new=True),
     }
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(runs):
-        for name, job in jobs.items():
-            times[name].append(_timed(job))
+    times = seconds_in_turns(jobs, runs)
     for name, seconds in times.items():
         print(f"{name}: {statistics.median(seconds):.2f} s (from {min(seconds):.2f} to {max(seconds):.2f})")
     for name in [*jobs][1:]:
@@ -89,13 +85,6 @@ def _torch(modules: dict[Path, Any], new: bool = False) -> None:
         module.load_state_dict({name: tensors[name] for name in names if name in tensors}, strict=False)
         for tensor in module.state_dict().values():
             tensor.sum()
-
-
-def _timed(job: Callable[[], Any]) -> float:
-    gc.collect()
-    started = time.perf_counter()
-    job()
-    return time.perf_counter() - started
 
 
 def _peak(job: Callable[[], Any]) -> float:

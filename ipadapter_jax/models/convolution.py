@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# On a CPU a 3x3 convolution over at most this many positions of the batch is one matrix product: 2.4 times faster than
-# XLA's convolution at 128 positions and 1280 channels, 1.2 times at 512, slower beyond (scripts/benchmark_sample.py).
+from ipadapter_jax.models.winograd import winograd
+
+# On a CPU, for a 3x3 kernel (scripts/benchmark_convolution.py): one matrix product over at most this many positions of
+# the batch, and where there are more of them and at least so many channels on both sides, sixteen products of tiles.
 _PRODUCT_POSITIONS = 512
+_WINOGRAD_CHANNELS = 256
 
 
 def convolve(x: Array, kernel: Array, window_strides: Sequence[int], padding: Any, **options: Any) -> Array:
@@ -17,9 +20,11 @@ def convolve(x: Array, kernel: Array, window_strides: Sequence[int], padding: An
     plain = tuple(window_strides) == (1, 1) and _keeps_size(padding, kernel.shape)
     if plain and kernel.shape[:2] == (1, 1):
         return x @ kernel[0, 0]
-    positions = x.shape[0] * x.shape[1] * x.shape[2]
-    if plain and jax.default_backend() == "cpu" and positions <= _PRODUCT_POSITIONS:
-        return _as_product(x, kernel)
+    if plain and jax.default_backend() == "cpu":
+        if x.shape[0] * x.shape[1] * x.shape[2] <= _PRODUCT_POSITIONS:
+            return _as_product(x, kernel)
+        if kernel.shape[:2] == (3, 3) and min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS and x.dtype == jnp.float32:
+            return winograd(x, kernel)
     return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
 
