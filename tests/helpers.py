@@ -25,7 +25,7 @@ ADAPTERS = ORACLES / "models" / "ip_adapter" / "models"
 IMAGE_ENCODER = ADAPTERS / "image_encoder"
 
 
-def slow(*values: str) -> list:
+def slow(*values: object) -> list:
     """Parameters whose path through the code default tests walk with another one."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 

@@ -16,19 +16,21 @@ from torture_stop import Stop
 
 SHORT = [
     Kill(times=1, steps=48),
-    Stop(times=1, steps=60),
-    Layouts(steps=6, others=0),
-    Damage(trials=24),
     Disk(disks=False),
-    Pictures(records=40, percents=(50,)),
-    Numbers(steps=7, rates=(1e39,)),
-    Refuse(),
-    Jobs(times=1, commands=("batch",)),
     Alone(),
     # The first saves take memory once; a leak of the step would show as 10 MB.
     Endurance(steps=800, every=40, save_every=200, settled=280, slope=100.0),
 ]
+# Default tests provoke these in one process: train/test_loop.py, train/test_checkpoint.py, train/test_layouts.py,
+# jobs/test_run.py. Here whole runs are started for them, a minute or two each.
 SLOW = [
+    Stop(times=1, steps=60),
+    Layouts(steps=6, others=0),
+    Damage(trials=24),
+    Pictures(records=40, percents=(50,)),
+    Numbers(steps=7, rates=(1e39,)),
+    Refuse(),
+    Jobs(times=1, commands=("batch",)),
     Kill(times=3, processes=2, devices=4),
     Stop(times=2, processes=2),
     Layouts(),
@@ -43,7 +45,7 @@ def test_survives(fault, capsys) -> None:
 
 
 def test_every_fault_has_a_short_form() -> None:
-    assert {type(fault) for fault in SHORT} == set(FAULTS.values())
+    assert {type(fault) for fault in SHORT + SLOW} == set(FAULTS.values())
 
 
 def looks(**growing: float) -> list[Sample]:

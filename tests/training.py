@@ -7,18 +7,25 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import skimage.data
 from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, nhwc
+from jax.sharding import Mesh
 from make_random_weights import MICRO, write_model
 from PIL import Image
 from torture_run import changed
 
 from ipadapter_jax.preprocess import clip_pixels, load_image
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train
-from ipadapter_jax.train.step import Draws
+from ipadapter_jax.train.networks import Loaded
+from ipadapter_jax.train.optim import make_optimizer, trainable, view
+from ipadapter_jax.train.sharding import replicated
+from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
+from ipadapter_jax.train.step import Draws, make_step
 
 TINY = Train(
     model=Model(base=str(TORCH_MODEL), image_encoder=str(IMAGE_ENCODER), dtype="float32"),
@@ -49,6 +56,17 @@ def recorded_draws(case: Case, step: int = 0) -> Draws:
         noise=jnp.asarray(nhwc(case.inputs[f"noise_{step}"])),
         posterior_noise=jnp.asarray(nhwc(case.inputs[f"vae_noise_{step}"])),
     )
+
+
+def begun(config: Train, mesh: Mesh, loaded: Loaded, params: dict[str, Any] | None = None) -> tuple[TrainState, Any]:
+    """The initial state where it belongs on the mesh, and the jitted step, which keeps it there and so is compiled
+    once. `params` in place of those that were loaded."""
+    mask = trainable(config.model)
+    optimizer = make_optimizer(config.optim, mask)
+    state = initial_state(view(loaded.frozen | (params or loaded.params), mask), optimizer, config)
+    shardings = state_shardings(mesh, state)
+    step = jax.jit(make_step(loaded.networks, optimizer, config, mesh), out_shardings=(shardings, replicated(mesh)))
+    return jax.device_put(state, shardings), step
 
 
 LIGHT = ADAPTERS / "ip-adapter_tiny_light.bin"

@@ -11,16 +11,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from training import micro, micro_model, photographs
+from training import begun, micro, micro_model, photographs
 
 from ipadapter_jax.data.batches import batches
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import load_networks
-from ipadapter_jax.train.optim import make_optimizer, trainable, view
 from ipadapter_jax.train.samples import open_samples
-from ipadapter_jax.train.sharding import AXES, global_batch, local_rows, replicated
-from ipadapter_jax.train.state import initial_state, state_shardings
-from ipadapter_jax.train.step import make_step
+from ipadapter_jax.train.sharding import AXES, global_batch, local_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,12 +31,9 @@ def losses(config: Train, mesh, steps: int = 10):
     """The losses of the first steps, and the last state, of a run on this mesh."""
     samples = open_samples(config, config.data.path)
     loaded = load_networks(config, mesh, None)
-    mask, size = trainable(config.model), config.data.batch_size
-    optimizer, rows = make_optimizer(config.optim, mask), local_rows(mesh, size)
-    state = initial_state(view(loaded.frozen | loaded.params, mask), optimizer, config)
-    shardings = state_shardings(mesh, state)
-    state = jax.device_put(state, shardings)
-    step = jax.jit(make_step(loaded.networks, optimizer, config, mesh), out_shardings=(shardings, replicated(mesh)))
+    size = config.data.batch_size
+    rows = local_rows(mesh, size)
+    state, step = begun(config, mesh, loaded)
     found = []
     for batch in batches(samples, seed=0, batch_size=size, rows=rows, first=0, count=steps, threads=2):
         state, metrics = step(state, loaded.frozen, global_batch(mesh, batch.arrays, rows, size))

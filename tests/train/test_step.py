@@ -7,14 +7,13 @@ import optax
 import pytest
 from helpers import Case, load_case
 from jax.sharding import AxisType
-from training import LIGHT, PLUS, micro, recorded_batch, recorded_draws, tiny
+from training import LIGHT, PLUS, begun, micro, recorded_batch, recorded_draws, tiny
 
 from ipadapter_jax.train import step as step_module
 from ipadapter_jax.train.networks import Loaded, load_networks
-from ipadapter_jax.train.optim import LossScale, fill, make_optimizer, trainable, view
+from ipadapter_jax.train.optim import LossScale, fill, trainable, view
 from ipadapter_jax.train.sharding import AXES, global_batch, local_rows, make_mesh
-from ipadapter_jax.train.state import initial_state
-from ipadapter_jax.train.step import draw, encode, make_step, row_losses
+from ipadapter_jax.train.step import draw, encode, row_losses
 from ipadapter_jax.weights.names import to_torch, torch_key
 from ipadapter_jax.weights.tree import leaves
 
@@ -88,9 +87,7 @@ def test_ten_steps_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     params = loaded.params | {"image_proj": jax.tree.map(jnp.asarray, {"proj": projection, "norm": norm})}
     recorded = jax.tree.map(lambda *x: jnp.stack(x), *(recorded_draws(case, i) for i in range(10)))
     monkeypatch.setattr(step_module, "draw", lambda seed, step, *_: jax.tree.map(lambda x: x[step], recorded))
-    optimizer = make_optimizer(config.optim, trainable(config.model))
-    state = initial_state(view(loaded.frozen | params, trainable(config.model)), optimizer, config)
-    step = jax.jit(make_step(loaded.networks, optimizer, config, mesh))
+    state, step = begun(config, mesh, loaded, params)
     batch, losses, after = recorded_batch(case), [], {}
     for i in range(10):
         state, metrics = step(state, loaded.frozen, batch)
@@ -111,18 +108,18 @@ def test_ten_steps_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def short_run():
     """A small model with its state, step and a batch of noise on four devices."""
-    config, mesh = micro(optim__ema=0.9, optim__clip_norm=1.0, data__path="none", model__dtype="bfloat16"), make_mesh()
+    config, mesh = (
+        micro(1, optim__ema=0.9, optim__clip_norm=1.0, data__path="none", model__dtype="bfloat16"),
+        make_mesh(),
+    )
     loaded = load_networks(config, mesh, None)
-    mask = trainable(config.model)
-    optimizer = make_optimizer(config.optim, mask)
-    state = initial_state(view(loaded.frozen | loaded.params, mask), optimizer, config)
+    state, step = begun(config, mesh, loaded)
     rng, rows = np.random.default_rng(0), local_rows(mesh, 8)
     arrays = {
         "pixels": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
         "clip_pixels": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
         "input_ids": np.full((8, 77), 5, np.int32),
     }
-    step = jax.jit(make_step(loaded.networks, optimizer, config, mesh))
     return loaded, state, step, global_batch(mesh, arrays, rows, 8)
 
 
@@ -163,12 +160,10 @@ def test_a_step_with_bad_gradients_is_skipped(short_run) -> None:
 def test_a_finite_gradient_with_an_infinite_square_is_skipped(short_run) -> None:
     """In Adam's second moment it would stay for ever, and its weight never move again."""
     loaded, state, _, batch = short_run
-    config = micro(data__path="none", model__dtype="bfloat16")
-    optimizer = make_optimizer(config.optim, trainable(config.model))
+    config = micro(1, data__path="none", model__dtype="bfloat16")
     huge = jax.tree.map(lambda x: x * 1e13, state.params["ip_adapter"])
-    params = state.params | {"ip_adapter": huge}
-    before = initial_state(params, optimizer, config)
-    after, metrics = jax.jit(make_step(loaded.networks, optimizer, config, make_mesh()))(before, loaded.frozen, batch)
+    before, step = begun(config, make_mesh(), loaded, state.params | {"ip_adapter": huge})
+    after, metrics = step(before, loaded.frozen, batch)
     assert np.isfinite(metrics["loss"]) and int(metrics["bad_steps"]) == 1
     for a, b in zip(jax.tree.leaves(before.opt_state), jax.tree.leaves(after.opt_state), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
