@@ -18,9 +18,11 @@ PACKAGE := ipadapter_jax
 PYRIGHT = $(BIN)/pyright --pythonpath $(BIN)/python
 # tests/conftest.py puts the longest files first; xdist's own order, by the number of tests, has them last.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e
+# Modules are compiled when they are first imported: most never are.
+INSTALL = $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e
 
-.PHONY: help sample test test-light test-full lint lint-light format clean
+.PHONY: help sample test test-light test-full lint lint-light style format clean
+.NOTPARALLEL:  # an environment is installed into by one at a time
 help:
 	@sed -n 's/^# \{0,3\}//p;/^$$/q' Makefile
 
@@ -37,14 +39,14 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) .
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[dev]'
-	@touch $@
+	@touch $(VENV)/installed $@
 
-$(VENV)/installed-torch: $(VENV)/installed-dev
-	@echo "installing PyTorch and diffusers, the peers that the tests compare with"
+$(VENV)/installed-torch: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the package with PyTorch and diffusers, the peers that the tests compare with, into $(VENV) (two minutes)"
 	$(INSTALL) '.[torch,dev]'
-	@touch $@
+	@touch $(VENV)/installed $(VENV)/installed-dev $@
 
 sample: $(VENV)/installed
 	$(BIN)/python scripts/sample_sheet.py $(ARGS)
@@ -58,14 +60,16 @@ test-light: $(VENV)/installed-dev lint-light
 test-full: $(VENV)/installed-torch lint
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
-lint: lint-light $(VENV)/installed-torch
+lint: $(VENV)/installed-torch style
 	$(PYRIGHT)
 
 # Without the PyTorch peers the types of the scripts that import them are unknown, so only the package is checked.
-lint-light: $(VENV)/installed-dev
+lint-light: $(VENV)/installed-dev style
+	$(PYRIGHT) $(PACKAGE)
+
+style: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(PYRIGHT) $(PACKAGE)
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import IMAGE_ENCODER, slow
+from helpers import IMAGE_ENCODER
 from training import changed, micro, photographs
 
 from ipadapter_jax import StableDiffusion, cli
@@ -176,7 +176,8 @@ def test_precomputed_features_give_the_losses_of_pictures(done, run, data, tmp_p
         train(changed(config, out=str(tmp_path / "other"), model__image_encoder=str(IMAGE_ENCODER)))
 
 
-@pytest.mark.parametrize("adapter", ["plus", *slow("full")])
+@pytest.mark.slow  # test_encode.py compares the batches of both
+@pytest.mark.parametrize("adapter", ["plus", "full"])
 def test_precomputed_patches_do_so_too(run, patches, tmp_path, adapter) -> None:
     live = changed(run, model__adapter=adapter, model__resampler_heads=2, steps=3)
     live = changed(live, log__validate_every=3, log__sample_steps=0)
