@@ -59,7 +59,8 @@ print(kept, resident() - before)
 def test_memory_is_given_back_when_asked():
     done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
     kept, left = map(float, done.stdout.split())
-    assert kept > 255 and left < 4  # MB
+    # MB of 256. Linux sums its counters of resident pages up now and then only: 1 MB was missing once.
+    assert kept > 250 and left < 4
 
 
 def test_accelerators_are_told_without_looking(monkeypatch):

@@ -58,6 +58,7 @@ def _correlate(x: Array, kernel_tile: Grid) -> Array:
     batch, height, width, _ = x.shape
     bands = -(-batch * height * width // _BAND)
     rows = 2 * -(-height // (2 * bands))
+    bands = -(-height // rows)
     below, right = bands * rows - height, width % 2  # to whole tiles and bands
     padded = jnp.pad(x, ((0, 0), (1, 1 + below), (1, 1 + right), (0, 0)))
     if bands == 1:
