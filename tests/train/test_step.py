@@ -108,10 +108,8 @@ def test_ten_steps_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def short_run():
     """A small model with its state, step and a batch of noise on four devices."""
-    config, mesh = (
-        micro(1, optim__ema=0.9, optim__clip_norm=1.0, data__path="none", model__dtype="bfloat16"),
-        make_mesh(),
-    )
+    config = micro(1, optim__ema=0.9, optim__clip_norm=1.0, data__path="none", model__dtype="bfloat16")
+    mesh = make_mesh()
     loaded = load_networks(config, mesh, None)
     state, step = begun(config, mesh, loaded)
     rng, rows = np.random.default_rng(0), local_rows(mesh, 8)

@@ -1,4 +1,4 @@
-"""Damaged files of weights, by default a tenth of each kind. scripts/fuzz_weights.py runs more."""
+"""Damaged files of weights, by default a tenth of each kind, 200 at least. scripts/fuzz_weights.py runs more."""
 
 import os
 import time
