@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import lzma
@@ -18,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import ipadapter_jax.sampling
+from ipadapter_jax import StableDiffusion
 
 ORACLES = Path(__file__).parent / "data" / "oracles"
 TORCH_MODEL = ORACLES / "models" / "sd15_torch"
@@ -28,6 +30,13 @@ IMAGE_ENCODER = ADAPTERS / "image_encoder"
 def slow(*values: object) -> list:
     """Parameters whose path through the code default tests walk with another one."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@functools.cache
+def recorded_pipe() -> StableDiffusion:
+    """With the 16 layers of SD 1.5, which presets are for; small_model.py's is compiled sooner."""
+    base = StableDiffusion.from_pretrained(TORCH_MODEL)
+    return base.with_ip_adapter(ADAPTERS / "ip-adapter_tiny.safetensors", image_encoder=IMAGE_ENCODER)
 
 
 @dataclasses.dataclass(frozen=True)

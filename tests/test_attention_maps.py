@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL
+from helpers import IMAGE_ENCODER, ORACLES, recorded_pipe
 from PIL import Image
+from small_model import small_adapter, small_model
 
 from ipadapter_jax import InputError, Scale, StableDiffusion, sampling
 from ipadapter_jax.attention_maps import AttentionMaps
@@ -74,8 +75,8 @@ def _all_parameters(module: Attention, x, entries):
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusion:
-    base = StableDiffusion.from_pretrained(TORCH_MODEL)
-    return base.with_ip_adapter(ADAPTERS / "ip-adapter_tiny.safetensors", image_encoder=IMAGE_ENCODER)
+    base = StableDiffusion.from_pretrained(small_model())
+    return base.with_ip_adapter(small_adapter("ip-adapter_tiny"), image_encoder=IMAGE_ENCODER)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_maps_of_all_steps_are_one_array_without_the_rows_that_fill_up_devices(p
 
     begin = sampling.Start(batch.noise((8, 8, 4), 0))
     conditions = pipe._conditions(["a cat"], [""], 0, 7.5, 0.0, [], (8, 8, 4), batch)
-    _, [[found]] = sampling.run_steps(denoise, run.steps, np.zeros((5, 1, 2, 16)), conditions, batch, begin, on_step)
+    _, [[found]] = sampling.run_steps(denoise, run.steps, np.zeros((5, 1, 2, 4)), conditions, batch, begin, on_step)
     np.testing.assert_array_equal(found, whole[:, :3])
 
 
@@ -149,14 +150,15 @@ def test_scale_and_mask_do_not_enter_the_first_maps(pipe, recorded):
     assert np.abs(found.maps[0][0][1] - recorded[1].maps[0][0][1]).max() > 1e-6
 
 
-def test_a_precise_preset_has_no_maps_of_its_exchanged_branches(pipe, monkeypatch):
+def test_a_precise_preset_has_no_maps_of_its_exchanged_branches(monkeypatch):
     """Which are a second entry of the same adapter: the conditional branch gives it no weight."""
 
     def run_steps(_denoise, _steps, weight, _conditions, batch, *_):
         return batch.noise((8, 8, 4), 0), [[np.full(1, entry)] for entry in range(weight.shape[1])]
 
     monkeypatch.setattr(sampling, "run_steps", run_steps)
-    two = dataclasses.replace(pipe, adapters=pipe.adapters * 2)
+    recorded = recorded_pipe()
+    two = dataclasses.replace(recorded, adapters=recorded.adapters * 2)
     given = {"ip_adapter_image": [CAT, DOG], "ip_adapter_scale": ["precise style", 1.0], **SMALL}
     _, found = two("a cat", return_attention_maps=True, **given)
     assert [entry[0][0] for entry in found.maps] == [0, 2]

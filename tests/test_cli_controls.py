@@ -59,7 +59,9 @@ def test_every_control_at_once(tmp_path):
     np.testing.assert_array_equal(pixels(tmp_path / "a.png")[outside], original[outside])
 
 
-@pytest.mark.parametrize(("what", "columns", "rows"), [("scales", 5, 2), ("presets", 16, 1)])
+@pytest.mark.parametrize(
+    ("what", "columns", "rows"), [("scales", 5, 2), pytest.param("presets", 16, 1, marks=pytest.mark.slow)]
+)
 def test_explore(tmp_path, what, columns, rows):
     recorded = {"base": TORCH_MODEL, "adapter": ADAPTER}  # some presets are for layers that the small model lacks
     assert main(arguments(tmp_path / "a.png", explore=what, num_images=rows, **recorded)) == 0

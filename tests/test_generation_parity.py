@@ -32,8 +32,8 @@ CASES = [
         for g in ("g1p0", "g7p5")
     ),
     *(f"gen_{s}_{p}_g7p5" for s in ("dpmpp2m_karras", "euler_a") for p in ("eps", "v")),
-    *("gen_plus", "gen_ddim_eta", "gen_no_adapter", "gen_two_adapters", "gen_masks", "gen_ip_embeds"),
-    *slow("gen_full", "gen_multi_per_prompt", "gen_two_images"),
+    *("gen_plus", "gen_ddim_eta", "gen_two_adapters", "gen_masks", "gen_ip_embeds"),
+    *slow("gen_full", "gen_no_adapter", "gen_multi_per_prompt", "gen_two_images"),
     *("gen_clip_skip", "gen_rescale_trailing", "gen_instantstyle"),
     *("gen_img2img", "gen_img2img_euler", "gen_inpaint", "gen_inpaint_08"),
 ]
@@ -152,7 +152,7 @@ def test_generation_equals_the_authors_code(base, variant):
     case.check(latents=nchw(final))
 
 
-@pytest.mark.parametrize("sampler", ["pndm", "dpmpp2m"])
+@pytest.mark.parametrize("sampler", ["pndm", *slow("dpmpp2m")])
 def test_generation_from_flax_files(sampler, tmp_path):
     case = load_case(f"flax_pipeline_{sampler}")
     call = {name: case.meta["call"][name] for name in CALL}

@@ -6,8 +6,9 @@ import functools
 import jax
 import numpy as np
 import pytest
-from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, compilations
+from helpers import IMAGE_ENCODER, ORACLES, compilations, recorded_pipe
 from PIL import Image
+from small_model import small_adapter, small_model
 
 from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion, sampling
 from ipadapter_jax.diffusion.samplers import sample_table
@@ -18,22 +19,27 @@ from ipadapter_jax.weights.image_embeds import save_image_embeds
 
 CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
 SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
-BASE, PLUS = (ADAPTERS / f"ip-adapter{name}.safetensors" for name in ("_tiny", "-plus_tiny"))
+BASE, PLUS = "ip-adapter_tiny", "ip-adapter-plus_tiny"
 
 
 @pytest.fixture(scope="module")
 def base() -> StableDiffusion:
-    return StableDiffusion.from_pretrained(TORCH_MODEL)
+    return StableDiffusion.from_pretrained(small_model())
 
 
 @pytest.fixture(scope="module")
 def pipe(base) -> StableDiffusion:
-    return base.with_ip_adapter(BASE, image_encoder=IMAGE_ENCODER)
+    return base.with_ip_adapter(small_adapter(BASE), image_encoder=IMAGE_ENCODER)
 
 
 @pytest.fixture(scope="module")
 def plus(base) -> StableDiffusion:
-    return base.with_ip_adapter(PLUS, image_encoder=IMAGE_ENCODER)
+    return base.with_ip_adapter(small_adapter(PLUS), image_encoder=IMAGE_ENCODER)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> StableDiffusion:
+    return recorded_pipe()
 
 
 def encoded(pipe: StableDiffusion, pixels: np.ndarray) -> np.ndarray:
@@ -86,7 +92,7 @@ def test_prompts_must_have_as_many_pictures_each(pipe):
 
 
 def test_a_list_for_several_adapters_goes_to_them_in_order(pipe):
-    two = pipe.with_ip_adapter(BASE, image_encoder=IMAGE_ENCODER)
+    two = pipe.with_ip_adapter(small_adapter(BASE), image_encoder=IMAGE_ENCODER)
     found = entries(two, images=[CAT, [DOG, CAT]], scale=[0.3, [0.2, 0.9]], negative=[DOG, None])
     expected = [
         *entries(pipe, images=CAT, scale=0.3, negative=DOG),
@@ -100,7 +106,7 @@ def test_a_list_for_several_adapters_goes_to_them_in_order(pipe):
 
 def test_per_prompt_for_several_adapters(pipe):
     """Either adapter may take one picture for all prompts, or one for each."""
-    two = pipe.with_ip_adapter(BASE, image_encoder=IMAGE_ENCODER)
+    two = pipe.with_ip_adapter(small_adapter(BASE), image_encoder=IMAGE_ENCODER)
     shared, own = entries(two, images=[CAT, PerPrompt([CAT, DOG])], prompts=2)
     assert (shared.keys_values()[0][0].shape[0], own.keys_values()[0][0].shape[0]) == (1, 2)
 
@@ -123,7 +129,7 @@ def test_weights_of_pictures_scale_their_values_alone(pipe):
         for picture in given
     ]
     [entry] = entries(pipe, images=[CAT, DOG], scale=[[0.7, 0.2]])
-    assert entry.weight.shape == (2, 2, 16) and (entry.weight == 1).all()
+    assert entry.weight.shape == (2, 2, 4) and (entry.weight == 1).all()
     for (k, v), (k1, v1), (k2, v2) in zip(entry.keys_values(), *each, strict=True):
         np.testing.assert_allclose(k, np.concatenate([k1, k2], axis=2), atol=1e-5)
         np.testing.assert_allclose(v, np.concatenate([0.7 * v1, 0.2 * v2], axis=2), atol=1e-5)
@@ -159,13 +165,13 @@ def test_a_mask_of_nothing_is_scale_zero(pipe):
     np.testing.assert_array_equal(nowhere, off)
 
 
-def test_masked_pictures_are_entries_of_their_own(pipe):
+def test_masked_pictures_are_entries_of_their_own(recorded):
     left = np.zeros((64, 64), np.uint8)
     left[:, :32] = 1
-    found = entries(pipe, images=[CAT, DOG], masks=[left, 1 - left], scale=[[0.3, "style"]])
+    found = entries(recorded, images=[CAT, DOG], masks=[left, 1 - left], scale=[[0.3, "style"]])
     assert len(found) == 2
     for entry, picture, scale, mask in zip(found, (CAT, DOG), (0.3, "style"), (left, 1 - left), strict=True):
-        [alone] = entries(pipe, images=picture, scale=scale)
+        [alone] = entries(recorded, images=picture, scale=scale)
         np.testing.assert_array_equal(entry.weight, alone.weight)
         np.testing.assert_array_equal(entry.mask, mask)
         for (k, v), (k1, v1) in zip(entry.keys_values(), alone.keys_values(), strict=True):
@@ -238,7 +244,7 @@ def test_uncond_of_a_plus_adapter_is_by_default_zero_pixels(plus, uncond):
 def test_without_guidance_there_is_one_branch(pipe):
     for controls in ({"images": CAT}, {"embeds": [np.ones((2, 1, 40))]}):
         [entry] = entries(pipe, guided=False, **controls)
-        assert entry.features().shape == (1, 1, 1, 40) and entry.weight.shape == (2, 1, 16)
+        assert entry.features().shape == (1, 1, 1, 40) and entry.weight.shape == (2, 1, 4)
         assert entry.features().any()  # the positive one
 
 
@@ -291,7 +297,7 @@ def test_embeddings_in_a_file_need_no_encoder(base, pipe, tmp_path):
     """The very same picture; where the file holds the positive branch alone, a base adapter's negative is zeros."""
     expected = pipe("a cat", ip_adapter_image=CAT, **SMALL)
     positive = features(pipe, CAT)
-    without = base.with_ip_adapter(BASE, image_encoder=False)
+    without = base.with_ip_adapter(small_adapter(BASE), image_encoder=False)
     for name, given in (("both", np.stack([np.zeros_like(positive), positive])), ("one", positive[None])):
         save_image_embeds(tmp_path / f"{name}.safetensors", given, {"variant": "base"})
         for place in (tmp_path / f"{name}.safetensors", str(tmp_path / f"{name}.safetensors")):
@@ -303,7 +309,7 @@ def test_embeddings_in_a_file_need_no_encoder(base, pipe, tmp_path):
 
 def test_plus_adapters_need_both_branches_or_the_encoder(base, plus, tmp_path):
     both = np.concatenate([encoded(plus, uncond_pixels("zero pixels"))[None], features(plus, CAT)[None]])
-    without = base.with_ip_adapter(PLUS, image_encoder=False)
+    without = base.with_ip_adapter(small_adapter(PLUS), image_encoder=False)
     for name, given in (("both", both), ("one", both[1:])):
         save_image_embeds(tmp_path / f"{name}.safetensors", given, {})
     one = tmp_path / "one.safetensors"
@@ -325,10 +331,10 @@ def test_a_file_of_another_adapters_embeddings_is_refused(pipe, tmp_path):
 # --- precise presets -------------------------------------------------------------------------------------------------
 
 
-def test_a_precise_preset_shows_the_other_layers_to_the_unconditional_branch_alone(pipe):
+def test_a_precise_preset_shows_the_other_layers_to_the_unconditional_branch_alone(recorded):
     """By hand: two entries, the second one with its branches exchanged, which weighs nothing for the conditional."""
-    [adapter] = pipe.adapters
-    positive = features(pipe, CAT)
+    [adapter] = recorded.adapters
+    positive = features(recorded, CAT)
     given = np.stack([np.zeros_like(positive), positive])[None]
     kv = [
         sampling.image_keys_values(adapter.projection, adapter.keys, adapter.params, order, np.ones((1, 1), np.float32))
@@ -340,12 +346,12 @@ def test_a_precise_preset_shows_the_other_layers_to_the_unconditional_branch_alo
     weight[:, 1, 0] = 0.8 * np.array([{4: 0.25, 5: 1.0}.get(t, 0) for t in (*range(6), *range(7, 16), 6)])
 
     shape = (8, 8, 4)
-    batch = sampling.Batch(pipe.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
-    conditions = pipe._conditions(["a cat"], [""], 0, 7.5, 0.0, [], shape, batch)
-    masks = [np.ones((2, h * w), np.float32) for h, w in site_grids(pipe.unet.config, 8, 8)]
-    run = sample_table("ddim", pipe.schedule, 2)
+    batch = sampling.Batch(recorded.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
+    conditions = recorded._conditions(["a cat"], [""], 0, 7.5, 0.0, [], shape, batch)
+    masks = [np.ones((2, h * w), np.float32) for h, w in site_grids(recorded.unet.config, 8, 8)]
+    run = sample_table("ddim", recorded.schedule, 2)
     expected, _ = sampling.run_steps(
-        functools.partial(sampling.denoise, pipe.unet, pipe.mesh, False, pipe.params["unet"]),
+        functools.partial(sampling.denoise, recorded.unet, recorded.mesh, False, recorded.params["unet"]),
         run.steps,
         weight,
         conditions._replace(image_kv=kv, image_masks=masks),
@@ -353,31 +359,32 @@ def test_a_precise_preset_shows_the_other_layers_to_the_unconditional_branch_alo
         sampling.Start(batch.noise(shape, 0)),
         None,
     )
-    found = pipe("a cat", ip_adapter_image=CAT, ip_adapter_scale=Scale(0.8, "precise style"), **SMALL)
+    found = recorded("a cat", ip_adapter_image=CAT, ip_adapter_scale=Scale(0.8, "precise style"), **SMALL)
     np.testing.assert_allclose(found, expected[:1], atol=1e-6)
     assert (
-        np.abs(found - pipe("a cat", ip_adapter_image=CAT, ip_adapter_scale=Scale(0.8, "style"), **SMALL)).max() > 0.01
+        np.abs(found - recorded("a cat", ip_adapter_image=CAT, ip_adapter_scale=Scale(0.8, "style"), **SMALL)).max()
+        > 0.01
     )
 
 
-def test_a_precise_preset_without_guidance_is_the_plain_one(pipe):
-    [precise] = entries(pipe, guided=False, images=CAT, scale="precise style")
-    [plain] = entries(pipe, guided=False, images=CAT, scale="style")
+def test_a_precise_preset_without_guidance_is_the_plain_one(recorded):
+    [precise] = entries(recorded, guided=False, images=CAT, scale="precise style")
+    [plain] = entries(recorded, guided=False, images=CAT, scale="style")
     np.testing.assert_array_equal(precise.weight, plain.weight)
 
 
 def test_weights_of_no_entries_have_their_shape(base):
     batch = sampling.Batch(base.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
     conditions = base._conditions(["a cat"], [""], 0, 7.5, 0.0, [], (8, 8, 4), batch)
-    assert entry_weights([], conditions, 3).shape == (3, 0, 2, 16)
+    assert entry_weights([], conditions, 3).shape == (3, 0, 2, 4)
 
 
 # --- nothing compiles again ------------------------------------------------------------------------------------------
 
 
-def test_no_control_compiles_again(pipe):
+def test_no_control_compiles_again(recorded):
     """Of one picture; the first call brings the shapes, the rest are other numbers."""
-    pipe("a cat", ip_adapter_image=CAT, **SMALL)
+    recorded("a cat", ip_adapter_image=CAT, **SMALL)
     half = np.zeros((64, 64), np.uint8)
     half[:20] = 255
     changes = [
@@ -398,7 +405,7 @@ def test_no_control_compiles_again(pipe):
     ]
     for change in changes:
         with compilations() as count:
-            pipe("a dog", **{"ip_adapter_image": CAT} | SMALL | change)
+            recorded("a dog", **{"ip_adapter_image": CAT} | SMALL | change)
         assert count() == 0, change
 
 

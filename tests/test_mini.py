@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sample_sheet
 from compare_with_diffusers import compare, photograph
-from helpers import ORACLES
+from helpers import ORACLES, slow
 from judge import judge, truth
 from PIL import Image
 
@@ -131,7 +131,7 @@ def test_a_sheet_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, wrong
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("adapter", [None, BASE, PLUS], ids=["text", "base", "plus"])
+@pytest.mark.parametrize("adapter", [BASE, *slow(None, PLUS)], ids=["base", "text", "plus"])
 def test_diffusers_reads_the_folder_and_gives_the_same_picture(adapter):
     """Each in its own size, from the same noise. Measured: 7e-6 at most, with random weights 9e-6."""
     result = compare(

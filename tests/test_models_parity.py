@@ -37,9 +37,13 @@ def component(name: str) -> Loaded:
     return load_component(kinds[name], TORCH_MODEL / name, FLOAT32)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def applied(module, method, params, *args):
+    return module.apply({"params": params}, *args, method=method)
+
+
 def apply(loaded: Loaded, *args, method=None):
-    run = jax.jit(lambda params, *args: loaded.module.apply({"params": params}, *args, method=method))
-    return run(loaded.params, *args)
+    return applied(loaded.module, method, loaded.params, *args)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -93,7 +97,7 @@ def test_vae():
     case.check(mean_64x64=nchw(mean), logvar_64x64=nchw(log_variance), decoded_64x64=nchw(decoded))
 
 
-@pytest.mark.parametrize("name", ["unet", "unet_small_input"])
+@pytest.mark.parametrize("name", ["unet", *slow("unet_small_input")])
 def test_unet(name):
     case = load_case(name)
     x, text = nhwc(case.inputs["sample"]), case.inputs["encoder_hidden_states"]
@@ -224,7 +228,7 @@ def nested(scale, adapter: int, picture: int | None):
     return scale[picture] if isinstance(scale, list) else scale
 
 
-@pytest.mark.parametrize("name", ["masks_two_adapters", *slow("instantstyle", "masks", "two_adapters", "two_images")])
+@pytest.mark.parametrize("name", slow("masks_two_adapters", "instantstyle", "masks", "two_adapters", "two_images"))
 def test_unet_with_controls(name):
     """Dictionaries of scales, masks, several pictures, several adapters: as tables, through the product's functions."""
     case = load_case(f"unet_ip_{name}")

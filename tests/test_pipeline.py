@@ -1,10 +1,7 @@
 """What `StableDiffusion` promises: nothing recompiles, pictures depend on their own seed, scale 0 is the base model."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -18,12 +15,13 @@ from helpers import (
     flax_folder,
     forbid_sampling,
     legacy_msgpack,
+    recorded_pipe,
 )
 from PIL import Image
 from small_model import small_adapter, small_model
 
 import ipadapter_jax.pipeline
-from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion, WeightFileError
+from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion, WeightFileError, sampling
 from ipadapter_jax.adapters import Adapter
 from ipadapter_jax.models.projections import ImageProjConfig
 
@@ -43,9 +41,8 @@ def pipe(base) -> StableDiffusion:
 
 @pytest.fixture(scope="module")
 def recorded() -> StableDiffusion:
-    """The layers of SD 1.5; nothing is compiled for it here."""
-    base = StableDiffusion.from_pretrained(TORCH_MODEL)
-    return base.with_ip_adapter(ADAPTERS / "ip-adapter_tiny.safetensors", image_encoder=IMAGE_ENCODER)
+    """Nothing is compiled for it here."""
+    return recorded_pipe()
 
 
 def test_nothing_that_a_person_changes_compiles_again(pipe):
@@ -100,33 +97,21 @@ def levels(a, b) -> int:
     return int(np.abs(np.rint(a * 255) - np.rint(b * 255)).max())
 
 
-ON_DEVICES = """
-import sys, jax, numpy as np
-from ipadapter_jax import StableDiffusion, sampling
-model, adapter, encoder, image, out = sys.argv[1:]
-mesh = sampling.device_mesh()
-seeds = jax.device_put(np.repeat(np.uint32(13), mesh.size), sampling.by_image(mesh))
-noise = np.asarray(sampling.draw_noise((8, 8, 4), seeds, np.uint32(0), mesh))[0]
-pipe = StableDiffusion.from_pretrained(model).with_ip_adapter(adapter, image_encoder=encoder)
-pictures = pipe("a cat", ip_adapter_image=image, num_images_per_prompt=3, seed=12, num_inference_steps=2,
-                height=64, width=64, output_type="np")
-np.savez(out, noise=noise, pictures=pictures, devices=mesh.size)
-"""
-
-
-def test_a_picture_does_not_depend_on_the_number_of_devices(tmp_path):
+def test_a_picture_does_not_depend_on_the_number_of_devices(pipe, monkeypatch):
     """Its noise bit for bit, its picture within one level."""
-    found = []
-    for devices in (1, 4):
-        out = tmp_path / f"{devices}.npz"
-        arguments = [small_model(), small_adapter("ip-adapter_tiny"), IMAGE_ENCODER, CAT, out]
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-        subprocess.run([sys.executable, "-c", ON_DEVICES, *map(str, arguments)], check=True, env=environment)
-        found.append(np.load(out))
-    one, four = found
-    assert (one["devices"], four["devices"]) == (1, 4)
-    np.testing.assert_array_equal(one["noise"], four["noise"])
-    assert levels(one["pictures"], four["pictures"]) <= 1
+    one = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    monkeypatch.setattr(sampling, "device_mesh", lambda: one)
+    alone = StableDiffusion.from_pretrained(small_model())
+    alone = alone.with_ip_adapter(small_adapter("ip-adapter_tiny"), image_encoder=IMAGE_ENCODER)
+    assert (alone.mesh.size, pipe.mesh.size) == (1, 4)
+    seeds = np.repeat(np.uint32(13), 4)
+    noise = [
+        sampling.draw_noise((8, 8, 4), jax.device_put(seeds, sampling.by_image(mesh)), np.uint32(0), mesh)
+        for mesh in (alone.mesh, pipe.mesh)
+    ]
+    np.testing.assert_array_equal(*noise)
+    pictures = [own("a cat", ip_adapter_image=CAT, num_images_per_prompt=3, seed=12, **SMALL) for own in (alone, pipe)]
+    assert levels(*pictures) <= 1
 
 
 def test_prompts_are_independent_and_prompt_major(pipe):

@@ -14,16 +14,15 @@ from torture_pictures import Pictures
 from torture_refuse import Refuse
 from torture_stop import Stop
 
-SHORT = [
-    Kill(times=1, steps=48),
+SHORT = [Kill(times=1, steps=48)]
+# A minute or two each. What they provoke in whole runs default tests provoke in one process, or at one place:
+# train/test_loop.py, train/test_checkpoint.py, train/test_layouts.py, train/test_logs.py, train/test_encode.py,
+# jobs/test_run.py, test_architecture.py. That a long run stays flat (Endurance) only this one shows.
+SLOW = [
     Disk(disks=False),
     Alone(),
     # The first saves take memory once; a leak of the step would show as 10 MB.
     Endurance(steps=800, every=40, save_every=200, settled=280, slope=100.0),
-]
-# Default tests provoke these in one process: train/test_loop.py, train/test_checkpoint.py, train/test_layouts.py,
-# jobs/test_run.py. Here whole runs are started for them, a minute or two each.
-SLOW = [
     Stop(times=1, steps=60),
     Layouts(steps=6, others=0),
     Damage(trials=24),

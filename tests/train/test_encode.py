@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import IMAGE_ENCODER, TORCH_MODEL
+from helpers import IMAGE_ENCODER, TORCH_MODEL, slow
 from PIL import Image
 from training import tiny
 from weight_files import refused
@@ -75,7 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
 
 
-@pytest.mark.parametrize("adapter", ["base", "plus"])
+@pytest.mark.parametrize("adapter", ["base", *slow("plus")])
 def test_training_sees_the_same_from_the_cache_as_live(pictures, whole, tmp_path, adapter):
     """With one row per device in both. What the encoders give is the same to the bit; noisy latents, text states, and
     features of kept and dropped images are to 1e-6 (measured 2.4e-7: another program rounds x * y + z elsewhere)."""

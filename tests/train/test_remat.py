@@ -49,6 +49,7 @@ def losses(folder):
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow  # two runs; models/test_unet.py holds that blocks computed again give the same
 def test_where_it_would_not_fit_and_the_losses_are_the_same(run, crowded, tmp_path):
     plain = changed(run, out=str(tmp_path / "plain"))
     assert train(plain) == 0

@@ -74,6 +74,7 @@ def test_the_authors_step_of_plus() -> None:
     )
 
 
+@pytest.mark.slow  # the recorded model's step is compiled; its gradients are compared above
 def test_ten_steps_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam's first step is the sign of the gradient: where that is at rounding level an entry may go either way, so one
     in a thousand may lie beyond the tolerance (as recorded with the case)."""
