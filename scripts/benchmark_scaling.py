@@ -4,7 +4,7 @@
 
 The whole batch and the machine stay the same, so whatever is lost against one device is what spreading costs: copies,
 waiting, anything that is done once and not by every device. It says nothing of how fast real devices are. Counts of
-bytes are those of XLA's program for CPUs, which sums whole gradients; for GPUs see compile_for_gpu.py.
+bytes are those of XLA's program for CPUs, which sums whole gradients; for GPUs see compile_ahead.py.
 """
 
 import dataclasses

@@ -5,12 +5,23 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\) -> .*? \{\n(.*?)^\}", re.DOTALL | re.MULTILINE)
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "after-all"}
+_LINES_WITHIN = re.compile(r"\{\n([^\n]*)\n\}(?=[},])")  # of what Pallas notes of its kernels
+_LAYOUT = (
+    "copy",
+    "pad",
+    "slice",
+    "broadcast",
+    "reshape",
+    "transpose",
+    "select",
+)  # how TPUs' fusions are named that move
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -24,13 +35,19 @@ class Instruction:
     bytes_read: int
     bytes_written: int
 
+    @property
+    def cycles(self) -> int:
+        """What the compiler for TPUs reckons with; 0 where it says nothing."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
+        return int(found[1]) if found else 0
 
-@dataclasses.dataclass(frozen=True)
-class Group:
+
+class Group(NamedTuple):
     """Kernels of one kind."""
 
     kernels: int
     bytes: int
+    cycles: int
 
 
 def byte_count(shape: str) -> int:
@@ -58,7 +75,8 @@ def instructions(body: str) -> Iterator[Instruction]:
 
 def computations(text: str) -> dict[str, list[Instruction]]:
     """By name, as compiled.as_text() prints them."""
-    return {name: list(instructions(body)) for name, body in _COMPUTATION.findall(text)}
+    found = _COMPUTATION.findall(_LINES_WITHIN.sub(r"{\1}", text))
+    return {name: list(instructions(body)) for name, body in found}
 
 
 def main_computation(text: str) -> list[Instruction]:
@@ -69,14 +87,16 @@ def main_computation(text: str) -> list[Instruction]:
     return max(candidates.values(), key=lambda found: sum(i.bytes_read + i.bytes_written for i in found))
 
 
-def kind(instruction: Instruction) -> str:
-    """What a person would call the kernel."""
+def kind(instruction: Instruction, inside: list[Instruction]) -> str:
+    """What a person would call the kernel; `inside` is the computation that a fusion calls."""
     target = re.search(r'custom_call_target="([^"]+)"', instruction.text)
     if target:
-        names = {"fmha": "attention (cuDNN)", "conv": "convolution", "gemm": "matrix product"}
+        names = {"fmha": "attention (cuDNN)", "conv": "convolution", "gemm": "matrix product", "tpu": "Pallas's kernel"}
         return next((name for part, name in names.items() if part in target[1]), target[1])
     if any(instruction.operation.startswith(name) for name in COLLECTIVES):
         return "collective"
+    if instruction.cycles:
+        return _kind_on_tpu(instruction, {one.operation for one in inside})
     if instruction.operation != "fusion":
         return instruction.operation
     emitter = re.search(r'"kind":"__(\w+)"', instruction.text)
@@ -85,14 +105,26 @@ def kind(instruction: Instruction) -> str:
     return "norm, softmax or sum" if emitter or "kind=kInput" in instruction.text else "elementwise"
 
 
-def groups(found: list[Instruction]) -> dict[str, Group]:
-    """Kernels and bytes by kind, the most bytes first."""
-    sums: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for instruction in found:
-        if not instruction.operation.endswith("-done"):
-            of_kind = sums[kind(instruction)]
+def _kind_on_tpu(instruction: Instruction, inside: set[str]) -> str:
+    """There all products are convolutions, and often more work is fused with one of them."""
+    if "convolution" in inside | {instruction.operation}:
+        return "product or convolution"
+    if instruction.name.startswith(_LAYOUT):
+        return "copy, padding, layout"
+    return "norm, softmax or sum" if "reduce" in inside else "elementwise"
+
+
+def groups(text: str) -> dict[str, Group]:
+    """Kernels of the main computation, their bytes and cycles, by kind, the most bytes first."""
+    sums: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    called = computations(text)
+    for found in main_computation(text):
+        if not found.operation.endswith("-done"):
+            callee = re.search(r"calls=%?([\w.\-]+)", found.text)
+            of_kind = sums[kind(found, called.get(callee[1], []) if callee else [])]
             of_kind[0] += 1
-            of_kind[1] += instruction.bytes_read + instruction.bytes_written
+            of_kind[1] += found.bytes_read + found.bytes_written
+            of_kind[2] += found.cycles
     return {name: Group(*values) for name, values in sorted(sums.items(), key=lambda item: -item[1][1])}
 
 

@@ -3,8 +3,8 @@
 import jax
 import pytest
 from abstract_programs import abstract_step
-from compile_for_gpu import compiled, devices
-from compiled_text import byte_count, collective_bytes, groups, instructions, main_computation
+from compile_ahead import compiled, devices
+from compiled_text import Group, byte_count, collective_bytes, groups, main_computation
 from jax.sharding import AxisType
 from make_random_weights import MICRO
 
@@ -22,15 +22,40 @@ def test_sizes_of_arrays():
     assert byte_count("(bf16[4]{0}, (pred[], s32[2]{0}))") == 8 + 1 + 8
 
 
+PROGRAM = """HloModule small
+
+%{called} (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  ROOT %e = f32[8]{{0}} {inner}(%p)
+}}
+
+ENTRY %main (a: f32[8]) -> (f32[8], bf16[8]) {{
+  %a = f32[8]{{0}} parameter(0)
+  %b = bf16[8]{{0}} fusion(%a), kind=kLoop, calls=%{called}{more}
+  ROOT %d = (f32[8]{{0}}, bf16[8]{{0}}) tuple(%a, %b)
+}}
+"""
+
+
 def test_a_line_is_a_kernel_with_its_operands():
-    body = """
-      %a = f32[8]{0} parameter(0)
-      %b = bf16[8]{0} fusion(%a), kind=kLoop, calls=%c
-      ROOT %d = (f32[8]{0}, bf16[8]{0}) tuple(%a, %b)
-    """
-    (fusion,) = instructions(body)
+    text = PROGRAM.format(called="c", inner="exponential", more="")
+    (fusion,) = main_computation(text)
     assert (fusion.name, fusion.bytes_read, fusion.bytes_written) == ("b", 32, 16)
-    assert {name: tuple(vars(group).values()) for name, group in groups([fusion]).items()} == {"elementwise": (1, 48)}
+    assert groups(text) == {"elementwise": Group(1, 48, 0)}
+
+
+@pytest.mark.parametrize(
+    ("inner", "kind"),
+    [("convolution", "product or convolution"), ("reduce", "norm, softmax or sum"), ("negate", "elementwise")],
+)
+def test_fusions_of_tpus_are_what_is_in_them(inner, kind):
+    text = PROGRAM.format(called="c", inner=inner, more=', backend_config={"estimated_cycles":"70"}')
+    assert groups(text) == {kind: Group(1, 48, 70)}
+
+
+def test_what_pallas_notes_may_have_lines_of_its_own():
+    noted = ', frontend_attributes={kernel_metadata={\n"blocks":"{512}"\n}}, metadata={op_name="a"}'
+    assert groups(PROGRAM.format(called="c", inner="negate", more=noted)) == {"elementwise": Group(1, 48, 0)}
 
 
 def test_a_step_sends_the_gradients_once():
@@ -56,4 +81,4 @@ def test_on_gpus_the_sum_is_split():
     found, mesh = collective_bytes(text), jax.make_mesh((1, 1), AXES, devices=jax.devices()[:1])
     learnt = learnt_bytes(abstract_step(mesh, batch=1, dtype="float32", **SMALL))
     assert found["reduce-scatter"] + found["all-gather"] <= 2 * learnt and found["all-reduce"] < 0.05 * learnt
-    assert sum(group.kernels for group in groups(main_computation(text)).values()) > 100
+    assert sum(group.kernels for group in groups(text).values()) > 100

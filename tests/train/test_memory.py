@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from abstract_programs import abstract_step
-from compile_for_gpu import devices as gpus
+from compile_ahead import devices as accelerators
 from jax.sharding import AxisType
 from make_random_weights import MICRO
 
@@ -138,7 +138,7 @@ def test_the_plan_of_a_cpu_compiler(accelerator):
 def test_the_plan_of_a_gpu_compiler(monkeypatch, remat):
     """At the real size, 8 samples. XLA compiles for an A100 without one where JAX's CUDA plugin is installed."""
     try:
-        devices = gpus("A100", 1)
+        devices = accelerators("A100", 1)
     except Exception as error:
         pytest.skip(f"no CUDA plugin: {error}")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
