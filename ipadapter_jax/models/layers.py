@@ -1,5 +1,8 @@
 """Layers that the networks share, with the numerics of PyTorch: exact GELU, statistics in float32."""
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ from jax import Array
 
 from ipadapter_jax.models.convolution import convolve
 from ipadapter_jax.models.parameters import Parameters
+from ipadapter_jax.models.upsampling import convolve_upsampled
 
 
 class Dense(Parameters, nn.Dense):
@@ -46,9 +50,9 @@ def layer_norm(dtype: jnp.dtype, epsilon: float = 1e-5, name: str | None = None)
     return LayerNorm(epsilon=epsilon, use_fast_variance=_sums_at_once(dtype), dtype=dtype, name=name)
 
 
-def conv(features: int, kernel: int, dtype: jnp.dtype, name: str | None = None) -> Conv:
-    """A convolution that keeps the size."""
-    return Conv(features, (kernel, kernel), padding=kernel // 2, dtype=dtype, conv_general_dilated=convolve, name=name)
+def conv(features: int, kernel: int, dtype: jnp.dtype, name: str | None = None, how: Any = convolve) -> Conv:
+    """A convolution that keeps the size, unless `how` it is computed says otherwise."""
+    return Conv(features, (kernel, kernel), padding=kernel // 2, dtype=dtype, conv_general_dilated=how, name=name)
 
 
 def gelu(x: Array) -> Array:
@@ -75,15 +79,6 @@ def timestep_embedding(timesteps: Array, width: int) -> Array:
 def match_rows(x: Array, rows: int) -> Array:
     """(B, ...) -> (rows, ...), each row repeated: what needs no context is computed once for all branches."""
     return x if x.shape[0] == rows else jnp.repeat(x, rows // x.shape[0], axis=0)
-
-
-def upsample_nearest(x: Array, height: int, width: int) -> Array:
-    """(B, h, w, C) -> (B, height, width, C): target pixel i reads source pixel floor(i h / height), as PyTorch's."""
-    batch, h, w, channels = x.shape
-    if (height, width) == (2 * h, 2 * w):  # a broadcast, cheaper than a gather
-        x = jnp.broadcast_to(x[:, :, None, :, None], (batch, h, 2, w, 2, channels))
-        return x.reshape(batch, height, width, channels)
-    return x[:, np.arange(height) * h // height][:, :, np.arange(width) * w // width]
 
 
 class ResnetBlock(nn.Module):
@@ -134,4 +129,5 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, height: int, width: int) -> Array:
-        return conv(self.features, 3, self.dtype, "conv")(upsample_nearest(x, height, width))
+        how = functools.partial(convolve_upsampled, height, width)
+        return conv(self.features, 3, self.dtype, "conv", how)(x)

@@ -11,7 +11,9 @@ from ipadapter_jax.models.convolution import convolve
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 
-@pytest.mark.parametrize(("shape", "size"), [((2, 5, 7), 3), ((1, 30, 31), 3), ((2, 5, 7), 1), ((1, 8, 8), 5)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size"), [((2, 5, 7), 3), ((1, 30, 31), 3), ((2, 5, 7), 1), ((2, 5, 7), 2), ((1, 8, 8), 5)], ids=str
+)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_equals_xla_with_its_gradients(shape, size, stride):
     rng = np.random.default_rng(0)
