@@ -1,6 +1,7 @@
 """Reads what XLA made of a program: its kernels, the memory that they read and write, what devices tell each other."""
 
 import dataclasses
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -131,12 +132,22 @@ def groups(text: str) -> dict[str, Group]:
 def collective_bytes(text: str) -> dict[str, int]:
     """Bytes of whole arrays that are summed or gathered, by collective; those in loops count once."""
     sums: defaultdict[str, int] = defaultdict(int)
-    for found in computations(text).values():
-        for instruction in found:
-            for name in COLLECTIVES:
-                if instruction.operation in (name, f"{name}-start"):
-                    sums[name] += max(instruction.bytes_read, instruction.bytes_written - _repeated(instruction))
+    gathered: set[str] = set()
+    for instruction in itertools.chain(*computations(text).values()):
+        for name in COLLECTIVES:
+            if instruction.operation in (name, f"{name}-start") and not _goes_on(instruction, gathered):
+                sums[name] += max(instruction.bytes_read, instruction.bytes_written - _repeated(instruction))
     return dict(sums)
+
+
+def _goes_on(instruction: Instruction, gathered: set[str]) -> bool:
+    """Programs for TPUs spread a gather over the kernels that run meanwhile, and name it, with its channel, in each."""
+    channel = re.search(r"channel_id=\d+", instruction.text)
+    if channel is None or not instruction.operation.startswith("all-gather"):
+        return False
+    seen = channel[0] in gathered
+    gathered.add(channel[0])
+    return seen
 
 
 def _repeated(instruction: Instruction) -> int:
