@@ -2,7 +2,7 @@
 
     python scripts/make_random_weights.py --size full --out weights/full
     python scripts/compare_bfloat16.py --weights weights/full                            NVIDIA GPU: 512 px, 50 steps
-    python scripts/compare_bfloat16.py --weights weights/full --height 256 --width 256   CPU: half an hour
+    python scripts/compare_bfloat16.py --weights weights/full --height 64 --width 64     CPU: half an hour
 
 Both sides sample the same picture in float32 and in --dtype, one process after the other. The error of a side is that
 of its half precision against its own float32, relative, in the 2-norm. Exit code 1 when ours is larger than --limit
