@@ -271,7 +271,8 @@ def start(code: str, *arguments: Any, **environment: str) -> subprocess.Popen:
     """Runs `code` in a process that knows this file's functions."""
     prologue = "import sys; sys.path.insert(0, sys.argv[1]); from test_checkpoint import *\n"
     command = [sys.executable, "-c", prologue + code, str(Path(__file__).parent), *map(str, arguments)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    places = [str(ROOT / name) for name in (".", "scripts", "tests")]
+    path = os.pathsep.join(filter(None, [*places, os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path} | environment
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
