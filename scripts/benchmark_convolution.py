@@ -101,8 +101,8 @@ def main(settings: Settings) -> None:
             ours, *others = (np.asarray(run()) for run in runs.values())  # which also warms up
             if not all(abs(ours - other).max() < TOLERANCE for other in others):
                 sys.exit(f"no numbers: the sides differ at {side}x{side} positions, {channels} to {features} channels")
-            times = seconds_in_turns(runs, settings.rounds).values()
-            ours, xla, theirs = (1e3 * statistics.median(seconds) for seconds in times)
+            found = seconds_in_turns(runs, settings.rounds).values()
+            ours, xla, theirs = (1e3 * statistics.median(seconds) for seconds in found)
             name = f"{network}, {side}x{side}, {channels} to {features}{', doubled' if times == 2 else ''}"
             print(f"| {name} | {ours:.1f} | {xla:.1f} | {theirs:.1f} | {xla / ours:.2f} | {theirs / ours:.2f} |")
     what = "gradient by the input" if settings.backward else "forward"

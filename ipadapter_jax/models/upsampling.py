@@ -8,6 +8,7 @@ has 9.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -15,8 +16,9 @@ from jax import Array
 from ipadapter_jax.models.convolution import convolve
 from ipadapter_jax.models.own_rows import row_devices
 
-# Of the picture, on each device: with fewer, forming the sums of the kernel takes longer than they save
-# (scripts/compile_ahead.py: at 8x8 and two rows four times as long).
+# Of the picture, on each accelerator: with fewer, forming the sums of the kernel takes longer than they save
+# (scripts/compile_ahead.py: at 8x8 and two rows four times as long). On a CPU tiles (winograd.py) save as much of the
+# doubled picture, and the gradient of a 2x2 convolution is slow there (scripts/benchmark_convolution.py).
 _FEWEST_POSITIONS = 1024
 
 
@@ -24,7 +26,8 @@ def convolve_upsampled(height: int, width: int, x: Array, kernel: Array, *_: Any
     """Stands in for jax.lax.conv_general_dilated once its size is given: x (B, h, w, C), kernel (3, 3, C, C') ->
     (B, height, width, C')."""
     batch, h, w = x.shape[:3]
-    if (height, width) == (2 * h, 2 * w) and batch * h * w >= _FEWEST_POSITIONS * row_devices():
+    many = jax.default_backend() != "cpu" and batch * h * w >= _FEWEST_POSITIONS * row_devices()
+    if many and (height, width) == (2 * h, 2 * w):
         return convolve_doubled(x, kernel, **options)
     return convolve(upsample_nearest(x, height, width), kernel, (1, 1), ((1, 1), (1, 1)), **options)
 

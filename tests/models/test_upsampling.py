@@ -59,6 +59,7 @@ def test_half_precision_errs_little_more(dtype):
 @pytest.mark.parametrize("fewest", [1, 1000])
 def test_the_layer_meets_any_size(size, fewest, monkeypatch):
     monkeypatch.setattr(upsampling, "_FEWEST_POSITIONS", fewest)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     layer, x = Upsample(8, jnp.float32), drawn(1, 12, 4, 8)
     params = layer.init(jax.random.key(0), x, *size)
     kernel, bias = params["params"]["conv"]["kernel"], params["params"]["conv"]["bias"]
@@ -66,10 +67,14 @@ def test_the_layer_meets_any_size(size, fewest, monkeypatch):
     np.testing.assert_allclose(layer.apply(params, x, *size), expected + bias, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "share"), [(1, 4 / 9 * (33 / 32) ** 2), (31 / 32, 1)])
-def test_four_products_in_place_of_nine_where_positions_are_many(rows, share):
+@pytest.mark.parametrize(
+    ("platform", "rows", "share"), [("gpu", 32, 4 / 9 * (33 / 32) ** 2), ("gpu", 31, 1), ("cpu", 32, 1)]
+)
+def test_four_products_in_place_of_nine_where_positions_are_many(platform, rows, share, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+
     def work(run):
-        return count_flops(jax.make_jaxpr(run)(drawn(1, int(32 * rows), 32, 8), drawn(3, 3, 8, 8))).total()
+        return count_flops(jax.make_jaxpr(run)(drawn(1, rows, 32, 8), drawn(3, 3, 8, 8))).total()
 
     def ours(x, kernel):
         return convolve_upsampled(2 * x.shape[1], 64, x, kernel, **OPTIONS)
