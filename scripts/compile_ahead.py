@@ -3,7 +3,7 @@
     pip install 'jax[cuda12]'            the compiler for GPUs; no driver and no GPU is needed. For TPUs: 'jax[tpu]'
     python scripts/compile_ahead.py sampler
     python scripts/compile_ahead.py step --batch 8 --devices 8
-    python scripts/compile_ahead.py step --device v5e --batch 16 --devices 4       2 CPU cores: half an hour
+    python scripts/compile_ahead.py step --device v5e --batch 16 --devices 4       2 CPU cores: an hour
 
 Stable Diffusion 1.5 at 512 px in bfloat16 with the base adapter, by shapes alone: no weights. For every kind of kernel
 the table has how many one step starts. For GPUs it has what they read and write, and how long that takes at the
@@ -59,7 +59,7 @@ def devices(name: str, count: int) -> list[Any]:
         return list(topologies.get_topology_desc(name, "cuda", topology=f"1x{count}x1", **config).devices)
     # A machine without TPUs would be asked for theirs, and one process at a time may have them.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    size = "2x2" if count <= 4 else f"{count // 4}x4"
+    size = "2x2" if count <= 4 else f"{-(-count // 4)}x4"
     return list(topologies.get_topology_desc(f"{name}:{size}", "tpu").devices)[:count]
 
 

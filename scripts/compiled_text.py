@@ -14,15 +14,8 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\) -> .*? \{\n(.*?)^\}
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "after-all"}
 _LINES_WITHIN = re.compile(r"\{\n([^\n]*)\n\}(?=[},])")  # of what Pallas notes of its kernels
-_LAYOUT = (
-    "copy",
-    "pad",
-    "slice",
-    "broadcast",
-    "reshape",
-    "transpose",
-    "select",
-)  # how TPUs' fusions are named that move
+# How TPUs' fusions are named that move numbers alone.
+_LAYOUT = ("copy", "pad", "slice", "broadcast", "reshape", "transpose", "select")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
