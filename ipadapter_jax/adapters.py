@@ -12,7 +12,7 @@ from jax import Array
 from PIL import Image
 
 from ipadapter_jax import sampling
-from ipadapter_jax.arguments import as_floats
+from ipadapter_jax.arguments import Uncond, as_floats
 from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.projections import Projection, image_projection
@@ -45,7 +45,6 @@ from ipadapter_jax.weights.tensors import open_tensors
 from ipadapter_jax.weights.tree import Tree
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
-Uncond = Literal["default", "zeros", "zero pixels", "black", "noise"]
 """What the unconditional branch of guidance sees in place of a picture: zero features, the features of normalised
 pixels that are zero, those of a black picture (ComfyUI's choice for plus and full adapters), or of noise, which pulls
 the pictures away from grain. The default is what adapters were trained with: zero features for base ones, zero pixels

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ipadapter_jax.errors import InputError
+
+Uncond = Literal["default", "zeros", "zero pixels", "black", "noise"]
 
 
 def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | None) -> tuple[list[str], list[str]]:

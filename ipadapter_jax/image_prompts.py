@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from ipadapter_jax.adapters import Adapter, Picture, Prepared, Uncond
+from ipadapter_jax.adapters import Adapter, Picture, Prepared
+from ipadapter_jax.arguments import Uncond
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.masks import load_mask
 from ipadapter_jax.models.unet import KeyValue

@@ -14,8 +14,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from ipadapter_jax import sampling
-from ipadapter_jax.adapters import Adapter, OpenedAdapter, Picture, Uncond, open_adapter
-from ipadapter_jax.arguments import check_choices, given_latents, latent_shape, prompt_pairs, seeds_of
+from ipadapter_jax.adapters import Adapter, OpenedAdapter, Picture, open_adapter
+from ipadapter_jax.arguments import Uncond, check_choices, given_latents, latent_shape, prompt_pairs, seeds_of
 from ipadapter_jax.attention_maps import AttentionMaps
 from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base
 from ipadapter_jax.compilation_cache import enable_compilation_cache

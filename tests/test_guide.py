@@ -7,7 +7,6 @@ from make_guide import commands, shown
 from PIL import Image
 
 from ipadapter_jax.cli import parse
-from ipadapter_jax.cli.generate import _check
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
@@ -18,7 +17,7 @@ def test_commands(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     command = parse(words)
     command.adapter = "mini"
-    _check(command)
+    command.check()
     assert (command.attention_maps or command.out).name in shown(TEXT)
 
 

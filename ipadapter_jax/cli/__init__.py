@@ -12,34 +12,14 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tyro
 
-from ipadapter_jax.cli.batch import Batch, batch
-from ipadapter_jax.cli.convert import Convert, convert
-from ipadapter_jax.cli.doctor import Doctor, doctor
-from ipadapter_jax.cli.encode import encode
-from ipadapter_jax.cli.evaluate import Evaluate, evaluate
-from ipadapter_jax.cli.generate import Generate, generate
-from ipadapter_jax.cli.inspect import Inspect, inspect
+from ipadapter_jax.cli.commands import COMMANDS
 from ipadapter_jax.cli.train import parse as parse_train
-from ipadapter_jax.cli.train import train
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.train.config import Train
-from ipadapter_jax.train.encode import Encode
-
-COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
-    "generate": (Generate, generate),
-    "batch": (Batch, batch),
-    "train": (Train, train),
-    "encode": (Encode, encode),
-    "evaluate": (Evaluate, evaluate),
-    "convert": (Convert, convert),
-    "inspect": (Inspect, inspect),
-    "doctor": (Doctor, doctor),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [a for i, a in enumerate(arguments) if not (debug and a == "--debug" and i in (0, len(arguments) - 1))]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's remarks about its own cache
     try:
-        command = parse(arguments)
-        run = next(run for kind, run in COMMANDS.values() if isinstance(command, kind))
-        with _reports(at_once=isinstance(command, Train | Encode)):
-            return run(command)
+        options = parse(arguments)
+        command = COMMANDS[arguments[0]]
+        with _reports(command.reports_at_once):
+            return command.run()(options)
     except InputError as error:
         if debug:
             raise
@@ -99,7 +79,7 @@ def parse(arguments: Sequence[str]) -> Any:
     for option in options:
         if options.count(option) > 1:
             raise InputError(f"{option} is given more than once; give it once, several values after it")
-    kinds: dict[str, Any] = {name: kind for name, (kind, _) in COMMANDS.items()}
+    kinds: dict[str, Any] = {name: command.kind() for name, command in COMMANDS.items()}
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -1,15 +1,10 @@
-"""`ipadapter-jax convert`: weights from one format to another."""
+"""`ipadapter-jax convert`: what it is told."""
 
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-
-from ipadapter_jax.convert import convert as run
-from ipadapter_jax.convert import only, save_adapter
-from ipadapter_jax.errors import InputError
-from ipadapter_jax.train.saved_adapter import is_run, open_run
 
 
 @dataclasses.dataclass
@@ -39,18 +34,3 @@ class Convert:
     """Another text encoder than the base model's: a folder, a Hub id or a file."""
     extract_ema: bool = False
     """For a single file: take the moving average of its UNet."""
-
-
-def convert(args: Convert) -> int:
-    """Converts and prints the name of what was written. Raises InputError."""
-    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    source, out, dtype = (options.pop(name) for name in ("source", "out", "dtype"))
-    if is_run(Path(source)):
-        if out.exists():
-            raise InputError(f"{out} exists; choose another name, or remove it first")
-        only("a run of training", options)
-        save_adapter(out, open_run(Path(source)), dtype)
-    else:
-        run(source, out, dtype=dtype, **options)
-    print(out)
-    return 0

@@ -1,24 +1,9 @@
-"""What all commands that make thousands of pictures are told, and how they make them: as a job."""
+"""What all commands that make thousands of pictures are told."""
 
 import dataclasses
-import functools
-import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-import tqdm
-from PIL import Image
-
-from ipadapter_jax.adapters import Prepared
-from ipadapter_jax.cli.options import Sampling, digests, png, versions
+from ipadapter_jax.cli.options import Sampling
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.image_prompts import PerPrompt
-from ipadapter_jax.jobs.plan import Work
-from ipadapter_jax.jobs.rows import BadRow, Row
-from ipadapter_jax.jobs.run import Tally, run_job
-from ipadapter_jax.pipeline import StableDiffusion
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,77 +35,3 @@ class Many(Sampling):
     @property
     def shard(self) -> tuple[int, int]:
         return self.process, self.processes
-
-    def settings(self, pipe: StableDiffusion) -> dict[str, Any]:
-        """All that the pictures depend on beside the rows, as JSON has it."""
-        apart = ("batch_size", "process", "processes")  # a picture is the same in any batch
-        names = [field.name for field in dataclasses.fields(Many) if field.name not in apart]
-        settings = {name: getattr(self, name) for name in names}
-        settings["guidance_scale"] = pipe.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        return json.loads(json.dumps({**settings, "sha256": digests(pipe), "versions": versions()}))
-
-
-def make_pictures(
-    pipe: StableDiffusion,
-    args: Many,
-    works: Sequence[Work],
-    out: Path,
-    settings: Mapping[str, Any],
-    load: Callable[[Row], Prepared | None],
-    bad: Sequence[BadRow] = (),
-) -> Tally:
-    """The works of this process as a job into `out`, with a bar where somebody watches.
-
-    settings: those of `Many.settings`, with all else that the pictures depend on beside the rows. load: what the image
-    encoder sees of a row's pictures. Raises InputError as `run_job`.
-    """
-    with tqdm.tqdm(total=len(works), desc="pictures", unit="picture", disable=None) as bar:
-
-        def on_progress(tally: Tally) -> None:
-            bar.n = tally.before + tally.made
-            bar.refresh()
-
-        tally = run_job(
-            works,
-            out,
-            settings=settings,
-            batch_size=args.batch_size,
-            load=load,
-            make=functools.partial(_make, pipe, args),
-            encode=lambda work, picture: png(picture, _metadata(settings, work)),
-            bad=bad,
-            shard=args.shard,
-            kind=lambda work, content: 0 if content is None else len(content.pixels),
-            on_progress=on_progress,
-        )
-    if tally.stopped:
-        print(f"stopped at {tally.before + tally.made} of {tally.total}; the same command goes on", file=sys.stderr)
-    return tally
-
-
-def _make(pipe: StableDiffusion, args: Many, given: list[tuple[Work, Prepared | None]]) -> Sequence[Image.Image]:
-    """The pictures of a batch; a short one is filled up with its last, so that all are one program."""
-    filled = given + given[-1:] * (args.batch_size - len(given))
-    works, prompts = zip(*filled, strict=True)
-    arguments = args.arguments()
-    if prompts[0] is None:
-        pipe = dataclasses.replace(pipe, adapters=())
-        arguments |= {"negative_ip_adapter_image": None, "ip_adapter_uncond": "default"}
-    else:
-        arguments["ip_adapter_image"] = PerPrompt(prompts)
-        arguments["ip_adapter_scale"] = PerPrompt([args.scale_of(work.scale) for work in works])
-    found = pipe(
-        [work.row.prompt for work in works],
-        negative_prompt=[work.row.negative_prompt or args.negative_prompt for work in works],
-        seed=[work.seed for work in works],
-        **arguments,
-    )
-    return found[: len(given)]
-
-
-def _metadata(settings: Mapping[str, Any], work: Work) -> dict[str, Any]:
-    """What stands in a picture's file."""
-    row = work.row
-    own = {"prompt": row.prompt, "image": [str(path) for path in row.images], "seed": work.seed, "scale": work.scale}
-    own["negative_prompt"] = row.negative_prompt or settings["negative_prompt"]
-    return {**settings, **own}

@@ -1,27 +1,14 @@
-"""What all commands that sample are told: models, sampler, controls of the image prompt; and what comes of it."""
+"""What all commands that sample are told: models, sampler, controls of the image prompt."""
 
 import dataclasses
-import functools
-import importlib.metadata
-import io
 import json
 import math
-import sys
 from typing import Any, Literal
 
-from PIL import Image, PngImagePlugin
-
 from ipadapter_jax import embedded
-from ipadapter_jax.adapters import Uncond, open_adapter
-from ipadapter_jax.arguments import check_choices, latent_shape
-from ipadapter_jax.base_model import check_text_to_image, open_base
-from ipadapter_jax.diffusion.samplers import sample_table
+from ipadapter_jax.arguments import Uncond
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.files import sha256
-from ipadapter_jax.models.unet_config import cross_attention_sites
-from ipadapter_jax.pipeline import StableDiffusion
-from ipadapter_jax.scales import Scale, scale_table
-from ipadapter_jax.weights.tensors import files_of
+from ipadapter_jax.scales import Scale
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -110,34 +97,6 @@ class Sampling:
             if value is not None and not math.isfinite(value):
                 raise InputError(f"--{name} {value} is not a finite number")
 
-    def load(self, *, with_encoder: bool = True, inpainting: bool = False) -> StableDiffusion:
-        """Opens all that is needed, so that what does not fit is said at once, then reads it."""
-        base = open_base(
-            self.base,
-            variant=self.variant,
-            revision=self.revision,
-            config=self.config,
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            extract_ema=self.extract_ema,
-        )
-        unet = base.config("unet")
-        if not inpainting:
-            check_text_to_image(self.base, unet)
-        layers, multiple = base.config("text_encoder").num_hidden_layers, base.config("vae").downscale
-        guidance = 1.0 if self.guidance_scale is None else self.guidance_scale
-        check_choices(1, guidance, self.guidance_rescale, self.clip_skip, layers, self.eta, "pil", None)
-        height, width = (multiple if side is None else side for side in (self.height, self.width))
-        latent_shape(height, width, multiple, unet.out_channels)
-        sample_table(self.scheduler, base.schedule.changed(self.scheduler_config()), self.steps, self.eta)
-        scale_table(self.scale_of(), cross_attention_sites(unet), self.steps)
-        encoder = self.image_encoder if with_encoder else False
-        adapter = None if self.adapter is None else open_adapter(self.adapter, encoder, unet)
-        if sys.stderr.isatty():
-            print("loading the weights", file=sys.stderr)
-        pipe = StableDiffusion.from_opened(base, self.dtype)
-        return pipe if adapter is None else pipe.with_opened(adapter)
-
     def scheduler_config(self) -> dict[str, Any]:
         """What the options change of the model's own settings."""
         options = {
@@ -173,28 +132,3 @@ class Sampling:
             "height": self.height,
             "width": self.width,
         }
-
-
-def digests(pipe: StableDiffusion) -> dict[str, dict[str, str]]:
-    """Per part of the pipeline the sha256 of its weight files."""
-    sources = dict(pipe.sources)
-    for adapter in pipe.adapters:
-        sources["ip_adapter"] = adapter.source
-        if adapter.loaded_encoder is not None:
-            sources["image_encoder"] = adapter.loaded_encoder.source
-    once = functools.cache(sha256)  # a single file has all parts
-    return {part: {file.name: once(file) for file in files_of(source)} for part, source in sources.items()}
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that decide what a picture looks like."""
-    return {name: importlib.metadata.version(name) for name in ("ipadapter-jax", "jax", "jaxlib", "flax")}
-
-
-def png(picture: Image.Image, metadata: dict[str, Any]) -> bytes:
-    """The picture as PNG, with the metadata in its text chunk "ipadapter_jax"."""
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt("ipadapter_jax", json.dumps(metadata))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=text)
-    return buffer.getvalue()

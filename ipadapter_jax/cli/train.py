@@ -1,18 +1,13 @@
-"""`ipadapter-jax train RECIPE`: a recipe with what the command line changes in it, run."""
+"""`ipadapter-jax train RECIPE`: a recipe with what the command line changes in it."""
 
 import functools
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import tyro
 
 from ipadapter_jax.cli.recipes import load_recipe, recipes
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.train.config import Train, check
-from ipadapter_jax.train.dry_run import describe
-from ipadapter_jax.train.export import ADAPTER
-from ipadapter_jax.train.loop import train as run
+from ipadapter_jax.train.config import Train
 
 
 def parse(arguments: Sequence[str]) -> Train:
@@ -27,15 +22,3 @@ def parse(arguments: Sequence[str]) -> Train:
         return cli(default=Train(), description=about, args=["--help"])
     recipe, about = load_recipe(arguments[0])
     return cli(default=recipe, description=about, args=list(arguments[1:]))
-
-
-def train(config: Train) -> int:
-    """Runs it, or with --dry-run says what would be run. Returns the exit code."""
-    if config.dry_run:
-        check(config)
-        print(describe(config, sys.argv))
-        return 0
-    code = run(config)
-    if code == 0 and config.model.adapter != "none":
-        print(Path(config.out) / ADAPTER)
-    return code

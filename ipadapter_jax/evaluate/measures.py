@@ -2,11 +2,12 @@
 an embedding, C captions."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ipadapter_jax.evaluate.paper import Choice
 from ipadapter_jax.evaluate.scorer import Scorer
 from ipadapter_jax.preprocess import clip_pixels, load_image
 
@@ -14,7 +15,6 @@ SEED, DRAWS = 0, 2000  # of the bootstrap
 CLIP_SCORE = 2.5  # the factor w of CLIPScore
 _BLOCK = 50  # draws in memory at once
 
-Choice = Literal["first", "all", "best"]
 """Of several captions of an image prompt CLIP-T takes the first, the mean over all, or the best for each picture."""
 
 

@@ -1,8 +1,10 @@
 """The paper's evaluation (arXiv 2308.06721, section 4.2.1 and Table 1), and where a run departs from it."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+Choice = Literal["first", "all", "best"]  # of several captions
+SCORER = "openai/clip-vit-large-patch14"
 PROMPTS, PICTURES = 5000, 4  # image prompts, and pictures of each
 DATA = "captions_val2017.json"
 SETTINGS = {"scheduler": "ddim", "steps": 50, "guidance_scale": 7.5, "scale": 1.0}

@@ -14,7 +14,8 @@ import pyarrow.parquet
 from ipadapter_jax.data.files import digest, size
 from ipadapter_jax.evaluate.embeddings import Chunk, read
 from ipadapter_jax.evaluate.frechet import Moments, frechet_distance
-from ipadapter_jax.evaluate.measures import Choice, Interval, Scores, interval, measure
+from ipadapter_jax.evaluate.measures import Interval, Scores, interval, measure
+from ipadapter_jax.evaluate.paper import Choice
 from ipadapter_jax.evaluate.references import Reference
 from ipadapter_jax.files import write_whole
 

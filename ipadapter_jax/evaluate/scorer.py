@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.evaluate.paper import SCORER
 from ipadapter_jax.files import sha256
 from ipadapter_jax.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.preprocess import CLIP_MEAN, CLIP_STD, CLIP_TABLE
@@ -27,7 +28,6 @@ from ipadapter_jax.weights.tensors import files_of
 from ipadapter_jax.weights.tree import Tree
 from ipadapter_jax.weights.whole_clip import WHOLE_CLIP
 
-REFERENCE = "openai/clip-vit-large-patch14"  # what the paper scores with
 _REFERENCE_CONFIG = CLIPConfig(
     CLIPTextConfig(eos_token_id=None), CLIPVisionConfig(1024, 4096, 768, 24, 16, hidden_act="quick_gelu")
 )
@@ -171,5 +171,5 @@ def _check_preprocessing(folder: Path, side: int) -> None:
         if name in found and found[name] not in values:
             raise InputError(
                 f"{folder / _PREPROCESSOR}: {name}={found[name]!r} is not CLIP's at {side} pixels; score with a model "
-                f"that is prepared as CLIP is, such as {REFERENCE}"
+                f"that is prepared as CLIP is, such as {SCORER}"
             )

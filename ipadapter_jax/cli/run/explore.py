@@ -1,11 +1,12 @@
 """`ipadapter-jax generate --explore`: one figure of what a control does."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tqdm
 from PIL import Image
 
+from ipadapter_jax.cli.generate import Generate
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.figures import Labelled, sheet
 from ipadapter_jax.models.unet_config import cross_attention_sites
@@ -13,14 +14,11 @@ from ipadapter_jax.pipeline import StableDiffusion
 from ipadapter_jax.preprocess import clip_pixels
 from ipadapter_jax.scales import PRESETS, Scale, scale_table
 
-if TYPE_CHECKING:
-    from ipadapter_jax.cli.generate import Generate
-
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def figure(
-    pipe: StableDiffusion, args: "Generate", what: Literal["scales", "presets"], pictures: Sequence[Image.Image]
+    pipe: StableDiffusion, args: Generate, what: Literal["scales", "presets"], pictures: Sequence[Image.Image]
 ) -> Image.Image:
     """Seeds by scales, or references by presets (those that the UNet's layers allow). One picture a call, so
     that the first compiles and all others run."""

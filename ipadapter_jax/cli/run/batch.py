@@ -1,0 +1,40 @@
+"""`ipadapter-jax batch`, done: thousands of pictures from a folder or a list."""
+
+import dataclasses
+import functools
+import sys
+
+from ipadapter_jax import embedded
+from ipadapter_jax.adapters import Prepared
+from ipadapter_jax.cli.batch import Batch
+from ipadapter_jax.cli.run.many import make_pictures, settings
+from ipadapter_jax.cli.run.sampling import load
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.jobs.plan import plan
+from ipadapter_jax.jobs.rows import Row, read_rows
+from ipadapter_jax.pipeline import StableDiffusion
+
+
+def batch(args: Batch) -> int:
+    """Checks, loads, makes what is missing. Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
+    args.check()
+    rows, bad = read_rows(args.source)
+    pictured = any(row.images for row in rows)
+    if pictured and args.adapter is None:
+        if args.base != embedded.NAME:
+            raise InputError(f"{args.source} has image prompts: name the IP-Adapter that reads them with --adapter")
+        args = dataclasses.replace(args, adapter=embedded.NAME)
+    pipe = load(args, with_encoder=pictured)
+    works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)
+    prepare = functools.partial(_load, pipe, args.fit)
+    tally = make_pictures(pipe, args, works, args.out, settings(args, pipe), prepare, bad)
+    if tally.bad:
+        name = "bad_rows.jsonl" if args.process == 0 else f"bad_rows-{args.process}.jsonl"
+        print(f"{len(tally.bad)} rows could not be used, see {args.out / name}", file=sys.stderr)
+    print(args.out)
+    return tally.code
+
+
+def _load(pipe: StableDiffusion, fit: str, row: Row) -> Prepared | None:
+    """What the image encoder sees of a row's pictures."""
+    return pipe.adapters[0].prepare([str(path) for path in row.images], fit) if row.images else None

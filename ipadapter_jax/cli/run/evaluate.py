@@ -1,0 +1,153 @@
+"""`ipadapter-jax evaluate`, done: CLIP-I and CLIP-T of an adapter by the paper's protocol."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tqdm
+
+from ipadapter_jax import embedded
+from ipadapter_jax.adapters import Prepared
+from ipadapter_jax.cli.evaluate import Evaluate
+from ipadapter_jax.cli.run.many import make_pictures, settings
+from ipadapter_jax.cli.run.sampling import load, versions
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.evaluate import embeddings
+from ipadapter_jax.evaluate.embeddings import Chunk
+from ipadapter_jax.evaluate.frechet import distance_of_files
+from ipadapter_jax.evaluate.paper import departures
+from ipadapter_jax.evaluate.pictures import find_pictures, settings_beside
+from ipadapter_jax.evaluate.references import Reference, References, open_references
+from ipadapter_jax.evaluate.report import page
+from ipadapter_jax.evaluate.results import TITLES, Results, compute, write_tables
+from ipadapter_jax.evaluate.scorer import OpenedScorer, open_scorer
+from ipadapter_jax.files import write_whole
+from ipadapter_jax.jobs.plan import plan
+from ipadapter_jax.jobs.rows import Row
+from ipadapter_jax.stopping import STOPPED, Stopping
+
+
+def evaluate(args: Evaluate) -> int:
+    """Checks, makes the pictures that are missing, scores them, and writes the report when all processes are through.
+    Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
+    args.check()
+    if args.images_from is None and args.adapter is None:
+        args = dataclasses.replace(args, adapter=embedded.NAME)
+    references = open_references(
+        args.data,
+        image_root=args.image_root,
+        image_column=args.image_column,
+        text_column=args.text_column,
+        limit=args.limit,
+    )
+    clip = open_scorer(args.clip)
+    fid = {} if args.fid_features is None else {"fid": distance_of_files(*args.fid_features)}
+    if args.images_from is not None:
+        pictures = find_pictures(args.images_from, references.found)
+    else:
+        pictures, code = _paint(args, references)
+        if code:
+            return code
+    chunks = embeddings.chunks(args.out / "scores", references.found, pictures, args.caption_prefix)
+    if _embed(args, chunks, clip):
+        print("stopped while scoring; the same command goes on", file=sys.stderr)
+        return STOPPED
+    if not all(embeddings.is_there(chunk, clip.identity) for chunk in chunks):
+        print(f"process {args.process} is through; the one that ends last writes {args.out / 'report.html'}")
+        return 0
+    embeddings.remove_leftovers(args.out / "scores")
+    results = compute(chunks, args.caption)
+    results = dataclasses.replace(results, distances=results.distances | fid)
+    _write(args, references, clip, results)
+    return 0
+
+
+def _paint(args: Evaluate, references: References) -> tuple[list[list[Path]], int]:
+    """The places of all pictures, those of other processes too, and an exit code, 0 when this process has made its
+    own. Raises InputError for image prompts that cannot be read: a mean over the others would be another number."""
+    folder = args.out / "images"
+    rows = [_row(args, reference) for reference in references.found]
+    works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale)
+    mine = [work for work in works if work.row.index // embeddings.CHUNK % args.processes == args.process]
+    pipe = load(args)
+
+    def prepare(row: Row) -> Prepared:
+        return pipe.adapters[0].prepare([references.found[row.index].picture()], args.fit)
+
+    data = {name: value for name, value in references.identity.items() if name != "prompts"}  # --limit may grow
+    facts = settings(args, pipe) | {"with_caption": args.with_caption, "data": data}
+    tally = make_pictures(pipe, args, mine, folder, facts, prepare)
+    if tally.bad:
+        raise InputError(
+            f"{len(tally.bad)} image prompts cannot be used, among them {tally.bad[0].reason}; bad_rows*.jsonl in "
+            f"{folder} lists them. Repair them, and the same command goes on"
+        )
+    places: list[list[Path]] = [[] for _ in references.found]
+    for work in works:
+        places[work.row.index].append(folder / work.picture)
+    return places, tally.code
+
+
+def _row(args: Evaluate, reference: Reference) -> Row:
+    prompt = reference.captions[0] if args.with_caption else ""
+    return Row(
+        index=reference.index,
+        line=reference.index + 1,
+        name=reference.name,
+        prompt=prompt,
+        negative_prompt="",
+        images=(Path(reference.key),),  # a name: where it lies the data set knows
+        seed=None,
+        scale=None,
+    )
+
+
+def _embed(args: Evaluate, chunks: Sequence[Chunk], clip: OpenedScorer) -> bool:
+    """Makes the embeddings that are missing among those of this process; True when it was told to stop before."""
+    mine = chunks[args.process :: args.processes]
+    missing = [chunk for chunk in mine if not embeddings.is_there(chunk, clip.identity)]
+    if not missing:
+        return False
+    scorer = clip.load()
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(Stopping())
+        for chunk in stack.enter_context(tqdm.tqdm(missing, desc="scores", unit="chunk", disable=None)):
+            if stop.asked:
+                return True
+            embeddings.make(chunk, scorer, clip.identity)
+    return False
+
+
+def _write(args: Evaluate, references: References, clip: OpenedScorer, results: Results) -> None:
+    """Tables, numbers and report; then the numbers for whoever watches."""
+    made = settings_beside(args.out / "images" if args.images_from is None else args.images_from)
+    apart = departures(
+        data=references.identity,
+        pictures=results.scores.clip_i.shape[1],
+        is_reference=clip.is_reference,
+        prefix=args.caption_prefix,
+        made=made,
+    )
+    about = {
+        "scores": results.summary(),
+        "otherwise than in the paper": apart,
+        "data": references.identity,
+        "pictures": {**({"from": str(args.images_from)} if made is None else made), **results.files()},
+        "scoring": {"caption": args.caption, "caption_prefix": args.caption_prefix, "clip": clip.identity},
+        "versions": {**versions(), **{name: importlib.metadata.version(name) for name in ("pillow", "numpy")}},
+    }
+    about = json.loads(json.dumps(about))
+    write_tables(results, args.out)
+    write_whole(args.out / "evaluation.json", json.dumps(about, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_whole(args.out / "report.html", page(results, about, apart, clip.is_reference).encode())
+    if not clip.is_reference:
+        print("warning: the scoring CLIP is not ViT-L/14: no comparison with the paper's numbers", file=sys.stderr)
+    for name, found in results.intervals.items():
+        print(f"{TITLES[name]:10}{found.mean:8.4f}   95 %: {found.low:.4f} to {found.high:.4f}")
+    for name, value in results.distances.items():
+        print(f"{name.upper().replace('_', '-'):10}{value:8.4g}")
+    print(args.out / "report.html")

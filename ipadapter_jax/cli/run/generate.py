@@ -1,0 +1,154 @@
+"""`ipadapter-jax generate`, done: pictures from a picture and a prompt."""
+
+import concurrent.futures
+import dataclasses
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tqdm
+from PIL import Image
+
+from ipadapter_jax import embedded
+from ipadapter_jax.attention_maps import AttentionMaps
+from ipadapter_jax.cli.generate import Generate, targets
+from ipadapter_jax.cli.run import explore
+from ipadapter_jax.cli.run.sampling import digests, load, png, versions
+from ipadapter_jax.diffusion.samplers import sample_table
+from ipadapter_jax.editing import strength_of
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.figures import heated, sheet
+from ipadapter_jax.files import write_whole
+from ipadapter_jax.pipeline import StableDiffusion
+from ipadapter_jax.preprocess import image_grid, load_image
+from ipadapter_jax.scales import Scale
+from ipadapter_jax.weights.image_embeds import save_image_embeds
+
+
+def generate(args: Generate) -> int:
+    """Checks what is cheap to check, loads, samples, writes. Raises InputError."""
+    if args.base == embedded.NAME and (args.image or args.embeds) and args.adapter is None:
+        args = dataclasses.replace(args, adapter=embedded.NAME)
+    args.check()
+    pictures = [load_image(path) for path in args.image]
+    for path in (*args.masks, args.negative_image, args.init_image, args.mask_image):
+        if path is not None:
+            load_image(path)  # what cannot be read is said before the weights are
+    with_encoder = args.embeds is None or args.image_encoder is not None
+    pipe = load(args, with_encoder=with_encoder, inpainting=args.mask_image is not None)
+    if args.explore is not None:
+        drawn = explore.figure(pipe, args, args.explore, pictures)
+        write_whole(args.out, png(drawn, {**_metadata(args, pipe, digests(pipe)), "explore": args.explore}))
+        print(args.out)
+        return 0
+    found, maps, sums = _sample(pipe, args, pictures)
+    metadata = _metadata(args, pipe, sums)
+    _write(found, args, metadata)
+    if args.save_embeds is not None:
+        _save_embeds(args.save_embeds, pipe, args, pictures)
+    if maps is not None and args.attention_maps is not None:
+        write_whole(args.attention_maps, png(_heat_figure(found[0], maps), metadata))
+    return 0
+
+
+def _sample(
+    pipe: StableDiffusion, args: Generate, pictures: list[Image.Image]
+) -> tuple[list[Image.Image], AttentionMaps | None, dict[str, dict[str, str]]]:
+    """The pictures, one step per call so that the bar moves with the work, and the digests of the weights, made
+    meanwhile. There is no bar where nobody watches."""
+    sums: concurrent.futures.Future = concurrent.futures.Future()
+    strength = strength_of(args.strength, args.init_image, args.mask_image)
+    run = sample_table(args.scheduler, pipe.schedule.changed(args.scheduler_config()), args.steps, args.eta, strength)
+    total = len(run.steps.timestep)
+    with tqdm.tqdm(total=total, desc="compiling, then sampling", unit="step", disable=None) as bar:
+
+        def on_step(number: int, timestep: float, latents: Any) -> None:
+            if number == 0:  # now all arguments are good; a daemon, so that an interruption does not wait for it
+                threading.Thread(target=_fulfil, args=(sums, pipe), daemon=True).start()
+            latents.block_until_ready()
+            bar.set_description("sampling")
+            bar.update()
+
+        found = pipe(
+            args.prompt,
+            negative_prompt=args.negative_prompt,
+            ip_adapter_image=pictures or None,
+            ip_adapter_image_embeds=None if args.embeds is None else [args.embeds],
+            ip_adapter_scale=_scales(args),
+            ip_adapter_masks=list(args.masks) or None,
+            image=args.init_image,
+            mask_image=args.mask_image,
+            strength=args.strength,
+            exact_outside_mask=args.exact_outside_mask,
+            num_images_per_prompt=args.num_images,
+            seed=args.seed,
+            return_attention_maps=args.attention_maps is not None,
+            callback=on_step,
+            **args.arguments(),
+        )
+    images, maps = found if args.attention_maps is not None else (found, None)
+    return images, maps, sums.result()
+
+
+def _scales(args: Generate) -> Any:
+    """One scale, or with weights for the references one for each."""
+    if not args.image_weights:
+        return args.scale_of()
+    if args.masks:
+        return [[args.scale_of(args.scale * weight) for weight in args.image_weights]]
+    if args.scale_of() != Scale(args.scale):
+        raise InputError(
+            "--image-weights with --layers or a schedule needs --masks: without, references share a softmax"
+        )
+    return [[args.scale * weight for weight in args.image_weights]]
+
+
+def _fulfil(sums: concurrent.futures.Future, pipe: StableDiffusion) -> None:
+    try:
+        sums.set_result(digests(pipe))
+    except Exception as error:  # whoever waits for it must hear of it
+        sums.set_exception(InputError(f"the weights cannot be read again ({error}); did somebody remove them?"))
+
+
+def _save_embeds(path: Path, pipe: StableDiffusion, args: Generate, pictures: list[Image.Image]) -> None:
+    [adapter] = pipe.adapters
+    negative = None if args.negative_image is None else [args.negative_image]
+    features, _ = adapter.from_images([pictures], args.fit, True, negative, args.uncond)
+    about = {"variant": adapter.projection.config.variant, "image_encoder": adapter.encoder.source.name}
+    save_image_embeds(path, np.asarray(features()[0]), about)
+
+
+_MOST_TOKENS = 16  # of a figure
+
+
+def _heat_figure(picture: Image.Image, maps: AttentionMaps) -> Image.Image:
+    """For every entry the picture and the heat of its tokens, those that differ most over the picture first."""
+    rows = {}
+    for entry in range(len(maps.maps)):
+        heat = maps.heat((picture.height, picture.width), entry=entry)
+        chosen = sorted(np.argsort(-heat.std(axis=(1, 2)))[:_MOST_TOKENS].tolist())
+        cells = [(f"token {token}", heated(picture, heat[token])) for token in chosen]
+        rows[f"image prompt {entry + 1}: attention to its tokens, the mean of all steps and layers"] = [
+            ("picture", picture),
+            *cells,
+        ]
+    return sheet(rows, side=max(192, picture.width))
+
+
+def _metadata(args: Generate, pipe: StableDiffusion, sums: dict[str, dict[str, str]]) -> dict[str, Any]:
+    outputs = ("out", "num_images", "attention_maps", "save_embeds", "explore")
+    settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in outputs}
+    if args.guidance_scale is None:
+        settings["guidance_scale"] = pipe.guidance_scale
+    return {**settings, "image": list(args.image), "sha256": sums, "versions": versions()}
+
+
+def _write(pictures: Sequence[Image.Image], args: Generate, metadata: dict[str, Any]) -> None:
+    contents = [png(picture, metadata | {"seed": args.seed + i}) for i, picture in enumerate(pictures)]
+    if len(pictures) > 1:
+        contents.append(png(image_grid(pictures), metadata | {"num_images": len(pictures)}))
+    for path, content in zip(targets(args), contents, strict=True):
+        write_whole(path, content)
+    print(args.out)

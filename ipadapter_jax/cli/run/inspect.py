@@ -1,0 +1,36 @@
+"""`ipadapter-jax inspect`, done: what a file is, and what it needs."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ipadapter_jax.cli.inspect import Inspect
+from ipadapter_jax.describe import describe
+
+
+def inspect(args: Inspect) -> int:
+    """Prints the facts. Raises InputError for what is damaged or holds no weights."""
+    facts = describe(args.file)
+    print(json.dumps(facts, indent=2) if args.json else "\n".join(_rows(facts)))
+    return 0
+
+
+def _rows(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    names = {name: _printable(name, 40) for name in facts}
+    width = max(map(len, names.values()), default=0)
+    for fact, value in facts.items():
+        name = names[fact]
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}" + ("" if value else "  none")
+            yield from _rows(value, indent + "  ")
+        else:
+            shown = (
+                f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _printable(str(value), 300)
+            )
+            yield f"{indent}{name:<{width}}  {shown}"
+
+
+def _printable(text: str, length: int) -> str:
+    """A file's own words without what a terminal would act on, and not pages of them."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text[:length])
+    return shown + " ..." * (len(text) > length)

@@ -1,0 +1,75 @@
+"""What all commands that sample have in common: opening the models, and what a picture's file says of them."""
+
+import functools
+import importlib.metadata
+import io
+import json
+import sys
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from ipadapter_jax.adapters import open_adapter
+from ipadapter_jax.arguments import check_choices, latent_shape
+from ipadapter_jax.base_model import check_text_to_image, open_base
+from ipadapter_jax.cli.options import Sampling
+from ipadapter_jax.diffusion.samplers import sample_table
+from ipadapter_jax.files import sha256
+from ipadapter_jax.models.unet_config import cross_attention_sites
+from ipadapter_jax.pipeline import StableDiffusion
+from ipadapter_jax.scales import scale_table
+from ipadapter_jax.weights.tensors import files_of
+
+
+def load(args: Sampling, *, with_encoder: bool = True, inpainting: bool = False) -> StableDiffusion:
+    """Opens all that is needed, so that what does not fit is said at once, then reads it."""
+    base = open_base(
+        args.base,
+        variant=args.variant,
+        revision=args.revision,
+        config=args.config,
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        extract_ema=args.extract_ema,
+    )
+    unet = base.config("unet")
+    if not inpainting:
+        check_text_to_image(args.base, unet)
+    layers, multiple = base.config("text_encoder").num_hidden_layers, base.config("vae").downscale
+    guidance = 1.0 if args.guidance_scale is None else args.guidance_scale
+    check_choices(1, guidance, args.guidance_rescale, args.clip_skip, layers, args.eta, "pil", None)
+    height, width = (multiple if side is None else side for side in (args.height, args.width))
+    latent_shape(height, width, multiple, unet.out_channels)
+    sample_table(args.scheduler, base.schedule.changed(args.scheduler_config()), args.steps, args.eta)
+    scale_table(args.scale_of(), cross_attention_sites(unet), args.steps)
+    encoder = args.image_encoder if with_encoder else False
+    adapter = None if args.adapter is None else open_adapter(args.adapter, encoder, unet)
+    if sys.stderr.isatty():
+        print("loading the weights", file=sys.stderr)
+    pipe = StableDiffusion.from_opened(base, args.dtype)
+    return pipe if adapter is None else pipe.with_opened(adapter)
+
+
+def digests(pipe: StableDiffusion) -> dict[str, dict[str, str]]:
+    """Per part of the pipeline the sha256 of its weight files."""
+    sources = dict(pipe.sources)
+    for adapter in pipe.adapters:
+        sources["ip_adapter"] = adapter.source
+        if adapter.loaded_encoder is not None:
+            sources["image_encoder"] = adapter.loaded_encoder.source
+    once = functools.cache(sha256)  # a single file has all parts
+    return {part: {file.name: once(file) for file in files_of(source)} for part, source in sources.items()}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a picture looks like."""
+    return {name: importlib.metadata.version(name) for name in ("ipadapter-jax", "jax", "jaxlib", "flax")}
+
+
+def png(picture: Image.Image, metadata: dict[str, Any]) -> bytes:
+    """The picture as PNG, with the metadata in its text chunk "ipadapter_jax"."""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("ipadapter_jax", json.dumps(metadata))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=text)
+    return buffer.getvalue()

@@ -1,0 +1,21 @@
+"""`ipadapter-jax train`, done: a recipe with what the command line changes in it, run."""
+
+import sys
+from pathlib import Path
+
+from ipadapter_jax.train.config import Train, check
+from ipadapter_jax.train.dry_run import describe
+from ipadapter_jax.train.export import ADAPTER
+from ipadapter_jax.train.loop import train as run
+
+
+def train(config: Train) -> int:
+    """Runs it, or with --dry-run says what would be run. Returns the exit code."""
+    if config.dry_run:
+        check(config)
+        print(describe(config, sys.argv))
+        return 0
+    code = run(config)
+    if code == 0 and config.model.adapter != "none":
+        print(Path(config.out) / ADAPTER)
+    return code
