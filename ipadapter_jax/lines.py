@@ -9,6 +9,7 @@ from typing import Any
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import write_whole
+from ipadapter_jax.texts import parse_json
 
 
 class Lines:
@@ -53,8 +54,8 @@ def read_lines(path: Path) -> list[dict]:
 def _objects(content: bytes) -> Iterator[tuple[bytes, dict]]:
     for line in content.splitlines():
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = parse_json(line, "the line")
+        except InputError:
             continue
         if isinstance(value, dict):
             yield line, value

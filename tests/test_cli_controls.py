@@ -78,7 +78,7 @@ WRONG = [
     (["--exact-outside-mask"], "--exact-outside-mask needs --mask-image"),
     (["--attention-maps", "maps.jpg"], "--attention-maps maps.jpg: give a name that ends in .png"),
     (["--layers", "stile"], "did you mean 'style'?"),
-    (["--layers", "{mid: 1}"], "--layers: no JSON"),
+    (["--layers", "{mid: 1}"], "--layers: not JSON (Expecting property name"),
     (["--layers", '{"mod": 1}'], "no preset 'mod'"),
     (["--layers", "[1, 2]"], "2 factors for 16 layers"),
     (["--scale-start", "0.9", "--scale-end", "0.1"], "0 <= start < end <= 1"),

@@ -1,7 +1,6 @@
 """What all commands that sample are told: models, sampler, controls of the image prompt."""
 
 import dataclasses
-import json
 import math
 from typing import Any, Literal
 
@@ -9,6 +8,7 @@ from ipadapter_jax import embedded
 from ipadapter_jax.arguments import Uncond
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.scales import Scale
+from ipadapter_jax.texts import parse_json
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -110,10 +110,7 @@ class Sampling:
         """The scale of the image prompt, by default as the options say."""
         given: Any = self.layers if layers is None else layers
         if given.lstrip().startswith(("{", "[")):
-            try:
-                given = json.loads(given)
-            except ValueError as error:
-                raise InputError(f"--layers: no JSON ({error}); an example is '{{\"mid\": 1}}'") from None
+            given = parse_json(given, "--layers", "an example is '{\"mid\": 1}'")
         return Scale(self.scale if value is None else value, given, self.scale_start, self.scale_end, self.scale_steps)
 
     def arguments(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ipadapter_jax.data.encoded_shards import FORMAT, Plan, open_shard, shard_fa
 from ipadapter_jax.data.files import allow_open_files
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256, write_whole
+from ipadapter_jax.texts import read_json_object
 from ipadapter_jax.weights.tensors import open_tensors
 
 _PLAN, _MANIFEST, _SKIPPED, _ZERO = "plan.json", "manifest.json", "skipped.jsonl", "zero_features.safetensors"
@@ -133,7 +134,7 @@ def _read_manifest(folder: Path) -> tuple[Plan, dict[str, Any]]:
         raise InputError(
             f"{folder} holds no encoded samples (it has no {_MANIFEST}); `ipadapter-jax encode` makes them"
         )
-    plan, raw = _read_plan(path), json.loads(path.read_text(encoding="utf-8"))
+    plan, raw = _read_plan(path), read_json_object(path)
     zero, sizes = raw.get("zero_features"), raw.get("shard_bytes")
     if not isinstance(zero, str | None) or not isinstance(sizes, list) or len(sizes) != plan.shards:
         raise InputError(f"{path} is damaged; copy it again, or remove it and run the encoding command again")
@@ -142,10 +143,10 @@ def _read_manifest(folder: Path) -> tuple[Plan, dict[str, Any]]:
 
 def _read_plan(path: Path) -> Plan:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json_object(path)
         found = raw["format"]
         plan = Plan.from_json(raw) if found == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); copy it or encode again") from None
     if plan is None:
         raise InputError(f"{path} has format {found!r}, this version reads {FORMAT}; encode again")

@@ -20,6 +20,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.texts import parse_json
 
 FORMAT = 1
 _WRITE = "group_size:1,uncompressed"  # one record a chunk: read alone; floats do not compress
@@ -38,6 +39,8 @@ class Layout:
     def from_json(cls, raw: Mapping[str, Any]) -> "Layout":
         if unknown := {entry["dtype"] for entry in raw.values()} - set(_DTYPES):
             raise ValueError(f"dtype {unknown}")
+        if not all(isinstance(size, int) and size >= 0 for entry in raw.values() for size in entry["shape"]):
+            raise ValueError("a shape that is none")
         return cls({name: (np.dtype(entry["dtype"]), tuple(entry["shape"])) for name, entry in raw.items()})
 
     def to_json(self) -> dict[str, Any]:
@@ -167,7 +170,8 @@ def shard_facts(folder: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
     count = len(plan.shard_records(shard))
     try:
         reader = open_shard(folder, plan, shard)
-        facts = json.loads(reader.read([count])[0]) if reader.num_records() == count + 1 else {}
-    except (RuntimeError, ValueError):
+        facts = parse_json(reader.read([count])[0], "its facts") if reader.num_records() == count + 1 else {}
+    except (RuntimeError, InputError):
         return None
-    return facts if (facts.get("plan"), facts.get("shard")) == (plan.digest, shard) else None
+    own = isinstance(facts, dict) and (facts.get("plan"), facts.get("shard")) == (plan.digest, shard)
+    return facts if own else None

@@ -1,6 +1,5 @@
 """The authors' list of pictures and captions, `[{"image_file": "1.png", "text": "A dog"}, ...]` (tutorial_train.py)."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from ipadapter_jax.data.files import digest, read_file, size
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import Strings, printable
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.texts import LIST_BYTES, decode_text, parse_json, read_bytes
 
 EXAMPLE = '[{"image_file": "1.png", "text": "A dog"}, ...]'
 
@@ -48,10 +48,7 @@ class JsonListSource:
 
 
 def _entries(path: Path) -> list:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 ({error})") from None
+    text = decode_text(read_bytes(path, LIST_BYTES), path)
     if text.lstrip().startswith("["):
         entries = _parsed(text, str(path))
     else:
@@ -63,10 +60,7 @@ def _entries(path: Path) -> list:
 
 
 def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not JSON ({error}); it should look like {EXAMPLE}") from None
+    return parse_json(text, place, f"it should look like {EXAMPLE}")
 
 
 def _checked(entry: Any, number: int, path: Path) -> tuple[str, str, str]:

@@ -8,7 +8,6 @@
 This is img2dataset's layout, in its output formats `files` and `webdataset`.
 """
 
-import json
 import posixpath
 from collections.abc import Iterable
 
@@ -16,6 +15,7 @@ from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import printable
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.preprocess import SUFFIXES
+from ipadapter_jax.texts import parse_json
 
 ROLES = ("image", "txt", "json", "cond")
 
@@ -72,9 +72,9 @@ def _txt(content: bytes, key: str) -> str:
 
 def _json(content: bytes, key: str) -> str:
     try:
-        text = json.loads(content)["caption"]
+        text = parse_json(content, key)["caption"]
         if not isinstance(text, str | None):
             raise TypeError
         return printable(text or "")
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (InputError, TypeError, KeyError):
         raise InputError(f'{key}: its .json is not an object like {{"caption": "a red fox"}}') from None

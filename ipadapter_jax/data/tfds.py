@@ -1,6 +1,5 @@
 """Data sets that TensorFlow Datasets prepared with `file_format="array_record"`, read without TensorFlow."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from ipadapter_jax.data.files import Files
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import Strings
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.texts import read_json_object
 
 INFO, FEATURES = "dataset_info.json", "features.json"  # the two files that make a folder such a data set
 
@@ -52,10 +52,7 @@ class TfdsSource:
 
 def _check_format(folder: Path) -> None:
     """Raises InputError unless the records lie in ArrayRecord files."""
-    try:
-        stored = json.loads((folder / INFO).read_text(encoding="utf-8")).get("fileFormat", "tfrecord")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder / INFO}: cannot be read ({error}); prepare the data set again") from None
+    stored = read_json_object(folder / INFO, "prepare the data set again").get("fileFormat", "tfrecord")
     if stored != "array_record":
         raise InputError(
             f'{folder}: stored as {stored}, which has no random access; prepare it with file_format="array_record", or '

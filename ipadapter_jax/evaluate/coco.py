@@ -1,11 +1,11 @@
 """COCO's captions (arXiv 1504.00325), as captions_val2017.json has them: which picture has which captions."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.texts import LIST_BYTES, read_json
 
 _EXAMPLE = "captions_val2017.json of COCO's annotations_trainval2017.zip"
 
@@ -60,11 +60,11 @@ def _object(path: Path) -> dict[str, Any] | None:
         if not file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
             return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        found = read_json(path, f"download it again, or give {_EXAMPLE}", LIST_BYTES)
+    except InputError as error:
         if "Extra data" in str(error):  # an object on each line
             return None
-        raise InputError(f"{path}: not JSON ({error}); download it again, or give {_EXAMPLE}") from None
+        raise
     return found if {"images", "annotations"} & found.keys() else None
 
 

@@ -19,6 +19,7 @@ from ipadapter_jax.evaluate.scorer import Scorer
 from ipadapter_jax.files import unfinished, write_whole
 from ipadapter_jax.in_order import in_order
 from ipadapter_jax.preprocess import clip_pixels, load_image
+from ipadapter_jax.texts import parse_json
 from ipadapter_jax.weights.lazy import held
 from ipadapter_jax.weights.safetensors_bytes import safetensors_chunks
 from ipadapter_jax.weights.tensors import open_file
@@ -71,7 +72,7 @@ def read(chunk: Chunk) -> Embedded:
     """What `make` has written."""
     _, tensors, metadata = open_file(chunk.file)
     images, texts = (np.array(tensors[name].read()) for name in ("images", "texts"))
-    return embedded_of(images, texts, json.loads(metadata[_CAPTIONS]))
+    return embedded_of(images, texts, parse_json(metadata[_CAPTIONS], chunk.file))
 
 
 def remove_leftovers(folder: Path) -> None:

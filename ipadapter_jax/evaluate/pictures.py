@@ -1,7 +1,6 @@
 """Which picture was made for which image prompt, where another program has made them."""
 
 import csv
-import json
 import os
 import re
 import warnings
@@ -12,6 +11,7 @@ from typing import Any
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.references import Reference
 from ipadapter_jax.preprocess import SUFFIXES
+from ipadapter_jax.texts import read_json_object
 
 COLUMNS = ("name", "picture")
 
@@ -90,7 +90,6 @@ def settings_beside(folder: Path) -> dict[str, Any] | None:
     """What the folder of a job of ours says that its pictures were made with."""
     path = folder / "job.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path)
+    except InputError:
         return None
-    return found if isinstance(found, dict) else None

@@ -23,6 +23,7 @@ from ipadapter_jax.jobs.plan import Work
 from ipadapter_jax.jobs.rows import BadRow
 from ipadapter_jax.lines import Lines, read_lines
 from ipadapter_jax.lock import held
+from ipadapter_jax.texts import read_json_object
 
 SETTINGS = "job.json"
 
@@ -98,10 +99,9 @@ class JobFolder:
             write_whole(path, json.dumps(settings, indent=2).encode() + b"\n")
             return
         try:
-            before = json.loads(path.read_bytes())
-            changed = differences(before, settings)
-        except (ValueError, AttributeError):
-            raise InputError(f"{path} is damaged; choose another --out") from None
+            changed = differences(read_json_object(path), settings)
+        except InputError as error:
+            raise InputError(f"{path} is damaged; choose another --out ({error})") from None
         if changed:
             raise InputError(
                 f"{self._out} holds a job that was begun with other settings ({'; '.join(changed[:8])}); go on with "

@@ -3,7 +3,6 @@
 import csv
 import difflib
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.preprocess import SUFFIXES
+from ipadapter_jax.texts import LIST_BYTES, byte_order_mark, parse_json, read_bytes
 
 COLUMNS = ("prompt", "image", "negative_prompt", "seed", "scale", "name")
 EXAMPLE = '{"prompt": "a red fox", "image": "fox.png"}'
@@ -48,14 +48,9 @@ def _pictures(folder: Path) -> Iterator[Record]:
 
 
 def _text(source: Path) -> str:
-    try:
-        content = source.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{source} cannot be read ({error.strerror}); give a folder of pictures, a CSV or a JSONL file"
-        ) from None
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{source} is UTF-16: save it as UTF-8")
+    content = read_bytes(source, LIST_BYTES, "give a folder of pictures, a CSV or a JSONL file")
+    if (encoding := byte_order_mark(content)) is not None:
+        raise InputError(f"{source} is {encoding}: save it as UTF-8")
     if b"\0" in content[:4096]:
         raise InputError(f"{source} is not a text; give a folder of pictures, a CSV or a JSONL file")
     return content.decode("utf-8-sig", "surrogateescape")
@@ -97,14 +92,12 @@ def _objects(text: str) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line, "the line", f"a line should look like {EXAMPLE}")
             if not isinstance(value, dict):
                 raise InputError(f"not an object; a line should look like {EXAMPLE}")
             _check_columns(value)
         except InputError as error:
             yield number, error
-        except (ValueError, RecursionError) as error:
-            yield number, InputError(f"not JSON ({error}); a line should look like {EXAMPLE}")
         else:
             yield number, value
 

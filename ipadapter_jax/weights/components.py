@@ -1,8 +1,8 @@
 """The parts of a Stable Diffusion 1.x folder, diffusers' layout in PyTorch or Flax spelling: what lies where."""
 
+import codecs
 import dataclasses
 import functools
-import json
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +20,7 @@ from ipadapter_jax.models.parameters import parameter_shapes
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
+from ipadapter_jax.texts import parse_json, read_bytes
 from ipadapter_jax.weights import kinds
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import FLAX, VAE_RENAMES, Spelling, torch_spelling
@@ -307,14 +308,12 @@ def choose_files(names: Sequence[str], folders: Mapping[str, Component], extras:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises InputError naming the file when it is missing or is something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is missing: give a folder in diffusers' layout (unet/, vae/, text_encoder/ ...)"
-        ) from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); download it again") from None
+    if not path.exists():
+        raise InputError(f"{path} is missing: give a folder in diffusers' layout (unet/, vae/, text_encoder/ ...)")
+    content = read_bytes(path)
+    if content.startswith(codecs.BOM_UTF8):
+        raise InputError(f"{path} begins with a byte order mark, which diffusers refuses: save it as UTF-8 without one")
+    found = parse_json(content, path, "download it again")
     if not isinstance(found, dict):
-        raise InputError(f"{path} holds no JSON object; download it again")
+        raise InputError(f"{path} does not hold a JSON object; download it again")
     return found

@@ -1,6 +1,5 @@
 """CLIP vision encoders in OpenCLIP's layout, brought to the names of transformers, and sizes told from tensors."""
 
-import json
 import logging
 import math
 import re
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.texts import read_json_object
 from ipadapter_jax.weights.lazy import Tensor, rows, turned
 
 log = logging.getLogger("ipadapter_jax")
@@ -63,9 +63,10 @@ def vision_settings(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]
     """
     for name, read in (("config.json", dict), ("open_clip_config.json", _from_openclip)):
         if (file.parent / name).is_file():
+            settings = read_json_object(file.parent / name, "download it again")
             try:
-                return read(json.loads((file.parent / name).read_text(encoding="utf-8")))
-            except (ValueError, OSError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError):
+                return read(settings)
+            except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError):
                 raise InputError(f"{file.parent / name} cannot be read; download it again") from None
     settings = _from_shapes(file, tensors)
     if settings["num_hidden_layers"] > _MAX_LAYERS or settings["image_size"] > _MAX_SIDE:

@@ -1,7 +1,5 @@
 """Files of named tensors, opened without reading them: names, shapes and dtypes first, a tensor's bytes on demand."""
 
-import functools
-import json
 import math
 import re
 from collections.abc import Callable
@@ -12,14 +10,15 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.texts import parse_json, read_json_object
 from ipadapter_jax.weights.lazy import MappedTensor, Tensor, map_file
 from ipadapter_jax.weights.msgpack_file import read_msgpack_file
 from ipadapter_jax.weights.torch_pickle import flatten, read_torch_file
 
 SAFETENSORS, PICKLE, MSGPACK, INDEX = "safetensors", "PyTorch pickle", "Flax msgpack", "index of shards"
 _HEADER = 100_000_000  # bytes of the longest header that the safetensors library reads
-_MAX_HEADER, _MAX_INDEX = 1 << 25, 1 << 24  # bytes; trainers put pages of their own into the metadata
+_MAX_HEADER = 1 << 25  # bytes; trainers put pages of their own into the metadata
 _MAX_TENSORS = 20_000  # ten times those of any Stable Diffusion
 
 
@@ -137,7 +136,10 @@ def _open_safetensors(path: Path) -> _Found:
     except SafetensorError as error:
         reason = " ".join(str(error).split())[:200]
         raise WeightFileError(f"{path}: not a whole safetensors file ({reason}); download it again") from None
-    header = json.loads(buffer[8:start], object_pairs_hook=functools.partial(_once, path))
+    try:
+        header = parse_json(bytes(buffer[8:start]), f"{path}: its header", "download it again", _once)
+    except InputError as error:
+        raise WeightFileError(str(error)) from None
     metadata = header.pop("__metadata__", None) or {}
     if len(header) > _MAX_TENSORS:
         raise WeightFileError(f"{path}: it has {len(header):,} tensors, far more than weights need")
@@ -166,11 +168,11 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
     return np.dtype(_SAFETENSORS_DTYPES[dtype]), tuple(shape), offset
 
 
-def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. The library takes the last of two entries of one name, and so hides a tensor."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise WeightFileError(f"{path}: its header has two entries of one name; download it again")
+        raise ValueError("two entries of one name")
     return found
 
 
@@ -205,11 +207,9 @@ def files_of(path: Path) -> list[Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     """Which shard, a file beside the index, holds a tensor."""
     try:
-        if index.stat().st_size > _MAX_INDEX:
-            raise ValueError
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = read_json_object(index)["weight_map"]
         outside = [shard for shard in names.values() if not re.fullmatch(r"[\w.-]+\.safetensors", shard)]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (InputError, KeyError, TypeError, AttributeError):
         raise WeightFileError(f"{index}: not an index of weight shards (no weight_map); download it again") from None
     if outside:
         raise WeightFileError(f"{index}: names a shard that is no .safetensors file beside it: {outside[0][:60]!r}")

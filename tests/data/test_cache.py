@@ -119,10 +119,14 @@ def test_an_unfinished_cache_says_how_to_go_on(tmp_path):
     assert finish(tmp_path, PLAN, None) == 1 and len(CachedSamples(tmp_path)) == 23
 
 
+WRONG_SHAPE = json.dumps(PLAN.to_json()).replace('"shape": [', '"shape": ["a", ')
+
+
 def test_a_folder_keeps_the_plan_that_it_was_begun_with(folder):
     assert begin(folder, Plan(24, 10, LAYOUT, {})) == PLAN
-    (folder / "plan.json").write_text("{")
-    refused(lambda: begin(folder, PLAN), "plan.json is damaged")
+    for content in ("{", "[" * 100_000, "[]", '{"format": 1, "records": 1e999}', WRONG_SHAPE):
+        (folder / "plan.json").write_text(content)
+        refused(lambda: begin(folder, PLAN), "plan.json is damaged")
 
 
 def test_a_shard_of_another_plan_does_not_count(folder):

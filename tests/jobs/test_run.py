@@ -176,9 +176,10 @@ def test_other_settings_are_refused(tmp_path):
         f"{tmp_path} holds a job that was begun with other settings (steps: 20 -> 30; sha256.unet.unet.safetensors: "
         '"ab12" -> "cd34"); go on with those, or choose another --out'
     )
-    (tmp_path / "job.json").write_text("[1")
-    with pytest.raises(InputError, match="job.json is damaged; choose another --out"):
-        run(works(), tmp_path)
+    for content in ("[1", "[1]", "[" * 100_000, '{"a": ' * 600 + "1" + "}" * 600, '{"a": "\xff"}'):
+        (tmp_path / "job.json").write_text(content, encoding="latin-1")
+        with pytest.raises(InputError, match="job.json is damaged; choose another --out"):
+            run(works(), tmp_path)
 
 
 def test_rows_that_have_changed_are_refused(tmp_path):

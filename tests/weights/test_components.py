@@ -386,3 +386,4 @@ def test_no_config(tmp_path, content):
     message = refused(functools.partial(load_component, UNET, tmp_path, FLOAT32))
     assert message.startswith(str(tmp_path / "config.json"))
     assert content is not None or "diffusers' layout" in message
+    assert content != "\ufeff{}" or "begins with a byte order mark" in message

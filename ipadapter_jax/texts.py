@@ -1,0 +1,108 @@
+"""Text and JSON that others wrote, read within bounds: whatever a file holds, it gives a value or one clear error."""
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ipadapter_jax.errors import InputError
+
+SETTINGS_BYTES = 16 << 20  # no file of settings is longer
+LIST_BYTES = 1 << 30  # a list of millions of records is; whoever has more can have it read line by line
+MAX_DEPTH = 100  # of lists and objects in one another: far more than settings need, far less than Python's own limit
+_BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def decode_text(content: bytes, place: object) -> str:
+    """UTF-8, with or without a byte order mark, as text. Raises InputError naming `place` and the encoding that it
+    seems to have: text in UTF-16 can be valid UTF-8 full of NUL characters, which nobody means."""
+    found = byte_order_mark(content)
+    if found is None and b"\0" in content:
+        found = "UTF-16 without a byte order mark, or not text at all"
+    if found is not None:
+        raise InputError(f"{place} is {found}: save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+
+
+def byte_order_mark(content: bytes) -> str | None:
+    """ "UTF-16" or "UTF-32" for what begins with its mark."""
+    return next((name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), None)
+
+
+def read_bytes(path: str | os.PathLike[str], most: int = SETTINGS_BYTES, remedy: str = "check the file") -> bytes:
+    """A whole file. Raises InputError naming it and the remedy when it cannot be read, is not a regular file or is
+    longer than `most` bytes, before more than that is in memory."""
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{path} cannot be read (it is not a regular file); {remedy}")
+            content = file.read(most + 1) if status.st_size <= most else None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        if isinstance(error, InputError):
+            raise
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read ({why}); {remedy}") from None
+    if content is None or len(content) > most:
+        raise InputError(f"{path} is longer than {most >> 20} MiB, more than such a file needs; {remedy}")
+    return content
+
+
+def parse_json(
+    content: str | bytes,
+    place: object,
+    remedy: str = "check the file",
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """The value of a JSON text. NaN and Infinity are numbers, as in what Python writes.
+
+    Raises InputError, "PLACE: not JSON (why); REMEDY", also for what is nested so deeply that those who walk through it
+    would run out of stack.
+    """
+    try:
+        text = content if isinstance(content, str) else decode_text(content, place)
+        value = json.loads(text, object_pairs_hook=object_pairs_hook)
+    except InputError:
+        raise
+    except RecursionError:
+        raise _too_deep(place, remedy) from None
+    except ValueError as error:
+        raise InputError(f"{place}: not JSON ({' '.join(str(error).split())[:200]}); {remedy}") from None
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return value
+    raise _too_deep(place, remedy)
+
+
+def read_json(path: Path, remedy: str = "check the file", most: int = SETTINGS_BYTES) -> Any:
+    """The value in a JSON file of at most `most` bytes. Raises InputError naming the file and what is wrong with it."""
+    return parse_json(read_bytes(path, most, remedy), path, remedy)
+
+
+def read_json_object(path: Path, remedy: str = "check the file", most: int = SETTINGS_BYTES) -> dict[str, Any]:
+    """`read_json` for a file that must hold an object."""
+    found = read_json(path, remedy, most)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} does not hold a JSON object; {remedy}")
+    return found
+
+
+def _inside(value: Any) -> list[Any]:
+    """The lists and objects right inside a value."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [inner for inner in values if isinstance(inner, dict | list)]
+
+
+def _too_deep(place: object, remedy: str) -> InputError:
+    return InputError(f"{place}: not JSON (nested more than {MAX_DEPTH} levels deep: too deep for any use); {remedy}")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would be waited for without end
