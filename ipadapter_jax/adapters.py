@@ -25,7 +25,6 @@ from ipadapter_jax.weights.components import (
     Opened,
     blueprint_of,
     choose_files,
-    choose_weights,
     open_component,
     open_weights,
 )
@@ -43,6 +42,7 @@ from ipadapter_jax.weights.kinds import OPENCLIP, identify
 from ipadapter_jax.weights.openclip import to_transformers, vision_settings
 from ipadapter_jax.weights.tensors import open_tensors
 from ipadapter_jax.weights.tree import Tree
+from ipadapter_jax.weights.weight_files import choose_weights
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 """What the unconditional branch of guidance sees in place of a picture: zero features, the features of normalised

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.tokens import load_tokenizer
 from ipadapter_jax.weights import single_file
+from ipadapter_jax.weights.component import Component
 from ipadapter_jax.weights.components import (
     TEXT_ENCODER,
     UNET,
     VAE_COMPONENT,
     Blueprint,
-    Component,
     Opened,
     blueprint_of,
     choose_files,
@@ -33,6 +34,7 @@ from ipadapter_jax.weights.kinds import identify
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import Spelling
 from ipadapter_jax.weights.tensors import open_tensors
+from ipadapter_jax.weights.weight_files import pick_variants
 
 BASE_COMPONENTS = {"unet": UNET, "vae": VAE_COMPONENT, "text_encoder": TEXT_ENCODER}
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # whose settings a single file is read with
@@ -45,13 +47,14 @@ Reference = str | os.PathLike
 class BaseModel:
     """Configurations and the places of all weights, none of which is read yet.
 
-    `folder` has the settings of every network, the tokenizer and the scheduler; the weights lie there too, unless
-    `parts` holds the tensors of a single file, or `replaced` names another place.
+    `folder` has the settings of every network, the tokenizer and the scheduler; the weights lie there too, of each part
+    those of its entry in `variants`, unless `parts` holds the tensors of a single file, or `replaced` names another
+    place.
     """
 
     reference: str
     folder: Path
-    variant: str | None = None
+    variants: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     file: Path | None = None
     parts: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
     replaced: Mapping[str, Reference] = dataclasses.field(default_factory=dict)
@@ -104,7 +107,7 @@ class BaseModel:
         if name in self.replaced:
             return _replacement(component, name, self.replaced[name], self)
         if self.file is None:
-            return open_component(component, self.folder / name, self.variant)
+            return open_component(component, self.folder / name, self.variants.get(name))
         option = f"--{name.replace('_', '-')}"
         if not self.parts[name]:
             raise WeightFileError(
@@ -145,7 +148,8 @@ def open_base(
 
     A single file is read with the settings, tokenizer and scheduler of `config`, a folder or Hub id, by default Stable
     Diffusion 1.5's. `vae` and `text_encoder` replace these parts: a folder, a Hub id or a file. `extract_ema` takes the
-    moving average of the UNet in a single file. Raises InputError naming what is wrong.
+    moving average of the UNet in a single file. `variant` ("fp16", "non_ema") picks such files of a folder; parts that
+    lack it are read from their plain files, with a warning. Raises InputError naming what is wrong.
     """
     given = {"vae": vae, "text_encoder": text_encoder}
     replaced = {name: place for name, place in given.items() if place is not None}
@@ -154,6 +158,8 @@ def open_base(
     choose = functools.partial(choose_files, folders=needed, extras=extras, variant=variant)
     root = local_path(reference, choose, what="base model", revision=revision)
     if root.is_file():
+        if variant is not None:
+            raise InputError(f"--variant is for a folder in diffusers' layout; {reference} is a single file")
         return _open_file(reference, root, config, replaced, extract_ema)
     if not (root / "unet").is_dir():
         held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
@@ -164,7 +170,26 @@ def open_base(
     for option, value in (("config", config), ("extract-ema", extract_ema)):
         if value:
             raise InputError(f"--{option} is for a checkpoint of one file; {reference} is a folder")
-    return BaseModel(str(reference), root, variant, replaced=replaced)
+    return BaseModel(str(reference), root, _variants(reference, root, needed, variant), replaced=replaced)
+
+
+def _variants(
+    reference: Reference, root: Path, needed: Mapping[str, Component], variant: str | None
+) -> dict[str, str | None]:
+    """In which variant each part of a folder is read; says which parts lack the one that was asked for."""
+    held = {name: [path.name for path in (root / name).glob("*")] for name in needed}
+    try:
+        found = pick_variants({name: (component, held[name]) for name, component in needed.items()}, variant)
+    except InputError as error:
+        raise InputError(f"base model {reference}: {error}") from None
+    plain = [needed[name].title for name, picked in found.items() if picked is None]
+    if variant is not None and plain:
+        warnings.warn(
+            f"base model {reference}: the variant {variant!r} is read where there is one; {' and '.join(plain)} "
+            f"{'has' if len(plain) == 1 else 'have'} none, so the plain weights are read",
+            stacklevel=2,  # this file, whoever calls: one place warns once
+        )
+    return found
 
 
 def open_base_folder(reference: Reference, variant: str | None) -> BaseModel:

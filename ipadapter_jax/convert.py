@@ -16,13 +16,7 @@ from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.files import write_whole
 from ipadapter_jax.weights import kinds, single_file
 from ipadapter_jax.weights.component_export import class_name, our_tensors, save_opened, spelled
-from ipadapter_jax.weights.components import (
-    IMAGE_ENCODER,
-    choose_files,
-    choose_weights,
-    open_component,
-    read_json,
-)
+from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_files, open_component, read_json
 from ipadapter_jax.weights.hub import local_path, path_here
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_adapter_tensors
 from ipadapter_jax.weights.ip_adapter_file import IPAdapterFile, check_ip_adapter, open_ip_adapter
@@ -30,6 +24,7 @@ from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import torch_spelling
 from ipadapter_jax.weights.safetensors_bytes import DTYPES, safetensors_chunks
 from ipadapter_jax.weights.tensors import open_tensors
+from ipadapter_jax.weights.weight_files import choose_weights
 from ipadapter_jax.weights.written import write_proved
 
 
@@ -43,6 +38,7 @@ def convert(
     vae: Reference | None = None,
     text_encoder: Reference | None = None,
     extract_ema: bool = False,
+    variant: str | None = None,
 ) -> None:
     """Writes `source` as `out`, by what `source` holds and what `out` is called.
 
@@ -58,6 +54,7 @@ def convert(
     if out.exists():
         raise InputError(f"{out} exists; choose another name, or remove it first")
     options = {"config": config, "vae": vae, "text_encoder": text_encoder, "extract_ema": extract_ema}
+    options |= {"variant": variant}
     if _is_repository(source):
         return _convert_base(open_base(source, **options), out, dtype, flax)  # pyright: ignore[reportArgumentType]
     place = local_path(source, _of_a_folder, what="source")
@@ -67,9 +64,10 @@ def convert(
     if kind == kinds.IP_ADAPTER:
         only(kind, {"flax": flax, **options})
         return save_adapter(out, open_ip_adapter(place), dtype)
-    only(kind, options)
+    only(kind, options | ({"variant": None} if place.is_dir() else {}))
     component = next(component for component in _NETWORKS if component.kind == kind)
-    opened = open_image_encoder(place) if component is IMAGE_ENCODER else open_component(component, place)
+    plain = component is IMAGE_ENCODER and variant is None
+    opened = open_image_encoder(place) if plain else open_component(component, place, variant)
     return _as_folder(out, lambda folder: save_opened(opened, folder, _numpy(dtype), flax=flax))
 
 

@@ -11,12 +11,13 @@ from ipadapter_jax.base_model import BASE_COMPONENTS
 from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.files import sha256
 from ipadapter_jax.weights.adapter_names import adapter_parts
-from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_weights
+from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, describe_adapter
 from ipadapter_jax.weights.kinds import IP_ADAPTER, identify
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.safetensors_bytes import digest
 from ipadapter_jax.weights.tensors import files_of, open_file
+from ipadapter_jax.weights.weight_files import choose_weights
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -34,3 +34,6 @@ class Convert:
     """Another text encoder than the base model's: a folder, a Hub id or a file."""
     extract_ema: bool = False
     """For a single file: take the moving average of its UNet."""
+    variant: str | None = None
+    """Which weight files of a base model's folder to take, such as fp16 or non_ema; parts without such files are taken
+    from their plain ones."""

@@ -16,7 +16,8 @@ from ipadapter_jax.settings import typed
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.encode import check_cache
 from ipadapter_jax.train.networks import Encoded, Loaded
-from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_weights
+from ipadapter_jax.weights.components import IMAGE_ENCODER
+from ipadapter_jax.weights.weight_files import choose_weights
 
 Samples = LiveSamples | CachedSamples
 

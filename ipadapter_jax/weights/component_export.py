@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ipadapter_jax.files import write_whole
-from ipadapter_jax.weights.components import Component, Opened
+from ipadapter_jax.weights.component import Component
+from ipadapter_jax.weights.components import Opened
 from ipadapter_jax.weights.lazy import Derived, Tensor, held
 from ipadapter_jax.weights.msgpack_chunks import msgpack_chunks
 from ipadapter_jax.weights.names import FLAX, Spelling, torch_spelling

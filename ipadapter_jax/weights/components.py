@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -22,36 +22,15 @@ from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.texts import parse_json, read_bytes
 from ipadapter_jax.weights import kinds
+from ipadapter_jax.weights.component import Component
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import FLAX, VAE_RENAMES, Spelling, torch_spelling
 from ipadapter_jax.weights.openclip import to_transformers
 from ipadapter_jax.weights.tensors import open_tensors
 from ipadapter_jax.weights.tree import Tree, check_tree, load_tree
+from ipadapter_jax.weights.weight_files import choose_weights, is_shard, pick_variants
 
 log = logging.getLogger("ipadapter_jax")
-
-
-@dataclasses.dataclass(frozen=True)
-class Component:
-    """How one network is stored and built.
-
-    `translate` brings the tensors of another layout to PyTorch's, `modernise` an old PyTorch spelling of a key to
-    today's; keys that match `ignored` hold no weights of this network (buffers, or the other half of a whole CLIP) and
-    are reported. `kind` is what `kinds.identify` calls such a file.
-    """
-
-    title: str
-    kind: str
-    torch_stem: str
-    flax_stem: str
-    config: Callable[[Mapping[str, Any]], Any]
-    module: Callable[..., Any]
-    example: Callable[[Any], Callable]  # config -> a function of the module that touches every parameter
-    renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    other_files: tuple[str, ...] = ()  # names under which its weights are found, too
-    translate: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
-    modernise: Callable[[str], str] = lambda key: key
-    ignored: str = r"(?!)"
 
 
 def _old_vae_key(key: str) -> str:
@@ -272,37 +251,22 @@ def report_ignored(names: Sequence[str], source: str) -> None:
         log.info("%s: ignored %s%s", source, ", ".join(names[:3]), more)
 
 
-def choose_weights(component: Component, names: Collection[str], folder: str, variant: str | None) -> str:
-    """The weight file to read among the names in a folder: safetensors first, then Flax msgpack, then a PyTorch pickle.
-
-    `variant` ("fp16") asks for the files that carry it; without it they are the last resort.
-    """
-    stem, pickle = component.torch_stem, component.torch_stem if "pytorch" in component.torch_stem else "pytorch_model"
-    mark = variant or "fp16"
-    marked = [f"{stem}.{mark}.safetensors", f"{stem}.safetensors.index.{mark}.json", f"{pickle}.{mark}.bin"]
-    plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{component.flax_stem}.msgpack", f"{pickle}.bin"]
-    wanted = marked if variant else [*plain, *marked, *component.other_files]
-    for name in wanted:
-        if name in names:
-            return name
-    what = f"{component.title} weights" + (f" of the variant {variant!r}" if variant else "")
-    held = ", ".join(sorted(name for name in names if name != "config.json")) or "no files"
-    raise WeightFileError(f"{folder}: no {what} (it holds {held}); expected {' or '.join(wanted)}")
-
-
-def choose_files(names: Sequence[str], folders: Mapping[str, Component], extras: Sequence[str], variant: str | None):
+def choose_files(
+    names: Sequence[str], folders: Mapping[str, Component], extras: Sequence[str], variant: str | None
+) -> list[str]:
     """Of all files of a repository those that loading needs: configs, `extras`, and per network one weight file or its
-    shards."""
+    shards, in `variant` where the network has it. Raises InputError when none has it."""
     chosen = [name for name in names if any(fnmatch(name, pattern) for pattern in extras)]
+    held: dict[str, list[str]] = {folder: [] for folder in folders}
+    for name in names:
+        folder, _, last = name.rpartition("/")
+        if folder in held:
+            held[folder].append(last)
+    picked = pick_variants({folder: (folders[folder], held[folder]) for folder in folders}, variant)
     for folder, component in folders.items():
-        prefix = f"{folder}/" if folder else ""
-        inside = [name[len(prefix) :] for name in names if name.startswith(prefix) and "/" not in name[len(prefix) :]]
-        weights = choose_weights(component, inside, folder or ".", variant)
-        chosen += [f"{prefix}config.json", f"{prefix}{weights}"]
-        if weights.endswith(".json"):
-            mark = "" if weights.endswith("index.json") else f".{variant or 'fp16'}"
-            shards = f"{component.torch_stem}{mark}-*-of-*.safetensors"
-            chosen += [prefix + name for name in inside if fnmatch(name, shards)]
+        weights = choose_weights(component, held[folder], folder or ".", picked[folder])
+        needed = ["config.json", weights, *(name for name in held[folder] if is_shard(name, weights))]
+        chosen += [f"{folder}/{name}" if folder else name for name in needed]
     return chosen
 
 

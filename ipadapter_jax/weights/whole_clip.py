@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from ipadapter_jax.models.clip import CLIP, CLIPConfig
 from ipadapter_jax.weights import kinds
-from ipadapter_jax.weights.components import Component, like
+from ipadapter_jax.weights.component import Component
+from ipadapter_jax.weights.components import like
 
 WHOLE_CLIP = Component(
     title="CLIP model",

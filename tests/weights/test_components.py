@@ -24,10 +24,10 @@ from ipadapter_jax.weights.components import (
     UNET,
     VAE_COMPONENT,
     choose_files,
-    choose_weights,
     load_component,
 )
 from ipadapter_jax.weights.tree import leaves, nest
+from ipadapter_jax.weights.weight_files import choose_weights
 
 FLOAT32 = np.dtype("float32")
 PARTS = {"unet": UNET, "vae": VAE_COMPONENT, "text_encoder": TEXT_ENCODER}

@@ -1,0 +1,86 @@
+"""Which files of a folder or a repository hold a network's weights, and in which variants ("fp16", "non_ema")."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.suggestions import closest_first
+from ipadapter_jax.weights.component import Component
+
+_SHARD = r"-\d+-of-\d+"
+
+
+def choose_weights(component: Component, names: Collection[str], folder: str, variant: str | None) -> str:
+    """The weight file to read among the names in a folder: safetensors first, then Flax msgpack, then a PyTorch pickle.
+
+    `variant` asks for the files that carry it. Without it they are the last resort: fp16, or the only one there is.
+    Raises WeightFileError naming what was expected and what the folder holds.
+    """
+    there = variants(component, names)
+    wanted = _plain(component) if variant is None else _marked(component, variant)
+    last = _marked(component, "fp16" if "fp16" in there or len(there) != 1 else there[0])
+    for name in [*wanted, *([] if variant is not None else [*last, *component.other_files])]:
+        if name in names:
+            return name
+    what = f"{component.title} weights" + (f" of the variant {variant!r}" if variant is not None else "")
+    held = ", ".join(sorted(name for name in names if name != "config.json")) or "no files"
+    others = f", or one of the variants {', '.join(there)}" if there else ""
+    raise WeightFileError(f"{folder}: no {what} (it holds {held}); expected {' or '.join(wanted)}{others}")
+
+
+def pick_variants(parts: Mapping[str, tuple[Component, Collection[str]]], variant: str | None) -> dict[str, str | None]:
+    """The variant in which each part of a model, a component with the names in its folder, is to be read: `variant`
+    where the part has it, and None, its plain files, elsewhere.
+
+    Raises InputError naming the variants there are when no part has this one.
+    """
+    there = {part: variants(component, names) for part, (component, names) in parts.items()}
+    if variant is None or any(variant in found for found in there.values()):
+        return {part: variant if variant in found else None for part, found in there.items()}
+    known = closest_first(variant, {name for found in there.values() for name in found})
+    remedy = f"choose {' or '.join(known)}, or leave it out" if known else "it has no variants at all, so leave it out"
+    raise InputError(f"variant {variant!r}: no part of the model has it; {remedy}")
+
+
+def variants(component: Component, names: Iterable[str]) -> list[str]:
+    """The variants in which a folder with these names has the weights of a network, sorted."""
+    patterns = [re.escape(name).replace("VARIANT", "([^.]+)") for name in _marked(component, "VARIANT")]
+    marked = re.compile("|".join(patterns))
+    found = {match[match.lastindex or 0] for name in names if (match := marked.fullmatch(name))}
+    return sorted(variant for variant in found if not re.search(_SHARD, variant))
+
+
+def is_shard(name: str, index: str) -> bool:
+    """Whether a file may be a shard of this index, whose name tells the variant: MODEL.fp16-00001-of-00002.safetensors,
+    or MODEL-00001-of-00002.fp16.safetensors."""
+    stem, *marks = index.removesuffix(".json").split(".")
+    mark = "".join(f".{re.escape(part)}" for part in marks if part not in ("safetensors", "index"))
+    pattern = rf"{re.escape(stem)}({mark}{_SHARD}|{_SHARD}{mark})\.safetensors"
+    return index.endswith(".json") and re.fullmatch(pattern, name) is not None
+
+
+def _pickle(component: Component) -> str:
+    return component.torch_stem if "pytorch" in component.torch_stem else "pytorch_model"
+
+
+def _plain(component: Component) -> list[str]:
+    stem = component.torch_stem
+    return [
+        f"{stem}.safetensors",
+        f"{stem}.safetensors.index.json",
+        f"{component.flax_stem}.msgpack",
+        f"{_pickle(component)}.bin",
+    ]
+
+
+def _marked(component: Component, variant: str) -> list[str]:
+    """Of an index of shards both spellings, diffusers' and transformers' of today and the older one."""
+    stem = component.torch_stem
+    return [
+        f"{stem}.{variant}.safetensors",
+        f"{stem}.safetensors.index.{variant}.json",
+        f"{stem}.{variant}.safetensors.index.json",
+        f"{stem}.safetensors.{variant}.index.json",
+        f"{component.flax_stem}.{variant}.msgpack",
+        f"{_pickle(component)}.{variant}.bin",
+    ]
