@@ -1,4 +1,4 @@
-"""A file that one process at a time holds."""
+"""A file that one process at a time holds, and folders whose work is split among several."""
 
 import contextlib
 import fcntl
@@ -12,6 +12,39 @@ from pathlib import Path
 from ipadapter_jax.errors import InputError
 
 log = logging.getLogger("ipadapter_jax")
+
+
+@contextlib.contextmanager
+def held_shard(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
+    """Holds the work of process p of P, shard (p, P), in a folder, making the folder.
+
+    Only processes of one job, with the same P, may be at work together: split in another way they would do the same
+    work twice. Raises InputError naming the process that is.
+    """
+    process, processes = shard
+    with held(folder / _name(process, processes)):
+        allowed = {_name(other, processes) for other in range(processes)}
+        for path in sorted(folder.glob("lock*")):  # after taking our own: of two that begin at once, one notices
+            if path.name not in allowed and (holder := _holder(path)) is not None:
+                raise InputError(
+                    f"{folder} is in use by {holder}, with another number of processes; wait until it ends, start all "
+                    "with the same number or choose another folder"
+                )
+        yield
+
+
+def _name(process: int, processes: int) -> str:
+    return "lock" if processes == 1 else f"lock-{process}-of-{processes}"
+
+
+def _holder(path: Path) -> str | None:
+    """Who holds a lock; None where nobody does, or where that cannot be told."""
+    with contextlib.suppress(OSError), path.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who look do not meet
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+    return None
 
 
 @contextlib.contextmanager

@@ -32,6 +32,10 @@ class Reference:
     stamp: str
     read: Callable[[], bytes]
 
+    def digest(self) -> str:
+        """Of what it holds now. Safe in threads."""
+        return hashlib.sha256(self.read()).hexdigest()
+
     def picture(self) -> Image.Image:
         """As RGB. Raises InputError naming it when it cannot be read. Safe in threads."""
         return decode_image(self.read(), self.key)

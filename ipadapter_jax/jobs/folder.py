@@ -2,14 +2,16 @@
 
     fox.png, ...      pictures, there when they are whole
     job.json          the settings that the job was begun with
-    job.jsonl         a line for each picture: what it was made from
+    job.jsonl         a line for each picture, there before the picture is: what it was made from
     bad_rows.jsonl    rows that cannot be used, and why
     lock              held while a process is at work
 
-Of several processes that share a folder, process p > 0 has files of its own: job-p.jsonl, bad_rows-p.jsonl, lock-p.
+Of several processes that share a folder, process p > 0 has files of its own: job-p.jsonl, bad_rows-p.jsonl; and each
+has its lock, lock-p-of-P.
 """
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,20 +21,33 @@ from typing import Any, Self
 from ipadapter_jax.differences import differences
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import unfinished, write_whole
+from ipadapter_jax.in_order import in_order
+from ipadapter_jax.jobs.image_digests import Digests, Identify
 from ipadapter_jax.jobs.plan import Work
-from ipadapter_jax.jobs.rows import BadRow
+from ipadapter_jax.jobs.rows import BadRow, Row
 from ipadapter_jax.lines import Lines, read_lines
-from ipadapter_jax.lock import held
+from ipadapter_jax.lock import held_shard
 from ipadapter_jax.texts import read_json_object
 
 SETTINGS = "job.json"
+_DIGESTS = "images_sha256"  # of a line; those of older releases have none
+_THREADS = 4  # that read image prompts
 
 
 class JobFolder:
     """Opened by `job_folder`. `pending` are the works whose picture is not there yet."""
 
-    def __init__(self, out: Path, works: Sequence[Work], settings: Mapping[str, Any], shard: tuple[int, int]):
+    def __init__(
+        self,
+        out: Path,
+        works: Sequence[Work],
+        settings: Mapping[str, Any],
+        shard: tuple[int, int],
+        identify: Identify,
+    ):
         self._out, own = out, f"-{shard[0]}" if shard[0] else ""
+        self._identify: Identify = identify
+        self._digests: dict[int, Digests] = {}  # by the row's index
         self._bad_rows, manifest = out / f"bad_rows{own}.jsonl", out / f"job{own}.jsonl"
         there = set(os.listdir(out))
         self.pending = [work for work in works if work.picture not in there]
@@ -45,28 +60,48 @@ class JobFolder:
         self._manifest = Lines(manifest, lambda line: _is_first(line, there, self._listed))
 
     def compare(self) -> None:
-        """Gives pictures that are there their lines, where a kill came between the two. Raises InputError when pictures
-        were made from rows that have changed since: nobody would notice."""
-        changed = []
+        """Gives pictures that are there their lines, where they were lost. Raises InputError when pictures were made
+        from rows or image prompts that have changed since: nobody would notice."""
+        listed: list[Work] = []
         for work in self._done:
-            line, facts = self._listed.get(work.picture), _facts(work)
-            if line is None:
+            if work.picture in self._listed:
+                listed.append(work)
+            else:
                 self.note(work)
-            elif line != facts and (how := differences(_comparable(line), _comparable(facts))):
-                changed.append(f"{work.picture} for one ({'; '.join(how)[:500]})")
+        groups = (list(group) for _, group in itertools.groupby(listed, key=lambda work: work.row.index))
+        with contextlib.closing(in_order(self._changes, groups, threads=_THREADS, ahead=4 * _THREADS)) as found:
+            changed = [*itertools.chain.from_iterable(found)]
         if changed:
             raise InputError(
                 f"{self._out}: {len(changed)} pictures there were made from other rows, {changed[0]}; remove these "
                 "pictures to have them made again, or choose another --out"
             )
 
+    def _changes(self, works: Sequence[Work]) -> list[str]:
+        """Of the works of one row those whose picture was made from something else, each with what is different."""
+        changed = []
+        lines = [self._listed[work.picture] for work in works]
+        now = self._identify(works[0].row) if any(map(_digests, lines)) else ()
+        for work, line in zip(works, lines, strict=True):
+            old, new = _comparable(line), _comparable(_facts(work))
+            how = differences(old, new) if old != new else _replaced(works[0].row, _digests(line), now)
+            if how:
+                changed.append(f"{work.picture} for one ({'; '.join(how)[:500]})")
+        return changed
+
+    def look(self, row: Row) -> None:
+        """Remembers what the image prompts of a row hold; for before they are read. Safe in threads."""
+        self._digests[row.index] = self._identify(row)
+
     def write(self, work: Work, png: bytes) -> None:
         """The picture, under its name when it is whole. Safe in threads."""
         write_whole(self._out / work.picture, png)
 
     def note(self, work: Work) -> None:
-        """The line of a picture that was written."""
-        self._manifest.add(_facts(work))
+        """The line of a picture that is about to be written. A kill may come between the two: a line without its
+        picture is dropped by the next process, and a picture without its line would not say what it was made from."""
+        digests = self._digests.get(work.row.index, ())
+        self._manifest.add(_facts(work) | ({_DIGESTS: digests} if any(digests) else {}))
 
     def sync(self) -> None:
         self._manifest.sync()
@@ -126,12 +161,11 @@ class JobFolder:
 
 @contextlib.contextmanager
 def job_folder(
-    out: Path, works: Sequence[Work], settings: Mapping[str, Any], shard: tuple[int, int]
+    out: Path, works: Sequence[Work], settings: Mapping[str, Any], shard: tuple[int, int], identify: Identify
 ) -> Iterator[JobFolder]:
     """Opens the folder of a new job or of one to go on with, and puts right what a kill has left; `works` are all works
     of this process. Raises InputError: in use, begun with other settings, made from other rows, not a job's."""
-    lock = out / (f"lock-{shard[0]}" if shard[0] else "lock")
-    with held(lock), JobFolder(out, works, settings, shard) as folder:
+    with held_shard(out, shard), JobFolder(out, works, settings, shard, identify) as folder:
         folder.compare()
         yield folder
 
@@ -150,9 +184,21 @@ def _facts(work: Work) -> dict[str, Any]:
 
 
 def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """With the names of image prompts alone, which may lie in another folder now."""
+    """With the names of image prompts alone, which may lie in another folder now, and without what they hold."""
     images = facts.get("images")
-    return {**facts, "images": [os.path.basename(str(path)) for path in images] if isinstance(images, list) else images}
+    names = [os.path.basename(str(path)) for path in images] if isinstance(images, list) else images
+    return {**{name: value for name, value in facts.items() if name != _DIGESTS}, "images": names}
+
+
+def _digests(line: Mapping[str, Any]) -> Sequence[Any]:
+    found = line.get(_DIGESTS)
+    return found if isinstance(found, list) else ()
+
+
+def _replaced(row: Row, before: Sequence[Any], now: Digests) -> list[str]:
+    """The image prompts that hold something else than they did, as far as both are known."""
+    known = ((path.name, a, b) for path, a, b in zip(row.images, before, now, strict=False) if a and b)
+    return [f"image {name} has been replaced by another" for name, a, b in known if a != b]
 
 
 def _is_first(line: dict, there: set[str], listed: dict[str, dict]) -> bool:

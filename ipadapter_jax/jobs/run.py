@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from ipadapter_jax.errors import InputError, PictureError
 from ipadapter_jax.in_order import in_order
 from ipadapter_jax.jobs.folder import job_folder
+from ipadapter_jax.jobs.image_digests import Identify, of_files
 from ipadapter_jax.jobs.plan import Work, batches, by_images
 from ipadapter_jax.jobs.rows import BadRow, Row
 from ipadapter_jax.stopping import STOPPED, Stopping
@@ -53,6 +54,7 @@ def run_job(
     bad: Sequence[BadRow] = (),
     shard: tuple[int, int] = (0, 1),
     kind: Callable[[Work, Content], Hashable] = by_images,
+    identify: Identify | None = None,
     on_progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
     """Makes the works whose picture is not in `out` yet, or those until SIGTERM or Ctrl-C. `folder` says what else is
@@ -65,18 +67,25 @@ def run_job(
       kind are smaller. They need not be computed when it returns. A PictureError costs the picture alone.
     encode: a picture as PNG, in threads, while the next batch is made.
     bad: rows that cannot be used, as `read_rows` found; process 0 reports them.
+    identify: what a row's image prompts hold, in threads; by default digests of its files. Pictures whose image prompts
+      hold something else by now are refused.
     on_progress: called when a batch is written.
     Raises InputError when the folder cannot be used, and what `make` and `encode` raise; what was made is kept.
     """
     found = list(bad) if shard[0] == 0 else []
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(job_folder(out, works, settings, shard))
+        folder = stack.enter_context(job_folder(out, works, settings, shard, identify or of_files()))
         folder.report(found)
         tally = Tally(total=len(works), before=len(works) - len(folder.pending), bad=found)
         stop = stack.enter_context(Stopping())
         writers = stack.enter_context(ThreadPoolExecutor(_THREADS))
-        items = stack.enter_context(contextlib.closing(_loaded(folder.pending, load, 2 * batch_size, found)))
-        writing: deque[list[tuple[Work, Future[None]]]] = deque()
+
+        def look_and_load(row: Row) -> Content:
+            folder.look(row)
+            return load(row)
+
+        items = stack.enter_context(contextlib.closing(_loaded(folder.pending, look_and_load, 2 * batch_size, found)))
+        writing: deque[list[Future[None]]] = deque()
 
         def write(work: Work, picture: Picture) -> None:
             folder.write(work, encode(work, picture))
@@ -84,11 +93,9 @@ def run_job(
         def finish(most: int) -> None:
             """Waits until at most `most` batches are unwritten."""
             while len(writing) > most:
-                for work, written in writing.popleft():
+                for written in writing.popleft():
                     written.result()
-                    folder.note(work)
                     tally.made += 1
-                folder.sync()
                 on_progress(tally)
 
         for batch in batches(items, batch_size, kind):
@@ -96,7 +103,10 @@ def run_job(
                 tally.stopped = True
                 break
             pairs = _made(batch, make, found)
-            writing.append([(work, writers.submit(write, work, picture)) for work, picture in pairs])
+            for work, _ in pairs:
+                folder.note(work)
+            folder.sync()
+            writing.append([writers.submit(write, work, picture) for work, picture in pairs])
             finish(_IN_FLIGHT)
         finish(0)
         folder.report(found)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from ipadapter_jax.evaluate import embeddings
 from ipadapter_jax.evaluate.frechet import Moments, frechet_distance
 from ipadapter_jax.evaluate.measures import interval, score
 from ipadapter_jax.evaluate.scorer import open_scorer
+from ipadapter_jax.lock import held_shard
 
 PROMPTS, EACH = 6, 2
 TABLES = evaluate_mini.TABLES
@@ -87,7 +89,12 @@ def test_the_report_says_what_was_done(place):
     body = page.split("<body>\n")[1]
     assert body.startswith('<p class="warning">Warning: the scoring CLIP is not ViT-L/14.')
     assert "IP-Adapter</td><td>adapter</td>" in page and page.count("<svg") == 3 and "http" not in body
-    assert page.count("data:image/jpeg") == 2 * 4 * (1 + EACH)
+    assert page.count("data:image/jpeg") == PROMPTS * (1 + EACH)  # each prompt once, as best or as worst
+    best, worst = page.split("<h2>Best")[1].split("<h2>Worst")
+    shown = [re.findall(r"<figcaption>(\d+):", part) for part in (best, worst)]
+    assert [len(names) for names in shown] == [3, 3] and len({*shown[0], *shown[1]}) == PROMPTS
+    caveat = "biased: 6 and 12 images for 128 features; compare only with distances of as many images"
+    assert f"<small>{caveat}</small>" in page.split("</table>")[0]
     about = json.loads((place / "whole" / "evaluation.json").read_text())
     assert about["otherwise than in the paper"] == [
         "the scoring CLIP is not OpenAI's ViT-L/14",
@@ -96,6 +103,7 @@ def test_the_report_says_what_was_done(place):
         "steps: 4, not 50",
         "guidance scale: 4.0, not 7.5",
     ]
+    assert about["caveats"] == {"clip_fid": caveat}
     assert {"unet", "ip_adapter"} <= about["pictures"]["sha256"].keys() and about["pictures"]["files"] == 12
     assert "model.safetensors" in about["scoring"]["clip"]["sha256"] and "jax" in about["versions"]
 
@@ -145,13 +153,37 @@ def test_what_is_there_is_not_made_again_and_what_has_changed_is(place, tmp_path
     assert tables(out)["prompts.csv"] != tables(place / "whole")["prompts.csv"]
 
 
+def test_an_image_prompt_that_was_replaced_is_refused(place, tmp_path, monkeypatch, capsys):
+    """Under its name, and as large as before: its pictures are of another one."""
+    forbid_sampling(monkeypatch)
+    shutil.copytree(place / "coco", tmp_path / "coco")
+    shutil.copytree(place / "clip", tmp_path / "clip")
+    shutil.copytree(place / "whole", tmp_path / "out")
+    assert main(words(tmp_path, tmp_path / "out")) == 0  # moved, not replaced
+    image = tmp_path / "coco" / "val2017" / "000000000002.png"
+    image.write_bytes(image.read_bytes() + b"\0")
+    assert main(words(tmp_path, tmp_path / "out")) == 2
+    said = capsys.readouterr().err
+    assert "2 pictures there were made from other rows, 000000000002-0.png" in said
+    assert "image 000000000002.png has been replaced by another" in said
+
+
+def test_processes_that_split_the_work_otherwise_are_refused(place, tmp_path, monkeypatch, capsys):
+    """They would score twice, and one would remove what the other is writing."""
+    forbid_sampling(monkeypatch)
+    more = {"images_from": place / "whole" / "images", "num_images": None, "steps": None, "batch_size": None}
+    with held_shard(tmp_path / "out", (1, 2)):
+        assert main(words(place, tmp_path / "out", **more)) == 2
+    assert "with another number of processes" in capsys.readouterr().err
+
+
 def test_pictures_of_another_program(place, tmp_path, monkeypatch):
     """The same pictures by name and by a list, in a folder that knows nothing of them: the same numbers."""
     forbid_sampling(monkeypatch)
     monkeypatch.setattr("ipadapter_jax.sampling.draw_noise", None)
     monkeypatch.setattr("ipadapter_jax.pipeline.StableDiffusion.from_opened", None)
     theirs = tmp_path / "theirs"
-    shutil.copytree(place / "whole" / "images", theirs, ignore=shutil.ignore_patterns("job*", "lock"))
+    shutil.copytree(place / "whole" / "images", theirs, ignore=shutil.ignore_patterns("job*", "lock*"))
     more = {"images_from": theirs, "num_images": None, "steps": None, "batch_size": None}
     assert main(words(place, tmp_path / "by name", **more)) == 0
     rows = [f"{path.stem[:-2]}.png,{path.name}" for path in sorted(theirs.iterdir())]
@@ -167,7 +199,7 @@ def test_pictures_of_another_program(place, tmp_path, monkeypatch):
         main([*words(place, tmp_path / "damaged", **more), "--debug"])
 
 
-def test_more_measures(place, tmp_path):
+def test_more_measures(place, tmp_path, capsys):
     """FID of features that were given, and the caption as text prompt, for two of the prompts."""
     rng = np.random.default_rng(0)
     for name in "ab":
@@ -176,6 +208,9 @@ def test_more_measures(place, tmp_path):
     assert main(words(place, tmp_path / "out", "--with-caption", *features, limit=2, num_images=1)) == 0
     about = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert about["scores"].keys() == {"clip_i", "clip_t", "clip_fid", "fid"}
+    assert about["caveats"].keys() == {"clip_fid"}  # 20 images for 4 features are enough
+    said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "biased: 2 and 2 images for 128 features" in said["CLIP-FID"] and "biased" not in said["FID"]
     assert "the text prompt was the caption, not empty" in about["otherwise than in the paper"]
     with Image.open(tmp_path / "out" / "images" / "000000000000.png") as picture:
         assert json.loads(picture.text["ipadapter_jax"])["prompt"].startswith("a large red dotted heart")

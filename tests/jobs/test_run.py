@@ -1,7 +1,9 @@
 """Jobs with a fake device: all pictures are there, once, whatever happens meanwhile."""
 
+import dataclasses
 import importlib.util
 import json
+import os
 import random
 import signal
 import subprocess
@@ -206,6 +208,76 @@ def test_image_prompts_may_have_moved(tmp_path):
         run(works(), tmp_path)
 
 
+def with_images(folder: Path, row: Row) -> Row:
+    """The row with a file, and another that all rows share, in place of image prompts that nobody reads."""
+    return dataclasses.replace(row, images=(folder / f"{row.name}.jpg", folder / "shared.jpg"))
+
+
+@pytest.fixture
+def references(tmp_path):
+    """Works of 3 rows x 2 with image prompts."""
+    rows = [with_images(tmp_path, row) for row in fake_job.rows(3)]
+    for path in {path for row in rows for path in row.images}:
+        path.write_bytes(path.name.encode())
+    return fake_job.plan(rows, num_images=2, seed=7, scale=0.5)
+
+
+def test_a_replaced_image_prompt_is_refused(tmp_path, references):
+    """After a kill and after the end; also one of the same size and time."""
+    out, image = tmp_path / "out", tmp_path / "row1.jpg"
+    run(references, out)
+    for picture in ("row0-1.png", "row2-0.png"):  # not made yet
+        (out / picture).unlink()
+    before = image.stat()
+    image.write_bytes(b"ROW1.jpg")
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(InputError) as caught:
+        run(references, out, make=pytest.fail)
+    assert str(caught.value) == (
+        f"{out}: 2 pictures there were made from other rows, row1-0.png for one (image row1.jpg has been replaced by "
+        "another); remove these pictures to have them made again, or choose another --out"
+    )
+    for picture in ("row1-0.png", "row1-1.png"):
+        (out / picture).unlink()
+    assert run(references, out).made == 4
+    (tmp_path / "shared.jpg").write_bytes(b"another")
+    with pytest.raises(InputError, match=r"6 pictures there .*image shared.jpg has been replaced by another"):
+        run(references, out, make=pytest.fail)
+
+
+def test_image_prompts_are_looked_at_when_they_are_read(tmp_path, references):
+    """What replaces one while its picture is being made is another image at the next start."""
+
+    def make(batch):
+        (tmp_path / "row0.jpg").write_bytes(b"too late")
+        return [work.seed for work, _ in batch]
+
+    run(references, tmp_path / "out", make=make, batch_size=6)
+    with pytest.raises(InputError, match=r"2 pictures there .*row0-0.png for one \(image row0.jpg has been replaced"):
+        run(references, tmp_path / "out")
+
+
+def test_jobs_of_older_releases_go_on(tmp_path, references):
+    """Their lines do not say what the image prompts held."""
+    out = tmp_path / "out"
+    run(references, out)
+    lines = [{k: v for k, v in line.items() if k != "images_sha256"} for line in objects(out / "job.jsonl")]
+    (out / "job.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "shared.jpg").write_bytes(b"another")
+    assert run(references, out, make=pytest.fail).before == 6
+
+
+def test_no_picture_without_its_line(tmp_path, references):
+    """A kill may come at any moment, and the line alone says what an image prompt held."""
+
+    def encode(work, seed):
+        assert work.picture in {line["picture"] for line in objects(tmp_path / "out/job.jsonl")}
+        return png(seed)
+
+    assert run(references, tmp_path / "out", encode=encode).made == 6
+    assert all(len(line["images_sha256"]) == 2 for line in objects(tmp_path / "out/job.jsonl"))
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "row3-1.png").write_bytes(b"mine")
     with pytest.raises(InputError, match="holds row3-1.png, which no job has made there; choose another --out"):
@@ -218,6 +290,32 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_a_folder_in_use_is_refused(tmp_path):
     with held(tmp_path / "lock"), pytest.raises(InputError, match=r"is in use by process \d+ on "):
         run(works(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("working", "another"), [((1, 2), (0, 1)), ((0, 2), (0, 1)), ((0, 1), (1, 2)), ((2, 3), (0, 2))]
+)
+def test_processes_that_split_the_work_otherwise_are_refused(tmp_path, working, another):
+    """They would make pictures twice."""
+
+    def make(batch):
+        with pytest.raises(InputError, match=rf"is in use by process {os.getpid()} on .*, with another number of"):
+            run(works(shard=another), tmp_path, shard=another)
+        with pytest.raises(InputError, match=rf"is in use by process {os.getpid()} on .*; wait until that run ends"):
+            run(works(shard=working), tmp_path, shard=working)
+        return [work.seed for work, _ in batch]
+
+    run(works(shard=working), tmp_path, shard=working, make=make)
+    run(works(shard=another), tmp_path, shard=another)  # when the first one is through
+
+
+def test_processes_of_one_job_work_together(tmp_path):
+    def make(batch):
+        run(works(shard=(0, 2)), tmp_path, shard=(0, 2))
+        return [work.seed for work, _ in batch]
+
+    run(works(shard=(1, 2)), tmp_path, shard=(1, 2), make=make)
+    check_whole(tmp_path, works(), ("job.jsonl", "job-1.jsonl"))
 
 
 # --- what a kill leaves

@@ -28,6 +28,7 @@ from ipadapter_jax.evaluate.scorer import OpenedScorer, open_scorer
 from ipadapter_jax.files import write_whole
 from ipadapter_jax.jobs.plan import plan
 from ipadapter_jax.jobs.rows import Row
+from ipadapter_jax.lock import held_shard
 from ipadapter_jax.stopping import STOPPED, Stopping
 
 
@@ -52,6 +53,19 @@ def evaluate(args: Evaluate) -> int:
         pictures, code = _paint(args, references)
         if code:
             return code
+    with held_shard(args.out, args.shard):
+        return _score(args, references, pictures, clip, fid)
+
+
+def _score(
+    args: Evaluate,
+    references: References,
+    pictures: Sequence[Sequence[Path]],
+    clip: OpenedScorer,
+    fid: dict[str, float],
+) -> int:
+    """Embeds this process's share of the pictures; the process that ends last writes the report. Returns the exit
+    code."""
     chunks = embeddings.chunks(args.out / "scores", references.found, pictures, args.caption_prefix)
     if _embed(args, chunks, clip):
         print("stopped while scoring; the same command goes on", file=sys.stderr)
@@ -78,9 +92,12 @@ def _paint(args: Evaluate, references: References) -> tuple[list[list[Path]], in
     def prepare(row: Row) -> Prepared:
         return pipe.adapters[0].prepare([references.found[row.index].picture()], args.fit)
 
+    def identify(row: Row) -> tuple[str]:
+        return (references.found[row.index].digest(),)
+
     data = {name: value for name, value in references.identity.items() if name != "prompts"}  # --limit may grow
     facts = settings(args, pipe) | {"with_caption": args.with_caption, "data": data}
-    tally = make_pictures(pipe, args, mine, folder, facts, prepare)
+    tally = make_pictures(pipe, args, mine, folder, facts, prepare, identify=identify)
     if tally.bad:
         raise InputError(
             f"{len(tally.bad)} image prompts cannot be used, among them {tally.bad[0].reason}; bad_rows*.jsonl in "

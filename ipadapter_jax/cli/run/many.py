@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from PIL import Image
 from ipadapter_jax.adapters import Prepared
 from ipadapter_jax.cli.many import Many
 from ipadapter_jax.cli.run.sampling import digests, png, versions
+from ipadapter_jax.files import sha256
 from ipadapter_jax.image_prompts import PerPrompt
+from ipadapter_jax.jobs.image_digests import Identify
 from ipadapter_jax.jobs.plan import Work
 from ipadapter_jax.jobs.rows import BadRow, Row
 from ipadapter_jax.jobs.run import Tally, run_job
@@ -27,7 +30,10 @@ def settings(args: Many, pipe: StableDiffusion) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(Many) if field.name not in apart]
     settings = {name: getattr(args, name) for name in names}
     settings["guidance_scale"] = pipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    return json.loads(json.dumps({**settings, "sha256": digests(pipe), "versions": versions()}))
+    files = digests(pipe)
+    if args.negative_image is not None and os.path.isfile(args.negative_image):
+        files["negative_image"] = {os.path.basename(args.negative_image): sha256(Path(args.negative_image))}
+    return json.loads(json.dumps({**settings, "sha256": files, "versions": versions()}))
 
 
 def make_pictures(
@@ -38,11 +44,12 @@ def make_pictures(
     settings: Mapping[str, Any],
     load: Callable[[Row], Prepared | None],
     bad: Sequence[BadRow] = (),
+    identify: Identify | None = None,
 ) -> Tally:
     """The works of this process as a job into `out`, with a bar where somebody watches.
 
     settings: those of `settings`, with all else that the pictures depend on beside the rows. load: what the image
-    encoder sees of a row's pictures. Raises InputError as `run_job`.
+    encoder sees of a row's pictures. identify: what those hold. Raises InputError as `run_job`.
     """
     with tqdm.tqdm(total=len(works), desc="pictures", unit="picture", disable=None) as bar:
 
@@ -61,6 +68,7 @@ def make_pictures(
             bad=bad,
             shard=args.shard,
             kind=lambda work, content: 0 if content is None else len(content.pixels),
+            identify=identify,
             on_progress=on_progress,
         )
     if tally.stopped:
