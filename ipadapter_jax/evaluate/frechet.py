@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -34,6 +35,29 @@ class Moments:
         return (self.outer - np.outer(self.total, self.mean)) / max(self.count - 1, 1)
 
 
+class Distance(float):
+    """A Frechet distance that knows how many rows it comes from, on either side, and of how many features."""
+
+    rows: tuple[int, int]
+    features: int
+
+    @classmethod
+    def between(cls, a: Moments, b: Moments) -> Self:
+        found = cls(frechet_distance(a, b))
+        found.rows, found.features = (a.count, b.count), len(a.total)
+        return found
+
+    @property
+    def caveat(self) -> str | None:
+        """Why the number means little, where the covariance of one side cannot have full rank; else None."""
+        if min(self.rows) > self.features:
+            return None
+        return (
+            f"biased: {self.rows[0]:,} and {self.rows[1]:,} images for {self.features:,} features; compare only with "
+            "distances of as many images"
+        )
+
+
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)), the squared distance of two normal distributions.
 
@@ -51,13 +75,13 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
 
-def distance_of_files(real: Path, made: Path) -> float:
+def distance_of_files(real: Path, made: Path) -> Distance:
     """The Frechet distance of features (N, F) in two files: the FID where they are those of Inception. Raises
     InputError naming what is wrong with them."""
     a, b = moments_of_file(real), moments_of_file(made)
     if len(a.total) != len(b.total):
         raise InputError(f"{real} has features of {len(a.total)} numbers and {made} of {len(b.total)}; use one network")
-    return frechet_distance(a, b)
+    return Distance.between(a, b)
 
 
 def moments_of_file(path: Path) -> Moments:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ipadapter_jax.evaluate.frechet import Distance
 from ipadapter_jax.evaluate.measures import DRAWS, SEED
 from ipadapter_jax.evaluate.paper import TABLE
 from ipadapter_jax.evaluate.results import TITLES, Results
@@ -57,7 +58,7 @@ def _warning() -> str:
 def _table(results: Results) -> str:
     head = ["method", "", "CLIP-T", "CLIP-I", "diversity", "CLIP-FID", *(["FID"] if "fid" in results.distances else [])]
     own = [_shown(results, name) for name in ("clip_t", "clip_i", "diversity")]
-    own += [f"{value:.4g}" for value in results.distances.values()]
+    own += [_distance(found) for found in results.distances.values()]
     rows = [["<b>this evaluation</b>", "", *own]]
     rows += [[row.method, row.kind, f"{row.clip_t:.3f}", f"{row.clip_i:.3f}"] for row in TABLE]
     cells = (_row(row + [""] * (len(head) - len(row)), "td") for row in rows)
@@ -69,6 +70,10 @@ def _row(cells: Sequence[str], tag: str) -> str:
 
 
 _NUMBER = ' class="number"'
+
+
+def _distance(found: Distance) -> str:
+    return f"{found:.4g}" + (f"<br><small>{escape(found.caveat)}</small>" if found.caveat else "")
 
 
 def _shown(results: Results, name: str) -> str:
@@ -102,10 +107,13 @@ def _histogram(title: str, values: np.ndarray) -> str:
 def _examples(results: Results) -> Iterator[str]:
     """The prompts that the pictures follow best, and least, by CLIP-I."""
     order = np.argsort(-results.scores.clip_i.mean(axis=1), kind="stable")
+    best = order[: min(_EXAMPLES, (len(order) + 1) // 2)]
+    worst = order[len(best) :][::-1][:_EXAMPLES]  # none is both
     yield "<h2>Best by CLIP-I: image prompt, then pictures</h2>"
-    yield from (_example(results, int(index)) for index in order[:_EXAMPLES])
-    yield "<h2>Worst by CLIP-I</h2>"
-    yield from (_example(results, int(index)) for index in order[::-1][:_EXAMPLES])
+    yield from (_example(results, int(index)) for index in best)
+    if len(worst):
+        yield "<h2>Worst by CLIP-I</h2>"
+        yield from (_example(results, int(index)) for index in worst)
 
 
 def _example(results: Results, index: int) -> str:

@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from ipadapter_jax.data.files import digest, size
 from ipadapter_jax.evaluate.embeddings import Chunk, read
-from ipadapter_jax.evaluate.frechet import Moments, frechet_distance
+from ipadapter_jax.evaluate.frechet import Distance, Moments
 from ipadapter_jax.evaluate.measures import Interval, Scores, interval, measure
 from ipadapter_jax.evaluate.paper import Choice
 from ipadapter_jax.evaluate.references import Reference
@@ -30,11 +30,15 @@ class Results:
     pictures: Sequence[Sequence[Path]]
     scores: Scores
     intervals: dict[str, Interval]
-    distances: dict[str, float]
+    distances: dict[str, Distance]
 
     def summary(self) -> dict[str, Any]:
         """The numbers alone, as JSON."""
         return {name: found._asdict() for name, found in self.intervals.items()} | self.distances
+
+    def caveats(self) -> dict[str, str]:
+        """What to know of a number before it is used, by its name; numbers of which there is nothing are left out."""
+        return {name: found.caveat for name, found in self.distances.items() if found.caveat}
 
     def files(self) -> dict[str, Any]:
         """What tells these pictures from others, as JSON: how many, and a sha256 over their names and sizes."""
@@ -59,7 +63,7 @@ def compute(chunks: Sequence[Chunk], choice: Choice) -> Results:
         pictures=[paths for chunk in chunks for paths in chunk.pictures],
         scores=scores,
         intervals={name: interval(values) for name, values in scores.of_prompts().items()},
-        distances={"clip_fid": frechet_distance(*sums)},
+        distances={"clip_fid": Distance.between(*sums)},
     )
 
 

@@ -6,7 +6,7 @@ import scipy.linalg
 from safetensors.numpy import save_file
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.evaluate.frechet import Moments, distance_of_files, frechet_distance
+from ipadapter_jax.evaluate.frechet import Distance, Moments, distance_of_files, frechet_distance
 
 RNG = np.random.default_rng(0)
 MIX = RNG.normal(size=(12, 12))
@@ -59,3 +59,15 @@ def test_files_that_cannot_be_used(tmp_path):
     for name in ("objects.npy", "text.npy", "two.safetensors", "nowhere.npy", "nowhere.safetensors"):
         with pytest.raises(InputError, match=name):
             distance_of_files(good, tmp_path / name)
+
+
+@pytest.mark.parametrize(("rows", "few"), [((300, 12), True), ((12, 500), True), ((13, 500), False)])
+def test_fewer_images_than_features_are_told(rows, few):
+    """A covariance of N rows has rank N - 1 at most."""
+    a, b = (Moments(12), Moments(12))
+    a.add(A[: rows[0]])
+    b.add(B[: rows[1]])
+    found = Distance.between(a, b)
+    assert found == frechet_distance(a, b)
+    expected = f"biased: {rows[0]} and {rows[1]} images for 12 features; compare only with distances of as many images"
+    assert found.caveat == (expected if few else None)

@@ -18,7 +18,7 @@ from ipadapter_jax.cli.run.sampling import load, versions
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate import embeddings
 from ipadapter_jax.evaluate.embeddings import Chunk
-from ipadapter_jax.evaluate.frechet import distance_of_files
+from ipadapter_jax.evaluate.frechet import Distance, distance_of_files
 from ipadapter_jax.evaluate.paper import departures
 from ipadapter_jax.evaluate.pictures import find_pictures, settings_beside
 from ipadapter_jax.evaluate.references import Reference, References, open_references
@@ -62,7 +62,7 @@ def _score(
     references: References,
     pictures: Sequence[Sequence[Path]],
     clip: OpenedScorer,
-    fid: dict[str, float],
+    fid: dict[str, Distance],
 ) -> int:
     """Embeds this process's share of the pictures; the process that ends last writes the report. Returns the exit
     code."""
@@ -151,6 +151,7 @@ def _write(args: Evaluate, references: References, clip: OpenedScorer, results: 
     )
     about = {
         "scores": results.summary(),
+        "caveats": results.caveats(),
         "otherwise than in the paper": apart,
         "data": references.identity,
         "pictures": {**({"from": str(args.images_from)} if made is None else made), **results.files()},
@@ -165,6 +166,7 @@ def _write(args: Evaluate, references: References, clip: OpenedScorer, results: 
         print("warning: the scoring CLIP is not ViT-L/14: no comparison with the paper's numbers", file=sys.stderr)
     for name, found in results.intervals.items():
         print(f"{TITLES[name]:10}{found.mean:8.4f}   95 %: {found.low:.4f} to {found.high:.4f}")
-    for name, value in results.distances.items():
-        print(f"{name.upper().replace('_', '-'):10}{value:8.4g}")
+    for name, found in results.distances.items():
+        caveat = f"   {found.caveat}" if found.caveat else ""
+        print(f"{name.upper().replace('_', '-'):10}{found:8.4g}{caveat}")
     print(args.out / "report.html")
