@@ -13,7 +13,7 @@ from ipadapter_jax import embedded
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.models.unet_config import UNetConfig
-from ipadapter_jax.tokens import load_tokenizer
+from ipadapter_jax.tokens import Tokenizer, check_rows, load_tokenizer
 from ipadapter_jax.weights import single_file
 from ipadapter_jax.weights.component import Component
 from ipadapter_jax.weights.components import (
@@ -60,7 +60,7 @@ class BaseModel:
     replaced: Mapping[str, Reference] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.folder / "tokenizer")
 
     @functools.cached_property
@@ -128,9 +128,14 @@ class BaseModel:
 
     def check(self) -> None:
         """Opens all networks. Raises InputError when the parts do not belong together."""
-        _check_fit(self.reference, len(self.tokenizer), **{name: self.config(name) for name in BASE_COMPONENTS})
+        self.check_tokenizer()
+        _check_fit(self.reference, **{name: self.config(name) for name in BASE_COMPONENTS})
         for name in BASE_COMPONENTS:
             self.part(name)
+
+    def check_tokenizer(self) -> None:
+        """Raises InputError when its text encoder does not know every token, and warns when it knows more."""
+        check_rows(f"base model {self.reference}", self.tokenizer, self.config("text_encoder").vocab_size)
 
 
 def open_base(
@@ -271,9 +276,7 @@ def _replacement(component: Component, name: str, reference: Reference, base: Ba
     return open_weights(own, tensors, place, single_file_spelling(name, own.config))
 
 
-def _check_fit(reference: str, tokens: int, unet: UNetConfig, vae: Any, text_encoder: Any) -> None:
-    if tokens > text_encoder.vocab_size:
-        raise InputError(f"base model {reference}: its tokenizer has {tokens} tokens, more than its text encoder knows")
+def _check_fit(reference: str, unet: UNetConfig, vae: Any, text_encoder: Any) -> None:
     latents = vae.latent_channels
     if unet.out_channels != latents or unet.in_channels not in (latents, 2 * latents + 1):
         raise InputError(

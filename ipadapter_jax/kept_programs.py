@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,7 @@ class KeptProgram:
         self.jitted = jax.jit(function, static_argnums=tuple(range(fixed)))
         self._name, self._fixed = function.__name__, fixed
         self._programs: dict[_Call, Callable] = {}
+        self._opening = threading.Lock()
         functools.update_wrapper(self, function)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -58,9 +60,12 @@ class KeptProgram:
             return self.jitted(*arguments)
         shapes = tuple((jax.typeof(leaf), _place(leaf)) for leaf in leaves)
         call = _Call(arguments[: self._fixed], structure, shapes, _settings())
-        if call not in self._programs:
-            self._programs[call] = self._open(call, arguments)
-        return self._programs[call](*given)
+        program = self._programs.get(call)
+        if program is None:
+            with self._opening:  # several threads that ask for one program wait for it, rather than each make it
+                program = self._programs.get(call) or self._open(call, arguments)
+                self._programs[call] = program
+        return program(*given)
 
     def forget(self) -> None:
         """As in a new process."""

@@ -30,7 +30,7 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_sites, site_grids
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.preprocess import to_uint8
-from ipadapter_jax.tokens import tokenize
+from ipadapter_jax.tokens import Tokenizer, tokenize
 from ipadapter_jax.weights.tree import Tree
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -45,7 +45,7 @@ class StableDiffusion:
     unet: UNet
     vae: VAE
     text_encoder: CLIPText
-    tokenizer: Any
+    tokenizer: Tokenizer
     schedule: NoiseSchedule
     params: dict[str, Tree]
     mesh: Mesh

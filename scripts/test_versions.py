@@ -16,7 +16,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHOWN = ("jax", "flax", "orbax-checkpoint", "grain", "transformers")
+SHOWN = ("jax", "flax", "orbax-checkpoint", "grain", "tokenizers")
 
 
 def lower_bounds() -> list[str]:

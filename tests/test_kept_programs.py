@@ -1,5 +1,6 @@
 """Programs on disk: found again by a new process, never for another function, shape or setting, never when damaged."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -54,6 +55,15 @@ def test_a_new_process_does_not_trace(folder):
     assert traced == []
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert type(found) is Pair
+
+
+def test_threads_that_ask_for_one_program_make_it_once(folder):
+    function, traced = program()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: function(3.0, pair(4), np.float32(number)).left, range(16)))
+    assert len(traced) == 1
+    for number, left in enumerate(found):
+        np.testing.assert_array_equal(left, np.full(4, 3 + number))
 
 
 def test_values_of_arguments_are_no_part_of_it(folder):

@@ -1,7 +1,9 @@
 """What `StableDiffusion` promises: nothing recompiles, pictures depend on their own seed, scale 0 is the base model."""
 
+import functools
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -43,6 +45,20 @@ def pipe(base) -> StableDiffusion:
 def recorded() -> StableDiffusion:
     """Nothing is compiled for it here."""
     return recorded_pipe()
+
+
+def test_threads_share_a_pipeline(pipe):
+    """Prompts of different lengths, each alone and at once: nothing in a pipeline changes."""
+    prompts = ["a", "a cat", "a dog on a beach at night", "", "one two three four five six seven eight nine ten"]
+    call = functools.partial(pipe, ip_adapter_image=CAT, **SMALL)
+    alone = {prompt: call(prompt) for prompt in prompts}
+    states = {prompt: np.asarray(pipe._text([prompt], 0)) for prompt in prompts}
+    with ThreadPoolExecutor(8) as pool:
+        texts = pool.map(lambda prompt: (prompt, np.asarray(pipe._text([prompt], 0))), prompts * 40)
+        pictures = pool.map(lambda prompt: (prompt, call(prompt)), prompts * 2)
+        for wanted, pairs in ((states, texts), (alone, pictures)):
+            for prompt, found in pairs:
+                np.testing.assert_array_equal(found, wanted[prompt])
 
 
 def test_nothing_that_a_person_changes_compiles_again(pipe):

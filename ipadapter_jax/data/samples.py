@@ -1,7 +1,6 @@
 """A record as the networks take it: pixels for the VAE, pixels for the image encoder, token ids of the caption."""
 
 import functools
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from ipadapter_jax.data.records import Source
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256
 from ipadapter_jax.preprocess import clip_pixels, decode_image, square_pixels
-from ipadapter_jax.tokens import load_tokenizer
-
-_TOKENIZING = threading.Lock()  # a tokenizer that two threads use at once fails: "Already borrowed"
+from ipadapter_jax.tokenizer_files import vocabulary_files
+from ipadapter_jax.tokens import Tokenizer, load_tokenizer
 
 
 @functools.cache
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path) -> Tokenizer:
     """One per process: samples that travel to worker processes take only its place along."""
     return load_tokenizer(folder)
 
@@ -66,22 +64,19 @@ class LiveSamples:
 
     def identity(self) -> dict[str, Any]:
         """What decides about the samples, as JSON, without the place of anything."""
-        names = ("tokenizer.json", "vocab.json", "merges.txt")
-        files = {name: self.tokenizer_folder / name for name in names}
+        files = vocabulary_files(self.tokenizer_folder)
         return {
             "source": self.source.identity(),
-            "tokenizer": {name: sha256(path) for name, path in files.items() if path.is_file()},
+            "tokenizer": {name: sha256(path) for name, path in files.items()},
             "resolution": self.resolution,
             "clip_size": self.clip_size,
             "text_length": self.text_length,
         }
 
     def _ids(self, text: str, key: str) -> np.ndarray:
+        tokenizer = _tokenizer(self.tokenizer_folder)
         try:
-            with _TOKENIZING:
-                ids = _tokenizer(self.tokenizer_folder)(
-                    text, padding="max_length", max_length=self.text_length, truncation=True
-                )["input_ids"]
-        except (TypeError, ValueError):  # not a string, or one with half a surrogate pair
+            ids = tokenizer.encode(text)
+        except InputError:
             raise InputError(f"{key!r}: its caption is not text: write it in UTF-8") from None
-        return np.asarray(ids, np.int32)
+        return tokenizer.fitted(ids, self.text_length)

@@ -21,7 +21,8 @@ from ipadapter_jax.files import sha256
 from ipadapter_jax.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.preprocess import CLIP_MEAN, CLIP_STD, CLIP_TABLE
 from ipadapter_jax.sampling import by_image, device_mesh, replicated
-from ipadapter_jax.tokens import load_tokenizer, tokenize
+from ipadapter_jax.tokenizer_files import TOKENIZER_FILES, vocabulary_files
+from ipadapter_jax.tokens import Tokenizer, check_rows, load_tokenizer, tokenize
 from ipadapter_jax.weights.components import Opened, choose_files, open_component, read_json
 from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.tensors import files_of
@@ -31,7 +32,6 @@ from ipadapter_jax.weights.whole_clip import WHOLE_CLIP
 _REFERENCE_CONFIG = CLIPConfig(
     CLIPTextConfig(eos_token_id=None), CLIPVisionConfig(1024, 4096, 768, 24, 16, hidden_act="quick_gelu")
 )
-_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _PREPROCESSOR = "preprocessor_config.json"
 _BATCH = 64  # pictures or captions that the networks read at once, on all devices together
 
@@ -41,7 +41,7 @@ class OpenedScorer:
     """A scoring CLIP whose parts fit, still unread."""
 
     opened: Opened
-    tokenizer: Any
+    tokenizer: Tokenizer
 
     @property
     def is_reference(self) -> bool:
@@ -53,7 +53,7 @@ class OpenedScorer:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What decides about the embeddings, as JSON: sizes, and the sha256 of its weights and tokenizer."""
-        files = [*files_of(self.opened.source), *(self.opened.source.parent / name for name in _TOKENIZER[:3])]
+        files = [*files_of(self.opened.source), *vocabulary_files(self.opened.source.parent).values()]
         digests = {file.name: sha256(file) for file in files if file.is_file()}
         return {"config": dataclasses.asdict(self.opened.config), "sha256": digests}
 
@@ -72,7 +72,7 @@ class Scorer:
 
     clip: CLIP
     params: Tree
-    tokenizer: Any
+    tokenizer: Tokenizer
     mesh: Mesh
 
     @property
@@ -144,14 +144,16 @@ def open_scorer(place: str | os.PathLike, revision: str | None = None) -> Opened
     WeightFileError naming what is wrong, for one half of a CLIP too."""
 
     def choose(names: Sequence[str]) -> Sequence[str]:
-        return choose_files(names, {"": WHOLE_CLIP}, (*_TOKENIZER, _PREPROCESSOR), None)
+        return choose_files(names, {"": WHOLE_CLIP}, (*TOKENIZER_FILES, _PREPROCESSOR), None)
 
     folder = local_path(place, choose, what="scoring CLIP", revision=revision)
     if not folder.is_dir():
         raise InputError(f"scoring CLIP {place}: give its folder, which holds config.json and the tokenizer too")
     opened = open_component(WHOLE_CLIP, folder)
     _check_preprocessing(folder, opened.config.vision.image_size)
-    return OpenedScorer(opened, load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    check_rows(f"scoring CLIP {place}", tokenizer, opened.config.text.vocab_size)
+    return OpenedScorer(opened, tokenizer)
 
 
 def _check_preprocessing(folder: Path, side: int) -> None:

@@ -81,9 +81,9 @@ def _table(shape: str) -> np.ndarray:
     """Distances over the object's frame, (rows v, columns u)."""
     w = np.linspace(-_EXTENT, _EXTENT, _TABLE)
     u, v = np.meshgrid(w, w)
-    if shape == "circle":
-        return np.hypot(u, v) - 0.98
-    return _polygon_distance(_outline(shape), u, v)
+    found = np.hypot(u, v) - 0.98 if shape == "circle" else _polygon_distance(_outline(shape), u, v)
+    found.setflags(write=False)  # every thread has the same one
+    return found
 
 
 def _outline(shape: str) -> np.ndarray:

@@ -28,6 +28,7 @@ from ipadapter_jax.differences import differences
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256
 from ipadapter_jax.in_order import in_order
+from ipadapter_jax.tokenizer_files import vocabulary_files
 from ipadapter_jax.train.config import Mesh
 from ipadapter_jax.train.distributed import barrier, initialize
 from ipadapter_jax.train.encode_config import Encode
@@ -95,7 +96,11 @@ def check_cache(
     needed = {
         "image_encoder": _digests(image_encoder) if image_encoder else None,
         "vae": _digests(vae),
-        "tokenizer": {name: sha256(tokenizer / name) for name in made["tokenizer"] if (tokenizer / name).is_file()},
+        "tokenizer": {
+            name: sha256(file)
+            for name, file in vocabulary_files(tokenizer).items()
+            if name in made["tokenizer"] or name == "added_tokens.json"  # without which tokens are other ones
+        },
         "resolution": resolution,
         "features": features,
     }

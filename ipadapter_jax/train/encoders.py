@@ -83,6 +83,7 @@ def load_encoders(base: str, variant: str | None, image_encoder: str, dtype: str
     """Reads both networks. Raises InputError and WeightFileError as the readers do."""
     model, vision, mesh = open_base_folder(base, variant), open_image_encoder(image_encoder), sampling.device_mesh()
     put = functools.partial(jax.device_put, device=sampling.replicated(mesh))
+    model.check_tokenizer()
     length, levels = model.config("text_encoder").max_position_embeddings, model.config("unet").levels
     step = model.config("vae").downscale * 2 ** (levels - 1)
     vae, encoder = (part.load(np.dtype(dtype), put) for part in (model.part("vae"), vision))

@@ -22,7 +22,7 @@ from ipadapter_jax.models.projections import Projection, image_projection
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_sites
 from ipadapter_jax.models.vae import VAE
-from ipadapter_jax.tokens import tokenize
+from ipadapter_jax.tokens import Tokenizer, tokenize
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.initial import initial_adapter, load_initial, projection_config
 from ipadapter_jax.train.optim import trainable
@@ -88,7 +88,7 @@ class Loaded:
     networks: Networks
     frozen: dict[str, Any]
     params: dict[str, Tree]
-    tokenizer: Any
+    tokenizer: Tokenizer
     sources: dict[str, Path]
     base: BaseModel
 

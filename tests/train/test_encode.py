@@ -222,7 +222,11 @@ def test_a_run_is_held_against_the_cache(whole, tmp_path):
     check_cache(CachedSamples(whole), **needed | {"features": None, "image_encoder": None})
     other = tmp_path / "vae.safetensors"
     other.write_bytes(b"another")
+    learned = tmp_path / "learned"
+    shutil.copytree(tokenizer, learned)
+    (learned / "added_tokens.json").write_text('{"<cat-toy>": 707}')
     wrong = [
+        {"tokenizer": learned},
         {"vae": other},
         {"image_encoder": other},
         {"tokenizer": tmp_path},

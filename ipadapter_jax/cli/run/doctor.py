@@ -14,7 +14,7 @@ from ipadapter_jax.compilation_cache import cache_folder, cache_is_on
 from ipadapter_jax.models.attention_kernels import named_kernel
 
 _PACKAGES = (
-    *("ipadapter-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers"),
+    *("ipadapter-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers"),
     *("huggingface_hub", "safetensors", "numpy", "pillow"),
 )
 _OPTIONAL = {
