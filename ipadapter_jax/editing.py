@@ -59,6 +59,21 @@ class Canvas:
         return mask * pictures + (1 - mask) * (self.picture.astype(np.float32) / 255)
 
 
+def open_canvas(
+    image: Any, mask: Any, strength: float | None, exact: bool, size: tuple[int | None, int | None], multiple: int
+) -> Canvas | None:
+    """What a call says of painting over a picture; None where it does not. Raises InputError, also for what would have
+    no effect."""
+    if image is None and mask is None:
+        for name, given in (("strength", strength is not None), ("exact_outside_mask", exact)):
+            if given:
+                raise InputError(f"{name} is for painting over a picture: give image")
+        return None
+    if exact and mask is None:
+        raise InputError("exact_outside_mask needs mask_image, which says what is outside")
+    return Canvas.load(image, mask, *size, multiple)
+
+
 def strength_of(strength: float | None, image: Any, mask: Any) -> float:
     """The part of the steps that is made: all without a picture, and by default with a mask; 0.8 of a picture's."""
     if strength is not None:

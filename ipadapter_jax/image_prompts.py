@@ -12,8 +12,9 @@ from jax import Array
 
 from ipadapter_jax.adapters import Adapter, Picture, Prepared
 from ipadapter_jax.arguments import Uncond
+from ipadapter_jax.arrays import is_array
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.masks import load_mask
+from ipadapter_jax.masks import check_inside, load_mask
 from ipadapter_jax.models.unet import KeyValue
 from ipadapter_jax.models.unet_config import Site
 from ipadapter_jax.sampling import Conditions
@@ -103,6 +104,8 @@ def entries_of(
             entries += plan.together(scale)
         else:
             loaded = [load_mask(mask, *size, what=f"mask {i + 1}") for i, mask in enumerate(of_pictures)]
+            for i, mask in enumerate(loaded):
+                check_inside(mask, f"mask {i + 1}")
             entries += plan.apart(scale, loaded)
     return entries
 
@@ -234,11 +237,13 @@ def _masks(masks: Any, adapters: int) -> list[Sequence[Any] | None]:
     """Per adapter a mask for each picture, or none."""
     if masks is None:
         return [None] * adapters
+    if is_array(masks) and masks.ndim in (3, 4):  # (n, H, W), or (n, 1, H, W) as diffusers' processor makes them
+        masks = list(masks)
     if not isinstance(masks, list | tuple):
         raise InputError(
             "ip_adapter_masks is a list with one mask for each picture, for several adapters a list of these"
         )
-    nested = [list(m[0]) if isinstance(m, np.ndarray) and m.ndim == 4 else m for m in masks]  # diffusers' (1, n, H, W)
+    nested = [list(m[0]) if is_array(m) and m.ndim == 4 and len(m) == 1 else m for m in masks]  # (1, n, H, W) too
     if adapters == 1 and not any(isinstance(mask, list | tuple) for mask in nested):
         nested = [nested]
     if len(nested) != adapters:

@@ -1,29 +1,35 @@
 """Where in the picture an image prompt acts: masks in pixels as weights of every cross-attention's queries."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ipadapter_jax.arrays import image_array, is_array
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.preprocess import load_image
+from ipadapter_jax.levels import array_to_image, eight_bits, mask_levels
+from ipadapter_jax.preprocess import load_upright
 
 
 def load_mask(
     source: Any, height: int, width: int, what: str = "mask", shape: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """A picture file, a PIL picture or an array as a mask (height, width) float32 in [0, 1], white or 1 being inside
-    and what is transparent outside.
+    """A picture file, a PIL picture or an array as a mask (height, width) float32 in [0, 1], 1 being inside. One rule
+    for all of them:
 
-    Grey is kept. `shape`: height and width of what the mask was drawn for, if not these. Raises InputError, with `what`
-    in the message, when it is none or has other proportions.
+    - a layer painted in one color on a transparent ground is inside where it is painted, whatever the color;
+    - whole numbers 0 and 1, in an array, a grey picture or a palette, are outside and inside;
+    - one color on black is inside as far as it is painted;
+    - all else counts by its brightness: white inside, black and transparent outside, grey in between.
+
+    Arrays are (H, W), with axes of 1 and with channels too, of numpy, jax or torch. `shape`: height and width of what
+    the mask was drawn for, if not these. Raises InputError, with `what` in the message, when it is none or has other
+    proportions. Whether anything is inside, `check_inside` says.
     """
-    if isinstance(source, np.ndarray) and source.ndim > 2 and source.size == source.shape[-2] * source.shape[-1]:
-        source = source.reshape(source.shape[-2:])  # (1, H, W) as diffusers has masks
-    if isinstance(source, np.ndarray) and source.dtype.kind in "biu" and set(np.unique(source)) <= {0, 1}:
-        source = source.astype(np.float32)
-    picture = load_image(source, background="black").convert("L")
+    levels = _levels_of_array(source, what) if is_array(source) else _levels(load_upright(source), what)
+    picture = Image.fromarray(levels)
     rows, columns = shape or (height, width)
     if abs(picture.width * rows - picture.height * columns) > 0.02 * picture.width * rows:
         raise InputError(
@@ -33,6 +39,75 @@ def load_mask(
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(picture, np.float32) / 255
+
+
+_NEARLY_BLACK = 0.1
+_LATENT_AREA = 64  # pixels behind one point of the latents
+
+
+def check_inside(mask: np.ndarray, what: str) -> None:
+    """Raises InputError for a mask (H, W) in which nothing is inside, or nearly nothing; warns when what is inside is
+    smaller than a point of the latents."""
+    brightest = float(mask.max())
+    if brightest < _NEARLY_BLACK:
+        raise InputError(
+            f"the {what} is black ({brightest * 255:.0f} of 255 at most): nothing is inside; paint what is to be "
+            "inside white, or leave the mask out"
+        )
+    if (area := float(mask.sum())) < _LATENT_AREA:
+        warnings.warn(
+            f"the {what} has about {area:.0f} pixels inside, fewer than one point of the latents: little will come of "
+            "it; paint a larger part white",
+            stacklevel=3,
+        )
+
+
+def _levels_of_array(source: Any, what: str) -> np.ndarray:
+    """(H, W) uint8."""
+    name = f"the {what}, an image array,"
+    array = image_array(source, name)
+    if array.ndim > 2 and array.size and array.size == array.shape[-2] * array.shape[-1]:
+        array = array.reshape(array.shape[-2:])  # (1, H, W) as diffusers has masks
+    if array.shape[2:] == (1,):
+        array = array[..., 0]
+    levels = mask_levels(array, name)
+    return levels if array.ndim == 2 and array.size else _levels(array_to_image(levels, name), what)
+
+
+def _levels(image: Image.Image, what: str) -> np.ndarray:
+    """(H, W) uint8 of a PIL image of any mode."""
+    if image.mode.startswith(("I", "F")):
+        return mask_levels(np.asarray(image), f"the {what}")
+    indices = np.asarray(image) if image.mode == "P" else None
+    labels = None if indices is None or indices.max() > 1 else indices * np.uint8(255)
+    if image.has_transparency_data:
+        pixels = np.asarray(eight_bits(image, what).convert("RGBA"))
+        colors, opacity = pixels[..., :3], pixels[..., 3]
+        if opacity.min() < 255:
+            if _is_one_color(colors[opacity >= min(128, opacity.max())]):
+                return opacity
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), Image.fromarray(pixels))
+            labels = None
+    colors = np.asarray(image.convert("RGB"))
+    if _is_grey(colors):
+        levels = mask_levels(np.asarray(image.convert("L")), f"the {what}")
+        return levels if labels is None or levels.max() >= 255 * _NEARLY_BLACK else labels
+    brightest = colors.reshape(-1, 3)[colors.sum(axis=-1).argmax()].astype(np.float32)
+    share = colors.astype(np.float32) @ brightest / (brightest @ brightest)
+    if np.abs(colors - share[..., None] * brightest).max() <= _FUZZ:  # one color on black
+        return np.rint(255 * share.clip(0, 1)).astype(np.uint8)
+    return np.asarray(image.convert("L")) if labels is None else labels
+
+
+_FUZZ = 24  # levels by which JPEG and rounding change a color
+
+
+def _is_one_color(colors: np.ndarray) -> bool:
+    return bool(np.ptp(colors, axis=0).max() <= _FUZZ) if colors.size else True
+
+
+def _is_grey(colors: np.ndarray) -> bool:
+    return bool((colors.max(axis=-1).astype(int) - colors.min(axis=-1)).max() <= _FUZZ)
 
 
 def site_masks(masks: Sequence[np.ndarray | None], grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
@@ -63,3 +138,19 @@ def latent_mask(mask: np.ndarray, h: int, w: int) -> np.ndarray:
     """An inpainting mask (H, W) -> (h, w) of 0 and 1: the nearest pixel of each latent, from one half on."""
     rows, columns = (np.arange(n) * size // n for n, size in ((h, mask.shape[0]), (w, mask.shape[1])))
     return (mask[np.ix_(rows, columns)] >= 0.5).astype(np.float32)
+
+
+def check_latent_mask(mask: np.ndarray, multiple: int, *, sees_mask: bool) -> None:
+    """Raises InputError for an inpainting mask (H, W) of which no point of the latents is inside; warns when all are,
+    unless the UNet sees the mask (`sees_mask`) and is meant to paint all."""
+    inside = latent_mask(mask, mask.shape[0] // multiple, mask.shape[1] // multiple)
+    if not inside.any():
+        raise InputError(
+            f"the mask_image has nothing inside ({mask.max() * 255:.0f} of 255 at most, {mask.sum():.0f} pixels): "
+            "nothing would be painted; paint white what is to be painted over"
+        )
+    if inside.all() and not sees_mask:
+        warnings.warn(
+            "the mask_image is white everywhere, so that it keeps nothing of the image; leave it out to paint over all",
+            stacklevel=4,
+        )

@@ -21,10 +21,10 @@ from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_i
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.diffusion.samplers import Run, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
-from ipadapter_jax.editing import Canvas, start, strength_of
+from ipadapter_jax.editing import Canvas, open_canvas, start, strength_of
 from ipadapter_jax.errors import InputError, PictureError
 from ipadapter_jax.image_prompts import Controls, Entry, ImagePrompt, PerPrompt, entries_of, entry_weights
-from ipadapter_jax.masks import site_masks
+from ipadapter_jax.masks import check_latent_mask, site_masks
 from ipadapter_jax.models.clip import CLIPText
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_sites, site_grids
@@ -238,14 +238,11 @@ class StableDiffusion:
         """The picture to paint over, if there is one. Raises InputError when the model cannot, or has to."""
         if mask is None:
             check_text_to_image(str(self.sources.get("unet", "of this pipeline")), self.unet.config)
-        if image is None and mask is None:
-            for name, value in (("strength", strength), ("exact_outside_mask", exact)):
-                if value:
-                    raise InputError(f"{name} is for painting over a picture: give image")
-            return None
-        if exact and mask is None:
-            raise InputError("exact_outside_mask needs mask_image, which says what is outside")
-        return Canvas.load(image, mask, height, width, self.vae.config.downscale)
+        canvas = open_canvas(image, mask, strength, exact, (height, width), self.vae.config.downscale)
+        if canvas is not None and canvas.mask is not None:
+            sees_mask = self.unet.config.in_channels != self.unet.config.out_channels
+            check_latent_mask(canvas.mask, self.vae.config.downscale, sees_mask=sees_mask)
+        return canvas
 
     def _entries(
         self, controls: Controls, run: Run, guidance_scale: float, shape: tuple[int, ...], prompts: int

@@ -10,11 +10,15 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ipadapter_jax.arrays import image_array, is_array
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.levels import array_to_image, eight_bits
+from ipadapter_jax.levels import to_uint8 as to_uint8  # whoever reads images writes them too
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -32,30 +36,40 @@ _WHOLE_LIMIT = 1 << 24  # a scaled picture of up to so many pixels (64 MiB in PI
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
 
-def load_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, background: str = "white") -> Image.Image:
+def load_image(source: Any, background: str = "white") -> Image.Image:
     """Any picture as a new, upright, opaque PIL picture of mode RGB.
 
-    source: a file; a PIL picture; or an array (H, W) or (H, W, 1 | 3 | 4) of uint8, uint16 or floats in [0, 1].
+    source: a file; a PIL picture; or an array (H, W) or (H, W, 1 | 3 | 4) of uint8, uint16 or floats in [0, 1], of
+    numpy, jax or torch, whose tensors may have their channels first.
     EXIF orientation is applied, the first frame of an animation taken, transparency composited on white (as in
     transformers 5) or another `background`, 16 bits are scaled to 8, CMYK is converted without a profile. Warns when a
     side is 1 pixel long.
     Raises InputError: no such file, damaged, not a picture, above the limits (checked undecoded), bad values, a URL.
     """
+    return _loaded(source, lambda image, name: _to_rgb(image, name, background))
+
+
+def load_upright(source: Any) -> Image.Image:
+    """The same in the mode that it has, with its palette and transparency: what a mask is read from."""
+    return _loaded(source, _upright)
+
+
+def _loaded(source: Any, prepare: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     shown = path or (getattr(source, "filename", None) if isinstance(source, Image.Image) else None)
-    name = repr(shown)[:500] if shown else "the image array" if isinstance(source, np.ndarray) else "the picture"
+    name = repr(shown)[:500] if shown else "the image array" if is_array(source) else "the picture"
 
     def read() -> Image.Image:
-        if isinstance(source, np.ndarray):
-            return _to_rgb(_array_to_image(source, name), name, background)
         if isinstance(source, Image.Image):
-            return _to_rgb(source, name, background)
+            return prepare(source, name)
+        if is_array(source):
+            return prepare(array_to_image(image_array(source, name), name), name)
         with _open(_checked_path(path, name), name) as file:
-            return _to_rgb(file, name, background)
+            return prepare(file, name)
 
     image = _named_errors(read, name)
     if min(image.size) == 1:
-        warnings.warn(f"{name} is only 1 pixel wide or high: no shape is left in it; use a larger one", stacklevel=2)
+        warnings.warn(f"{name} is only 1 pixel wide or high: no shape is left in it; use a larger one", stacklevel=3)
     return image
 
 
@@ -89,7 +103,7 @@ def clip_pixel_values(
     """
     if fit not in FITS or size < 1:
         raise InputError(f"fit={fit!r}, size={size}: choose fit from {', '.join(FITS)} and a size of at least 1")
-    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
+    if isinstance(images, str | os.PathLike | Image.Image) or is_array(images):
         raise InputError(f"images is a single {type(images).__name__}: put the pictures in a list")
     table = _normalisation(mean, std)
     values = np.zeros((len(images), size, size, 3), np.float32)  # zero is the pad colour
@@ -147,22 +161,6 @@ def _normalisation(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
 CLIP_TABLE = _normalisation(CLIP_MEAN, CLIP_STD)
 
 
-def to_uint8(images: np.ndarray, name: str = "the image array") -> np.ndarray:
-    """Floats in [0, 1] of any shape, as a rule (B, H, W, 3), to uint8, rounded as by diffusers' `numpy_to_pil`.
-
-    Raises InputError, with `name` in the message, for integers, NaN and values outside [0, 1].
-    """
-    values = np.asarray(images)
-    if values.dtype.kind in "biuc":
-        raise InputError(f"{name} has dtype {values.dtype}: give floats in [0, 1]")
-    values = values.astype(np.float32)  # also from bfloat16
-    if not np.isfinite(values).all():
-        raise InputError(f"{name} holds NaN or infinite values: repair or recompute it")
-    if values.size and (values.min() < 0 or values.max() > 1):
-        raise InputError(f"{name} has values from {values.min():g} to {values.max():g}: scale them to [0, 1]")
-    return (values * 255).round().astype(np.uint8)
-
-
 def image_grid(images: Sequence[Image.Image] | np.ndarray, columns: int | None = None) -> Image.Image:
     """One RGB picture of all `images` (pictures or (B, H, W, 3) uint8), row by row on white; near square by default.
 
@@ -194,7 +192,7 @@ def _named_errors(read: Callable[[], Image.Image], name: str) -> Image.Image:
 
 def _checked_path(path: object, name: str) -> str:
     if not isinstance(path, str):
-        raise InputError(f"{name} is of an unknown type: give a path (str), a PIL picture or a numpy array")
+        raise InputError(f"{name} is of an unknown type: give a path (str), a PIL picture or an array")
     if re.match(r"(https?|ftp|s3|gs|file):/|data:", path, re.IGNORECASE):
         raise InputError(f"{name} is a URL, not a file: download it first, then give the path of the file")
     if not os.path.isfile(path):  # a pipe, for one, would be waited for without end
@@ -230,6 +228,17 @@ def _kind_of_no_picture(head: bytes) -> str:
 
 def _to_rgb(image: Image.Image, name: str, background: str = "white") -> Image.Image:
     """Decodes, puts upright, makes opaque 8-bit RGB."""
+    image = eight_bits(_upright(image, name), name)
+    if image.has_transparency_data:
+        behind = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(behind, image.convert("RGBA"))
+    image = image.convert("RGB")
+    image.info.clear()  # else a second call would turn the picture again
+    return image
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    """Decodes what is within the limits and applies its EXIF orientation."""
     width, height = image.size
     most = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)  # PIL's own limit counts if someone has lowered it
     if min(image.size) < 1 or max(image.size) > MAX_SIDE or width * height > most:
@@ -241,38 +250,7 @@ def _to_rgb(image: Image.Image, name: str, background: str = "white") -> Image.I
         orientation = 1
     if orientation in range(2, 9):
         image = image.transpose(Image.Transpose[_TURNS[orientation - 2]])
-    image = _shallow(image, name)
-    if image.has_transparency_data:
-        behind = Image.new("RGBA", image.size, background)
-        image = Image.alpha_composite(behind, image.convert("RGBA"))
-    image = image.convert("RGB")
-    image.info.clear()  # else a second call would turn the picture again
     return image
-
-
-def _shallow(image: Image.Image, name: str) -> Image.Image:
-    """Modes that PIL would clip (I;16*, I = 16 bits in 32, F = 0..1 or 0..255) as L; other modes as they are."""
-    if not image.mode.startswith(("I", "F")):
-        return image.convert("LA") if image.mode == "La" else image  # all that PIL makes of premultiplied grey
-    values = np.asarray(image)
-    if image.mode == "F":
-        return _array_to_image(values / 255 if 1 < values.max() <= 255 else values, name)
-    if values.min() < 0 or values.max() > 65535:
-        raise InputError(f"{name} has grey values beyond 16 bits (0..65535): save it with 8 or 16 bits")
-    transparent = image.info.get("transparency")  # one grey value, in PNG
-    return _array_to_image(np.where(values == transparent, 65535, values).astype(np.uint16), name)
-
-
-def _array_to_image(array: np.ndarray, name: str) -> Image.Image:
-    if array.shape[2:] not in ((), (1,), (3,), (4,)) or array.ndim < 2 or array.size == 0:
-        raise InputError(f"{name} has shape {array.shape}: make it (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
-    if array.dtype.kind == "f":
-        array = to_uint8(array, name)
-    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)  # round(x / 257) in integers
-    elif array.dtype != np.uint8:
-        raise InputError(f"{name} has dtype {array.dtype}: make it uint8, uint16 or floats in [0, 1]")
-    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
 
 
 def _clip_crop(image: Image.Image, size: int) -> Image.Image:

@@ -16,7 +16,7 @@ PACKAGE = "ipadapter_jax"
 LAYERS = [
     {"errors"},  # whoever reads what a person gave must be able to say what is wrong with it
     {"settings", "suggestions", "texts"},
-    {"tokenizer_files"},
+    {"tokenizer_files", "arrays", "levels"},
     {"diffusion", "figures", "preprocess", "tokens", "arguments", "files", "compilation_cache", "flops", "embedded"}
     | {"differences", "heap", "in_order", "lock", "stopping"},
     {"lines", "models"},

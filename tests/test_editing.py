@@ -126,6 +126,8 @@ def test_a_picture_is_brought_to_height_and_width(pipe, original):
         ({"mask_image": "nowhere.png"}, "nowhere.png"),
         ({"mask_image": np.zeros((64, 128))}, "the mask_image is 128 x 64 pixels, the picture 64 x 64"),
         ({"image": None}, "give both|give image"),
+        ({"mask_image": np.zeros((64, 64))}, "the mask_image has nothing inside .* nothing would be painted"),
+        ({"mask_image": np.eye(64) * 0.4}, "the mask_image has nothing inside"),
     ],
 )
 def test_what_cannot_be_painted_is_refused_by_name(pipe, original, wrong, message):

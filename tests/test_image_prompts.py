@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import IMAGE_ENCODER, ORACLES, compilations, recorded_pipe
@@ -159,10 +160,18 @@ def test_a_mask_of_everything_is_no_mask(pipe):
     )  # the four weights of a bicubic point sum to 1 but for rounding
 
 
-def test_a_mask_of_nothing_is_scale_zero(pipe):
-    off = pipe("a cat", ip_adapter_image=CAT, ip_adapter_scale=0, **SMALL)
-    nowhere = pipe("a cat", ip_adapter_image=CAT, ip_adapter_masks=[np.zeros((64, 64))], **SMALL)
-    np.testing.assert_array_equal(nowhere, off)
+def test_a_mask_of_nothing_is_refused(pipe):
+    """It would be as a scale of zero, which is how to say it."""
+    for nothing in (np.zeros((64, 64)), Image.new("RGBA", (64, 64)), np.full((64, 64), 3, np.uint8)):
+        with pytest.raises(InputError, match="the mask 2 is black .* nothing is inside; paint"):
+            entries(pipe, images=[CAT, DOG], masks=[np.ones((64, 64)), nothing])
+
+
+def test_a_mask_of_nearly_nothing_is_a_warning(pipe):
+    dot = np.zeros((64, 64), np.uint8)
+    dot[20:24, 20:24] = 255
+    with pytest.warns(UserWarning, match="the mask 1 has about 16 pixels inside, fewer than one point"):
+        entries(pipe, images=CAT, masks=[dot])
 
 
 def test_masked_pictures_are_entries_of_their_own(recorded):
@@ -180,7 +189,9 @@ def test_masked_pictures_are_entries_of_their_own(recorded):
 
 
 @pytest.mark.parametrize(
-    "nest", [lambda m: m, lambda m: [m], lambda m: [np.stack(m)[None]]], ids=["flat", "nested", "4d"]
+    "nest",
+    [lambda m: m, lambda m: [m], lambda m: [np.stack(m)[None]], np.stack, lambda m: np.stack(m)[:, None], jnp.stack],
+    ids=["flat", "nested", "4d", "(n, H, W)", "(n, 1, H, W)", "jax"],
 )
 def test_masks_may_be_nested_as_diffusers_has_them(pipe, nest):
     masks = [np.eye(64), 1 - np.eye(64)]

@@ -1,12 +1,15 @@
 """Masks of image prompts and of inpainting against PyTorch's interpolations, and what a person may give as one."""
 
+import warnings
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ORACLES
 from PIL import Image
 
 from ipadapter_jax import InputError
-from ipadapter_jax.masks import latent_mask, load_mask, site_masks
+from ipadapter_jax.masks import check_latent_mask, latent_mask, load_mask, site_masks
 from ipadapter_jax.models.unet_config import UNetConfig, site_grids
 
 RANDOM = np.random.default_rng(7).random((96, 120)).astype(np.float32)  # not symmetric in any way
@@ -71,6 +74,22 @@ HALVES = np.zeros((48, 64), np.float32)
 HALVES[:, 32:] = 1
 
 
+def palette(colors: list[int], inside: int = 1) -> Image.Image:
+    """Two colors by index."""
+    image = Image.fromarray(np.where(HALVES, inside, 1 - inside).astype(np.uint8), "P")
+    image.putpalette(colors)
+    return image
+
+
+def painted(color: tuple[int, int, int]) -> Image.Image:
+    """A layer with paint of one color on a transparent ground."""
+    return Image.fromarray(np.dstack([np.full((48, 64, 3), color), 255 * HALVES]).astype(np.uint8))
+
+
+def colored() -> Image.Image:
+    return Image.fromarray((HALVES[:, :, None] * (220, 30, 20)).astype(np.uint8))
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -80,18 +99,89 @@ HALVES[:, 32:] = 1
         HALVES.astype(np.uint8),  # 0 and 1, as diffusers' processor writes them
         HALVES.astype(np.int64),
         (HALVES * 255).astype(np.uint8),
+        HALVES * 255,
+        HALVES.astype(np.float16),
+        (HALVES * 255).astype(np.uint16),  # levels of 8 bits, whatever holds them
+        (HALVES * 65535).astype(np.uint16),
+        (HALVES * 255).astype(np.int64),
+        HALVES.astype(np.uint16),
+        jnp.asarray(HALVES, jnp.bfloat16),
         HALVES[None],
+        HALVES[None, None],
         HALVES[:, :, None],
+        np.repeat(HALVES[:, :, None], 3, 2).astype(np.uint8),
         Image.fromarray((HALVES * 255).astype(np.uint8)),
         Image.fromarray((HALVES * 255).astype(np.uint8)).convert("RGB"),
         Image.fromarray(HALVES.astype(bool)),
+        Image.fromarray(HALVES.astype(np.uint8)),  # a label image
+        Image.fromarray(np.repeat(HALVES[:, :, None], 3, 2).astype(np.uint8)),
+        Image.fromarray(HALVES.astype(np.uint16)),
+        Image.fromarray((HALVES * 65535).astype(np.uint16)),
+        Image.fromarray(HALVES.astype(np.int32)),
+        Image.fromarray(HALVES),
+        Image.fromarray(HALVES * 255),
+        palette([0, 0, 0, 1, 1, 1]),
+        palette([0, 0, 0, 128, 0, 0]),  # as label tools write them
+        palette([30, 60, 200, 200, 40, 20]),
+        palette([9, 9, 9, 9, 9, 9]),
+        palette([0, 0, 0, 255, 255, 255]),
+        palette([255, 255, 255, 0, 0, 0], inside=0),  # of black and white the color says which is which
+        palette([255, 0, 0, 0, 0, 0], inside=0),
+        painted((0, 0, 0)),
+        painted((255, 255, 255)),
+        painted((200, 30, 90)),
+        painted((0, 0, 0)).convert("LA"),
+        colored(),
     ],
-    ids=["float", "double", "bool", "01", "int", "uint8", "(1, H, W)", "(H, W, 1)", "L", "RGB", "1"],
+    ids=["float", "double", "bool", "01", "int", "uint8", "float 0..255", "float16", "uint16 0..255", "uint16"]
+    + ["int64 0..255", "uint16 labels", "bfloat16", "(1, H, W)", "(1, 1, H, W)", "(H, W, 1)", "RGB array of labels"]
+    + ["L", "RGB", "1", "L labels", "RGB labels", "I;16 labels", "I;16", "I labels", "F", "F 0..255"]
+    + ["P near black", "P black and red", "P blue and red", "P one color", "P black and white", "P white and black"]
+    + ["P red and black", "black paint", "white paint", "red paint", "LA", "red on black"],
 )
 def test_what_a_mask_may_be(given):
     found = load_mask(given, 48, 64)
     np.testing.assert_array_equal(found, HALVES)
     assert found.dtype == np.float32
+
+
+def test_files_are_read_as_what_was_saved(tmp_path):
+    for number, image in enumerate([Image.fromarray(HALVES.astype(np.uint8)), palette([0, 0, 0, 128, 0, 0])]):
+        image.save(tmp_path / f"{number}.png")
+        np.testing.assert_array_equal(load_mask(tmp_path / f"{number}.png", 48, 64), HALVES)
+    painted((0, 0, 0)).save(tmp_path / "layer.png")
+    np.testing.assert_array_equal(load_mask(str(tmp_path / "layer.png"), 48, 64), HALVES)
+
+
+def test_soft_paint_is_as_soft_as_it_is_opaque():
+    soft = np.zeros((48, 64, 4), np.uint8)
+    soft[:, :, 3] = np.arange(0, 256, 4)
+    np.testing.assert_array_equal(
+        load_mask(soft, 48, 64), np.tile(np.arange(0, 256, 4, dtype=np.float32) / 255, (48, 1))
+    )
+
+
+def test_of_several_colors_on_a_transparent_ground_white_is_inside():
+    layer = np.zeros((48, 64, 4), np.uint8)
+    layer[:, 16:] = (0, 0, 0, 255)  # black paint, which is outside here
+    layer[:, 32:, :3] = 255
+    np.testing.assert_array_equal(load_mask(layer, 48, 64), HALVES)
+
+
+def test_an_inpainting_mask_of_everything_is_a_warning():
+    for sees_mask, words in ((False, ["the mask_image is white everywhere, so that it keeps nothing"]), (True, [])):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            check_latent_mask(np.ones((64, 64)), 8, sees_mask=sees_mask)
+        assert [str(warning.message).split(" of the image")[0] for warning in found] == words
+
+
+@pytest.mark.torch
+def test_tensors_are_masks_too():
+    torch = pytest.importorskip("torch")
+    tensor = torch.tensor(HALVES)
+    for given in (tensor, tensor[None], tensor[None, None], tensor.bool(), tensor.bfloat16(), tensor.requires_grad_()):
+        np.testing.assert_array_equal(load_mask(given, 48, 64), HALVES)
 
 
 @pytest.mark.parametrize("value", [0, 1])
@@ -125,7 +215,10 @@ def test_a_mask_may_be_a_file():
     [
         (np.zeros((48, 48)), "the mask 3 is 48 x 48 pixels, the picture 64 x 48: give a mask of the same shape"),
         (np.zeros((64, 48)), "48 x 64 pixels, the picture 64 x 48"),
-        (np.full((48, 64), 1.5), "image array"),
+        (np.full((48, 64), 1.5), "the mask 3, an image array, has values from 1.5 to 1.5: scale them"),
+        (np.full((48, 64), -1), "mask 3, an image array, has values from -1 to -1"),
+        (np.full((48, 64), 70000), "has values from 70000 to 70000: scale them to 0..255"),
+        (np.full((48, 64), 1j), "has dtype complex128: make it whole numbers"),
         (np.full((48, 64), np.nan), "image array"),
         (np.zeros((2, 48, 64)), "image array"),
         (np.zeros((0, 4)), "image array"),
