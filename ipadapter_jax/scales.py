@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.unet_config import Site
+from ipadapter_jax.suggestions import likeliest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +151,8 @@ def _places(sites: Sequence[Site]) -> list[Place]:
 
 def _preset(name: str, sites: Sequence[Site]) -> np.ndarray:
     if name not in PRESETS:
-        near = get_close_matches(str(name), PRESETS, 1)
-        meant = f"did you mean {near[0]!r}?" if near else f"choose {', '.join(PRESETS)}"
+        near = likeliest(str(name), PRESETS)
+        meant = f"did you mean {near!r}?" if near else f"choose {', '.join(PRESETS)}"
         raise InputError(f"ip_adapter_scale: no preset {name!r}; {meant}")
     preset = PRESETS[name]
     if isinstance(preset, Mapping) and len(sites) != 16:

@@ -1,13 +1,137 @@
-"""What a person may have meant: names in order of likeness, and what lies where a path leads nowhere."""
+"""What a person may have meant by a word that is not known: the likeliest of few names, or names by likeness."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+# What other programs, papers and habit call things, without signs between the words, and the names here, of which the
+# first that is known where the word stands is meant.
+_SYNONYMS: Mapping[str, tuple[str, ...]] = {
+    # options
+    "numinferencesteps": ("steps",),
+    "maxtrainsteps": ("steps",),
+    "numimagesperprompt": ("num-images",),
+    "n": ("num-images",),
+    "ipadapter": ("adapter",),
+    "ipadapterimage": ("image",),
+    "ipadapterimageembeds": ("embeds",),
+    "ipadaptermasks": ("masks",),
+    "ipadapterscale": ("scale",),
+    "negativeipadapterimage": ("negative-image",),
+    "weight": ("scale",),
+    "reference": ("image",),
+    "ref": ("image",),
+    "i": ("image",),
+    "p": ("prompt",),
+    "cfg": ("guidance-scale",),
+    "cfgscale": ("guidance-scale",),
+    "guidance": ("guidance-scale",),
+    "sampler": ("scheduler",),
+    "denoise": ("strength",),
+    "output": ("out",),
+    "outputdir": ("out",),
+    "outdir": ("out",),
+    "o": ("out",),
+    "model": ("base",),
+    "ckpt": ("base",),
+    "pretrainedmodelnameorpath": ("base",),
+    "w": ("width",),
+    "precision": ("dtype",),
+    "mixedprecision": ("dtype",),
+    "lr": ("learning-rate",),
+    "bs": ("batch-size",),
+    "trainbatchsize": ("batch-size",),
+    "dataset": ("path", "data"),
+    "data": ("path",),
+    # data types
+    "fp16": ("float16",),
+    "f16": ("float16",),
+    "half": ("float16",),
+    "fp32": ("float32",),
+    "f32": ("float32",),
+    "single": ("float32",),
+    "float": ("float32",),
+    "bf16": ("bfloat16",),
+    # samplers
+    "eulerancestral": ("euler_a",),
+    "eulerancestraldiscrete": ("euler_a",),
+    "keulera": ("euler_a",),
+    "keulerancestral": ("euler_a",),
+    "eulerdiscrete": ("euler",),
+    "keuler": ("euler",),
+    "dpm": ("dpmsolver++",),
+    "dpm++": ("dpmsolver++",),
+    "dpm++2m": ("dpmsolver++",),
+    "dpm++2mkarras": ("dpmsolver++",),
+    "dpmpp": ("dpmsolver++",),
+    "dpmpp2m": ("dpmsolver++",),
+    "dpmsolver": ("dpmsolver++",),
+    "dpmsolvermultistep": ("dpmsolver++",),
+    "unipcmultistep": ("unipc",),
+    "plms": ("pndm",),
+}
+
+
+def same(word: str, known: Iterable[str]) -> str | None:
+    """The known name that is this one in another spelling (case, signs between words), or what this program calls what
+    another calls `word`; or None."""
+    given = _compact(word)
+    for meant in ({given}, {_compact(name) for name in _SYNONYMS.get(given, ())}):
+        for name in known:
+            if given and _compact(name) in meant:
+                return name
+    return None
+
+
+def likeliest(word: str, known: Iterable[str]) -> str | None:
+    """The one of the known names that was most likely meant, or None where none is near: the same in another spelling,
+    one that begins so, or the one with the fewest slips of the keyboard; of equals the first known one."""
+    names = list(known)
+    if found := same(word, names):
+        return found
+    given = _compact(word)
+    if len(given) > 2 and (longer := [name for name in names if _compact(name).startswith(given)]):
+        return longer[0]
+    near = [(_slips(given, _compact(name)), place) for place, name in enumerate(names)]
+    slips, place = min(near, default=(len(given), 0))
+    return names[place] if slips <= max(1, len(given) // 3) and slips < len(given) else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'; did you mean NAME?', or nothing where no known name is near."""
+    name = likeliest(word, known)
+    return f"; did you mean {name}?" if name else ""
+
+
+def meant(word: str, known: Collection[str]) -> str:
+    """The same, or where none is near all names, which are few."""
+    return did_you_mean(word, known) or f"; choose {', '.join(known)}"
 
 
 def closest_first(word: str, names: Iterable[str]) -> list[str]:
-    """The names, the likest to `word` first; equally like ones in their alphabetical order."""
+    """The names, of files say, the likest to `word` first; equally like ones in their alphabetical order."""
 
     def unlikeness(name: str) -> float:
         return -difflib.SequenceMatcher(None, word.lower(), name.lower()).ratio()
 
     return sorted(sorted(names), key=unlikeness)
+
+
+def _compact(word: str) -> str:
+    """'Euler_A' and 'euler-a' -> 'eulera', 'DDIMScheduler' -> 'ddim'."""
+    letters = re.sub(r"[-_. ]", "", word.lower())
+    return letters.removesuffix("scheduler") or letters
+
+
+def _slips(one: str, other: str) -> int:
+    """How many letters were left out, added, exchanged with another or with their neighbor."""
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        last, before, row = before, row, [i]
+        for j, wanted in enumerate(other, 1):
+            least = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != wanted))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
+                least = min(least, last[j - 2] + 1)
+            row.append(least)
+    return row[-1]

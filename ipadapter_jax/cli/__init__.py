@@ -5,30 +5,43 @@ reader of the output went away.
 """
 
 import contextlib
-import io
+import importlib.metadata
 import logging
 import logging.handlers
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import tyro
-
 from ipadapter_jax.cli.commands import COMMANDS
+from ipadapter_jax.cli.help import help_of, overview
+from ipadapter_jax.cli.options import Sampling
+from ipadapter_jax.cli.parsing import parse_words, unknown_command
+from ipadapter_jax.cli.streams import print_every_name
+from ipadapter_jax.cli.train import help_of_train
 from ipadapter_jax.cli.train import parse as parse_train
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.train.config import check
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
+    print_every_name()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = arguments[:1] == ["--debug"] or arguments[-1:] == ["--debug"]
-    arguments = [a for i, a in enumerate(arguments) if not (debug and a == "--debug" and i in (0, len(arguments) - 1))]
+    debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's remarks about its own cache
     try:
+        if not arguments:
+            print(overview())
+            return 2
+        if arguments[0] in ("-V", "--version"):
+            print(f"ipadapter-jax {importlib.metadata.version('ipadapter-jax')}")
+            return 0
+        if text := _help(arguments):
+            print(text)
+            return 0
         options = parse(arguments)
         command = COMMANDS[arguments[0]]
         with _reports(command.reports_at_once):
@@ -74,31 +87,27 @@ def _reports(at_once: bool) -> Iterator[None]:
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """The chosen command's arguments. Raises InputError with tyro's complaint on one line."""
-    options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
-    for option in options:
-        if options.count(option) > 1:
-            raise InputError(f"{option} is given more than once; give it once, several values after it")
-    kinds: dict[str, Any] = {name: command.kind() for name, command in COMMANDS.items()}
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            if arguments[:1] == ["train"]:
-                return parse_train(arguments[1:])
-            return tyro.extras.subcommand_cli_from_dict(
-                kinds,
-                prog="ipadapter-jax",
-                description="Image prompts for Stable Diffusion in JAX. A last word --debug shows where errors arise.",
-                args=arguments,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(_one_line(complaint.getvalue())) from None
+    """The options of the command that the first word names. Raises InputError for the words, and for what can be told
+    of the options from them alone."""
+    name, *words = arguments
+    if name not in COMMANDS:
+        raise InputError(unknown_command(name))
+    if name == "train":
+        config = parse_train(words)
+        check(config)
+        return config
+    options = parse_words(name, COMMANDS[name].kind(), words)
+    if isinstance(options, Sampling):
+        options.check()
+    return options
 
 
-def _one_line(box: str) -> str:
-    """tyro's framed message without its frame and its pointer to the help."""
-    lines = [line.strip(" │") for line in box.splitlines()]
-    text = " ".join(line for line in lines if line and not re.match("[─╭╰]", line))
-    return f"{text.split('For full helptext')[0].strip()} (see --help)"
+def _help(arguments: Sequence[str]) -> str | None:
+    """The help that the words ask for, or None."""
+    asked = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if not arguments or not {"-h", "--help"} & set(asked):
+        return None
+    name, *words = arguments
+    if name not in COMMANDS:
+        return overview() if name.startswith("-") else None
+    return help_of_train(words) if name == "train" else help_of(name, COMMANDS[name].kind())

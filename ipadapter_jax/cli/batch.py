@@ -2,11 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import ClassVar
 
-import tyro
-
-from ipadapter_jax.cli.many import Many
+from ipadapter_jax.cli.declared import Positional
+from ipadapter_jax.cli.many import HELP_JOB, Many
+from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING
 from ipadapter_jax.errors import InputError
 
 
@@ -18,11 +18,19 @@ class Batch(Many):
     cannot be used are skipped and listed in bad_rows.jsonl. Every picture depends on its own row and the options alone.
     """
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Positional[Path]
     """A folder of reference pictures (name.jpg, its prompt in name.txt), or a .csv or .jsonl with the columns prompt,
     image (several separated by ; or as a list), negative_prompt, seed, scale, name."""
     out: Path
     """The folder for the pictures, with job.json, job.jsonl (a line for each picture) and bad_rows.jsonl."""
+
+    help_groups: ClassVar = {
+        "what to make": ("source", "out", "num_images", "seed", "height", "width", "negative_prompt"),
+        "image prompt": HELP_IMAGE_PROMPT,
+        "sampling": HELP_SAMPLING,
+        "model": HELP_MODEL,
+        "the job": HELP_JOB,
+    }
 
     def check(self) -> None:
         """Raises InputError for what can be told from the words alone."""

@@ -2,9 +2,10 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
+from ipadapter_jax.cli.declared import Positional
+from ipadapter_jax.places import Place
 
 
 @dataclasses.dataclass
@@ -17,20 +18,20 @@ class Convert:
     a CLIP image encoder (OpenCLIP or transformers) becomes the folder OUT.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Positional[Place]
     """File, folder or Hub place."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Positional[Path]
     """Name of the new file or folder, which must not exist."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Round to this; by default every tensor stays as it is stored."""
     flax: bool = False
     """Write a folder of Flax msgpack files rather than PyTorch's safetensors."""
-    config: str | None = None
+    config: Place | None = None
     """For a single file: folder or Hub id of its family, for settings and tokenizer; by default Stable Diffusion
     1.5."""
-    vae: str | None = None
+    vae: Place | None = None
     """Another VAE than the base model's: a folder, a Hub id or a file."""
-    text_encoder: str | None = None
+    text_encoder: Place | None = None
     """Another text encoder than the base model's: a folder, a Hub id or a file."""
     extract_ema: bool = False
     """For a single file: take the moving average of its UNet."""

@@ -2,14 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import ClassVar
 
 from ipadapter_jax import embedded
-from ipadapter_jax.cli.many import Many
+from ipadapter_jax.cli.declared import Positional
+from ipadapter_jax.cli.many import HELP_JOB, Many
+from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.paper import SCORER, Choice
+from ipadapter_jax.places import Place
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -20,7 +21,7 @@ class Evaluate(Many):
     The same command goes on after any stop, kill -9 included, and ends with the same numbers.
     """
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Positional[Path]
     """captions_val2017.json of COCO, or data as for training: a folder, a JSON list, Parquet, tar or ArrayRecord."""
     out: Path
     """The folder for images/ (always kept), scores/ (embeddings), report.html, evaluation.json and the tables prompts
@@ -40,7 +41,7 @@ class Evaluate(Many):
     images_from: Path | None = None
     """Score these pictures and make none: a folder (name.png, or name-0.png and so on, where the image prompt is
     name.jpg) or a CSV file with the columns name and picture."""
-    clip: str = SCORER
+    clip: Place = SCORER
     """The CLIP that scores: a folder or a Hub id of a whole CLIPModel of transformers."""
     caption: Choice = "first"
     """Which of several captions CLIP-T takes."""
@@ -48,6 +49,20 @@ class Evaluate(Many):
     """Put before each caption when it is scored; CLIPScore's authors take "A photo depicts "."""
     fid_features: tuple[Path, Path] | None = None
     """Two .npy or .safetensors files with Inception's features (N, F) of real and of made pictures: adds their FID."""
+
+    help_groups: ClassVar = {
+        "what to score": ("data", "out", "adapter", "images_from", "limit", "num_images", "with_caption"),
+        "data": ("image_root", "image_column", "text_column"),
+        "scores": ("clip", "caption", "caption_prefix", "fid_features"),
+        "image prompt": tuple(name for name in HELP_IMAGE_PROMPT if name != "adapter"),
+        "sampling": ("seed", "height", "width", "negative_prompt", *HELP_SAMPLING),
+        "model": HELP_MODEL,
+        "the job": HELP_JOB,
+    }
+
+    def __post_init__(self) -> None:
+        if self.base == embedded.NAME and self.images_from is None and self.adapter is None:
+            self.adapter = embedded.NAME
 
     def check(self) -> None:
         """Raises InputError for what can be told from the words alone."""
@@ -61,7 +76,7 @@ class Evaluate(Many):
             for option, given in (("adapter", self.adapter is not None), ("with-caption", self.with_caption)):
                 if given:
                     raise InputError(f"--{option} is for making pictures, and --images-from has them; leave one out")
-        elif self.adapter is None and self.base != embedded.NAME:
+        elif self.adapter is None:
             raise InputError(
                 "name the IP-Adapter to evaluate with --adapter, or pictures of another program with --images-from"
             )

@@ -2,11 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from ipadapter_jax.cli.options import Sampling
+from ipadapter_jax import embedded
+from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING, Sampling
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import check_writable
+from ipadapter_jax.places import Place
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -21,20 +23,20 @@ class Generate(Sampling):
     """The PNG to write. With several pictures this is their grid, and the single ones lie beside it, numbered."""
     prompt: str = ""
     """What to paint; may be empty with an image prompt."""
-    image: tuple[str, ...] = ()
+    image: tuple[Place, ...] = ()
     """Reference pictures; several share the one image prompt."""
     image_weights: tuple[float, ...] = ()
     """A weight for each reference, times --scale."""
-    masks: tuple[str, ...] = ()
+    masks: tuple[Place, ...] = ()
     """A mask for each reference, white where it acts; each then acts by itself."""
-    embeds: str | None = None
+    embeds: Place | None = None
     """Image embeddings in place of --image: a file of --save-embeds, or what diffusers or ComfyUI saved. No image
     encoder is needed then."""
     save_embeds: Path | None = None
     """Also writes the embeddings of --image into this .safetensors file."""
-    init_image: str | None = None
+    init_image: Place | None = None
     """A picture to paint over (image-to-image)."""
-    mask_image: str | None = None
+    mask_image: Place | None = None
     """White where to paint over --init-image (inpainting)."""
     strength: float | None = None
     """By which part of the steps --init-image is painted over: 0.8, with a mask 1."""
@@ -49,6 +51,19 @@ class Generate(Sampling):
     explore: Literal["scales", "presets"] | None = None
     """Writes one labelled figure instead: a row for each seed over scales from 0 to 1, or a row for each reference over
     all presets."""
+
+    help_groups: ClassVar = {
+        "what to make": ("prompt", "image", "out", "num_images", "seed", "height", "width", "negative_prompt"),
+        "image prompt": ("image_weights", "masks", *HELP_IMAGE_PROMPT, "embeds"),
+        "painting over an image": ("init_image", "mask_image", "strength", "exact_outside_mask"),
+        "sampling": HELP_SAMPLING,
+        "model": HELP_MODEL,
+        "further output": ("save_embeds", "attention_maps", "explore"),
+    }
+
+    def __post_init__(self) -> None:
+        if self.base == embedded.NAME and (self.image or self.embeds) and self.adapter is None:
+            self.adapter = embedded.NAME
 
     def check(self) -> None:
         """Raises InputError for what can be told from the words alone."""

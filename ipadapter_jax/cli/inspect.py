@@ -2,9 +2,8 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
 
-import tyro
+from ipadapter_jax.cli.declared import Positional
 
 
 @dataclasses.dataclass
@@ -12,7 +11,7 @@ class Inspect:
     """Shows what a file or folder of weights is: kind, variant, base model, the image encoder it needs, tokens, dtype,
     parameters, metadata and digest."""
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Positional[Path]
     """A file of weights, or a folder of them."""
     json: bool = False
     """As one JSON object rather than as a table."""

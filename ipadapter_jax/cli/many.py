@@ -5,6 +5,8 @@ import dataclasses
 from ipadapter_jax.cli.options import Sampling
 from ipadapter_jax.errors import InputError
 
+HELP_JOB = ("batch_size", "process", "processes")
+
 
 @dataclasses.dataclass(kw_only=True)
 class Many(Sampling):

@@ -2,37 +2,51 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from ipadapter_jax import embedded
 from ipadapter_jax.arguments import Uncond
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.places import Place
 from ipadapter_jax.scales import Scale
 from ipadapter_jax.texts import parse_json
+
+HELP_IMAGE_PROMPT = (
+    *("scale", "adapter", "image_encoder", "layers", "scale_start", "scale_end", "scale_steps"),
+    *("fit", "negative_image", "uncond"),
+)
+HELP_SAMPLING = (
+    *("steps", "guidance_scale", "guidance_rescale", "scheduler", "karras", "timestep_spacing", "zero_snr"),
+    *("eta", "clip_skip"),
+)
+HELP_MODEL = ("base", "dtype", "variant", "revision", "vae", "text_encoder", "config", "extract_ema")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Sampling:
     """Options of every command that samples."""
 
-    base: str = embedded.NAME
+    help_groups: ClassVar[Mapping[str, tuple[str, ...]]]  # of --help, the most used first
+
+    base: Place = embedded.NAME
     """Base model: a folder in diffusers' layout (PyTorch or Flax weights), a single file (.safetensors or .ckpt), a
     Hub id such as owner/name, or mini, the model inside this package (./mini is a folder of that name)."""
-    config: str | None = None
+    config: Place | None = None
     """For a single file: folder or Hub id of its family, for settings and tokenizer; by default Stable Diffusion
     1.5."""
-    vae: str | None = None
+    vae: Place | None = None
     """Another VAE than the base model's: a folder, a Hub id or a file."""
-    text_encoder: str | None = None
+    text_encoder: Place | None = None
     """Another text encoder than the base model's: a folder, a Hub id or a file."""
     extract_ema: bool = False
     """For a single file: take the moving average of its UNet."""
     negative_prompt: str = ""
     """What to avoid."""
-    adapter: str | None = None
+    adapter: Place | None = None
     """IP-Adapter file (.safetensors or .bin), or a place on the Hub such as owner/name/folder/file.safetensors. The
     base model mini has two, mini and mini-plus; with an image prompt the first is its default."""
-    image_encoder: str | None = None
+    image_encoder: Place | None = None
     """Folder, file or Hub place of the CLIP vision model; by default image_encoder beside the adapter."""
     scale: float = 1.0
     """Weight of the image prompt: 0 is the base model, 0.5 to 0.7 balances with the text, 1 follows the picture."""
@@ -48,7 +62,7 @@ class Sampling:
     """Factors of the scale spread over the steps, linear between: "1 0" fades out, "0 1" in."""
     fit: Literal["crop", "resize", "pad", "tile"] = "crop"
     """How a reference that is not square becomes so; tile makes several squares of it."""
-    negative_image: str | None = None
+    negative_image: Place | None = None
     """A picture to keep away from: what the unconditional branch of guidance sees."""
     uncond: Uncond = "default"
     """What that branch sees without one: zeros (features), "zero pixels", black or noise. The default is what the

@@ -1,11 +1,12 @@
 """Recipes: short Python files with a `config`, found by path or, those that come with the package, by name."""
 
-import difflib
 import importlib.util
 import traceback
 from pathlib import Path
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.places import expanded
+from ipadapter_jax.suggestions import did_you_mean
 from ipadapter_jax.train.config import Train
 
 _PACKAGE = Path(__file__).parents[1]
@@ -37,12 +38,11 @@ def recipes() -> dict[str, Path]:
 
 
 def _find(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = expanded(Path(name))
     if path.is_file() and path.suffix == ".py":
         return path
     known = recipes()
     if name in known:
         return known[name]
-    close = difflib.get_close_matches(path.stem, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise InputError(f"recipe {name}: neither a .py file here nor one of {', '.join(known)}{hint}")
+    what = f"recipe {name}: neither a .py file here nor one of {', '.join(known)}"
+    raise InputError(what + did_you_mean(path.stem, known))

@@ -1,24 +1,28 @@
 """`ipadapter-jax train RECIPE`: a recipe with what the command line changes in it."""
 
-import functools
 from collections.abc import Sequence
 
-import tyro
-
+from ipadapter_jax.cli.help import help_of
+from ipadapter_jax.cli.parsing import parse_words
 from ipadapter_jax.cli.recipes import load_recipe, recipes
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.config import Train
 
 
-def parse(arguments: Sequence[str]) -> Train:
-    """["sd15", "--optim.learning-rate", "2e-4"] -> the recipe with that change. Raises InputError for the recipe,
-    SystemExit, as tyro does, for options."""
-    known = ", ".join(recipes())
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        raise InputError(f"train: name a recipe first, one of {known} or a .py file: ipadapter-jax train sd15 ...")
-    cli = functools.partial(tyro.cli, Train, prog="ipadapter-jax train RECIPE")
-    if arguments[0].startswith("-"):
-        about = f"Trains an IP-Adapter. RECIPE is one of {known} or a .py file; its values are shown as the defaults."
-        return cli(default=Train(), description=about, args=["--help"])
-    recipe, about = load_recipe(arguments[0])
-    return cli(default=recipe, description=about, args=list(arguments[1:]))
+def parse(words: Sequence[str]) -> Train:
+    """["sd15", "--optim.learning-rate", "2e-4"] -> the recipe with that change. Raises InputError."""
+    if not words or words[0].startswith("-"):
+        raise InputError(
+            f"train: name a recipe first, one of {', '.join(recipes())} or a .py file: ipadapter-jax train sd15 ..."
+        )
+    recipe, _ = load_recipe(words[0])
+    return parse_words("train", Train, words[1:], recipe)
+
+
+def help_of_train(words: Sequence[str]) -> str:
+    """With the values of a recipe, where the words name one."""
+    if words and not words[0].startswith("-"):
+        recipe, about = load_recipe(words[0])
+        return help_of(f"train {words[0]}", Train, about, recipe)
+    known = f"RECIPE is one of {', '.join(recipes())} or a .py file, whose values are the defaults."
+    return help_of("train", Train, f"{Train.__doc__}\n\n{known}", before="RECIPE")

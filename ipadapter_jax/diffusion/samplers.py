@@ -11,6 +11,7 @@ from ipadapter_jax.diffusion.schedule import FIXED, NoiseSchedule
 from ipadapter_jax.diffusion.sigma_samplers import dpm_solver_pp_2m, euler, euler_ancestral, unipc
 from ipadapter_jax.diffusion.steps import Row, Steps
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.suggestions import meant
 
 SAMPLERS: Mapping[str, Callable[..., tuple[list[Row], float]]] = {
     "ddim": ddim,
@@ -38,7 +39,7 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
     made, of a picture under noise (SDEdit, arXiv 2108.01073). Raises InputError for an unknown sampler or steps that it
     cannot make."""
     if sampler not in SAMPLERS:
-        raise InputError(f"scheduler {sampler!r} is not known; choose {', '.join(SAMPLERS)}")
+        raise InputError(f"scheduler {sampler!r} is not known{meant(str(sampler), SAMPLERS)}")
     if eta and sampler != "ddim":
         raise InputError(f"eta={eta} is for the scheduler ddim; {sampler} has none")
     _check_settings(sampler, schedule)

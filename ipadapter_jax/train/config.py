@@ -5,6 +5,7 @@ import math
 from typing import Any, Literal
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.places import Place
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -13,9 +14,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Model:
     """What is trained, and on which frozen networks."""
 
-    base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    base: Place = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Base model: a folder in diffusers' layout or a Hub id."""
-    image_encoder: str = "h94/IP-Adapter/models/image_encoder"
+    image_encoder: Place = "h94/IP-Adapter/models/image_encoder"
     """Folder or Hub place of the CLIP vision model that reads the image prompts."""
     adapter: Literal["base", "plus", "full", "none"] = "base"
     """Variant of the image prompt: base (global embedding), plus (Resampler), full (all patches); none trains without
@@ -26,7 +27,7 @@ class Model:
     """Layers of the Resampler (plus)."""
     resampler_heads: int = 12
     """Attention heads of 64 channels of the Resampler (plus)."""
-    init_from: str | None = None
+    init_from: Place | None = None
     """Begin from this adapter (.safetensors, .bin, or a place on the Hub), not from the paper's initial weights."""
     train: tuple[Literal["unet", "image_proj", "ip_adapter"], ...] = ("image_proj", "ip_adapter")
     """The parts that learn; all others are frozen."""
@@ -44,9 +45,9 @@ class Model:
 class Data:
     """Where samples come from and how they are drawn."""
 
-    path: str = ""
+    path: Place = ""
     """JSON list, folder, tar shards, Parquet, ArrayRecord, a tfds directory, or what `ipadapter-jax encode` wrote."""
-    image_root: str | None = None
+    image_root: Place | None = None
     """Folder that the file names of a JSON list are relative to; by default the list's own."""
     image_column: str | None = None
     """Column of the pictures, where its name is not a usual one."""
@@ -105,13 +106,13 @@ class Log:
     """Project on Weights & Biases to log to as well."""
     validate_every: int = 5000
     """Steps between validation losses and sample grids; 0 for never."""
-    validation_path: str | None = None
+    validation_path: Place | None = None
     """Records to validate on, in any format of the training data; by default the first ones of the training data."""
     validation_size: int = 16
     """Samples in the fixed validation batch; the first 4 become the image prompts of the sample grid."""
     sample_steps: int = 30
     """Denoising steps of the sample grid; 0 for no grid."""
-    clip: str | None = None
+    clip: Place | None = None
     """A whole CLIP, folder or Hub id such as openai/clip-vit-large-patch14, that scores the pictures of the grid:
     CLIP-I, CLIP-T and diversity as curves. They are few: a trend, not a result."""
     guidance_scale: float = 7.5
@@ -150,7 +151,7 @@ class Mesh:
 class Train:
     """Trains an IP-Adapter. A run that was stopped goes on from its newest checkpoint in `out`."""
 
-    out: str = "runs/adapter"
+    out: Place = "runs/adapter"
     """Folder of the run: checkpoints, logs, adapter.safetensors."""
     steps: int = 1_000_000
     seed: int = 0

@@ -16,8 +16,7 @@ from ipadapter_jax.pipeline import StableDiffusion
 
 
 def batch(args: Batch) -> int:
-    """Checks, loads, makes what is missing. Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
-    args.check()
+    """Loads, makes what is missing. Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
     rows, bad = read_rows(args.source)
     pictured = any(row.images for row in rows)
     if pictured and args.adapter is None:

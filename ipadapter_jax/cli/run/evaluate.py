@@ -10,7 +10,6 @@ from pathlib import Path
 
 import tqdm
 
-from ipadapter_jax import embedded
 from ipadapter_jax.adapters import Prepared
 from ipadapter_jax.cli.evaluate import Evaluate
 from ipadapter_jax.cli.run.many import make_pictures, settings
@@ -33,11 +32,8 @@ from ipadapter_jax.stopping import STOPPED, Stopping
 
 
 def evaluate(args: Evaluate) -> int:
-    """Checks, makes the pictures that are missing, scores them, and writes the report when all processes are through.
+    """Makes the pictures that are missing, scores them, and writes the report when all processes are through.
     Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
-    args.check()
-    if args.images_from is None and args.adapter is None:
-        args = dataclasses.replace(args, adapter=embedded.NAME)
     references = open_references(
         args.data,
         image_root=args.image_root,

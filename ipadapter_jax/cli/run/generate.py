@@ -11,7 +11,6 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from ipadapter_jax import embedded
 from ipadapter_jax.attention_maps import AttentionMaps
 from ipadapter_jax.cli.generate import Generate, targets
 from ipadapter_jax.cli.run import explore
@@ -28,10 +27,7 @@ from ipadapter_jax.weights.image_embeds import save_image_embeds
 
 
 def generate(args: Generate) -> int:
-    """Checks what is cheap to check, loads, samples, writes. Raises InputError."""
-    if args.base == embedded.NAME and (args.image or args.embeds) and args.adapter is None:
-        args = dataclasses.replace(args, adapter=embedded.NAME)
-    args.check()
+    """Loads, samples, writes. Raises InputError."""
     pictures = [load_image(path) for path in args.image]
     for path in (*args.masks, args.negative_image, args.init_image, args.mask_image):
         if path is not None:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from ipadapter_jax.train.config import Train, check
+from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.dry_run import describe
 from ipadapter_jax.train.export import ADAPTER
 from ipadapter_jax.train.loop import train as run
@@ -12,7 +12,6 @@ from ipadapter_jax.train.loop import train as run
 def train(config: Train) -> int:
     """Runs it, or with --dry-run says what would be run. Returns the exit code."""
     if config.dry_run:
-        check(config)
         print(describe(config, sys.argv))
         return 0
     code = run(config)

@@ -1,0 +1,179 @@
+"""From the words of a command line to the dataclass of a command. What is wrong with them is said in one line, with the
+likeliest correction."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from ipadapter_jax.cli.commands import COMMANDS
+from ipadapter_jax.cli.declared import Option, options_of
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.places import expanded
+from ipadapter_jax.suggestions import likeliest, meant, same
+
+_OPTION = re.compile(r"--?[^\W\d][\w.+-]*(=.*)?", re.DOTALL)  # -1 and "- a cat" are values
+
+
+def parse_words(command: str, kind: type, words: Sequence[str], default: Any = None) -> Any:
+    """An instance of the dataclass `kind` as the words of `command` say; what they leave out is as in `default`, an
+    instance, or as the dataclass has it. Raises InputError."""
+    given = _Line(command, options_of(kind), words).read()
+    missing = [option for option in options_of(kind) if option.required and option.path not in given]
+    if missing and default is None:
+        options = ", ".join(option.name for option in missing)
+        raise InputError(f"{command} needs {options}; ipadapter-jax {command} --help says more")
+    return _filled(kind, given, default)
+
+
+def _filled(kind: type, given: dict[tuple[str, ...], Any], default: Any, path: tuple[str, ...] = ()) -> Any:
+    values = {}
+    for field in dataclasses.fields(kind):
+        here = (*path, field.name)
+        if here in given:
+            values[field.name] = given[here]
+        elif inner := {place for place in given if place[: len(here)] == here}:
+            old = field.default_factory() if default is None else getattr(default, field.name)  # type: ignore[misc]
+            values[field.name] = _filled(type(old), {place: given[place] for place in inner}, old, here)
+    return kind(**values) if default is None else dataclasses.replace(default, **values)
+
+
+class _Line:
+    """The words of one command, read once from left to right."""
+
+    def __init__(self, command: str, options: Sequence[Option], words: Sequence[str]) -> None:
+        self.command, self.options, self.words = command, options, list(words)
+        self.named = {option.name: (option, True) for option in options if not option.positional}
+        self.named |= {option.opposite: (option, False) for option in options if option.kind is bool}
+        self.places = [option for option in options if option.positional]
+        self.given: dict[tuple[str, ...], Any] = {}
+        self.last: Option | None = None
+
+    def read(self) -> dict[tuple[str, ...], Any]:
+        """All values by the path of their field."""
+        while self.words:
+            word = self.words.pop(0)
+            if word == "--":
+                for rest in self.words:
+                    self._place(rest)
+                break
+            if _is_option(word):
+                self._option(word)
+            else:
+                self._place(word)
+        return self.given
+
+    def _option(self, word: str) -> None:
+        name, equals, value = word.partition("=")
+        if (hyphens := name.replace("_", "-")) not in self.named:
+            raise InputError(_unknown(self.command, name, [*self.named]))
+        option, is_on = self.named[hyphens]
+        if option.path in self.given:
+            raise InputError(f"{option.name} is given more than once; give it once, several values after it")
+        if option.kind is bool:
+            if equals:
+                raise InputError(f"{name} takes no value; {option.name} turns it on, {option.opposite} off")
+            self.given[option.path] = is_on
+        else:
+            self.given[option.path] = _values(option, [value] if equals else list(self._following(option)))
+        self.last = option
+
+    def _following(self, option: Option) -> Iterator[str]:
+        """The words that are the option's values."""
+        count = len(self.words) if option.count is None else option.count
+        if option.optional and self.words[:1] == ["None"]:
+            count = 1
+        for _ in range(count):
+            if not self.words or _is_option(self.words[0]) or self.words[0] == "--":
+                return
+            yield self.words.pop(0)
+
+    def _place(self, word: str) -> None:
+        """A word that no option has taken."""
+        for option in self.places:
+            if option.path not in self.given:
+                self.given[option.path] = _values(option, [word])
+                self.last = option
+                return
+        what = f"{self.command}: {_shown(word)} belongs to no option"
+        if self.last is not None and self.last.kind is bool:
+            raise InputError(f"{what}; {self.last.name} takes no value, {self.last.opposite} turns it off")
+        if self.last is not None and not self.last.positional:
+            values = "one value" if self.last.count == 1 else f"{self.last.count} values"
+            raise InputError(f"{what}; {self.last.name} takes {values}, put one of several words into quotes")
+        raise InputError(f"{what}; ipadapter-jax {self.command} --help lists them")
+
+
+def _is_option(word: str) -> bool:
+    return bool(_OPTION.fullmatch(word)) and not _is_number(word)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _values(option: Option, words: Sequence[str]) -> Any:
+    """What the words after an option mean. Raises InputError naming it."""
+    if option.optional and list(words) == ["None"]:
+        return None
+    if len(words) < (option.count or 1):
+        needed = "a value" if (option.count or 1) == 1 else f"{option.count} values"
+        hint = f"; one that begins with - is written {option.name}=-..." if option.kind is str else ""
+        hint = f", one of {', '.join(option.choices)}" if option.choices else hint
+        raise InputError(f"{option.name} needs {needed}{hint}")
+    values = tuple(_value(option, word) for word in words)
+    return values[0] if option.count == 1 else values
+
+
+def _value(option: Option, word: str) -> Any:
+    if option.choices:
+        if word not in option.choices:
+            raise InputError(f"{option.name} {_shown(word)} is not known{meant(word, option.choices)}")
+        return word
+    if option.is_place:
+        if not word:
+            raise InputError(f"{option.name} is empty; give a name, or leave it out")
+        word = expanded(word)
+    try:
+        return option.kind(word)
+    except ValueError:
+        kind = {int: "whole number", float: "number"}[option.kind]
+        raise InputError(f"{option.name} {_shown(word)} is not a {kind}") from None
+
+
+def _shown(word: str) -> str:
+    return word if len(word) <= 100 else f"{word[:100]}..."
+
+
+def unknown_command(word: str) -> str:
+    """What is said of a first word that is no command."""
+    if word.startswith("-"):
+        return f"{_shown(word)} stands before the command; name one first: {', '.join(COMMANDS)}"
+    return f"there is no command {_shown(word)}{meant(word, COMMANDS)}"
+
+
+def _unknown(command: str, name: str, options: Iterable[str]) -> str:
+    """What is said of an option that the command does not have: it is called otherwise, belongs to another command, or
+    a letter slipped."""
+    what = f"{command} has no option {_shown(name)}"
+    known = {option.removeprefix("--"): option for option in options}
+    for option in list(known.values()):
+        known.setdefault(option.removeprefix("--").rpartition(".")[2], option)
+    word = name.lstrip("-")
+    words = (word, word.rpartition(".")[2])  # --optim.lr is called otherwise in its last part alone
+    if found := next(filter(None, (same(one, known) for one in words)), None):
+        return f"{what}; did you mean {known[found]}?"
+    owners = [other for other, entry in COMMANDS.items() if f"--{word}" in _names(entry.kind())]
+    if owners:
+        return f"--{word} is an option of {', '.join(owners)}, not of {command}"
+    if found := next(filter(None, (likeliest(one, known) for one in words)), None):
+        return f"{what}; did you mean {known[found]}?"
+    return f"{what}; ipadapter-jax {command} --help lists them"
+
+
+def _names(kind: type) -> set[str]:
+    return {option.name for option in options_of(kind)}

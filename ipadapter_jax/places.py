@@ -1,0 +1,26 @@
+"""A place as a person writes it: a path, in which `~` is a home folder, or a name of a model."""
+
+import os
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from ipadapter_jax.errors import InputError
+
+PLACE = "place"
+Place = Annotated[str, PLACE]  # a setting that names a file or a folder, or something on the Hub
+
+Given = TypeVar("Given", str, Path)
+
+
+def expanded(place: Given) -> Given:
+    """With the home folder in the place of a `~` or `~user` at its beginning. A name that merely begins with `~` stays,
+    where it is here. Raises InputError where there is no such home folder."""
+    text = str(place)
+    if not text.startswith("~"):
+        return place
+    found = os.path.expanduser(text)
+    if found.startswith("~") and not os.path.lexists(text):
+        user = text.partition("/")[0]
+        whose = f"of {user[1:]}" if user != "~" else "(HOME is not set, and this user has none)"
+        raise InputError(f"{text}: there is no home folder {whose}; write the path without {user}")
+    return type(place)(found)

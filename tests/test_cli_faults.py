@@ -1,0 +1,173 @@
+"""What is wrong with a command line is said in one line, exactly this one, and ends with exit code 2."""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from ipadapter_jax.cli import COMMANDS, main, parse
+from ipadapter_jax.cli.declared import options_of
+
+ALL = "generate, batch, train, encode, evaluate, convert, inspect, doctor"
+RECIPES = "debug, mini, mini_plus, mini_unet, sd15, sd15_full, sd15_light, sd15_plus"
+SAMPLERS = "ddim, ddpm, pndm, dpmsolver++, euler, euler_a, unipc, lcm"
+
+WORDS = {
+    # commands
+    "generat --image x.png": "there is no command generat; did you mean generate?",
+    "genrate": "there is no command genrate; did you mean generate?",
+    "Train sd15": "there is no command Train; did you mean train?",
+    "eval": "there is no command eval; did you mean evaluate?",
+    "paint": f"there is no command paint; choose {ALL}",
+    "--image x.png": f"--image stands before the command; name one first: {ALL}",
+    # options: slips, other spellings, other programs' names, beginnings
+    "generate --stesp 4": "generate has no option --stesp; did you mean --steps?",
+    "generate --stpes 4": "generate has no option --stpes; did you mean --steps?",
+    "generate --imgae x.png": "generate has no option --imgae; did you mean --image?",
+    "generate --gudance-scale 3": "generate has no option --gudance-scale; did you mean --guidance-scale?",
+    "generate -steps 4": "generate has no option -steps; did you mean --steps?",
+    "generate --Steps 4": "generate has no option --Steps; did you mean --steps?",
+    "generate --numimages 4": "generate has no option --numimages; did you mean --num-images?",
+    "generate --num-inference-steps 4": "generate has no option --num-inference-steps; did you mean --steps?",
+    "generate --num_inference_steps=4": "generate has no option --num_inference_steps; did you mean --steps?",
+    "generate --ip-adapter-scale 1": "generate has no option --ip-adapter-scale; did you mean --scale?",
+    "generate --sampler ddim": "generate has no option --sampler; did you mean --scheduler?",
+    "generate --cfg 3": "generate has no option --cfg; did you mean --guidance-scale?",
+    "generate -o x.png": "generate has no option -o; did you mean --out?",
+    "generate --neg ugly": "generate has no option --neg; did you mean --negative-prompt?",
+    "generate --no-karas": "generate has no option --no-karas; did you mean --no-karras?",
+    "generate --xyzzy 3": "generate has no option --xyzzy; ipadapter-jax generate --help lists them",
+    "train sd15 --optim.lr 1": "train has no option --optim.lr; did you mean --optim.learning-rate?",
+    "train sd15 --lr 1": "train has no option --lr; did you mean --optim.learning-rate?",
+    "train sd15 --optim.learning-rat 1": (
+        "train has no option --optim.learning-rat; did you mean --optim.learning-rate?"
+    ),
+    "train sd15 --learning-rate 1": "train has no option --learning-rate; did you mean --optim.learning-rate?",
+    "train sd15 --base x": "train has no option --base; did you mean --model.base?",
+    "train sd15 --data x": "train has no option --data; did you mean --data.path?",
+    "train sd15 --log.no-tensorbord": "train has no option --log.no-tensorbord; did you mean --log.no-tensorboard?",
+    # options of other commands
+    "batch x --masks m.png --out y": "--masks is an option of generate, not of batch",
+    "batch x --image m.png --out y": "--image is an option of generate, not of batch",
+    "generate --batch-size 3": "--batch-size is an option of batch, encode, evaluate, not of generate",
+    "doctor --json": "--json is an option of inspect, not of doctor",
+    # values
+    "generate --scheduler ddmi": "--scheduler ddmi is not known; did you mean ddim?",
+    "generate --scheduler DDIMScheduler": "--scheduler DDIMScheduler is not known; did you mean ddim?",
+    "generate --scheduler dpmsolver": "--scheduler dpmsolver is not known; did you mean dpmsolver++?",
+    "generate --scheduler dpm++": "--scheduler dpm++ is not known; did you mean dpmsolver++?",
+    "generate --scheduler euler_ancestral": "--scheduler euler_ancestral is not known; did you mean euler_a?",
+    "generate --scheduler heun": f"--scheduler heun is not known; choose {SAMPLERS}",
+    "generate --dtype fp16": "--dtype fp16 is not known; did you mean float16?",
+    "generate --dtype bf16": "--dtype bf16 is not known; did you mean bfloat16?",
+    "generate --dtype Float32": "--dtype Float32 is not known; did you mean float32?",
+    "generate --dtype int8": "--dtype int8 is not known; choose float32, bfloat16, float16",
+    "train sd15 --model.adapter plos": "--model.adapter plos is not known; did you mean plus?",
+    "generate --steps many": "--steps many is not a whole number",
+    "generate --steps 4.5": "--steps 4.5 is not a whole number",
+    "generate --scale strong": "--scale strong is not a number",
+    "generate --prompt": "--prompt needs a value; one that begins with - is written --prompt=-...",
+    "generate --prompt -cat": "--prompt needs a value; one that begins with - is written --prompt=-...",
+    "generate --scheduler --steps 4": f"--scheduler needs a value, one of {SAMPLERS}",
+    "generate --image --steps 4": "--image needs a value; one that begins with - is written --image=-...",
+    "evaluate x --out y --fid-features a.npy": "--fid-features needs 2 values",
+    "generate --out ''": "--out is empty; give a name, or leave it out",
+    "generate --adapter ''": "--adapter is empty; give a name, or leave it out",
+    "generate --prompt a cat": (
+        "generate: cat belongs to no option; --prompt takes one value, put one of several words into quotes"
+    ),
+    "generate --karras true": (
+        "generate: true belongs to no option; --karras takes no value, --no-karras turns it off"
+    ),
+    "generate --karras=yes": "--karras takes no value; --karras turns it on, --no-karras off",
+    "generate cat.png": "generate: cat.png belongs to no option; ipadapter-jax generate --help lists them",
+    "convert a b c": "convert: c belongs to no option; ipadapter-jax convert --help lists them",
+    "generate --seed 1 --seed=2": "--seed is given more than once; give it once, several values after it",
+    "generate --karras --no-karras": "--karras is given more than once; give it once, several values after it",
+    # what is missing
+    "generate --prompt cat": "generate needs --out; ipadapter-jax generate --help says more",
+    "convert a": "convert needs OUT; ipadapter-jax convert --help says more",
+    "batch": "batch needs SOURCE, --out; ipadapter-jax batch --help says more",
+    "train": (f"train: name a recipe first, one of {RECIPES} or a .py file: ipadapter-jax train sd15 ..."),
+    "train sd16": f"recipe sd16: neither a .py file here nor one of {RECIPES}; did you mean sd15?",
+    # home folders
+    "generate --out ~nobody-here/x.png": (
+        "~nobody-here/x.png: there is no home folder of nobody-here; write the path without ~nobody-here"
+    ),
+}
+
+
+@pytest.mark.parametrize("line", WORDS)
+def test_words(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(line)) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"ipadapter-jax: {WORDS[line]}\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_that_are_right():
+    line = "generate --out=x.png --num_images 2 --scale -0.5 --image a.png b.png --prompt '- a cat' --vae None"
+    found = parse([*shlex.split(line), "--adapter", "a.bin"])
+    assert (found.num_images, found.scale, found.image) == (2, -0.5, ("a.png", "b.png"))
+    assert (found.prompt, found.vae, found.steps, found.karras) == ("- a cat", None, 50, False)
+    found = parse(shlex.split("generate --zero-snr --prompt=--cat --steps 007 --out x.png"))
+    assert (found.zero_snr, found.prompt, found.steps) == (True, "--cat", 7)
+    found = parse(["convert", "--flax", "--", "-source", "out"])
+    assert (found.source, found.out.name, found.flax) == ("-source", "out", True)
+
+
+def test_home_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = parse(shlex.split("generate --out ~/x.png --image ~/a.png --base ~/sd15 --prompt '~/x' --adapter ~/a.bin"))
+    assert found.out == tmp_path / "x.png" and found.base == f"{tmp_path}/sd15" and found.prompt == "~/x"
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["--version"], ["-V"]])
+def test_words_without_a_command(words, capsys):
+    assert main(words) == (0 if words else 2)
+    shown = capsys.readouterr()
+    assert shown.err == "" and shown.out.startswith("ipadapter-jax 0." if "V" in "".join(words).upper() else "usage: ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_shows_every_option_once(name, word, capsys):
+    assert main([name, word]) == 0
+    shown = capsys.readouterr().out
+    entries = [line.split()[0] for line in shown.splitlines() if line.startswith("  ") and line[2:3].strip()]
+    names = [o.opposite if o.kind is bool and o.default else o.name for o in options_of(COMMANDS[name].kind())]
+    assert sorted(entries) == sorted([*names, "-h,"])
+    assert shown.startswith(f"usage: ipadapter-jax {name}")
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_help_of_a_recipe_shows_its_values(capsys):
+    assert main(["train", "sd15_light", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "usage: ipadapter-jax train sd15_light" in shown
+    assert "(default: runs/sd15_light)" in " ".join(shown.split())
+
+
+def test_what_needs_no_networks_waits_for_none():
+    """In a process of its own: jax alone takes seconds to import."""
+    heavy = ("jax", "flax", "transformers", "orbax", "grain", "matplotlib", "tensorboardX", "pyarrow")
+    lines = [["--help"], ["--version"], ["generate", "--help"], ["train", "sd15", "--help"], ["generat"]]
+    lines += [["batch", "x", "--masks", "m.png"], ["generate", "--out", "x.jpg"]]
+    code = f"""if True:
+        import sys
+        from ipadapter_jax.cli import main
+        codes = [main(line) for line in {lines}]
+        assert codes == [0, 0, 0, 0, 2, 2, 2], codes
+        assert not set({heavy}) & set(sys.modules), set({heavy}) & set(sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_option_has_a_type_that_can_be_read():
+    for command in COMMANDS.values():
+        for option in options_of(command.kind()):
+            assert option.kind in (bool, int, float, str) or dataclasses.is_dataclass(option.kind) or option.is_place
