@@ -13,24 +13,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ipadapter_jax.arrays import image_array, is_array
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.image_files import LIMITS, check_size, open_image
 from ipadapter_jax.levels import array_to_image, eight_bits
 from ipadapter_jax.levels import to_uint8 as to_uint8  # whoever reads images writes them too
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FITS = ("crop", "resize", "pad")
-MAX_PIXELS = 64_000_000  # below PIL's own limit (89 million), so that whatever PIL only warns about is refused here
-MAX_SIDE = 16_384
 MAX_TILES = 8
-# Named one by one so that no file reaches PIL's exotic readers: the one for EPS, for instance, runs Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-# How the names of picture files end, in lower case.
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"))
-_LIMITS = f"give one of at least 1 x 1, at most {MAX_PIXELS // 1_000_000} megapixels and {MAX_SIDE} pixels a side"
 _WHOLE_LIMIT = 1 << 24  # a scaled picture of up to so many pixels (64 MiB in PIL) is made whole before it is cropped
 # For EXIF orientations 2 to 8:
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
@@ -64,7 +58,7 @@ def _loaded(source: Any, prepare: Callable[[Image.Image, str], Image.Image]) -> 
             return prepare(source, name)
         if is_array(source):
             return prepare(array_to_image(image_array(source, name), name), name)
-        with _open(_checked_path(path, name), name) as file:
+        with open_image(_checked_path(path, name), name) as file:
             return prepare(file, name)
 
     image = _named_errors(read, name)
@@ -81,7 +75,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     name = repr(name)[:500]
 
     def read() -> Image.Image:
-        with _open(io.BytesIO(data), name) as file:
+        with open_image(io.BytesIO(data), name) as file:
             return _to_rgb(file, name)
 
     return _named_errors(read, name)
@@ -184,7 +178,7 @@ def _named_errors(read: Callable[[], Image.Image], name: str) -> Image.Image:
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{name} is far too large: {_LIMITS}") from None
+        raise InputError(f"{name} is far too large: {LIMITS}") from None
     except Exception as error:  # from the file system, or one of the many kinds that PIL's readers let through
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{name} cannot be read ({why}): if damaged, download it again; else check access") from error
@@ -201,31 +195,6 @@ def _checked_path(path: object, name: str) -> str:
     return path
 
 
-def _open(file: str | io.BytesIO, name: str) -> Image.Image:
-    """The file of this path, or with this content, opened but not decoded."""
-    Image.init()  # registers all readers; pillow < 11.3 has none for AVIF
-    try:
-        return Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
-    except UnidentifiedImageError:
-        if isinstance(file, str):
-            with open(file, "rb") as content:
-                head = content.read(512)
-        else:
-            head = file.getvalue()[:512]
-        raise InputError(f"{name} {_kind_of_no_picture(head)}") from None
-
-
-def _kind_of_no_picture(head: bytes) -> str:
-    """What a file that PIL does not know is, from its first bytes, with the remedy."""
-    if not head.strip(b"\0"):
-        return "is empty or all zeros: download or export it again"
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!", b"<html", b"<head", b"<?xml", b"<svg")):
-        return "is a web page or an SVG drawing (HTML/XML), not a picture: download the picture itself or export a PNG"
-    if head.isascii() and b"\0" not in head:
-        return "is a text file, not a picture: check the path or download it again"
-    return "is not a picture, or damaged at its beginning: convert it to PNG or JPEG, or download it again"
-
-
 def _to_rgb(image: Image.Image, name: str, background: str = "white") -> Image.Image:
     """Decodes, puts upright, makes opaque 8-bit RGB."""
     image = eight_bits(_upright(image, name), name)
@@ -239,10 +208,7 @@ def _to_rgb(image: Image.Image, name: str, background: str = "white") -> Image.I
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
     """Decodes what is within the limits and applies its EXIF orientation."""
-    width, height = image.size
-    most = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)  # PIL's own limit counts if someone has lowered it
-    if min(image.size) < 1 or max(image.size) > MAX_SIDE or width * height > most:
-        raise InputError(f"{name} is {width} x {height} pixels: {_LIMITS}")
+    check_size(*image.size, name)
     image.load()
     try:  # not ImageOps.exif_transpose: that writes the tags back, which fails for many a camera's odd tags
         orientation = image.getexif().get(0x0112, 1)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import printable
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.preprocess import SUFFIXES
+from ipadapter_jax.image_files import SUFFIXES
 from ipadapter_jax.texts import parse_json
 
 ROLES = ("image", "txt", "json", "cond")

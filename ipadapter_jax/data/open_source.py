@@ -17,7 +17,7 @@ from ipadapter_jax.data.strings import printable
 from ipadapter_jax.data.tar_shards import TarSource
 from ipadapter_jax.data.tfds import FEATURES, INFO, TfdsSource
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.preprocess import SUFFIXES as PICTURES
+from ipadapter_jax.image_files import SUFFIXES as PICTURES
 
 # What a folder may hold, by preference: img2dataset leaves .parquet files beside its shards and pictures.
 SUFFIXES = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.references import Reference
-from ipadapter_jax.preprocess import SUFFIXES
+from ipadapter_jax.image_files import SUFFIXES
 from ipadapter_jax.texts import read_json_object
 
 COLUMNS = ("name", "picture")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.preprocess import SUFFIXES
+from ipadapter_jax.image_files import SUFFIXES
 from ipadapter_jax.texts import LIST_BYTES, byte_order_mark, parse_json, read_bytes
 
 COLUMNS = ("prompt", "image", "negative_prompt", "seed", "scale", "name")
