@@ -1,9 +1,7 @@
 """From any format of weights that is read to any that is written: adapters, base models, single networks."""
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 from ipadapter_jax.adapters import open_image_encoder
 from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, Reference, open_base, single_file_spelling
 from ipadapter_jax.errors import InputError, WeightFileError
-from ipadapter_jax.files import write_whole
+from ipadapter_jax.files import remove_leftovers, replacing, write_whole
 from ipadapter_jax.weights import kinds, single_file
 from ipadapter_jax.weights.component_export import class_name, our_tensors, save_opened, spelled
 from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_files, open_component, read_json
@@ -164,15 +162,9 @@ def _as_folder(out: Path, write: Callable[[Path], None]) -> None:
     """Has the folder written under another name beside `out`, and gives it its own when it is whole."""
     if out.suffix in (".safetensors", ".bin", ".msgpack"):
         raise InputError(f"{out}: this becomes a folder; give a name without {out.suffix}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=out.parent) as temporary:
-            folder = Path(temporary) / out.name
-            folder.mkdir()
-            write(folder)
-            os.rename(folder, out)
-    except OSError as error:
-        raise InputError(f"{out}: not written ({error.strerror or error}); make room or choose another place") from None
+    remove_leftovers(out.parent)
+    with replacing(out, folder=True) as folder:
+        write(folder)
 
 
 def _save_base(base: BaseModel, folder: Path, dtype: Any, flax: bool) -> None:

@@ -1,13 +1,32 @@
-"""Files that appear under their name only when they are whole, and digests that identify them."""
+"""Files and folders that appear under their name only when they are whole, and digests that identify files.
 
+What is being written lies beside its place as .part-NAME-KERNEL-RANDOM and is locked by its writer. The kernel lets go
+of the lock when that process ends, however it ends, so that what a kill has left is known and removed by the next run.
+"""
+
+import contextlib
+import fcntl
 import hashlib
+import logging
 import os
 import re
+import shutil
+import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ipadapter_jax.ending import unwinding
 from ipadapter_jax.errors import InputError
+
+log = logging.getLogger("ipadapter_jax")
+
+_ABANDONED = 24 * 3600  # seconds without a change after which nobody can be writing any more
+# Also as earlier versions of this package called them, which named no kernel.
+_LEFTOVER = re.compile(
+    r"\.part-(?:(?P<name>.*?)-)?(?:(?P<kernel>[0-9a-f]{8})-)?[a-z0-9_]{8}|\.unproven-\d+-.+", re.DOTALL
+)
 
 
 def write_whole(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
@@ -16,29 +35,57 @@ def write_whole(path: Path, content: bytes | Iterable[bytes | memoryview]) -> No
 
     Raises InputError naming the file when it cannot be written.
     """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".part-{_fitting(path.name)}-", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines([content] if isinstance(content, bytes) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes private files
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise InputError(f"{path}: not written ({error.strerror}); make room or choose another place") from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.writelines([content] if isinstance(content, bytes) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A new file, or with `folder` a new folder, beside `path`, whose own folder is made. It is renamed to `path` when
+    the block ends, and removed when the block fails or the process is told to end meanwhile.
+
+    Raises InputError naming `path` when it cannot be written.
+    """
+    with unwinding():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary, descriptor = _locked(path, folder)
+            try:
+                yield temporary
+                os.chmod(temporary, (0o777 if folder else 0o666) & ~_UMASK)  # it was made private
+                if not folder:
+                    os.fsync(descriptor)
+                os.replace(temporary, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    _remove(temporary)
+                os.close(descriptor)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"{path}: not written ({reason}); make room or choose another place") from None
+
+
+def remove_leftovers(folder: Path, mine: Callable[[str], bool] = lambda name: False) -> None:
+    """Removes from `folder` what processes that were killed have left half written, never what one is writing.
+
+    A lock that is free tells that nobody writes, where the name is of this machine's kernel, or where `mine` says of
+    the name that it was to get (the first 200 bytes of it) that only the caller writes it. Elsewhere it takes a day
+    without a change as well: not every network file system shows the locks of other machines.
+    """
+    with contextlib.suppress(OSError):  # there is no such folder yet, or it is not ours to clean
+        for entry in list(os.scandir(folder)):
+            found = _LEFTOVER.fullmatch(entry.name)
+            if found and not entry.is_symlink():
+                ours = found["kernel"] == _KERNEL or mine(found["name"] or "")
+                _remove_if_nobody_writes(Path(entry.path), ours)
 
 
 def check_writable(path: Path) -> None:
-    """Raises InputError unless a file of this name can be made; leaves no trace."""
+    """Raises InputError unless a file of this name can be made; leaves no trace, and removes those of killed runs."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file in it")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
+    remove_leftovers(folder)
     try:
         with tempfile.TemporaryFile(dir=folder):  # permission bits alone do not tell: read-only mounts, quotas
             pass
@@ -51,12 +98,51 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def unfinished(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Temporary files in this folder that `write_whole` is at, or was when its process was killed, each with the name
-    that it was to get (the first 200 bytes of it)."""
-    for path in folder.glob(".part-*"):
-        if found := re.fullmatch(r"\.part-(.+)-[a-z0-9_]{8}", path.name, re.DOTALL):
-            yield path, found[1]
+def _locked(path: Path, folder: bool) -> tuple[Path, int]:
+    """A new temporary file or folder for `path`, and the descriptor that holds its lock until it is closed."""
+    prefix = f".part-{_fitting(path.name)}-{_KERNEL}-"
+    while True:
+        if folder:
+            temporary = tempfile.mkdtemp(prefix=prefix, dir=path.parent)
+            descriptor = os.open(temporary, os.O_RDONLY)
+        else:
+            descriptor, temporary = tempfile.mkstemp(prefix=prefix, dir=path.parent)
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(temporary):
+            return Path(temporary), descriptor
+        os.close(descriptor)  # somebody who cleans has found it before it was locked
+
+
+def _remove_if_nobody_writes(path: Path, ours: bool) -> None:
+    with contextlib.suppress(OSError):  # gone meanwhile, or of another user
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_NONBLOCK)
+        try:
+            free = _is_free(descriptor)
+            old = time.time() - os.fstat(descriptor).st_mtime > _ABANDONED
+            if free is not False and (old or (free and ours)):
+                _remove(path)
+                log.info("removed %s, which a run that was killed has left", path)
+        finally:
+            os.close(descriptor)
+
+
+def _is_free(descriptor: int) -> bool | None:
+    """Whether nobody has locked it; None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _fitting(name: str) -> str:
@@ -69,4 +155,14 @@ def _umask() -> int:
     return mask
 
 
+def _kernel() -> str:
+    """What tells this machine, since it was started, from all others: locks are seen by all who share a kernel."""
+    try:
+        running = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:
+        running = socket.gethostname()
+    return hashlib.sha256(running.encode()).hexdigest()[:8]
+
+
 _UMASK = _umask()  # once: to ask is to change it for all threads
+_KERNEL = _kernel()

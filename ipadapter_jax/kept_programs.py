@@ -20,7 +20,7 @@ from jax import core, export
 
 from ipadapter_jax.compilation_cache import cache_folder, cache_is_on
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.files import write_whole
+from ipadapter_jax.files import remove_leftovers, write_whole
 from ipadapter_jax.models.attention_kernels import REFUSED
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class KeptProgram:
                 content = bytes(export.export(self.jitted, disabled_checks=checks)(*arguments).serialize())
                 if not REFUSED:  # else it lacks a kernel that this machine may have the next time
                     with contextlib.suppress(InputError):  # a full disk
+                        remove_leftovers(file.parent)
                         write_whole(file, hashlib.sha256(content).digest() + content)
             program = export.deserialize(bytearray(content)).call
             return jax.jit(program).lower(*arguments[self._fixed :]).compile()

@@ -18,7 +18,7 @@ from ipadapter_jax.train.loop import CHECKPOINTS
 from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
 
 _EVERY, _STEPS = 2, 12
-_PARTIAL = ("tmp", ".part-", ".unproven-")
+_PARTIAL = ("tmp", ".part-")
 
 
 @dataclasses.dataclass(frozen=True)

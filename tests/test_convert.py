@@ -1,7 +1,9 @@
 """Weights from one format to another and back: every bit is the same, and the other programs read what we write."""
 
+import contextlib
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import consumers
@@ -18,7 +20,8 @@ import ipadapter_jax.weights.written
 from ipadapter_jax import cli
 from ipadapter_jax.base_model import BASE_COMPONENTS, open_base
 from ipadapter_jax.convert import convert
-from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.files import replacing
 from ipadapter_jax.weights.tensors import open_tensors
 from ipadapter_jax.weights.torch_pickle import read_torch_file
 
@@ -235,13 +238,14 @@ def test_weights_that_do_not_fit_the_dtype(tmp_path):
 
 
 def test_a_disk_that_fills_leaves_nothing(tmp_path, monkeypatch):
-    def full(path: Path, chunks) -> None:
-        if "vae" in str(path):
-            raise InputError(f"{path}: not written (No space left on device)")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"".join(chunks))
+    @contextlib.contextmanager
+    def full(path: Path) -> Iterator[Path]:
+        with replacing(path) as temporary:
+            if "vae" in str(path):
+                raise OSError(28, "No space left on device")
+            yield temporary
 
-    monkeypatch.setattr(ipadapter_jax.weights.written, "write_whole", full)
+    monkeypatch.setattr(ipadapter_jax.weights.written, "replacing", full)
     refused(lambda: convert(TORCH_MODEL, tmp_path / "out"), "No space left")
     assert not list(tmp_path.iterdir())
 

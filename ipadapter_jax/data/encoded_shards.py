@@ -5,12 +5,12 @@ not be read is an empty one, so that record i of the cache is record i of the so
 it as it would live. ArrayRecord stores every record with a 64-bit hash and checks it on reading.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.files import replacing
 from ipadapter_jax.texts import parse_json
 
 FORMAT = 1
@@ -113,9 +114,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, plan: Plan, shard: int):
         self._plan, self._shard, self._path = plan, shard, folder / plan.shard_name(shard)
-        self._temporary = self._path.with_name(f".part-{self._path.name}")
         self.skipped: list[dict[str, Any]] = []
-        self._writer = ArrayRecordWriter(str(self._temporary), _WRITE)
 
     def add(self, sample: Mapping[str, np.ndarray]) -> None:
         """The next record."""
@@ -133,24 +132,23 @@ class ShardWriter:
             raise _not_written(self._path, error) from None
 
     def __enter__(self) -> "ShardWriter":
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self._path))
+            self._writer = ArrayRecordWriter(str(temporary), _WRITE)
+            self._replacing = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        try:
-            if kind is None:
-                facts = {"plan": self._plan.digest, "shard": self._shard, "skipped": self.skipped}
-                self._write(json.dumps(facts).encode())
-            self._writer.close()  # what could not be written is told only here
-            if kind is None:
-                descriptor = os.open(self._temporary, os.O_RDWR)
-                os.fsync(descriptor)
-                os.close(descriptor)
-                os.replace(self._temporary, self._path)
-        except (RuntimeError, OSError) as error:
-            if kind is None:
-                raise _not_written(self._path, error) from None
-        finally:
-            self._temporary.unlink(missing_ok=True)
+    def __exit__(self, _: type | None, error: BaseException | None, *__: Any) -> None:
+        with self._replacing:
+            try:
+                if error is None:
+                    facts = {"plan": self._plan.digest, "shard": self._shard, "skipped": self.skipped}
+                    self._write(json.dumps(facts).encode())
+                self._writer.close()  # what could not be written is told only here
+            except RuntimeError as fault:
+                raise error or _not_written(self._path, fault) from None
+            if error is not None:
+                raise error
 
 
 def _not_written(path: Path, error: Exception) -> InputError:

@@ -16,7 +16,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.measures import Embedded, embedded_of
 from ipadapter_jax.evaluate.references import Reference
 from ipadapter_jax.evaluate.scorer import Scorer
-from ipadapter_jax.files import unfinished, write_whole
+from ipadapter_jax.files import write_whole
 from ipadapter_jax.in_order import in_order
 from ipadapter_jax.preprocess import clip_pixels, load_image
 from ipadapter_jax.texts import parse_json
@@ -73,12 +73,6 @@ def read(chunk: Chunk) -> Embedded:
     _, tensors, metadata = open_file(chunk.file)
     images, texts = (np.array(tensors[name].read()) for name in ("images", "texts"))
     return embedded_of(images, texts, parse_json(metadata[_CAPTIONS], chunk.file))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """What a kill has left half written; for when nobody writes any more."""
-    for path, _ in unfinished(folder):
-        path.unlink(missing_ok=True)
 
 
 def _squares(chunk: Chunk, side: int) -> Iterator[np.ndarray]:

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from ipadapter_jax.differences import differences
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.files import unfinished, write_whole
+from ipadapter_jax.files import remove_leftovers, write_whole
 from ipadapter_jax.in_order import in_order
 from ipadapter_jax.jobs.image_digests import Digests, Identify
 from ipadapter_jax.jobs.plan import Work
@@ -145,9 +145,7 @@ class JobFolder:
 
     def _remove_leftovers(self, own: set[str], shard: tuple[int, int]) -> None:
         """What a kill has left half written; other processes may be at the like."""
-        for path, name in unfinished(self._out):
-            if name in own or shard[1] == 1:
-                path.unlink(missing_ok=True)
+        remove_leftovers(self._out, mine=lambda name: name in own or shard[1] == 1)
 
     def _listed_elsewhere(self, manifest: Path, there: set[str]) -> dict[str, dict]:
         """The lines of pictures in other manifests, of a job that had other processes, by picture."""

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.files import remove_leftovers
 from ipadapter_jax.lock import held
 
 
@@ -21,13 +22,19 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Holds `folder`/lock for process 0 of a job, making the folder. All processes of the job call this.
 
     The kernel lets go of the lock when its process ends, however that ends; the file stays and means nothing.
-    Raises InputError, in every process, naming the process and the machine of the run that holds the folder.
+    What a run that was killed has left half written is removed. Raises InputError, in every process, naming the process
+    and the machine of the run that holds the folder.
     """
     with contextlib.ExitStack() as stack:
-        together(lambda: stack.enter_context(held(folder / "lock")) if jax.process_index() == 0 else None)
+        together(lambda: _enter(folder, stack) if jax.process_index() == 0 else None)
         if problem := agreed(_not_shared(folder)):
             raise InputError(problem)
         yield
+
+
+def _enter(folder: Path, stack: contextlib.ExitStack) -> None:
+    stack.enter_context(held(folder / "lock"))
+    remove_leftovers(folder)
 
 
 def together(job: Callable[[], Any]) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.files import write_whole
+from ipadapter_jax.files import remove_leftovers, write_whole
 from ipadapter_jax.lines import Lines, naming
 
 
@@ -49,6 +49,7 @@ class RunLog:
         """A picture, such as a grid of samples: also samples/NAME-STEP.png."""
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
+        remove_leftovers(self._folder / "samples")
         write_whole(self._folder / "samples" / f"{name}-{step:07d}.png", buffer.getvalue())
         if self._tensorboard is not None:
             self._tensorboard.image(step, name, image)

@@ -1,14 +1,12 @@
 """A file of weights gets its name only when our own reader has given back every bit of it."""
 
-import contextlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.files import sha256, write_whole
+from ipadapter_jax.files import remove_leftovers, replacing, sha256
 from ipadapter_jax.weights.lazy import Derived, Tensor
 from ipadapter_jax.weights.safetensors_bytes import raw
 from ipadapter_jax.weights.tensors import open_tensors
@@ -20,18 +18,12 @@ def write_proved(path: Path, chunks: Iterable[bytes | memoryview], tensors: Mapp
     Until the file has been read back and compared with `tensors`, and when that fails, an older file of this name
     stays. Raises InputError naming the file that cannot be written or the tensor that comes back otherwise.
     """
-    unproven = path.with_name(f".unproven-{os.getpid()}-{path.name}")
-    try:
-        write_whole(unproven, chunks)
+    remove_leftovers(path.parent)
+    with replacing(path) as unproven:
+        with open(unproven, "wb") as file:
+            file.writelines(chunks)
         _prove(unproven, path, tensors)
-        digest = sha256(unproven)
-        os.replace(unproven, path)
-    except OSError as error:
-        raise InputError(f"{path}: not written ({error.strerror or error}); choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            unproven.unlink()
-    return digest
+        return sha256(unproven)
 
 
 def _prove(unproven: Path, path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.weights import written
 from ipadapter_jax.weights.image_embeds import POOLED, STATES, load_image_embeds, save_image_embeds
 from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
+from ipadapter_jax.weights.tensors import open_tensors
 
 ABOUT = {"variant": "plus", "image_encoder": "ViT-H/14"}
 
@@ -108,9 +109,12 @@ def test_what_cannot_be_saved(tmp_path, name, features, words):
 def test_a_disk_that_returns_other_bits_leaves_the_older_file(tmp_path, monkeypatch):
     path = ours(tmp_path, drawn(2, 1, 8))
     before = path.read_bytes()
-    monkeypatch.setattr(
-        written, "write_whole", lambda target, chunks: target.write_bytes(b"".join(chunks)[:-4] + b"1234")
-    )
+
+    def damaged(target):
+        target.write_bytes(target.read_bytes()[:-4] + b"1234")
+        return open_tensors(target)
+
+    monkeypatch.setattr(written, "open_tensors", damaged)
     refused(lambda: save_image_embeds(path, drawn(2, 2, 8), {}), "image_embeds comes back", "save to another disk")
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
     assert path.read_bytes() == before

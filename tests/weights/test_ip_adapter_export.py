@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import lzma
-from collections.abc import Iterable
 from pathlib import Path
 
 import compare_with_diffusers
@@ -27,6 +26,7 @@ from ipadapter_jax.weights import written
 from ipadapter_jax.weights.components import read_json
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_adapter
 from ipadapter_jax.weights.ip_adapter_file import load_ip_adapter, open_ip_adapter
+from ipadapter_jax.weights.tensors import open_tensors
 from ipadapter_jax.weights.tree import leaves, nest
 
 FILES = {
@@ -214,11 +214,12 @@ def test_a_disk_that_returns_other_bits_leaves_the_older_file(tmp_path, monkeypa
     path = tmp_path / "a.safetensors"
     before = save_ip_adapter(path, stored("base"), metadata=METADATA)
 
-    def damaged(target: Path, chunks: Iterable[bytes]) -> None:
-        content = b"".join(chunks)
+    def damaged(target: Path) -> dict:
+        content = target.read_bytes()
         target.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return open_tensors(target)
 
-    monkeypatch.setattr(written, "write_whole", damaged)
+    monkeypatch.setattr(written, "open_tensors", damaged)
     words = ["ip_adapter.9.to_v_ip.weight comes back", "save to another disk"]
     refused(lambda: save_ip_adapter(path, stored("base"), metadata={}), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

@@ -24,7 +24,7 @@ from ipadapter_jax.evaluate.references import Reference, References, open_refere
 from ipadapter_jax.evaluate.report import page
 from ipadapter_jax.evaluate.results import TITLES, Results, compute, write_tables
 from ipadapter_jax.evaluate.scorer import OpenedScorer, open_scorer
-from ipadapter_jax.files import write_whole
+from ipadapter_jax.files import remove_leftovers, write_whole
 from ipadapter_jax.jobs.plan import plan
 from ipadapter_jax.jobs.rows import Row
 from ipadapter_jax.lock import held_shard
@@ -69,7 +69,8 @@ def _score(
     if not all(embeddings.is_there(chunk, clip.identity) for chunk in chunks):
         print(f"process {args.process} is through; the one that ends last writes {args.out / 'report.html'}")
         return 0
-    embeddings.remove_leftovers(args.out / "scores")
+    for folder in (args.out, args.out / "scores"):
+        remove_leftovers(folder, mine=lambda name: True)  # nobody writes any more
     results = compute(chunks, args.caption)
     results = dataclasses.replace(results, distances=results.distances | fid)
     _write(args, references, clip, results)

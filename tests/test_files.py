@@ -1,0 +1,171 @@
+"""Nothing has its final name before it is whole; what killed processes leave is removed by the next run, and what a
+live one is writing is not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ADAPTERS, TORCH_MODEL
+from weight_files import refused
+
+from ipadapter_jax.convert import convert
+from ipadapter_jax.files import check_writable, remove_leftovers, replacing, write_whole
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from ipadapter_jax.files import replacing
+with replacing(Path(sys.argv[1]), folder=len(sys.argv) > 2) as place:
+    (place / "inner" if place.is_dir() else place).write_bytes(b"some of it")
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+CONVERTER = """
+import sys, time
+from pathlib import Path
+import ipadapter_jax.weights.written as written
+def slowly(path, real=written.open_tensors):  # a large file that is being proved
+    print("begun", flush=True)
+    time.sleep(60)
+    return real(path)
+written.open_tensors = slowly
+from ipadapter_jax.cli import main
+sys.exit(main(["convert", *sys.argv[1:]]))
+"""
+
+
+def begun(program: str, *arguments: object) -> subprocess.Popen:
+    """A process in the middle of its writing."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    return process
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("folder", [[], ["folder"]], ids=["file", "folder"])
+def test_what_a_kill_leaves_goes_and_what_is_written_stays(tmp_path, folder):
+    dead, alive = (begun(WRITER, tmp_path / name, *folder) for name in ("dead", "alive"))
+    dead.kill()
+    dead.wait()
+    assert len(names(tmp_path)) == 2
+    remove_leftovers(tmp_path)
+    [left] = names(tmp_path)
+    assert left.startswith(".part-alive-")
+    write_whole(tmp_path / "alive", b"another's")  # nor does one of the same name disturb it
+    remove_leftovers(tmp_path, mine=lambda name: True)
+    assert left in names(tmp_path)
+    alive.kill()
+    alive.wait()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["alive"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("folder", [[], ["folder"]], ids=["file", "folder"])
+def test_a_signal_cleans_up_on_the_way_out(tmp_path, number, folder):
+    process = begun(WRITER, tmp_path / "out", *folder)
+    process.send_signal(number)
+    assert process.wait() == -number  # as if nothing had been in its way
+    assert names(tmp_path) == []
+
+
+def test_what_is_ignored_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with replacing(tmp_path / "a") as temporary:
+            os.kill(os.getpid(), signal.SIGHUP)
+            temporary.write_bytes(b"whole")
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize(("out", "number"), [("a.safetensors", signal.SIGTERM), ("model", signal.SIGHUP)])
+def test_a_conversion_that_is_killed(tmp_path, out, number):
+    place = ADAPTERS / "ip-adapter_tiny.bin" if out.startswith("a.") else TORCH_MODEL
+    process = begun(CONVERTER, place, tmp_path / out)
+    process.send_signal(number)
+    assert process.wait() == -number and names(tmp_path) == []
+    process = begun(CONVERTER, place, tmp_path / out)
+    process.kill()
+    process.wait()
+    [left] = names(tmp_path)
+    assert left.startswith(f".part-{out}-")
+    convert(ADAPTERS / "ip-adapter_tiny.bin", tmp_path / "b.safetensors")  # also one to another name
+    assert names(tmp_path) == ["b.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "left", [".part-a.png-abc_1234", ".part-a.png-01234567-abc_1234", ".unproven-12-a.safetensors"]
+)
+def test_what_another_machine_may_be_writing_has_a_day(tmp_path, left):
+    """Or an earlier version, which held no lock."""
+    (tmp_path / left).write_bytes(b"")
+    remove_leftovers(tmp_path, mine=lambda name: name == "b.png")
+    assert names(tmp_path) == [left]
+    long_ago = time.time() - 25 * 3600
+    os.utime(tmp_path / left, (long_ago, long_ago))
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_what_only_the_caller_writes_has_not(tmp_path):
+    (tmp_path / ".part-a.png-abc_1234").write_bytes(b"")
+    remove_leftovers(tmp_path, mine=lambda name: name == "a.png")
+    assert names(tmp_path) == []
+
+
+def test_other_files_stay(tmp_path):
+    others = [".part-", ".partial-a-abc_1234", ".part-a-ABCD1234", "part-a-abc_1234", ".unproven-a"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / ".part-a-abc_1234").symlink_to(tmp_path / "part-a-abc_1234")
+    remove_leftovers(tmp_path, mine=lambda name: True)
+    assert names(tmp_path) == sorted([*others, ".part-a-abc_1234"])
+    remove_leftovers(tmp_path / "nowhere")
+
+
+def test_a_check_before_writing_cleans(tmp_path):
+    process = begun(WRITER, tmp_path / "a.png")
+    process.kill()
+    process.wait()
+    check_writable(tmp_path / "b.png")
+    assert names(tmp_path) == []
+
+
+def test_a_failure_leaves_the_older_file(tmp_path):
+    write_whole(tmp_path / "a", b"older")
+
+    def chunks():
+        yield b"newer"
+        raise OSError(28, "No space left on device")
+
+    refused(lambda: write_whole(tmp_path / "a", chunks()), str(tmp_path / "a"), "No space left", "choose another place")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"older"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    refused(lambda: make_folder(tmp_path / "full"), str(tmp_path / "full"), "not written")
+    assert names(tmp_path) == ["a", "full"]
+
+
+def make_folder(path: Path) -> None:
+    with replacing(path, folder=True) as folder:
+        (folder / "inner").touch()
+
+
+def test_modes_are_those_of_the_umask(tmp_path):
+    write_whole(tmp_path / "file", b"")
+    make_folder(tmp_path / "folder")
+    (tmp_path / "usual").touch()
+    (tmp_path / "usual folder").mkdir()
+    for ours, usual in (("file", "usual"), ("folder", "usual folder")):
+        assert (tmp_path / ours).stat().st_mode == (tmp_path / usual).stat().st_mode
