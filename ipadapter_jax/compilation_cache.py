@@ -1,27 +1,137 @@
-"""Compiled programs are kept on disk, so that the second start does not compile again."""
+"""Compiled programs are kept on disk, so that the second start does not compile again.
 
+Whoever can write there can have us run anything: folders and entries count only where nobody else can (`trust.py`).
+"""
+
+import contextlib
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.trust import distrust, make_private_folder
+
+log = logging.getLogger("ipadapter_jax")
 _config: Any = jax.config  # its settings are made at run time, unknown to type checkers
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept: jax's own setting (JAX_COMPILATION_CACHE_DIR), else this project's folder."""
-    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ipadapter_jax" / "compiled"
-    return Path(_config.jax_compilation_cache_dir or own)
+    """Where compiled programs are kept: jax's own setting (JAX_COMPILATION_CACHE_DIR), else this project's folder.
+    Raises InputError where there is no home folder."""
+    if _config.jax_compilation_cache_dir:
+        return Path(_config.jax_compilation_cache_dir)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ipadapter_jax" / "compiled"
+    except RuntimeError:
+        raise InputError("this user has no home folder; name another place with XDG_CACHE_HOME") from None
 
 
 def cache_is_on() -> bool:
-    """False where JAX_ENABLE_COMPILATION_CACHE=0 turned it off."""
+    """False where JAX_ENABLE_COMPILATION_CACHE=0 turned it off, or `enable_compilation_cache` an unsafe folder."""
     return bool(_config.jax_enable_compilation_cache)
 
 
+def cache_is_local() -> bool:
+    """False where jax keeps its entries in an object store."""
+    return "://" not in (_config.jax_compilation_cache_dir or "")
+
+
 def enable_compilation_cache() -> None:
-    """Turns jax's persistent cache on, unless it has a folder already or was turned off."""
-    if cache_is_on() and _config.jax_compilation_cache_dir is None:
+    """Turns jax's persistent cache on, in this project's folder unless it has one already.
+
+    Where others could have put programs there it is turned off for this process, with a warning that says the remedy.
+    """
+    if not cache_is_on():
+        return
+    if cache_is_local():
+        try:
+            folder = cache_folder()
+            make_private_folder(folder)
+            problem = distrust(folder)
+        except (InputError, OSError) as error:
+            problem = error.strerror if isinstance(error, OSError) else str(error)
+        if problem is not None:
+            log.warning("compiled programs are neither read nor kept: %s", problem)
+            jax.config.update("jax_enable_compilation_cache", False)
+            reset_cache()  # jax may have opened it before
+            return
+    if _config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up
+    _look_after_entries()
+
+
+def _look_after_entries() -> None:
+    """Has jax's reading and writing of its entries go through ours, once. Another release of jax may do both elsewhere:
+    it warns of an entry that is damaged, and compiles."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src import compilation_cache as entries
+
+        if not isinstance(entries.get_executable_and_time, _Read):
+            read, write = entries.get_executable_and_time, entries.put_executable_and_time
+            entries.get_executable_and_time, entries.put_executable_and_time = _Read(read), _Write(write)
+
+
+class _Read:
+    """jax's reader of an entry. One that is damaged, as a full disk or a power loss leave it, or not ours is removed:
+    jax would never write it again."""
+
+    def __init__(self, read: Callable[..., Any]):
+        self._read = read
+
+    def __call__(self, cache_key: str, *arguments: Any, **named: Any) -> Any:
+        file = _entry(cache_key)
+        if file is not None and (problem := distrust(file)) is not None:
+            log.warning("a compiled program on disk is not used, but made again: %s", problem)
+            if not _remove(file):
+                return None, None
+        try:
+            return self._read(cache_key, *arguments, **named)
+        except Exception as error:
+            if file is None or not _remove(file):
+                raise
+            log.warning("%s was damaged (%s) and has been removed; the program is compiled again", file, error)
+            return self._read(cache_key, *arguments, **named)
+
+
+class _Write:
+    """jax's writer of an entry: no part of one stays, and nobody else may write to it."""
+
+    def __init__(self, write: Callable[..., Any]):
+        self._write = write
+
+    def __call__(self, cache_key: str, *arguments: Any, **named: Any) -> None:
+        before = _entry(cache_key)
+        try:
+            self._write(cache_key, *arguments, **named)
+        except Exception:
+            if before is None and (file := _entry(cache_key)) is not None:
+                _remove(file)
+            raise
+        if before is None and (file := _entry(cache_key)) is not None:
+            with contextlib.suppress(OSError):
+                file.chmod(0o600)
+
+
+def _entry(cache_key: str) -> Path | None:
+    """The file of an entry, if it is there, under the name that jax gives it."""
+    if not cache_is_local():
+        return None
+    file = cache_folder() / f"{cache_key}-cache"
+    return file if os.path.lexists(file) else None
+
+
+def _remove(file: Path) -> bool:
+    """Whether an entry is gone now."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError:  # in a folder of the administrator
+        return False
+    with contextlib.suppress(OSError):
+        file.with_name(file.name.removesuffix("cache") + "atime").unlink(missing_ok=True)
+    return True

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import jax
 from jax import core, export
 
-from ipadapter_jax.compilation_cache import cache_folder, cache_is_on
+from ipadapter_jax.compilation_cache import cache_folder, cache_is_local, cache_is_on
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import remove_leftovers, write_whole
 from ipadapter_jax.models.attention_kernels import REFUSED
+from ipadapter_jax.trust import distrust, make_private_folder
 
 log = logging.getLogger(__name__)
 _config: Any = jax.config  # its settings are made at run time, unknown to type checkers
@@ -74,15 +75,17 @@ class KeptProgram:
     def _open(self, call: _Call, arguments: tuple[Any, ...]) -> Callable:
         """The program from disk, or traced here and put there; the plain function where neither can be done."""
         try:
-            file = cache_folder() / f"{self._name}-{_digest(self._name, call)}.program"
+            file = _safe_folder() / f"{self._name}-{_digest(self._name, call)}.program"
             content = _read(file)
             if content is None:
                 checks = [export.DisabledSafetyCheck.custom_call(name) for name in _KERNELS]
                 content = bytes(export.export(self.jitted, disabled_checks=checks)(*arguments).serialize())
                 if not REFUSED:  # else it lacks a kernel that this machine may have the next time
-                    with contextlib.suppress(InputError):  # a full disk
+                    with contextlib.suppress(InputError, OSError):  # a full disk
+                        make_private_folder(file.parent)
                         remove_leftovers(file.parent)
                         write_whole(file, hashlib.sha256(content).digest() + content)
+                        file.chmod(0o600)
             program = export.deserialize(bytearray(content)).call
             return jax.jit(program).lower(*arguments[self._fixed :]).compile()
         except Exception as error:  # a full disk, what jax cannot export, a kernel that this machine lacks
@@ -90,8 +93,20 @@ class KeptProgram:
             return functools.partial(self.jitted, *call.fixed)
 
 
+def _safe_folder() -> Path:
+    """The folder of programs. Raises InputError where others could have put some there: they are run."""
+    folder = cache_folder()
+    if problem := distrust(folder):
+        log.warning("compiled programs are neither read nor kept: %s", problem)
+        raise InputError(problem)
+    return folder
+
+
 def _read(file: Path) -> bytes | None:
-    """What was kept, unless it is not there or damaged."""
+    """What was kept, unless it is not there, damaged or not ours."""
+    if problem := distrust(file):
+        log.warning("a compiled program on disk is not used, but made again: %s", problem)
+        return None
     try:
         content = file.read_bytes()
     except OSError:
@@ -129,7 +144,7 @@ def _digest(name: str, call: _Call) -> str:
     devices = [(device.platform, device.device_kind) for device in jax.devices()]
     if " at 0x" in str(call):
         raise ValueError("a static argument prints an address, which is another one in every process")
-    if "://" in (_config.jax_compilation_cache_dir or ""):
+    if not cache_is_local():
         raise ValueError("the cache is no folder of this machine")
     releases = [version(package) for package in ("jax", "jaxlib", "flax", "numpy")]
     depends = (name, _SOURCE, releases, jax.local_devices()[0].client.platform_version, devices, str(call))

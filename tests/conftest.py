@@ -29,6 +29,7 @@ if PLATFORM == "cpu":
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # A second run compiles nothing; `make clean` empties it.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")
+os.makedirs(os.environ["JAX_COMPILATION_CACHE_DIR"], mode=0o700, exist_ok=True)  # else it is not used
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # else it prints that PyTorch was not found

@@ -1,9 +1,13 @@
 """Programs on disk: found again by a new process, never for another function, shape or setting, never when damaged."""
 
+import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -106,6 +110,45 @@ def test_damage_is_traced_anew(folder, damage):
     healed, traced = program()
     healed(3.0, pair(4), np.float32(2))
     assert traced == []
+
+
+def planted(folder: Path, factor: float) -> None:
+    """In place of the program that is there, another one that is as whole."""
+    (file,) = folder.iterdir()
+    other = jax.export.export(jax.jit(lambda pair, x: Pair(factor * pair.left + x, pair.right)))
+    content = bytes(other(pair(4), np.float32(2)).serialize())
+    file.write_bytes(hashlib.sha256(content).digest() + content)
+
+
+@pytest.mark.parametrize("which", ["folder", "file"])
+def test_what_others_can_have_planted_is_not_run(folder, which, caplog):
+    """A digest beside it is no protection: who writes the one writes the other."""
+    expected = program()[0](3.0, pair(4), np.float32(2))
+    planted(folder, 100.0)
+    assert program()[0](3.0, pair(4), np.float32(2)).left[0] == 102  # where only we can have put it, it is ours
+    (file,) = folder.iterdir()
+    (folder if which == "folder" else file).chmod(0o777)
+    before = file.read_bytes()
+    again, traced = program()
+    jax.tree.map(np.testing.assert_array_equal, again(3.0, pair(4), np.float32(2)), expected)
+    assert len(traced) == 1
+    (line,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    if which == "folder":
+        assert line.endswith(f"others can write to {folder} (mode 0777); run: chmod 700 {folder}")
+        assert file.read_bytes() == before
+    else:
+        assert line.endswith(f"others can write to {file} (mode 0777); run: chmod 600 {file}")
+        assert file.read_bytes() != before and file.stat().st_mode & 0o777 == 0o600
+
+
+def test_programs_are_private(folder):
+    before = os.umask(0)
+    try:
+        program()[0](3.0, pair(4), np.float32(2))
+    finally:
+        os.umask(before)
+    (file,) = folder.iterdir()
+    assert [path.stat().st_mode & 0o777 for path in (folder, file)] == [0o700, 0o600]
 
 
 def test_where_nothing_can_be_written_it_still_runs(folder):

@@ -10,8 +10,10 @@ import jax
 
 from ipadapter_jax import embedded
 from ipadapter_jax.cli.doctor import Doctor
-from ipadapter_jax.compilation_cache import cache_folder, cache_is_on
+from ipadapter_jax.compilation_cache import cache_folder, cache_is_local, cache_is_on
+from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.attention_kernels import named_kernel
+from ipadapter_jax.trust import distrust
 
 _PACKAGES = (
     *("ipadapter-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers"),
@@ -82,10 +84,19 @@ def _model() -> Iterator[str]:
 def _caches() -> Iterator[str]:
     from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 
-    folder = cache_folder()
-    on = "on" if cache_is_on() else "off (JAX_ENABLE_COMPILATION_CACHE)"
-    yield f"compiled programs: {on}, {folder} ({_size(folder)})"
+    yield f"compiled programs: {_compiled()}"
     yield f"Hugging Face Hub: {HF_HUB_CACHE} ({_size(Path(HF_HUB_CACHE))}){', offline' if is_offline_mode() else ''}"
+
+
+def _compiled() -> str:
+    if not cache_is_on():
+        return "off (JAX_ENABLE_COMPILATION_CACHE)"
+    try:
+        folder = cache_folder()
+    except InputError as error:
+        return f"off, {error}"
+    problem = distrust(folder) if cache_is_local() else None
+    return f"{'on' if problem is None else f'off, {problem}'}, {folder} ({_size(folder)})"
 
 
 def _size(folder: Path) -> str:

@@ -1,0 +1,138 @@
+"""jax's entries on disk: repaired when torn, not used where others could have put them there."""
+
+import logging
+import resource
+import subprocess
+import sys
+import warnings
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from ipadapter_jax.compilation_cache import cache_is_on, enable_compilation_cache
+
+SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_enable_xla_caches",
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A place for jax's entries, as JAX_COMPILATION_CACHE_DIR names it."""
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    reset_cache()
+    yield tmp_path / "compiled"
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+def compiled() -> np.ndarray:
+    """What a new process does: nothing is compiled in memory."""
+    enable_compilation_cache()
+    jax.clear_caches()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # jax warns of an entry that it cannot read
+        return np.asarray(jax.jit(lambda x: x * 3 + 1)(np.arange(4.0)))
+
+
+def entries(folder):
+    return {file.name: file.read_bytes() for file in folder.glob("*-cache")}
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros at the end", "other bytes", "whole, of something else"])
+def test_a_torn_entry_is_repaired(folder, damage, caplog):
+    expected = compiled()
+    for file in folder.glob("*-cache"):
+        content = file.read_bytes()
+        torn = {
+            "cut": content[: len(content) // 2],
+            "empty": b"",
+            "zeros at the end": content[:-64] + bytes(64),
+            "other bytes": b"entry",
+            "whole, of something else": zlib.compress(b"\0\0\0\1no program"),
+        }
+        file.write_bytes(torn[damage])
+    before, whole = entries(folder), len(entries(folder))
+    with caplog.at_level(logging.WARNING, "ipadapter_jax"):
+        np.testing.assert_array_equal(compiled(), expected)
+    lines = [record.getMessage() for record in caplog.records if record.name == "ipadapter_jax"]
+    assert len(lines) == whole >= 1
+    assert all("was damaged (" in line and "has been removed; the program is compiled again" in line for line in lines)
+    after = entries(folder)
+    assert after.keys() == before.keys() and all(after[name] != before[name] for name in after)
+    caplog.clear()
+    np.testing.assert_array_equal(compiled(), expected)
+    assert not caplog.records and entries(folder) == after  # read, not written again
+
+
+def test_an_entry_that_cannot_be_written_leaves_no_part(folder):
+    """A disk that is full in the middle of it."""
+    enable_compilation_cache()
+    jax.clear_caches()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.warns(UserWarning, match="Error writing persistent compilation cache entry"):
+            found = jax.jit(lambda x: x * 3 + 1)(np.arange(4.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    np.testing.assert_array_equal(found, np.arange(4.0) * 3 + 1)
+    assert not [*folder.iterdir()]
+
+
+def test_folders_and_entries_are_private(folder):
+    compiled()
+    modes = {path.stat().st_mode & 0o777 for path in folder.glob("*-cache")}
+    assert folder.stat().st_mode & 0o777 == 0o700 and modes == {0o600}
+
+
+def test_a_folder_that_others_write_to_is_not_used(folder, caplog):
+    expected = compiled()
+    before = entries(folder)
+    for file in folder.glob("*-cache"):
+        file.write_bytes(b"planted")
+    folder.chmod(0o777)
+    with caplog.at_level(logging.WARNING, "ipadapter_jax"):
+        np.testing.assert_array_equal(compiled(), expected)
+        compiled()
+    assert [record.getMessage() for record in caplog.records if record.name == "ipadapter_jax"] == [
+        f"compiled programs are neither read nor kept: others can write to {folder} (mode 0777); "
+        f"run: chmod 700 {folder}"
+    ]
+    assert not cache_is_on() and set(entries(folder).values()) == {b"planted"} and before
+
+
+def test_an_entry_that_others_write_to_is_made_again(folder, caplog):
+    expected = compiled()
+    (file,) = folder.glob("*-cache")
+    file.chmod(0o666)
+    with caplog.at_level(logging.WARNING, "ipadapter_jax"):
+        np.testing.assert_array_equal(compiled(), expected)
+    (record,) = (record for record in caplog.records if record.name == "ipadapter_jax")
+    assert f"others can write to {file} (mode 0666)" in record.getMessage()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_without_a_home_nothing_is_kept():
+    """And nothing fails."""
+    program = """
+import logging, os, pwd
+def nobody(_): raise KeyError
+pwd.getpwuid = nobody
+from ipadapter_jax.compilation_cache import cache_is_on, enable_compilation_cache
+enable_compilation_cache()
+print(cache_is_on())
+"""
+    env = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ":".join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+    assert "neither read nor kept: this user has no home folder; name another place with XDG_CACHE_HOME" in done.stderr
