@@ -13,7 +13,7 @@ from PIL import Image
 
 from ipadapter_jax import sampling
 from ipadapter_jax.arguments import Uncond, as_floats
-from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.projections import Projection, image_projection
 from ipadapter_jax.models.unet import KeyValue
@@ -87,11 +87,14 @@ class Adapter:
         pixels = [_pixels(prompt, side, fit) for prompt in prompts]
         count = len(pixels[0])
         if any(len(prompt) != count for prompt in pixels):
-            raise InputError("ip_adapter_image: all image prompts of one call must have the same number of pictures")
+            raise InputError(
+                f"{argument('ip_adapter_image')}: all image prompts of one call must have the same number of pictures"
+            )
         dark = None if negative is None else _pixels(negative, side, "crop" if fit == "tile" else fit)
         if dark is not None and len(dark) not in (1, count):
             raise InputError(
-                f"negative_ip_adapter_image has {len(dark)} pictures for {count}; give one, or one for each"
+                f"{argument('negative_ip_adapter_image')} has {len(dark)} pictures for {count}; give one, "
+                "or one for each"
             )
         _check_uncond(uncond)
 
@@ -123,7 +126,9 @@ class Adapter:
             name = str(embeds)
             found = load_image_embeds(Path(embeds), patches=config.uses_patches)
             if len(found) != 1:
-                raise InputError(f"{name} holds embeddings for {len(found)} adapters; give each adapter its own")
+                raise InputError(
+                    f"{argument(name)} holds embeddings for {len(found)} adapters; give each adapter its own"
+                )
             embeds = found[0].features
         array, branches = as_floats(embeds, name), 2 if guided else 1
         axes = 4 if config.uses_patches else 3
@@ -131,14 +136,16 @@ class Adapter:
         if len(shape) != axes or shape[-1] != config.feature_dim or shape[0] not in (1, 2) or 0 in shape:
             positions = "positions, " if config.uses_patches else ""
             raise InputError(
-                f"{name} of shape {shape}: this adapter needs ({branches}, pictures, {positions}{config.feature_dim}), "
+                f"{argument(name)} of shape {shape}: this adapter needs ({branches}, pictures, "
+                f"{positions}{config.feature_dim}), "
                 "the negative branch first"
             )
 
         known = self.loaded_encoder
         if config.uses_patches and known is not None and shape[2] != known.module.config.num_positions:
             raise InputError(
-                f"{name} of shape {shape}: this adapter's image encoder has {known.module.config.num_positions} "
+                f"{argument(name)} of shape {shape}: this adapter's image encoder has "
+                f"{known.module.config.num_positions} "
                 "positions; these are of another encoder, or projected already"
             )
 
@@ -150,7 +157,9 @@ class Adapter:
             return jnp.concatenate([jnp.broadcast_to(negative, positive.shape), positive])[None]
 
         if len(array) == 2 and uncond != "default":
-            raise InputError(f"ip_adapter_uncond={uncond!r}: {name} hold the negative branch already")
+            raise InputError(
+                f"{argument('ip_adapter_uncond', repr(uncond))}: {argument(name)} hold the negative branch already"
+            )
         _check_uncond(uncond)
         if guided and len(array) == 1 and uncond != "zeros" and (config.uses_patches or uncond != "default"):
             _ = self.encoder  # which makes the negative branch
@@ -177,14 +186,16 @@ class Adapter:
         if self.loaded_encoder is None:
             raise InputError(
                 f"adapter {self.source}: it was opened without an image encoder and takes embeddings of both branches "
-                "alone; name the encoder with image_encoder"
+                f"alone; name the encoder with {argument('image_encoder')}"
             )
         return self.loaded_encoder
 
 
 def _check_uncond(uncond: str) -> None:
     if uncond not in get_args(Uncond):
-        raise InputError(f"ip_adapter_uncond {uncond!r} is not known; choose {', '.join(get_args(Uncond))}")
+        raise InputError(
+            f"{argument('ip_adapter_uncond')} {uncond!r} is not known; choose {', '.join(get_args(Uncond))}"
+        )
 
 
 def _pixels(pictures: Sequence[Picture] | Prepared, side: int, fit: str) -> np.ndarray:
@@ -192,7 +203,7 @@ def _pixels(pictures: Sequence[Picture] | Prepared, side: int, fit: str) -> np.n
     if isinstance(pictures, Prepared):
         return pictures.pixels
     if fit not in (*FITS, "tile"):
-        raise InputError(f"fit={fit!r}: choose {', '.join(FITS)} or tile")
+        raise InputError(f"{argument('fit', repr(fit))}: choose {', '.join(FITS)} or tile")
     loaded = [load_image(picture) for picture in pictures]
     if not loaded:
         raise InputError("an image prompt is an empty list; give at least one picture")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 
 Uncond = Literal["default", "zeros", "zero pixels", "black", "noise"]
 
@@ -16,10 +16,10 @@ def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | No
     negative = "" if negative is None else negative
     for name, texts in (("prompt", prompt), ("negative_prompt", negative)):
         if not isinstance(texts, str | list | tuple) or (not texts and texts != ""):
-            raise InputError(f"{name} must be a text or a list of texts")
+            raise InputError(f"{argument(name)} must be a text or a list of texts")
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str) or text.encode("utf-8", "replace").decode() != text:
-                raise InputError(f"{name} holds {text!r}, which is no text in UTF-8")
+                raise InputError(f"{argument(name)} holds {text!r}, which is no text in UTF-8")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if len(negatives) != len(prompts):
@@ -39,15 +39,21 @@ def check_choices(
 ) -> None:
     """Raises InputError naming the first argument that cannot be used."""
     if not isinstance(images_per_prompt, Integral) or images_per_prompt < 1:
-        raise InputError(f"num_images_per_prompt={images_per_prompt} must be a whole number of at least 1")
+        raise InputError(f"{argument('num_images_per_prompt', images_per_prompt)} must be a whole number of at least 1")
     if not _is_number(guidance_scale):
-        raise InputError(f"guidance_scale={guidance_scale} is not a finite number; 7.5 is usual, 1 turns guidance off")
+        raise InputError(
+            f"{argument('guidance_scale', guidance_scale)} is not a finite number; 7.5 is usual, 1 turns guidance off"
+        )
     if not _is_number(guidance_rescale) or not 0 <= guidance_rescale <= 1:
-        raise InputError(f"guidance_rescale={guidance_rescale} must lie between 0 (none) and 1; 0.7 is usual")
+        raise InputError(
+            f"{argument('guidance_rescale', guidance_rescale)} must lie between 0 (none) and 1; 0.7 is usual"
+        )
     if not isinstance(clip_skip, Integral) or not 0 <= clip_skip < text_layers:
-        raise InputError(f"clip_skip={clip_skip} must be a whole number of layers to leave out, 0 to {text_layers - 1}")
+        raise InputError(
+            f"{argument('clip_skip', clip_skip)} must be a whole number of layers to leave out, 0 to {text_layers - 1}"
+        )
     if not _is_number(eta) or not 0 <= eta <= 1:
-        raise InputError(f"eta={eta} must lie between 0 (deterministic) and 1 (as DDPM)")
+        raise InputError(f"{argument('eta', eta)} must lie between 0 (deterministic) and 1 (as DDPM)")
     if callback is not None and not callable(callback):
         raise InputError("callback must be a function of (step, timestep, latents)")
     if output_type not in ("pil", "np", "latent"):
@@ -59,7 +65,9 @@ def latent_shape(height: int, width: int, downscale: int, channels: int) -> tupl
     for name, pixels in (("height", height), ("width", width)):
         if not isinstance(pixels, Integral) or pixels < downscale or pixels % downscale:
             nearest = max(downscale, round(pixels / downscale) * downscale) if _is_number(pixels) else downscale
-            raise InputError(f"{name}={pixels} is not a multiple of {downscale}; the nearest size is {nearest}")
+            raise InputError(
+                f"{argument(name, pixels)} is not a multiple of {downscale}; the nearest size is {nearest}"
+            )
     return height // downscale, width // downscale, channels
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ipadapter_jax import embedded
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
-from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.tokens import Tokenizer, check_rows, load_tokenizer
 from ipadapter_jax.weights import single_file
@@ -164,7 +164,9 @@ def open_base(
     root = local_path(reference, choose, what="base model", revision=revision)
     if root.is_file():
         if variant is not None:
-            raise InputError(f"--variant is for a folder in diffusers' layout; {reference} is a single file")
+            raise InputError(
+                f"{argument('variant')} is for a folder in diffusers' layout; {reference} is a single file"
+            )
         return _open_file(reference, root, config, replaced, extract_ema)
     if not (root / "unet").is_dir():
         held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
@@ -172,9 +174,9 @@ def open_base(
             f"base model {reference}: no folder in diffusers' layout (it has no unet/config.json but {held}); "
             "give such a folder, or one checkpoint file"
         )
-    for option, value in (("config", config), ("extract-ema", extract_ema)):
+    for name, value in (("config", config), ("extract_ema", extract_ema)):
         if value:
-            raise InputError(f"--{option} is for a checkpoint of one file; {reference} is a folder")
+            raise InputError(f"{argument(name)} is for a checkpoint of one file; {reference} is a folder")
     return BaseModel(str(reference), root, _variants(reference, root, needed, variant), replaced=replaced)
 
 
@@ -236,7 +238,7 @@ def _settings_folder(file: Path, config: Reference | None) -> Path:
             raise
         raise InputError(
             f"base model {file}: a single file has no tokenizer and no settings; name a folder or Hub id of the same "
-            f"family with --config ({error})"
+            f"family with {argument('config')} ({error})"
         ) from None
     if not (folder / "unet" / "config.json").is_file():
         given = config or STABLE_DIFFUSION
@@ -286,7 +288,7 @@ def _check_fit(reference: str, unet: UNetConfig, vae: Any, text_encoder: Any) ->
     if text_encoder.hidden_size != unet.cross_attention_dim:
         raise InputError(
             f"base model {reference}: its text encoder gives width {text_encoder.hidden_size}, its UNet reads "
-            f"{unet.cross_attention_dim}; take both from one model, or name another with --text-encoder"
+            f"{unet.cross_attention_dim}; take both from one model, or name another with {argument('text_encoder')}"
         )
 
 
@@ -295,5 +297,5 @@ def check_text_to_image(reference: str, unet: UNetConfig) -> None:
     if unet.in_channels != unet.out_channels:
         raise InputError(
             f"base model {reference}: an inpainting model ({unet.in_channels} channels), which needs a picture and a "
-            "mask: give image and mask_image (--init-image, --mask-image), or take the ordinary model of 4 channels"
+            f"mask: give {argument('image')} and {argument('mask_image')}, or take the ordinary model of 4 channels"
         )

@@ -10,7 +10,7 @@ import numpy as np
 
 from ipadapter_jax.adapters import open_image_encoder
 from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, Reference, open_base, single_file_spelling
-from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.files import remove_leftovers, replacing, write_whole
 from ipadapter_jax.weights import kinds, single_file
 from ipadapter_jax.weights.component_export import class_name, our_tensors, save_opened, spelled
@@ -48,7 +48,7 @@ def convert(
     Raises InputError or WeightFileError naming what is wrong; nothing is left under the name of `out` then.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r}: choose {', '.join(DTYPES)}")
+        raise InputError(f"{argument('dtype')} {dtype!r}: choose {', '.join(DTYPES)}")
     if out.exists():
         raise InputError(f"{out} exists; choose another name, or remove it first")
     options = {"config": config, "vae": vae, "text_encoder": text_encoder, "extract_ema": extract_ema}
@@ -140,7 +140,7 @@ def _convert_base(base: BaseModel, out: Path, dtype: str | None, flax: bool) -> 
     base.check()
     if out.suffix == ".safetensors":
         if flax:
-            raise InputError(f"{out}: --flax writes a folder; give a name without .safetensors")
+            raise InputError(f"{out}: {argument('flax')} writes a folder; give a name without .safetensors")
         tensors = _single_file(base, _numpy(dtype))
         write_proved(out, safetensors_chunks(tensors, {"format": "pt"}), tensors)
     elif out.suffix in (".ckpt", ".bin", ".pt", ".msgpack"):

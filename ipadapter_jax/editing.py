@@ -11,7 +11,7 @@ from PIL import Image
 from ipadapter_jax import sampling
 from ipadapter_jax.arguments import latent_shape
 from ipadapter_jax.diffusion.samplers import Run
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.masks import latent_mask, load_mask
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.preprocess import load_image
@@ -33,10 +33,14 @@ class Canvas:
         """Picture and mask in this size, by default the picture's own rounded down to a `multiple`. Raises
         InputError."""
         if image is None:
-            raise InputError("mask_image says where to paint, image what to paint on: give both")
+            raise InputError(
+                f"{argument('mask_image')} says where to paint, {argument('image')} what to paint on: give both"
+            )
         loaded = load_image(image)
         if (height is None and loaded.height < multiple) or (width is None and loaded.width < multiple):
-            raise InputError(f"the image to paint on is {loaded.width} x {loaded.height} pixels; give a larger one")
+            raise InputError(
+                f"{argument('image')}, to paint on, is {loaded.width} x {loaded.height} pixels; give a larger one"
+            )
         height = loaded.height // multiple * multiple if height is None else height
         width = loaded.width // multiple * multiple if width is None else width
         latent_shape(height, width, multiple, 0)  # refuses what is no size
@@ -67,10 +71,10 @@ def open_canvas(
     if image is None and mask is None:
         for name, given in (("strength", strength is not None), ("exact_outside_mask", exact)):
             if given:
-                raise InputError(f"{name} is for painting over a picture: give image")
+                raise InputError(f"{argument(name)} is for painting over a picture: give {argument('image')}")
         return None
     if exact and mask is None:
-        raise InputError("exact_outside_mask needs mask_image, which says what is outside")
+        raise InputError(f"{argument('exact_outside_mask')} needs {argument('mask_image')}, which says what is outside")
     return Canvas.load(image, mask, *size, multiple)
 
 

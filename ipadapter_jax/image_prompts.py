@@ -13,7 +13,7 @@ from jax import Array
 from ipadapter_jax.adapters import Adapter, Picture, Prepared
 from ipadapter_jax.arguments import Uncond
 from ipadapter_jax.arrays import is_array
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.masks import check_inside, load_mask
 from ipadapter_jax.models.unet import KeyValue
 from ipadapter_jax.models.unet_config import Site
@@ -81,9 +81,15 @@ def entries_of(
     """
     given = _per_adapter(controls, len(adapters))
     if controls.embeds is not None and controls.negative is not None:
-        raise InputError("negative_ip_adapter_image goes with ip_adapter_image; embeddings hold their negative branch")
+        raise InputError(
+            f"{argument('negative_ip_adapter_image')} goes with {argument('ip_adapter_image')}; embeddings "
+            "hold their negative branch"
+        )
     if not guided and (controls.negative is not None or controls.uncond != "default"):
-        raise InputError("negative_ip_adapter_image and ip_adapter_uncond need guidance: guidance_scale above 1")
+        raise InputError(
+            f"{argument('negative_ip_adapter_image')} and {argument('ip_adapter_uncond')} need guidance: "
+            f"{argument('guidance_scale')} above 1"
+        )
     scales = _scales(controls.scale, len(adapters))
     masks = _masks(controls.masks, len(adapters))
     negatives = _negatives(controls.negative, len(adapters))
@@ -136,7 +142,9 @@ class _Plan:
             weight, scale = self._by_prompt(scale)
         elif isinstance(scale, list | tuple):
             if any(not isinstance(s, Real) for s in scale):
-                raise InputError("ip_adapter_scale: several pictures without masks take one number each, or one scale")
+                raise InputError(
+                    f"{argument('ip_adapter_scale')}: several pictures without masks take one number each, or one scale"
+                )
             tables = [scale_table(s, self.sites, 1).own[0, 0] for s in self._each(scale)]
             weight, scale = np.asarray([tables], np.float32), 1.0
         return self._entries(slice(None), weight, scale, None)
@@ -144,7 +152,9 @@ class _Plan:
     def apart(self, scale: Any, masks: Sequence[np.ndarray]) -> list[Entry]:
         """Every picture in a softmax of its own, where its mask is."""
         if len(masks) != self.count:
-            raise InputError(f"ip_adapter_masks: {len(masks)} masks for {self.count} {_SQUARES}; give one for each")
+            raise InputError(
+                f"{argument('ip_adapter_masks')}: {len(masks)} masks for {self.count} {_SQUARES}; give one for each"
+            )
         if isinstance(scale, PerPrompt):
             raise InputError("ip_adapter_scale: PerPrompt goes without masks; with them give a scale for each picture")
         scales = self._each(scale) if isinstance(scale, list | tuple) else [scale] * self.count
@@ -169,7 +179,9 @@ class _Plan:
 
     def _each(self, scales: Sequence[Any]) -> Sequence[Any]:
         if len(scales) != self.count:
-            raise InputError(f"ip_adapter_scale: {len(scales)} scales for {self.count} {_SQUARES}; give one for each")
+            raise InputError(
+                f"{argument('ip_adapter_scale')}: {len(scales)} scales for {self.count} {_SQUARES}; give one for each"
+            )
         return scales
 
     def _entries(self, pictures: slice, weight: np.ndarray, scale: Any, mask: np.ndarray | None) -> list[Entry]:
@@ -198,7 +210,9 @@ def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
     """
     images, embeds = controls.images, controls.embeds
     if images is not None and embeds is not None:
-        raise InputError("ip_adapter_image and ip_adapter_image_embeds are both given; give one of them")
+        raise InputError(
+            f"{argument('ip_adapter_image')} and {argument('ip_adapter_image_embeds')} are both given; give one of them"
+        )
     if not adapters:
         needing = (images, embeds, controls.negative, controls.masks)
         if any(value is not None for value in needing) or controls.uncond != "default":

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ipadapter_jax.arrays import image_array, is_array
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.levels import array_to_image, eight_bits, mask_levels
 from ipadapter_jax.preprocess import load_upright
 
@@ -146,7 +146,8 @@ def check_latent_mask(mask: np.ndarray, multiple: int, *, sees_mask: bool) -> No
     inside = latent_mask(mask, mask.shape[0] // multiple, mask.shape[1] // multiple)
     if not inside.any():
         raise InputError(
-            f"the mask_image has nothing inside ({mask.max() * 255:.0f} of 255 at most, {mask.sum():.0f} pixels): "
+            f"{argument('mask_image')} has nothing inside ({mask.max() * 255:.0f} of 255 at most, "
+            f"{mask.sum():.0f} pixels): "
             "nothing would be painted; paint white what is to be painted over"
         )
     if inside.all() and not sees_mask:

@@ -22,7 +22,7 @@ from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.diffusion.samplers import Run, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.editing import Canvas, open_canvas, start, strength_of
-from ipadapter_jax.errors import InputError, PictureError
+from ipadapter_jax.errors import InputError, PictureError, argument
 from ipadapter_jax.image_prompts import Controls, Entry, ImagePrompt, PerPrompt, entries_of, entry_weights
 from ipadapter_jax.masks import check_latent_mask, site_masks
 from ipadapter_jax.models.clip import CLIPText
@@ -87,7 +87,7 @@ class StableDiffusion:
     def from_opened(cls, base: BaseModel, dtype: str = "float32") -> "StableDiffusion":
         """Reads the weights of a base model that was opened."""
         if dtype not in DTYPES:
-            raise InputError(f"dtype {dtype!r}: choose {', '.join(DTYPES)}")
+            raise InputError(f"{argument('dtype')} {dtype!r}: choose {', '.join(DTYPES)}")
         enable_compilation_cache()
         base.check()
         mesh, schedule = sampling.device_mesh(), base.schedule
@@ -206,7 +206,7 @@ class StableDiffusion:
         )
         entries = self._entries(controls, run, guidance_scale, shape, len(prompts))
         if return_attention_maps and not entries:
-            raise InputError("return_attention_maps needs an image prompt to look at")
+            raise InputError(f"{argument('return_attention_maps')} needs an image prompt to look at")
 
         batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt))
         noise = batch.noise(shape, 0) if given is None else batch.spread(given)
@@ -294,7 +294,7 @@ class StableDiffusion:
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         scale, own = self.vae.config.downscale, self.unet.config.sample_size
         if own is None and (height is None or width is None):
-            raise InputError("this model does not say its size; give height and width")
+            raise InputError(f"this model does not say its size; give {argument('height')} and {argument('width')}")
         h, w = own if isinstance(own, tuple) else (own or 0, own or 0)
         height, width = h * scale if height is None else height, w * scale if width is None else width
         return latent_shape(height, width, scale, self.vae.config.latent_channels)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.models.unet_config import Site
 from ipadapter_jax.suggestions import likeliest
 
@@ -112,15 +112,21 @@ def _step_factors(scale: Scale, num_steps: int) -> np.ndarray:
     start, end = _number(scale.start, "start of a scale"), _number(scale.end, "end of a scale")
     if not 0 <= start < end <= 1:
         raise InputError(
-            f"ip_adapter_scale: start={start} and end={end} must be parts of the run, 0 <= start < end <= 1"
+            f"{argument('ip_adapter_scale', part='start')}: start={start} and end={end} must be parts of the run, "
+            "0 <= start < end <= 1"
         )
     curve = _numbers(scale.steps, "steps of a scale")
     if not len(curve):
-        raise InputError("ip_adapter_scale: steps is empty; (1,) is constant, (1, 0) fades out")
+        raise InputError(
+            f"{argument('ip_adapter_scale', part='steps')}: steps is empty; (1,) is constant, (1, 0) fades out"
+        )
     step = np.arange(num_steps)
     active = (step / num_steps >= start) & ((step + 1) / num_steps <= end)
     if not active.any():
-        raise InputError(f"ip_adapter_scale: no whole step of {num_steps} lies between start={start} and end={end}")
+        raise InputError(
+            f"{argument('ip_adapter_scale', part='start')}: no whole step of {num_steps} lies between start={start} "
+            f"and end={end}"
+        )
     factors = np.interp(np.linspace(0, len(curve) - 1, num_steps), np.arange(len(curve)), curve)
     return factors * active
 
@@ -133,12 +139,18 @@ def _layer_factors(layers: Any, sites: Sequence[Site]) -> np.ndarray:
         if layers.keys() <= {"down", "mid", "up"}:
             return _blocks(layers, sites)
         if precise := _CROSSED.keys() & layers.keys():
-            raise InputError(f"ip_adapter_scale: {min(precise)!r} cannot be a part of a sum; give it alone")
+            raise InputError(
+                f"{argument('ip_adapter_scale', part='layers')}: {min(precise)!r} cannot be a part of a "
+                "sum; give it alone"
+            )
         pairs = [(_preset(name, sites), _number(factor, f"layers[{name!r}]")) for name, factor in layers.items()]
         return sum((factor * preset for preset, factor in pairs), np.zeros(len(sites)))
     factors = _numbers(layers, "layers of a scale")
     if len(factors) != len(sites):
-        raise InputError(f"ip_adapter_scale: {len(factors)} factors for {len(sites)} layers; give one for each")
+        raise InputError(
+            f"{argument('ip_adapter_scale', part='layers')}: {len(factors)} factors for {len(sites)} "
+            "layers; give one for each"
+        )
     return factors[[place.t for place in _places(sites)]]
 
 
@@ -153,11 +165,12 @@ def _preset(name: str, sites: Sequence[Site]) -> np.ndarray:
     if name not in PRESETS:
         near = likeliest(str(name), PRESETS)
         meant = f"did you mean {near!r}?" if near else f"choose {', '.join(PRESETS)}"
-        raise InputError(f"ip_adapter_scale: no preset {name!r}; {meant}")
+        raise InputError(f"{argument('ip_adapter_scale', part='layers')}: no preset {name!r}; {meant}")
     preset = PRESETS[name]
     if isinstance(preset, Mapping) and len(sites) != 16:
         raise InputError(
-            f"ip_adapter_scale: the preset {name!r} is for the 16 layers of Stable Diffusion 1.x, this UNet has "
+            f"{argument('ip_adapter_scale', part='layers')}: the preset {name!r} is for the 16 layers of Stable "
+            "Diffusion 1.x, this UNet has "
             f"{len(sites)}; give factors for its layers"
         )
     return np.array(
@@ -178,7 +191,8 @@ def _blocks(tree: Mapping[str, Any], sites: Sequence[Site]) -> np.ndarray:
         for name, value in blocks.items():
             if name not in inside:
                 raise InputError(
-                    f"ip_adapter_scale: {part}.{name} has no cross-attention here; {part} has "
+                    f"{argument('ip_adapter_scale', part='layers')}: {part}.{name} has no cross-attention "
+                    f"here; {part} has "
                     f"{', '.join(sorted(inside))}"
                 )
             found[inside[name]] = _spread(value, len(inside[name]), f"{part}.{name}")
@@ -189,17 +203,20 @@ def _spread(value: Any, count: int, what: str) -> np.ndarray:
     """A number for all, or as many numbers as layers."""
     factors = _numbers([value] if isinstance(value, Real) else value, what)
     if len(factors) not in (1, count):
-        raise InputError(f"ip_adapter_scale: {what} has {len(factors)} factors for {count} layers; give one for each")
+        raise InputError(
+            f"{argument('ip_adapter_scale', part='layers')}: {what} has {len(factors)} factors for {count} layers; "
+            "give one for each"
+        )
     return np.broadcast_to(factors, count)
 
 
 def _number(value: Any, what: str) -> float:
     if not isinstance(value, Real) or not abs(float(value)) < 1e38:  # NaN compares as false
-        raise InputError(f"{what}={value} is not a finite number; 0 is the base model, 1 the full image")
+        raise InputError(f"{argument(what, value)} is not a finite number; 0 is the base model, 1 the full image")
     return float(value)
 
 
 def _numbers(values: Any, what: str) -> np.ndarray:
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
-        raise InputError(f"ip_adapter_scale: {what}={values!r} is no list of numbers")
+        raise InputError(f"{argument('ip_adapter_scale', part='layers')}: {what}={values!r} is no list of numbers")
     return np.array([_number(value, what) for value in values])

@@ -92,12 +92,12 @@ WRONG = [
     ({"image": "{bad}"}, "{bad}"),
     ({"image": None}, "--adapter needs --image"),
     ({"adapter": None}, "--image and --image-encoder need --adapter"),
-    ({"width": 65}, "width=65 is not a multiple of 8; the nearest size is 64"),
-    ({"height": -8}, "height=-8"),
+    ({"width": 65}, "--width 65 is not a multiple of 8; the nearest size is 64"),
+    ({"height": -8}, "--height -8"),
     ({"scale": "nan"}, "--scale nan is not a finite number"),
     ({"guidance_scale": "inf"}, "--guidance-scale inf"),
     ({"steps": 0}, "--steps 0 must be at least 1"),
-    ({"steps": 1001}, "1001"),
+    ({"steps": 1001}, "--steps 1001"),
     ({"num_images": 0}, "--num-images 0"),
     ({"eta": 3}, "--eta 3"),
     ({"seed": -3}, "--seed -3"),
@@ -159,7 +159,7 @@ def test_an_error_after_loading_stands_alone_and_a_report_follows_success(tmp_pa
         return subprocess.run(command, capture_output=True, text=True)
 
     wrong, right = run("wrong.png", width=65), run("right.png")
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and "width=65" in wrong.stderr
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and "--width 65" in wrong.stderr
     assert right.returncode == 0 and "ignored text_model.embeddings.position_ids" in right.stderr
 
 

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ipadapter_jax.cli.commands import COMMANDS
+from ipadapter_jax.cli.declared import names_of
 from ipadapter_jax.cli.help import help_of, overview
-from ipadapter_jax.cli.options import Sampling
+from ipadapter_jax.cli.options import ARGUMENTS, Sampling
 from ipadapter_jax.cli.parsing import parse_words, unknown_command
 from ipadapter_jax.cli.streams import print_every_name
 from ipadapter_jax.cli.train import help_of_train
 from ipadapter_jax.cli.train import parse as parse_train
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, said_in_options
 from ipadapter_jax.train.config import check
 
 
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         options = parse(arguments)
         command = COMMANDS[arguments[0]]
-        with _reports(command.reports_at_once):
+        names = names_of(type(options), ARGUMENTS if isinstance(options, Sampling) else {})
+        with _reports(command.reports_at_once), said_in_options(names):
             return command.run()(options)
     except InputError as error:
         if debug:

@@ -74,6 +74,16 @@ def options_of(kind: type, path: tuple[str, ...] = ()) -> tuple[Option, ...]:
     return (*own, *inner)
 
 
+def names_of(kind: type, otherwise: Mapping[str, str]) -> Mapping[str, str]:
+    """How arguments are called here, the fields of the dataclass (of inner ones too, where no other has the name) and
+    those that the network's functions call `otherwise`: {"num_inference_steps": "--steps"}."""
+    names: dict[str, str] = {}
+    for option in options_of(kind):
+        names.setdefault(option.path[-1], option.name)
+    renamed = {argument: names[field] for argument, field in otherwise.items() if field in names}
+    return {name: option for name, option in names.items() if name not in otherwise} | renamed
+
+
 def _option(field: dataclasses.Field, hint: Any, path: tuple[str, ...], about: str) -> Option:
     marks: set[Any] = set()
     optional, count = False, 1

@@ -12,6 +12,23 @@ from ipadapter_jax.places import Place
 from ipadapter_jax.scales import Scale
 from ipadapter_jax.texts import parse_json
 
+# What the call of a pipeline names otherwise than the command line does. A part of an argument is given after a /.
+ARGUMENTS: Mapping[str, str] = {
+    "num_inference_steps": "steps",
+    "num_images_per_prompt": "num_images",
+    "image": "init_image",
+    "ip_adapter_image": "image",
+    "ip_adapter_image_embeds": "embeds",
+    "ip_adapter_masks": "masks",
+    "ip_adapter_scale": "scale",
+    "ip_adapter_scale/layers": "layers",
+    "ip_adapter_scale/start": "scale_start",
+    "ip_adapter_scale/steps": "scale_steps",
+    "ip_adapter_uncond": "uncond",
+    "negative_ip_adapter_image": "negative_image",
+    "return_attention_maps": "attention_maps",
+}
+
 HELP_IMAGE_PROMPT = (
     *("scale", "adapter", "image_encoder", "layers", "scale_start", "scale_end", "scale_steps"),
     *("fit", "negative_image", "uncond"),

@@ -5,7 +5,7 @@ import numpy as np
 
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.diffusion.steps import KEPT, M0, M1, M2, M3, M4, OUTPUT, Row, X
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 
 
 def clean(schedule: NoiseSchedule, a: float) -> tuple[float, float]:
@@ -108,7 +108,7 @@ _LCM_STEPS, _LCM_TIME, _LCM_SIGMA = 50, 10.0, 0.5  # steps of its distillation, 
 def lcm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
     """Latent consistency models, arXiv 2310.04378, for networks that were distilled so."""
     if num_steps > _LCM_STEPS:
-        raise InputError(f"num_inference_steps={num_steps}: the scheduler lcm makes at most {_LCM_STEPS}")
+        raise InputError(f"{argument('num_inference_steps', num_steps)}: the scheduler lcm makes at most {_LCM_STEPS}")
     if schedule.num_train_timesteps < _LCM_STEPS:
         raise InputError(f"scheduler lcm: it needs {_LCM_STEPS} training timesteps; choose another")
     learnt = np.arange(1, _LCM_STEPS + 1)[::-1] * (schedule.num_train_timesteps // _LCM_STEPS) - 1

@@ -10,7 +10,7 @@ from ipadapter_jax.diffusion.alpha_samplers import ddim, ddpm, lcm, pndm
 from ipadapter_jax.diffusion.schedule import FIXED, NoiseSchedule
 from ipadapter_jax.diffusion.sigma_samplers import dpm_solver_pp_2m, euler, euler_ancestral, unipc
 from ipadapter_jax.diffusion.steps import Row, Steps
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.suggestions import meant
 
 SAMPLERS: Mapping[str, Callable[..., tuple[list[Row], float]]] = {
@@ -39,16 +39,17 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
     made, of a picture under noise (SDEdit, arXiv 2108.01073). Raises InputError for an unknown sampler or steps that it
     cannot make."""
     if sampler not in SAMPLERS:
-        raise InputError(f"scheduler {sampler!r} is not known{meant(str(sampler), SAMPLERS)}")
+        raise InputError(f"{argument('scheduler')} {sampler!r} is not known{meant(str(sampler), SAMPLERS)}")
     if eta and sampler != "ddim":
-        raise InputError(f"eta={eta} is for the scheduler ddim; {sampler} has none")
+        raise InputError(f"{argument('eta', eta)} is for the scheduler ddim; {sampler} has none")
     _check_settings(sampler, schedule)
     schedule.timesteps(num_steps)  # refuses a number of steps that cannot be
     made = int(num_steps * strength) if isinstance(strength, Real) and 0 < strength <= 1 else 0
     if not made:
         raise InputError(
-            f"strength={strength} of num_inference_steps={num_steps} leaves no step to make: give at most 1, and here "
-            f"at least {1 / num_steps:.2g}"
+            f"{argument('strength', strength)} of {argument('num_inference_steps', num_steps)} leaves no "
+            "step to make: give "
+            f"at most 1, and here at least {1 / num_steps:.2g}"
         )
     rows, init = SAMPLERS[sampler](schedule, num_steps, num_steps - made, *([eta] if eta else []))
     clips = schedule.clip_sample and sampler in ("ddim", "ddpm", "lcm")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.settings import typed
 
 
@@ -102,7 +102,8 @@ class NoiseSchedule:
         total = self.num_train_timesteps
         if not isinstance(num_steps, Integral) or not 1 <= num_steps <= total:
             raise InputError(
-                f"num_inference_steps={num_steps} must be a whole number between 1 and {total}, the training timesteps"
+                f"{argument('num_inference_steps', num_steps)} must be a whole number between 1 and "
+                f"{total}, the training timesteps"
             )
         spacing = self.timestep_spacing or "leading"
         if spacing == "linspace":

@@ -9,7 +9,7 @@ import numpy as np
 from ipadapter_jax.diffusion.alpha_samplers import clean
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.diffusion.steps import KEPT, M0, M1, M2, Row, X
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 
 
 def _sigmas(schedule: NoiseSchedule) -> np.ndarray:
@@ -97,7 +97,9 @@ def _multistep_sigmas(schedule: NoiseSchedule, num_steps: int) -> tuple[np.ndarr
         sigmas = _karras(known[0], known[-1], num_steps)
         return _times(sigmas, known).round(), np.append(sigmas, last)
     if len(set(timesteps.tolist())) < num_steps:
-        raise InputError(f"num_inference_steps={num_steps}: multistep solvers need fewer than {total}; 20 to 30 do")
+        raise InputError(
+            f"{argument('num_inference_steps', num_steps)}: multistep solvers need fewer than {total}; 20 to 30 do"
+        )
     return timesteps, np.append(np.interp(timesteps, np.arange(total), known), last)
 
 

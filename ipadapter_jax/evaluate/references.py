@@ -12,7 +12,7 @@ from PIL import Image
 
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.data.records import Source
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.evaluate.coco import read_coco
 from ipadapter_jax.files import sha256
 from ipadapter_jax.preprocess import decode_image
@@ -75,7 +75,7 @@ def open_references(
     if missing:
         raise InputError(
             f"{path}: {len(missing)} of {len(chosen)} pictures, {missing[0]} the first, are not in {root}; name their "
-            "folder with --image-root, or download them again"
+            f"folder with {argument('image_root')}, or download them again"
         )
     names = _names([entry.file for entry in chosen])
     found = [

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.errors import WeightFileError, argument, option
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.parameters import parameter_shapes
 from ipadapter_jax.models.projections import HEAD_DIM, ImageProjConfig, example_features, image_projection
@@ -182,13 +182,13 @@ def check_base(file: IPAdapterFile, cross_attention_dim: int, widths: tuple[int,
         family, this = (FAMILIES.get(width, "no known family") for width in (made_for, cross_attention_dim))
         raise WeightFileError(
             f"{file.path}: made for tokens of width {made_for} ({family}), this base has {cross_attention_dim} "
-            f"({this}); give an adapter of this base (--adapter), or its base (--base)"
+            f"({this}); give an adapter of this base{option('adapter')}, or its base{option('base')}"
         )
     sites = len(file.ip_adapter) // 2
     if sites != len(widths):
         raise WeightFileError(
             f"{file.path}: made for a UNet with {sites} cross-attentions, this base has {len(widths)}; "
-            "give an adapter of this base (--adapter)"
+            f"give an adapter of this base{option('adapter')}"
         )
 
 
@@ -199,7 +199,7 @@ def check_encoder(file: IPAdapterFile, embedding: int, hidden: int, encoder: str
         needed = encoder_name(file.config) or "another encoder"
         raise WeightFileError(
             f"{file.path}: needs {kind} of width {file.config.feature_dim} ({needed}), the image encoder {encoder} "
-            f"gives {found}; choose the right one with --image-encoder (image_encoder)"
+            f"gives {found}; choose the right one with {argument('image_encoder')}"
         )
 
 

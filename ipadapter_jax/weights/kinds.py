@@ -4,11 +4,12 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 
+from ipadapter_jax.errors import option
 from ipadapter_jax.weights.lazy import Tensor
 
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text that cross-attentions read
-_AS_BASE = "give it as the base model (--base)"
-_AS_ENCODER = "give it as the image encoder (--image-encoder)"
+_AS_BASE = "give it as the base model{base}"
+_AS_ENCODER = "give it as the image encoder{image_encoder}"
 _NO_PLACE = "there is no place for it here"
 
 
@@ -37,7 +38,7 @@ _SIGNATURES: tuple[tuple[str, str, str], ...] = (
     (
         r"(module\.)?((image_proj|image_proj_model|ip_adapter|adapter_modules)\.|.*\.to_[kv]_ip\.)",
         IP_ADAPTER,
-        "give it as the adapter (--adapter)",
+        "give it as the adapter{adapter}",
     ),
     (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux model", f"{_NO_PLACE}: only SD 1.x is supported"),
     (r"(model\.diffusion_model\.)?joint_blocks\.", "an SD 3 model", f"{_NO_PLACE}: only SD 1.x is supported"),
@@ -49,22 +50,22 @@ _SIGNATURES: tuple[tuple[str, str, str], ...] = (
     (
         r"time_embedding\.",
         UNET,
-        "give the folder that holds it as unet/, beside vae/ and text_encoder/, as the base model (--base)",
+        "give the folder that holds it as unet/, beside vae/ and text_encoder/, as the base model{base}",
     ),
     (
         r"first_stage_model\.|(vae\.)?(encoder|decoder)\.(conv_in|mid|mid_block)\.",
         VAE,
-        "give it with --vae, beside a base model",
+        "give it as the VAE{vae}, beside a base model",
     ),
     (r"visual\.(conv1|class_embedding)", OPENCLIP, _AS_ENCODER),
     (r"vision_model\.", IMAGE_ENCODER, _AS_ENCODER),
     (
         r"(cond_stage_model\.(transformer\.|model\.)?)?(text_model\.)?(embeddings\.token_embedding|encoder\.layers)\.",
         TEXT_ENCODER,
-        "give it with --text-encoder, beside a base model",
+        "give it as the text encoder{text_encoder}, beside a base model",
     ),
     (r"emb_params$|string_to_(param|token)", "a textual inversion", _NO_PLACE),
-    (r"(image_embeds|hidden_states)$", IMAGE_EMBEDS, "give it in place of pictures (ip_adapter_image_embeds)"),
+    (r"(image_embeds|hidden_states)$", IMAGE_EMBEDS, "give it in place of pictures{ip_adapter_image_embeds}"),
 )
 
 
@@ -74,9 +75,15 @@ def identify(tensors: Mapping[str, Tensor]) -> Kind:
         if any(re.match(pattern, key) for key in tensors):
             if name == CHECKPOINT:
                 return _checkpoint(tensors)
-            return Kind(name, _FAMILY.get(name, lambda _: "")(tensors), advice)
+            return Kind(name, _FAMILY.get(name, lambda _: "")(tensors), _worded(advice))
     shown = ", ".join(name[:60] for name in list(tensors)[:3])
     return Kind(UNKNOWN, "", f"its tensors are {shown}" if shown else "it has no tensors")
+
+
+def _worded(advice: str) -> str:
+    """With the options of a command line, where it is one that is advised."""
+    names = ("base", "adapter", "image_encoder", "vae", "text_encoder", "ip_adapter_image_embeds")
+    return advice.format_map({name: option(name) for name in names})
 
 
 def _checkpoint(tensors: Mapping[str, Tensor]) -> Kind:
@@ -90,7 +97,7 @@ def _checkpoint(tensors: Mapping[str, Tensor]) -> Kind:
     name = f"a whole {more} checkpoint" if more else CHECKPOINT
     if more not in ("", "inpainting") or family in ("SD 2.x", "SDXL"):
         return Kind(name, family, "take one of the SD 1.x family, with 4 or 9 input channels", usable=False)
-    return Kind(name, family, _AS_BASE)
+    return Kind(name, family, _worded(_AS_BASE))
 
 
 def _axis(tensors: Mapping[str, Tensor], pattern: str, axis: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.errors import WeightFileError, argument
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.weights.components import drop_ignored, report_ignored
@@ -47,7 +47,7 @@ def split(source: str, tensors: Mapping[str, Tensor], *, extract_ema: bool = Fal
         if missing or not averages:
             raise WeightFileError(
                 f"{source}: it holds no moving average of the UNet (it lacks {(missing or [_EMA])[0]}); "
-                "leave --extract-ema away"
+                f"leave {argument('extract_ema')} away"
             )
         parts["unet"] = {name: tensors[average] for name, average in averages.items()}
     return {part: drop_ignored(found, _IGNORED, source) for part, found in parts.items()}
