@@ -146,7 +146,7 @@ def check_latent_mask(mask: np.ndarray, multiple: int, *, sees_mask: bool) -> No
     inside = latent_mask(mask, mask.shape[0] // multiple, mask.shape[1] // multiple)
     if not inside.any():
         raise InputError(
-            f"{argument('mask_image')} has nothing inside ({mask.max() * 255:.0f} of 255 at most, "
+            f"the {argument('mask_image')} has nothing inside ({mask.max() * 255:.0f} of 255 at most, "
             f"{mask.sum():.0f} pixels): "
             "nothing would be painted; paint white what is to be painted over"
         )

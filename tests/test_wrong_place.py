@@ -104,7 +104,7 @@ CASES = {
     "text encoder of SD 2": ({"base": "sd2 text"}, ["gives width 64", "reads 32", "--text-encoder"]),
     "another image encoder": (
         {"image_encoder": "vit-l"},
-        ["needs image embeddings of width 40", "gives 24", "image_encoder"],
+        ["needs image embeddings of width 40", "gives 24", "--image-encoder"],
     ),
     "text encoder as image encoder": (
         {"image_encoder": str(TORCH_MODEL / "text_encoder" / "model.safetensors")},
