@@ -26,7 +26,8 @@ from ipadapter_jax.weights.tensors import open_file
 
 CHUNK = 32  # image prompts to a file
 _THREADS = 4  # that read pictures
-_INPUTS, _CAPTIONS = "inputs", "captions"  # in a file's metadata
+_ARRAYS = ("images", "texts")
+_INPUTS, _CAPTIONS, _CONTENT = "inputs", "captions", "content"  # in a file's metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,10 @@ def chunks(
 def is_there(chunk: Chunk, clip: dict[str, Any]) -> bool:
     """Whether its embeddings were made, from these pictures and captions by this CLIP (`OpenedScorer.identity`)."""
     try:
-        _, _, metadata = open_file(chunk.file)
-        return metadata.get(_INPUTS) == _inputs(chunk, clip)
+        _, tensors, metadata = open_file(chunk.file)
+        if metadata.get(_INPUTS) != _inputs(chunk, clip):
+            return False
+        return metadata.get(_CONTENT) == _content(*(tensors[name].read() for name in _ARRAYS if name in tensors))
     except (FileNotFoundError, InputError):  # not made yet, or damaged since
         return False
 
@@ -65,13 +68,15 @@ def make(chunk: Chunk, scorer: Scorer, clip: dict[str, Any]) -> None:
         if not np.isfinite(rows).all():
             raise InputError(f"the embedding of a {name} is not finite: the weights of the scoring CLIP are damaged")
     metadata[_CAPTIONS] = json.dumps([len(reference.captions) for reference in chunk.references])
-    write_whole(chunk.file, safetensors_chunks({"images": held(images), "texts": held(texts)}, metadata))
+    metadata[_CONTENT] = _content(images, texts)
+    tensors = {name: held(rows) for name, rows in zip(_ARRAYS, (images, texts), strict=True)}
+    write_whole(chunk.file, safetensors_chunks(tensors, metadata))
 
 
 def read(chunk: Chunk) -> Embedded:
     """What `make` has written."""
     _, tensors, metadata = open_file(chunk.file)
-    images, texts = (np.array(tensors[name].read()) for name in ("images", "texts"))
+    images, texts = (np.array(tensors[name].read()) for name in _ARRAYS)
     return embedded_of(images, texts, parse_json(metadata[_CAPTIONS], chunk.file))
 
 
@@ -91,6 +96,11 @@ def _inputs(chunk: Chunk, clip: dict[str, Any]) -> str:
     pictures = [[_stamp(path) for path in paths] for paths in chunk.pictures]
     references = [[reference.name, reference.stamp, reference.captions] for reference in chunk.references]
     return hashlib.sha256(json.dumps([clip, chunk.prefix, references, pictures]).encode()).hexdigest()
+
+
+def _content(*arrays: np.ndarray) -> str:
+    """A digest of the embeddings themselves: a disk can lose some without the file's length telling."""
+    return hashlib.sha256(b"".join(np.ascontiguousarray(rows, np.float32).tobytes() for rows in arrays)).hexdigest()
 
 
 def _stamp(path: Path) -> list[Any]:

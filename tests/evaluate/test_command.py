@@ -144,7 +144,11 @@ def test_what_is_there_is_not_made_again_and_what_has_changed_is(place, tmp_path
     assert all(float(a["clip_t"]) >= float(b["clip_t"]) for a, b in zip(prompts, before, strict=True))
     assert main(words(place, out)) == 0 and tables(out) == tables(place / "whole")
     [scores] = (out / "scores").iterdir()
-    scores.write_bytes(scores.read_bytes()[:-9])  # damaged since
+    whole = scores.read_bytes()
+    scores.write_bytes(whole[:-512] + bytes(512))  # damaged since, though as long as it was
+    assert main(words(place, out)) == 0 and len(scored) == 1 and scores.read_bytes() == whole
+    scored.clear()
+    scores.write_bytes(whole[:-9])
     (out / "scores" / ".part-000000.safetensors-abcd1234").write_bytes(b"")  # what a kill leaves
     assert main(words(place, out)) == 0 and len(scored) == 1 and tables(out) == tables(place / "whole")
     assert [path.name for path in (out / "scores").iterdir()] == ["000000.safetensors"]
