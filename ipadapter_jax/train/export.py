@@ -39,6 +39,7 @@ def export(folder: Path, learnt: Any, config: Train, loaded: Loaded, about: dict
         metadata,
         base=config.model.base,
         image_encoder=config.model.image_encoder,
+        variant=config.model.variant,
         data=about["data"],
         settings=about["settings"],
     )

@@ -1,12 +1,15 @@
 """The page that goes beside an exported adapter: what it is, what it was trained on, how to use it elsewhere."""
 
+import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ipadapter_jax import embedded
+from ipadapter_jax.weights.hub import hub_place
 
 _VARIANTS = {
     "base": "It reads the global image embedding.",
@@ -17,6 +20,11 @@ _A1111 = {
     "ViT-H/14": "ip-adapter_clip_h",
     "ViT-bigG/14": "ip-adapter_clip_g",
 }  # preprocessors of the ControlNet extension
+
+_MINI_IMPORT = f"""\
+from ipadapter_jax.embedded import FOLDER  # where {embedded.NAME} lies
+
+"""
 
 _CARD = """\
 ---
@@ -52,9 +60,9 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import load_image
 from transformers import CLIPVisionModelWithProjection
 
-encoder = CLIPVisionModelWithProjection.from_pretrained({encoder_call}, torch_dtype=torch.float16)
+{mini_import}encoder = CLIPVisionModelWithProjection.from_pretrained({encoder_call}, torch_dtype=torch.float16)
 pipe = StableDiffusionPipeline.from_pretrained(
-    "{base}", image_encoder=encoder, torch_dtype=torch.float16
+    {base_call}, image_encoder=encoder, torch_dtype=torch.float16
 ).to("cuda")
 pipe.load_ip_adapter("path/to", subfolder="", weight_name="{file}")
 pipe.set_ip_adapter_scale(0.6)
@@ -64,8 +72,16 @@ image = pipe("a photo", ip_adapter_image=load_image("reference.jpg")).images[0]
 ipadapter_jax:
 
 ```
-ipadapter-jax generate --base {base} --adapter path/to/{file} \\
-  --image-encoder {encoder} --image reference.jpg --prompt "a photo" --scale 0.6 --out out.png
+ipadapter-jax generate --base {base_word}{variant_word} --adapter path/to/{file} \\
+  --image-encoder {encoder_word} --image reference.jpg --prompt "a photo" --scale 0.6 --out out.png
+```
+
+```python
+from ipadapter_jax import StableDiffusion
+
+pipe = StableDiffusion.from_pretrained({base_string}{variant_argument})
+pipe = pipe.with_ip_adapter("path/to/{file}", image_encoder={encoder_string})
+image = pipe("a photo", ip_adapter_image="reference.jpg", ip_adapter_scale=0.6)[0]
 ```
 
 ComfyUI with ComfyUI_IPAdapter_plus: put the file into `ComfyUI/models/ipadapter` and the image encoder into
@@ -95,32 +111,42 @@ def model_card(
     *,
     base: str,
     image_encoder: str,
+    variant: str | None = None,
     data: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> str:
     """The card, Markdown with the Hugging Face Hub's front matter, for the file of this name.
 
-    metadata: of the file (`adapter_metadata`). base, image_encoder: Hub places or paths. data: the identity of the
+    metadata: of the file (`adapter_metadata`). base, image_encoder: Hub places, paths or names of the model inside the
+    package. variant: which weight files of the base were read, None for the plain ones. data: the identity of the
     training data (kind, records, digest ...). settings: the run's, nested or flat. Of every path on this machine only
     the last part is shown.
     """
-    base_name, encoder_name = (_reference(place) for place in (base, image_encoder))
-    repository, inside = _hub_parts(encoder_name)
-    hub = _hub_parts(base_name)[0] if base_name == base else ""
+    model, encoder = _place(base, "base model"), _place(image_encoder, "image encoder")
+    inside_package = model.call.startswith("FOLDER") or encoder.call.startswith("FOLDER")
+    variant_argument = f", variant={_quoted(variant)}" if variant else ""
     kind = metadata["image_encoder"]
     preprocessor = f"the preprocessor `{_A1111[kind]}`" if kind in _A1111 else "a preprocessor for this image encoder"
     return _CARD.format(
-        base_model=f"base_model: {hub}\nbase_model_relation: adapter\n" if hub else "",
+        base_model=f"base_model: {model.repository}\nbase_model_relation: adapter\n" if model.repository else "",
         title=_text(Path(file).stem),
         file=file,
         variant=_VARIANTS[metadata["variant"]],
         variant_name=metadata["variant"],
         num_tokens=metadata["num_tokens"],
-        base=base_name,
+        base=model.name,
+        base_word=shlex.quote(model.name),
+        base_string=_quoted(model.name),
+        base_call=model.call + variant_argument,
+        variant_word=f" --variant {shlex.quote(variant)}" if variant else "",
+        variant_argument=variant_argument,
         family=metadata["base"],
-        encoder=encoder_name,
+        encoder=encoder.name,
+        encoder_word=shlex.quote(encoder.name),
+        encoder_string=_quoted(encoder.name),
         encoder_kind=kind,
-        encoder_call=f'"{repository}", subfolder="{inside}"' if repository and inside else f'"{encoder_name}"',
+        encoder_call=encoder.call,
+        mini_import=_MINI_IMPORT if inside_package else "",
         features=metadata["features"],
         step=metadata["step"],
         preprocessor=preprocessor,
@@ -129,18 +155,30 @@ def model_card(
     )
 
 
-def _reference(place: str) -> str:
-    """A place on the Hub as it is, one inside the package as path/to/mini/..., any other path as path/to/name."""
-    if place.startswith(f"{embedded.NAME}/"):
-        return f"path/to/{place}"
-    name = _without_folders(place)
-    return place if name == place and _hub_parts(place)[0] else f"path/to/{name}"
+class _Place(NamedTuple):
+    """A model as this package knows it, as arguments of from_pretrained in diffusers and transformers, and as a
+    repository on the Hub, or ""."""
+
+    name: str
+    call: str
+    repository: str
 
 
-def _hub_parts(place: str) -> tuple[str, str]:
-    """'owner/name/folder' -> ('owner/name', 'folder'); empty strings for what is no place on the Hub."""
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", place)
-    return (found[1], found[2] or "") if found and not place.startswith("path/to/") else ("", "")
+def _place(reference: str, what: str) -> _Place:
+    """One inside the package or on the Hub as it is, any path on this machine as path/to/name."""
+    if (inside := embedded.embedded(reference, what)) is not None:
+        return _Place(reference, " / ".join(["FOLDER", *map(_quoted, inside.relative_to(embedded.FOLDER).parts)]), "")
+    name = _without_folders(reference)
+    found = hub_place(reference)
+    if name != reference or not found.repository:
+        return _Place(f"path/to/{name}", _quoted(f"path/to/{name}"), "")
+    more = {"subfolder": found.inside, "revision": found.revision}
+    arguments = [_quoted(found.repository), *(f"{key}={_quoted(value)}" for key, value in more.items() if value)]
+    return _Place(reference, ", ".join(arguments), found.repository)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _without_folders(text: str) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from ipadapter_jax.embedded import embedded
 from ipadapter_jax.errors import InputError
@@ -32,7 +33,7 @@ def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revis
         raise InputError(f"{what} {reference!r}: give a path or a Hub id (owner/name)")
     if here := path_here(reference, what):
         return here
-    repo, pinned, inside = _hub_place(str(reference))
+    repo, pinned, inside = hub_place(str(reference))
     if repo and "@" in str(reference).split("/")[1] and not pinned:
         raise InputError(
             f"{what} {reference}: no revision after the @; give a branch, a tag or a commit, or leave it out"
@@ -49,13 +50,21 @@ def path_here(reference: str | os.PathLike, what: str) -> Path | None:
     return inside or (Path(path) if os.path.exists(path) else None)
 
 
-def _hub_place(reference: str) -> tuple[str, str, str]:
-    """'owner/name@v2/folder/file' -> ('owner/name', 'v2', 'folder/file'); empty strings for what can only be a path."""
+class HubPlace(NamedTuple):
+    """A repository of the Hub, the revision that it is pinned to and the place inside, each "" where there is none."""
+
+    repository: str
+    revision: str
+    inside: str
+
+
+def hub_place(reference: str) -> HubPlace:
+    """'owner/name@v2/folder/file' -> ('owner/name', 'v2', 'folder/file'); all empty for what can only be a path."""
     parts = PurePosixPath(reference).parts
     if len(parts) < 2 or reference.startswith((".", "/", "~")) or ".." in parts or "\\" in reference:
-        return "", "", ""
+        return HubPlace("", "", "")
     found = _NAME.fullmatch("/".join(parts[1:]))
-    return (f"{parts[0]}/{found[1]}", found[2] or "", found[3] or "") if found else ("", "", "")
+    return HubPlace(f"{parts[0]}/{found[1]}", found[2] or "", found[3] or "") if found else HubPlace("", "", "")
 
 
 def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str | None) -> Path:

@@ -3,11 +3,14 @@
 import re
 import shlex
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
 from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL
 
+from ipadapter_jax.embedded import FOLDER
 from ipadapter_jax.models.projections import ImageProjConfig
 from ipadapter_jax.train.model_card import model_card
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata
@@ -18,17 +21,16 @@ METADATA = adapter_metadata(ImageProjConfig("base", 1024, 768, 4), step=1000)
 DATA = {"kind": "tars", "records": 64, "digest": "ab12"}
 
 
-def card(metadata=METADATA, base=BASE, image_encoder=ENCODER, data=DATA, settings=None) -> str:
+def card(metadata=METADATA, base=BASE, image_encoder=ENCODER, data=DATA, settings=None, variant=None) -> str:
     settings = settings or {"steps": 1000, "optim": {"learning_rate": 1e-4}}
-    return model_card(
-        "adapter.safetensors", metadata, base=base, image_encoder=image_encoder, data=data, settings=settings
-    )
+    places = {"base": base, "image_encoder": image_encoder, "variant": variant}
+    return model_card("adapter.safetensors", metadata, **places, data=data, settings=settings)
 
 
-def block(text: str, language: str) -> str:
-    found = re.search(rf"\n\n```{language}\n(.*?)```", text, re.S)
-    assert found
-    return found[1]
+def blocks(text: str) -> dict[str, str]:
+    """The code of a card, by what it is for."""
+    found = re.findall(r"```(?:python)?\n(.*?)```", text.split("## Use")[1], re.S)
+    return dict(zip(("diffusers", "command", "python"), found, strict=True))
 
 
 def test_front_matter_and_tables():
@@ -74,31 +76,116 @@ def test_no_path_of_this_machine_is_told(tmp_path, monkeypatch):
         assert row in text, row
 
 
-def test_a_place_inside_the_package_is_none_on_the_hub():
-    text = card(base="mini", image_encoder="mini/image_encoder")
-    assert "base_model:" not in text
-    assert 'from_pretrained("path/to/mini/image_encoder", torch_dtype' in text
-    assert '"path/to/mini", image_encoder=encoder' in text
+PLACES = [
+    (BASE, ENCODER, None),
+    ("mini", "mini/image_encoder", None),
+    ("mini", "mini", None),
+    (f"{BASE}@v2", "h94/IP-Adapter@refs/pr/3/models/image_encoder", "fp16"),
+    ("owner/name@0123abc", "owner/clip@main", None),
+]
 
 
-def test_our_command_is_one():
+@pytest.mark.parametrize(("base", "image_encoder", "variant"), PLACES)
+def test_our_command_is_one(base, image_encoder, variant):
     from ipadapter_jax.cli import parse
 
-    program, job, *arguments = shlex.split(block(card(), "").replace("\\\n", " "))
+    words = blocks(card(base=base, image_encoder=image_encoder, variant=variant))["command"].replace("\\\n", " ")
+    program, job, *arguments = shlex.split(words)
     assert (program, job) == ("ipadapter-jax", "generate")
     found = parse([job, *arguments])
-    assert (found.base, found.image_encoder, found.scale) == (BASE, ENCODER, 0.6)
+    assert (found.base, found.image_encoder, found.variant, found.scale) == (base, image_encoder, variant, 0.6)
     assert found.adapter == "path/to/adapter.safetensors"
 
 
+class Recorded:
+    """Stands in for everything that a card calls, and keeps the calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, *arguments, **named):
+        self.calls.append((arguments, named))
+        return self
+
+    def __getattr__(self, name):
+        return self
+
+    def __getitem__(self, key):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("base", "image_encoder", "expected"),
+    [
+        (BASE, ENCODER, [(("h94/IP-Adapter",), {"subfolder": "models/image_encoder"}), ((BASE,), {})]),
+        (
+            "owner/name@v2",
+            "owner/clip@0123abc",
+            [(("owner/clip",), {"revision": "0123abc"}), (("owner/name",), {"revision": "v2"})],
+        ),
+        (
+            "owner/name@refs/pr/1",
+            "h94/IP-Adapter@main/models/image_encoder",
+            [
+                (("h94/IP-Adapter",), {"subfolder": "models/image_encoder", "revision": "main"}),
+                (("owner/name",), {"revision": "refs/pr/1"}),
+            ],
+        ),
+        ("mini", "mini", [((FOLDER / "image_encoder",), {}), ((FOLDER,), {})]),
+    ],
+)
+def test_the_places_as_diffusers_takes_them(base, image_encoder, expected, monkeypatch):
+    """It knows no @REVISION, and no model inside a package."""
+    encoder, pipeline = Recorded(), Recorded()
+    for name, contents in {
+        "torch": {"float16": "half"},
+        "diffusers": {"StableDiffusionPipeline": pipeline},
+        "diffusers.utils": {"load_image": Recorded()},
+        "transformers": {"CLIPVisionModelWithProjection": encoder},
+    }.items():
+        module = types.ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    text = card(base=base, image_encoder=image_encoder)
+    exec(blocks(text)["diffusers"], {})
+    found = [encoder.calls[0], pipeline.calls[0]]
+    for arguments, named in found:
+        assert named.pop("torch_dtype") == "half"
+        named.pop("image_encoder", None)
+        assert (arguments, named) in expected
+    front = text.split("---\n")[1]
+    assert ("base_model: " in front) == (base != "mini") and "@" not in front
+
+
+def test_the_weights_that_were_read_are_named():
+    for code in blocks(card(variant="fp16")).values():
+        assert 'variant="fp16"' in code or "--variant fp16" in code
+    assert "variant=" not in blocks(card())["diffusers"] + blocks(card())["python"]
+
+
+def test_our_lines_run_on_mini(tmp_path, monkeypatch):
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    shutil.copy(FOLDER / "ip-adapter_mini.safetensors", tmp_path / "path" / "to" / "adapter.safetensors")
+    shutil.copy(FOLDER / "reference.png", tmp_path / "reference.jpg")
+    monkeypatch.chdir(tmp_path)
+    snippet = blocks(card(base="mini", image_encoder="mini/image_encoder"))["python"]
+    assert '"a photo"' in snippet
+    names: dict = {}
+    exec(snippet.replace('"a photo"', '"a photo", num_inference_steps=2'), names)
+    assert np.asarray(names["image"]).std() > 1
+
+
 @pytest.mark.torch
-def test_the_lines_for_diffusers_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("base", ["owner/base", "mini"])
+def test_the_lines_for_diffusers_run(tmp_path, monkeypatch, base):
     """With folders in the places of the Hub's repositories, and no GPU."""
-    snippet = block(card(base="owner/base", image_encoder="owner/encoders/clip"), "python")
+    image_encoder = "mini" if base == "mini" else "owner/encoders/clip"
+    snippet = blocks(card(base=base, image_encoder=image_encoder))["diffusers"]
     shutil.copytree(TORCH_MODEL, tmp_path / "owner" / "base")
     shutil.copytree(IMAGE_ENCODER, tmp_path / "owner" / "encoders" / "clip")
     (tmp_path / "path" / "to").mkdir(parents=True)
-    shutil.copy(ADAPTERS / "ip-adapter_tiny.safetensors", tmp_path / "path" / "to" / "adapter.safetensors")
+    adapter = FOLDER / "ip-adapter_mini.safetensors" if base == "mini" else ADAPTERS / "ip-adapter_tiny.safetensors"
+    shutil.copy(adapter, tmp_path / "path" / "to" / "adapter.safetensors")
     shutil.copy(ORACLES / "assets" / "img_a.png", tmp_path / "reference.jpg")
     monkeypatch.chdir(tmp_path)
     for there, here in (('.to("cuda")', ""), ("float16", "float32"), ('"a photo"', '"a", height=64, width=64')):
