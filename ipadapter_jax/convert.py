@@ -15,7 +15,7 @@ from ipadapter_jax.files import remove_leftovers, replacing, write_whole
 from ipadapter_jax.weights import kinds, single_file
 from ipadapter_jax.weights.component_export import class_name, our_tensors, save_opened, spelled
 from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_files, open_component, read_json
-from ipadapter_jax.weights.hub import local_path, path_here
+from ipadapter_jax.weights.hub import SUFFIXES, local_path, path_here
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_adapter_tensors
 from ipadapter_jax.weights.ip_adapter_file import IPAdapterFile, check_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.lazy import Tensor
@@ -74,7 +74,7 @@ _NETWORKS = (*BASE_COMPONENTS.values(), IMAGE_ENCODER)
 
 def _is_repository(source: Reference) -> bool:
     """Whether this can only be a repository of the Hub: a base model."""
-    weights = str(source).endswith((".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack"))
+    weights = str(source).endswith(SUFFIXES)
     return path_here(source, "source") is None and len(PurePosixPath(source).parts) == 2 and not weights
 
 

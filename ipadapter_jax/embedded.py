@@ -18,7 +18,13 @@ _SHORT = {
     ("adapter", "mini"): "mini/ip-adapter_mini.safetensors",
     ("adapter", "mini-plus"): "mini/ip-adapter-plus_mini.safetensors",
     ("image encoder", "mini"): "mini/image_encoder",
+    **{(what, "mini-plus"): "mini/ip-adapter-plus_mini.safetensors" for what in ("source", "weights")},
 }
+
+
+def names(what: str) -> list[str]:
+    """The short names under which the model inside the package has a `what`."""
+    return sorted({NAME} | {name for kind, name in _SHORT if kind == what})
 
 
 def embedded(reference: str, what: str) -> Path | None:

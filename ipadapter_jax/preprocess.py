@@ -20,6 +20,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.image_files import LIMITS, check_size, open_image
 from ipadapter_jax.levels import array_to_image, eight_bits
 from ipadapter_jax.levels import to_uint8 as to_uint8  # whoever reads images writes them too
+from ipadapter_jax.nearby import nearby
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -190,8 +191,9 @@ def _checked_path(path: object, name: str) -> str:
     if re.match(r"(https?|ftp|s3|gs|file):/|data:", path, re.IGNORECASE):
         raise InputError(f"{name} is a URL, not a file: download it first, then give the path of the file")
     if not os.path.isfile(path):  # a pipe, for one, would be waited for without end
-        what = "is a folder or device" if os.path.exists(path) else "does not exist"
-        raise InputError(f"{name} {what}: give the path of a picture file")
+        if os.path.exists(path):
+            raise InputError(f"{name} is a folder or device: give the path of a picture file")
+        raise InputError(f"{name} does not exist: give the path of a picture file{nearby(path)}")
     return path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.nearby import nearby
 
 SETTINGS_BYTES = 16 << 20  # no file of settings is longer
 LIST_BYTES = 1 << 30  # a list of millions of records is; whoever has more can have it read line by line
@@ -47,7 +48,8 @@ def read_bytes(path: str | os.PathLike[str], most: int = SETTINGS_BYTES, remedy:
         if isinstance(error, InputError):
             raise
         why = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path} cannot be read ({why}); {remedy}") from None
+        there = nearby(path) if isinstance(error, FileNotFoundError) else ""
+        raise InputError(f"{path} cannot be read ({why}); {remedy}{there}") from None
     if content is None or len(content) > most:
         raise InputError(f"{path} is longer than {most >> 20} MiB, more than such a file needs; {remedy}")
     return content

@@ -14,8 +14,9 @@ PACKAGE = "ipadapter_jax"
 
 # From the ground up: a file imports from strictly lower floors, or from its own folder.
 LAYERS = [
-    {"errors"},  # whoever reads what a person gave must be able to say what is wrong with it
-    {"ending", "image_files", "places", "settings", "suggestions", "texts", "trust"},
+    {"errors", "suggestions"},  # whoever reads what a person gave must be able to say what is wrong with it
+    {"nearby"},
+    {"ending", "image_files", "places", "settings", "texts", "trust"},
     {"tokenizer_files", "arrays", "levels"},
     {"diffusion", "figures", "preprocess", "tokens", "arguments", "files", "compilation_cache", "flops", "embedded"}
     | {"differences", "heap", "in_order", "lock", "stopping"},

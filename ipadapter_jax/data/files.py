@@ -12,6 +12,7 @@ from typing import Any
 
 from ipadapter_jax.data.strings import Strings, printable
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.nearby import nearby
 
 MAX_BYTES = 256 << 20  # no encoded picture needs more; a wrong file must not fill the memory of every worker
 
@@ -58,7 +59,9 @@ def find_files(path: str) -> Files:
         root = re.split(r"[^/]*[*?[]", path, maxsplit=1)[0]
         names = [os.path.relpath(name, root or ".") for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
     else:
-        raise InputError(f"{path}: no such file or folder; check the spelling, or give the data's full path")
+        raise InputError(
+            f"{path}: no such file or folder; check the spelling, or give the data's full path{nearby(path)}"
+        )
     if not names:
         raise InputError(f"{path}: no files here; give a folder of pictures or shards")
     return Files(Path(root), Strings(sorted(names)))

@@ -18,6 +18,7 @@ from ipadapter_jax.data.tar_shards import TarSource
 from ipadapter_jax.data.tfds import FEATURES, INFO, TfdsSource
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.image_files import SUFFIXES as PICTURES
+from ipadapter_jax.nearby import nearby
 
 # What a folder may hold, by preference: img2dataset leaves .parquet files beside its shards and pictures.
 SUFFIXES = {
@@ -73,7 +74,9 @@ def _open(kind: str, files: Files, image_root: str | None, columns: Columns) -> 
     if kind == "json":
         root = None if image_root is None else Path(image_root).expanduser()
         if root is not None and not root.is_dir():
-            raise InputError(f"image_root={image_root} is not a folder; give the one that 'image_file' is relative to")
+            raise InputError(
+                f"image_root={image_root} is not a folder; give the one that 'image_file' is relative to{nearby(root)}"
+            )
         return JsonListSource(Path(files.path(0)), root)
     if kind == "tfds":
         return TfdsSource(files, columns)

@@ -11,6 +11,7 @@ from typing import Any
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.references import Reference
 from ipadapter_jax.image_files import SUFFIXES
+from ipadapter_jax.nearby import nearby
 from ipadapter_jax.texts import read_json_object
 
 COLUMNS = ("name", "picture")
@@ -40,7 +41,7 @@ def find_pictures(place: Path, references: Sequence[Reference]) -> list[list[Pat
 def _in_folder(folder: Path, names: set[str]) -> Iterator[tuple[int, str, Path]]:
     """The number of each picture, the image prompt that it is called by, and where it lies."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder or CSV file of pictures; check the spelling")
+        raise InputError(f"{folder}: no such folder or CSV file of pictures; check the spelling{nearby(folder)}")
     for file in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(file)
         if suffix.lower() not in SUFFIXES or file.startswith("."):

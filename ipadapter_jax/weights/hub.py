@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ipadapter_jax.embedded import embedded
+from ipadapter_jax import embedded
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.nearby import close, nearby, printable
 
 log = logging.getLogger("ipadapter_jax")
 
+SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack")  # of files of weights
 _TIMEOUT = 20  # seconds
 
 # The name, the revision (the only ones with slashes that the Hub makes are those of pull requests), the place inside.
@@ -25,9 +27,10 @@ Choose = Callable[[Sequence[str]], Sequence[str]]
 def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revision: str | None = None) -> Path:
     """Where the referenced folder or file lies on this machine, downloading what `choose` picks when it is on the Hub.
 
-    What is here wins (`path_here`). `choose` gets the names of all files below the reference, relative to it, and
-    returns those that are needed. `revision` is for a reference that pins none. Raises InputError naming the reference
-    when it is neither here nor on the Hub.
+    What is here wins (`path_here`), and what begins with a folder that is here is a path, unless it pins a revision:
+    for a slip in one the network is not asked. `choose` gets the names of all files below the reference, relative to
+    it, and returns those that are needed. `revision` is for a reference that pins none. Raises InputError naming the
+    reference, and what is there instead, when it is neither here nor on the Hub.
     """
     if not isinstance(reference, str | os.PathLike):
         raise InputError(f"{what} {reference!r}: give a path or a Hub id (owner/name)")
@@ -38,16 +41,37 @@ def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revis
         raise InputError(
             f"{what} {reference}: no revision after the @; give a branch, a tag or a commit, or leave it out"
         )
-    if not repo:
-        raise InputError(f"{what} {reference}: there is no such file or folder here, and it is no Hub id (owner/name)")
+    if not repo or (not pinned and _is_path(str(reference))):
+        raise _missing(str(reference), what, repo)
     return _from_hub(repo, inside, choose, what, pinned or revision)
 
 
 def path_here(reference: str | os.PathLike, what: str) -> Path | None:
     """The referenced folder or file where it needs no Hub: inside the package, else a path that exists; or None."""
-    inside = embedded(reference, what) if isinstance(reference, str) else None
+    inside = embedded.embedded(reference, what) if isinstance(reference, str) else None
     path = os.path.expanduser(reference)
     return inside or (Path(path) if os.path.exists(path) else None)
+
+
+def _is_path(reference: str) -> bool:
+    """Whether what is not there was meant as a path: a folder that it begins with is here, or it is a file of weights
+    where a repository would be."""
+    first, *rest = PurePosixPath(reference).parts
+    return first == embedded.NAME or os.path.exists(first) or (len(rest) == 1 and reference.endswith(SUFFIXES))
+
+
+def _missing(reference: str, what: str, repo: str) -> InputError:
+    """What to say of a path that leads nowhere. `repo` is the repository that it could also be, or empty."""
+    about = f"{what} {printable(reference)}: there is no such file or folder here"
+    if not repo:
+        about += ", and it is no Hub id (owner/name)"
+        if meant := close(reference, embedded.names(what)):
+            return InputError(f"{about}; did you mean {' or '.join(meant)}?")
+    if PurePosixPath(reference).parts[:1] == (embedded.NAME,):
+        there = nearby(embedded.FOLDER.parent / reference).replace(str(embedded.FOLDER), embedded.NAME)
+        return InputError(about + there)
+    elsewhere = repo and not reference.endswith(SUFFIXES) and not os.path.exists(repo)
+    return InputError(about + nearby(reference) + (f"; the Hub's repository is {repo}@main" if elsewhere else ""))
 
 
 class HubPlace(NamedTuple):
@@ -78,7 +102,7 @@ def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str |
         if cached is None or not (cached / inside).exists():
             raise InputError(
                 f"{what} {repo}: not a path on this machine, and not to be had from the Hugging Face Hub: "
-                f"{_reason(error)}"
+                f"{_reason(error)}{nearby(repo)}"
             ) from None
         log.warning("%s %s: using the copy downloaded earlier (%s)", what, repo, _reason(error))
         return cached / inside

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.nearby import nearby
 from ipadapter_jax.texts import parse_json, read_json_object
 from ipadapter_jax.weights.lazy import MappedTensor, Tensor, map_file
 from ipadapter_jax.weights.msgpack_file import read_msgpack_file
@@ -57,7 +58,7 @@ def container(path: Path) -> str:
     """SAFETENSORS, PICKLE, MSGPACK or INDEX. Raises WeightFileError saying what else it is."""
     try:
         if not path.is_file():
-            there = "is a folder, not a file" if path.is_dir() else "there is no such file"
+            there = "is a folder, not a file" if path.is_dir() else f"there is no such file{nearby(path)}"
             raise WeightFileError(f"{path}: {there}")
         with open(path, "rb") as file:
             head = file.read(512)
