@@ -70,7 +70,7 @@ def _missing(reference: str, what: str, repo: str) -> InputError:
     if PurePosixPath(reference).parts[:1] == (embedded.NAME,):
         there = nearby(embedded.FOLDER.parent / reference).replace(str(embedded.FOLDER), embedded.NAME)
         return InputError(about + there)
-    elsewhere = repo and not reference.endswith(SUFFIXES) and not os.path.exists(repo)
+    elsewhere = repo and not repo.endswith(SUFFIXES) and not os.path.exists(repo)
     return InputError(about + nearby(reference) + (f"; the Hub's repository is {repo}@main" if elsewhere else ""))
 
 
