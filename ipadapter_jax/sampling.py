@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from ipadapter_jax.diffusion.guidance import guide
 from ipadapter_jax.diffusion.steps import State, Steps, advance, begin
+from ipadapter_jax.draws import key
 from ipadapter_jax.kept_programs import keepable, kept
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
@@ -51,7 +52,7 @@ def draw_noise(shape: tuple[int, ...], seeds: Array, step: Array, mesh: Mesh) ->
     """Standard normal (B, *shape), row i drawn from seeds[i] and the step alone (0: the initial latents)."""
 
     def draw(seed):
-        return jax.random.normal(jax.random.fold_in(jax.random.key(seed), step), shape, jnp.float32)
+        return jax.random.normal(jax.random.fold_in(key(seed), step), shape, jnp.float32)
 
     return jax.lax.with_sharding_constraint(jax.vmap(draw)(seeds), by_image(mesh))
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from make_random_weights import FULL, SCHEDULER
 
-from ipadapter_jax import sampling
+from ipadapter_jax import draws, sampling
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.diffusion.steps import begin
@@ -154,8 +154,8 @@ def abstract_step(
     frozen["empty_ids"] = given((77,), jnp.int32, replicated(mesh))
     tokens = jnp.zeros((1, 4, sizes[0].cross_attention_dim))
     learnt = {
-        "image_proj": jax.eval_shape(networks.projection.init, jax.random.key(0), example_features(projection)),
-        "ip_adapter": jax.eval_shape(networks.adapter.init, jax.random.key(0), tokens),
+        "image_proj": jax.eval_shape(networks.projection.init, draws.key(0), example_features(projection)),
+        "ip_adapter": jax.eval_shape(networks.adapter.init, draws.key(0), tokens),
     }
     model = Model(dtype=dtype, remat="always" if remat else "never")
     config = Train(model=model, data=Data(batch_size=batch), optim=Optim(accumulate=accumulate))

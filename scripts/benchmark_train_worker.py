@@ -183,7 +183,9 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        x = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(self.dtype))  # zeros and ones are faster
+        from ipadapter_jax import draws
+
+        x = jax.random.normal(draws.key(0), (side, side), jnp.float32).astype(self.dtype)  # zeros and ones are faster
         product = jax.jit(lambda x: x @ x)
         product(x).block_until_ready()
         seconds = []

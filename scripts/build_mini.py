@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import mini_clip
 import mini_tokenizer
 import mini_vae
@@ -30,7 +29,7 @@ from make_random_weights import public_config, write_json, write_model_index
 from mini_networks import ENCODER, PREPROCESSOR, SCHEDULER, SIDE, TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG, VISION_CONFIG
 from render_scenes import render_scenes
 
-from ipadapter_jax import InputError
+from ipadapter_jax import InputError, draws
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.weights.component_export import save_component
@@ -99,7 +98,7 @@ def _base(out: Path, folder: Path, steps: dict[str, int], deadline: float) -> No
     pair = trained and mini_clip.train(out, out / "tokenizer", steps, deadline)
     if not trained or not pair:
         raise TimeUp
-    drawn = drawn_params(UNET, UNet(UNET_CONFIG), jax.random.key(0))
+    drawn = drawn_params(UNET, UNet(UNET_CONFIG), draws.key(0))
     for component, name, config, kind, params in (
         (VAE_COMPONENT, "vae", VAE_CONFIG, "AutoencoderKL", trained[1]),
         (TEXT_ENCODER, "text_encoder", TEXT_CONFIG, "CLIPTextModel", pair[1]["text"]),

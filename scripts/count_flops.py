@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import tyro
 from abstract_programs import as_on
 
+from ipadapter_jax import draws
 from ipadapter_jax.flops import count_flops
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
@@ -43,7 +44,7 @@ def unet_flops(
 
     latents, time = example(1, height, width, config.in_channels), example(1)
     text, tokens = (example(1, n, config.cross_attention_dim) for n in (text_tokens, image_tokens))
-    adapter_params = jax.eval_shape(adapter.init, jax.random.key(0), tokens)
+    adapter_params = jax.eval_shape(adapter.init, draws.key(0), tokens)
     with as_on("gpu"):  # as the network is written: on a CPU some convolutions are less work
         program = jax.make_jaxpr(call)(template_of(UNET, unet), adapter_params, latents, time, text, tokens)
     return count_flops(program)

@@ -18,6 +18,7 @@ from kept_settings import check_same
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
+from ipadapter_jax import draws
 from ipadapter_jax.files import write_whole
 from ipadapter_jax.sampling import device_mesh, replicated
 from ipadapter_jax.weights.tree import Tree
@@ -67,7 +68,7 @@ def fit(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: _State, batch: Batch, number: jax.Array):
-        value, gradient = jax.value_and_grad(loss)(state.params, batch, jax.random.fold_in(jax.random.key(0), number))
+        value, gradient = jax.value_and_grad(loss)(state.params, batch, jax.random.fold_in(draws.key(0), number))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer)
         params: Any = optax.apply_updates(state.params, updates)
         average = jax.tree.map(lambda a, p: a + (1 - _EMA) * (p - a), state.average, params)

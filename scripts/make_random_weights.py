@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 from safetensors.numpy import save_file
 
+from ipadapter_jax import draws
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from ipadapter_jax.models.projections import ImageProjConfig, example_features, image_projection
@@ -167,7 +168,7 @@ def write_adapter(path: Path, unet: UNetConfig, vision: CLIPVisionConfig, dtype:
     }
     found = {}
     for prefix, (module, example) in parts.items():
-        found |= tensors("ip", jax.eval_shape(module.init, jax.random.key(0), example)["params"], dtype, prefix)
+        found |= tensors("ip", jax.eval_shape(module.init, draws.key(0), example)["params"], dtype, prefix)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(found, path, metadata={"format": "pt"})
     print(f"adapter: {sum(a.size for a in found.values()):,} parameters")

@@ -20,6 +20,7 @@ import optax
 from fit import fit
 from mini_networks import SIDE, TEXT_CONFIG, TOKENS, VISION_CONFIG
 
+from ipadapter_jax import draws
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
 from ipadapter_jax.preprocess import CLIP_TABLE
 from ipadapter_jax.scenes.captions import caption
@@ -78,7 +79,7 @@ def train(folder: Path, tokenizer: Path, steps: Mapping[str, int], deadline: flo
     """The pair and its weights {"text", "vision", ...}, or None where the deadline came first; steps of "clip",
     "clip-attributes" and "clip-vision"."""
     clip, reader = networks(), load_tokenizer(tokenizer)
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(draws.key(0), 3)
     params = {
         "text": jax.jit(clip.text.init)(keys[0], jnp.zeros((1, TOKENS), jnp.int32))["params"],
         "vision": jax.jit(clip.vision.init)(keys[1], jnp.zeros((1, SIDE, SIDE, 3)))["params"],

@@ -11,6 +11,7 @@ import numpy as np
 from fit import fit
 from mini_networks import VAE_CONFIG
 
+from ipadapter_jax import draws
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.scenes.examples import example
 from ipadapter_jax.scenes.render import mask
@@ -25,7 +26,7 @@ PHOTOGRAPHS = 0.2
 def train(folder: Path, steps: Mapping[str, int], deadline: float) -> tuple[VAE, Tree] | None:
     """The network and its weights, or None where the deadline came first; steps of "vae-crops" and "vae-whole"."""
     vae = VAE(VAE_CONFIG)
-    params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, CROP, CROP, 3)))["params"]
+    params = jax.jit(vae.init)(draws.key(0), jnp.zeros((1, CROP, CROP, 3)))["params"]
     distance = functools.partial(loss, vae)
     for name, learning_rate, batch in (("vae-crops", 2e-3, crops), ("vae-whole", 5e-4, wholes)):
         rates = {"steps": steps[name], "learning_rate": learning_rate}

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from ipadapter_jax import StableDiffusion
+from ipadapter_jax import StableDiffusion, draws
 from ipadapter_jax.diffusion.guidance import guide
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.diffusion.steps import advance, begin
@@ -80,7 +80,7 @@ def main(
     ids = tokenize(pipe.tokenizer, [negative_prompt, prompt], text_encoder.config.max_position_embeddings)
     pixels = clip_pixel_values([load_image(image)], ip.encoder.module.config.image_size)
     side = size // vae.config.downscale
-    latents = jax.random.normal(jax.random.key(seed), (num_images, side, side, unet.config.in_channels))
+    latents = jax.random.normal(draws.key(seed), (num_images, side, side, unet.config.in_channels))
     pictures = to_uint8(np.asarray(sample(params, ids, pixels, latents, scale, guidance_scale)))
     out.parent.mkdir(parents=True, exist_ok=True)
     image_grid([Image.fromarray(picture) for picture in pictures]).save(out)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import tqdm
 
+from ipadapter_jax import draws
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.weights.tree import Tree
 
@@ -24,7 +25,7 @@ def fit(pixels: np.ndarray, *, steps: int, learning_rate: float = 3e-3) -> tuple
     vae = VAE(CONFIG)
     encode: Any = functools.partial(vae.apply, method=VAE.encode)
     decode: Any = functools.partial(vae.apply, method=VAE.decode)
-    params = jax.jit(vae.init)(jax.random.key(0), images[:1])["params"]
+    params = jax.jit(vae.init)(draws.key(0), images[:1])["params"]
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     def loss(params: Tree, key: jax.Array) -> jax.Array:
@@ -36,7 +37,7 @@ def fit(pixels: np.ndarray, *, steps: int, learning_rate: float = 3e-3) -> tuple
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Tree, state: optax.OptState, number: int):
-        key = jax.random.fold_in(jax.random.key(1), number)
+        key = jax.random.fold_in(draws.key(1), number)
         updates, state = optimizer.update(jax.grad(loss)(params, key), state)
         return optax.apply_updates(params, updates), state
 

@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import small_vae
 import tyro
@@ -30,6 +29,7 @@ from make_random_weights import write_model
 from photographs import NAMES, photographs, records, write_formats
 from PIL import Image
 
+from ipadapter_jax import draws
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.models.unet import UNet
@@ -70,7 +70,7 @@ def write_base(folder: Path, squares: np.ndarray, vae_steps: int) -> None:
     random weights."""
     vae, params = small_vae.fit(squares, steps=vae_steps)
     write_model(folder, (UNET_CONFIG, vae.config, TEXT_CONFIG, VISION_CONFIG), np.dtype(np.float32))
-    drawn = drawn_params(UNET, UNet(UNET_CONFIG), jax.random.key(0))
+    drawn = drawn_params(UNET, UNet(UNET_CONFIG), draws.key(0))
     for component, name, tree in ((VAE_COMPONENT, "vae", params), (UNET, "unet", drawn)):
         place = folder / name
         save_component(component, place, tree, np.dtype(np.float32), (place / "config.json").read_bytes())

@@ -128,6 +128,21 @@ def compilations():
     active[0] = False
 
 
+@contextlib.contextmanager
+def jax_settings(environment: dict):
+    """As jax has them from variables such as JAX_DEFAULT_PRNG_IMPL; what was compiled before is forgotten."""
+    before = {name: getattr(jax.config, name) for name in environment}
+    jax.clear_caches()
+    try:
+        for name, value in environment.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        jax.clear_caches()
+
+
 def flax_folder(root: Path) -> Path:
     """The recorded tiny model as a Flax repository: configs and text encoder as recorded, UNet and VAE rewritten."""
     for name in ("unet", "vae"):

@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "suggestions"},  # whoever reads what a person gave must be able to say what is wrong with it
     {"nearby"},
     {"ending", "image_files", "places", "settings", "texts", "trust"},
-    {"tokenizer_files", "arrays", "levels"},
+    {"tokenizer_files", "draws", "arrays", "levels"},
     {"diffusion", "figures", "preprocess", "tokens", "arguments", "files", "compilation_cache", "flops", "embedded"}
     | {"differences", "heap", "in_order", "lock", "stopping"},
     {"lines", "models"},

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from ipadapter_jax import draws
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.models.parameters import parameter_shapes
@@ -61,7 +62,7 @@ def initial_adapter(
     seed and on its own path alone.
     """
     return {
-        "image_proj": _initial_projection(projection, jax.random.key(seed)),
+        "image_proj": _initial_projection(projection, draws.key(seed)),
         "ip_adapter": _text_keys_values(unet_params, unet_config),
     }
 
@@ -84,12 +85,12 @@ def _initial_projection(config: ImageProjConfig, key: Array) -> Tree:
         own = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
         if path == ("latents",):
             # A barrier, or a compiler would fold the scale into that of the draw and round otherwise than without jit.
-            return jax.lax.optimization_barrier(jax.random.normal(own, shape)) / math.sqrt(shape[-1])
+            return jax.lax.optimization_barrier(jax.random.normal(own, shape, jnp.float32)) / math.sqrt(shape[-1])
         kernel = template.get((*path[:-1], "kernel"))
         if kernel is None:  # a LayerNorm
-            return jnp.ones(shape) if path[-1] == "scale" else jnp.zeros(shape)
+            return (jnp.ones if path[-1] == "scale" else jnp.zeros)(shape, jnp.float32)
         # A Linear: weight and bias alike. The draw in [-1, 1) is exact however a compiler contracts it.
-        return jax.random.uniform(own, shape, minval=-1.0, maxval=1.0) * (1 / math.sqrt(kernel.shape[0]))
+        return jax.random.uniform(own, shape, jnp.float32, minval=-1.0, maxval=1.0) * (1 / math.sqrt(kernel.shape[0]))
 
     return nest({path: draw(path) for path in template})
 

@@ -17,6 +17,7 @@ from ipadapter_jax import heap
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.data.batches import Batch, Skipped, batches
 from ipadapter_jax.differences import differences
+from ipadapter_jax.draws import GENERATOR, recorded_generator
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.flops import count_flops
 from ipadapter_jax.models import attention_kernels
@@ -141,16 +142,21 @@ class Run:
         return plan(self.make_step, self.mesh, self.state, self.loaded.frozen, batch)
 
     def _about(self) -> dict[str, Any]:
-        """What a resumed run must share with the run before it: settings, data, frozen weights."""
+        """What a resumed run must share with the run before it: settings, data, frozen weights, random generator."""
         frozen = {part: fingerprint(digests(tree)) for part, tree in self.loaded.frozen.items()}
-        return {"settings": identity(self.config), "data": self.samples.identity(), "frozen weights": frozen}
+        return {
+            "settings": identity(self.config),
+            "data": self.samples.identity(),
+            "frozen weights": frozen,
+            "generator": GENERATOR,
+        }
 
     def _restored(self, template: TrainState) -> TrainState | None:
         """The newest good checkpoint. Raises InputError when it was made with other settings, data or weights."""
         before = self.checkpoints.about()
         if before is None:
             return None
-        changed = differences(before, self.about)
+        changed = differences(before | {"generator": recorded_generator(before)}, self.about)
         if changed:
             raise InputError(
                 f"{self.folder} holds a run that began differently: {'; '.join(changed[:8])}; go on with what it began "

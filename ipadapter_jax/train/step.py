@@ -15,6 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from ipadapter_jax.draws import key
 from ipadapter_jax.models.own_rows import rows_over
 from ipadapter_jax.preprocess import CLIP_TABLE
 from ipadapter_jax.train.config import Train
@@ -46,17 +47,17 @@ def draw(
     """Draws for the given rows of a step; shape (h, w, 4). One number decides what is dropped, as in the authors' data
     set: below drop[0] the image, below drop[0] + drop[1] the text, below the sum of all three both."""
     image, text, both = np.cumsum(np.asarray(drop, np.float32))
-    of_step = jax.random.fold_in(jax.random.key(seed), step)
+    of_step = jax.random.fold_in(key(seed), step)
 
     def one(row: Array) -> Draws:
         keys = jax.random.split(jax.random.fold_in(of_step, row), 4)
-        chance = jax.random.uniform(keys[0])
+        chance = jax.random.uniform(keys[0], (), jnp.float32)
         return Draws(
             drop_image=(chance < image) | ((text <= chance) & (chance < both)),
             drop_text=(image <= chance) & (chance < both),
-            timestep=jax.random.randint(keys[1], (), 0, timesteps),
-            noise=jax.random.normal(keys[2], shape),
-            posterior_noise=jax.random.normal(keys[3], shape),
+            timestep=jax.random.randint(keys[1], (), 0, timesteps, jnp.int32),
+            noise=jax.random.normal(keys[2], shape, jnp.float32),
+            posterior_noise=jax.random.normal(keys[3], shape, jnp.float32),
         )
 
     return jax.vmap(one)(rows)

@@ -145,11 +145,12 @@ def test_neither_jit_nor_the_layout_over_devices_changes_a_bit():
 
 ONE_DEVICE = """
 import hashlib, json, jax, numpy as np
+from ipadapter_jax.draws import key
 from ipadapter_jax.models.projections import ImageProjConfig
 from ipadapter_jax.train.initial import _initial_projection
 assert jax.device_count() == 1
 config = ImageProjConfig("plus", 48, 32, 16, hidden_dim=32, heads=2, depth=4)
-tree = jax.jit(lambda: _initial_projection(config, jax.random.key(5)))()
+tree = jax.jit(lambda: _initial_projection(config, key(5)))()
 print(hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))).hexdigest())
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import IMAGE_ENCODER
+from helpers import IMAGE_ENCODER, jax_settings
 from training import changed, micro, photographs
 
 from ipadapter_jax import StableDiffusion, cli
@@ -108,6 +108,21 @@ def test_it_goes_on_to_the_bit(done, run, tmp_path) -> None:
     (tmp_path / "run" / "adapter.safetensors").unlink()
     assert train(config) == 0  # all is done but the file
     assert logged(tmp_path / "run") == logged(done) and digest(tmp_path / "run") == digest(done)
+
+
+def test_the_environments_generator_changes_nothing(done, run, tmp_path) -> None:
+    config = changed(run, out=str(tmp_path / "run"))
+    assert train(changed(config, steps=3)) == 0
+    with jax_settings({"jax_default_prng_impl": "rbg", "jax_threefry_partitionable": False}):
+        assert train(config) == 0
+    assert logged(tmp_path / "run") == logged(done)
+    assert digest(tmp_path / "run") == digest(done)
+
+
+def test_another_generator_is_refused(done, run, monkeypatch) -> None:
+    monkeypatch.setattr("ipadapter_jax.train.loop.GENERATOR", "philox")
+    with pytest.raises(InputError, match='generator: "threefry2x32, partitionable" -> "philox"'):
+        train(changed(run, out=str(done), steps=STEPS + 4))
 
 
 def test_sigterm_saves_and_says_so(done, run, tmp_path, monkeypatch) -> None:
