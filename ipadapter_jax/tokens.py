@@ -1,5 +1,6 @@
 """Prompts to token ids, with a warning for what does not fit."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,10 @@ import numpy as np
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.tokenizer_files import TokenizerFiles, read_tokenizer
+
+MAX_CHARACTERS = 1 << 15  # of a text that are read: hundreds of times what a text encoder sees
+
+_MOST_LOST = 500  # characters of a prompt that a warning repeats
 
 
 class Encoded(dict[str, list[int]]):
@@ -38,9 +43,10 @@ class Tokenizer:
         return Encoded(input_ids=self.encode(text))
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a whole text between both ends. Raises InputError for what is not text."""
+        """The ids of a text between both ends; of one longer than MAX_CHARACTERS, those of its beginning, which are
+        more than any text encoder takes. Raises InputError for what is not text."""
         try:
-            return self._backend.encode(text).ids
+            return self._backend.encode(bounded(text)).ids
         except (TypeError, ValueError):  # not a string, or one with half a surrogate pair
             raise InputError(f"{text!r:.40} is not text: write it in UTF-8") from None
 
@@ -52,6 +58,21 @@ class Tokenizer:
         """Ids of a text, cut before its end or padded: (length,) int32."""
         kept = [*ids[: length - 1], ids[-1]] if len(ids) > length else ids
         return np.asarray([*kept, *[self.pad_token_id] * (length - len(kept))], np.int32)
+
+
+def bounded(text: str) -> str:
+    """A text that costs no more than MAX_CHARACTERS to tokenize (10 MB took half a minute and gigabytes) and begins
+    with the same tokens.
+
+    Only long texts change: white space counts once, as tokenizers have it, and the rest ends between two words, so
+    that every token before stays what it is. Where one word is longer than half of that, it is cut itself, thousands of
+    characters behind the last token that a text encoder sees.
+    """
+    if not isinstance(text, str) or len(text) <= MAX_CHARACTERS:
+        return text
+    text = re.sub(r"[ \t\r\n]+", " ", text)
+    end = text.rfind(" ", MAX_CHARACTERS // 2, MAX_CHARACTERS)
+    return text[: MAX_CHARACTERS if end < 0 else end]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -83,6 +104,7 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> np.nd
         ids = tokenizer.encode(prompt)
         if len(ids) > length:
             lost = tokenizer.decode(ids[length - 1 : -1])
-            warnings.warn(f"the prompt is longer than {length} tokens; ignored: {lost!r}", stacklevel=3)
+            lost = repr(lost) if len(lost) <= _MOST_LOST else f"{lost[:_MOST_LOST]!r} and more"
+            warnings.warn(f"the prompt is longer than {length} tokens; ignored: {lost}", stacklevel=3)
         rows.append(tokenizer.fitted(ids, length))
     return np.stack(rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import TORCH_MODEL
+from memory import peak_growth
 from transformers import CLIPTokenizer
 
 from ipadapter_jax import embedded
@@ -16,7 +17,7 @@ from ipadapter_jax.base_model import open_base
 from ipadapter_jax.data.records import Source
 from ipadapter_jax.data.samples import LiveSamples
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.tokens import load_tokenizer, tokenize
+from ipadapter_jax.tokens import MAX_CHARACTERS, bounded, load_tokenizer, tokenize
 
 RECORDED = TORCH_MODEL / "tokenizer"  # 707 tokens, the last two of them the ends
 LEARNED = {"content": "<cat-toy>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
@@ -243,3 +244,53 @@ def test_damaged_files_are_one_line(tmp_path, name, content, words):
 def test_what_is_not_text_is_refused(text):
     with pytest.raises(InputError, match="is not text"):
         load_tokenizer(RECORDED).encode(text)
+
+
+# --- texts of any length -------------------------------------------------------------------------------------------
+
+LONG = {
+    "words": "a red fox in the snow, ",
+    "one word": "a",
+    "one word of letters": "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=50_000)),
+    "without spaces": "赤い狐が雪の中で跳ねる。",
+    "other spaces": "a\u00a0red\u2003fox\x1c",
+    "punctuation": "?!.,;:-",
+    "combining": "e\u0301\u0301",
+    "emoji": "🦊👩‍👩‍👧",
+    "the end": "<|endoftext|>",
+    "digits": "0123456789",
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_long_text_begins_with_the_same_ids(kind) -> None:
+    tokenizer = load_tokenizer(RECORDED)
+    text = (LONG[kind] * 50_000)[:100_000]
+    whole = tokenizer._backend.encode(text).ids
+    assert len(bounded(text)) <= MAX_CHARACTERS < len(text) and len(whole) > 300
+    ids = tokenizer.encode(text)
+    assert ids[:300] == whole[:300] and ids[-1] == whole[-1]
+    np.testing.assert_array_equal(tokenizer.fitted(ids, 77), tokenizer.fitted(whole, 77))
+
+
+def test_a_long_text_of_few_words_keeps_them_all() -> None:
+    tokenizer = load_tokenizer(RECORDED)
+    text = "a red" + " \n\t" * 100_000 + "fox" + " " * 100_000
+    assert tokenizer.encode(text) == tokenizer.encode("a red fox")
+    short = "a red  fox" * 3000
+    assert bounded(short) is short
+
+
+def test_a_caption_of_megabytes_takes_no_more_than_a_long_one(tmp_path) -> None:
+    setup = (
+        "from pathlib import Path; from ipadapter_jax.tokens import load_tokenizer, tokenize; import warnings\n"
+        "warnings.simplefilter('ignore'); tokenizer = load_tokenizer(Path(sys.argv[1])); tokenizer.encode('a')\n"
+        "texts = ['a red fox ' * 1_000_000, 'a' * 10_000_000]"
+    )
+    assert peak_growth(setup, "tokenize(tokenizer, texts, 77)", RECORDED) < 400  # 1,700 and more before
+
+
+def test_what_a_truncation_loses_is_not_repeated_at_length() -> None:
+    with pytest.warns(UserWarning, match="longer than 77 tokens; ignored: 'a red fox.* and more$") as caught:
+        tokenize(load_tokenizer(RECORDED), ["a red fox " * 100_000], 77)
+    assert len(str(caught[0].message)) < 700

@@ -17,6 +17,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from ipadapter_jax.data.files import Files, allow_open_files
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import printable
+from ipadapter_jax.data.unused import Unused
 from ipadapter_jax.errors import InputError
 
 
@@ -78,7 +79,7 @@ class ArrayRecordSource:
     """Records in the order of their files' names."""
 
     def __init__(self, files: Files):
-        self._files = files
+        self._files, self.unused = files, Unused()
         self._records = ArrayRecords([files.path(i) for i in range(len(files))], list(files.names))
 
     def __len__(self) -> int:

@@ -116,6 +116,12 @@ class CachedSamples:
                     self._readers[shard] = open_shard(self.folder, self.plan, shard)
         return self._readers[shard]
 
+    def account(self) -> str:
+        """How many records there are, and how many could not be encoded, in one line."""
+        skipped = self._manifest["skipped"]
+        where = f": they could not be encoded, see {self.folder / _SKIPPED}" if skipped else ""
+        return f"{len(self) - skipped} records, {skipped} not used{where}"
+
     def zero_features(self) -> np.ndarray | None:
         """(L, F), what the image encoder makes of zero pixels; None where a dropped image is a zero embedding."""
         if self._manifest["zero_features"] is None:
@@ -135,10 +141,11 @@ def _read_manifest(folder: Path) -> tuple[Plan, dict[str, Any]]:
             f"{folder} holds no encoded samples (it has no {_MANIFEST}); `ipadapter-jax encode` makes them"
         )
     plan, raw = _read_plan(path), read_json_object(path)
-    zero, sizes = raw.get("zero_features"), raw.get("shard_bytes")
-    if not isinstance(zero, str | None) or not isinstance(sizes, list) or len(sizes) != plan.shards:
+    zero, sizes, skipped = raw.get("zero_features"), raw.get("shard_bytes"), raw.get("skipped")
+    known = isinstance(zero, str | None) and isinstance(skipped, int)
+    if not known or not isinstance(sizes, list) or len(sizes) != plan.shards:
         raise InputError(f"{path} is damaged; copy it again, or remove it and run the encoding command again")
-    return plan, {"zero_features": zero, "shard_bytes": sizes}
+    return plan, {"zero_features": zero, "shard_bytes": sizes, "skipped": skipped}
 
 
 def _read_plan(path: Path) -> Plan:

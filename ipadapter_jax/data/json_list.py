@@ -7,6 +7,7 @@ from typing import Any
 from ipadapter_jax.data.files import digest, read_file, size
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import Strings, printable
+from ipadapter_jax.data.unused import NOT_THERE, Unused
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.texts import LIST_BYTES, decode_text, parse_json, read_bytes
 
@@ -26,6 +27,10 @@ class JsonListSource:
         entries = _entries(path)
         images, texts, conds = zip(*(_checked(entry, i, path) for i, entry in enumerate(entries)), strict=True)
         self._images, self._texts, self._conds = Strings(images), Strings(texts), Strings(conds)
+        self.unused = Unused()
+        for name in images:
+            if size(os.path.join(self._root, name)) < 0:
+                self.unused.add(NOT_THERE, name, is_record=True)
 
     def __len__(self) -> int:
         return len(self._images)

@@ -11,21 +11,24 @@ from ipadapter_jax.data.columns import Columns
 from ipadapter_jax.data.files import Files, find_files
 from ipadapter_jax.data.folders import FolderSource
 from ipadapter_jax.data.json_list import EXAMPLE, JsonListSource
+from ipadapter_jax.data.metadata import is_metadata
 from ipadapter_jax.data.parquet import ParquetSource
 from ipadapter_jax.data.records import Source
 from ipadapter_jax.data.strings import printable
 from ipadapter_jax.data.tar_shards import TarSource
 from ipadapter_jax.data.tfds import FEATURES, INFO, TfdsSource
+from ipadapter_jax.data.unused import OTHER
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.image_files import SUFFIXES as PICTURES
+from ipadapter_jax.image_files import unread_format
 from ipadapter_jax.nearby import nearby
 
 # What a folder may hold, by preference: img2dataset leaves .parquet files beside its shards and pictures.
 SUFFIXES = {
-    "tar": re.compile(r"\.tar$"),
-    "array_record": re.compile(r"\.array_?record(-\d+-of-\d+)?$"),
+    "tar": re.compile(r"\.tar$", re.IGNORECASE),
+    "array_record": re.compile(r"\.array_?record(-\d+-of-\d+)?$", re.IGNORECASE),
     "folder": re.compile(rf"\.({'|'.join(suffix[1:] for suffix in sorted(PICTURES))})$", re.IGNORECASE),
-    "parquet": re.compile(r"\.parquet$"),
+    "parquet": re.compile(r"\.parquet$", re.IGNORECASE),
 }
 MAGIC = {b"PAR1": "parquet", bytes.fromhex("83af70d10d884a3f"): "array_record"}  # the latter begins Riegeli files
 FORMATS = (
@@ -35,6 +38,7 @@ FORMATS = (
 HINTS = {
     ".json": "give the list itself, not its folder",
     ".jsonl": "give the list itself, not its folder",
+    ".csv": "call it metadata.csv, with the columns file_name and text, and give the folder of its images",
     ".arrow": 'save it as Parquet: dataset.to_parquet("data.parquet")',
     ".gz": "unpack it first: a compressed file cannot be read at random",
     ".tgz": "unpack it first: a compressed file cannot be read at random",
@@ -55,15 +59,19 @@ def open_source(
 
     image_root: what the names in a JSON list are relative to; the folder of the list by default.
     image_column, text_column, cond_image_column: for Parquet and TensorFlow Datasets, where `columns` does not know
-    the names. Raises InputError naming what is wrong and what would be right, also when no record can be used.
+    the names; text_column also for the metadata.jsonl or .csv of a folder. `unused` of what is returned says which
+    files and entries are in no record.
+    Raises InputError naming what is wrong and what would be right, also when no record can be used.
     """
     columns = Columns(image_column, text_column, cond_image_column)
     files = find_files(path)
     kind = _kind(path, files)
     if image_root is not None and kind != "json":
         raise InputError(f"image_root={image_root} is for JSON lists, and {path} is of the kind {kind}; leave it out")
-    if any(columns) and kind not in ("parquet", "tfds"):
-        name = next(name for name in columns if name)
+    listed = kind == "folder" and any(map(is_metadata, files.names))
+    without = columns._replace(text=None) if listed else columns
+    if any(without) and kind not in ("parquet", "tfds"):
+        name = next(name for name in without if name)
         raise InputError(f"{path} is of the kind {kind} and has no columns; leave {name!r} out")
     source = _open(kind, files, image_root, columns)
     _probe(path, source)
@@ -81,12 +89,18 @@ def _open(kind: str, files: Files, image_root: str | None, columns: Columns) -> 
     if kind == "tfds":
         return TfdsSource(files, columns)
     if kind == "folder":
-        return FolderSource(files)
+        return FolderSource(files, columns.text)
+    every = files
     if len(files) > 1:
         files = files.matching(SUFFIXES[kind])
     if kind == "parquet":
-        return ParquetSource(files, columns)
-    return TarSource(files) if kind == "tar" else ArrayRecordSource(files)
+        source = ParquetSource(files, columns)
+    else:
+        source = TarSource(files) if kind == "tar" else ArrayRecordSource(files)
+    for name in every.names if len(every) > len(files) else ():
+        if not SUFFIXES[kind].search(name):
+            source.unused.add(OTHER, name)
+    return source
 
 
 def _kind(path: str, files: Files) -> str:
@@ -136,6 +150,8 @@ def _kind_of_file(path: str) -> str:
 
 def _unknown(path: str, suffixes: list[str]) -> InputError:
     remedy = next((HINTS[suffix] for suffix in suffixes if suffix in HINTS), FORMATS)
+    if (image := next(filter(None, map(unread_format, (f"_{suffix}" for suffix in suffixes))), None)) is not None:
+        remedy = f"{image} images are not read: convert them to JPEG or PNG"
     shown = ", ".join(sorted(suffix for suffix in suffixes if suffix)[:5]) or "no suffix"
     return InputError(f"{printable(path)}: no training data is known in files of {shown}; {remedy}")
 

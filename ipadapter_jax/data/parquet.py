@@ -17,6 +17,7 @@ from ipadapter_jax.data.columns import PICTURE, TEXT, Columns, choose
 from ipadapter_jax.data.files import Files
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import printable
+from ipadapter_jax.data.unused import Unused
 from ipadapter_jax.errors import InputError
 
 LARGE_GROUP = 64 << 20  # bytes
@@ -31,7 +32,7 @@ class ParquetSource:
     """
 
     def __init__(self, files: Files, columns: Columns):
-        self._files = files
+        self._files, self.unused = files, Unused()
         self._metadata = [_metadata(files.path(i)) for i in range(len(files))]
         schema = self._metadata[0].schema.to_arrow_schema()
         for i, metadata in enumerate(self._metadata):  # what is chosen in the first file must be there in all

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ipadapter_jax.data.unused import Unused
+
 
 @dataclass(frozen=True)
 class Record:
@@ -18,7 +20,10 @@ class Source(Protocol):
     """Random access to records, in an order that depends on the data alone.
 
     Sources hold no open file that matters: they pickle into worker processes and are read from several threads at once.
+    `unused` is what lies there and is in no record.
     """
+
+    unused: Unused
 
     def __len__(self) -> int: ...
 

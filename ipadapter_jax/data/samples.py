@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from ipadapter_jax.data.records import Source
+from ipadapter_jax.data.records import Record, Source
+from ipadapter_jax.data.unused import summary
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256
 from ipadapter_jax.preprocess import clip_pixels, decode_image, square_pixels
 from ipadapter_jax.tokenizer_files import vocabulary_files
 from ipadapter_jax.tokens import Tokenizer, load_tokenizer
+
+_CAPTIONS = 256  # that are looked at before a run
 
 
 @functools.cache
@@ -73,10 +76,37 @@ class LiveSamples:
             "text_length": self.text_length,
         }
 
-    def _ids(self, text: str, key: str) -> np.ndarray:
-        tokenizer = _tokenizer(self.tokenizer_folder)
+    def account(self) -> str:
+        """How many records there are, what is not used, and how many of the first captions are too long, in one line.
+
+        Reads the first records for that: to count all captions would be to read all data.
+        """
+        line, first = summary(len(self), self.source.unused), min(_CAPTIONS, len(self))
+        long = [record.key for record in map(self._readable, range(first)) if record and self._is_long(record)]
+        if long:
+            line += (
+                f"; {len(long)} of the first {first} captions are longer than {self.text_length} tokens and lose their "
+                f"ends, that of {long[0][:80]} for one"
+            )
+        return line
+
+    def _readable(self, index: int) -> Record | None:
         try:
-            ids = tokenizer.encode(text)
+            return self.source[index]
+        except InputError:
+            return None
+
+    def _is_long(self, record: Record) -> bool:
+        try:
+            return len(self._tokens(record.text, record.key)) > self.text_length
+        except InputError:
+            return False
+
+    def _ids(self, text: str, key: str) -> np.ndarray:
+        return _tokenizer(self.tokenizer_folder).fitted(self._tokens(text, key), self.text_length)
+
+    def _tokens(self, text: str, key: str) -> list[int]:
+        try:
+            return _tokenizer(self.tokenizer_folder).encode(text)
         except InputError:
             raise InputError(f"{key!r}: its caption is not text: write it in UTF-8") from None
-        return tokenizer.fitted(ids, self.text_length)

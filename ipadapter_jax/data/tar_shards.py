@@ -1,6 +1,6 @@
 """Tar shards as img2dataset and WebDataset write them, read at random without unpacking.
 
-Opening reads the headers alone and keeps 60 bytes a record and its name.
+Opening reads the headers alone and keeps 80 bytes a record and its name.
 """
 
 import os
@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from ipadapter_jax.data.files import Files, check_size
-from ipadapter_jax.data.members import ROLES, grouped, record_of
+from ipadapter_jax.data.members import ROLES, TEXTS, grouped, record_of, split_member
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import Strings, printable
+from ipadapter_jax.data.unused import NO_CAPTION, Unused
 from ipadapter_jax.errors import InputError
 
 MEMBER = np.dtype([("offset", np.int64), ("size", np.int64)])  # of the content; size -1: there is no such member
@@ -31,10 +32,11 @@ class TarSource:
 
     def __init__(self, files: Files):
         self._files = files
+        self.unused = Unused()
         stems: list[str] = []
         tables = []
         for shard in range(len(files)):
-            names, table = _index(files.path(shard), shard)
+            names, table = self._index(shard)
             stems += names
             tables.append(table)
         self._entries = np.concatenate(tables)
@@ -42,7 +44,7 @@ class TarSource:
         if not stems:
             raise InputError(
                 f"{printable(files.path(0))}: no pictures in these tar files; a shard holds members such as "
-                "000000000.jpg with 000000000.txt"
+                "000000000.jpg with 000000000.txt; a key ends at the first dot"
             )
 
     def __len__(self) -> int:
@@ -65,17 +67,21 @@ class TarSource:
     def identity(self) -> dict[str, Any]:
         return self._files.identity("tar", len(self))
 
-
-def _index(path: str, shard: int) -> tuple[list[str], np.ndarray]:
-    """Stems and entries (ENTRY) of the records of one shard."""
-    names, places, stems, entries = [], [], [], []
-    for name, offset, size in _members(path):
-        names.append(name)
-        places.append((offset, size))
-    for stem, members in grouped((name, number) for number, name in enumerate(names)):
-        stems.append(stem)
-        entries.append((shard, *(places[members[role]] if role in members else (0, -1) for role in ROLES)))
-    return stems, np.array(entries, ENTRY)
+    def _index(self, shard: int) -> tuple[list[str], np.ndarray]:
+        """Stems and entries (ENTRY) of the records of one shard."""
+        names, places, stems, entries = [], [], [], []
+        for name, offset, size in _members(self._files.path(shard)):
+            names.append(name)
+            places.append((offset, size))
+        records, unused = grouped(names, split_member, joined=True)
+        shown = self._files.names[shard]
+        self.unused.extend(unused, f"{shown}:")
+        for stem, members in records:
+            stems.append(stem)
+            entries.append((shard, *(places[members[role]] if role in members else (0, -1) for role in ROLES)))
+            if not any(role in members for role in TEXTS):
+                self.unused.add(NO_CAPTION, f"{shown}:{names[members['image']]}", is_record=True)
+        return stems, np.array(entries, ENTRY)
 
 
 def _members(path: str) -> Iterator[tuple[str, int, int]]:

@@ -8,6 +8,7 @@ from ipadapter_jax.data.columns import PICTURE, TEXT, Columns, choose
 from ipadapter_jax.data.files import Files
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import Strings
+from ipadapter_jax.data.unused import Unused
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.texts import read_json_object
 
@@ -24,6 +25,7 @@ class TfdsSource:
     def __init__(self, files: Files, columns: Columns):
         folder = files.root
         _check_format(folder)
+        self.unused = Unused()
         self._features, paths = _open(folder)
         self._columns = choose(columns, _kinds(self._features), str(folder))
         self._files = Files(folder, Strings(path.name for path in paths))

@@ -10,7 +10,7 @@ from typing import Any
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.references import Reference
-from ipadapter_jax.image_files import SUFFIXES
+from ipadapter_jax.image_files import SUFFIXES, unread_format
 from ipadapter_jax.nearby import nearby
 from ipadapter_jax.texts import read_json_object
 
@@ -24,6 +24,12 @@ def find_pictures(place: Path, references: Sequence[Reference]) -> list[list[Pat
     Pictures of no image prompt are left out with a warning. Raises InputError naming the prompt that has none, or
     another number of them than the others.
     """
+    if place.is_dir() and (unread := [name for name in sorted(os.listdir(place)) if unread_format(name)]):
+        warnings.warn(
+            f"{place}: {len(unread)} images, {unread[0]} the first, are of a kind that is not read; convert them to "
+            "JPEG or PNG",
+            stacklevel=2,
+        )
     numbered: dict[str, list[tuple[int, Path]]] = {reference.name: [] for reference in references}
     strangers = []
     for number, name, path in _listed(place) if place.is_file() else _in_folder(place, set(numbered)):

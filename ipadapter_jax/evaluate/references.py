@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,10 +13,13 @@ from PIL import Image
 
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.data.records import Source
+from ipadapter_jax.data.unused import Unused, summary
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.evaluate.coco import read_coco
 from ipadapter_jax.files import sha256
 from ipadapter_jax.preprocess import decode_image
+
+log = logging.getLogger("ipadapter_jax")
 
 _SAFE = re.compile(r"\w[\w .+=@-]{0,149}")  # of a file name
 
@@ -65,7 +69,9 @@ def open_references(
     if coco is None:
         root = None if image_root is None else str(image_root)
         source = open_source(str(path), image_root=root, image_column=image_column, text_column=text_column)
-        return _of_source(source, limit)
+        references = _of_source(source, limit)
+        log.info("%s: %s", path, summary(len(references.found), source.unused))
+        return references
     for option, value in (("image-column", image_column), ("text-column", text_column)):
         if value is not None:
             raise InputError(f"--{option} {value}: {path} holds COCO's captions, which have no columns; leave it out")
@@ -77,6 +83,7 @@ def open_references(
             f"{path}: {len(missing)} of {len(chosen)} pictures, {missing[0]} the first, are not in {root}; name their "
             f"folder with {argument('image_root')}, or download them again"
         )
+    log.info("%s: %s", path, summary(len(chosen), Unused()))
     names = _names([entry.file for entry in chosen])
     found = [
         Reference(i, name, entry.file, entry.captions, _stamp(root / entry.file), (root / entry.file).read_bytes)

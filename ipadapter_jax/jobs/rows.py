@@ -91,6 +91,8 @@ def _string(fields: dict[str, Any], column: str) -> str:
 def _checked_text(value: Any, column: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{column} {_shown(value)} is not a text; put it into quotes")
+    if "\0" in value and column != "image":
+        raise InputError(f"{column} {_shown(value)} holds NUL characters, as UTF-16 does; save the text as UTF-8")
     if value.encode("utf-8", "replace").decode() != value:
         raise InputError(f"{column} {_shown(value)} is not UTF-8; save the text as UTF-8")
     return value

@@ -8,10 +8,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ipadapter_jax.data.metadata import is_metadata, read_metadata
+from ipadapter_jax.data.unused import BAD_ROW, FOLDER, NO_IMAGE, NOT_THERE, OTHER, SECOND, Unused, not_read
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.image_files import SUFFIXES
+from ipadapter_jax.image_files import is_image_name, unread_format
 from ipadapter_jax.texts import LIST_BYTES, byte_order_mark, parse_json, read_bytes
 
+_PROMPTS = (".txt", ".caption")  # endings of the files beside images, by preference
 COLUMNS = ("prompt", "image", "negative_prompt", "seed", "scale", "name")
 EXAMPLE = '{"prompt": "a red fox", "image": "fox.png"}'
 
@@ -31,20 +34,72 @@ def records(source: Path) -> Iterator[Record]:
     return _objects(text) if text.lstrip().startswith(("{", "[")) else _table(text, source)
 
 
+def unused(source: Path, bad_lines: Iterable[int] = ()) -> Unused:
+    """What is in no row: rows that cannot be used, by their lines, and what else lies in a folder of images."""
+    found = Unused()
+    for line in bad_lines:
+        found.add(BAD_ROW, f"line {line}")
+    if not source.is_dir():
+        return found
+    names = _names(source)
+    images = {os.path.splitext(name)[0] for name in names if is_image_name(name)}
+    prompts, listed = _prompt_files(names), _listed(source, names)
+    for name in names:
+        stem, ending = os.path.splitext(name)
+        ending = ending.lower()
+        if is_image_name(name) or (is_metadata(name) and listed):
+            continue
+        if (source / name).is_dir():
+            found.add(FOLDER, name)
+        elif (kind := unread_format(name)) is not None:
+            found.add(not_read(kind), name)
+        elif ending not in _PROMPTS:
+            found.add(OTHER, name)
+        elif stem not in images:
+            found.add(NO_IMAGE, name)
+        elif prompts[stem] != name:
+            found.add(SECOND, name)
+    for name in sorted(listed.keys() - set(names)):
+        found.add(NOT_THERE, name)
+    return found
+
+
 def _pictures(folder: Path) -> Iterator[Record]:
-    files = set(os.listdir(folder))
-    pictures = (name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."))
-    for number, picture in enumerate(sorted(pictures), 1):
+    names = _names(folder)
+    files, listed = _prompt_files(names), _listed(folder, names)
+    for number, picture in enumerate(filter(is_image_name, names), 1):
         name = os.path.splitext(picture)[0]
         fields = {"name": name, "image": picture}
-        if f"{name}.txt" in files:
-            try:
-                prompt = (folder / f"{name}.txt").read_text(encoding="utf-8-sig", errors="surrogateescape")
-            except OSError as error:
-                yield number, InputError(f"{name}.txt cannot be read ({error.strerror}); check access")
-                continue
-            fields["prompt"] = prompt.strip()
-        yield number, fields
+        try:
+            if name in files:
+                content = read_bytes(folder / files[name])
+                fields["prompt"] = content.decode("utf-8-sig", "surrogateescape").strip()
+            elif picture in listed:
+                fields["prompt"] = listed[picture]
+        except InputError as error:
+            yield number, error
+        else:
+            yield number, fields
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+def _prompt_files(names: list[str]) -> dict[str, str]:
+    """The file of a prompt by its stem."""
+    found: dict[str, str] = {}
+    for ending in reversed(_PROMPTS):
+        for name in reversed(names):
+            if os.path.splitext(name)[1].lower() == ending:
+                found[os.path.splitext(name)[0]] = name
+    return found
+
+
+def _listed(folder: Path, names: list[str]) -> dict[str, str]:
+    """The captions of a metadata.jsonl or .csv, by image."""
+    lists = read_metadata(folder, names).values()
+    return {name: text for entries in lists for name, text in entries if text is not None}
 
 
 def _text(source: Path) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from ipadapter_jax.data.cache import CachedSamples, begin, finish, is_cache
 from ipadapter_jax.data.encoded_shards import Layout, Plan, ShardWriter, shard_facts
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.data.samples import LiveSamples
+from ipadapter_jax.data.unused import write_report
 from ipadapter_jax.differences import differences
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256
@@ -35,6 +37,8 @@ from ipadapter_jax.train.encode_config import Encode
 from ipadapter_jax.train.encoders import Encoders, load_encoders
 from ipadapter_jax.train.folder import run_lock
 from ipadapter_jax.weights.tensors import files_of
+
+log = logging.getLogger("ipadapter_jax")
 
 _ENOUGH = 200  # records before a share of them says something
 
@@ -60,6 +64,9 @@ def encode_part(config: Encode, process: int, processes: int) -> int | None:
             f"{config.out} was begun with other settings or data ({'; '.join(changed[:8])}); go on with those, or "
             "choose another --out"
         )
+    if process == 0:
+        log.info("%s: %s", config.data, job.samples.account())
+        write_report(config.out, job.samples.source.unused)
     facts = [shard_facts(config.out, job.plan, shard) for shard in range(job.plan.shards)]
     missing = [shard for shard, found in enumerate(facts) if found is None]
     _check_room(config.out, job.plan, missing)

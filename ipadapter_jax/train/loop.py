@@ -32,7 +32,7 @@ from ipadapter_jax.train.logs import Skips
 from ipadapter_jax.train.memory import MemoryPlan, available, plan, remedies
 from ipadapter_jax.train.networks import load_networks
 from ipadapter_jax.train.optim import make_optimizer, trainable, view
-from ipadapter_jax.train.samples import Samples, check_fits, encoded_by, good_sample, open_samples
+from ipadapter_jax.train.samples import Samples, check_fits, encoded_by, good_sample, list_unused, open_samples, tell
 from ipadapter_jax.train.sharding import by_row, check_batch, global_batch, local_rows, make_mesh, replicated, whole
 from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
 from ipadapter_jax.train.step import make_step
@@ -59,6 +59,7 @@ def train(config: Train) -> int:
     mesh, folder = make_mesh(config.mesh.fsdp), Path(config.out).expanduser()
     check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config, config.data.path)  # the likeliest mistake, found before there is a folder
+    tell(config.data.path, samples)
     with run_lock(folder), StopSignal() as stop, contextlib.closing(Run(config, mesh, folder, samples)) as run:
         code = run.go(stop)
     if jax.process_count() > 1:
@@ -71,6 +72,7 @@ class Run:
 
     def __init__(self, config: Train, mesh: Mesh, folder: Path, samples: Samples):
         self.config, self.mesh, self.folder, self.samples = config, mesh, folder, samples
+        list_unused(folder, samples)
         self.loaded = load_networks(config, mesh, encoded_by(self.samples))
         check_fits(self.samples, config, self.loaded)
         attention_kernels.agree(self.loaded.networks.head_depths, config.model.dtype)
@@ -175,6 +177,7 @@ class Run:
         samples = self.samples
         if path is not None:
             samples = open_samples(self.config, path)
+            tell(path, samples)
             check_fits(samples, self.config, self.loaded)
         return Validation(self.config, self.mesh, self.loaded, samples)
 

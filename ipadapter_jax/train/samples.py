@@ -1,7 +1,9 @@
 """The samples of a run: pictures that are encoded at every step, or what `ipadapter-jax encode` made of them."""
 
+import logging
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from ipadapter_jax.adapters import open_image_encoder
@@ -10,6 +12,7 @@ from ipadapter_jax.data.batches import MAX_BAD_IN_A_ROW, Skipped, usable
 from ipadapter_jax.data.cache import CachedSamples, is_cache
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.data.samples import LiveSamples
+from ipadapter_jax.data.unused import write_report
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.settings import typed
@@ -18,6 +21,8 @@ from ipadapter_jax.train.encode import check_cache
 from ipadapter_jax.train.networks import Encoded, Loaded
 from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.weight_files import choose_weights
+
+log = logging.getLogger("ipadapter_jax")
 
 Samples = LiveSamples | CachedSamples
 
@@ -38,6 +43,18 @@ def open_samples(config: Train, path: str) -> Samples:
         clip_size = open_image_encoder(model.image_encoder).config.image_size
     length = base.config("text_encoder").max_position_embeddings
     return LiveSamples(source, base.folder / "tokenizer", data.resolution, clip_size, length)
+
+
+def tell(path: str, samples: Samples) -> None:
+    """Says in process 0 how many records there are at a path, and what is not used."""
+    if jax.process_index() == 0:
+        log.info("%s: %s", path, samples.account())
+
+
+def list_unused(folder: Path, samples: Samples) -> None:
+    """Leaves the list of what is not used in the folder of a run, in process 0."""
+    if jax.process_index() == 0 and isinstance(samples, LiveSamples):
+        write_report(folder, samples.source.unused)
 
 
 def encoded_by(samples: Samples) -> Encoded | None:

@@ -4,7 +4,7 @@ import io
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from PIL import Image
 
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.samples import LiveSamples
+from ipadapter_jax.data.unused import Unused
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.preprocess import clip_pixels, square_pixels
 from ipadapter_jax.tokens import load_tokenizer, tokenize
@@ -25,6 +26,7 @@ class Listed:
     """A source of given records."""
 
     records: list
+    unused: Unused = field(default_factory=Unused)
 
     def __len__(self):
         return len(self.records)
@@ -129,3 +131,17 @@ def test_identity_is_the_data_and_what_is_made_of_it(tmp_path):
         file.write("\n")
     assert LiveSamples(samples.source, tmp_path, 64, 24).identity() != identity
     assert live(Record("a.png", b"", ""), clip_size=None).identity() != identity
+
+
+def test_an_account_counts_what_is_not_used_and_captions_that_lose_their_end():
+    """75 tokens fit between both ends, and the 76th does not."""
+    fits, long = " ".join(["!"] * 75), " ".join(["!"] * 76)
+    records = [Record(f"{i}.png", b"", long if i in (3, 299) else fits) for i in range(300)]
+    samples = live(*records)
+    samples.source.unused.add("other files", "notes.md")
+    assert samples.account() == (
+        "300 records, 1 files not used: other files (1: notes.md); 1 of the first 256 captions are longer than 77 "
+        "tokens and lose their ends, that of 3.png for one"
+    )
+    assert live(*records[:3]).account() == "3 records, 0 files not used"
+    assert live(Record("a.png", b"", "\ud800")).account() == "1 records, 0 files not used"  # told when it is read

@@ -43,6 +43,12 @@ def test_pictures_of_nobody_are_left_out(tmp_path):
         assert named(find_pictures(folder, references("fox"))) == [["fox.png"]]
 
 
+def test_pictures_of_any_ending_and_those_that_are_not_read(tmp_path):
+    folder = files(tmp_path, "fox.JFIF", "cat.apng", "owl.heic")
+    with pytest.warns(UserWarning, match=r"1 images, owl.heic the first, are of a kind that is not read; convert them"):
+        assert named(find_pictures(folder, references("fox", "cat"))) == [["fox.JFIF"], ["cat.apng"]]
+
+
 def test_a_list(tmp_path):
     files(tmp_path / "made", "a.png", "b.png")
     (tmp_path / "list.csv").write_text("picture,name\nmade/b.png,fox.jpg\nmade/a.png,fox\n")

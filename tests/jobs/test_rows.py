@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from ipadapter_jax.data.unused import summary
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.jobs.rows import BadRow, Row, read_rows
+from ipadapter_jax.jobs.sources import unused
 
 
 @pytest.fixture
@@ -68,6 +70,47 @@ def test_a_folder(folder):
         ],
         [],
     )
+
+
+def test_prompts_of_a_folder_in_other_files(folder):
+    """.caption where there is no .txt, and Hugging Face's list where there is neither."""
+    (folder / "hen.JFIF").write_bytes(b"")
+    (folder / "owl.caption").write_text("an owl")
+    (folder / "fox.txt").write_text("a fox")
+    (folder / "fox.caption").write_text("not this")
+    (folder / "metadata.jsonl").write_text('{"file_name": "hen.JFIF", "text": "a hen"}\n{"file_name": "fox.png"}\n')
+    rows, bad = read_rows(folder)
+    assert bad == [] and {row.name: row.prompt for row in rows} == {"fox": "a fox", "hen": "a hen", "owl": "an owl"}
+    assert summary(3, unused(folder)) == (
+        "3 records, 2 files not used: folders, whose images are not read (1: deep); second captions of one image "
+        "(1: fox.caption)"
+    )
+    (folder / "metadata.jsonl").write_text('{"file": "hen.JFIF"}')
+    with pytest.raises(InputError, match="metadata.jsonl, line 1: no file_name"):
+        read_rows(folder)
+
+
+def test_what_is_in_no_row_is_counted(folder):
+    (folder / "1.heic").write_bytes(b"")
+    (folder / "1.txt").write_text("a newt")
+    (folder / "notes.md").write_text("")
+    (folder / "metadata.csv").write_text("file_name,text\nowl.jpg,an owl\ngone.jpg,gone\n")
+    assert summary(2, unused(folder, [7])) == (
+        "2 records, 6 files not used: rows that cannot be used, see bad_rows.jsonl (1: line 7); HEIC images, which are "
+        "not read: convert them to JPEG or PNG (1: 1.heic); captions without an image that is read (1: 1.txt); "
+        "folders, whose images are not read (1: deep); entries whose image does not exist (1: gone.jpg); other files "
+        "(1: notes.md)"
+    )
+    assert len(unused(folder / "metadata.csv")) == 0
+
+
+@pytest.mark.parametrize("content", ["F\u00fcchse".encode("utf-16-le"), b"a\0b"])
+def test_prompts_in_utf_16_are_refused(folder, content):
+    (folder / "owl.txt").write_bytes(content)
+    rows, bad = read_rows(folder)
+    assert [row.name for row in rows] == ["fox"] and "UTF-8" in bad[0].reason and len(bad) == 1
+    rows, bad = read(folder, '{"prompt": "a\\u0000b"}\n{"prompt": "fine"}')
+    assert [row.prompt for row in rows] == ["fine"] and "holds NUL characters, as UTF-16 does" in bad[0].reason
 
 
 def test_bad_pictures_of_a_folder(folder):

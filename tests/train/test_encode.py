@@ -277,4 +277,7 @@ def test_the_command(pictures, tmp_path):
     words += ["--out", tmp_path / "cache", "--resolution", 64, "--batch-size", 1]
     done = subprocess.run([sys.executable, "-m", "ipadapter_jax.cli", *map(str, words)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'cache'}: 10 samples, 1 records skipped\n"), done.stderr
-    assert CachedSamples(tmp_path / "cache")[0]["features"].dtype == jnp.bfloat16
+    cache = CachedSamples(tmp_path / "cache")
+    assert cache[0]["features"].dtype == jnp.bfloat16
+    assert f"{pictures}: 11 records, 0 files not used\n" in done.stderr
+    assert cache.account().startswith("10 records, 1 not used: they could not be encoded, see ")

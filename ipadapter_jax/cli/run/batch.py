@@ -9,15 +9,19 @@ from ipadapter_jax.adapters import Prepared
 from ipadapter_jax.cli.batch import Batch
 from ipadapter_jax.cli.run.many import make_pictures, settings
 from ipadapter_jax.cli.run.sampling import load
+from ipadapter_jax.data.unused import summary, write_report
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.jobs.plan import plan
 from ipadapter_jax.jobs.rows import Row, read_rows
+from ipadapter_jax.jobs.sources import unused
 from ipadapter_jax.pipeline import StableDiffusion
 
 
 def batch(args: Batch) -> int:
     """Loads, makes what is missing. Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
     rows, bad = read_rows(args.source)
+    left_out = unused(args.source, [row.line for row in bad])
+    print(f"{args.source}: {summary(len(rows), left_out)}", file=sys.stderr)
     pictured = any(row.images for row in rows)
     if pictured and args.adapter is None:
         if args.base != embedded.NAME:
@@ -27,6 +31,8 @@ def batch(args: Batch) -> int:
     works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)
     prepare = functools.partial(_load, pipe, args.fit)
     tally = make_pictures(pipe, args, works, args.out, settings(args, pipe), prepare, bad)
+    if args.process == 0:
+        write_report(args.out, left_out)
     if tally.bad:
         name = "bad_rows.jsonl" if args.process == 0 else f"bad_rows-{args.process}.jsonl"
         print(f"{len(tally.bad)} rows could not be used, see {args.out / name}", file=sys.stderr)
