@@ -44,7 +44,8 @@ from ipadapter_jax.weights.tensors import open_tensors
 from ipadapter_jax.weights.tree import Tree
 from ipadapter_jax.weights.weight_files import choose_weights
 
-Picture = str | os.PathLike | Image.Image | np.ndarray
+Picture = Any
+"""A path, a PIL image, or an array of numpy, jax or torch."""
 """What the unconditional branch of guidance sees in place of a picture: zero features, the features of normalised
 pixels that are zero, those of a black picture (ComfyUI's choice for plus and full adapters), or of noise, which pulls
 the pictures away from grain. The default is what adapters were trained with: zero features for base ones, zero pixels
@@ -130,7 +131,7 @@ class Adapter:
                     f"{argument(name)} holds embeddings for {len(found)} adapters; give each adapter its own"
                 )
             embeds = found[0].features
-        array, branches = as_floats(embeds, name), 2 if guided else 1
+        array, branches = as_floats(embeds, name, self.projection.dtype), 2 if guided else 1
         axes = 4 if config.uses_patches else 3
         shape = array.shape
         if len(shape) != axes or shape[-1] != config.feature_dim or shape[0] not in (1, 2) or 0 in shape:

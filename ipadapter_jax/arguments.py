@@ -1,11 +1,14 @@
 """What a person passes to a pipeline, checked and brought into form before anything is compiled."""
 
+import secrets
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
 
+from ipadapter_jax.arrays import to_numpy
 from ipadapter_jax.errors import InputError, argument
 
 Uncond = Literal["default", "zeros", "zero pixels", "black", "noise"]
@@ -40,11 +43,11 @@ def check_choices(
     """Raises InputError naming the first argument that cannot be used."""
     if not isinstance(images_per_prompt, Integral) or images_per_prompt < 1:
         raise InputError(f"{argument('num_images_per_prompt', images_per_prompt)} must be a whole number of at least 1")
-    if not _is_number(guidance_scale):
+    if not is_number(guidance_scale):
         raise InputError(
             f"{argument('guidance_scale', guidance_scale)} is not a finite number; 7.5 is usual, 1 turns guidance off"
         )
-    if not _is_number(guidance_rescale) or not 0 <= guidance_rescale <= 1:
+    if not is_number(guidance_rescale) or not 0 <= guidance_rescale <= 1:
         raise InputError(
             f"{argument('guidance_rescale', guidance_rescale)} must lie between 0 (none) and 1; 0.7 is usual"
         )
@@ -52,7 +55,7 @@ def check_choices(
         raise InputError(
             f"{argument('clip_skip', clip_skip)} must be a whole number of layers to leave out, 0 to {text_layers - 1}"
         )
-    if not _is_number(eta) or not 0 <= eta <= 1:
+    if not is_number(eta) or not 0 <= eta <= 1:
         raise InputError(f"{argument('eta', eta)} must lie between 0 (deterministic) and 1 (as DDPM)")
     if callback is not None and not callable(callback):
         raise InputError("callback must be a function of (step, timestep, latents)")
@@ -64,15 +67,31 @@ def latent_shape(height: int, width: int, downscale: int, channels: int) -> tupl
     """Pixels to (h, w, C)."""
     for name, pixels in (("height", height), ("width", width)):
         if not isinstance(pixels, Integral) or pixels < downscale or pixels % downscale:
-            nearest = max(downscale, round(pixels / downscale) * downscale) if _is_number(pixels) else downscale
+            nearest = max(downscale, round(pixels / downscale) * downscale) if is_number(pixels) else downscale
             raise InputError(
                 f"{argument(name, pixels)} is not a multiple of {downscale}; the nearest size is {nearest}"
             )
     return height // downscale, width // downscale, channels
 
 
-def seeds_of(seed: int | Sequence[int], count: int) -> np.ndarray:
-    """One seed per picture, (count,) uint32: seed + i, or those given."""
+def check_guided(guidance_scale: float, negatives: Sequence[str], guidance_rescale: float) -> None:
+    """Raises InputError for what has no effect without guidance."""
+    if guidance_scale > 1:
+        return
+    for name, given in (("negative_prompt", any(negatives)), ("guidance_rescale", guidance_rescale)):
+        if given:
+            raise InputError(
+                f"{argument(name)} has no effect without guidance, {argument('guidance_scale', guidance_scale)}: give "
+                "one above 1, or leave it out"
+            )
+
+
+def seeds_of(seed: int | Sequence[int] | None, count: int) -> np.ndarray:
+    """One seed per picture, (count,) uint32: seed + i, or those given. Of none one is drawn, and said on standard
+    error, so that the pictures can be made again."""
+    if seed is None:
+        seed = secrets.randbelow(2**32 - count + 1)
+        print(f"seed {seed}", file=sys.stderr)
     seeds = _listed(seed, "seed")
     if not all(isinstance(s, int) and 0 <= s < 2**32 for s in seeds):
         raise InputError(f"seed {seed} must be a whole number between 0 and 2^32 - 1, or a list of them")
@@ -85,36 +104,53 @@ def seeds_of(seed: int | Sequence[int], count: int) -> np.ndarray:
     return np.asarray(seeds, np.uint32)
 
 
-def given_latents(latents: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """The caller's initial latents as float32."""
-    array = as_floats(latents, "latents")
+def given_latents(latents: Any, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """The caller's initial latents as float32, for networks that compute in `dtype`."""
+    array = as_floats(latents, "latents", dtype)
     if array.shape != shape:
         raise InputError(f"latents have shape {array.shape}, these settings need {shape} (channels last)")
     return array
 
 
-def as_floats(value: Any, name: str) -> np.ndarray:
-    """A finite float32 array. Raises InputError naming the argument."""
-    try:
-        array = np.asarray(value)
-        if array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
-            raise TypeError
-        array = array.astype(np.float32)
-    except (TypeError, ValueError):
-        raise InputError(f"{name} must be an array of numbers") from None
+def as_floats(value: Any, name: str, dtype: Any = np.float32) -> np.ndarray:
+    """A float32 array whose numbers are finite in `dtype` too, from an array of any library or lists of numbers. Raises
+    InputError naming the argument."""
+    array = to_numpy(value, name)
+    if array.dtype.kind not in "iuf":
+        raise InputError(f"{name} must be an array of numbers")
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds numbers that are not finite")
+    check_range(array, name, dtype)
+    with np.errstate(over="ignore"):  # longer floats
+        array = array.astype(np.float32)
+    check_range(array, name, np.float32)
     return array
 
 
-def _is_number(value: Any) -> bool:
+def check_range(numbers: np.ndarray, name: str, dtype: Any) -> None:
+    """Raises InputError naming the argument when its numbers become infinite in `dtype`, the networks' own."""
+    most, dtype = largest(dtype), np.dtype(dtype)
+    found = float(np.abs(numbers).max(initial=0))
+    if not found <= most:
+        remedy = "load the model in bfloat16 or float32" if dtype == np.float16 else "scale them down"
+        raise InputError(f"{name} reaches {found:.6g}, beyond {most:.6g}, the largest number of {dtype}; {remedy}")
+
+
+def largest(dtype: Any) -> float:
+    """The largest finite number of float32, bfloat16 or float16."""
+    return {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}.get(np.dtype(dtype).name, 3.4028234663852886e38)
+
+
+def is_number(value: Any) -> bool:
     """A finite real number, also as float32."""
-    return isinstance(value, Real) and abs(float(value)) < 1e38  # not NaN: that compares as false
+    try:
+        return isinstance(value, Real) and abs(float(value)) < 1e38  # not NaN: that compares as false
+    except OverflowError:  # whole numbers of any length
+        return False
 
 
 def _listed(value: Any, name: str) -> list:
     """A number, a list or an array as a list of Python numbers."""
-    try:
-        return np.atleast_1d(np.asarray(value)).tolist() if not isinstance(value, str) else [value]
-    except (TypeError, ValueError):
-        raise InputError(f"{name}={value!r} is neither a number nor a list of numbers") from None
+    if isinstance(value, str):
+        return [value]
+    return np.atleast_1d(to_numpy(value, name)).tolist()

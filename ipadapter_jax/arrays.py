@@ -55,9 +55,9 @@ def _off_device(value: Any) -> Any:
     if not _is_tensor(value):
         return value
     tensor = value.detach().cpu()
-    short = str(tensor.dtype).removeprefix("torch.").startswith(("bfloat16", "float8"))
+    short = str(tensor.dtype).removeprefix("torch.").startswith(("bfloat16", "float8_"))
     return (tensor.float() if short else tensor).numpy()
 
 
 def _is_extended(dtype: np.dtype) -> bool:
-    return dtype.name.startswith(("bfloat16", "float8", "float4", "float6"))
+    return dtype.name.startswith(("bfloat16", "float4_", "float6_", "float8_"))

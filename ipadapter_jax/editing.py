@@ -12,7 +12,7 @@ from ipadapter_jax import sampling
 from ipadapter_jax.arguments import latent_shape
 from ipadapter_jax.diffusion.samplers import Run
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.masks import latent_mask, load_mask
+from ipadapter_jax.masks import check_latent_mask, latent_mask, load_mask
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.preprocess import load_image
 from ipadapter_jax.weights.tree import Tree
@@ -64,10 +64,17 @@ class Canvas:
 
 
 def open_canvas(
-    image: Any, mask: Any, strength: float | None, exact: bool, size: tuple[int | None, int | None], multiple: int
+    image: Any,
+    mask: Any,
+    strength: float | None,
+    exact: bool,
+    size: tuple[int | None, int | None],
+    multiple: int,
+    *,
+    sees_mask: bool,
 ) -> Canvas | None:
-    """What a call says of painting over a picture; None where it does not. Raises InputError, also for what would have
-    no effect."""
+    """What a call says of painting over a picture; None where it does not. `sees_mask`: the UNet is an inpainting one.
+    Raises InputError, also for what would have no effect."""
     if image is None and mask is None:
         for name, given in (("strength", strength is not None), ("exact_outside_mask", exact)):
             if given:
@@ -75,7 +82,10 @@ def open_canvas(
         return None
     if exact and mask is None:
         raise InputError(f"{argument('exact_outside_mask')} needs {argument('mask_image')}, which says what is outside")
-    return Canvas.load(image, mask, *size, multiple)
+    canvas = Canvas.load(image, mask, *size, multiple)
+    if canvas.mask is not None:
+        check_latent_mask(canvas.mask, multiple, sees_mask=sees_mask)
+    return canvas
 
 
 def strength_of(strength: float | None, image: Any, mask: Any) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax.adapters import Adapter, Picture, Prepared
-from ipadapter_jax.arguments import Uncond
+from ipadapter_jax.arguments import Uncond, check_range
 from ipadapter_jax.arrays import is_array
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.masks import check_inside, load_mask
@@ -79,11 +79,20 @@ def entries_of(
 
     Reads and checks what was given; encoders run when an entry is asked for keys and values. Raises InputError.
     """
-    given = _per_adapter(controls, len(adapters))
+    given = _per_adapter(controls, len(adapters), num_prompts)
     if controls.embeds is not None and controls.negative is not None:
         raise InputError(
             f"{argument('negative_ip_adapter_image')} goes with {argument('ip_adapter_image')}; embeddings "
             "hold their negative branch"
+        )
+    if controls.embeds is not None and controls.fit != "crop":
+        raise InputError(
+            f"{argument('fit', controls.fit)} is for images; {argument('ip_adapter_image_embeds')} are encoded already"
+        )
+    if controls.negative is not None and controls.uncond != "default":
+        raise InputError(
+            f"{argument('negative_ip_adapter_image')} and {argument('ip_adapter_uncond')} say the same; give one of "
+            "them"
         )
     if not guided and (controls.negative is not None or controls.uncond != "default"):
         raise InputError(
@@ -106,6 +115,7 @@ def entries_of(
                 )
             features, count = adapter.from_images(prompts, controls.fit, guided, negative, controls.uncond)
         plan = _Plan(adapter, functools.cache(features), count, sites, num_steps, 2 if guided else 1, num_prompts)
+        made = len(entries)
         if of_pictures is None:
             entries += plan.together(scale)
         else:
@@ -113,6 +123,9 @@ def entries_of(
             for i, mask in enumerate(loaded):
                 check_inside(mask, f"mask {i + 1}")
             entries += plan.apart(scale, loaded)
+        for entry in entries[made:]:
+            check_range(entry.weight, "ip_adapter_scale", adapter.projection.dtype)
+            check_range(entry.picture_weight, "ip_adapter_scale", adapter.projection.dtype)
     return entries
 
 
@@ -203,10 +216,11 @@ def _pictures(prompt: Any) -> Any:
     return list(prompt) if isinstance(prompt, list | tuple) else [prompt]
 
 
-def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
+def _per_adapter(controls: Controls, adapters: int, num_prompts: int) -> Sequence[Any]:
     """One image prompt (or one array of embeddings) per adapter.
 
-    With a single adapter a flat list is one prompt of several pictures; diffusers wants it nested, which works too.
+    With a single adapter a flat list is one prompt of several pictures; diffusers wants it nested, which works too. As
+    many as there are text prompts may be meant otherwise: then it must be nested, or `PerPrompt`.
     """
     images, embeds = controls.images, controls.embeds
     if images is not None and embeds is not None:
@@ -217,6 +231,11 @@ def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
         needing = (images, embeds, controls.negative, controls.masks)
         if any(value is not None for value in needing) or controls.uncond != "default":
             raise InputError("an image prompt, negative or with masks, needs an adapter: call with_ip_adapter first")
+        for name, given in (("ip_adapter_scale", not _is_one(controls.scale)), ("fit", controls.fit != "crop")):
+            if given:
+                raise InputError(
+                    f"{argument(name)} has no effect without an image prompt: leave it out, or call with_ip_adapter"
+                )
         return []
     given = [images] * (adapters if isinstance(images, PerPrompt) else 1)
     if embeds is not None:
@@ -227,6 +246,12 @@ def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
             )
     elif isinstance(images, list | tuple) and (adapters > 1 or any(isinstance(i, list | tuple) for i in images)):
         given = list(images)
+    merged = images if isinstance(images, list | tuple) and given[0] is images and controls.masks is None else ()
+    if len(merged) == num_prompts > 1:  # with masks it is one for each mask
+        raise InputError(
+            f"{argument('ip_adapter_image')} is a list of {num_prompts} images for {num_prompts} prompts: give "
+            "PerPrompt([...]) for one image to each prompt, or a list in the list, [[...]], for all to every prompt"
+        )
     if len(given) != adapters or any(prompt is None for prompt in given):
         name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
         raise InputError(
@@ -234,6 +259,11 @@ def _per_adapter(controls: Controls, adapters: int) -> Sequence[Any]:
             "give PerPrompt([...])"
         )
     return given
+
+
+def _is_one(scale: Any) -> bool:
+    """Whether this is what is taken where no scale is given."""
+    return scale == Scale() if isinstance(scale, Scale) else isinstance(scale, Real) and scale == 1
 
 
 def _scales(scale: Any, adapters: int) -> list[Any]:

@@ -153,5 +153,5 @@ def check_latent_mask(mask: np.ndarray, multiple: int, *, sees_mask: bool) -> No
     if inside.all() and not sees_mask:
         warnings.warn(
             "the mask_image is white everywhere, so that it keeps nothing of the image; leave it out to paint over all",
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -15,21 +15,33 @@ from jax.sharding import Mesh
 
 from ipadapter_jax import sampling
 from ipadapter_jax.adapters import Adapter, OpenedAdapter, Picture, open_adapter
-from ipadapter_jax.arguments import Uncond, check_choices, given_latents, latent_shape, prompt_pairs, seeds_of
+from ipadapter_jax.arguments import (
+    Uncond,
+    check_choices,
+    check_guided,
+    given_latents,
+    latent_shape,
+    prompt_pairs,
+    seeds_of,
+)
 from ipadapter_jax.attention_maps import AttentionMaps
 from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.diffusion.samplers import Run, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.editing import Canvas, open_canvas, start, strength_of
-from ipadapter_jax.errors import InputError, PictureError, argument
+from ipadapter_jax.errors import InputError, argument
+from ipadapter_jax.footprint import check_room
 from ipadapter_jax.image_prompts import Controls, Entry, ImagePrompt, PerPrompt, entries_of, entry_weights
-from ipadapter_jax.masks import check_latent_mask, site_masks
+from ipadapter_jax.masks import site_masks
 from ipadapter_jax.models.clip import CLIPText
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_sites, site_grids
 from ipadapter_jax.models.vae import VAE
-from ipadapter_jax.preprocess import to_uint8
+from ipadapter_jax.outputs import check_finite
+from ipadapter_jax.outputs import images_of as _pictures
+from ipadapter_jax.progress import step_bar
+from ipadapter_jax.prompt_syntax import warn_of_syntax
 from ipadapter_jax.tokens import Tokenizer, tokenize
 from ipadapter_jax.weights.tree import Tree
 
@@ -150,17 +162,19 @@ class StableDiffusion:
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = 0,
         latents: np.ndarray | None = None,
         output_type: str = "pil",
         return_attention_maps: bool = False,
         callback: sampling.OnStep | None = None,
+        progress_bar: bool = True,
     ) -> Any:
         """Pictures for every prompt, prompt-major.
 
         ip_adapter_image: one picture, several for one adapter (their tokens share one softmax), or with several
-        adapters a list of these, one per adapter; each a PIL image, an array or a path, brought to a square by `fit`
-        ("crop", "resize", "pad", or "tile": several squares). `PerPrompt` holds one for each prompt.
+        adapters a list of these, one per adapter; each a PIL image, an array (of numpy, jax or torch) or a path,
+        brought to a square by `fit` ("crop", "resize", "pad", or "tile": several squares). `PerPrompt` holds one for
+        each prompt; a flat list of as many pictures as prompts is refused, as both may be meant.
         ip_adapter_image_embeds instead: per adapter the encoder's features (G, n, ...), the negative branch first when
         guidance_scale > 1 (G = 2), or a file of them. negative_ip_adapter_image: what the unconditional branch sees,
         by default what `ip_adapter_uncond` says.
@@ -170,14 +184,15 @@ class StableDiffusion:
         height and width are given; mask_image: white where to paint; exact_outside_mask: its own pixels elsewhere.
         scheduler: ddim, ddpm, pndm, dpmsolver++, euler, euler_a, unipc or lcm; scheduler_config changes settings of
         the model's scheduler_config.json, such as {"use_karras_sigmas": True, "timestep_spacing": "trailing",
-        "rescale_betas_zero_snr": True}. seed: picture i uses seed + i, or seed[i], and nothing else. latents
-        (B, h, w, 4): standard normal. guidance_scale: by default the pipeline's own; <= 1 leaves the unconditional
-        branch out. clip_skip: layers of the text encoder to leave out for the prompt. callback(step, timestep, latents)
-        is called after every step; then each step is a jitted call of its own.
+        "rescale_betas_zero_snr": True}. seed: picture i uses seed + i, or seed[i], and nothing else; None draws one and
+        prints it. latents (B, h, w, 4): standard normal. guidance_scale: by default the pipeline's own; <= 1 leaves the
+        unconditional branch out. clip_skip: layers of the text encoder to leave out for the prompt. callback(step,
+        timestep, latents) is called after every step, and progress_bar shows them where standard error is a terminal,
+        or in a notebook; with either each step is a jitted call of its own.
 
         Returns PIL images ("pil"), a float array (B, H, W, 3) in [0, 1] ("np") or the final latents ("latent"), with
         return_attention_maps in a pair with `AttentionMaps`. Raises InputError before anything is compiled when an
-        argument cannot be used.
+        argument cannot be used or would have no effect, PictureError when what comes out is not finite.
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         prompts, negatives = prompt_pairs(prompt, negative_prompt)
@@ -185,6 +200,8 @@ class StableDiffusion:
         check_choices(
             num_images_per_prompt, guidance_scale, guidance_rescale, clip_skip, layers, eta, output_type, callback
         )
+        check_guided(guidance_scale, negatives, guidance_rescale)
+        warn_of_syntax({"prompt": prompts, "negative_prompt": negatives})
         if exact_outside_mask and output_type == "latent":
             raise InputError("exact_outside_mask is for pictures; latents hold no pixels to keep")
         canvas = self._canvas(image, mask_image, strength, exact_outside_mask, height, width)
@@ -193,8 +210,8 @@ class StableDiffusion:
         run = sample_table(scheduler, schedule, num_inference_steps, eta, strength)
         shape = self._latent_shape(*((height, width) if canvas is None else canvas.picture.shape[:2]))
         count = len(prompts) * num_images_per_prompt
-        seeds = seeds_of(seed, count)
-        given = None if latents is None else given_latents(latents, (count, *shape))
+        check_room(self.unet, self.vae, count, shape[:2], run, self.mesh.devices.flat, guided=guidance_scale > 1)
+        given = None if latents is None else given_latents(latents, (count, *shape), self.unet.dtype)
         controls = Controls(
             images=ip_adapter_image,
             embeds=ip_adapter_image_embeds,
@@ -207,6 +224,7 @@ class StableDiffusion:
         entries = self._entries(controls, run, guidance_scale, shape, len(prompts))
         if return_attention_maps and not entries:
             raise InputError(f"{argument('return_attention_maps')} needs an image prompt to look at")
+        seeds = seeds_of(seed, count)
 
         batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt))
         noise = batch.noise(shape, 0) if given is None else batch.spread(given)
@@ -220,9 +238,11 @@ class StableDiffusion:
         )
         denoise = functools.partial(sampling.denoise, self.unet, self.mesh, return_attention_maps, self.params["unet"])
         weight = entry_weights(entries, conditions, len(run.steps.timestep))
-        final, maps = sampling.run_steps(denoise, run.steps, weight, conditions, batch, began, callback)
+        with step_bar(progress_bar, len(run.steps.timestep), callback) as on_step:
+            final, maps = sampling.run_steps(denoise, run.steps, weight, conditions, batch, began, on_step)
         if output_type == "latent":
             found = np.asarray(final)[:count]
+            check_finite(found, "latents of image")
         else:
             decoded = np.asarray(sampling.decode(self.vae, self.mesh, self.params["vae"], final))[:count]
             found = _pictures(decoded, output_type, canvas if exact_outside_mask else None)
@@ -238,11 +258,8 @@ class StableDiffusion:
         """The picture to paint over, if there is one. Raises InputError when the model cannot, or has to."""
         if mask is None:
             check_text_to_image(str(self.sources.get("unet", "of this pipeline")), self.unet.config)
-        canvas = open_canvas(image, mask, strength, exact, (height, width), self.vae.config.downscale)
-        if canvas is not None and canvas.mask is not None:
-            sees_mask = self.unet.config.in_channels != self.unet.config.out_channels
-            check_latent_mask(canvas.mask, self.vae.config.downscale, sees_mask=sees_mask)
-        return canvas
+        size, sees_mask = (height, width), self.unet.config.in_channels != self.unet.config.out_channels
+        return open_canvas(image, mask, strength, exact, size, self.vae.config.downscale, sees_mask=sees_mask)
 
     def _entries(
         self, controls: Controls, run: Run, guidance_scale: float, shape: tuple[int, ...], prompts: int
@@ -298,18 +315,3 @@ class StableDiffusion:
         h, w = own if isinstance(own, tuple) else (own or 0, own or 0)
         height, width = h * scale if height is None else height, w * scale if width is None else width
         return latent_shape(height, width, scale, self.vae.config.latent_channels)
-
-
-def _pictures(decoded: np.ndarray, output_type: str, canvas: Canvas | None) -> Any:
-    if not np.isfinite(decoded).all():
-        raise PictureError(
-            "the picture is not finite: float16 overflowed or the weights are damaged; try bfloat16 or float32"
-        )
-    pixels = np.clip(decoded / 2 + 0.5, 0.0, 1.0)
-    if canvas is not None:
-        pixels = canvas.restored(pixels)
-    if output_type == "np":
-        return pixels
-    from PIL import Image
-
-    return [Image.fromarray(picture) for picture in to_uint8(pixels)]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ipadapter_jax.arguments import is_number
+from ipadapter_jax.arrays import is_array, to_numpy
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.models.unet_config import Site
 from ipadapter_jax.suggestions import likeliest
@@ -32,8 +34,8 @@ class Scale:
 
     def __post_init__(self) -> None:
         for name in ("layers", "steps"):  # arrays do not compare as one
-            if isinstance(value := getattr(self, name), np.ndarray):
-                object.__setattr__(self, name, tuple(value.tolist()))
+            if is_array(value := getattr(self, name)):
+                object.__setattr__(self, name, tuple(to_numpy(value, name).tolist()))
 
 
 class ScaleTable(NamedTuple):
@@ -211,7 +213,7 @@ def _spread(value: Any, count: int, what: str) -> np.ndarray:
 
 
 def _number(value: Any, what: str) -> float:
-    if not isinstance(value, Real) or not abs(float(value)) < 1e38:  # NaN compares as false
+    if not is_number(value):
         raise InputError(f"{argument(what, value)} is not a finite number; 0 is the base model, 1 the full image")
     return float(value)
 

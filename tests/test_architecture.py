@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "suggestions"},  # whoever reads what a person gave must be able to say what is wrong with it
     {"nearby"},
     {"ending", "image_files", "places", "settings", "texts", "trust"},
-    {"tokenizer_files", "draws", "arrays", "levels"},
+    {"tokenizer_files", "draws", "arrays", "levels", "footprint", "prompt_syntax", "progress"},
     {"diffusion", "figures", "preprocess", "tokens", "arguments", "files", "compilation_cache", "flops", "embedded"}
     | {"differences", "heap", "in_order", "lock", "stopping"},
     {"lines", "models"},
@@ -25,6 +25,7 @@ LAYERS = [
     {"sampling", "base_model"},
     {"adapters", "attention_maps", "masks", "scales"},
     {"editing", "image_prompts"},
+    {"outputs"},
     {"pipeline", "convert", "describe", "data"},
     {"jobs", "scenes"},
     {"evaluate"},

@@ -94,6 +94,7 @@ WRONG = [
     ({"adapter": None}, "--image and --image-encoder need --adapter"),
     ({"width": 65}, "--width 65 is not a multiple of 8; the nearest size is 64"),
     ({"height": -8}, "--height -8"),
+    ({"width": 10**8}, "an image of 100000000 x 64 pixels would need at least"),
     ({"scale": "nan"}, "--scale nan is not a finite number"),
     ({"guidance_scale": "inf"}, "--guidance-scale inf"),
     ({"steps": 0}, "--steps 0 must be at least 1"),

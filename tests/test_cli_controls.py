@@ -12,6 +12,12 @@ from small_model import small_adapter, small_model
 from test_cli import ADAPTER, CAT, arguments, settings
 
 from ipadapter_jax.cli import main
+from ipadapter_jax.cli.batch import Batch
+from ipadapter_jax.cli.run.batch import check_effects
+from ipadapter_jax.cli.run.many import _warn_of_syntax
+from ipadapter_jax.jobs.plan import plan
+from ipadapter_jax.jobs.rows import Row
+from ipadapter_jax.prompt_syntax import PromptSyntaxWarning
 
 OTHER = ORACLES / "assets" / "img_b.png"
 MASKS = [str(ORACLES / "assets" / f"ipmask_{i}.png") for i in (1, 2)]
@@ -91,7 +97,45 @@ WRONG = [
     (["--clip-skip", "99"], "--clip-skip 99 must be a whole number"),
     (["--guidance-rescale", "2"], "--guidance-rescale 2.0 must lie between 0"),
     (["--negative-image", "gone.png"], "'gone.png' does not exist"),
+    (["--negative-image", "a.png", "--uncond", "black"], "--negative-image and --uncond say the same; give one"),
+    (["--eta", "0.5", "--scheduler", "euler"], "--eta has no effect with --scheduler euler; it is for ddim"),
+    (
+        ["--guidance-scale", "1", "--uncond", "black"],
+        "--uncond has no effect without guidance: give a --guidance-scale",
+    ),
+    (["--guidance-scale", "0.5", "--negative-prompt", "x"], "--negative-prompt has no effect without guidance"),
+    (["--guidance-scale", "1", "--guidance-rescale", "0.5"], "--guidance-rescale has no effect without guidance"),
+    (["--num-images", "1000000000"], "1,000,000,000 images would need at least"),
 ]
+
+UNPROMPTED = [
+    (["--scale", "0.5"], "--scale has no effect without an image prompt: give --image or --embeds, or leave it out"),
+    (["--layers", "style", "--fit", "pad"], "--layers, --fit have no effect without an image prompt"),
+    (["--scale-start", "0.5"], "--scale-start has no effect"),
+    (["--scale-end", "0.5"], "--scale-end has no effect"),
+    (["--scale-steps", "1", "0"], "--scale-steps has no effect"),
+    (["--uncond", "black"], "--uncond has no effect"),
+    (["--negative-image", "a.png"], "--negative-image has no effect"),
+    (["--masks", "a.png"], "--masks has no effect"),
+    (["--image-weights", "1"], "--image-weights has no effect"),
+]
+
+
+@pytest.mark.parametrize(("more", "words"), UNPROMPTED)
+def test_options_of_image_prompts_need_one(tmp_path, monkeypatch, capsys, more, words):
+    forbid_sampling(monkeypatch)
+    alone = {"adapter": None, "image": None, "image_encoder": None}
+    for base in (TORCH_MODEL, "mini"):
+        assert main([*arguments(tmp_path / "a.png", base=base, **alone), *more]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert words in line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more", [["--fit", "pad"], ["--negative-image", "a.png"]])
+def test_options_of_images_have_no_effect_on_embeddings(tmp_path, monkeypatch, capsys, more):
+    forbid_sampling(monkeypatch)
+    assert main([*arguments(tmp_path / "a.png", image=None, embeds="e.safetensors"), *more]) == 2
+    assert f"{more[0]} has no effect on --embeds, which are encoded already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("more", "words"), WRONG)
@@ -177,13 +221,72 @@ def test_batch_goes_on_and_refuses_other_settings(tmp_path, table, capsys, monke
         ({"process": 2, "processes": 2}, "--process 2 of --processes 2"),
         ({"adapter": None}, "name the IP-Adapter that reads them with --adapter"),
         ({"seed": -1}, "--seed -1 must lie between"),
-        ({"height": 100}, "height=100 is not a multiple of 8"),
+        ({"height": 100}, "--height 100 is not a multiple of 8"),
     ],
 )
 def test_wrong_batches(tmp_path, table, capsys, monkeypatch, changes, words):
     forbid_sampling(monkeypatch)
     assert main(batch(table, tmp_path / "out", **changes)) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def rows_of(tmp_path: Path, *rows: dict) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "words"),
+    [
+        ({"prompt": "a"}, {"scale": 0.5}, "--scale, --adapter have no effect on "),
+        (
+            {"prompt": "a"},
+            {"adapter": None, "fit": "pad"},
+            "rows.jsonl, of which no row has an image: name images there",
+        ),
+        (
+            {"prompt": "a", "negative_prompt": "b"},
+            {"adapter": None, "guidance_scale": 1},
+            "line 1: negative_prompt has no",
+        ),
+        ({"prompt": "a"}, {"adapter": None, "num_images": 10**9}, "a job of 1,000,000,000 images would need at least"),
+        ({"prompt": "a"}, {"adapter": None, "batch_size": 10**7}, "10,000,000 images of 64 x 64 pixels would need"),
+    ],
+)
+def test_batches_without_effect_or_without_bounds(tmp_path, monkeypatch, capsys, row, changes, words):
+    forbid_sampling(monkeypatch)
+    assert main(batch(rows_of(tmp_path, row), tmp_path / "out", **changes)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert words in line and not (tmp_path / "out").exists()
+
+
+def test_what_no_row_needs_is_a_warning(tmp_path):
+    rows = [row(0, prompt="a", seed=1, scale=0.5), row(1, prompt="b", seed=2, scale=0.5, images=(CAT,))]
+    args = Batch(source=tmp_path / "rows.csv", out=tmp_path / "out", seed=3, scale=0.7)
+    with pytest.warns(UserWarning) as found:
+        check_effects(args, rows)
+    said = [str(warning.message) for warning in found]
+    assert len(said) == 3 and "1 rows, line 1 the first, have a scale, which has no effect" in said[0]
+    assert [line.split(" has no effect: every row")[0] for line in said[1:]] == ["--seed", "--scale"]
+
+
+def test_syntax_of_other_programs_is_said_once_for_all_rows(tmp_path):
+    rows = [row(i, prompt=f"a (cat:1.{i})", negative_prompt="BREAK it") for i in range(3)]
+    works = plan(rows, num_images=2, seed=0, scale=1.0)
+    args = Batch(source=tmp_path / "rows.csv", out=tmp_path / "out", negative_prompt="[x]")
+    with pytest.warns(PromptSyntaxWarning) as found:
+        _warn_of_syntax(args, works)
+    assert [str(warning.message).split(" or the like")[0].split(", which")[0] for warning in found] == [
+        "3 rows, 'row-0' the first, have '(cat:1.0)'",
+        "3 rows, 'row-0' the first, have 'BREAK'",
+        "--negative-prompt has '[x]'",
+    ]
+
+
+def row(index: int, **changes) -> Row:
+    fields = {"name": f"row-{index}", "prompt": "", "negative_prompt": "", "images": (), "seed": None, "scale": None}
+    return Row(index=index, line=index + 1, **fields | changes)
 
 
 def test_batch_into_its_own_source(tmp_path, capsys):

@@ -206,6 +206,7 @@ def test_a_long_prompt_works_and_says_what_is_lost(pipe):
         pipe("a photo of a cat " * 40 + "wearing sunglasses", ip_adapter_image=CAT, **SMALL)
 
 
+EMBEDS = {"ip_adapter_image": None, "ip_adapter_image_embeds": [np.zeros((2, 1, 40))]}
 WRONG = [
     ({"height": 65}, r"height=65 is not a multiple of 8; the nearest size is 64"),
     ({"width": 0}, "width=0"),
@@ -218,7 +219,9 @@ WRONG = [
     ({"ip_adapter_scale": "0.5"}, "no preset '0.5'; choose linear"),
     ({"prompt": None}, "prompt must be a text"),
     ({"prompt": "\udcff"}, "no text in UTF-8"),
-    ({"seed": None}, "seed None must be a whole number"),
+    ({"seed": [None]}, r"seed \[None\] must be a whole number"),
+    ({"guidance_scale": 10**400}, "guidance_scale=1000"),
+    ({"ip_adapter_scale": 10**400}, "ip_adapter_scale=1000"),
     ({"seed": 1.5}, "seed 1.5 must be a whole number"),
     ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, "too large for 2 pictures"),
     ({"latents": "abc"}, "latents must be an array of numbers"),
@@ -265,6 +268,23 @@ WRONG = [
     ({"image": CAT, "strength": 1.5}, "leaves no step to make: give at most 1"),
     ({"mask_image": CAT}, "give both"),
     ({"image": CAT, "exact_outside_mask": True}, "exact_outside_mask needs mask_image"),
+    (
+        {"prompt": ["a", "b"], "ip_adapter_image": [CAT, CAT]},
+        r"2 images for 2 prompts: give PerPrompt\(\[...\]\) for one",
+    ),
+    ({"fit": "pad"} | EMBEDS, "fit=pad is for images; ip_adapter_image_embeds are encoded already"),
+    ({"ip_adapter_uncond": "black", "negative_ip_adapter_image": CAT}, "say the same; give one of them"),
+    (
+        {"negative_prompt": "dark", "guidance_scale": 1},
+        "negative_prompt has no effect without guidance, guidance_scale=1",
+    ),
+    ({"guidance_rescale": 0.5, "guidance_scale": 0.5}, "guidance_rescale has no effect without guidance"),
+    ({"strength": 0.0}, "strength is for painting over a picture: give image"),
+    ({"width": 10**8}, r"an image of 100000000 x 64 pixels would need at least .* GB of memory \([\d,]+ bytes\)"),
+    (
+        {"num_images_per_prompt": 10**9},
+        "1,000,000,000 images of 64 x 64 pixels would need .* or make fewer images at once",
+    ),
     ({"guidance_rescale": 2.0}, "guidance_rescale=2.0 must lie between 0"),
     ({"clip_skip": 9}, "clip_skip=9 must be a whole number of layers to leave out, 0 to"),
     ({"ip_adapter_image": None, "ip_adapter_image_embeds": [np.zeros((3, 1, 40))]}, r"needs \(2, pictures, 40\)"),

@@ -7,7 +7,7 @@ from typing import ClassVar
 from ipadapter_jax import embedded
 from ipadapter_jax.cli.declared import Positional
 from ipadapter_jax.cli.many import HELP_JOB, Many
-from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING
+from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING, refuse
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.paper import SCORER, Choice
 from ipadapter_jax.places import Place
@@ -73,9 +73,8 @@ class Evaluate(Many):
         if source == out or source in out.parents:
             raise InputError(f"--out {self.out} lies in {self.data}, whose pictures are prompts; give another folder")
         if self.images_from is not None:
-            for option, given in (("adapter", self.adapter is not None), ("with-caption", self.with_caption)):
-                if given:
-                    raise InputError(f"--{option} is for making pictures, and --images-from has them; leave one out")
+            painting = [field.name for field in dataclasses.fields(Many) if field.name not in ("process", "processes")]
+            refuse(self, (*painting, "with_caption"), "on the images of --images-from", "leave --images-from out")
         elif self.adapter is None:
             raise InputError(
                 "name the IP-Adapter to evaluate with --adapter, or pictures of another program with --images-from"

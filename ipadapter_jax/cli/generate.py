@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ipadapter_jax import embedded
-from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING, Sampling
+from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING, OF_IMAGE_PROMPTS, Sampling, refuse
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import check_writable
+from ipadapter_jax.footprint import check_memory
 from ipadapter_jax.places import Place
 
 
@@ -85,6 +86,11 @@ def _check(args: Generate) -> None:
         raise InputError(f"--save-embeds {args.save_embeds}: give a name that ends in .safetensors")
     if args.adapter is not None and not prompted:
         raise InputError("--adapter needs --image, the picture to use as prompt")
+    if args.embeds is not None:
+        refuse(args, ("fit", "negative_image"), "on --embeds, which are encoded already", "give --image")
+    if not prompted:
+        names = (*OF_IMAGE_PROMPTS, "image_weights", "masks")
+        refuse(args, names, "without an image prompt", "give --image or --embeds")
     for option, needs, given in _NEEDS:
         if given(args) and not getattr(args, needs):
             raise InputError(f"--{option} needs --{needs.replace('_', '-')}")
@@ -95,6 +101,8 @@ def _check(args: Generate) -> None:
         raise InputError(f"--num-images {args.num_images} must be at least 1")
     if (args.num_images > 1 and not 0 <= args.seed <= 2**32 - args.num_images) or not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: seeds of all pictures must lie between 0 and 2^32 - 1")
+    fewer = "make fewer, or use ipadapter-jax batch"
+    check_memory(args.num_images * _SMALL, f"{args.num_images:,} images", fewer)
     if args.explore is not None:
         ignored = [option for option, given in _NOT_EXPLORED.items() if given(args)]
         if ignored:
@@ -106,10 +114,11 @@ def _check(args: Generate) -> None:
         check_writable(path)
 
 
+_SMALL = 64 * 64 * 3 * 4  # bytes: of an image smaller than which no model makes by itself
+
 _NEEDS = [
     ("save-embeds", "image", lambda args: args.save_embeds),
     ("explore", "image", lambda args: args.explore),
-    ("negative-image", "image", lambda args: args.negative_image),
     ("attention-maps", "adapter", lambda args: args.attention_maps),
     ("mask-image", "init_image", lambda args: args.mask_image),
     ("strength", "init_image", lambda args: args.strength is not None),

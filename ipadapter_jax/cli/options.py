@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from ipadapter_jax import embedded
@@ -127,6 +127,17 @@ class Sampling:
         for name, value in (("scale", self.scale), ("guidance-scale", self.guidance_scale)):
             if value is not None and not math.isfinite(value):
                 raise InputError(f"--{name} {value} is not a finite number")
+        if self.eta and self.scheduler != "ddim":
+            raise InputError(f"--eta has no effect with --scheduler {self.scheduler}; it is for ddim")
+        if self.negative_image is not None and self.uncond != "default":
+            raise InputError("--negative-image and --uncond say the same; give one of them")
+        if self.guidance_scale is not None and self.guidance_scale <= 1:
+            refuse(
+                self,
+                ("negative_prompt", "negative_image", "uncond", "guidance_rescale"),
+                "without guidance",
+                "give a --guidance-scale above 1",
+            )
 
     def scheduler_config(self) -> dict[str, Any]:
         """What the options change of the model's own settings."""
@@ -159,4 +170,24 @@ class Sampling:
             "eta": self.eta,
             "height": self.height,
             "width": self.width,
+            "progress_bar": False,  # commands have their own
         }
+
+
+OF_IMAGE_PROMPTS = (
+    *("scale", "layers", "scale_start", "scale_end", "scale_steps"),
+    *("fit", "negative_image", "uncond", "image_encoder", "adapter"),
+)
+
+
+def changed(args: Any, names: Iterable[str]) -> list[str]:
+    """Those of these options that differ from their defaults, as a person writes them."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != defaults[name]]
+
+
+def refuse(args: Any, names: Iterable[str], why: str, remedy: str) -> None:
+    """Raises InputError where one of these options was changed, as it has no effect."""
+    if ignored := changed(args, names):
+        has, them = ("have", "them") if len(ignored) > 1 else ("has", "it")
+        raise InputError(f"{', '.join(ignored)} {has} no effect {why}: {remedy}, or leave {them} out")

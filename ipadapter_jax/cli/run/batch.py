@@ -3,14 +3,18 @@
 import dataclasses
 import functools
 import sys
+import warnings
+from collections.abc import Sequence
 
 from ipadapter_jax import embedded
 from ipadapter_jax.adapters import Prepared
 from ipadapter_jax.cli.batch import Batch
+from ipadapter_jax.cli.options import OF_IMAGE_PROMPTS, refuse
 from ipadapter_jax.cli.run.many import make_pictures, settings
 from ipadapter_jax.cli.run.sampling import load
 from ipadapter_jax.data.unused import summary, write_report
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.footprint import check_job
 from ipadapter_jax.jobs.plan import plan
 from ipadapter_jax.jobs.rows import Row, read_rows
 from ipadapter_jax.jobs.sources import unused
@@ -23,11 +27,13 @@ def batch(args: Batch) -> int:
     left_out = unused(args.source, [row.line for row in bad])
     print(f"{args.source}: {summary(len(rows), left_out)}", file=sys.stderr)
     pictured = any(row.images for row in rows)
+    check_effects(args, rows)
+    check_job(len(rows), args.num_images)
     if pictured and args.adapter is None:
         if args.base != embedded.NAME:
             raise InputError(f"{args.source} has image prompts: name the IP-Adapter that reads them with --adapter")
         args = dataclasses.replace(args, adapter=embedded.NAME)
-    pipe = load(args, with_encoder=pictured)
+    pipe = load(args, images=args.batch_size, with_encoder=pictured)
     works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)
     prepare = functools.partial(_load, pipe, args.fit)
     tally = make_pictures(pipe, args, works, args.out, settings(args, pipe), prepare, bad)
@@ -38,6 +44,33 @@ def batch(args: Batch) -> int:
         print(f"{len(tally.bad)} rows could not be used, see {args.out / name}", file=sys.stderr)
     print(args.out)
     return tally.code
+
+
+def check_effects(args: Batch, rows: Sequence[Row]) -> None:
+    """Raises InputError for options, and warns of columns, that have no effect on any of these rows."""
+    if not any(row.images for row in rows):
+        refuse(args, OF_IMAGE_PROMPTS, f"on {args.source}, of which no row has an image", "name images there")
+    negative = next((row for row in rows if row.negative_prompt), None)
+    if negative is not None and args.guidance_scale is not None and args.guidance_scale <= 1:
+        raise InputError(
+            f"{args.source}, line {negative.line}: negative_prompt has no effect with --guidance-scale "
+            f"{args.guidance_scale:g}; give one above 1, or leave the column out"
+        )
+    unseen = [row.line for row in rows if row.scale is not None and not row.images]
+    if unseen:
+        warnings.warn(
+            f"{args.source}: {len(unseen)} rows, line {unseen[0]} the first, have a scale, which has no effect "
+            "without an image",
+            stacklevel=2,
+        )
+    own = {
+        "--seed": args.seed != 0 and all(row.seed is not None for row in rows),
+        "--scale": args.scale != 1 and all(row.scale is not None for row in rows),
+        "--negative-prompt": args.negative_prompt != "" and all(row.negative_prompt for row in rows),
+    }
+    for option, unused in own.items():
+        if unused:
+            warnings.warn(f"{option} has no effect: every row of {args.source} has its own", stacklevel=2)
 
 
 def _load(pipe: StableDiffusion, fit: str, row: Row) -> Prepared | None:

@@ -25,6 +25,7 @@ from ipadapter_jax.evaluate.report import page
 from ipadapter_jax.evaluate.results import TITLES, Results, compute, write_tables
 from ipadapter_jax.evaluate.scorer import OpenedScorer, open_scorer
 from ipadapter_jax.files import remove_leftovers, write_whole
+from ipadapter_jax.footprint import check_job
 from ipadapter_jax.jobs.plan import plan
 from ipadapter_jax.jobs.rows import Row
 from ipadapter_jax.lock import held_shard
@@ -82,9 +83,10 @@ def _paint(args: Evaluate, references: References) -> tuple[list[list[Path]], in
     own. Raises InputError for image prompts that cannot be read: a mean over the others would be another number."""
     folder = args.out / "images"
     rows = [_row(args, reference) for reference in references.found]
+    check_job(len(rows), args.num_images)
     works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale)
     mine = [work for work in works if work.row.index // embeddings.CHUNK % args.processes == args.process]
-    pipe = load(args)
+    pipe = load(args, images=args.batch_size)
 
     def prepare(row: Row) -> Prepared:
         return pipe.adapters[0].prepare([references.found[row.index].picture()], args.fit)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.figures import heated, sheet
 from ipadapter_jax.files import write_whole
 from ipadapter_jax.pipeline import StableDiffusion
-from ipadapter_jax.preprocess import image_grid, load_image
+from ipadapter_jax.preprocess import image_grid, load_image, load_upright
 from ipadapter_jax.scales import Scale
 from ipadapter_jax.weights.image_embeds import save_image_embeds
 
@@ -29,11 +30,16 @@ from ipadapter_jax.weights.image_embeds import save_image_embeds
 def generate(args: Generate) -> int:
     """Loads, samples, writes. Raises InputError."""
     pictures = [load_image(path) for path in args.image]
-    for path in (*args.masks, args.negative_image, args.init_image, args.mask_image):
+    sizes = [load_image(path).size for path in (args.init_image, args.negative_image) if path is not None]
+    for path in (*args.masks, args.mask_image):
         if path is not None:
-            load_image(path)  # what cannot be read is said before the weights are
+            load_upright(path)  # what cannot be read is said before the weights are
+    size = None if args.init_image is None else (sizes[0][1], sizes[0][0])
+    images = args.num_images if args.explore is None else 1
     with_encoder = args.embeds is None or args.image_encoder is not None
-    pipe = load(args, with_encoder=with_encoder, inpainting=args.mask_image is not None)
+    pipe = load(args, images=images, size=size, with_encoder=with_encoder, inpainting=args.mask_image is not None)
+    if args.embeds is not None and args.image_encoder is not None and not _needs_encoder(pipe, args):
+        warnings.warn("--image-encoder has no effect on these --embeds, whose negative branch is zeros", stacklevel=1)
     if args.explore is not None:
         drawn = explore.figure(pipe, args, args.explore, pictures)
         write_whole(args.out, png(drawn, {**_metadata(args, pipe, digests(pipe)), "explore": args.explore}))
@@ -47,6 +53,11 @@ def generate(args: Generate) -> int:
     if maps is not None and args.attention_maps is not None:
         write_whole(args.attention_maps, png(_heat_figure(found[0], maps), metadata))
     return 0
+
+
+def _needs_encoder(pipe: StableDiffusion, args: Generate) -> bool:
+    """Whether the encoder makes the negative branch of embeddings."""
+    return args.uncond not in ("default", "zeros") or pipe.adapters[0].projection.config.uses_patches
 
 
 def _sample(

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ipadapter_jax.jobs.plan import Work
 from ipadapter_jax.jobs.rows import BadRow, Row
 from ipadapter_jax.jobs.run import Tally, run_job
 from ipadapter_jax.pipeline import StableDiffusion
+from ipadapter_jax.prompt_syntax import PromptSyntaxWarning, foreign_syntax, warn_of_syntax
 
 
 def settings(args: Many, pipe: StableDiffusion) -> dict[str, Any]:
@@ -51,7 +53,10 @@ def make_pictures(
     settings: those of `settings`, with all else that the pictures depend on beside the rows. load: what the image
     encoder sees of a row's pictures. identify: what those hold. Raises InputError as `run_job`.
     """
-    with tqdm.tqdm(total=len(works), desc="pictures", unit="picture", disable=None) as bar:
+    _warn_of_syntax(args, works)
+    bar = tqdm.tqdm(total=len(works), desc="pictures", unit="picture", disable=None)
+    with bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptSyntaxWarning)  # said once, for all rows
 
         def on_progress(tally: Tally) -> None:
             bar.n = tally.before + tally.made
@@ -76,6 +81,25 @@ def make_pictures(
     return tally
 
 
+def _warn_of_syntax(args: Many, works: Sequence[Work]) -> None:
+    """Warns of other programs' syntax in the prompts of a job, with the number of rows and the first of them."""
+    rows = {work.row.index: work.row for work in works}.values()
+    found: dict[str, list[tuple[str, str]]] = {}  # by what it means: what to call the row, and the piece
+    for row in rows:
+        for text in (row.prompt, row.negative_prompt):
+            for piece, meaning in foreign_syntax(text):
+                found.setdefault(meaning, []).append((row.name, piece))
+    for meaning, places in found.items():
+        [name, piece], count = places[0], len({name for name, _ in places})
+        rows_are = f"{count} rows, {name!r} the first, have" if count > 1 else f"row {name!r} has"
+        warnings.warn(
+            f"{rows_are} {piece!r} or the like, which is read as plain text; in other programs it is {meaning}",
+            PromptSyntaxWarning,
+            stacklevel=2,
+        )
+    warn_of_syntax({"--negative-prompt": [args.negative_prompt]})
+
+
 def _make(pipe: StableDiffusion, args: Many, given: list[tuple[Work, Prepared | None]]) -> Sequence[Image.Image]:
     """The pictures of a batch; a short one is filled up with its last, so that all are one program."""
     filled = given + given[-1:] * (args.batch_size - len(given))
@@ -83,7 +107,7 @@ def _make(pipe: StableDiffusion, args: Many, given: list[tuple[Work, Prepared | 
     arguments = args.arguments()
     if prompts[0] is None:
         pipe = dataclasses.replace(pipe, adapters=())
-        arguments |= {"negative_ip_adapter_image": None, "ip_adapter_uncond": "default"}
+        arguments |= {"negative_ip_adapter_image": None, "ip_adapter_uncond": "default", "fit": "crop"}
     else:
         arguments["ip_adapter_image"] = PerPrompt(prompts)
         arguments["ip_adapter_scale"] = PerPrompt([args.scale_of(work.scale) for work in works])

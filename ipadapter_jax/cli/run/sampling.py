@@ -1,5 +1,6 @@
 """What all commands that sample have in common: opening the models, and what a picture's file says of them."""
 
+import dataclasses
 import functools
 import importlib.metadata
 import io
@@ -7,22 +8,32 @@ import json
 import sys
 from typing import Any
 
+import jax
 from PIL import Image, PngImagePlugin
 
 from ipadapter_jax.adapters import open_adapter
 from ipadapter_jax.arguments import check_choices, latent_shape
-from ipadapter_jax.base_model import check_text_to_image, open_base
+from ipadapter_jax.base_model import BaseModel, check_text_to_image, open_base
 from ipadapter_jax.cli.options import Sampling
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.files import sha256
+from ipadapter_jax.footprint import check_room
 from ipadapter_jax.models.unet_config import cross_attention_sites
-from ipadapter_jax.pipeline import StableDiffusion
+from ipadapter_jax.pipeline import GUIDANCE_SCALE, StableDiffusion
 from ipadapter_jax.scales import scale_table
 from ipadapter_jax.weights.tensors import files_of
 
 
-def load(args: Sampling, *, with_encoder: bool = True, inpainting: bool = False) -> StableDiffusion:
-    """Opens all that is needed, so that what does not fit is said at once, then reads it."""
+def load(
+    args: Sampling,
+    *,
+    images: int,
+    size: tuple[int, int] | None = None,
+    with_encoder: bool = True,
+    inpainting: bool = False,
+) -> StableDiffusion:
+    """Opens all that is needed, so that what does not fit is said at once, then reads it. `images`: how many are made
+    at once; `size`: height and width of a picture to paint over."""
     base = open_base(
         args.base,
         variant=args.variant,
@@ -35,12 +46,14 @@ def load(args: Sampling, *, with_encoder: bool = True, inpainting: bool = False)
     unet = base.config("unet")
     if not inpainting:
         check_text_to_image(args.base, unet)
-    layers, multiple = base.config("text_encoder").num_hidden_layers, base.config("vae").downscale
+    layers = base.config("text_encoder").num_hidden_layers
     guidance = 1.0 if args.guidance_scale is None else args.guidance_scale
     check_choices(1, guidance, args.guidance_rescale, args.clip_skip, layers, args.eta, "pil", None)
-    height, width = (multiple if side is None else side for side in (args.height, args.width))
-    latent_shape(height, width, multiple, unet.out_channels)
-    sample_table(args.scheduler, base.schedule.changed(args.scheduler_config()), args.steps, args.eta)
+    run = sample_table(args.scheduler, base.schedule.changed(args.scheduler_config()), args.steps, args.eta)
+    points = _points(args, base, size)
+    guided = (base.guidance_scale or GUIDANCE_SCALE) if args.guidance_scale is None else args.guidance_scale
+    parts = _Sized(unet, args.dtype), _Sized(base.config("vae"), args.dtype)
+    check_room(parts[0], parts[1], images, points, run, jax.local_devices(), guided=guided > 1)
     scale_table(args.scale_of(), cross_attention_sites(unet), args.steps)
     encoder = args.image_encoder if with_encoder else False
     adapter = None if args.adapter is None else open_adapter(args.adapter, encoder, unet)
@@ -48,6 +61,26 @@ def load(args: Sampling, *, with_encoder: bool = True, inpainting: bool = False)
         print("loading the weights", file=sys.stderr)
     pipe = StableDiffusion.from_opened(base, args.dtype)
     return pipe if adapter is None else pipe.with_opened(adapter)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sized:
+    """What `check_room` asks of a network that is not read yet."""
+
+    config: Any
+    dtype: str
+
+
+def _points(args: Sampling, base: BaseModel, size: tuple[int, int] | None) -> tuple[int, int]:
+    """(h, w) of the latents, where nothing says otherwise the model's own. Raises InputError for what is no size."""
+    multiple, own = base.config("vae").downscale, base.config("unet").sample_size
+    if size is not None:
+        height, width = (side // multiple * multiple for side in size)
+    else:
+        height, width = (side * multiple for side in (own if isinstance(own, tuple) else (own or 1, own or 1)))
+    height, width = height if args.height is None else args.height, width if args.width is None else args.width
+    h, w, _ = latent_shape(height, width, multiple, 0)
+    return h, w
 
 
 def digests(pipe: StableDiffusion) -> dict[str, dict[str, str]]:

@@ -1,0 +1,71 @@
+"""What other programs read in a prompt as instructions, and Stable Diffusion's own pipeline as plain text."""
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+
+class PromptSyntaxWarning(UserWarning):
+    """A prompt is written in another program's syntax, which is read as plain text."""
+
+
+class Found(NamedTuple):
+    """A piece of a prompt, and what it means elsewhere, with the remedy."""
+
+    piece: str
+    meaning: str
+
+
+class _Syntax(NamedTuple):
+    pattern: str
+    meaning: str
+    capitals: bool = False  # a plain word where all of a prompt is in capitals
+
+
+_WEIGHT = "a weight of words: take it out, or name what matters earlier"
+_SYNTAX = (
+    _Syntax(
+        r"<(?:lora|lyco|hypernet|hypernetwork):[^<>]*>",
+        "a network to be loaded: merge it into the base model beforehand, and take this out",
+    ),
+    _Syntax(
+        r"\bembedding:[^\s,()<>\[\]]+",
+        "a learned token: write the token alone where the model's tokenizer has it, or take this out",
+    ),
+    _Syntax(r"\((?=[^()]*[^\W\d])[^()]+:\s*-?\d*\.?\d+\s*\)", _WEIGHT),  # (word:1.3), but not (16:9)
+    _Syntax(r"\(\([^()]+\)\)|\([^()]+\)(?:\d|\+|--)|\b\w{2,}\+\+(?=[\s,.]|$)", _WEIGHT),
+    _Syntax(r"\[[^\[\]]+\]", "a weaker weight, or words that change during the steps: take the brackets out"),
+    _Syntax(r"\{[^{}]+\}", "a stronger weight, or a choice of words: take the braces out"),
+    _Syntax(r"\b__\w+?__\b", "a placeholder for words from a file: write one of them"),
+    _Syntax(r"\bBREAK\b", "a break between parts that are encoded apart: take it out", capitals=True),
+    _Syntax(r"\bAND\b", "a conjunction of prompts: write a comma, or and", capitals=True),
+)
+_LENGTH = 2000  # characters that are looked at: many more than the 77 tokens that a model reads
+
+
+def foreign_syntax(prompt: str) -> list[Found]:
+    """The first piece of each syntax that this prompt has."""
+    prompt = prompt[:_LENGTH]
+    shouted, found = prompt == prompt.upper(), {}
+    for syntax in _SYNTAX:
+        piece = None if shouted and syntax.capitals else re.search(syntax.pattern, prompt)
+        if piece is not None:
+            found.setdefault(syntax.meaning, Found(piece[0][:60], syntax.meaning))
+    return list(found.values())
+
+
+def warn_of_syntax(prompts: Mapping[str, Iterable[str]], stacklevel: int = 2) -> None:
+    """Warns once for each syntax that the prompts have. `prompts`: by what they are called ("prompt",
+    "negative_prompt")."""
+    said = set()
+    for name, texts in prompts.items():
+        for text in dict.fromkeys(texts):
+            for piece, meaning in foreign_syntax(text):
+                if meaning not in said:
+                    said.add(meaning)
+                    warnings.warn(
+                        f"{name} has {piece!r}, which is read as plain text; in other programs it is {meaning}",
+                        PromptSyntaxWarning,
+                        stacklevel=stacklevel + 1,
+                    )

@@ -1,0 +1,105 @@
+"""Arguments that would have no effect, overflow or ask for too much: refused before anything is compiled."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import IMAGE_ENCODER, ORACLES, forbid_sampling
+from small_model import small_adapter, small_model
+
+from ipadapter_jax import InputError, Scale, StableDiffusion, sampling
+from ipadapter_jax.arguments import given_latents, seeds_of
+from ipadapter_jax.errors import PictureError
+from ipadapter_jax.image_prompts import Controls, entries_of
+from ipadapter_jax.models.unet_config import cross_attention_sites
+from ipadapter_jax.outputs import check_finite
+
+CAT = ORACLES / "assets" / "img_a.png"
+SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
+EMBEDS = {"ip_adapter_image_embeds": [np.zeros((2, 1, 40))]}
+
+
+@pytest.fixture(scope="module")
+def base() -> StableDiffusion:
+    return StableDiffusion.from_pretrained(small_model())
+
+
+@pytest.fixture(scope="module")
+def pipe(base) -> StableDiffusion:
+    return base.with_ip_adapter(small_adapter("ip-adapter_tiny"), image_encoder=IMAGE_ENCODER)
+
+
+@pytest.mark.parametrize(
+    ("control", "name"),
+    [({"ip_adapter_scale": 0.5}, "ip_adapter_scale"), ({"ip_adapter_scale": "style"}, "ip_adapter_scale")]
+    + [({"ip_adapter_scale": Scale(steps=(1, 0))}, "ip_adapter_scale"), ({"fit": "pad"}, "fit")],
+)
+def test_controls_of_no_image_prompt_are_refused(base, control, name, monkeypatch):
+    forbid_sampling(monkeypatch)
+    with pytest.raises(InputError, match=f"{name} has no effect without an image prompt"):
+        base("a cat", **control, **SMALL)
+
+
+def test_all_images_for_every_prompt_are_said_by_a_list_in_the_list(pipe):
+    controls, sites = Controls(images=[[CAT, CAT]]), cross_attention_sites(pipe.unet.config)
+    [entry] = entries_of(controls, pipe.adapters, sites, 2, True, (64, 64), 2)
+    assert entry.picture_weight.shape == (1, 2)
+
+
+FLOAT16 = {"latents": np.full((1, 8, 8, 4), 7e4), "ip_adapter_scale": 7e4, **EMBEDS}
+FLOAT16["ip_adapter_image_embeds"] = [np.full((2, 1, 40), 7e4)]
+
+
+@pytest.mark.parametrize("name", ["latents", "ip_adapter_scale", "ip_adapter_image_embeds"])
+def test_numbers_beyond_float16_are_refused_by_name(pipe, name, monkeypatch):
+    forbid_sampling(monkeypatch)
+    half = [dataclasses.replace(a, projection=a.projection.clone(dtype=jnp.float16)) for a in pipe.adapters]
+    short = dataclasses.replace(pipe, unet=pipe.unet.clone(dtype=jnp.float16), adapters=tuple(half))
+    given = EMBEDS | {name: FLOAT16[name]}
+    with pytest.raises(InputError, match=f"{name} reaches 70000, beyond 65504, the largest number of float16; load"):
+        short("a cat", **given, **SMALL)
+
+
+def test_numbers_beyond_float32_are_refused_by_name(pipe, monkeypatch):
+    forbid_sampling(monkeypatch)
+    with pytest.raises(
+        InputError, match=r"latents reaches 1e\+300, beyond 3.40282e\+38, the largest number of float32"
+    ):
+        pipe("a cat", **EMBEDS, latents=np.full((1, 8, 8, 4), 1e300), **SMALL)
+
+
+@pytest.mark.torch
+def test_tensors_of_any_kind_are_arguments(pipe):
+    torch = pytest.importorskip("torch")
+    given = torch.ones((2, 1, 40), dtype=torch.bfloat16, requires_grad=True)
+    for embeds in ([given], [jnp.ones((2, 1, 40), jnp.bfloat16)], [[[[1.0] * 40]] * 2]):
+        sites = cross_attention_sites(pipe.unet.config)
+        [entry] = entries_of(Controls(embeds=embeds), pipe.adapters, sites, 2, True, (64, 64), 1)
+        np.testing.assert_array_equal(entry.features(), np.ones((1, 2, 1, 40)))
+    with pytest.raises(InputError, match="latents could not be read as an array .*Sparse"):
+        given_latents(torch.ones(2, 2).to_sparse(), (2, 2))
+    np.testing.assert_array_equal(seeds_of(torch.tensor([3, 4]), 2), [3, 4])
+
+
+def test_no_seed_draws_one_and_says_it(capsys):
+    found = seeds_of(None, 3)
+    line = capsys.readouterr().err
+    assert line == f"seed {found[0]}\n" and found.tolist() == [found[0], found[0] + 1, found[0] + 2]
+    assert seeds_of(None, 1) != seeds_of(None, 1)
+
+
+@pytest.mark.parametrize("form", ["latents of image", "image"])
+def test_what_is_not_finite_is_named(form):
+    rows = np.zeros((3, 2, 2, 4), np.float32)
+    check_finite(rows, form)
+    rows[0, 1, 1, 0], rows[2, 0, 0, 3] = np.nan, np.inf
+    with pytest.raises(PictureError, match=f"^{form} 0, 2 of 3, counted from 0, is not finite"):
+        check_finite(rows, form)
+
+
+def test_latents_that_are_not_finite_are_refused(pipe, monkeypatch):
+    shape = (pipe.mesh.size, 8, 8, 4)
+    monkeypatch.setattr(sampling, "run_steps", lambda *_: (jnp.full(shape, jnp.nan), None))
+    with pytest.raises(PictureError, match="latents of image 0 of 1"):
+        pipe("a cat", ip_adapter_image=CAT, **SMALL)
