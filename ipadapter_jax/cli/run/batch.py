@@ -68,8 +68,8 @@ def check_effects(args: Batch, rows: Sequence[Row]) -> None:
         "--scale": args.scale != 1 and all(row.scale is not None for row in rows),
         "--negative-prompt": args.negative_prompt != "" and all(row.negative_prompt for row in rows),
     }
-    for option, unused in own.items():
-        if unused:
+    for option, needless in own.items():
+        if needless:
             warnings.warn(f"{option} has no effect: every row of {args.source} has its own", stacklevel=2)
 
 
