@@ -3,6 +3,9 @@
 Parquet is read by row groups: a record that is drawn at random costs its whole group. Of pictures of 60 kB in groups of
 10, 100 and 1000 rows, 3400, 530 and 29 records a second were read in that way on one core. 100 rows are what Hugging
 Face writes; larger groups are better rewritten: `pyarrow.parquet.write_table(table, file, row_group_size=100)`.
+
+A few bytes of Parquet can stand for gigabytes: a value that is repeated, or zeros that are compressed. So a group is
+held against limits by what it declares before any of it is read, and repeated values stay in their dictionary.
 """
 
 import functools
@@ -21,6 +24,9 @@ from ipadapter_jax.data.unused import Unused
 from ipadapter_jax.errors import InputError
 
 LARGE_GROUP = 64 << 20  # bytes
+MAX_GROUP = 1 << 30  # bytes
+MAX_GROUP_ROWS = 1 << 20  # pyarrow's own choice when nobody says otherwise
+MAX_RATIO = 100  # of unpacked to packed bytes, in groups that are large: images and captions do not compress so far
 KEPT_GROUPS = 4  # so that reading in order, by a few threads, reads each group about once
 
 
@@ -45,7 +51,9 @@ class ParquetSource:
         self._group_starts = np.cumsum([0, *(group.num_rows for _, _, group in groups)])  # and the end of the last
         self._file_starts = np.cumsum([0, *(metadata.num_rows for metadata in self._metadata)])
         self._cached = functools.lru_cache(KEPT_GROUPS)(self._read_group)
-        _check_groups([group for _, _, group in groups], printable(files.path(0)))
+        for file, number, group in groups:
+            _check_group(group, self._read, f"{printable(files.path(file))}: row group {number}")
+        _warn_of_large_groups([group for _, _, group in groups], printable(files.path(0)))
 
     def __len__(self) -> int:
         return int(self._file_starts[-1])
@@ -57,7 +65,7 @@ class ParquetSource:
             table = self._cached(group)
             row = int(index - self._group_starts[group])
             image, text, cond_image = (_value(table, name, row) for name in self._columns)
-        except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a text that is not UTF-8
+        except (OSError, ValueError, IndexError, pa.ArrowException) as error:  # ValueError: a text that is not UTF-8
             raise InputError(f"{key}: the file is damaged ({_short(error)}); download it again") from None
         if image is None:
             raise InputError(f"{key}: no bytes under {self._columns.image!r}; store pictures in the file, not paths")
@@ -82,7 +90,8 @@ class ParquetSource:
     def _read_group(self, group: int) -> pa.Table:
         file, number = self._groups[group]
         # A reader must not be shared by threads; with its metadata at hand, a new one costs 0.03 ms.
-        with pq.ParquetFile(self._files.path(file), metadata=self._metadata[file]) as parquet:
+        path, metadata = self._files.path(file), self._metadata[file]
+        with pq.ParquetFile(path, metadata=metadata, read_dictionary=self._read) as parquet:
             return parquet.read_row_group(number, columns=self._read, use_threads=False)
 
 
@@ -107,6 +116,8 @@ def _kinds(schema: pa.Schema) -> dict[str, str]:
 def _is_picture(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _is_picture(kind.field("bytes").type)
+    if pa.types.is_dictionary(kind):
+        return _is_picture(kind.value_type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
@@ -121,7 +132,21 @@ def _value(table: pa.Table, column: str | None, row: int) -> Any:
     return value["bytes"] if isinstance(value, dict) else value
 
 
-def _check_groups(groups: list[pq.RowGroupMetaData], where: str) -> None:
+def _check_group(group: pq.RowGroupMetaData, read: list[str], where: str) -> None:
+    """Raises InputError for a group that would take far more memory than images of its size."""
+    columns = [group.column(i) for i in range(group.num_columns)]
+    chosen = [column for column in columns if column.path_in_schema in read]
+    unpacked = sum(column.total_uncompressed_size for column in chosen)
+    packed = sum(column.total_compressed_size for column in chosen)
+    bomb = unpacked > max(LARGE_GROUP, MAX_RATIO * packed)
+    if bomb or unpacked > MAX_GROUP or group.num_rows > MAX_GROUP_ROWS:
+        raise InputError(
+            f"{where} of {packed >> 10} KiB declares {group.num_rows:,} rows of {unpacked >> 20} MiB together, more "
+            "than is read at once; rewrite it with pyarrow.parquet.write_table(table, file, row_group_size=100)"
+        )
+
+
+def _warn_of_large_groups(groups: list[pq.RowGroupMetaData], where: str) -> None:
     if not sum(group.num_rows for group in groups):
         raise InputError(f"{where}: no rows; give Parquet files with one row per picture")
     if (size := max(group.total_byte_size for group in groups)) > LARGE_GROUP:

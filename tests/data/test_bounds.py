@@ -1,0 +1,81 @@
+"""Memory is bounded by what a file holds, not by what it claims to hold."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_formats import jpeg, pictures, write_parquet
+from memory import peak_growth
+
+from ipadapter_jax.data.open_source import open_source
+from ipadapter_jax.errors import InputError
+
+OPEN = "from ipadapter_jax.data.open_source import open_source; open_source(sys.argv[2])[0]"  # it reserves memory
+READ = "source = open_source(sys.argv[1]); [source[i] for i in (0, len(source) // 2, len(source) - 1)]"
+REFUSED = "try: open_source(sys.argv[1]); assert False\nexcept ValueError: pass"
+
+
+def growth(code: str, path: Path) -> int:
+    """MiB that the code takes beyond what reading good data does."""
+    write_parquet(path.parent / "good", pictures())
+    return peak_growth(OPEN, code, path, path.parent / "good")
+
+
+def repeated(value: bytes | str, rows: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([value]))
+
+
+def test_a_repeated_image_stays_one_image(tmp_path) -> None:
+    """Some hundred bytes that stand for 2.2 GB, and a caption that stands for as many."""
+    path, image = tmp_path / "a.parquet", jpeg(1) + bytes(22_000)
+    table = pa.table({"image": repeated(image, 100_000), "text": repeated("a fox" * 4000, 100_000)})
+    pq.write_table(table, path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 4000
+    source = open_source(str(path))
+    assert len(source) == 100_000 and source[99_999].image == image and source[5].text == "a fox" * 4000
+    assert growth(READ, path) < 300
+
+
+def test_a_repeated_image_in_a_struct(tmp_path) -> None:
+    path = tmp_path / "a.parquet"
+    struct = pa.StructArray.from_arrays([repeated(jpeg(1) + bytes(22_000), 100_000)], ["bytes"])
+    pq.write_table(pa.table({"image": struct, "text": repeated("a", 100_000)}), path, compression="zstd")
+    assert len(open_source(str(path))[7].image) > 22_000
+    assert growth(READ, path) < 300
+
+
+def test_compressed_zeros_are_refused_before_they_are_read(tmp_path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"image": [bytes(100 << 20)] * 5, "text": ["a"] * 5})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
+    with pytest.raises(InputError, match=r"a.parquet: row group 0 of 1\d KiB declares 5 rows of 500 MiB .*size=100"):
+        open_source(str(path))
+    assert growth(REFUSED, path) < 200
+
+
+def test_rows_without_number_are_refused_before_they_are_read(tmp_path) -> None:
+    path, rows = tmp_path / "a.parquet", 3_000_000
+    table = pa.table({"image": pa.nulls(rows, pa.binary()), "text": pa.nulls(rows, pa.string())})
+    pq.write_table(table, path, row_group_size=rows)
+    with pytest.raises(InputError, match="row group 0 of .* declares 3,000,000 rows"):
+        open_source(str(path))
+
+
+TEXTS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+
+
+@pytest.mark.parametrize("binary", [pa.binary(), pa.large_binary(), pa.binary_view()])
+@pytest.mark.parametrize(
+    "text", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+)
+@pytest.mark.parametrize("use_dictionary", [True, False])
+def test_every_type_of_column_is_read(tmp_path, binary, text, use_dictionary) -> None:
+    images, texts = [jpeg(i) for i in range(5)], ["a", "b", "a", "c", "füchse"]
+    column = pa.array(texts).dictionary_encode().cast(text) if pa.types.is_dictionary(text) else pa.array(texts, text)
+    table = pa.table({"image": pa.array(images, binary), "text": column})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2, use_dictionary=use_dictionary)
+    source = pickle.loads(pickle.dumps(open_source(str(tmp_path / "a.parquet"))))
+    assert [(source[i].image, source[i].text) for i in range(5)] == list(zip(images, texts, strict=True))
