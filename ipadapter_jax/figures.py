@@ -7,13 +7,15 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 LINE, GAP = 24, 8  # pixels
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 Labelled = Sequence[tuple[str, Image.Image]]
-"""Pictures of one size, each with its label."""
+"""Images of one size, each with its label."""
 
 
 def sheet(rows: Mapping[str, Labelled], note: str = "", side: int = 256) -> Image.Image:
     """The rows, each under its title, with a note below; every picture fitted into `side` by what the last one then has
-    in height."""
+    in height. Text that is wider than its place is cut."""
     *_, (_, last) = (cell for row in rows.values() for cell in row)
     width, height = side, round(side * last.height / last.width)
     columns, block = max(map(len, rows.values())), 2 * LINE + height + GAP
@@ -21,13 +23,25 @@ def sheet(rows: Mapping[str, Labelled], note: str = "", side: int = 256) -> Imag
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
     for number, (title, row) in enumerate(rows.items()):
         top = number * block
+        title = _cut(title, font, canvas.width - 2 * GAP)
         draw.text((GAP, top + LINE / 2), title, "black", font, anchor="lm")
         for column, (label, cell) in enumerate(row):
             left = GAP + column * (width + GAP)
-            draw.text((left, top + 1.5 * LINE), label, "black", font, anchor="lm")
+            draw.text((left, top + 1.5 * LINE), _cut(label, font, width), "black", font, anchor="lm")
             canvas.paste(ImageOps.contain(cell, (width, height), Image.Resampling.BICUBIC), (left, top + 2 * LINE))
+    note = _cut(note, font, canvas.width - 2 * GAP)
     draw.text((GAP, len(rows) * block + LINE / 2), note, "black", font, anchor="lm")
     return canvas
+
+
+def _cut(text: str, font: Font, width: float) -> str:
+    """The beginning of a text, on one line, that is not wider."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text} ...") > width:
+        text = text[:-1]
+    return f"{text.rstrip()} ..."
 
 
 def heated(picture: Image.Image, heat: np.ndarray) -> Image.Image:

@@ -19,7 +19,7 @@ LAYERS = [
     {"ending", "image_files", "places", "settings", "texts", "trust"},
     {"tokenizer_files", "draws", "arrays", "levels", "footprint", "prompt_syntax", "progress"},
     {"diffusion", "figures", "preprocess", "tokens", "arguments", "files", "compilation_cache", "flops", "embedded"}
-    | {"differences", "heap", "in_order", "lock", "stopping"},
+    | {"differences", "heap", "in_order", "lock", "stopping", "announce"},
     {"lines", "models"},
     {"weights", "kept_programs"},
     {"sampling", "base_model"},

@@ -19,6 +19,7 @@ import numpy as np
 import tqdm
 from jax import Array
 
+from ipadapter_jax.announce import FirstTime, announced
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.data.batches import Skipped, usable
 from ipadapter_jax.data.cache import CachedSamples, begin, finish, is_cache
@@ -136,11 +137,11 @@ class _Job:
         ahead = 2 * config.batch_size * self.encoders.mesh.size
         records, load = itertools.chain.from_iterable(parts), functools.partial(usable, self.samples)
         rows = in_order(load, records, threads=config.threads, ahead=ahead)
-        total = sum(map(len, parts))
+        total, first_time = sum(map(len, parts)), FirstTime()
         with contextlib.closing(rows), tqdm.tqdm(total=total, desc="encoding", unit="sample", disable=None) as bar:
             for shard, part in zip(shards, parts, strict=True):
                 with ShardWriter(config.out, self.plan, shard) as writer:
-                    for row in self._encoded(part, rows):
+                    for row in self._encoded(part, rows, first_time):
                         if isinstance(row, Skipped):
                             writer.skip(*row)
                         else:
@@ -156,7 +157,7 @@ class _Job:
                 f"{skipped[-1]['reason']}; repair the data, or raise --max-bad-share and run the same command again"
             )
 
-    def _encoded(self, part: range, rows: Iterator[Row]) -> Iterator[Row]:
+    def _encoded(self, part: range, rows: Iterator[Row], first_time: FirstTime) -> Iterator[Row]:
         """What the encoders make of the records `part`, which come next in `rows`; a batch is computed while the one
         before it is written."""
         size, before = self.config.batch_size * self.encoders.mesh.size, None
@@ -165,7 +166,8 @@ class _Job:
             group = list(itertools.islice(rows, len(indices)))
             sides = {"pixels": self.config.resolution, "clip_pixels": self.encoders.clip_size}
             batch = [_stacked(group, name, (size, side, side, 3)) for name, side in sides.items()]
-            now = indices, group, self.encoders(*batch)
+            with first_time("compiling the encoders"):
+                now = indices, group, self.encoders(*batch)
             if before is not None:
                 yield from self._unstacked(*before)
             before = now
@@ -188,7 +190,8 @@ class _Job:
 def _job(config: Encode) -> _Job:
     """Opens data and encoders, and says what is to be written."""
     patches = config.features == "penultimate"
-    encoders = load_encoders(config.base, config.variant, config.image_encoder, config.dtype, patches)
+    with announced("reading the weights"):
+        encoders = load_encoders(config.base, config.variant, config.image_encoder, config.dtype, patches)
     if config.resolution % encoders.pixel_step:
         raise InputError(f"--resolution {config.resolution} must be a multiple of {encoders.pixel_step} for this model")
     columns = {name: getattr(config, name) for name in ("image_root", "image_column", "text_column")}

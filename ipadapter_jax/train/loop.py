@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from ipadapter_jax import heap
+from ipadapter_jax.announce import FirstTime, announced
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.data.batches import Batch, Skipped, batches
 from ipadapter_jax.differences import differences
@@ -72,8 +73,10 @@ class Run:
 
     def __init__(self, config: Train, mesh: Mesh, folder: Path, samples: Samples):
         self.config, self.mesh, self.folder, self.samples = config, mesh, folder, samples
+        self.first_time = FirstTime()
         list_unused(folder, samples)
-        self.loaded = load_networks(config, mesh, encoded_by(self.samples))
+        with announced("reading the weights"):
+            self.loaded = load_networks(config, mesh, encoded_by(self.samples))
         check_fits(self.samples, config, self.loaded)
         attention_kernels.agree(self.loaded.networks.head_depths, config.model.dtype)
         self.about = self._about()
@@ -81,7 +84,8 @@ class Run:
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every)
         self._build_state()
         self.rows = local_rows(mesh, config.data.batch_size)
-        flops = self._check_cost()
+        with announced("tracing the training step"):
+            flops = self._check_cost()
         self.validation = self._validation()
         self.skips = together(lambda: Skips(folder / _of_process("skipped", "jsonl"), config.data.max_bad_share))
         self.desk = self._in_process_0(lambda: Desk(config, folder, self.about, self.loaded, self.first, flops))
@@ -179,7 +183,8 @@ class Run:
             samples = open_samples(self.config, path)
             tell(path, samples)
             check_fits(samples, self.config, self.loaded)
-        return Validation(self.config, self.mesh, self.loaded, samples)
+        with self.first_time("compiling the encoders and encoding the validation batch"):
+            return Validation(self.config, self.mesh, self.loaded, samples)
 
     def go(self, stop: StopSignal) -> int:
         """All steps that are left, or those until the signal. Returns the exit code."""
@@ -208,7 +213,8 @@ class Run:
         for number, (arrays, skipped) in enumerate(loading, self.first + 1):
             self._count_bad(number, skipped)
             batch = global_batch(self.mesh, arrays, self.rows, config.data.batch_size)
-            self.state, metrics = self.step(self.state, self.loaded.frozen, batch)
+            with self.first_time("compiling the training step"):
+                self.state, metrics = self.step(self.state, self.loaded.frozen, batch)
             self.pending.append((number, metrics))
             self._look(_IN_FLIGHT)
             stopping, last = stop.requested(number), number == config.steps
@@ -240,8 +246,9 @@ class Run:
         if self.validation is None:
             return
         validation, learnt = self.validation, self.state.params if self.state.ema is None else self.state.ema
-        with self.desk.paused() if self.desk is not None else contextlib.nullcontext():
-            losses, (grid, scores) = validation.losses(learnt), validation.grid(learnt)
+        paused = self.desk.paused() if self.desk is not None else contextlib.nullcontext()
+        with paused, self.first_time("compiling the validation and the sampler, and validating"):
+            losses, (grid, scores) = validation.losses(learnt), validation.grid(learnt, number)
             self._in_process_0(lambda: self.desk.validated(number, losses | scores, grid))
 
     def _save(self, number: int) -> None:

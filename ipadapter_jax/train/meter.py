@@ -104,16 +104,21 @@ class Progress:
     """One line that renews itself on a terminal, else a line per report, both on standard error."""
 
     def __init__(self, first_step: int, total_steps: int):
-        self._bar = tqdm.tqdm(
-            total=total_steps, initial=first_step, disable=None, bar_format="{percentage:3.0f}% |{bar:20}| {desc}"
-        )
-        self._total = total_steps
+        self._first, self._total = first_step, total_steps
+        self._bar: tqdm.tqdm | None = None  # from the first report on: compiling comes before
 
     def show(self, step: int, metrics: Mapping[str, float], eta: str) -> None:
         """Shows "loss", "images_per_second" and "mfu" of `metrics`, those that are there."""
         parts = {"loss": "loss {:.4f}", "images_per_second": "{:.1f} images/s", "mfu": "MFU {:.1%}"}
         shown = [text.format(metrics[name]) for name, text in parts.items() if name in metrics]
         line = ", ".join([f"step {step}/{self._total}", *shown, f"ETA {eta}"])
+        if self._bar is None:
+            self._bar = tqdm.tqdm(
+                total=self._total,
+                initial=self._first,
+                disable=None,
+                bar_format="{percentage:3.0f}% |{bar:20}| {desc}",
+            )
         if self._bar.disable:
             print(line, file=sys.stderr, flush=True)
         else:
@@ -121,4 +126,5 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()

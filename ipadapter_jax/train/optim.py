@@ -23,12 +23,22 @@ def trainable(model: Model) -> dict[str, bool]:
 
 def make_optimizer(optim: Optim, mask: dict[str, bool]) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) for the parts that the mask names; the others have no state."""
-    first = optim.learning_rate / (optim.warmup_steps + 1)
-    rate = optax.linear_schedule(first, optim.learning_rate, optim.warmup_steps)
     clip = optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm)
     adam = scale_by_adam(optim.beta1, optim.beta2, optim.epsilon)
     decay = optax.add_decayed_weights(optim.weight_decay)
-    return optax.masked(optax.chain(clip, adam, decay, optax.scale_by_learning_rate(rate)), mask)
+    return optax.masked(optax.chain(clip, adam, decay, optax.scale_by_learning_rate(learning_rate(optim))), mask)
+
+
+def learning_rate(optim: Optim) -> optax.Schedule:
+    """The learning rate by the number of updates before it."""
+    first = optim.learning_rate / (optim.warmup_steps + 1)
+    return optax.linear_schedule(first, optim.learning_rate, optim.warmup_steps)
+
+
+def updates_done(opt_state: Any) -> Array:
+    """The updates that an optimiser has made, without those that were skipped."""
+    _, count = next(iter(optax.tree_utils.tree_get_all_with_path(opt_state, "count")))
+    return count
 
 
 def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:

@@ -20,7 +20,7 @@ from ipadapter_jax.models.own_rows import rows_over
 from ipadapter_jax.preprocess import CLIP_TABLE
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import Networks
-from ipadapter_jax.train.optim import all_finite, fill
+from ipadapter_jax.train.optim import all_finite, fill, learning_rate, updates_done
 from ipadapter_jax.train.sharding import by_row, of_optimiser, replicated
 from ipadapter_jax.train.state import TrainState
 
@@ -173,7 +173,9 @@ def make_step(
         )
         old = new._replace(params=state.params, opt_state=state.opt_state, ema=state.ema, bad_steps=state.bad_steps + 1)
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        rate = jnp.float32(learning_rate(config.optim)(updates_done(state.opt_state)))
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), "bad_steps": kept.bad_steps}
+        metrics["learning_rate"] = rate
         if config.model.dtype == "float16":
             metrics["loss_scale"] = kept.loss_scale.scale
         return kept, metrics

@@ -6,7 +6,7 @@ a difference is one of the weights.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from ipadapter_jax.adapters import Adapter
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.measures import score
 from ipadapter_jax.evaluate.scorer import open_scorer
+from ipadapter_jax.figures import sheet
 from ipadapter_jax.models.own_rows import rows_over
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipeline import StableDiffusion
-from ipadapter_jax.preprocess import image_grid, to_uint8
+from ipadapter_jax.preprocess import to_uint8
 from ipadapter_jax.train.config import Log, Train
 from ipadapter_jax.train.networks import Loaded, Networks
 from ipadapter_jax.train.optim import fill
@@ -38,6 +39,7 @@ BUCKETS = 4  # quarters of the timesteps, the first being the least noisy
 _SEED, _STEP = 0, 2**32 - 1  # of noise that no training step draws
 _PICTURES = 4  # image prompts of the sample grid
 _COLUMNS = 2  # pictures for each
+_LEAST_SIDE = 192  # of an image in the grid, in pixels: labels need room
 
 
 class Validation:
@@ -67,10 +69,10 @@ class Validation:
         named = {f"validation_loss_{i}": float(loss) for i, loss in enumerate(losses)}
         return {"validation_loss": float(np.mean(losses)), **named}
 
-    def grid(self, learnt: Any) -> tuple[Image.Image | None, dict[str, float]]:
-        """A row for every image prompt: the reference and pictures of fixed seeds, without text; and by name what the
-        scoring CLIP says of them. For process 0, which samples on its own devices; nothing for the others, and where
-        there is to be none."""
+    def grid(self, learnt: Any, step: int) -> tuple[Image.Image | None, dict[str, float]]:
+        """A row for every image prompt: the reference and images of fixed seeds, without text, labelled; and by name
+        what the scoring CLIP says of them. For process 0, which samples on its own devices; nothing for the others, and
+        where there is to be none."""
         if self._prompts is None:
             return None, {}
         local, loaded = sampling.device_mesh(), self._loaded
@@ -79,12 +81,11 @@ class Validation:
         if jax.process_index():
             return None, {}
         groups = samples_of(pipeline_of(loaded, params, local), self._prompts, self._log)
-        rows = zip(self._prompts.references, groups, strict=True)
-        picture = image_grid([cell for reference, group in rows for cell in (reference, *group)], columns=1 + _COLUMNS)
+        captions = [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in self._prompts.input_ids]
+        picture = grid_sheet(self._prompts, captions, groups, self._log, step)
         if self._scorer is None:
             return picture, {}
-        captions = [[loaded.tokenizer.decode(ids, skip_special_tokens=True)] for ids in self._prompts.input_ids]
-        scores = score(self._scorer, groups, self._prompts.references, captions)
+        scores = score(self._scorer, groups, self._prompts.references, [[caption] for caption in captions])
         return picture, {name: float(values.mean()) for name, values in scores.of_prompts().items()}
 
     def _image_prompts(self) -> "ImagePrompts":
@@ -185,6 +186,20 @@ def samples_of(pipe: StableDiffusion, prompts: ImagePrompts, log: Log) -> list[l
             )
         )
     return groups
+
+
+def grid_sheet(
+    prompts: ImagePrompts, captions: Sequence[str], groups: Sequence[Sequence[Image.Image]], log: Log, step: int
+) -> Image.Image:
+    """The samples of a step as a sheet: a row for each image prompt under its caption, the reference first, then its
+    samples by seed."""
+    rows = {}
+    for number, (reference, caption, group) in enumerate(zip(prompts.references, captions, groups, strict=True)):
+        samples = [(f"seed {number * _COLUMNS + column}", image) for column, image in enumerate(group)]
+        rows[f"{number + 1}: {caption or 'no caption'}"] = [("reference", reference), *samples]
+    prompted = "no prompt" if prompts.features is None else "image prompt alone, no text"
+    note = f"step {step}: {prompted}, {log.sample_steps} sampling steps, guidance {log.guidance_scale:g}"
+    return sheet(rows, note, side=max(_LEAST_SIDE, prompts.references[0].width))
 
 
 def pipeline_of(loaded: Loaded, params: dict[str, Any], mesh: Mesh) -> StableDiffusion:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 from helpers import IMAGE_ENCODER, jax_settings
+from PIL import Image
 from training import changed, micro, photographs
 
 from ipadapter_jax import StableDiffusion, cli
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.figures import GAP, LINE
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.encode import Encode, encode
 from ipadapter_jax.train.loop import STOPPED, train
@@ -72,8 +75,11 @@ def test_what_a_run_leaves(done) -> None:
         "samples-0000004.png",
         "samples-0000008.png",
     ]
+    assert set(logged(done, "learning_rate").values()) == {float(np.float32(1e-3))}
     (events,) = (done / "tensorboard").iterdir()
-    assert all(part in events.read_bytes() for part in (b'"sources"', b'"vae": "/'))
+    assert all(part in events.read_bytes() for part in (b'"sources"', b'"vae": "/', b"learning_rate", b"samples"))
+    with Image.open(done / "samples" / "samples-0000004.png") as grid:
+        assert grid.size == (GAP + 3 * (192 + GAP), 4 * (2 * LINE + 192 + GAP) + LINE + GAP)
     assert (done / "README.md").read_text().startswith("---\nlibrary_name: diffusers")
     assert (done / "skipped.jsonl").read_text() == ""
 
@@ -99,9 +105,20 @@ def test_the_adapter_is_used_by_the_sampler(done, run, data) -> None:
     assert np.abs(pictures[0] - pictures[1]).max() > 1e-3
 
 
-def test_it_goes_on_to_the_bit(done, run, tmp_path) -> None:
+def test_it_goes_on_to_the_bit(done, run, tmp_path, caplog) -> None:
     config = changed(run, out=str(tmp_path / "run"))
-    assert train(changed(config, steps=5)) == 0
+    with caplog.at_level("INFO", "ipadapter_jax"):
+        assert train(changed(config, steps=5)) == 0
+    said = [record.getMessage() for record in caplog.records if record.name == "ipadapter_jax"]
+    lines = [re.sub(r"[\d.]+ s$", "N s", line) for line in said if " ..." in line or "done in" in line]
+    assert lines == [  # compiling takes minutes on a large model, and nothing else is to be seen
+        "reading the weights ...",
+        "reading the weights: done in N s",
+        "tracing the training step ...",
+        "tracing the training step: done in N s",
+        "compiling the training step (may take minutes) ...",
+        "compiling the training step: done in N s",
+    ]
     assert train(config) == 0
     assert logged(tmp_path / "run") == logged(done)
     assert digest(tmp_path / "run") == digest(done)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ipadapter_jax.train.optim import all_finite
+from ipadapter_jax.train.config import Optim
+from ipadapter_jax.train.optim import all_finite, learning_rate, make_optimizer, updates_done
 
 
 def fused_operands(leaves: int) -> int:
@@ -35,3 +36,19 @@ def test_one_number_is_enough(bad: float | None, place: int) -> None:
     if bad is not None:
         leaves[place] = np.full_like(leaves[place], bad)
     assert bool(jax.jit(all_finite)(leaves)) == (bad is None)
+
+
+def test_the_learning_rate_is_that_of_the_update() -> None:
+    """Read from the optimizer's state, which a skipped step leaves as it is. Without decay Adam's first updates are as
+    large as the rate."""
+    optim = Optim(learning_rate=0.1, warmup_steps=3, weight_decay=0.0)
+    optimizer = make_optimizer(optim, {"unet": True})
+    params = {"unet": {"w": jnp.zeros(3)}}
+    state = optimizer.init(params)
+    for expected in (0.025, 0.05, 0.075, 0.1, 0.1):
+        rate = learning_rate(optim)(updates_done(state))
+        updates, new = optimizer.update({"unet": {"w": jnp.ones(3)}}, state, params)
+        np.testing.assert_allclose(rate, expected, rtol=1e-6)
+        np.testing.assert_allclose(updates["unet"]["w"], -expected, rtol=1e-5)
+        assert int(updates_done(state)) + 1 == int(updates_done(new))
+        state = new
