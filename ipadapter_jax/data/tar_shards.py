@@ -20,7 +20,18 @@ from ipadapter_jax.data.unused import NO_CAPTION, Unused
 from ipadapter_jax.errors import InputError
 
 MEMBER = np.dtype([("offset", np.int64), ("size", np.int64)])  # of the content; size -1: there is no such member
+_MAX_HEADER = 1 << 20
 ENTRY = np.dtype([("shard", np.int32), *((role, MEMBER) for role in ROLES)])
+
+
+class _Headers(FileIO):
+    """A tar whose headers alone are read: extended ones say themselves how long they are, and a file that takes no room
+    on disk can hold one of gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 class TarSource:
@@ -88,7 +99,7 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of every whole file in a tar. Warns when the archive is not whole itself."""
     try:
         end = os.stat(path).st_size
-        with tarfile.open(path, "r:") as tar:
+        with _Headers(path) as file, tarfile.open(path, "r:", file) as tar:
             while (member := tar.next()) is not None:
                 vars(tar)["members"] = []  # the library keeps them all, 1.5 kB each
                 if member.offset_data + member.size > end:
@@ -101,7 +112,7 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
                 if member is None and tar.fileobj.read(512) == bytes(512):
                     return
         why = "it is damaged or ends early"
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         why = " ".join(str(error).split())[:100]
     warnings.warn(
         f"{printable(path)}: only the whole records of this tar are used ({why}); download it again, "

@@ -9,6 +9,7 @@ import numpy as np
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.weights.tensors import open_tensors
 
+_MAX_NUMBERS = 1 << 14  # of a picture: their covariances take 2 GiB
 _BLOCK = 4096  # rows of a file in memory at once
 
 
@@ -92,6 +93,8 @@ def moments_of_file(path: Path) -> Moments:
             f"{path} holds an array {array.shape} of {array.dtype}; give float features (pictures, numbers) of at "
             "least 2 pictures"
         )
+    if array.shape[1] > _MAX_NUMBERS:
+        raise InputError(f"{path} holds {array.shape[1]:,} numbers of each picture; give at most {_MAX_NUMBERS:,}")
     moments = Moments(array.shape[1])
     for rows in _blocks(array):
         if not np.isfinite(rows).all():
@@ -108,8 +111,11 @@ def _array(path: Path) -> np.ndarray:
         [tensor] = tensors.values()
         return tensor.read()
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            raise ValueError("it is an archive of arrays")
+        return found
+    except (OSError, ValueError, OverflowError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be read as an array of numpy ({reason}); save it with numpy.save") from None
 

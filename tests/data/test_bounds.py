@@ -1,13 +1,14 @@
 """Memory is bounded by what a file holds, not by what it claims to hold."""
 
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_formats import jpeg, pictures, write_parquet
+from data_formats import jpeg, pictures, write_parquet, write_tar
 from memory import peak_growth
 
 from ipadapter_jax.data.open_source import open_source
@@ -79,3 +80,37 @@ def test_every_type_of_column_is_read(tmp_path, binary, text, use_dictionary) ->
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2, use_dictionary=use_dictionary)
     source = pickle.loads(pickle.dumps(open_source(str(tmp_path / "a.parquet"))))
     assert [(source[i].image, source[i].text) for i in range(5)] == list(zip(images, texts, strict=True))
+
+
+# --- Tar
+
+
+def header(kind: bytes, size: int) -> bytes:
+    entry = tarfile.TarInfo("header")
+    entry.type, entry.size = kind, size
+    return entry.tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+def test_a_long_header_of_a_tar_is_not_read(tmp_path, kind) -> None:
+    """The file takes no room on disk behind its first record."""
+    path = write_tar(tmp_path / "tars", pictures()) / "00000.tar"
+    with tarfile.open(path) as tar:
+        end = tar.getmember("000000000.txt")
+    with open(path, "r+b") as file:
+        file.truncate(end.offset_data + 512)
+        file.seek(end.offset_data + 512)
+        file.write(header(kind, 4 << 30))
+        file.truncate(5 << 30)
+    with pytest.warns(UserWarning, match="only the whole records of this tar are used .a header of 4294967296 bytes"):
+        source = open_source(str(path))
+    assert len(source) == 1 and source[0].image == pictures()[0].image
+    assert growth(READ, path) < 200
+
+
+def test_headers_of_a_tar_that_follow_one_another_without_end(tmp_path) -> None:
+    path = write_tar(tmp_path / "tars", pictures()) / "00000.tar"
+    chained = header(tarfile.XHDTYPE, 0) * 5000
+    path.write_bytes(path.read_bytes().rstrip(b"\0") + bytes(-len(path.read_bytes().rstrip(b"\0")) % 512) + chained)
+    with pytest.warns(UserWarning, match="00000.tar: only the whole records of this tar are used"):
+        assert len(open_source(str(path))) == 3

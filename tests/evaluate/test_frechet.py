@@ -55,8 +55,14 @@ def test_files_that_cannot_be_used(tmp_path):
             distance_of_files(good, tmp_path / f"{name}.npy")
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     (tmp_path / "text.npy").write_text("no array")
+    np.save(tmp_path / "wide.npy", np.ones((2, 20_000), np.float32))
+    with open(tmp_path / "archive.npy", "wb") as file:
+        np.savez(file, a=A)
+    with open(tmp_path / "endless.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**19, 2)})
     save_file({"a": A, "b": B}, tmp_path / "two.safetensors")
-    for name in ("objects.npy", "text.npy", "two.safetensors", "nowhere.npy", "nowhere.safetensors"):
+    more = ("wide.npy", "archive.npy", "endless.npy")
+    for name in (*more, "objects.npy", "text.npy", "two.safetensors", "nowhere.npy", "nowhere.safetensors"):
         with pytest.raises(InputError, match=name):
             distance_of_files(good, tmp_path / name)
 
