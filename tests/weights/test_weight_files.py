@@ -86,7 +86,7 @@ def test_a_typo_names_the_variants_there_are(tmp_path):
     )
     refused(lambda: open_base(folder, variant="non-ema"), "choose non_ema or fp16")
     refused(lambda: open_base(TORCH_MODEL, variant=""), "variant ''", "no variants")
-    refused(lambda: open_base(TORCH_MODEL / "unet" / PLAIN["unet"], variant="fp16"), "--variant is for a folder")
+    refused(lambda: open_base(TORCH_MODEL / "unet" / PLAIN["unet"], variant="fp16"), "variant is for a folder")
 
 
 def test_on_the_command_line(tmp_path, capsys):
