@@ -29,6 +29,7 @@ from ipadapter_jax.weights.components import (
     read_blueprint,
     read_json,
 )
+from ipadapter_jax.weights.families import unsupported
 from ipadapter_jax.weights.hub import local_path, path_here
 from ipadapter_jax.weights.kinds import identify
 from ipadapter_jax.weights.lazy import Tensor
@@ -168,6 +169,7 @@ def open_base(
                 f"{argument('variant')} is for a folder in diffusers' layout; {reference} is a single file"
             )
         return _open_file(reference, root, config, replaced, extract_ema)
+    _check_family("base model", reference, root)
     if not (root / "unet").is_dir():
         held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
         raise InputError(
@@ -178,6 +180,11 @@ def open_base(
         if value:
             raise InputError(f"{argument(name)} is for a checkpoint of one file; {reference} is a folder")
     return BaseModel(str(reference), root, _variants(reference, root, needed, variant), replaced=replaced)
+
+
+def _check_family(what: str, reference: Reference, root: Path) -> None:
+    if family := unsupported(root):
+        raise InputError(f"{what} {reference}: {family}, which is not supported here yet; give one of SD 1.x")
 
 
 def _variants(
@@ -240,6 +247,7 @@ def _settings_folder(file: Path, config: Reference | None) -> Path:
             f"base model {file}: a single file has no tokenizer and no settings; name a folder or Hub id of the same "
             f"family with {argument('config')} ({error})"
         ) from None
+    _check_family("config", config or STABLE_DIFFUSION, folder)
     if not (folder / "unet" / "config.json").is_file():
         given = config or STABLE_DIFFUSION
         raise InputError(f"config {given}: no folder in diffusers' layout (it has no unet/config.json)")

@@ -3,15 +3,18 @@
 import collections
 import contextlib
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ipadapter_jax.base_model import BASE_COMPONENTS
-from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.errors import InputError, WeightFileError, option
 from ipadapter_jax.files import sha256
 from ipadapter_jax.weights.adapter_names import adapter_parts
-from ipadapter_jax.weights.components import IMAGE_ENCODER
+from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_files
+from ipadapter_jax.weights.families import unsupported
+from ipadapter_jax.weights.hub import SUFFIXES, local_path
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, describe_adapter
 from ipadapter_jax.weights.kinds import IP_ADAPTER, identify
 from ipadapter_jax.weights.lazy import Tensor
@@ -19,36 +22,61 @@ from ipadapter_jax.weights.safetensors_bytes import digest
 from ipadapter_jax.weights.tensors import files_of, open_file
 from ipadapter_jax.weights.weight_files import choose_weights
 
+_PARTS = {**BASE_COMPONENTS, "image_encoder": IMAGE_ENCODER}
 
-def describe(path: Path) -> dict[str, Any]:
-    """Facts about a file of weights by name: kind, container, base (the family), for an adapter variant, image_encoder,
-    features and tokens, then dtype, parameters, tensors, sha256 and metadata. A folder gives such facts for every
-    network below "parts".
+
+def describe(path: str | os.PathLike) -> dict[str, Any]:
+    """Facts by name about a file of weights, a path, a place on the Hub, "mini" or "mini-plus": kind, container, base
+    (the family), for an adapter variant, image_encoder, features and tokens, then dtype, parameters, tensors, sha256
+    and metadata. A folder gives such facts for every network below "parts".
 
     Raises InputError or WeightFileError for what holds no weights or is damaged.
     """
+    path = local_path(path, _needed, what="weights")
     return _describe_folder(path) if path.is_dir() else _describe_file(path)
+
+
+def _needed(names: Sequence[str]) -> Sequence[str]:
+    """Of a repository's files, or of a folder's in one, those that `_describe_folder` looks at."""
+    parts = {name: component for name, component in _PARTS.items() if any(n.startswith(f"{name}/") for n in names)}
+    if parts:
+        return choose_files(names, parts, ("model_index.json",), None)
+    for component in _PARTS.values():
+        with contextlib.suppress(WeightFileError):
+            return choose_files(names, {"": component}, (), None)
+    files = [name for name in names if name.endswith(SUFFIXES)]
+    if len(files) != 1:
+        raise InputError(f"weights: {_no_one_file(files, names)}")
+    return files
+
+
+def _no_one_file(files: Sequence[str], names: Sequence[str]) -> str:
+    """Why a folder is not described that holds these files of weights, none or several, among others."""
+    if not files:
+        return f"no weights here (it holds {', '.join(names[:5]) or 'nothing'})"
+    return f"several files of weights; name one of {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}"
 
 
 def _describe_folder(folder: Path) -> dict[str, Any]:
     parts = {}
-    places = {name: (component, folder / name) for name, component in BASE_COMPONENTS.items()}
-    places |= {"image_encoder": (IMAGE_ENCODER, folder / "image_encoder")}
-    for name, (component, place) in places.items():
+    for name, component in _PARTS.items():
+        place = folder / name
         if place.is_dir():
             parts[name] = _describe_file(place / choose_weights(component, _names(place), str(place), None))
     if not parts:
         held = _names(folder)
-        for component in (*BASE_COMPONENTS.values(), IMAGE_ENCODER):  # one network, perhaps in several formats
+        for component in _PARTS.values():  # one network, perhaps in several formats
             with contextlib.suppress(WeightFileError):
                 return _describe_file(folder / choose_weights(component, held, str(folder), None))
         files = [name for name in held if name.endswith(".index.json")]
-        files = files or [name for name in held if name.endswith((".safetensors", ".bin", ".msgpack", ".ckpt"))]
+        files = files or [name for name in held if name.endswith(SUFFIXES)]
         if len(files) != 1:
-            here = "no weights here" if not files else "several files of weights; name one"
-            raise InputError(f"{folder}: {here} (it holds {', '.join(held[:5]) or 'nothing'})")
+            raise InputError(f"{folder}: {_no_one_file(files, held)}")
         return _describe_file(folder / files[0])
-    return {"path": str(folder), "kind": "a base model in diffusers' layout", "parts": parts}
+    family = unsupported(folder)
+    use = f"{family} is not supported here yet, only SD 1.x" if family else f"give it as the base model{option('base')}"
+    kind = f"{family or 'a base model'} in diffusers' layout"
+    return {"path": str(folder), "kind": kind, "use": use, "parts": parts}
 
 
 def _names(folder: Path) -> list[str]:
@@ -64,11 +92,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
     if kind.name == IP_ADAPTER:
         projection, adapter, _ = adapter_parts(str(path), tensors)
         facts |= describe_adapter(projection, adapter)
-    use = kind.advice
-    if kind.name == IP_ADAPTER and kind.family in ("SDXL", "SD 2.x"):
-        use = "it can be converted, not sampled with"
-    if "not supported" in facts.get("variant", ""):
-        use = "none here yet"
+    use = "none here yet" if "not supported" in facts.get("variant", "") else kind.advice
     facts |= {"use": use, **_numbers(tensors)}
     facts["bytes"] = sum(file.stat().st_size for file in files_of(path))
     facts["sha256"] = {file.name: sha256(file) for file in files_of(path)}

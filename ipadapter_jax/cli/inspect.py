@@ -1,9 +1,9 @@
 """`ipadapter-jax inspect`: what it is told."""
 
 import dataclasses
-from pathlib import Path
 
 from ipadapter_jax.cli.declared import Positional
+from ipadapter_jax.places import Place
 
 
 @dataclasses.dataclass
@@ -11,7 +11,7 @@ class Inspect:
     """Shows what a file or folder of weights is: kind, variant, base model, the image encoder it needs, tokens, dtype,
     parameters, metadata and digest."""
 
-    file: Positional[Path]
-    """A file of weights, or a folder of them."""
+    file: Positional[Place]
+    """A file of weights, a folder of them, a place on the Hub, or mini or mini-plus inside this package."""
     json: bool = False
     """As one JSON object rather than as a table."""

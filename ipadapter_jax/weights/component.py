@@ -18,6 +18,7 @@ class Component:
 
     title: str
     kind: str
+    classes: tuple[str, ...]  # of diffusers or transformers, by which its config.json names it
     torch_stem: str
     flax_stem: str
     config: Callable[[Mapping[str, Any]], Any]

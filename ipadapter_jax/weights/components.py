@@ -21,7 +21,7 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.texts import parse_json, read_bytes
-from ipadapter_jax.weights import kinds
+from ipadapter_jax.weights import families, kinds
 from ipadapter_jax.weights.component import Component
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import FLAX, VAE_RENAMES, Spelling, torch_spelling
@@ -57,6 +57,7 @@ def like(*shape: int, dtype: Any = jnp.float32) -> Any:
 UNET = Component(
     title="UNet",
     kind=kinds.UNET,
+    classes=("UNet2DConditionModel",),
     torch_stem="diffusion_pytorch_model",
     flax_stem="diffusion_flax_model",
     config=UNetConfig.from_json,
@@ -71,6 +72,7 @@ UNET = Component(
 VAE_COMPONENT = Component(
     title="VAE",
     kind=kinds.VAE,
+    classes=("AutoencoderKL",),
     torch_stem="diffusion_pytorch_model",
     flax_stem="diffusion_flax_model",
     config=VAEConfig.from_json,
@@ -84,6 +86,7 @@ VAE_COMPONENT = Component(
 TEXT_ENCODER = Component(
     title="text encoder",
     kind=kinds.TEXT_ENCODER,
+    classes=("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"),
     torch_stem="model",
     flax_stem="flax_model",
     config=CLIPTextConfig.from_json,
@@ -95,6 +98,7 @@ TEXT_ENCODER = Component(
 IMAGE_ENCODER = Component(
     title="image encoder",
     kind=kinds.IMAGE_ENCODER,
+    classes=("CLIPVisionModelWithProjection", "CLIPVisionModel", "CLIPModel"),
     torch_stem="model",
     flax_stem="flax_model",
     config=CLIPVisionConfig.from_json,
@@ -180,7 +184,12 @@ def read_blueprint(component: Component, path: Path) -> Blueprint:
 
 
 def blueprint_of(component: Component, settings: Mapping[str, Any], path: Path) -> Blueprint:
-    """From settings that come from `path`. Raises InputError naming it and what is wrong in them."""
+    """From settings that come from `path`. Raises InputError naming it and what is wrong in them, or of another network
+    than this."""
+    name = settings.get("_class_name")
+    if isinstance(name, str) and name.removeprefix("Flax") not in component.classes:
+        wanted = f"{component.kind} ({component.classes[0]})"
+        raise InputError(f"{path}: this is {families.of_class(name)}; needed is {wanted}")
     return Blueprint(component, settings, _explained(component, path, lambda: component.config(settings)), path)
 
 

@@ -6,17 +6,22 @@ from collections.abc import Callable, Mapping
 
 from ipadapter_jax.errors import option
 from ipadapter_jax.weights.lazy import Tensor
+from ipadapter_jax.weights.torch_pickle import UNNAMED
 
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text that cross-attentions read
 _AS_BASE = "give it as the base model{base}"
 _AS_ENCODER = "give it as the image encoder{image_encoder}"
 _NO_PLACE = "there is no place for it here"
+_TEXT_WIDTHS = (*FAMILIES, 1280)
+_SECOND_ENCODER = "a model of text width 1280"
+# What tells FaceID's adapters but the portrait one: a resampler behind the projection, or a LoRA of the UNet.
+_FACE = r"(.*\.)?(perceiver_resampler\.|\d+\.to_(q|k|v|out)_lora\.)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """`name` with its article, the `family` of base models it belongs to or "", and what to do with it; `usable` is a
-    checkpoint of a family that is supported."""
+    """`name` with its article, the `family` of base models it belongs to or "", and what to do with it; `usable` is
+    what can be sampled with here, as far as the names and shapes tell."""
 
     name: str
     family: str
@@ -28,8 +33,10 @@ class Kind:
 
 
 IP_ADAPTER, CHECKPOINT, UNET, VAE = "an IP-Adapter", "a whole Stable Diffusion checkpoint", "a UNet", "a VAE"
+UNSUPPORTED = ("SD 2.x", "SDXL")  # of FAMILIES
 TEXT_ENCODER, IMAGE_ENCODER, LORA, CONTROLNET = "a text encoder", "a CLIP image encoder", "a LoRA", "a ControlNet"
 OPENCLIP = "a CLIP model in OpenCLIP's layout"
+TAESD, INVERSION = "a TAESD, a small stand-in for a VAE", "a textual inversion"
 IMAGE_EMBEDS = "a set of image embeddings"
 UNKNOWN = "no known kind of weights"
 
@@ -60,11 +67,16 @@ _SIGNATURES: tuple[tuple[str, str, str], ...] = (
     (r"visual\.(conv1|class_embedding)", OPENCLIP, _AS_ENCODER),
     (r"vision_model\.", IMAGE_ENCODER, _AS_ENCODER),
     (
+        r"(taesd_)?(encoder|decoder)\.layers\.\d+\.(conv\.\d|weight$|bias$)|(taesd_(en|de)coder\.)?\d+\.conv\.\d\.weight",
+        TAESD,
+        "it is not supported here; give a whole VAE (AutoencoderKL){vae}",
+    ),
+    (
         r"(cond_stage_model\.(transformer\.|model\.)?)?(text_model\.)?(embeddings\.token_embedding|encoder\.layers)\.",
         TEXT_ENCODER,
         "give it as the text encoder{text_encoder}, beside a base model",
     ),
-    (r"emb_params$|string_to_(param|token)", "a textual inversion", _NO_PLACE),
+    (r"emb_params$|string_to_(param|token)|clip_[lg]$", INVERSION, _NO_PLACE),
     (r"(image_embeds|hidden_states)$", IMAGE_EMBEDS, "give it in place of pictures{ip_adapter_image_embeds}"),
 )
 
@@ -75,7 +87,11 @@ def identify(tensors: Mapping[str, Tensor]) -> Kind:
         if any(re.match(pattern, key) for key in tensors):
             if name == CHECKPOINT:
                 return _checkpoint(tensors)
-            return Kind(name, _FAMILY.get(name, lambda _: "")(tensors), _worded(advice))
+            family = _FAMILY.get(name, lambda _: "")(tensors)
+            refusal = _refusal(name, family, tensors)
+            return Kind(name, family, refusal or _worded(advice), usable=not refusal)
+    if _is_inversion(tensors):
+        return Kind(INVERSION, "", _NO_PLACE, usable=False)
     shown = ", ".join(name[:60] for name in list(tensors)[:3])
     return Kind(UNKNOWN, "", f"its tensors are {shown}" if shown else "it has no tensors")
 
@@ -84,6 +100,33 @@ def _worded(advice: str) -> str:
     """With the options of a command line, where it is one that is advised."""
     names = ("base", "adapter", "image_encoder", "vae", "text_encoder", "ip_adapter_image_embeds")
     return advice.format_map({name: option(name) for name in names})
+
+
+def _refusal(name: str, family: str, tensors: Mapping[str, Tensor]) -> str:
+    """What to say of a file of a known kind that is refused wherever it belongs; empty for all others."""
+    not_yet = f"{family} is not supported here yet, only SD 1.x"
+    if name == IP_ADAPTER and _reads_faces(tensors):
+        return "it can be neither sampled with nor converted yet: it reads the face embedding of InsightFace"
+    if name == IP_ADAPTER and family in UNSUPPORTED:
+        return f"it can be converted, not sampled with: {not_yet}"
+    if name in (UNET, TEXT_ENCODER) and family in (*UNSUPPORTED, _SECOND_ENCODER):
+        return not_yet if family in UNSUPPORTED else "SDXL's second text encoder is not supported here yet"
+    into, out = (_axis(tensors, rf"conv_{end}\.weight", axis) for end, axis in (("in", 1), ("out", 0)))
+    if name == UNET and out and into == 2 * out:
+        return "it is one of instruct-pix2pix, which is not supported here yet"
+    return ""
+
+
+def _reads_faces(tensors: Mapping[str, Tensor]) -> bool:
+    layers = {key.rpartition("image_proj.")[2] for key in tensors} & {"proj.2.weight", "proj.3.weight"}
+    return layers == {"proj.2.weight"} or any(re.match(_FACE, key) for key in tensors)
+
+
+def _is_inversion(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether this is diffusers' learned_embeds: the vectors of a token or few, of the width of some text encoder."""
+    shapes = [tensor.shape for tensor in tensors.values()]
+    bare = all("." not in name and name != UNNAMED and not name.isdecimal() for name in tensors)
+    return bare and 0 < len(shapes) <= 16 and all(1 <= len(s) <= 2 and s[-1] in _TEXT_WIDTHS for s in shapes)
 
 
 def _checkpoint(tensors: Mapping[str, Tensor]) -> Kind:
@@ -95,8 +138,9 @@ def _checkpoint(tensors: Mapping[str, Tensor]) -> Kind:
     known = {2 * out: "instruct-pix2pix", 2 * out + 1: "inpainting"}
     more = "" if not into or not out or into == out else known.get(into, f"{into}-channel")
     name = f"a whole {more} checkpoint" if more else CHECKPOINT
-    if more not in ("", "inpainting") or family in ("SD 2.x", "SDXL"):
-        return Kind(name, family, "take one of the SD 1.x family, with 4 or 9 input channels", usable=False)
+    if more not in ("", "inpainting") or family in UNSUPPORTED:
+        advice = "not supported here yet; take one of the SD 1.x family, with 4 or 9 input channels"
+        return Kind(name, family, advice, usable=False)
     return Kind(name, family, _worded(_AS_BASE))
 
 

@@ -11,6 +11,7 @@ from ipadapter_jax.weights.components import like
 
 WHOLE_CLIP = Component(
     title="CLIP model",
+    classes=("CLIPModel",),
     kind=kinds.IMAGE_ENCODER,  # its text half has no name of its own that a text encoder lacks
     torch_stem="model",
     flax_stem="flax_model",
