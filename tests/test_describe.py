@@ -73,7 +73,7 @@ def test_published_variants_by_their_shapes(tmp_path, width, projection, facts):
     found = describe(published(tmp_path / "a.safetensors", width, projection))
     assert found | facts == found
     sampled = width == 768 and "proj.weight" in projection
-    assert ("--adapter" in found["use"]) == (sampled or "other.weight" in projection)
+    assert ("give it as the adapter" in found["use"]) == (sampled or "other.weight" in projection)
 
 
 def test_our_file_carries_its_digest(tmp_path):

@@ -223,18 +223,18 @@ def test_other_checkpoints(tmp_path, tensors, change, words):
 
 
 def test_options_that_do_not_fit(ldm):
-    refused(lambda: loaded(ldm, extract_ema=True), "no moving average", "--extract-ema", error=WeightFileError)
-    refused(lambda: open_base(TORCH_MODEL, extract_ema=True), "--extract-ema", "is a folder")
-    refused(lambda: open_base(TORCH_MODEL, config=TORCH_MODEL), "--config", "is a folder")
+    refused(lambda: loaded(ldm, extract_ema=True), "no moving average", "leave extract_ema away", error=WeightFileError)
+    refused(lambda: open_base(TORCH_MODEL, extract_ema=True), "extract_ema", "is a folder")
+    refused(lambda: open_base(TORCH_MODEL, config=TORCH_MODEL), "config", "is a folder")
     refused(lambda: open_base(ldm, config=ADAPTERS), "config", "unet/config.json")
     adapter = ADAPTERS / "ip-adapter_tiny.safetensors"
-    refused(lambda: open_base(adapter), "this is an IP-Adapter", "not a base model", "--adapter", error=WeightFileError)
+    refused(lambda: open_base(adapter), "this is an IP-Adapter", "not a base model", "give it as the adapter", error=WeightFileError)
 
 
 def test_without_settings_offline(ldm, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    refused(lambda: open_base(ldm), f"base model {ldm}", "has no tokenizer", "--config")
+    refused(lambda: open_base(ldm), f"base model {ldm}", "has no tokenizer", "config")
 
 
 # --- the peer ----------------------------------------------------------------------------------------------------
