@@ -308,4 +308,6 @@ def test_what_lies_under_such_a_name(tmp_path, content, words):
 
 def test_embeddings_given_as_an_adapter_are_named(tmp_path):
     path = ours(tmp_path, drawn(2, 1, 8))
-    refused(lambda: open_ip_adapter(path), "a set of image embeddings", "give it in place of pictures", error=InputError)
+    refused(
+        lambda: open_ip_adapter(path), "a set of image embeddings", "give it in place of pictures", error=InputError
+    )

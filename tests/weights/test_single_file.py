@@ -228,7 +228,13 @@ def test_options_that_do_not_fit(ldm):
     refused(lambda: open_base(TORCH_MODEL, config=TORCH_MODEL), "config", "is a folder")
     refused(lambda: open_base(ldm, config=ADAPTERS), "config", "unet/config.json")
     adapter = ADAPTERS / "ip-adapter_tiny.safetensors"
-    refused(lambda: open_base(adapter), "this is an IP-Adapter", "not a base model", "give it as the adapter", error=WeightFileError)
+    refused(
+        lambda: open_base(adapter),
+        "this is an IP-Adapter",
+        "not a base model",
+        "give it as the adapter",
+        error=WeightFileError,
+    )
 
 
 def test_without_settings_offline(ldm, monkeypatch, tmp_path):
