@@ -21,6 +21,7 @@ from ipadapter_jax.image_files import LIMITS, check_size, open_image
 from ipadapter_jax.levels import array_to_image, eight_bits
 from ipadapter_jax.levels import to_uint8 as to_uint8  # whoever reads images writes them too
 from ipadapter_jax.nearby import nearby
+from ipadapter_jax.web_images import fetch, is_url
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -34,8 +35,8 @@ _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTA
 def load_image(source: Any, background: str = "white") -> Image.Image:
     """Any picture as a new, upright, opaque PIL picture of mode RGB.
 
-    source: a file; a PIL picture; or an array (H, W) or (H, W, 1 | 3 | 4) of uint8, uint16 or floats in [0, 1], of
-    numpy, jax or torch, whose tensors may have their channels first.
+    source: a file; an https URL, where the network is allowed; a PIL picture; or an array (H, W) or (H, W, 1 | 3 | 4)
+    of uint8, uint16 or floats in [0, 1], of numpy, jax or torch, whose tensors may have their channels first.
     EXIF orientation is applied, the first frame of an animation taken, transparency composited on white (as in
     transformers 5) or another `background`, 16 bits are scaled to 8, CMYK is converted without a profile. Warns when a
     side is 1 pixel long.
@@ -59,7 +60,8 @@ def _loaded(source: Any, prepare: Callable[[Image.Image, str], Image.Image]) -> 
             return prepare(source, name)
         if is_array(source):
             return prepare(array_to_image(image_array(source, name), name), name)
-        with open_image(_checked_path(path, name), name) as file:
+        place = io.BytesIO(fetch(path)) if path and is_url(path) else _checked_path(path, name)
+        with open_image(place, name) as file:
             return prepare(file, name)
 
     image = _named_errors(read, name)

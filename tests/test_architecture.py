@@ -16,7 +16,7 @@ PACKAGE = "ipadapter_jax"
 LAYERS = [
     {"errors", "suggestions"},  # whoever reads what a person gave must be able to say what is wrong with it
     {"nearby"},
-    {"ending", "image_files", "places", "settings", "texts", "trust"},
+    {"ending", "image_files", "places", "settings", "texts", "trust", "web_images"},
     {"tokenizer_files", "draws", "arrays", "levels", "footprint", "prompt_syntax", "progress"},
     {"diffusion", "figures", "preprocess", "tokens", "arguments", "files", "compilation_cache", "flops", "embedded"}
     | {"differences", "heap", "in_order", "lock", "stopping", "announce"},

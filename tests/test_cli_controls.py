@@ -221,6 +221,7 @@ def test_batch_goes_on_and_refuses_other_settings(tmp_path, table, capsys, monke
         ({"process": 2, "processes": 2}, "--process 2 of --processes 2"),
         ({"adapter": None}, "name the IP-Adapter that reads them with --adapter"),
         ({"seed": -1}, "--seed -1 must lie between"),
+        ({"negative_image": "https://a.b/c.png"}, "what lies behind a URL may change; download it first"),
         ({"height": 100}, "--height 100 is not a multiple of 8"),
     ],
 )
@@ -257,7 +258,7 @@ def rows_of(tmp_path: Path, *rows: dict) -> Path:
 def test_batches_without_effect_or_without_bounds(tmp_path, monkeypatch, capsys, row, changes, words):
     forbid_sampling(monkeypatch)
     assert main(batch(rows_of(tmp_path, row), tmp_path / "out", **changes)) == 2
-    [line] = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert words in line and not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from ipadapter_jax.cli.options import Sampling
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.web_images import is_url
 
 HELP_JOB = ("batch_size", "process", "processes")
 
@@ -31,6 +32,11 @@ class Many(Sampling):
                 raise InputError(f"--{name} {value} must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed {self.seed} must lie between 0 and 2^32 - 1")
+        if self.negative_image is not None and is_url(self.negative_image):
+            raise InputError(
+                f"--negative-image {self.negative_image}: a job may go on for days, and what lies behind a URL may "
+                "change; download it first, then give the path of the file"
+            )
         if not 0 <= self.process < self.processes:
             raise InputError(f"--process {self.process} of --processes {self.processes}: they count from 0")
 

@@ -155,10 +155,11 @@ class Sampling:
             given = parse_json(given, "--layers", "an example is '{\"mid\": 1}'")
         return Scale(self.scale if value is None else value, given, self.scale_start, self.scale_end, self.scale_steps)
 
-    def arguments(self) -> dict[str, Any]:
-        """For the call of a pipeline: all that does not differ from picture to picture."""
+    def arguments(self, negative: Any) -> dict[str, Any]:
+        """For the call of a pipeline: all that does not differ from picture to picture. `negative`: the image of
+        --negative-image, or its path."""
         return {
-            "negative_ip_adapter_image": self.negative_image,
+            "negative_ip_adapter_image": negative,
             "ip_adapter_uncond": self.uncond,
             "fit": self.fit,
             "num_inference_steps": self.steps,

@@ -183,6 +183,7 @@ def samples_of(pipe: StableDiffusion, prompts: ImagePrompts, log: Log) -> list[l
                 seed=i * _COLUMNS,
                 height=side,
                 width=side,
+                progress_bar=False,
             )
         )
     return groups

@@ -18,7 +18,11 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def figure(
-    pipe: StableDiffusion, args: Generate, what: Literal["scales", "presets"], pictures: Sequence[Image.Image]
+    pipe: StableDiffusion,
+    args: Generate,
+    what: Literal["scales", "presets"],
+    pictures: Sequence[Image.Image],
+    negative: Image.Image | None,
 ) -> Image.Image:
     """Seeds by scales, or references by presets (those that the UNet's layers allow). One picture a call, so
     that the first compiles and all others run."""
@@ -33,7 +37,7 @@ def figure(
                 ip_adapter_image=list(references),
                 ip_adapter_scale=scale,
                 seed=seed,
-                **args.arguments(),
+                **args.arguments(negative),
             )
             bar.update()
             return picture

@@ -27,29 +27,47 @@ from ipadapter_jax.scales import Scale
 from ipadapter_jax.weights.image_embeds import save_image_embeds
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """The images of a command line, each read once, before any weights."""
+
+    references: list[Image.Image]
+    negative: Image.Image | None
+    init: Image.Image | None
+    mask: Image.Image | None
+    masks: list[Image.Image]
+
+    @classmethod
+    def load(cls, args: Generate) -> "Given":
+        """Raises InputError naming what cannot be read."""
+        return cls(
+            references=[load_image(path) for path in args.image],
+            negative=None if args.negative_image is None else load_image(args.negative_image),
+            init=None if args.init_image is None else load_image(args.init_image),
+            mask=None if args.mask_image is None else load_upright(args.mask_image),
+            masks=[load_upright(path) for path in args.masks],
+        )
+
+
 def generate(args: Generate) -> int:
     """Loads, samples, writes. Raises InputError."""
-    pictures = [load_image(path) for path in args.image]
-    sizes = [load_image(path).size for path in (args.init_image, args.negative_image) if path is not None]
-    for path in (*args.masks, args.mask_image):
-        if path is not None:
-            load_upright(path)  # what cannot be read is said before the weights are
-    size = None if args.init_image is None else (sizes[0][1], sizes[0][0])
+    given = Given.load(args)
+    size = None if given.init is None else (given.init.height, given.init.width)
     images = args.num_images if args.explore is None else 1
     with_encoder = args.embeds is None or args.image_encoder is not None
     pipe = load(args, images=images, size=size, with_encoder=with_encoder, inpainting=args.mask_image is not None)
     if args.embeds is not None and args.image_encoder is not None and not _needs_encoder(pipe, args):
         warnings.warn("--image-encoder has no effect on these --embeds, whose negative branch is zeros", stacklevel=1)
     if args.explore is not None:
-        drawn = explore.figure(pipe, args, args.explore, pictures)
+        drawn = explore.figure(pipe, args, args.explore, given.references, given.negative)
         write_whole(args.out, png(drawn, {**_metadata(args, pipe, digests(pipe)), "explore": args.explore}))
         print(args.out)
         return 0
-    found, maps, sums = _sample(pipe, args, pictures)
+    found, maps, sums = _sample(pipe, args, given)
     metadata = _metadata(args, pipe, sums)
     _write(found, args, metadata)
     if args.save_embeds is not None:
-        _save_embeds(args.save_embeds, pipe, args, pictures)
+        _save_embeds(args.save_embeds, pipe, args, given)
     if maps is not None and args.attention_maps is not None:
         write_whole(args.attention_maps, png(_heat_figure(found[0], maps), metadata))
     return 0
@@ -61,7 +79,7 @@ def _needs_encoder(pipe: StableDiffusion, args: Generate) -> bool:
 
 
 def _sample(
-    pipe: StableDiffusion, args: Generate, pictures: list[Image.Image]
+    pipe: StableDiffusion, args: Generate, given: Given
 ) -> tuple[list[Image.Image], AttentionMaps | None, dict[str, dict[str, str]]]:
     """The pictures, one step per call so that the bar moves with the work, and the digests of the weights, made
     meanwhile. There is no bar where nobody watches."""
@@ -81,19 +99,19 @@ def _sample(
         found = pipe(
             args.prompt,
             negative_prompt=args.negative_prompt,
-            ip_adapter_image=pictures or None,
+            ip_adapter_image=given.references or None,
             ip_adapter_image_embeds=None if args.embeds is None else [args.embeds],
             ip_adapter_scale=_scales(args),
-            ip_adapter_masks=list(args.masks) or None,
-            image=args.init_image,
-            mask_image=args.mask_image,
+            ip_adapter_masks=given.masks or None,
+            image=given.init,
+            mask_image=given.mask,
             strength=args.strength,
             exact_outside_mask=args.exact_outside_mask,
             num_images_per_prompt=args.num_images,
             seed=args.seed,
             return_attention_maps=args.attention_maps is not None,
             callback=on_step,
-            **args.arguments(),
+            **args.arguments(given.negative),
         )
     images, maps = found if args.attention_maps is not None else (found, None)
     return images, maps, sums.result()
@@ -119,10 +137,10 @@ def _fulfil(sums: concurrent.futures.Future, pipe: StableDiffusion) -> None:
         sums.set_exception(InputError(f"the weights cannot be read again ({error}); did somebody remove them?"))
 
 
-def _save_embeds(path: Path, pipe: StableDiffusion, args: Generate, pictures: list[Image.Image]) -> None:
+def _save_embeds(path: Path, pipe: StableDiffusion, args: Generate, given: Given) -> None:
     [adapter] = pipe.adapters
-    negative = None if args.negative_image is None else [args.negative_image]
-    features, _ = adapter.from_images([pictures], args.fit, True, negative, args.uncond)
+    negative = None if given.negative is None else [given.negative]
+    features, _ = adapter.from_images([given.references], args.fit, True, negative, args.uncond)
     about = {"variant": adapter.projection.config.variant, "image_encoder": adapter.encoder.source.name}
     save_image_embeds(path, np.asarray(features()[0]), about)
 

@@ -104,7 +104,7 @@ def _make(pipe: StableDiffusion, args: Many, given: list[tuple[Work, Prepared | 
     """The pictures of a batch; a short one is filled up with its last, so that all are one program."""
     filled = given + given[-1:] * (args.batch_size - len(given))
     works, prompts = zip(*filled, strict=True)
-    arguments = args.arguments()
+    arguments = args.arguments(args.negative_image)
     if prompts[0] is None:
         pipe = dataclasses.replace(pipe, adapters=())
         arguments |= {"negative_ip_adapter_image": None, "ip_adapter_uncond": "default", "fit": "crop"}

@@ -1,0 +1,100 @@
+"""Images behind a URL, fetched where the network is allowed, within bounds of size and time.
+
+Only what a person names is fetched: data sets and lists of a job name files.
+"""
+
+import ipaddress
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from http.client import HTTPException
+
+from ipadapter_jax.errors import InputError
+
+MAX_BYTES = 100_000_000
+_TIMEOUT, _DEADLINE = 20, 120  # seconds without an answer, and in all
+_CHUNK = 1 << 16
+_ON = ("1", "ON", "YES", "TRUE")
+_REMEDY = "download it first, then give the path of the file"
+
+
+def is_url(path: str) -> bool:
+    """Whether this is http:// or https://; other schemes are not fetched."""
+    return path.lower().startswith(("http://", "https://"))
+
+
+def fetch(url: str) -> bytes:
+    """What lies behind an https URL. Of http, this machine alone is asked.
+
+    Raises InputError naming the URL: the network is off (HF_HUB_OFFLINE), not https, not there, too large or too slow.
+    """
+    name = repr(url)[:500]
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON:
+        raise InputError(f"{name} is a URL, and the network is off (HF_HUB_OFFLINE): {_REMEDY}")
+    _check(url, name, local=True)
+    try:
+        return _read(url, name)
+    except InputError:
+        raise
+    except urllib.error.HTTPError as error:
+        raise InputError(f"{name} could not be fetched (HTTP {error.code} {error.reason}): check the URL") from None
+    except (OSError, HTTPException, ValueError) as error:
+        why = " ".join(str(getattr(error, "reason", error)).split())[:200] or type(error).__name__
+        raise InputError(f"{name} could not be fetched ({why}): check the URL and the network, or {_REMEDY}") from None
+
+
+def _read(url: str, name: str) -> bytes:
+    until = time.monotonic() + _DEADLINE
+    opener = urllib.request.build_opener(_Redirects(name, local=_is_local(url)))
+    request = urllib.request.Request(url, headers={"User-Agent": "ipadapter-jax", "Accept": "image/*"})
+    found = bytearray()
+    with opener.open(request, timeout=_TIMEOUT) as answer:
+        declared = int(answer.headers.get("Content-Length") or 0)
+        while declared <= MAX_BYTES and len(found) <= MAX_BYTES:
+            if time.monotonic() > until:
+                raise InputError(f"{name} took more than {_DEADLINE} seconds: {_REMEDY}")
+            chunk = answer.read1(_CHUNK)
+            if not chunk:
+                break
+            found += chunk
+    if max(declared, len(found)) > MAX_BYTES:
+        raise InputError(f"{name} is larger than {MAX_BYTES // 1_000_000} MB: give a smaller image, or {_REMEDY}")
+    if len(found) < declared:
+        raise InputError(f"{name} ended after {len(found)} of {declared} bytes: try again, or {_REMEDY}")
+    return bytes(found)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows where a URL is sent on to, by the same rules: a server elsewhere does not send us to this machine."""
+
+    def __init__(self, name: str, *, local: bool):
+        self._name, self._local = name, local
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        _check(newurl, self._name, local=self._local)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _check(url: str, name: str, *, local: bool) -> None:
+    """Raises InputError for a URL that is not to be asked; `local`: this machine may be."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise InputError(f"{name} is not a URL that can be read: {_REMEDY}") from None
+    if not host or parts.username is not None:
+        raise InputError(f"{name} names no host, or a password: {_REMEDY}")
+    if _is_local(url) and not local:
+        raise InputError(f"{name} leads to this machine itself: {_REMEDY}")
+    if parts.scheme.lower() not in (("http", "https") if _is_local(url) else ("https",)):
+        raise InputError(f"{name} is a URL without encryption or leads to one: give https://, or {_REMEDY}")
+
+
+def _is_local(url: str) -> bool:
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
