@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from ipadapter_jax.data.columns import PICTURE, TEXT, Columns, choose
 from ipadapter_jax.data.files import Files
+from ipadapter_jax.data.parquet_pages import Damaged, unpacked_bytes
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import printable
 from ipadapter_jax.data.unused import Unused
@@ -91,6 +92,7 @@ class ParquetSource:
         file, number = self._groups[group]
         # A reader must not be shared by threads; with its metadata at hand, a new one costs 0.03 ms.
         path, metadata = self._files.path(file), self._metadata[file]
+        _check_pages(path, _chosen(metadata.row_group(number), self._read))
         with pq.ParquetFile(path, metadata=metadata, read_dictionary=self._read) as parquet:
             return parquet.read_row_group(number, columns=self._read, use_threads=False)
 
@@ -132,10 +134,26 @@ def _value(table: pa.Table, column: str | None, row: int) -> Any:
     return value["bytes"] if isinstance(value, dict) else value
 
 
+def _chosen(group: pq.RowGroupMetaData, read: list[str]) -> list[pq.ColumnChunkMetaData]:
+    columns = (group.column(i) for i in range(group.num_columns))
+    return [column for column in columns if column.path_in_schema in read]
+
+
+def _check_pages(path: str, columns: list[pq.ColumnChunkMetaData]) -> None:
+    """Raises Damaged for columns whose pages unpack to more than was declared, unless that is little."""
+    with open(path, "rb", buffering=0) as file:
+        for column in columns:
+            start = column.data_page_offset
+            if column.has_dictionary_page and column.dictionary_page_offset:
+                start = min(start, column.dictionary_page_offset)
+            found = unpacked_bytes(file.fileno(), start, column.total_compressed_size)
+            if found > max(column.total_uncompressed_size, LARGE_GROUP):
+                raise Damaged(f"{column.path_in_schema} unpacks to {found:,} bytes, against its own list")
+
+
 def _check_group(group: pq.RowGroupMetaData, read: list[str], where: str) -> None:
     """Raises InputError for a group that would take far more memory than images of its size."""
-    columns = [group.column(i) for i in range(group.num_columns)]
-    chosen = [column for column in columns if column.path_in_schema in read]
+    chosen = _chosen(group, read)
     unpacked = sum(column.total_uncompressed_size for column in chosen)
     packed = sum(column.total_compressed_size for column in chosen)
     bomb = unpacked > max(LARGE_GROUP, MAX_RATIO * packed)

@@ -12,6 +12,7 @@ from data_formats import jpeg, pictures, write_parquet, write_tar
 from memory import peak_growth
 
 from ipadapter_jax.data.open_source import open_source
+from ipadapter_jax.data.parquet_pages import Damaged, unpacked_bytes
 from ipadapter_jax.errors import InputError
 
 OPEN = "from ipadapter_jax.data.open_source import open_source; open_source(sys.argv[2])[0]"  # it reserves memory
@@ -114,3 +115,53 @@ def test_headers_of_a_tar_that_follow_one_another_without_end(tmp_path) -> None:
     path.write_bytes(path.read_bytes().rstrip(b"\0") + bytes(-len(path.read_bytes().rstrip(b"\0")) % 512) + chained)
     with pytest.warns(UserWarning, match="00000.tar: only the whole records of this tar are used"):
         assert len(open_source(str(path))) == 3
+
+
+# --- Pages of Parquet
+
+
+def compact(value: int) -> bytes:
+    """A whole number, not negative, in Thrift's compact protocol."""
+    value, out = value << 1, bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def test_pages_that_say_more_than_the_list_of_columns(tmp_path) -> None:
+    """The end of the file declares 70 MiB, its one page 127, which the reader would allocate."""
+    path, size = tmp_path / "a.parquet", 70 << 20
+    image = np.random.default_rng(0).bytes(1 << 20) * 70
+    pq.write_table(pa.table({"image": [image], "text": ["a"]}), path, compression="gzip", use_dictionary=False)
+    content, before, after = path.read_bytes(), compact(size + 10), compact(127 << 20)
+    assert content.find(before, 0, 100) > 0 and len(before) == len(after)
+    path.write_bytes(content.replace(before, after, 1))
+    with pytest.raises(InputError, match="a.parquet:0: the file is damaged .image unpacks to 133,169,152 bytes"):
+        open_source(str(path))
+    assert growth(REFUSED, path) < 100
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("statistics", [True, False])
+def test_headers_of_pages_say_what_the_list_says(tmp_path, version, statistics) -> None:
+    images = [jpeg(i) * 200 for i in range(30)]
+    table = pa.table({"image": images, "text": ["a fox" * 1000] * 30})
+    path = tmp_path / "a.parquet"
+    options = {"data_page_version": version, "write_statistics": statistics, "data_page_size": 4096}
+    pq.write_table(table, path, row_group_size=10, write_page_checksum=True, compression="zstd", **options)
+    metadata = pq.read_metadata(path)
+    with open(path, "rb") as file:
+        for column in (metadata.row_group(g).column(c) for g in range(3) for c in range(2)):
+            start = column.dictionary_page_offset or column.data_page_offset
+            found = unpacked_bytes(file.fileno(), start, column.total_compressed_size)
+            headers = column.total_uncompressed_size - found
+            assert 0 < headers < 0.1 * column.total_uncompressed_size + 3000
+
+
+@pytest.mark.parametrize("content", [b"", bytes(100), b"\x15" * 100, b"\xff" * 100, b"\x1c" * 100, b"\x19\xff" * 50])
+def test_what_is_no_page_header(tmp_path, content) -> None:
+    path = tmp_path / "pages"
+    path.write_bytes(content)
+    with open(path, "rb") as file, pytest.raises(Damaged, match="a page"):
+        unpacked_bytes(file.fileno(), 0, 100)

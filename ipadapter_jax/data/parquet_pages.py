@@ -1,0 +1,105 @@
+"""What the pages of a Parquet column say that they unpack to, read from their headers alone.
+
+The list of columns at the end of a file says it too, but the reader allocates what the pages say. A page header is a
+struct in Thrift's compact protocol; its first three fields are the type and both sizes
+(github.com/apache/parquet-format, parquet.thrift, and thrift-compact-protocol.md).
+"""
+
+import os
+
+_FIRST, _MOST = 1 << 9, 1 << 24  # bytes of a header that are read at first and at most: it may hold statistics
+_DEEPEST = 8  # structs in one another
+_TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
+_FIXED = {_TRUE: 0, _FALSE: 0, _BYTE: 1, _DOUBLE: 8}
+_UNPACKED, _PACKED = 2, 3  # fields of a page header
+
+
+class Damaged(ValueError):
+    """Not the header of a page."""
+
+
+def unpacked_bytes(file: int, start: int, size: int) -> int:
+    """The bytes that all pages of a column unpack to, which lie in an open file from `start` on. Raises Damaged."""
+    total, place = 0, start
+    while place < start + size:
+        fields, length = _header(file, place)
+        unpacked, packed = fields.get(_UNPACKED, -1), fields.get(_PACKED, -1)
+        if unpacked < 0 or packed < 0:
+            raise Damaged("a page without a size")
+        total += unpacked
+        place += length + packed
+    return total
+
+
+def _header(file: int, place: int) -> tuple[dict[int, int], int]:
+    """The whole numbers among the fields of a header, and its length."""
+    size = _FIRST
+    while True:
+        content = os.pread(file, size, place)
+        struct = _Compact(content)
+        try:
+            return struct.fields(), struct.place
+        except IndexError:
+            if len(content) < size or size >= _MOST:
+                raise Damaged("a page header that does not end") from None
+            size *= 32
+
+
+class _Compact:
+    """Reads one struct after the other. Raises IndexError at the end of the content, Damaged for what is no struct."""
+
+    def __init__(self, content: bytes):
+        self._content, self.place = content, 0
+
+    def fields(self, depth: int = 0) -> dict[int, int]:
+        """Reads a struct; its fields of whole numbers by their ids."""
+        if depth > _DEEPEST:
+            raise Damaged("a page header that is too deep")
+        found, field = {}, 0
+        while (head := self._byte()) != 0:
+            field = field + (head >> 4) if head >> 4 else self._number()
+            kind = head & 15
+            if kind in (_I16, _I32, _I64):
+                found[field] = self._number()
+            else:
+                self._skip(kind, depth)
+        return found
+
+    def _skip(self, kind: int, depth: int) -> None:
+        if kind in _FIXED:
+            self._forward(_FIXED[kind])
+        elif kind in (_I16, _I32, _I64):
+            self._number()
+        elif kind == _BINARY:
+            self._forward(self._varint())
+        elif kind == _STRUCT:
+            self.fields(depth + 1)
+        elif kind in (_LIST, _SET):
+            head = self._byte()
+            count = head >> 4 if head >> 4 < 15 else self._varint()
+            for _ in range(count):
+                self._skip(_BYTE if head & 15 in (_TRUE, _FALSE) else head & 15, depth + 1)
+        else:
+            raise Damaged(f"a page header with a field of kind {kind}")
+
+    def _number(self) -> int:
+        value = self._varint()
+        return value >> 1 ^ -(value & 1)
+
+    def _varint(self) -> int:
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise Damaged("a page header with an endless number")
+
+    def _byte(self) -> int:
+        self.place += 1
+        return self._content[self.place - 1]
+
+    def _forward(self, count: int) -> None:
+        self.place += count
+        if self.place > len(self._content):
+            raise IndexError
