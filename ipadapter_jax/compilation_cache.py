@@ -72,22 +72,24 @@ def _look_after_entries() -> None:
     with contextlib.suppress(ImportError, AttributeError):
         from jax._src import compilation_cache as entries
 
-        if not isinstance(entries.get_executable_and_time, _Read):
+        if isinstance(entries.get_executable_and_time, _Read):
+            entries.get_executable_and_time.told = False
+        else:
             read, write = entries.get_executable_and_time, entries.put_executable_and_time
             entries.get_executable_and_time, entries.put_executable_and_time = _Read(read), _Write(write)
 
 
 class _Read:
     """jax's reader of an entry. One that is damaged, as a full disk or a power loss leave it, or not ours is removed:
-    jax would never write it again."""
+    jax would never write it again. The first is `told`, as they come in dozens."""
 
     def __init__(self, read: Callable[..., Any]):
-        self._read = read
+        self._read, self.told = read, False
 
     def __call__(self, cache_key: str, *arguments: Any, **named: Any) -> Any:
         file = _entry(cache_key)
         if file is not None and (problem := distrust(file)) is not None:
-            log.warning("a compiled program on disk is not used, but made again: %s", problem)
+            self._tell(f"not used but compiled again: {problem}")
             if not _remove(file):
                 return None, None
         try:
@@ -95,8 +97,12 @@ class _Read:
         except Exception as error:
             if file is None or not _remove(file):
                 raise
-            log.warning("%s was damaged (%s) and has been removed; the program is compiled again", file, error)
+            self._tell(f"damaged, removed and compiled again: {file} ({' '.join(str(error).split())[:200]})")
             return self._read(cache_key, *arguments, **named)
+
+    def _tell(self, what: str) -> None:
+        log.log(logging.DEBUG if self.told else logging.WARNING, "a compiled program on disk was %s", what)
+        self.told = True
 
 
 class _Write:

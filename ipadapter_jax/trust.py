@@ -3,6 +3,7 @@
 import grp
 import os
 import pwd
+import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,8 @@ def distrust(path: Path) -> str | None:
             continue
         if open_to:
             change = "600" if stat.S_ISREG(found.st_mode) else "700" if last else "go-w"
-            return f"others can write to {step} (mode {stat.S_IMODE(found.st_mode):04o}); run: chmod {change} {step}"
+            remedy = f"run: chmod {change} {shlex.quote(str(step))}"
+            return f"others can write to {step} (mode {stat.S_IMODE(found.st_mode):04o}); {remedy}"
     return None
 
 

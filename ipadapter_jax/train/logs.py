@@ -16,6 +16,7 @@ from PIL import Image
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import remove_leftovers, write_whole
 from ipadapter_jax.lines import Lines, naming
+from ipadapter_jax.texts import decode_text, read_bytes
 
 
 class RunLog:
@@ -165,9 +166,10 @@ class _WandB:
         identity = folder / "wandb-id.txt"
         if not identity.exists():
             write_whole(identity, os.urandom(8).hex().encode())
+        name = decode_text(read_bytes(identity, remedy="remove it to begin another run there"), identity)
         try:
             self._run = self._module.init(
-                project=project, id=identity.read_text(), resume="allow", dir=str(folder), config=dict(config)
+                project=project, id=name, resume="allow", dir=str(folder), config=dict(config)
             )
         except self._module.Error as error:
             raise InputError(f"wandb: {error}; `wandb login`, set WANDB_MODE=offline, or do without it") from None

@@ -10,7 +10,12 @@ import jax
 
 from ipadapter_jax import embedded
 from ipadapter_jax.cli.doctor import Doctor
-from ipadapter_jax.compilation_cache import cache_folder, cache_is_local, cache_is_on
+from ipadapter_jax.compilation_cache import (
+    cache_folder,
+    cache_is_local,
+    cache_is_on,
+    enable_compilation_cache,
+)
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.attention_kernels import named_kernel
 from ipadapter_jax.trust import distrust
@@ -31,9 +36,10 @@ _HEADS = (40, 80, 160)  # of Stable Diffusion 1.5
 
 def doctor(_: Doctor) -> int:
     """Prints the report and returns the exit code."""
-    missing = []
+    missing, caches = [], [*_caches()]
+    enable_compilation_cache()  # what is compiled below comes from no folder that others can write to
     parts = {"devices": _devices(), "programs": _programs(), "packages": _packages(missing)}
-    parts |= {"model": _model(), "caches": _caches()}
+    parts |= {"model": _model(), "caches": caches}
     for title, lines in parts.items():
         print(title)
         for line in lines:
