@@ -19,8 +19,8 @@ class Batch(Many):
     """
 
     source: Positional[Path]
-    """A folder of reference pictures (name.jpg, its prompt in name.txt), or a .csv or .jsonl with the columns prompt,
-    image (several separated by ; or as a list), negative_prompt, seed, scale, name."""
+    """A folder of reference pictures (name.jpg, its prompt in name.txt, name.caption or a metadata.jsonl), or a .csv or
+    .jsonl with the columns prompt, image (several separated by ; or as a list), negative_prompt, seed, scale, name."""
     out: Path
     """The folder for the pictures, with job.json, job.jsonl (a line for each picture) and bad_rows.jsonl."""
 

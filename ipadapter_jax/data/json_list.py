@@ -28,9 +28,10 @@ class JsonListSource:
         images, texts, conds = zip(*(_checked(entry, i, path) for i, entry in enumerate(entries)), strict=True)
         self._images, self._texts, self._conds = Strings(images), Strings(texts), Strings(conds)
         self.unused = Unused()
-        for name in images:
-            if size(os.path.join(self._root, name)) < 0:
-                self.unused.add(NOT_THERE, name, is_record=True)
+        for names in zip(images, conds, strict=True):
+            missing = next((name for name in names if name and size(os.path.join(self._root, name)) < 0), None)
+            if missing is not None:
+                self.unused.add(NOT_THERE, missing, is_record=True)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -72,7 +73,9 @@ def _checked(entry: Any, number: int, path: Path) -> tuple[str, str, str]:
     """Picture, caption and image prompt of one entry, "" for what is absent."""
     if not isinstance(entry, dict) or not entry.get("image_file"):
         found = f"has the keys {', '.join(map(repr, entry))}" if isinstance(entry, dict) else f"is {str(entry)[:40]!r}"
-        raise InputError(f"{path}: entry {number} {found}, and no 'image_file'; it should look like {EXAMPLE}")
+        listed = isinstance(entry, dict) and "file_name" in entry
+        remedy = "give the folder of this list, called metadata.jsonl" if listed else f"it should look like {EXAMPLE}"
+        raise InputError(f"{path}: entry {number} {found}, and no 'image_file'; {remedy}")
     image, text, cond = entry["image_file"], entry.get("text", ...), entry.get("cond_image_file")
     if not (isinstance(image, str) and isinstance(text, str | None) and isinstance(cond, str | None)):
         raise InputError(

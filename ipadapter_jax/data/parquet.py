@@ -21,7 +21,7 @@ from ipadapter_jax.data.files import Files
 from ipadapter_jax.data.parquet_pages import Damaged, unpacked_bytes
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import printable
-from ipadapter_jax.data.unused import Unused
+from ipadapter_jax.data.unused import NO_BYTES, Unused
 from ipadapter_jax.errors import InputError
 
 LARGE_GROUP = 64 << 20  # bytes
@@ -53,6 +53,9 @@ class ParquetSource:
         self._file_starts = np.cumsum([0, *(metadata.num_rows for metadata in self._metadata)])
         self._cached = functools.lru_cache(KEPT_GROUPS)(self._read_group)
         for file, number, group in groups:
+            if empty := _without_bytes(group, self._read[0]):
+                place = f"{files.names[file]}: row group {number}"
+                self.unused.add(NO_BYTES, place, is_record=True, count=empty)
             _check_group(group, self._read, f"{printable(files.path(file))}: row group {number}")
         _warn_of_large_groups([group for _, _, group in groups], printable(files.path(0)))
 
@@ -137,6 +140,13 @@ def _value(table: pa.Table, column: str | None, row: int) -> Any:
 def _chosen(group: pq.RowGroupMetaData, read: list[str]) -> list[pq.ColumnChunkMetaData]:
     columns = (group.column(i) for i in range(group.num_columns))
     return [column for column in columns if column.path_in_schema in read]
+
+
+def _without_bytes(group: pq.RowGroupMetaData, image: str) -> int:
+    """How many rows have no image, where the file says it."""
+    (column,) = _chosen(group, [image])
+    statistics = column.statistics
+    return statistics.null_count if statistics is not None and statistics.has_null_count else 0
 
 
 def _check_pages(path: str, columns: list[pq.ColumnChunkMetaData]) -> None:

@@ -93,7 +93,9 @@ class LiveSamples:
     def _readable(self, index: int) -> Record | None:
         try:
             return self.source[index]
-        except InputError:
+        except MemoryError:
+            raise
+        except Exception:  # whatever a damaged record brings a reader to raise is said when it is its turn
             return None
 
     def _is_long(self, record: Record) -> bool:

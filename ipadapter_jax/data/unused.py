@@ -10,6 +10,7 @@ from ipadapter_jax.files import write_whole
 # Reasons, as they are said of several files.
 NO_CAPTION = "images without a caption"
 NO_IMAGE = "captions without an image that is read"
+NO_BYTES = "rows without the bytes of an image"
 PROMPT_ALONE = "image prompts without an image"
 SECOND = "second captions of one image"
 NOT_THERE = "entries whose image does not exist"
@@ -42,12 +43,12 @@ class Unused:
         self._counts: dict[str, int] = {}
         self.records = 0
 
-    def add(self, reason: str, name: str, is_record: bool = False) -> None:
+    def add(self, reason: str, name: str, is_record: bool = False, count: int = 1) -> None:
         names = self._names.setdefault(reason, [])
         if len(names) < _MOST_NAMES:
             names.append(printable(name))
-        self._counts[reason] = self._counts.get(reason, 0) + 1
-        self.records += is_record
+        self._counts[reason] = self._counts.get(reason, 0) + count
+        self.records += count if is_record else 0
 
     def extend(self, other: "Unused", prefix: str = "") -> None:
         """Adds what another one has, with a prefix to its names."""
@@ -90,5 +91,5 @@ def summary(records: int, unused: Unused) -> str:
     parts = []
     for reason, count, names in unused:
         shown = ", ".join(name[:80] for name in names[:_SHOWN])
-        parts.append(f"{reason} ({count}: {shown}{', ...' if count > _SHOWN else ''})")
+        parts.append(f"{reason} ({count}: {shown}{', ...' if count > len(names[:_SHOWN]) else ''})")
     return line + (f": {'; '.join(parts)}" if parts else "")

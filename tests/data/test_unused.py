@@ -5,6 +5,8 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_formats import add, jpeg, pictures, write_json, write_tar
 from PIL import Image
@@ -119,6 +121,16 @@ def test_files_beside_shards_and_missing_images_of_a_list(tmp_path) -> None:
     path = write_json(tmp_path / "list", records)
     (tmp_path / "list/images/000000002.jpg").unlink()
     assert said(path) == ("5 records, 1 files not used: entries whose image does not exist (1: images/000000002.jpg)")
+
+
+def test_rows_without_an_image_and_image_prompts_that_are_not_there(tmp_path) -> None:
+    images = [{"bytes": jpeg(i) if i % 3 else None, "path": "a"} for i in range(7)]
+    pq.write_table(pa.table({"image": images, "text": ["a"] * 7}), tmp_path / "a.parquet", row_group_size=2)
+    groups = ", ".join(f"a.parquet: row group {group}" for group in (0, 1, 3))
+    assert said(tmp_path) == f"4 records, 3 files not used: rows without the bytes of an image (3: {groups})"
+    path = write_json(tmp_path / "list", pictures())
+    (tmp_path / "list/images/000000004_prompt.jpg").unlink()
+    assert said(path).startswith("5 records, 1 files not used: entries whose image does not exist (1: images/0000000")
 
 
 def test_an_image_that_is_not_read_names_its_kind_when_it_is_all_there_is(tmp_path) -> None:
