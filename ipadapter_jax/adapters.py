@@ -28,7 +28,7 @@ from ipadapter_jax.weights.components import (
     open_component,
     open_weights,
 )
-from ipadapter_jax.weights.hub import local_path, path_here
+from ipadapter_jax.weights.hub import check_revision, local_path, path_here
 from ipadapter_jax.weights.image_embeds import load_image_embeds
 from ipadapter_jax.weights.ip_adapter_file import (
     IPAdapterFile,
@@ -244,6 +244,8 @@ def open_adapter(
 
     Raises WeightFileError or InputError when the three do not fit, naming what is needed.
     """
+    if not image_encoder or path_here(image_encoder, "image encoder") is not None:
+        check_revision(path, revision, "adapter")  # else it may be meant for the encoder
     local = adapter_file(path, revision)
     file = open_ip_adapter(local)
     widths = tuple(site.width for site in cross_attention_sites(unet))

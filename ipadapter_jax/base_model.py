@@ -30,7 +30,7 @@ from ipadapter_jax.weights.components import (
     read_json,
 )
 from ipadapter_jax.weights.families import unsupported
-from ipadapter_jax.weights.hub import local_path, path_here
+from ipadapter_jax.weights.hub import check_revision, local_path, path_here
 from ipadapter_jax.weights.kinds import identify
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import Spelling
@@ -162,6 +162,7 @@ def open_base(
     needed = {name: component for name, component in BASE_COMPONENTS.items() if name not in replaced}
     extras = (*_EXTRAS, *(f"{name}/config.json" for name in replaced))
     choose = functools.partial(choose_files, folders=needed, extras=extras, variant=variant)
+    check_revision(reference, revision, "base model")
     root = local_path(reference, choose, what="base model", revision=revision)
     if root.is_file():
         if variant is not None:

@@ -18,6 +18,7 @@ from ipadapter_jax.data.files import allow_open_files
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256, write_whole
 from ipadapter_jax.texts import read_json_object
+from ipadapter_jax.weights.casting import all_finite
 from ipadapter_jax.weights.tensors import open_tensors
 
 _PLAN, _MANIFEST, _SKIPPED, _ZERO = "plan.json", "manifest.json", "skipped.jsonl", "zero_features.safetensors"
@@ -106,7 +107,11 @@ class CachedSamples:
             raise InputError(f"{self.key(index)}: could not be read when it was to be encoded (see {_SKIPPED} there)")
         if len(payload) != self.plan.layout.size:
             raise InputError(f"{self.key(index)}: holds {len(payload)} bytes instead of {self.plan.layout.size}")
-        return self.plan.layout.unpack(payload)
+        found = self.plan.layout.unpack(payload)
+        for name, array in found.items():
+            if array.dtype.kind != "i" and not all_finite(array):
+                raise InputError(f"{self.key(index)}: its {name} are not finite: encode the data again")
+        return found
 
     def _reader(self, shard: int) -> Any:
         """Opened on demand; one serves all threads."""

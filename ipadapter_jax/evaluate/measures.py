@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.paper import Choice
 from ipadapter_jax.evaluate.scorer import Scorer
 from ipadapter_jax.preprocess import clip_pixels, load_image
@@ -109,4 +110,7 @@ def interval(values: np.ndarray) -> Interval:
 
 def _unit(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x, np.float64)
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    if not np.isfinite(length).all() or not length.all():
+        raise InputError("an embedding is zero or not finite: the weights of the scoring CLIP are damaged")
+    return x / length

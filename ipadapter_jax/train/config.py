@@ -5,6 +5,7 @@ import math
 from typing import Any, Literal
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.footprint import check_memory
 from ipadapter_jax.places import Place
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -200,10 +201,10 @@ def check(config: Train) -> None:
     for least, names in at_least.items():
         for name in names:
             if value_of(config, name) < least:
-                raise InputError(f"--{_flag(name)} {value_of(config, name)} must be at least {least}")
+                raise InputError(f"--{flag(name)} {value_of(config, name)} must be at least {least}")
     for name in ("model.num_tokens", "checkpoint.keep_every"):
         if (value := value_of(config, name)) is not None and value < 1:
-            raise InputError(f"--{_flag(name)} {value} must be at least 1")
+            raise InputError(f"--{flag(name)} {value} must be at least 1")
     drops = (data.drop_image, data.drop_text, data.drop_both)
     if min(drops) < 0 or not sum(drops) <= 1:
         raise InputError(f"the drop rates {drops} must not be negative, and at most 1 together")
@@ -213,7 +214,7 @@ def check(config: Train) -> None:
         raise InputError(f"--optim.learning-rate {optim.learning_rate} must be a positive number")
     for name in ("optim.beta1", "optim.beta2", "optim.ema"):
         if (value := value_of(config, name)) is not None and not 0 <= value < 1:
-            raise InputError(f"--{_flag(name)} {value} must lie between 0 and 1")
+            raise InputError(f"--{flag(name)} {value} must lie between 0 and 1")
     if not optim.epsilon > 0 or not math.isfinite(optim.weight_decay) or not math.isfinite(log.guidance_scale):
         raise InputError("--optim.epsilon must be positive, weight decay and guidance scale finite numbers")
     if optim.clip_norm is not None and not optim.clip_norm > 0:
@@ -222,6 +223,8 @@ def check(config: Train) -> None:
         raise InputError(f"--optim.accumulate {optim.accumulate} must divide the batch of {data.batch_size}")
     if not 0 <= config.seed < 2**32:
         raise InputError(f"--seed {config.seed} must lie below 2^32")
+    one = 3 * data.resolution**2 * (1 + 4)  # bytes: as it is read, and as the VAE sees it
+    check_memory(one, f"--data.resolution {data.resolution}", "choose a smaller one")
     _check_model(model)
 
 
@@ -235,6 +238,16 @@ def _check_model(model: Model) -> None:
         raise InputError("--model.num-tokens: the variant full has one token per position of its encoder")
 
 
+def check_rows(config: Train, processes: int) -> None:
+    """Raises InputError when a process could not hold its share of a batch."""
+    data, log = config.data, config.log
+    rows = max(data.batch_size, log.validation_size if log.validate_every else 0)
+    what = f"a batch of {rows:,} images of {data.resolution} pixels"
+    check_memory(
+        3 * data.resolution**2 * rows // processes, what, "give a smaller --data.batch-size or --log.validation-size"
+    )
+
+
 def value_of(config: Train, name: str) -> Any:
     """The setting of a dotted name."""
     value: Any = config
@@ -243,5 +256,6 @@ def value_of(config: Train, name: str) -> Any:
     return value
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """A setting's name as the command line has it."""
     return name.replace("_", "-")

@@ -30,6 +30,7 @@ from ipadapter_jax.data.unused import write_report
 from ipadapter_jax.differences import differences
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256
+from ipadapter_jax.footprint import check_memory
 from ipadapter_jax.in_order import in_order
 from ipadapter_jax.tokenizer_files import vocabulary_files
 from ipadapter_jax.train.config import Mesh
@@ -37,6 +38,7 @@ from ipadapter_jax.train.distributed import barrier, initialize
 from ipadapter_jax.train.encode_config import Encode
 from ipadapter_jax.train.encoders import Encoders, load_encoders
 from ipadapter_jax.train.folder import run_lock
+from ipadapter_jax.weights.casting import all_finite
 from ipadapter_jax.weights.tensors import files_of
 
 log = logging.getLogger("ipadapter_jax")
@@ -78,10 +80,20 @@ def encode_part(config: Encode, process: int, processes: int) -> int | None:
         barrier("encoded")
     if jax.process_index():
         return None
-    count = finish(config.out, job.plan, job.encoders.zero_features())
+    count = finish(config.out, job.plan, _zero_features(job))
     if count is None and process == jax.process_index() and processes == jax.process_count():
         raise InputError(f"{config.out}: some shards are not to be seen here; run the same command on all hosts again")
     return count
+
+
+def _zero_features(job: "_Job") -> np.ndarray | None:
+    """What a dropped image is. Raises InputError where that is not finite."""
+    found = job.encoders.zero_features()
+    if found is not None and not all_finite(found):
+        raise InputError(
+            f"the features of zero pixels are not finite in {job.config.dtype}; encode with another --dtype"
+        )
+    return found
 
 
 def check_cache(
@@ -239,6 +251,9 @@ def _check(config: Encode) -> None:
     for name in ("resolution", "batch_size", "threads", "shard_records"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    held = 3 * config.resolution**2 * config.batch_size * 3  # two batches are read ahead of the one that is computed
+    what = f"batches of {config.batch_size:,} images of {config.resolution} pixels"
+    check_memory(held, what, "give a smaller --resolution or --batch-size")
     if not 0 <= config.max_bad_share <= 1:
         raise InputError(f"--max-bad-share {config.max_bad_share} must lie between 0 and 1")
     data = Path(config.data).expanduser()

@@ -24,7 +24,7 @@ from ipadapter_jax.flops import count_flops
 from ipadapter_jax.models import attention_kernels
 from ipadapter_jax.stopping import STOPPED
 from ipadapter_jax.train.checkpoint import Checkpoints
-from ipadapter_jax.train.config import Train, check, identity
+from ipadapter_jax.train.config import Train, check, check_rows, identity
 from ipadapter_jax.train.desk import Desk
 from ipadapter_jax.train.digest import digests, fingerprint
 from ipadapter_jax.train.distributed import barrier, initialize
@@ -39,6 +39,7 @@ from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
 from ipadapter_jax.train.step import make_step
 from ipadapter_jax.train.stop import StopSignal
 from ipadapter_jax.train.validation import Validation
+from ipadapter_jax.train.without_effect import warn_of_idle
 
 log = logging.getLogger("ipadapter_jax")
 
@@ -53,10 +54,12 @@ def train(config: Train) -> int:
     Raises InputError for what cannot be used, and when the training goes wrong.
     """
     check(config)
+    warn_of_idle(config)
     if heap.on_cpu_alone():
         heap.keep_freed_memory()
     initialize(config.mesh)
     enable_compilation_cache()
+    check_rows(config, jax.process_count())
     mesh, folder = make_mesh(config.mesh.fsdp), Path(config.out).expanduser()
     check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config, config.data.path)  # the likeliest mistake, found before there is a folder

@@ -31,12 +31,13 @@ def open_samples(config: Train, path: str) -> Samples:
     """Opens data in any known format. Raises InputError naming the path and what is wrong with it."""
     data, model = config.data, config.model
     place = Path(path).expanduser()
+    names = ("image_root", "image_column", "text_column", "cond_image_column")
+    named = {name: getattr(data, name) for name in names if path == data.path}  # validation data may be others
     if is_cache(place):
+        for name, value in named.items():
+            if value is not None:
+                raise InputError(f"data.{name}={value} has no effect: {path} is encoded already; leave it out")
         return CachedSamples(place)
-    named = {}
-    if path == data.path:  # validation data may be of another format
-        names = ("image_root", "image_column", "text_column", "cond_image_column")
-        named = {name: getattr(data, name) for name in names}
     source, base = open_source(path, **named), open_base_folder(model.base, model.variant)
     clip_size = None
     if model.adapter != "none":

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ipadapter_jax import embedded
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.nearby import close, nearby, printable
 
 log = logging.getLogger("ipadapter_jax")
@@ -44,6 +44,20 @@ def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revis
     if not repo or (not pinned and _is_path(str(reference))):
         raise _missing(str(reference), what, repo)
     return _from_hub(repo, inside, choose, what, pinned or revision)
+
+
+def check_revision(reference: str | os.PathLike, revision: str | None, what: str) -> None:
+    """Raises InputError for a revision without effect: of what is here, or beside another one in the reference."""
+    if revision is None:
+        return
+    if path_here(reference, what) is not None:
+        here = f"{what} {reference} is here and not on the Hub"
+        raise InputError(f"{argument('revision', revision)} has no effect: {here}; leave it out")
+    pinned = hub_place(str(reference)).revision
+    if pinned and pinned != revision:
+        raise InputError(
+            f"{argument('revision', revision)} has no effect: {what} {reference} names its own; give one of them"
+        )
 
 
 def path_here(reference: str | os.PathLike, what: str) -> Path | None:

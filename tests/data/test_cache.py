@@ -7,12 +7,14 @@ import pickle
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 from weight_files import refused
 
+from ipadapter_jax import InputError
 from ipadapter_jax.data.cache import CachedSamples, begin, finish, is_cache
 from ipadapter_jax.data.encoded_shards import Layout, Plan, ShardWriter, shard_facts
 
@@ -83,6 +85,18 @@ def test_a_skipped_record_keeps_its_place(folder):
     assert json.loads((folder / "manifest.json").read_text())["skipped"] == 1
     (line,) = (folder / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line) == {"index": 12, "key": "pictures/12.png", "reason": "is a web page"}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused_by_name(folder, value, monkeypatch):
+    cached = CachedSamples(folder)
+    for name in ("mean", "logvar", "features"):
+        found = sample(0)
+        found[name].flat[3] = value
+        payload = PLAN.layout.pack(found)
+        monkeypatch.setattr(cached, "_reader", lambda _, it=payload: SimpleNamespace(read=lambda _: [it]))
+        with pytest.raises(InputError, match=f"shard-00000-of-00003.array_record:0: its {name} are not finite"):
+            cached[0]
 
 
 def test_threads_and_pickling(folder):

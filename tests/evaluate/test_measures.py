@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ipadapter_jax import InputError
 from ipadapter_jax.evaluate.measures import Embedded, embedded_of, interval, measure
 
 # Two prompts in the plane, two pictures of each: along the axes and the diagonal, of any length.
@@ -53,3 +54,10 @@ def test_the_interval_is_the_same_every_time_and_about_right():
     error = 1.96 * values.std() / 20
     assert found.low == pytest.approx(values.mean() - error, abs=0.1 * error)
     assert found.high == pytest.approx(values.mean() + error, abs=0.1 * error)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_embeddings_that_are_none_are_refused(value):
+    bad = Embedded(np.full((1, 2, 3), value), np.ones((1, 3)), [np.ones((1, 3))])
+    with pytest.raises(InputError, match="an embedding is zero or not finite: the weights of the scoring CLIP"):
+        measure(bad)

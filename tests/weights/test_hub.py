@@ -7,9 +7,12 @@ import pytest
 from helpers import ADAPTERS, TORCH_MODEL
 from hub import Hub
 from huggingface_hub import constants, errors
+from small_model import CONFIG, small_adapter, small_model
 from weight_files import refused
 
 from ipadapter_jax import StableDiffusion
+from ipadapter_jax.adapters import open_adapter
+from ipadapter_jax.base_model import open_base
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.weights.hub import local_path
 
@@ -200,3 +203,19 @@ def test_a_download_that_stops(monkeypatch, tmp_path):
     words = ["adapter owner/name: the download has stopped", "No space left on device"]
     refused(lambda: local_path("owner/name/a.bin", everything, what="adapter"), *words)
     assert hub.calls
+
+
+def test_a_revision_without_effect_is_refused(tmp_path):
+    adapter = small_adapter("ip-adapter_tiny")
+    for open_, place, words in (
+        (open_base, small_model(), "revision=v2 has no effect: base model .* is here and not on the Hub; leave it out"),
+        (open_base, "mini", "revision=v2 has no effect: base model mini is here"),
+        (open_base, "owner/name@v1", "revision=v2 has no effect: base model owner/name@v1 names its own"),
+        (
+            lambda place, revision: open_adapter(place, None, CONFIG, revision),
+            adapter,
+            "has no effect: adapter .* is here",
+        ),
+    ):
+        with pytest.raises(InputError, match=words):
+            open_(place, revision="v2")

@@ -7,11 +7,13 @@ from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.dry_run import describe
 from ipadapter_jax.train.export import ADAPTER
 from ipadapter_jax.train.loop import train as run
+from ipadapter_jax.train.without_effect import warn_of_idle
 
 
 def train(config: Train) -> int:
     """Runs it, or with --dry-run says what would be run. Returns the exit code."""
     if config.dry_run:
+        warn_of_idle(config)
         print(describe(config, sys.argv))
         return 0
     code = run(config)

@@ -1,0 +1,43 @@
+"""Settings of a run that have no effect beside its others: said, not refused, as a recipe may state them."""
+
+import warnings
+from typing import NamedTuple
+
+from ipadapter_jax.train.config import Train, flag, value_of
+
+
+class _Idle(NamedTuple):
+    names: tuple[str, ...]
+    idle: bool
+    why: str
+
+
+def warn_of_idle(config: Train) -> None:
+    """Warns of settings that differ from their defaults and have no effect."""
+    plain = Train()
+    for names, idle, why in _rules(config):
+        changed = [f"--{flag(name)}" for name in names if value_of(config, name) != value_of(plain, name)]
+        if idle and changed:
+            has = "have" if len(changed) > 1 else "has"
+            warnings.warn(f"{', '.join(changed)} {has} no effect {why}", stacklevel=3)
+
+
+def _rules(config: Train) -> list[_Idle]:
+    model, log = config.model, config.log
+    grid = ("log.clip", "log.guidance_scale")
+    return [
+        _Idle(
+            ("model.resampler_depth", "model.resampler_heads"), model.adapter != "plus", "without a Resampler (plus)"
+        ),
+        _Idle(
+            ("model.num_tokens", "model.image_encoder", "data.cond_image_column"),
+            model.adapter == "none",
+            "with --model.adapter none",
+        ),
+        _Idle(
+            ("log.validation_path", "log.validation_size", "log.sample_steps", *grid),
+            log.validate_every == 0,
+            "with --log.validate-every 0",
+        ),
+        _Idle(grid, log.validate_every > 0 and log.sample_steps == 0, "with --log.sample-steps 0"),
+    ]
