@@ -214,7 +214,7 @@ def open_base_folder(reference: Reference, variant: str | None) -> BaseModel:
         _open_checkpoint(here)
         raise InputError(
             f"base model {reference}: a single file; make a folder of it first, `ipadapter-jax convert {reference} "
-            f"{here.stem}`, and give that"
+            f"{here.name.partition('.')[0]}`, and give that"
         )
     return open_base(reference, variant=variant)
 

@@ -1,6 +1,7 @@
 """From any format of weights that is read to any that is written: adapters, base models, single networks."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ from ipadapter_jax.adapters import open_image_encoder
 from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, Reference, open_base, single_file_spelling
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.files import remove_leftovers, replacing, write_whole
+from ipadapter_jax.nearby import close
 from ipadapter_jax.weights import kinds, single_file
 from ipadapter_jax.weights.component_export import class_name, our_tensors, save_opened, spelled
 from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_files, open_component, read_json
@@ -51,6 +53,7 @@ def convert(
         raise InputError(f"{argument('dtype')} {dtype!r}: choose {', '.join(DTYPES)}")
     if out.exists():
         raise InputError(f"{out} exists; choose another name, or remove it first")
+    _check_ending(out)
     options = {"config": config, "vae": vae, "text_encoder": text_encoder, "extract_ema": extract_ema}
     options |= {"variant": variant}
     if _is_repository(source):
@@ -69,6 +72,20 @@ def convert(
     return _as_folder(out, lambda folder: save_opened(opened, folder, _numpy(dtype), flax=flax))
 
 
+def _check_ending(out: Path) -> None:
+    """Raises InputError for a name with the ending of a file that is not written, perhaps a slip, which would become a
+    folder. Versions are no endings (rv.v5, sd-1.5)."""
+    if out.suffix in _ENDINGS or not re.fullmatch(r"\.(?!v\d)[a-z]\w*", out.suffix, re.IGNORECASE):
+        return
+    near = close(out.suffix, _ENDINGS)
+    meant = f"did you mean {out.stem}{near[0]}? " if near else ""
+    raise InputError(
+        f"{out}: nothing is written as {out.suffix}; {meant}An adapter is saved as .safetensors or .bin, a base model "
+        "as one .safetensors or as a folder, whose name has no such ending"
+    )
+
+
+_ENDINGS = (".safetensors", ".bin")
 _NETWORKS = (*BASE_COMPONENTS.values(), IMAGE_ENCODER)
 
 
@@ -143,7 +160,7 @@ def _convert_base(base: BaseModel, out: Path, dtype: str | None, flax: bool) -> 
             raise InputError(f"{out}: {argument('flax')} writes a folder; give a name without .safetensors")
         tensors = _single_file(base, _numpy(dtype))
         write_proved(out, safetensors_chunks(tensors, {"format": "pt"}), tensors)
-    elif out.suffix in (".ckpt", ".bin", ".pt", ".msgpack"):
+    elif out.suffix in _ENDINGS:
         raise InputError(f"{out}: a base model is written as one .safetensors or as a folder; give such a name")
     else:
         _as_folder(out, lambda folder: _save_base(base, folder, _numpy(dtype), flax))
@@ -160,7 +177,7 @@ def _single_file(base: BaseModel, dtype: Any) -> dict[str, Tensor]:
 
 def _as_folder(out: Path, write: Callable[[Path], None]) -> None:
     """Has the folder written under another name beside `out`, and gives it its own when it is whole."""
-    if out.suffix in (".safetensors", ".bin", ".msgpack"):
+    if out.suffix in _ENDINGS:
         raise InputError(f"{out}: this becomes a folder; give a name without {out.suffix}")
     remove_leftovers(out.parent)
     with replacing(out, folder=True) as folder:

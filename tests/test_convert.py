@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import ipadapter_jax.weights.written
 from ipadapter_jax import cli
 from ipadapter_jax.base_model import BASE_COMPONENTS, open_base
 from ipadapter_jax.convert import convert
+from ipadapter_jax.describe import describe
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.files import replacing
 from ipadapter_jax.weights.tensors import open_tensors
@@ -208,7 +210,7 @@ WRONG = [
     (FILES["base"], "a.bin", {"vae": TORCH_MODEL}, "--vae has no meaning for an IP-Adapter"),
     (FILES["base"], "a.bin", {"dtype": "float8"}, "dtype 'float8'"),
     (TORCH_MODEL, "a.bin", {}, "one .safetensors or as a folder"),
-    (TORCH_MODEL, "a.safetensors", {"flax": True}, "--flax writes a folder"),
+    (TORCH_MODEL, "a.safetensors", {"flax": True}, "flax writes a folder"),
     (TORCH_MODEL, "a", {"config": TORCH_MODEL}, "is a folder"),
     (IMAGE_ENCODER, "a.safetensors", {}, "becomes a folder"),
     (TORCH_MODEL / "tokenizer", "a", {}, "no network's folder"),
@@ -222,6 +224,53 @@ WRONG = [
 def test_what_cannot_be_converted(tmp_path, source, out, options, words):
     refused(lambda: convert(source, tmp_path / out, **options), words)
     assert not list(tmp_path.iterdir())
+
+
+SLIPS = {
+    "rv.safetensor": "did you mean rv.safetensors?",
+    "rv.safetensros": "did you mean rv.safetensors?",
+    "rv.SAFETENSORS": "did you mean rv.safetensors?",
+    "rv.bim": "did you mean rv.bin?",
+    "rv.sft": "nothing is written as .sft",
+    "rv.pt2": "nothing is written as .pt2",
+    "rv.onnx": "nothing is written as .onnx",
+    "rv.msgpack": "nothing is written as .msgpack",
+    "rv.fp16": "nothing is written as .fp16",
+}
+
+
+@pytest.mark.parametrize("out", SLIPS)
+@pytest.mark.parametrize("source", [TORCH_MODEL, FILES["base"], IMAGE_ENCODER, "owner/name"])
+def test_an_ending_that_is_not_written_makes_no_folder(tmp_path, out, source):
+    refused(lambda: convert(source, tmp_path / out), str(tmp_path / out), SLIPS[out], "or as a folder")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["rv.v5", "rv-5.1", "Realistic_Vision_V5.1", "sd.1", ".hidden"])
+def test_versions_are_no_endings(tmp_path, out):
+    convert(IMAGE_ENCODER, tmp_path / out)
+    assert (tmp_path / out / "model.safetensors").is_file()
+
+
+def test_a_byte_order_mark(tmp_path):
+    """Which editors on Windows put before text: said where other programs fail at it, read past elsewhere."""
+    folder = tmp_path / "model"
+    shutil.copytree(TORCH_MODEL, folder)
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    shard = weights.rename(weights.with_name("diffusion_pytorch_model-00001-of-00001.safetensors"))
+    index = {"weight_map": dict.fromkeys(load_file(shard), shard.name)}
+    weights.with_suffix(".safetensors.index.json").write_text(json.dumps(index))
+    mark(weights.with_suffix(".safetensors.index.json"))
+    assert parts(folder) == parts(TORCH_MODEL)
+    assert describe(folder)["parts"]["vae"]["sha256"].keys() == {shard.name}
+    for path in ("unet/config.json", "scheduler/scheduler_config.json"):
+        mark(folder / path)
+        refused(lambda: convert(folder, tmp_path / "out"), f"{path} begins with a byte order mark")
+        shutil.copy(TORCH_MODEL / path, folder / path)
+
+
+def mark(path: Path) -> None:
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
 
 
 def test_weights_that_do_not_fit_the_dtype(tmp_path):

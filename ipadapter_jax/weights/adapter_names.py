@@ -3,7 +3,7 @@
 Released files hold `image_proj.*` and `ip_adapter.N.to_k_ip.weight`. Training with accelerate leaves
 `image_proj_model.*` and `adapter_modules.N.*`; as safetensors it drops the latter, which are the same memory as the
 UNet's own `unet.<module>.attn2.processor.to_k_ip.weight`. A saved UNet of diffusers with an adapter in it has those
-with a number behind, and the projection under names of its own. DeepSpeed puts `module.` before all.
+with a number behind, and the projection under names of its own. DeepSpeed puts `module.` before all, others `model.`.
 """
 
 import re
@@ -14,6 +14,7 @@ from ipadapter_jax.weights.lazy import Tensor, joined
 
 Tensors = dict[str, Tensor]
 
+_WRAPPERS = ("module.", "model.", "state_dict.", "model_state_dict.")
 _PROJECTION = ("image_proj.", "image_proj_model.")
 _ADAPTER = ("ip_adapter.", "adapter_modules.")
 _IN_UNET = re.compile(
@@ -29,8 +30,10 @@ def adapter_parts(source: str, tensors: Mapping[str, Tensor]) -> tuple[Tensors, 
     Of a part that is there under several names the released one is taken. A part that is not there at all is empty.
     Raises WeightFileError naming `source` when several adapters are in it, or some of the layers of one.
     """
-    if tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    while wrapper := next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in tensors)), None):
+        if not tensors:
+            break
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     used: set[str] = set()
     projection = _group(tensors, _PROJECTION, used) or _projection_in_unet(source, tensors, used)
     adapter = _group(tensors, _ADAPTER, used) or _adapter_in_unet(source, tensors, used)

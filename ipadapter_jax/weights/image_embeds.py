@@ -18,7 +18,7 @@ from ipadapter_jax.weights.ip_adapter_file import DIGEST
 from ipadapter_jax.weights.kinds import IMAGE_EMBEDS, UNKNOWN, identify
 from ipadapter_jax.weights.lazy import Tensor, held
 from ipadapter_jax.weights.safetensors_bytes import digest, safetensors_chunks
-from ipadapter_jax.weights.tensors import open_file
+from ipadapter_jax.weights.tensors import ARRAY, open_file
 from ipadapter_jax.weights.torch_pickle import UNNAMED
 from ipadapter_jax.weights.written import write_proved
 
@@ -68,7 +68,8 @@ def load_image_embeds(path: Path, patches: bool | None = None) -> list[ImageEmbe
     - diffusers' `torch.save(pipeline.prepare_ip_adapter_image_embeds(...))`: a list with (G, n, F) or (G, n, L, F) for
       each adapter. Named tensors, in safetensors or a pickle, are the same in the order of their names;
     - the node "Save IPAdapter Embeds" of ComfyUI: one tensor without a name, in its first layout the branches with the
-      positive before the negative, later the positive alone, (n, F) or (n, L, F).
+      positive before the negative, later the positive alone, (n, F) or (n, L, F);
+    - numpy.save: the same, or the embedding of one picture, (F,).
 
     `patches` says whether the adapter reads hidden states (plus and full); it is asked only where the shape of a tensor
     without a name leaves it open. Whether kind, positions and width are those that the adapter reads, the caller must
@@ -77,7 +78,7 @@ def load_image_embeds(path: Path, patches: bool | None = None) -> list[ImageEmbe
     Raises WeightFileError naming the file for everything else, saying what it is and where it belongs.
     """
     path = Path(path)
-    _, tensors, metadata = open_file(path)
+    container, tensors, metadata = open_file(path)
     kind = identify(tensors)
     if kind.name not in (IMAGE_EMBEDS, UNKNOWN):
         raise WeightFileError(f"{path}: no image embeddings; this is {kind}: {kind.advice}")
@@ -85,6 +86,8 @@ def load_image_embeds(path: Path, patches: bool | None = None) -> list[ImageEmbe
         raise WeightFileError(f"{path}: no image embeddings: it holds no tensors; save them again")
     if DIGEST in metadata and metadata[DIGEST] != digest(tensors):
         raise WeightFileError(f"{path}: its embeddings are not those that were written: damaged; copy the file again")
+    if container == ARRAY and len(tensors[UNNAMED].shape) == 1:
+        return [ImageEmbeds(_read(path, UNNAMED, tensors[UNNAMED])[None, None])]
     if tensors.keys() == {UNNAMED}:
         return [ImageEmbeds(_alone(path, tensors[UNNAMED], patches))]
     if len(tensors) > _MAX_ADAPTERS:
@@ -141,7 +144,7 @@ def _alone(path: Path, tensor: Tensor, patches: bool | None) -> np.ndarray:
     if len(array) == 2:
         raise WeightFileError(
             f"{path}: a tensor of shape {shape} does not tell which of its two branches is the negative one; "
-            "save it in a list, torch.save([tensor], ...), with the negative branch first"
+            "save it in a list, torch.save([tensor], ...), or by name as .safetensors, with the negative branch first"
         )
     return array
 

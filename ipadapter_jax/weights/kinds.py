@@ -43,7 +43,7 @@ UNKNOWN = "no known kind of weights"
 # The first that matches the beginning of some name decides, so what contains another kind stands before it.
 _SIGNATURES: tuple[tuple[str, str, str], ...] = (
     (
-        r"(module\.)?((image_proj|image_proj_model|ip_adapter|adapter_modules)\.|.*\.to_[kv]_ip\.)",
+        r"((module|model|state_dict|model_state_dict)\.)*((image_proj|image_proj_model|ip_adapter|adapter_modules)\.|.*\.to_[kv]_ip\.)",
         IP_ADAPTER,
         "give it as the adapter{adapter}",
     ),

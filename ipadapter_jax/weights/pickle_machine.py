@@ -34,10 +34,33 @@ _GLOBALS: dict[tuple, Any] = {("torch", f"{name}Storage"): np.dtype(dtype) for n
     ("torch._utils", "_rebuild_parameter"): _PARAMETER,
     ("collections", "OrderedDict"): _ORDERED_DICT,
 }
+# What torch calls to build tensors that lie otherwise than in a storage of one number after the other.
+_FORMS = {
+    "_rebuild_sparse_tensor": "a sparse tensor",
+    "_rebuild_qtensor": "a quantized tensor",
+    "_rebuild_nested_tensor": "a nested tensor",
+    "_rebuild_meta_tensor_no_storage": "a tensor without content (of the device meta)",
+    "_rebuild_wrapper_subclass": "a tensor of a class of its own",
+    "_rebuild_from_type_v2": "a tensor of a class of its own",
+}
 _LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING"} | {
     *("BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A function, a class or a data type of torch that is not known here."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A tensor of a form that is not read, and which: "float8_e4m3fn", "sparse"."""
+
+    form: str
 
 
 class Refused(Exception):
@@ -81,6 +104,9 @@ class LazyTensor:
         if self.dtype == np.bool_:  # a bool of NumPy must be 0 or 1, which a file cannot promise
             view = view.view(np.uint8) != 0
         return np.array(view, order="C")
+
+
+_KEPT = (bool, int, float, str, bytes, dict, LazyTensor, Unread)
 
 
 class Machine:
@@ -138,12 +164,15 @@ class Machine:
                     short = type(key) is str and len(key) <= _MAX_NAME
                     is_name = key.isprintable() if short else _is_size(key)  # hashing anything else may never end
                     if is_name and type(target) is dict:
-                        plain = value is None or type(value) in (bool, int, float, str, bytes, dict, LazyTensor)
+                        plain = value is None or type(value) in _KEPT
                         target[key] = value if plain else OPAQUE
                 return target
             case "GLOBAL" | "STACK_GLOBAL":
                 names = below or argument.split(" ", 1)
-                return _GLOBALS.get(tuple(names), OPAQUE) if all(type(name) is str for name in names) else OPAQUE
+                if not all(type(name) is str for name in names):
+                    return OPAQUE
+                foreign = names[0] in ("torch", "torch._utils", "torch._tensor") and len(names[1]) <= _MAX_NAME
+                return _GLOBALS.get(tuple(names), Foreign(names[1]) if foreign else OPAQUE)
             case "REDUCE" | "NEWOBJ":
                 return self._call(*below)
             case "BINPERSID":
@@ -162,6 +191,9 @@ class Machine:
             return arguments[0]
         if function is _TENSOR and 6 <= count <= 7 and type(arguments[0]) is Storage:
             return self._tensor(*arguments[:4])
+        if type(function) is Foreign and function.name.startswith("_rebuild_") and count > 0:
+            dtypes = [value.name for value in arguments if type(value) is Foreign]
+            return Unread(_FORMS.get(function.name) or (dtypes or ["an unknown form"])[0])
         return OPAQUE
 
     def _storage(self, identity: Any) -> Any:

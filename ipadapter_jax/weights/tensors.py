@@ -13,18 +13,20 @@ from safetensors import SafetensorError, safe_open
 from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.nearby import nearby
 from ipadapter_jax.texts import parse_json, read_json_object
-from ipadapter_jax.weights.lazy import MappedTensor, Tensor, map_file
+from ipadapter_jax.weights.lazy import Derived, MappedTensor, Tensor, map_file
 from ipadapter_jax.weights.msgpack_file import read_msgpack_file
-from ipadapter_jax.weights.torch_pickle import flatten, read_torch_file
+from ipadapter_jax.weights.torch_pickle import UNNAMED, not_read, read_tensors
 
 SAFETENSORS, PICKLE, MSGPACK, INDEX = "safetensors", "PyTorch pickle", "Flax msgpack", "index of shards"
+ARRAY = "NumPy array"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which editors on Windows put before text
 _HEADER = 100_000_000  # bytes of the longest header that the safetensors library reads
 _MAX_HEADER = 1 << 25  # bytes; trainers put pages of their own into the metadata
 _MAX_TENSORS = 20_000  # ten times those of any Stable Diffusion
 
 
 class WeightFile(NamedTuple):
-    """An opened file: `container` is SAFETENSORS, PICKLE, MSGPACK or INDEX, and only safetensors have metadata."""
+    """An opened file: `container` is one of the five below, and only safetensors have metadata."""
 
     container: str
     tensors: dict[str, Tensor]
@@ -55,7 +57,7 @@ def open_file(path: Path) -> WeightFile:
 
 
 def container(path: Path) -> str:
-    """SAFETENSORS, PICKLE, MSGPACK or INDEX. Raises WeightFileError saying what else it is."""
+    """SAFETENSORS, PICKLE, MSGPACK, INDEX or ARRAY. Raises WeightFileError saying what else it is."""
     try:
         if not path.is_file():
             there = "is a folder, not a file" if path.is_dir() else f"there is no such file{nearby(path)}"
@@ -70,7 +72,9 @@ def container(path: Path) -> str:
         return SAFETENSORS
     if head.startswith(b"PK\3\4") or re.match(rb"\x80[\x02-\x05]", head):
         return PICKLE
-    text = head.lstrip().lower()
+    if head.startswith(b"\x93NUMPY"):
+        return ARRAY
+    text = head.removeprefix(_BYTE_ORDER_MARK).lstrip().lower()
     for start, what in _STRANGERS.items():
         if text.startswith(start):
             raise WeightFileError(f"{path}: {what}")
@@ -112,12 +116,27 @@ def _open_msgpack(path: Path) -> _Found:
 
 
 def _open_pickle(path: Path) -> _Found:
-    tensors, buffer = flatten(read_torch_file(path)), map_file(path)
+    tensors, buffer = read_tensors(path), map_file(path)
     found: dict[str, Tensor] = {
         name: MappedTensor(buffer, tensor.storage.position + tensor.offset, tensor.shape, tensor.dtype, tensor.strides)
         for name, tensor in tensors.items()
     }
     return found, {}
+
+
+def _open_array(path: Path) -> _Found:
+    """A file of numpy.save, whose pickled objects are refused."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightFileError(
+            f"{path}: no file of weights, nor a whole array of NumPy ({reason}); save it again"
+        ) from None
+    if array.dtype.kind not in "fiub":
+        raise WeightFileError(f"{path}: an array of {array.dtype}, not of numbers; save what the encoder gives")
+    dtype = array.dtype.newbyteorder("=")
+    return {UNNAMED: Derived(array.shape, dtype, lambda: np.ascontiguousarray(array, dtype))}, {}
 
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"} | {
@@ -160,10 +179,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
         case _:
             raise WeightFileError(f"{path}: {name[:60]!r} is described in an odd way; download the file again")
     if dtype not in _SAFETENSORS_DTYPES:
-        raise WeightFileError(
-            f"{path}: {name[:60]!r} is stored as {dtype}; only float64, float32, float16 and bfloat16 weights are "
-            "read, so convert the file first"
-        )
+        raise not_read(path, name, dtype)
     if len(shape) > 32 or math.prod(size or 1 for size in shape) >= 1 << 48:
         raise WeightFileError(f"{path}: {name[:60]!r} has a shape that no weights have; download the file again")
     return np.dtype(_SAFETENSORS_DTYPES[dtype]), tuple(shape), offset
@@ -200,7 +216,7 @@ def files_of(path: Path) -> list[Path]:
     """The files that hold a source's tensors: its shards when it is an index, else itself."""
     with open(path, "rb") as file:
         head = file.read(64)
-    if _is_safetensors(head) or not head.lstrip().startswith(b"{"):
+    if _is_safetensors(head) or not head.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"{"):
         return [path]
     return sorted({path.parent / shard for shard in _weight_map(path).values()})
 
@@ -222,4 +238,5 @@ _READERS: dict[str, Callable[[Path], _Found]] = {
     PICKLE: _open_pickle,
     MSGPACK: _open_msgpack,
     INDEX: _open_shards,
+    ARRAY: _open_array,
 }

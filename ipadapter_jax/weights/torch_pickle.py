@@ -11,12 +11,14 @@ import zipfile
 from typing import Any
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.weights.pickle_machine import AGAIN, SAVE, LazyTensor, Machine, Refused, require
+from ipadapter_jax.weights.pickle_machine import AGAIN, OPAQUE, SAVE, LazyTensor, Machine, Refused, Unread, require
 
 # Far above any real checkpoint, and low enough that a hostile file costs neither minutes nor gigabytes.
 _MAX_PICKLE, _MAX_DIRECTORY, _MAX_DEPTH = 1 << 24, 1 << 22, 64  # the first two in bytes
 _MAX_NAMES = 1 << 24  # characters of all full names, and 64 for each entry: n dicts that share can spell 2^n names
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of the older container
+_WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
+_PARTS, _MAX_WRAPPERS = {"image_proj", "ip_adapter"}, 3  # an adapter's own, which nothing beside them replaces
 UNNAMED = "(unnamed)"  # the name of a tensor that was saved alone
 
 
@@ -28,6 +30,39 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict:
     their places, one of a single tensor {UNNAMED: tensor}. Raises WeightFileError naming the file when it is none of
     torch.save, damaged, hostile, or of a kind that is not supported.
     """
+    tree = _read(path)
+    branches, seen = [tree], {id(tree)}
+    for branch in branches:  # which grows on the way
+        for key, value in branch.items():
+            if isinstance(value, Unread):
+                branch[key] = OPAQUE
+            elif isinstance(value, dict) and id(value) not in seen:
+                branches.append(value)
+                seen.add(id(value))
+    return tree
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
+    """The tensors of such a file by their full names, as `flatten` gives them. Raises WeightFileError as
+    `read_torch_file`, and naming a tensor among them that lies there in a form that is not read."""
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in flatten(_read(path)).items():
+        if isinstance(tensor, Unread):
+            raise not_read(path, name, tensor.form)
+        found[name] = tensor
+    return found
+
+
+def not_read(path: str | os.PathLike[str], name: str, form: str) -> WeightFileError:
+    """What to say of a tensor of such a form or data type."""
+    return WeightFileError(
+        f"{path}: {name[:60]!r} is stored as {form[:60]}; only float64, float32, float16 and bfloat16 weights are "
+        "read, so convert the file first"
+    )
+
+
+def _read(path: str | os.PathLike[str]) -> dict:
+    """The tree with Unread leaves, too."""
     try:
         require(os.path.isfile(path), "there is no such file", "; check the path")  # nor a pipe, which would block
         with _File(path) as file:
@@ -43,16 +78,16 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict:
 
 def _named(tree: Any) -> Any:
     """Tensors that a file holds without names, as a dict; everything else as it is."""
-    if isinstance(tree, LazyTensor):
+    if isinstance(tree, LazyTensor | Unread):
         return {UNNAMED: tree}
-    listed = type(tree) in (list, tuple) and tree and all(isinstance(value, LazyTensor) for value in tree)
+    listed = type(tree) in (list, tuple) and tree and all(isinstance(value, LazyTensor | Unread) for value in tree)
     return dict(enumerate(tree)) if listed else tree
 
 
-def flatten(tree: dict) -> dict[str, LazyTensor]:
-    """Join the names in a tree of `read_torch_file` with dots; only tensors are kept, of any "state_dict" alone."""
-    inner = tree.get("state_dict")
-    pending = [("", 0, inner if isinstance(inner, dict) else tree)]
+def flatten(tree: dict) -> dict[str, LazyTensor | Unread]:
+    """Join the names in a tree of `read_torch_file` with dots; only tensors are kept, those of a form that is not read
+    too, of the state dict that training programs put beside other things alone."""
+    pending = [("", 0, _state_dict(tree))]
     named, cost = {}, 0
     for prefix, depth, branch in pending:  # which grows on the way
         for key, value in branch.items():
@@ -61,9 +96,24 @@ def flatten(tree: dict) -> dict[str, LazyTensor]:
             require(cost <= _MAX_NAMES and depth <= _MAX_DEPTH, "has too many entries, or nested too deep", SAVE)
             if isinstance(value, dict):
                 pending.append((f"{name}.", depth + 1, value))
-            elif isinstance(value, LazyTensor):
+            elif isinstance(value, LazyTensor | Unread):
                 require(named.setdefault(name, value) is value, f"has two tensors {str(key)[:60]!r}", SAVE)
     return named
+
+
+def _state_dict(tree: dict) -> dict:
+    """What lies in a "state_dict", or in a "model" or the like that holds tensors; all where there is no such thing."""
+    for _ in range(_MAX_WRAPPERS):
+        inner = next((tree[name] for name in _WRAPPERS if isinstance(tree.get(name), dict)), None)
+        if inner is None or _PARTS & tree.keys() or ("state_dict" not in tree and not _holds_tensors(inner)):
+            break
+        tree = inner
+    return tree
+
+
+def _holds_tensors(tree: dict) -> bool:
+    branches = [tree, *(inner for inner in tree.values() if isinstance(inner, dict))]
+    return any(isinstance(value, LazyTensor | Unread) for branch in branches for value in branch.values())
 
 
 class _File(io.FileIO):
@@ -127,6 +177,8 @@ def _read_zip(file: _File) -> Any:
 
     folder = next((name[:-8] for name in entries if name.endswith("/data.pkl") and name.count("/") == 1), "")
     weights = folder and f"{folder}constants.pkl" not in entries
+    arrays = any(name.endswith(".npy") for name in entries)
+    require(not arrays, "is a NumPy archive (.npz) with no data.pkl", "; save its array alone with numpy.save (.npy)")
     require(weights, "is a zip file, but not one of weights: no data.pkl, or a TorchScript program", SAVE)
     if f"{folder}byteorder" in entries:
         require(file.read_at(*locate(f"{folder}byteorder")) == b"little", "is not little-endian", SAVE)

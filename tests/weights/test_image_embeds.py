@@ -311,3 +311,47 @@ def test_embeddings_given_as_an_adapter_are_named(tmp_path):
     refused(
         lambda: open_ip_adapter(path), "a set of image embeddings", "give it in place of pictures", error=InputError
     )
+
+
+# --- arrays of NumPy ---------------------------------------------------------------------------------------------
+
+
+def saved(path: Path, array: np.ndarray) -> Path:
+    np.save(path, array)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("array", "patches", "expected"),
+    [
+        (drawn(8), None, drawn(8)[None, None]),  # the embedding of one picture
+        (drawn(3, 8), None, drawn(3, 8)[None]),
+        (drawn(3, 5, 8), True, drawn(3, 5, 8)[None]),
+        (guided(3, 8), None, guided(3, 8)),
+        (drawn(1, 3, 5, 8), None, drawn(1, 3, 5, 8)),
+        (drawn(3, 8).astype(np.float64), None, drawn(3, 8)[None]),
+        (drawn(3, 8).astype(">f4"), None, drawn(3, 8)[None]),
+        (np.asfortranarray(drawn(3, 8)), None, drawn(3, 8)[None]),
+    ],
+)
+def test_arrays_of_numpy(tmp_path, array, patches, expected):
+    [found] = load_image_embeds(saved(tmp_path / "a.npy", array), patches)
+    assert equal(found.features, expected)
+
+
+def test_arrays_that_are_none(tmp_path):
+    objects = tmp_path / "objects.npy"
+    np.save(objects, np.array([{"a": 1}], object), allow_pickle=True)
+    refused(lambda: load_image_embeds(objects), str(objects), "nor a whole array of NumPy", "save it again")
+    refused(lambda: load_image_embeds(saved(tmp_path / "text.npy", np.array(["a"]))), "not of numbers")
+    refused(lambda: load_image_embeds(saved(tmp_path / "int.npy", np.ones((1, 8), int))), "int64", "floats")
+    whole = saved(tmp_path / "cut.npy", drawn(64, 1024)).read_bytes()
+    (tmp_path / "cut.npy").write_bytes(whole[:-7])
+    refused(lambda: load_image_embeds(tmp_path / "cut.npy"), "cut.npy", "nor a whole array of NumPy")
+    huge = whole[:128].replace(b"(64, 1024)", b"(9**9, 99)")
+    (tmp_path / "odd.npy").write_bytes(huge)
+    refused(lambda: load_image_embeds(tmp_path / "odd.npy"), "odd.npy", "nor a whole array of NumPy")
+    declared = whole[:128].replace(b"(64, 1024)", b"(99999999,)")[:128]
+    (tmp_path / "huge.npy").write_bytes(declared)
+    refused(lambda: load_image_embeds(tmp_path / "huge.npy"), "huge.npy", "nor a whole array of NumPy")
+    refused(lambda: open_ip_adapter(saved(tmp_path / "array.npy", drawn(3, 8))), "not an IP-Adapter file")

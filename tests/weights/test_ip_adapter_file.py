@@ -134,7 +134,7 @@ def test_an_adapter_for_another_base():
     refused(
         lambda: check_base(file, 768, WIDTHS),
         f"{file.path}: made for tokens of width 32 (no known family), this base has 768 (SD 1.x)",
-        "give an adapter of this base (--adapter)",
+        "give an adapter of this base",
         error=WeightFileError,
     )
     refused(
@@ -173,7 +173,7 @@ def test_another_image_encoder(name, features, needed):
     file = open_ip_adapter(ADAPTERS / f"{name}.safetensors")
     check_encoder(file, 40, 48, "encoder")
     words = [f"{file.path}: needs {features} ({needed}), the image encoder models/vit-l gives 1024"]
-    words += ["choose the right one with --image-encoder"]
+    words += ["choose the right one with image_encoder"]
     refused(lambda: check_encoder(file, 1024, 1024, "models/vit-l"), *words, error=WeightFileError)
 
 
@@ -306,3 +306,20 @@ def test_a_tensor_too_few_or_too_many(tmp_path, name, changes, fault):
     content = {key: array for key, array in (tensors(name) | changes).items() if array is not None}
     file = open_ip_adapter(write(tmp_path / "a.safetensors", content))
     refused(lambda: load_ip_adapter(file, WIDTHS, FLOAT32), f"{file.path} {fault}", error=WeightFileError)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", "model_state_dict"])
+def test_an_adapter_inside_something(tmp_path, wrapper):
+    """{"model": {...}} in a pickle, or as a prefix of every name."""
+    tensors = load_file(ADAPTERS / "ip-adapter_tiny.safetensors")
+    tree: dict = {"image_proj": {}, "ip_adapter": {}}
+    for name, array in tensors.items():
+        part, _, inner = name.partition(".")
+        tree[part][inner] = array
+    plain = open_ip_adapter(ADAPTERS / "ip-adapter_tiny.safetensors")
+    write_bin(tmp_path / "a.bin", {wrapper: tree})
+    save_file({f"{wrapper}.{name}": array for name, array in tensors.items()}, tmp_path / "a.safetensors")
+    for name in ("a.bin", "a.safetensors"):
+        found = open_ip_adapter(tmp_path / name)
+        assert found.config == plain.config and found.tensors.keys() == plain.tensors.keys()
+        assert all(np.array_equal(t.read(), plain.tensors[key].read()) for key, t in found.tensors.items())

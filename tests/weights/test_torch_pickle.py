@@ -18,6 +18,7 @@ from helpers import within
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.weights import pickle_machine, torch_pickle
 from ipadapter_jax.weights.pickle_machine import OPAQUE
+from ipadapter_jax.weights.tensors import open_tensors
 from ipadapter_jax.weights.torch_pickle import UNNAMED, LazyTensor, flatten, read_torch_file
 
 # --- files by hand -----------------------------------------------------------------------------------------------
@@ -174,6 +175,75 @@ def test_tensors_without_names(tmp_path, write):
 def test_flatten_takes_the_state_dict_alone(tmp_path):
     body = mapping(state_dict=mapping(**{"a.b": tensor()}), other=tensor())
     assert list(flatten(read_torch_file(write_zip(tmp_path / "a.ckpt", body)))) == ["a.b"]
+
+
+WRAPPED = {
+    "a model": mapping(model=mapping(**{"a.b": tensor()}), step=integer(7)),
+    "deeper": mapping(model=mapping(a=mapping(b=tensor())), optimizer=mapping(state=tensor())),
+    "twice": mapping(module=mapping(state_dict=mapping(**{"a.b": tensor()}))),
+    "beside others": mapping(model_state_dict=mapping(**{"a.b": tensor()}), ema=tensor()),
+}
+
+
+@pytest.mark.parametrize("body", WRAPPED.values(), ids=WRAPPED)
+def test_what_training_programs_put_around_weights(tmp_path, body):
+    assert list(flatten(read_torch_file(write_zip(tmp_path / "a.pt", body)))) == ["a.b"]
+
+
+def test_a_part_of_that_name_is_none(tmp_path):
+    """A "model" beside the parts of an adapter, or without tensors in it, is something else."""
+    for model in (mapping(width=integer(4)), mapping(c=tensor())):
+        body = mapping(model=model, image_proj=mapping(b=tensor()))
+        assert "image_proj.b" in flatten(read_torch_file(write_zip(tmp_path / "a.pt", body)))
+    body = mapping(model=mapping(width=integer(4)), a=mapping(b=tensor()))
+    assert list(flatten(read_torch_file(write_zip(tmp_path / "a.pt", body)))) == ["a.b"]
+
+
+def rebuilt(function: str, *arguments: bytes) -> bytes:
+    return f"ctorch._utils\n{function}\n(".encode() + b"".join(arguments) + b"tR"
+
+
+OTHER_FORMS = {
+    "float8_e4m3fn": rebuilt("_rebuild_tensor_v3", storage("0", 6), b"Q", b"ctorch\nfloat8_e4m3fn\n"),
+    "uint16": rebuilt("_rebuild_tensor_v3", storage("0", 6), b"Q", b"ctorch\nuint16\n"),
+    "a sparse tensor": rebuilt("_rebuild_sparse_tensor", NONE),
+    "a quantized tensor": rebuilt("_rebuild_qtensor", b"ctorch\nQInt8Storage\n"),
+    "a tensor without content": rebuilt("_rebuild_meta_tensor_no_storage", b"ctorch\nfloat32\n"),
+    "an unknown form": rebuilt("_rebuild_something_new", NONE),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+@pytest.mark.parametrize("write", WRITERS)
+def test_tensors_of_other_forms_are_named(tmp_path, form, write):
+    """They were left out in silence, and the file was said to lack them."""
+    path = write(tmp_path / "a.bin", mapping(good=tensor(), bad=OTHER_FORMS[form]))
+    with pytest.raises(WeightFileError, match=f"'bad' is stored as {form}.*; only .* are read, so convert the file"):
+        open_tensors(path)
+    beside = mapping(state_dict=mapping(good=tensor()), optimizer=mapping(bad=OTHER_FORMS[form]))
+    assert list(open_tensors(write(tmp_path / "b.ckpt", beside))) == ["good"]
+
+
+@pytest.mark.torch
+def test_forms_that_torch_writes(tmp_path):
+    torch = pytest.importorskip("torch")
+    plain = torch.zeros(4, 4)
+    forms = {
+        "float8_e4m3fn": plain.to(torch.float8_e4m3fn),
+        "float8_e5m2": torch.nn.Parameter(plain.to(torch.float8_e5m2), requires_grad=False),
+        "a sparse tensor": plain.to_sparse(),
+        "a tensor without content": torch.empty(3, device="meta"),
+    }
+    for form, value in forms.items():
+        for zipped in (True, False):
+            torch.save({"a": value, "b": plain}, tmp_path / "a.bin", _use_new_zipfile_serialization=zipped)
+            with pytest.raises(WeightFileError, match=f"'a' is stored as {form}"):
+                open_tensors(tmp_path / "a.bin")
+
+
+def test_an_archive_of_numpy(tmp_path):
+    np.savez(tmp_path / "a.npz", SIX)
+    assert "is a NumPy archive (.npz) with no data.pkl; save its array alone" in refused(tmp_path / "a.npz")
 
 
 def test_two_tensors_of_one_name(tmp_path):
