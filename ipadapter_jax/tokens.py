@@ -34,6 +34,11 @@ class Tokenizer:
         self.pad_token_id, self.model_max_length = files.pad_token_id, files.model_max_length
         self._length = 1 + max(self._backend.get_vocab().values())
 
+    @property
+    def settings(self) -> tuple[str | int | None, ...]:
+        """All that decides about ids."""
+        return self._backend.to_str(), self.bos_token_id, self.eos_token_id, self.pad_token_id, self.model_max_length
+
     def __len__(self) -> int:
         """The rows that a text encoder needs: the highest id and one."""
         return self._length

@@ -30,6 +30,7 @@ from ipadapter_jax.lock import held_shard
 from ipadapter_jax.texts import read_json_object
 
 SETTINGS = "job.json"
+CONFIGURATIONS = "configurations"  # of the model's parts, among the settings; those of older releases have none
 _DIGESTS = "images_sha256"  # of a line; those of older releases have none
 _THREADS = 4  # that read image prompts
 
@@ -134,7 +135,9 @@ class JobFolder:
             write_whole(path, json.dumps(settings, indent=2).encode() + b"\n")
             return
         try:
-            changed = differences(read_json_object(path), settings)
+            before = read_json_object(path)
+            known = {name: settings[name] for name in settings if name != CONFIGURATIONS or name in before}
+            changed = differences(before, known)
         except InputError as error:
             raise InputError(f"{path} is damaged; choose another --out ({error})") from None
         if changed:

@@ -184,6 +184,17 @@ def test_other_settings_are_refused(tmp_path):
             run(works(), tmp_path)
 
 
+def test_settings_of_the_model_that_have_changed_are_refused(tmp_path):
+    """Its weights may be the same; jobs of older releases do not know them."""
+    run(works(), tmp_path)
+    settings = fake_job.SETTINGS | {"configurations": {"unet": "12", "scheduler": "34"}}
+    assert run(works(), tmp_path, settings=settings).before == 20
+    run(works(), tmp_path / "new", settings=settings)
+    settings = fake_job.SETTINGS | {"configurations": {"unet": "12", "scheduler": "56"}}
+    with pytest.raises(InputError, match=r'\(configurations.scheduler: "34" -> "56"\)'):
+        run(works(), tmp_path / "new", settings=settings)
+
+
 def test_rows_that_have_changed_are_refused(tmp_path):
     run(works(), tmp_path)
     planned = fake_job.plan(fake_job.rows(10), num_images=2, seed=7, scale=0.75)

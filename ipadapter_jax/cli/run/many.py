@@ -15,9 +15,10 @@ from PIL import Image
 
 from ipadapter_jax.adapters import Prepared
 from ipadapter_jax.cli.many import Many
-from ipadapter_jax.cli.run.sampling import digests, png, versions
+from ipadapter_jax.cli.run.sampling import configurations, digests, png, versions
 from ipadapter_jax.files import sha256
 from ipadapter_jax.image_prompts import PerPrompt
+from ipadapter_jax.jobs.folder import CONFIGURATIONS
 from ipadapter_jax.jobs.image_digests import Identify
 from ipadapter_jax.jobs.plan import Work
 from ipadapter_jax.jobs.rows import BadRow, Row
@@ -35,7 +36,8 @@ def settings(args: Many, pipe: StableDiffusion) -> dict[str, Any]:
     files = digests(pipe)
     if args.negative_image is not None and os.path.isfile(args.negative_image):
         files["negative_image"] = {os.path.basename(args.negative_image): sha256(Path(args.negative_image))}
-    return json.loads(json.dumps({**settings, "sha256": files, "versions": versions()}))
+    facts = {"sha256": files, CONFIGURATIONS: configurations(pipe), "versions": versions()}
+    return json.loads(json.dumps(settings | facts))
 
 
 def make_pictures(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -92,6 +93,16 @@ def digests(pipe: StableDiffusion) -> dict[str, dict[str, str]]:
             sources["image_encoder"] = adapter.loaded_encoder.source
     once = functools.cache(sha256)  # a single file has all parts
     return {part: {file.name: once(file) for file in files_of(source)} for part, source in sources.items()}
+
+
+def configurations(pipe: StableDiffusion) -> dict[str, str]:
+    """Per part of the pipeline a digest of its settings, which decide as much as its weights: those of the networks,
+    the noise schedule and the tokenizer."""
+    parts: dict[str, Any] = {part: getattr(pipe, part).config for part in ("unet", "vae", "text_encoder")}
+    parts |= {"scheduler": pipe.schedule, "tokenizer": pipe.tokenizer.settings}
+    encoders = [adapter.loaded_encoder for adapter in pipe.adapters if adapter.loaded_encoder is not None]
+    parts["image_encoder"] = [encoder.module.config for encoder in encoders]
+    return {part: hashlib.sha256(repr(settings).encode()).hexdigest()[:16] for part, settings in parts.items()}
 
 
 def versions() -> dict[str, str]:
