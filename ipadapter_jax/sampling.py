@@ -254,7 +254,7 @@ def run_steps(
     """All steps in one call of `denoise` (without its first four arguments), or with `on_step` one call per step: final
     latents and, where `denoise` gives them, the attention maps of all steps as numpy arrays."""
     stochastic, total = bool(np.any(steps.noise)), len(steps.timestep)
-    state, seen = placed(begin(start.latents), batch.mesh), []
+    state, seen = placed(begin(start.latents, steps.weights.shape[-1]), batch.mesh), []
     length = total if on_step is None else 1
     for first in range(0, total, length):
         part = slice(first, first + length)

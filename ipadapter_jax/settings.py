@@ -1,7 +1,7 @@
 """From a published JSON configuration to one of our dataclasses: what is not supported is an error, never ignored."""
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ def typed(cls: type, values: Mapping[str, Any], what: str) -> Any:
     for name, value in found.items():
         if not _fits(value, hints[name]):
             kind = getattr(hints[name], "__name__", str(hints[name]))
-            raise InputError(f"{what} config: {name}={value!r} is not usable, it must be of type {kind}")
+            raise InputError(f"{what} config: {name}={shown(value)} is not usable, it must be of type {kind}")
     return cls(**found)
 
 
@@ -30,7 +30,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
     return isinstance(value, hint)
@@ -57,3 +57,9 @@ def pick(
         elif any(item is not None and item is not False for item in (value if isinstance(value, tuple) else [value])):
             raise InputError(f"{what} config: unknown setting {name}={value!r}; is this a Stable Diffusion 1.x model?")
     return {name: raw[name] for name in fields if name in raw}
+
+
+def shown(value: Any) -> str:
+    """A value in a message, at a length that can be read."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else f"{'-' * (value < 0)}(over 30 digits)"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ipadapter_jax.diffusion.alpha_samplers import ddim, ddpm, lcm, pndm
-from ipadapter_jax.diffusion.schedule import FIXED, NoiseSchedule
+from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.diffusion.sigma_samplers import dpm_solver_pp_2m, euler, euler_ancestral, unipc
 from ipadapter_jax.diffusion.steps import Row, Steps
 from ipadapter_jax.errors import InputError, argument
@@ -42,7 +42,7 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
         raise InputError(f"{argument('scheduler')} {sampler!r} is not known{meant(str(sampler), SAMPLERS)}")
     if eta and sampler != "ddim":
         raise InputError(f"{argument('eta', eta)} is for the scheduler ddim; {sampler} has none")
-    _check_settings(sampler, schedule)
+    schedule = schedule.for_sampler(sampler)
     schedule.timesteps(num_steps)  # refuses a number of steps that cannot be
     made = int(num_steps * strength) if isinstance(strength, Real) and 0 < strength <= 1 else 0
     if not made:
@@ -52,14 +52,13 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
             f"at most 1, and here at least {1 / num_steps:.2g}"
         )
     rows, init = SAMPLERS[sampler](schedule, num_steps, num_steps - made, *([eta] if eta else []))
-    clips = schedule.clip_sample and sampler in ("ddim", "ddpm", "lcm")
     with np.errstate(over="ignore"):
         fields = {
             "timestep": [row.timestep for row in rows],
             "input_scale": [row.input_scale for row in rows],
             "memory": [row.memory for row in rows],
-            "clip": [schedule.clip_sample_range if clips else np.inf] * len(rows),
-            "weights": [(row.weights, row.kept) for row in rows],
+            "clip": [schedule.clip_sample_range if schedule.clip_sample else np.inf] * len(rows),
+            "weights": _weights(rows),
             "noise": [row.noise for row in rows],
             "level": [*(row.level for row in rows[1:]), (1.0, 0.0)],
         }
@@ -73,13 +72,7 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
     return Run(steps, init, np.asarray(rows[0].level, np.float32))
 
 
-def _check_settings(sampler: str, schedule: NoiseSchedule) -> None:
-    """Raises InputError for a setting of the model's scheduler that would change the result and is not followed."""
-    given = {**dict(schedule.others), "solver_type": schedule.solver_type}
-    for name, accepted in FIXED.get(sampler, {}).items():
-        if given.get(name) is not None and given[name] not in accepted:
-            known = " or ".join(map(repr, accepted))
-            raise InputError(
-                f"scheduler config: {name}={given[name]!r} is not supported by {sampler}, only {known}; choose another "
-                "scheduler, or change the setting"
-            )
+def _weights(rows: list[Row]) -> list[tuple[np.ndarray, ...]]:
+    """Of x and kept, all of one length: a sampler that looks far back has longer ones."""
+    length = max(len(row) for step in rows for row in (step.weights, step.kept))
+    return [tuple(np.pad(row, (0, length - len(row))) for row in (step.weights, step.kept)) for step in rows]

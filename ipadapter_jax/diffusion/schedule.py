@@ -1,6 +1,7 @@
 """The noise schedule of a trained model (DDPM, arXiv 2006.11239): how much signal is left at every timestep."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from numbers import Integral
@@ -8,13 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from ipadapter_jax.diffusion.settings_by_sampler import FIXED, FOLLOWED, KNOWN, SHARED
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.settings import typed
+from ipadapter_jax.settings import shown, typed
+
+_MOST_TIMESTEPS = 100_000  # a hundred times those of any published model: an array of them stays small
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
-    """A model's schedule and the conventions its samplers follow; defaults are those of diffusers' DDIMScheduler."""
+    """A model's schedule and the conventions of a sampler; defaults are those of diffusers' DDIMScheduler.
+
+    `for_sampler` makes the schedule that a sampler follows of the one that a file describes.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -22,51 +29,112 @@ class NoiseSchedule:
     beta_schedule: str = "linear"
     trained_betas: tuple[float, ...] | None = None
     prediction_type: str = "epsilon"
-    timestep_spacing: str | None = None  # a sampler's own
+    timestep_spacing: str = "leading"
     steps_offset: int = 0
-    set_alpha_to_one: bool | None = None  # a sampler's own
+    set_alpha_to_one: bool = True
     clip_sample: bool = False
     clip_sample_range: float = 1.0
     rescale_betas_zero_snr: bool = False
-    use_karras_sigmas: bool | None = None
-    final_sigmas_type: str | None = "zero"
-    solver_type: str | None = None  # UniPC's bh1; everything else is its bh2 and DPM-Solver's midpoint
-    others: tuple[tuple[str, Any], ...] = ()  # settings that some samplers cannot follow
+    use_karras_sigmas: bool = False
+    sigma_min: float | None = None  # of Karras's levels; None takes the schedule's own
+    sigma_max: float | None = None
+    final_sigmas_type: str = "zero"
+    timestep_type: str = "discrete"
+    skip_prk_steps: bool = False
+    solver_order: int = 2
+    solver_type: str = "bh2"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    lambda_min_clipped: float | None = None  # None clips nothing
+    disable_corrector: tuple[int, ...] = ()  # steps whose outcome UniPC does not correct
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
+    given: tuple[tuple[str, Any], ...] = ()  # every known setting of the file, by name
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "NoiseSchedule":
-        """From scheduler/scheduler_config.json of any scheduler. Raises InputError naming what is not supported.
+        """From scheduler/scheduler_config.json of any scheduler. Raises InputError naming what is not usable, and warns
+        of names that no scheduler here knows.
 
-        What a config leaves out takes DDIMScheduler's default, but for clip_sample: diffusers' pipelines of latent
-        models turn it off.
+        What a config leaves out takes the default of the scheduler that is asked for; so does null, but where it could
+        mean nothing.
         """
-        if raw.get("thresholding"):
-            raise InputError("scheduler config: thresholding=true is not supported for latent models")
-        fields = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
-        if raw.get("clip_sample"):
+        for name in set(SHARED) - {"trained_betas", "timestep_spacing"}:
+            if name in raw and raw[name] is None:
+                raise InputError(f"scheduler config: {name}=None is not usable; give a value or leave it out")
+        if unknown := [name for name in raw if name not in KNOWN and not name.startswith("_")]:
+            warnings.warn(
+                f"scheduler config: ignored, as no scheduler here knows it: {', '.join(unknown)}", stacklevel=2
+            )
+        found = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+        given = {name: found[name] for name in KNOWN if found.get(name) is not None}
+        if given.get("lambda_min_clipped") == -math.inf:  # diffusers' default
+            del given["lambda_min_clipped"]
+        if given.get("clip_sample"):
             warnings.warn("scheduler config: clip_sample clips predictions, which latents do not bear", stacklevel=2)
-        others = tuple((name, raw[name]) for name in OTHERS if raw.get(name) is not None)
-        schedule: NoiseSchedule = typed(cls, {**fields, "others": ()}, "scheduler")
-        schedule = dataclasses.replace(schedule, others=others)
+        return cls._of(given, given)
+
+    @classmethod
+    def _of(cls, settings: Mapping[str, Any], given: Mapping[str, Any]) -> "NoiseSchedule":
+        """Those of the settings that are fields, checked."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        fields = {name: value for name, value in settings.items() if name in names and value is not None}
+        schedule: NoiseSchedule = typed(cls, {**fields, "given": ()}, "scheduler")
+        schedule = dataclasses.replace(schedule, given=tuple(given.items()))
         for name, choices in _CHOICES.items():
             if getattr(schedule, name) not in choices:
-                known = ", ".join(filter(None, choices))
-                raise InputError(f"scheduler config: {name}={getattr(schedule, name)!r}, known are {known}")
-        total = schedule.num_train_timesteps
-        if schedule.trained_betas is not None and len(schedule.trained_betas) != total:
-            raise InputError(f"scheduler config: {len(schedule.trained_betas)} trained_betas for {total} timesteps")
-        if not total or not 0 < schedule.beta_start <= schedule.beta_end < 1:
-            raise InputError("scheduler config: it needs training timesteps and 0 < beta_start <= beta_end < 1")
+                raise InputError(
+                    f"scheduler config: {name}={getattr(schedule, name)!r}, known are {', '.join(choices)}"
+                )
+        schedule._check_numbers()
         return schedule
+
+    def _check_numbers(self) -> None:
+        total = self.num_train_timesteps
+        if not 1 <= total <= _MOST_TIMESTEPS:
+            raise InputError(
+                f"scheduler config: num_train_timesteps={shown(total)} is not usable, at most {_MOST_TIMESTEPS} and at "
+                "least 1 can be"
+            )
+        if self.trained_betas is not None and len(self.trained_betas) != total:
+            raise InputError(f"scheduler config: {len(self.trained_betas)} trained_betas for {total} timesteps")
+        betas = self.trained_betas or (self.beta_start, self.beta_end)
+        if not 0 < min(betas) <= max(betas) < 1 or self.beta_start > self.beta_end:
+            raise InputError(
+                "scheduler config: it needs 0 < beta_start <= beta_end < 1, and trained_betas between 0 and 1"
+            )
+        if self.steps_offset >= total:
+            raise InputError(
+                f"scheduler config: steps_offset={shown(self.steps_offset)} exceeds the {total} training timesteps; "
+                "mend it"
+            )
+        for name in ("sigma_min", "sigma_max", "clip_sample_range", "timestep_scaling"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise InputError(f"scheduler config: {name}={value} is not usable, it must be a positive number")
+
+    def for_sampler(self, sampler: str) -> "NoiseSchedule":
+        """The schedule as this sampler follows it: the settings that its scheduler in diffusers hears of, and that
+        scheduler's defaults for what the file leaves out. Raises InputError for a setting that would change the result
+        and is not followed."""
+        given = dict(self.given)
+        for name, accepted in FIXED[sampler].items():
+            if name in given and given[name] not in accepted:
+                known = " or ".join(map(repr, accepted)) or "no value"
+                raise InputError(
+                    f"scheduler config: {name}={given[name]!r} is not supported by {sampler}, only {known}; choose "
+                    "another scheduler, or change the setting"
+                )
+        heard = {name: value for name, value in given.items() if name in SHARED or name in FOLLOWED[sampler]}
+        if "solver_type" in FIXED[sampler] or given.get("solver_type") not in ("bh1", "bh2"):
+            heard.pop("solver_type", None)  # another solver's name for its own default
+        return self._of({**FOLLOWED[sampler], **heard}, given)
 
     def changed(self, settings: Mapping[str, Any]) -> "NoiseSchedule":
         """The same with these settings of scheduler_config.json. Raises InputError for one that is not known."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "others"}
-        names = [*own, *OTHERS]
         for name in settings:
-            if name not in names:
-                raise InputError(f"scheduler_config: {name!r} is not known; choose among {', '.join(names)}")
-        return self.from_json({**own, **dict(self.others), **settings}) if settings else self
+            if name not in KNOWN:
+                raise InputError(f"scheduler_config: {name!r} is not known; choose among {', '.join(KNOWN)}")
+        return self.from_json({**dict(self.given), **settings}) if settings else self
 
     @property
     def alphas_cumprod(self) -> np.ndarray:
@@ -81,7 +149,7 @@ class NoiseSchedule:
     @property
     def final_alpha_cumprod(self) -> np.float32:
         """The share of signal after the last step, beyond timestep 0."""
-        return self.alphas_cumprod[0] if self.set_alpha_to_one is False else np.float32(1.0)
+        return np.float32(1.0) if self.set_alpha_to_one else self.alphas_cumprod[0]
 
     def _betas(self) -> np.ndarray:
         start, end, steps = self.beta_start, self.beta_end, self.num_train_timesteps
@@ -105,7 +173,7 @@ class NoiseSchedule:
                 f"{argument('num_inference_steps', num_steps)} must be a whole number between 1 and "
                 f"{total}, the training timesteps"
             )
-        spacing = self.timestep_spacing or "leading"
+        spacing = self.timestep_spacing
         if spacing == "linspace":
             steps = np.linspace(0, total - 1, num_steps).round()[::-1]
         elif spacing == "leading":
@@ -116,32 +184,11 @@ class NoiseSchedule:
         return steps.astype(np.int32)
 
 
-_KARRAS_ALONE = dict.fromkeys(
-    ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"), (False,)
-)
-# Settings that are fixed here, by sampler: another value is an error where that sampler is used.
-FIXED: Mapping[str, Mapping[str, tuple]] = {
-    "dpmsolver++": {
-        **{
-            "algorithm_type": ("dpmsolver++",),
-            "solver_order": (2,),
-            "solver_type": ("midpoint", "bh1", "bh2", "logrho"),
-        },
-        **{"lower_order_final": (True,), "euler_at_final": (False,)},
-        **_KARRAS_ALONE,
-    },
-    "unipc": {"solver_order": (2,), "predict_x0": (True,), "lower_order_final": (True,), **_KARRAS_ALONE},
-    "euler": {"interpolation_type": ("linear",), "timestep_type": ("discrete",), **_KARRAS_ALONE},
-    "ddpm": {"variance_type": ("fixed_small",)},
-    "pndm": {"skip_prk_steps": (True,)},
-    "lcm": {"original_inference_steps": (50,), "timestep_scaling": (10.0,)},
-}
-OTHERS = sorted({name for fixed in FIXED.values() for name in fixed} - {"solver_type"})
-
 _CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "timestep_spacing": (None, "linspace", "leading", "trailing"),
-    "final_sigmas_type": (None, "zero", "sigma_min"),
-    "solver_type": (None, "midpoint", "heun", "logrho", "bh1", "bh2"),
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "timestep_type": ("discrete", "continuous"),
+    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
 }

@@ -1,7 +1,6 @@
 """Samplers whose steps go by sigma, the noise in units of the signal: sigma = sqrt((1 - a) / a), a being
 alphas_cumprod. Each is the function that makes its table of weights (`steps.py`), with diffusers' conventions."""
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +19,9 @@ def _sigmas(schedule: NoiseSchedule) -> np.ndarray:
     return np.sqrt((1 - a) / a)
 
 
-def _karras(low: float, high: float, count: int) -> np.ndarray:
-    """arXiv 2206.00364, equation 5, rho = 7."""
-    ramp = np.linspace(0, 1, count)
+def _karras(schedule: NoiseSchedule, low: float, high: float, count: int) -> np.ndarray:
+    """arXiv 2206.00364, equation 5, rho = 7; between these levels unless the schedule names others."""
+    low, high, ramp = schedule.sigma_min or low, schedule.sigma_max or high, np.linspace(0, 1, count)
     return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
 
 
@@ -31,17 +30,18 @@ def _times(sigmas: np.ndarray, of_timesteps: np.ndarray) -> np.ndarray:
     return np.interp(np.log(sigmas), np.log(of_timesteps), np.arange(len(of_timesteps)))
 
 
-def _euler_sigmas(schedule: NoiseSchedule, num_steps: int, karras: bool) -> tuple[np.ndarray, np.ndarray, float]:
+def _euler_sigmas(schedule: NoiseSchedule, num_steps: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Timesteps (n,), sigmas (n + 1,) down to the last one, and the scale of the first latents."""
-    spacing, known = schedule.timestep_spacing or "linspace", _sigmas(schedule)
-    schedule = dataclasses.replace(schedule, timestep_spacing=spacing)
+    spacing, known = schedule.timestep_spacing, _sigmas(schedule)
     timesteps = schedule.timesteps(num_steps).astype(np.float64)
     if spacing == "linspace":  # between the whole ones
         timesteps = np.linspace(0, schedule.num_train_timesteps - 1, num_steps)[::-1]
     sigmas = np.interp(timesteps, np.arange(len(known)), known)
-    if karras:
-        sigmas = _karras(sigmas[-1], sigmas[0], num_steps)
+    if schedule.use_karras_sigmas:
+        sigmas = _karras(schedule, sigmas[-1], sigmas[0], num_steps)
         timesteps = _times(sigmas, known)
+    if schedule.timestep_type == "continuous" and schedule.prediction_type == "v_prediction":
+        timesteps = 0.25 * np.log(sigmas)
     init = sigmas.max() if spacing != "leading" else np.sqrt(sigmas.max() ** 2 + 1)
     last = known[0] if schedule.final_sigmas_type == "sigma_min" else 0.0
     return timesteps, np.append(sigmas, last), float(init)
@@ -62,7 +62,7 @@ def _sigma_row(schedule: NoiseSchedule, timestep: float, weights: np.ndarray, si
 
 def euler(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
     """The first-order step along dx / dsigma = (x - x0) / sigma (arXiv 2206.00364, algorithm 2 without churn)."""
-    timesteps, sigmas, init = _euler_sigmas(schedule, num_steps, bool(schedule.use_karras_sigmas))
+    timesteps, sigmas, init = _euler_sigmas(schedule, num_steps)
     rows = []
     for t, sigma, end in zip(timesteps, sigmas, sigmas[1:], strict=False):
         weights = end / sigma * X + (1 - end / sigma) * M0
@@ -72,8 +72,7 @@ def euler(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list
 
 def euler_ancestral(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
     """The same down to a smaller sigma, and noise up again."""
-    timesteps, sigmas, init = _euler_sigmas(schedule, num_steps, karras=False)
-    sigmas[-1] = 0.0
+    timesteps, sigmas, init = _euler_sigmas(schedule, num_steps)
     rows = []
     for t, sigma, end in zip(timesteps, sigmas, sigmas[1:], strict=False):
         up = np.sqrt(end**2 * (sigma**2 - end**2) / sigma**2)
@@ -85,22 +84,29 @@ def euler_ancestral(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> 
 
 def _multistep_sigmas(schedule: NoiseSchedule, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps (n,) and sigmas (n + 1,) of the multistep solvers, which end before timestep 0."""
-    total, known = schedule.num_train_timesteps, _sigmas(schedule)
-    spacing = schedule.timestep_spacing or "linspace"
-    timesteps = dataclasses.replace(schedule, timestep_spacing=spacing).timesteps(num_steps)
+    known, spacing = _sigmas(schedule), schedule.timestep_spacing
+    total = len(known) if schedule.lambda_min_clipped is None else _clipped(known, schedule.lambda_min_clipped)
+    timesteps = schedule.timesteps(num_steps)
     if spacing == "linspace":
         timesteps = np.linspace(0, total - 1, num_steps + 1).round()[::-1][:-1].astype(int)
     elif spacing == "leading":
         timesteps = (np.arange(num_steps + 1) * (total // (num_steps + 1)))[::-1][:-1] + schedule.steps_offset
+    elif total < len(known):
+        raise InputError("scheduler config: lambda_min_clipped is not supported with timestep_spacing trailing")
     last = known[0] if schedule.final_sigmas_type == "sigma_min" else 0.0
     if schedule.use_karras_sigmas:
-        sigmas = _karras(known[0], known[-1], num_steps)
-        return _times(sigmas, known).round(), np.append(sigmas, last)
+        sigmas = _karras(schedule, known[0], known[-1], num_steps)
+        return _times(sigmas, known), np.append(sigmas, last)
     if len(set(timesteps.tolist())) < num_steps:
         raise InputError(
             f"{argument('num_inference_steps', num_steps)}: multistep solvers need fewer than {total}; 20 to 30 do"
         )
-    return timesteps, np.append(np.interp(timesteps, np.arange(total), known), last)
+    return timesteps, np.append(np.interp(timesteps, np.arange(len(known)), known), last)
+
+
+def _clipped(known: np.ndarray, lowest: float) -> int:
+    """The training timesteps whose lambda = -log sigma is not below `lowest`."""
+    return len(known) - int(np.searchsorted(-np.log(known[::-1]), lowest))
 
 
 class _Point(NamedTuple):
@@ -119,13 +125,16 @@ class _Point(NamedTuple):
 def dpm_solver_pp_2m(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
     """DPM-Solver++ (2M), arXiv 2211.01095, algorithm 2: second order, the first and last steps first order."""
     timesteps, sigmas = _multistep_sigmas(schedule, num_steps)
+    if schedule.use_karras_sigmas:  # onto whole ones, and for this noise schedule down to them
+        timesteps = np.floor(timesteps) if schedule.beta_schedule == "squaredcos_cap_v2" else timesteps.round()
     points, rows = [_Point.of(sigma) for sigma in sigmas], []
     for i in range(first, num_steps):
         s, e = points[i], points[i + 1]
         h = e.lam - s.lam
-        final = i == num_steps - 1 and (num_steps < 15 or sigmas[-1] == 0)
+        few = schedule.lower_order_final and num_steps < 15
+        final = i == num_steps - 1 and (few or schedule.euler_at_final or sigmas[-1] == 0)
         weights = e.sigma / s.sigma * X - e.alpha * np.expm1(-h) * M0
-        if i > first and not final:
+        if schedule.solver_order > 1 and i > first and not final:
             r = (s.lam - points[i - 1].lam) / h
             weights = weights - 0.5 * e.alpha * np.expm1(-h) * (M0 - M1) / r
         rows.append(Row(timesteps[i], weights, clean(schedule, s.alpha**2), (s.alpha, s.sigma)))
@@ -136,10 +145,21 @@ def unipc(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list
     """UniPC of order 2, arXiv 2302.04867, in the data prediction: at each step the new output first corrects the sample
     (UniC), from which the next one is predicted (UniP)."""
     timesteps, sigmas = _multistep_sigmas(schedule, num_steps)
+    if schedule.use_karras_sigmas:  # here, unlike in DPM-Solver, on whole ones, and down to their own last one
+        timesteps = timesteps.round()
+        sigmas[-1] = sigmas[-2] if schedule.final_sigmas_type == "sigma_min" else 0.0
+    if not schedule.lower_order_final and min(schedule.solver_order, num_steps - first) > 1 and sigmas[-1] == 0:
+        raise InputError(
+            "scheduler config: lower_order_final=False is not supported by unipc down to no noise at all, there is no "
+            "finite step of second order; set final_sigmas_type to sigma_min"
+        )
     points, rows, before = [_Point.of(sigma) for sigma in sigmas], [], 0
     for i in range(first, num_steps):
-        sample = X if i == first else _correct(schedule, points[: i + 1], before)
-        order = min(2, num_steps - i, i - first + 1)
+        corrects = i > first and i - 1 not in schedule.disable_corrector
+        sample = _correct(schedule, points[: i + 1], before) if corrects else X
+        order = min(schedule.solver_order, i - first + 1)
+        if schedule.lower_order_final:
+            order = min(order, num_steps - i)
         s, e = points[i], points[i + 1]
         h = e.lam - s.lam
         weights = e.sigma / s.sigma * sample - e.alpha * np.expm1(-h) * M0

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-HISTORY = 5  # outputs that are remembered, this step's among them
+HISTORY = 5  # outputs that most samplers remember, this step's among them
 BASIS = ("x", "kept", "output", *(f"m{k}" for k in range(HISTORY)))  # m0 is this step's, m1 the step's before
 
 
@@ -23,7 +23,7 @@ class Steps(NamedTuple):
     input_scale: np.ndarray | Array  # of x as the network sees it
     memory: np.ndarray | Array  # (2,): m0 = memory[0] x + memory[1] output, then clipped
     clip: np.ndarray | Array  # the largest |m0|; infinity does not clip
-    weights: np.ndarray | Array  # (2, len(BASIS)): x and kept at the next step
+    weights: np.ndarray | Array  # (2, len(BASIS)), or longer for who looks further back: x and kept at the next step
     noise: np.ndarray | Array  # standard deviation of the fresh noise in x
     level: np.ndarray | Array  # (2,): x after the step is level[0] of the picture and level[1] of standard noise
 
@@ -44,16 +44,16 @@ class Row(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a run carries from step to step, all like x (..., C) but `memory` (HISTORY - 1, ..., C)."""
+    """What a run carries from step to step, all like x (..., C) but `memory` (HISTORY - 1 or more, ..., C)."""
 
     x: Array
     kept: Array
     memory: Array
 
 
-def begin(x: Array) -> State:
-    """The state before the first step."""
-    return State(x, jnp.zeros_like(x), jnp.zeros((HISTORY - 1, *x.shape), x.dtype))
+def begin(x: Array, length: int = len(BASIS)) -> State:
+    """The state before the first step, for a table whose rows of weights have this length."""
+    return State(x, jnp.zeros_like(x), jnp.zeros((length - 4, *x.shape), x.dtype))
 
 
 def advance(step: Steps, state: State, output: Array, noise: Array | None = None) -> State:
@@ -64,6 +64,6 @@ def advance(step: Steps, state: State, output: Array, noise: Array | None = None
     m = jnp.clip(step.memory[0] * state.x + step.memory[1] * output, -step.clip, step.clip)
     memory = jnp.concatenate([m[None], state.memory])
     basis = jnp.concatenate([jnp.stack([state.x, state.kept, output]), memory])
-    weights = jnp.reshape(step.weights, (2, len(BASIS), *(1,) * state.x.ndim))
+    weights = jnp.reshape(step.weights, (2, len(basis), *(1,) * state.x.ndim))
     x, kept = (weights * basis).sum(axis=1)
-    return State(x if noise is None else x + step.noise * noise, kept, memory[: HISTORY - 1])
+    return State(x if noise is None else x + step.noise * noise, kept, memory[:-1])

@@ -1,6 +1,7 @@
 """Every sampler against diffusers' scheduler, step by step on a synthetic model; orders of convergence; algebra."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import load_case
@@ -50,7 +51,7 @@ def test_names():
 # --- order of convergence ------------------------------------------------------------------------------------------
 
 
-def error(sampler: str, num_steps: int) -> float:
+def error(sampler: str, num_steps: int, skip_prk_steps: bool) -> float:
     """Relative error of a run with the exact network for data of N(0, 1/4), where x is sqrt(variance) times a constant
     along the exact solution. Noise levels fall as the sampler likes them: sigma evenly, or by Karras's rule."""
     total = 20_000  # so that timesteps are hardly rounded
@@ -59,6 +60,7 @@ def error(sampler: str, num_steps: int) -> float:
     betas = 1 - alphas / np.concatenate([[1.0], alphas[:-1]])
     more = {"num_train_timesteps": total, "trained_betas": tuple(betas.tolist()), "final_sigmas_type": "sigma_min"}
     more |= {"use_karras_sigmas": sampler not in ("ddim", "pndm"), "set_alpha_to_one": False}
+    more |= {"skip_prk_steps": skip_prk_steps}
     schedule = NoiseSchedule.from_json({**SD15, **more, "timestep_spacing": "trailing"})
     steps, scale, _ = sample_table(sampler, schedule, num_steps)
 
@@ -69,7 +71,7 @@ def error(sampler: str, num_steps: int) -> float:
         return a / 4 + 1 - a
 
     start, end = alpha(steps.timestep[0]), alphas[0]
-    x, kept, memory = np.sqrt(variance(start)), 0.0, [0.0] * (HISTORY - 1)
+    x, kept, memory = np.sqrt(variance(start)), 0.0, [0.0] * (steps.weights.shape[-1] - 4)
     if scale != 1:  # in the space of x0 + sigma epsilon
         x /= np.sqrt(start)
     for timestep, input_scale, (of_x, of_output), _, weights, *_ in zip(*steps, strict=True):
@@ -77,16 +79,20 @@ def error(sampler: str, num_steps: int) -> float:
         output = np.sqrt(1 - here) * input_scale * x / variance(here)
         m = of_x * x + of_output * output
         x, kept = weights.astype(np.float64) @ np.array([x, kept, output, m, *memory])
-        memory = [m, *memory][: HISTORY - 1]
+        memory = [m, *memory][:-1]
     return abs(x * (np.sqrt(end) if scale != 1 else 1) / np.sqrt(variance(end)) - 1)
 
 
 @pytest.mark.parametrize(
-    ("sampler", "order"), [("ddim", 1), ("euler", 1), ("dpmsolver++", 2), ("unipc", 2), ("pndm", 2)]
+    ("sampler", "order", "skip_prk_steps"),
+    [
+        *(("ddim", 1, True), ("euler", 1, True), ("dpmsolver++", 2, True), ("unipc", 2, True)),
+        *(("pndm", 2, True), ("pndm", 2, False)),
+    ],
 )
-def test_order_of_convergence(sampler, order):
+def test_order_of_convergence(sampler, order, skip_prk_steps):
     """Halving the steps' size divides the error by 2^order."""
-    coarse, fine = error(sampler, 40), error(sampler, 80)
+    coarse, fine = error(sampler, 40, skip_prk_steps), error(sampler, 80, skip_prk_steps)
     assert order - 0.3 < np.log2(coarse / fine), (coarse, fine)
     assert fine < 10**-order
 
@@ -145,20 +151,31 @@ def test_impossible_step_counts_are_refused(sampler, steps):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_step_and_few(sampler):
     for steps in (1, 2, 3):
-        table = sample_table(sampler, NoiseSchedule.from_json(SD15), steps)
+        table = sample_table(sampler, NoiseSchedule.from_json(SD15 | {"skip_prk_steps": True}), steps)
         assert len(table.steps.timestep) == steps + (sampler == "pndm" and steps > 1)
+
+
+def test_runge_kutta_steps_of_pndm():
+    """Three steps of four calls, where a file does not skip them; not for few steps, nor from the middle."""
+    schedule = NoiseSchedule.from_json(SD15)
+    assert len(sample_table("pndm", schedule, 10).steps.timestep) == 10 + 9
+    for steps, strength in ((3, 1.0), (10, 0.5)):
+        with pytest.raises(InputError, match="skip_prk_steps"):
+            sample_table("pndm", schedule, steps, strength=strength)
 
 
 @pytest.mark.parametrize(
     ("sampler", "changes", "words"),
     [
         ("heun", {}, "scheduler 'heun' is not known; choose ddim, ddpm"),
-        ("pndm", {"prediction_type": "sample"}, "not sample"),
+        ("pndm", {"prediction_type": "sample"}, "prediction_type='sample' is not supported by pndm"),
+        ("euler_a", {"prediction_type": "sample"}, "prediction_type='sample' is not supported by euler_a"),
         ("lcm", {"steps": 51}, "at most 50"),
         ("euler", {"eta": 0.5}, "eta=0.5 is for the scheduler ddim"),
         ("ddim", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "only v_prediction"),
         ("unipc", {"steps": 1000}, "fewer than 1000"),
-        ("pndm", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "cannot start"),
+        ("unipc", {"lower_order_final": False}, "lower_order_final=False is not supported"),
+        ("dpmsolver++", {"lambda_min_clipped": -2.0, "timestep_spacing": "trailing"}, "lambda_min_clipped"),
         ("ddim", {"steps_offset": 900}, "steps_offset=900"),
     ],
 )
@@ -171,13 +188,24 @@ def test_what_a_sampler_cannot_do(sampler, changes, words):
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"beta_schedule": "sigmoid"}, {"prediction_type": "flow"}, {"timestep_spacing": "x"}, {"thresholding": True}),
-        *({"final_sigmas_type": "x"}, {"solver_type": "x"}),
+        *({"beta_schedule": "sigmoid"}, {"prediction_type": "flow"}, {"timestep_spacing": "x"}),
+        *({"final_sigmas_type": "x"}, {"solver_type": "x"}, {"timestep_type": "x"}),
+        *({"num_train_timesteps": 10**9}, {"num_train_timesteps": 10**400}, {"num_train_timesteps": 0}),
+        *({"num_train_timesteps": -1}, {"num_train_timesteps": "x"}, {"num_train_timesteps": 1e9}),
+        *({"steps_offset": 10**30}, {"steps_offset": 1000}, {"beta_start": 10**400}, {"beta_end": float("nan")}),
+        *({"sigma_min": 0.0}, {"sigma_max": -1}, {"clip_sample_range": 0.0}, {"solver_order": True}),
+        *({"beta_start": None}, {"steps_offset": None}, {"prediction_type": None}),
+        *({"disable_corrector": ["x"]}, {"disable_corrector": 3}, {"lambda_min_clipped": "x"}),
     ],
 )
 def test_unknown_conventions_are_refused_by_name(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         NoiseSchedule.from_json(SD15 | wrong)
+
+
+def test_null_is_the_default_where_it_can_mean_that():
+    names = ("timestep_spacing", "trained_betas", "sigma_min", "use_karras_sigmas", "set_alpha_to_one")
+    assert NoiseSchedule.from_json(SD15 | dict.fromkeys(names)) == NoiseSchedule.from_json(SD15)
 
 
 def test_changed_settings():
@@ -203,8 +231,8 @@ def test_clip_sample_is_off_and_said_aloud_where_a_config_asks_for_it():
         ("unipc", {"predict_x0": False}),
         ("euler", {"use_beta_sigmas": True}),
         ("ddpm", {"variance_type": "fixed_large"}),
-        ("pndm", {"skip_prk_steps": False}),
-        ("lcm", {"original_inference_steps": 100}),
+        ("unipc", {"solver_p": "x"}),
+        ("unipc", {"solver_order": 3}),
     ],
 )
 def test_settings_that_a_sampler_does_not_follow_are_refused_by_it_alone(sampler, setting):
@@ -212,7 +240,41 @@ def test_settings_that_a_sampler_does_not_follow_are_refused_by_it_alone(sampler
     assert schedule == NoiseSchedule.from_json(SD15).changed(setting)
     with pytest.raises(InputError, match=f"{next(iter(setting))}=.* is not supported by "):
         sample_table(sampler, schedule, 4)
-    sample_table("ddim", schedule, 4)
+    sample_table("euler_a", schedule, 4)
+
+
+def test_a_table_that_looks_far_back_runs_in_the_same_step():
+    """Against the same sums in numpy."""
+    steps = sample_table("pndm", NoiseSchedule.from_json(SD15), 8).steps
+    x = np.float32([0.3, -1.2])
+    length = steps.weights.shape[-1]
+    assert length == 16 > len(BASIS)
+    state, _ = jax.lax.scan(lambda state, step: (advance(step, state, jnp.sin(state.x)), None), begin(x, length), steps)
+    found, kept, memory = x.astype(np.float64), np.zeros(2), [np.zeros(2)] * (length - 4)
+    for weights in steps.weights.astype(np.float64):
+        output = np.sin(found)
+        found, kept = weights @ np.stack([found, kept, output, output, *memory])
+        memory = [output, *memory][:-1]
+    np.testing.assert_allclose(state.x, found, rtol=1e-4)
+
+
+def test_thresholding_is_refused_by_whoever_knows_it():
+    schedule = NoiseSchedule.from_json(SD15 | {"thresholding": True})
+    for sampler in ("ddim", "ddpm", "dpmsolver++", "unipc", "lcm"):
+        with pytest.raises(InputError, match="thresholding=True is not supported by "):
+            sample_table(sampler, schedule, 4)
+    sample_table("euler", schedule, 4)
+
+
+def test_names_that_no_scheduler_knows_are_warned_of():
+    with pytest.warns(UserWarning, match="no scheduler here knows it: shift, sigma_data$"):
+        NoiseSchedule.from_json(SD15 | {"shift": 3.0, "sigma_data": 0.5, "_class_name": "EDMEulerScheduler"})
+
+
+def test_the_steps_that_lcm_was_distilled_with_lie_within_those_of_training():
+    for original in (0, 2000, 10**12):
+        with pytest.raises(InputError, match="original_inference_steps"):
+            sample_table("lcm", NoiseSchedule.from_json(SD15 | {"original_inference_steps": original}), 4)
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading"])
