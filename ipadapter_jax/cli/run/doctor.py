@@ -90,8 +90,11 @@ def _model() -> Iterator[str]:
 def _caches() -> Iterator[str]:
     from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 
+    hub = f"{HF_HUB_CACHE} ({_size(Path(HF_HUB_CACHE))}){', offline' if is_offline_mode() else ''}"
+    if HF_HUB_CACHE.startswith("~"):
+        hub = "off, this user has no home folder; name another place with HF_HOME"
     yield f"compiled programs: {_compiled()}"
-    yield f"Hugging Face Hub: {HF_HUB_CACHE} ({_size(Path(HF_HUB_CACHE))}){', offline' if is_offline_mode() else ''}"
+    yield f"Hugging Face Hub: {hub}"
 
 
 def _compiled() -> str:
