@@ -18,6 +18,7 @@ from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.projections import Projection, image_projection
 from ipadapter_jax.models.unet import KeyValue
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.places import expanded
 from ipadapter_jax.preprocess import FITS, clip_pixel_values, load_image, square_tiles
 from ipadapter_jax.weights.components import (
     IMAGE_ENCODER,
@@ -125,7 +126,7 @@ class Adapter:
         config, name = self.projection.config, "ip_adapter_image_embeds"
         if isinstance(embeds, str | os.PathLike):
             name = str(embeds)
-            found = load_image_embeds(Path(embeds), patches=config.uses_patches)
+            found = load_image_embeds(Path(expanded(os.fspath(embeds))), patches=config.uses_patches)
             if len(found) != 1:
                 raise InputError(
                     f"{argument(name)} holds embeddings for {len(found)} adapters; give each adapter its own"

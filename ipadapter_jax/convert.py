@@ -14,6 +14,7 @@ from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, Reference, open
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.files import remove_leftovers, replacing, write_whole
 from ipadapter_jax.nearby import close
+from ipadapter_jax.places import expanded
 from ipadapter_jax.weights import kinds, single_file
 from ipadapter_jax.weights.component_export import class_name, our_tensors, save_opened, spelled
 from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_files, open_component, read_json
@@ -51,6 +52,7 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"{argument('dtype')} {dtype!r}: choose {', '.join(DTYPES)}")
+    out = expanded(out)
     if out.exists():
         raise InputError(f"{out} exists; choose another name, or remove it first")
     _check_ending(out)

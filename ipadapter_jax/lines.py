@@ -29,7 +29,7 @@ class Lines:
             if cut != content:
                 write_whole(path, cut)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
+            self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 closed by close()
 
     def add(self, value: Mapping[str, Any]) -> None:
         with naming(self._path):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ipadapter_jax.places import expanded
 from ipadapter_jax.suggestions import closest_first
 
 _LIKE = 0.6  # of 1: a likeness from which on a name may be a slip of another
@@ -20,7 +21,7 @@ def close(word: str, names: Iterable[str]) -> list[str]:
 def nearby(path: str | os.PathLike[str]) -> str:
     """What there is of a path that leads nowhere, to end a message of one line with: "; runs/mine exists and holds
     adapter.safetensors, README.md", the likest name first; empty where nothing of it is there, nor anything like it."""
-    wanted = Path(os.path.expanduser(path))
+    wanted = Path(expanded(os.fspath(path)))
     try:
         folder = next((parent for parent in wanted.parents if os.path.exists(parent)), None)
         if folder is None:

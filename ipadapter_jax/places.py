@@ -24,3 +24,11 @@ def expanded(place: Given) -> Given:
         whose = f"of {user[1:]}" if user != "~" else "(HOME is not set, and this user has none)"
         raise InputError(f"{text}: there is no home folder {whose}; write the path without {user}")
     return type(place)(found)
+
+
+def check_utf8(place: str | Path, program: str) -> None:
+    """Raises InputError for a place whose whole name, with the folders above it, is not UTF-8, where a `program` that
+    is called with it takes no other."""
+    whole = os.path.abspath(place)
+    if whole.encode("utf-8", "replace").decode() != whole:
+        raise InputError(f"{whole}: {program} needs a name in UTF-8; choose another place or rename the folder")

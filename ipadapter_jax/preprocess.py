@@ -21,6 +21,7 @@ from ipadapter_jax.image_files import LIMITS, check_size, open_image
 from ipadapter_jax.levels import array_to_image, eight_bits
 from ipadapter_jax.levels import to_uint8 as to_uint8  # whoever reads images writes them too
 from ipadapter_jax.nearby import nearby
+from ipadapter_jax.places import expanded
 from ipadapter_jax.web_images import fetch, is_url
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -51,7 +52,7 @@ def load_upright(source: Any) -> Image.Image:
 
 
 def _loaded(source: Any, prepare: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
-    path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    path = expanded(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
     shown = path or (getattr(source, "filename", None) if isinstance(source, Image.Image) else None)
     name = repr(shown)[:500] if shown else "the image array" if is_array(source) else "the picture"
 

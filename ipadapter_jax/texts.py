@@ -30,6 +30,12 @@ def decode_text(content: bytes, place: object) -> str:
         raise InputError(f"{place} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
 
 
+def utf8(text: str) -> bytes:
+    """Text, JSON or not, as bytes, whatever it holds. A byte of a file name that is not UTF-8, which arrives as a lone
+    surrogate, is written as JSON writes it, \\udcff."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def byte_order_mark(content: bytes) -> str | None:
     """ "UTF-16" or "UTF-32" for what begins with its mark."""
     return next((name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.texts import read_json_object
+from ipadapter_jax.texts import decode_text, read_bytes, read_json_object
 
 _VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER_FILES = (*_VOCABULARY, "tokenizer_config.json", "special_tokens_map.json")
@@ -97,7 +97,7 @@ def _byte_pairs(folder: Path, whole: Mapping[str, Any], unknown: str) -> Any:
 
     pairs = [folder / name for name in ("vocab.json", "merges.txt")]
     if all(path.is_file() for path in pairs):
-        vocabulary, merges = models.BPE.read_file(*map(str, pairs))
+        vocabulary, merges = _object(pairs[0]), list(_merges(pairs[1]))
     elif whole:
         vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
         pairs_of = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
@@ -111,6 +111,17 @@ def _byte_pairs(folder: Path, whole: Mapping[str, Any], unknown: str) -> Any:
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _merges(path: Path) -> Iterator[tuple[str, str]]:
+    """The pairs of merges.txt, a line each. Not by `tokenizers`, which takes no path that is not UTF-8."""
+    for number, line in enumerate(decode_text(read_bytes(path), path).split("\n"), 1):
+        if not (pair := line.rstrip("\r")) or pair.startswith("#version"):
+            continue
+        first, _, second = pair.partition(" ")
+        if not first or not second or " " in second:
+            raise InputError(f"{path}, line {number}: not a pair of tokens; download it again")
+        yield first, second
 
 
 def _content(token: Any) -> str:

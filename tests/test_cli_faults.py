@@ -1,14 +1,19 @@
 """What is wrong with a command line is said in one line, exactly this one, and ends with exit code 2."""
 
 import dataclasses
+import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from ipadapter_jax.cli import COMMANDS, main, parse
 from ipadapter_jax.cli.declared import options_of
+from ipadapter_jax.embedded import REFERENCE
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ALL = "generate, batch, train, encode, evaluate, convert, inspect, doctor"
 RECIPES = "debug, mini, mini_plus, mini_unet, sd15, sd15_full, sd15_light, sd15_plus"
@@ -108,6 +113,45 @@ def test_words(line, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+# Options that are right each by itself, and nothing is read: what stands first in the line of causes is said.
+OPTIONS = {
+    "--base minii": (
+        "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?"
+    ),
+    "--base minii --image gone.png --steps 0": (
+        "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?"
+    ),
+    "--base minii --adapter gone.safetensors": (
+        "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?"
+    ),
+    f"--image a.png --layers {'[' * 100_000}": (
+        "--layers: not JSON (nested more than 100 levels deep: too deep for any use); an example is '{\"mid\": 1}'"
+    ),
+    f"--image a.png --layers {'[' * 150}{']' * 150}": (
+        "--layers: not JSON (nested more than 100 levels deep: too deep for any use); an example is '{\"mid\": 1}'"
+    ),
+    "--layers {mid:1} --image a.png": (
+        "--layers: not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); an example "
+        "is '{\"mid\": 1}'"
+    ),
+    "--steps 0": "--steps 0 must be at least 1",
+    "--num-images 0": "--num-images 0 must be at least 1",
+    "--karras": "--karras has no meaning for --scheduler ddim; it is for dpmsolver++, euler, unipc",
+    "--eta 2": "--eta 2.0 must lie between 0 and 1",
+    "--seed -1": "--seed -1: seeds of all pictures must lie between 0 and 2^32 - 1",
+    "--mask-image m.png": "--mask-image needs --init-image",
+}
+
+
+@pytest.mark.parametrize("line", OPTIONS, ids=lambda line: line[:60])
+def test_options(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--out", "x.png", *line.split()]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"ipadapter-jax: {OPTIONS[line]}\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_words_that_are_right():
     line = "generate --out=x.png --num_images 2 --scale -0.5 --image a.png b.png --prompt '- a cat' --vae None"
     found = parse([*shlex.split(line), "--adapter", "a.bin"])
@@ -121,6 +165,7 @@ def test_words_that_are_right():
 
 def test_home_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sd15").mkdir()
     found = parse(shlex.split("generate --out ~/x.png --image ~/a.png --base ~/sd15 --prompt '~/x' --adapter ~/a.bin"))
     assert found.out == tmp_path / "x.png" and found.base == f"{tmp_path}/sd15" and found.prompt == "~/x"
 
@@ -171,3 +216,64 @@ def test_every_option_has_a_type_that_can_be_read():
     for command in COMMANDS.values():
         for option in options_of(command.kind()):
             assert option.kind in (bool, int, float, str) or dataclasses.is_dataclass(option.kind) or option.is_place
+
+
+NOBODY = """if True:
+    import pwd, sys
+    def nobody(*_):
+        raise KeyError("no such entry")
+    pwd.getpwuid = pwd.getpwnam = nobody
+    from ipadapter_jax.cli import main
+    for line in LINES:
+        print(main(line), flush=True)
+"""
+
+
+def test_a_user_without_a_home_folder(tmp_path):
+    """As in a container that runs under a number that nobody has: no HOME, and no entry in passwd."""
+    image = tmp_path / "a.png"
+    image.write_bytes(REFERENCE.read_bytes())
+    lines = [
+        ["doctor"],
+        ["generate", "--image", str(image), "--out", str(tmp_path / "out.png"), "--steps", "1"],
+        ["generate", "--image", "~/a.png", "--out", str(tmp_path / "no.png")],
+        ["generate", "--base", "owner/name", "--prompt", "x", "--out", str(tmp_path / "no.png")],
+    ]
+    apart = ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "JAX_COMPILATION_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in apart}
+    words = [sys.executable, "-c", NOBODY.replace("LINES", repr(lines))]
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.splitlines()
+    assert [line for line in shown if line in ("0", "1", "2")] == ["0", "0", "2", "2"], done.stderr
+    assert f"{tmp_path}/out.png" in shown
+    assert [line.strip() for line in shown if "no home folder" in line] == [
+        "compiled programs: off, this user has no home folder; name another place with XDG_CACHE_HOME",
+        "Hugging Face Hub: off, this user has no home folder; name another place with HF_HOME",
+    ]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ipadapter-jax: ")]
+    assert errors == [
+        "ipadapter-jax: ~/a.png: there is no home folder (HOME is not set, and this user has none); write the path "
+        "without ~",
+        "ipadapter-jax: base model owner/name: not a path on this machine, and there is no place to keep it once it is "
+        "downloaded, as this user has no home folder; name one with HF_HOME",
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "out.png"}  # no folder that is called ~
+
+
+ENCODINGS = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"LC_ALL": "C.UTF-8"},
+]
+
+
+@pytest.mark.parametrize("environment", ENCODINGS, ids=lambda environment: next(iter(environment.values())))
+def test_a_name_in_any_encoding(environment, tmp_path):
+    """The file's own bytes come out, whatever the terminal takes."""
+    words = [sys.executable, "-m", "ipadapter_jax.cli", "train", b"b\xff.py"]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run(words, capture_output=True, cwd=tmp_path, env=settings)
+    told = f": neither a .py file here nor one of {RECIPES}\n".encode()
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"ipadapter-jax: recipe b\xff.py" + told)

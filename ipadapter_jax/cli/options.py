@@ -11,6 +11,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.places import Place
 from ipadapter_jax.scales import Scale
 from ipadapter_jax.texts import parse_json
+from ipadapter_jax.weights.hub import found_place
 
 # What the call of a pipeline names otherwise than the command line does. A part of an argument is given after a /.
 ARGUMENTS: Mapping[str, str] = {
@@ -116,6 +117,8 @@ class Sampling:
 
     def check(self) -> None:
         """Raises InputError for what can be told before any file is opened."""
+        found_place(self.base, "base model")  # all else depends on it
+        self.scale_of()
         if self.steps < 1:
             raise InputError(f"--steps {self.steps} must be at least 1")
         if self.karras and self.scheduler not in ("dpmsolver++", "euler", "unipc"):

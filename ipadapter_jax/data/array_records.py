@@ -19,6 +19,7 @@ from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import printable
 from ipadapter_jax.data.unused import Unused
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.places import check_utf8
 
 
 def pack(record: Record) -> bytes:
@@ -96,6 +97,7 @@ class ArrayRecordSource:
 
 
 def _open(path: str) -> ArrayRecordDataSource:
+    check_utf8(path, "the reader of ArrayRecord")
     try:
         return ArrayRecordDataSource(path)
     except Exception as error:  # the library raises bare kinds

@@ -17,6 +17,7 @@ from ipadapter_jax.data.encoded_shards import FORMAT, Plan, open_shard, shard_fa
 from ipadapter_jax.data.files import allow_open_files
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256, write_whole
+from ipadapter_jax.places import check_utf8
 from ipadapter_jax.texts import read_json_object
 from ipadapter_jax.weights.casting import all_finite
 from ipadapter_jax.weights.tensors import open_tensors
@@ -68,6 +69,7 @@ class CachedSamples:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
+        check_utf8(self.folder, "the reader of ArrayRecord")
         self.plan, self._manifest = _read_manifest(self.folder)
         for shard, size in enumerate(self._manifest["shard_bytes"]):
             path = self.folder / self.plan.shard_name(shard)

@@ -13,6 +13,7 @@ from typing import Any
 from ipadapter_jax.data.strings import Strings, printable
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.nearby import nearby
+from ipadapter_jax.places import expanded
 
 MAX_BYTES = 256 << 20  # no encoded picture needs more; a wrong file must not fill the memory of every worker
 
@@ -48,7 +49,7 @@ def find_files(path: str) -> Files:
     """
     if re.match(r"[A-Za-z][\w+.-]*://", path):
         raise InputError(f"{path} is a URL; download the data first and give the local path")
-    path = os.path.expanduser(path)
+    path = expanded(path)
     if os.path.isdir(path):
         root, names = path, _walk(path)
     elif os.path.exists(path):

@@ -9,6 +9,7 @@ from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import Strings, printable
 from ipadapter_jax.data.unused import NOT_THERE, Unused
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.places import expanded
 from ipadapter_jax.texts import LIST_BYTES, decode_text, parse_json, read_bytes
 
 EXAMPLE = '[{"image_file": "1.png", "text": "A dog"}, ...]'
@@ -29,7 +30,7 @@ class JsonListSource:
         self._images, self._texts, self._conds = Strings(images), Strings(texts), Strings(conds)
         self.unused = Unused()
         for names in zip(images, conds, strict=True):
-            missing = next((name for name in names if name and size(os.path.join(self._root, name)) < 0), None)
+            missing = next((name for name in names if name and size(self._path_of(name)) < 0), None)
             if missing is not None:
                 self.unused.add(NOT_THERE, missing, is_record=True)
 
@@ -46,11 +47,17 @@ class JsonListSource:
 
     def identity(self) -> dict[str, Any]:
         names = [name for names in (self._images, self._conds) for name in names if name]
-        sizes = [("", size(str(self._path))), *((name, size(os.path.join(self._root, name))) for name in set(names))]
+        sizes = [
+            ("", size(str(self._path))),
+            *((name, size(self._path_of(name))) for name in set(names)),
+        ]
         return {"kind": "json", "records": len(self), "files": len(sizes), "digest": digest(sizes)}
 
+    def _path_of(self, name: str) -> str:
+        return os.path.join(self._root, expanded(name))
+
     def _read(self, name: str, key: str) -> bytes:
-        return read_file(os.path.join(self._root, name), key)
+        return read_file(self._path_of(name), key)
 
 
 def _entries(path: Path) -> list:

@@ -22,6 +22,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.image_files import SUFFIXES as PICTURES
 from ipadapter_jax.image_files import unread_format
 from ipadapter_jax.nearby import nearby
+from ipadapter_jax.places import expanded
 
 # What a folder may hold, by preference: img2dataset leaves .parquet files beside its shards and pictures.
 SUFFIXES = {
@@ -80,7 +81,7 @@ def open_source(
 
 def _open(kind: str, files: Files, image_root: str | None, columns: Columns) -> Source:
     if kind == "json":
-        root = None if image_root is None else Path(image_root).expanduser()
+        root = None if image_root is None else Path(expanded(image_root))
         if root is not None and not root.is_dir():
             raise InputError(
                 f"image_root={image_root} is not a folder; give the one that 'image_file' is relative to{nearby(root)}"
@@ -105,7 +106,7 @@ def _open(kind: str, files: Files, image_root: str | None, columns: Columns) -> 
 
 def _kind(path: str, files: Files) -> str:
     """Which kind of data the files are. Raises InputError when it is none that is known, or not given as it should."""
-    folder = Path(path).expanduser()
+    folder = Path(expanded(path))
     if len(files) == 1 and not folder.is_dir():
         return _kind_of_file(files.path(0))
     if (folder / INFO).is_file() and (folder / FEATURES).is_file():

@@ -23,6 +23,7 @@ from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import printable
 from ipadapter_jax.data.unused import NO_BYTES, Unused
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.places import check_utf8
 
 LARGE_GROUP = 64 << 20  # bytes
 MAX_GROUP = 1 << 30  # bytes
@@ -101,6 +102,7 @@ class ParquetSource:
 
 
 def _metadata(path: str) -> pq.FileMetaData:
+    check_utf8(path, "the reader of Parquet")
     try:
         return pq.read_metadata(path)
     except (OSError, pa.ArrowException) as error:

@@ -12,6 +12,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.references import Reference
 from ipadapter_jax.image_files import SUFFIXES, unread_format
 from ipadapter_jax.nearby import nearby
+from ipadapter_jax.places import expanded
 from ipadapter_jax.texts import read_json_object
 
 COLUMNS = ("name", "picture")
@@ -72,10 +73,11 @@ def _listed(path: Path) -> Iterator[tuple[int, str, Path]]:
             raise InputError(
                 f"{path}, line {number}: no {' or '.join(COLUMNS)}; the first line has to name both columns"
             )
-        if not os.path.isfile(path.parent / picture):
-            raise InputError(f"{path}, line {number}: there is no picture {path.parent / picture}; correct its name")
+        place = path.parent / expanded(picture)
+        if not os.path.isfile(place):
+            raise InputError(f"{path}, line {number}: there is no picture {place}; correct its name")
         stem, suffix = os.path.splitext(name)
-        yield number, stem if suffix.lower() in SUFFIXES else name, path.parent / picture
+        yield number, stem if suffix.lower() in SUFFIXES else name, place
 
 
 def _check(place: Path, references: Sequence[Reference], counts: Sequence[int]) -> None:

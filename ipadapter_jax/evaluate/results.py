@@ -18,6 +18,7 @@ from ipadapter_jax.evaluate.measures import Interval, Scores, interval, measure
 from ipadapter_jax.evaluate.paper import Choice
 from ipadapter_jax.evaluate.references import Reference
 from ipadapter_jax.files import write_whole
+from ipadapter_jax.texts import utf8
 
 TITLES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "diversity": "diversity"}
 
@@ -84,8 +85,13 @@ def write_tables(results: Results, folder: Path) -> None:
         "clip_t": results.scores.clip_t.reshape(-1),
     }
     for title, columns in (("prompts", prompts), ("pictures", pictures)):
-        table = pa.table(columns)
+        table = pa.table({name: _as_text(column) for name, column in columns.items()})
         for suffix, write in (("csv", pyarrow.csv.write_csv), ("parquet", pyarrow.parquet.write_table)):
             with io.BytesIO() as file:
                 write(table, file)
                 write_whole(folder / f"{title}.{suffix}", file.getvalue())
+
+
+def _as_text(column: Any) -> Any:
+    """Names of files as any UTF-8 holds them, numbers as they are."""
+    return [utf8(value).decode() for value in column] if isinstance(column, list) else column

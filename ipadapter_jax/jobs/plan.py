@@ -65,4 +65,4 @@ def by_images(work: Work, content: object) -> int:
 
 
 def _number_of(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4])

@@ -2,15 +2,19 @@
 
 import math
 import os
+import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.jobs.sources import records
+from ipadapter_jax.places import expanded
 
 MAX_NAME_BYTES = 150  # of the 255 that file systems allow: numbers, endings and temporary names come on top
+_UNDECODED = re.compile("[\udc80-\udcff]")  # bytes in the name of a file that are not UTF-8
 _UNSAFE = frozenset('/\\:*?"<>|')
 
 
@@ -44,6 +48,7 @@ def read_rows(source: Path) -> tuple[list[Row], list[BadRow]]:
     one of the first two is needed. Without a name a row is called by its index: 000017.
     Raises InputError when the source as a whole cannot be used, or no row of it.
     """
+    source = expanded(source)
     rows: list[Row] = []
     bad: list[BadRow] = []
     lines: dict[str, int] = {}  # of the names
@@ -73,7 +78,7 @@ def _row(index: int, line: int, fields: dict[str, Any], folder: str) -> Row:
     return Row(
         index=index,
         line=line,
-        name=_name(_string(fields, "name") or f"{index:06d}"),
+        name=_name(_string(fields, "name", _is_path) or f"{index:06d}"),
         prompt=prompt,
         negative_prompt=_string(fields, "negative_prompt"),
         images=images,
@@ -82,29 +87,38 @@ def _row(index: int, line: int, fields: dict[str, Any], folder: str) -> Row:
     )
 
 
-def _string(fields: dict[str, Any], column: str) -> str:
+def _is_text(value: str) -> bool:
+    return value.encode("utf-8", "replace").decode() == value
+
+
+def _is_path(value: str) -> bool:
+    """Names of files are bytes, and need not be text."""
+    return _is_text(_UNDECODED.sub("", value))
+
+
+def _string(fields: dict[str, Any], column: str, is_good: Callable[[str], bool] = _is_text) -> str:
     """The text of a column, "" where there is none."""
     value = fields.get(column)
-    return "" if value is None else _checked_text(value, column).strip()
+    return "" if value is None else _checked_text(value, column, is_good).strip()
 
 
-def _checked_text(value: Any, column: str) -> str:
+def _checked_text(value: Any, column: str, is_good: Callable[[str], bool] = _is_text) -> str:
     if not isinstance(value, str):
         raise InputError(f"{column} {_shown(value)} is not a text; put it into quotes")
     if "\0" in value and column != "image":
         raise InputError(f"{column} {_shown(value)} holds NUL characters, as UTF-16 does; save the text as UTF-8")
-    if value.encode("utf-8", "replace").decode() != value:
+    if not is_good(value):
         raise InputError(f"{column} {_shown(value)} is not UTF-8; save the text as UTF-8")
     return value
 
 
 def _images(value: Any, folder: str) -> tuple[Path, ...]:
     names = value if isinstance(value, list) else [value] if value not in (None, "") else []
-    return tuple(_image(_checked_text(name, "image"), folder) for name in names)
+    return tuple(_image(_checked_text(name, "image", _is_path), folder) for name in names)
 
 
 def _image(name: str, folder: str) -> Path:
-    path = os.path.join(folder, name)
+    path = os.path.join(folder, expanded(name))
     if not os.path.isfile(path):
         what = "is a folder, not a picture" if os.path.isdir(path) else "does not exist"
         raise InputError(f"image {_shown(name)} {what}; paths are relative to {folder}")
@@ -112,9 +126,9 @@ def _image(name: str, folder: str) -> Path:
 
 
 def _name(name: str) -> str:
-    if not name.isprintable() or name.startswith(".") or _UNSAFE & set(name):
+    if not _UNDECODED.sub("", name).isprintable() or name.startswith(".") or _UNSAFE & set(name):
         raise InputError(f'name {_shown(name)} is no good file name; leave out / \\ : * ? " < > | and a first dot')
-    if len(name.encode()) > MAX_NAME_BYTES:
+    if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
         raise InputError(f"name {_shown(name)} is too long; at most {MAX_NAME_BYTES} bytes")
     return name
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.footprint import check_memory
-from ipadapter_jax.places import Place
+from ipadapter_jax.places import Place, check_utf8
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -189,6 +189,7 @@ def check(config: Train) -> None:
     data, optim, model, log = config.data, config.optim, config.model, config.log
     if "://" in config.out:
         raise InputError(f"--out {config.out}: give a folder on a disk that all hosts see; buckets cannot be written")
+    check_utf8(config.out, "the format of checkpoints")
     if not data.path:
         raise InputError("--data.path is missing: name the training data (JSON list, folder, tars, Parquet, ...)")
     at_least = {

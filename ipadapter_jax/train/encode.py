@@ -32,6 +32,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256
 from ipadapter_jax.footprint import check_memory
 from ipadapter_jax.in_order import in_order
+from ipadapter_jax.places import check_utf8, expanded
 from ipadapter_jax.tokenizer_files import vocabulary_files
 from ipadapter_jax.train.config import Mesh
 from ipadapter_jax.train.distributed import barrier, initialize
@@ -256,7 +257,8 @@ def _check(config: Encode) -> None:
     check_memory(held, what, "give a smaller --resolution or --batch-size")
     if not 0 <= config.max_bad_share <= 1:
         raise InputError(f"--max-bad-share {config.max_bad_share} must lie between 0 and 1")
-    data = Path(config.data).expanduser()
+    check_utf8(config.out, "the format of the features")
+    data = Path(expanded(config.data))
     if is_cache(data):
         raise InputError(f"--data {data} is encoded already; name the pictures")
     if config.out.resolve().is_relative_to(data.resolve()):

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from ipadapter_jax.files import write_whole
+from ipadapter_jax.texts import utf8
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.model_card import model_card
 from ipadapter_jax.train.networks import Loaded
@@ -43,4 +44,4 @@ def export(folder: Path, learnt: Any, config: Train, loaded: Loaded, about: dict
         data=about["data"],
         settings=about["settings"],
     )
-    write_whole(folder / "README.md", card.encode())
+    write_whole(folder / "README.md", utf8(card))

@@ -16,7 +16,7 @@ from PIL import Image
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import remove_leftovers, write_whole
 from ipadapter_jax.lines import Lines, naming
-from ipadapter_jax.texts import decode_text, read_bytes
+from ipadapter_jax.texts import decode_text, read_bytes, utf8
 
 
 class RunLog:
@@ -132,9 +132,8 @@ class _TensorBoard:
             self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
         # The session tells TensorBoard to forget what an earlier file says of this step and later ones.
         self._add(first_step + 1, session_log=self._proto.SessionLog(status=self._proto.SessionLog.START))
-        indented = json.dumps(config, indent=2, ensure_ascii=False).replace(
-            "\n", "\n    "
-        )  # 4 blanks: code in markdown
+        written = utf8(json.dumps(config, indent=2, ensure_ascii=False)).decode()
+        indented = written.replace("\n", "\n    ")  # 4 blanks: code in markdown
         self._add(first_step, summary=self._summary.text("config", f"    {indented}"))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

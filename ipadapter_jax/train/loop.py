@@ -22,6 +22,7 @@ from ipadapter_jax.draws import GENERATOR, recorded_generator
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.flops import count_flops
 from ipadapter_jax.models import attention_kernels
+from ipadapter_jax.places import expanded
 from ipadapter_jax.stopping import STOPPED
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.config import Train, check, check_rows, identity
@@ -60,7 +61,7 @@ def train(config: Train) -> int:
     initialize(config.mesh)
     enable_compilation_cache()
     check_rows(config, jax.process_count())
-    mesh, folder = make_mesh(config.mesh.fsdp), Path(config.out).expanduser()
+    mesh, folder = make_mesh(config.mesh.fsdp), Path(expanded(config.out))
     check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config, config.data.path)  # the likeliest mistake, found before there is a folder
     tell(config.data.path, samples)

@@ -15,6 +15,7 @@ from ipadapter_jax.data.samples import LiveSamples
 from ipadapter_jax.data.unused import write_report
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.clip import CLIPVisionConfig
+from ipadapter_jax.places import expanded
 from ipadapter_jax.settings import typed
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.encode import check_cache
@@ -30,7 +31,7 @@ Samples = LiveSamples | CachedSamples
 def open_samples(config: Train, path: str) -> Samples:
     """Opens data in any known format. Raises InputError naming the path and what is wrong with it."""
     data, model = config.data, config.model
-    place = Path(path).expanduser()
+    place = Path(expanded(path))
     names = ("image_root", "image_column", "text_column", "cond_image_column")
     named = {name: getattr(data, name) for name in names if path == data.path}  # validation data may be others
     if is_cache(place):
@@ -92,7 +93,7 @@ def check_fits(samples: Samples, config: Train, loaded: Loaded) -> None:
 
 def _encoder_here(place: str) -> Path | None:
     """The weight file of an image encoder on this machine; None for one on the Hub: it is not downloaded for this."""
-    folder = Path(place).expanduser()
+    folder = Path(expanded(place))
     if not folder.is_dir():
         return folder if folder.is_file() else None
     return folder / choose_weights(IMAGE_ENCODER, [path.name for path in folder.iterdir()], str(folder), None)

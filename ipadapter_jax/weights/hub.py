@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ipadapter_jax import embedded
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.nearby import close, nearby, printable
+from ipadapter_jax.places import expanded
 
 log = logging.getLogger("ipadapter_jax")
 
@@ -32,18 +33,27 @@ def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revis
     it, and returns those that are needed. `revision` is for a reference that pins none. Raises InputError naming the
     reference, and what is there instead, when it is neither here nor on the Hub.
     """
+    found = found_place(reference, what)
+    if isinstance(found, Path):
+        return found
+    return _from_hub(found.repository, found.inside, choose, what, found.revision or revision)
+
+
+def found_place(reference: str | os.PathLike, what: str) -> "Path | HubPlace":
+    """What is meant, without asking the network: what is here, else a place on the Hub, which may be there. Raises
+    InputError as `local_path` does for what is neither."""
     if not isinstance(reference, str | os.PathLike):
         raise InputError(f"{what} {reference!r}: give a path or a Hub id (owner/name)")
     if here := path_here(reference, what):
         return here
-    repo, pinned, inside = hub_place(str(reference))
-    if repo and "@" in str(reference).split("/")[1] and not pinned:
+    place = hub_place(str(reference))
+    if place.repository and "@" in str(reference).split("/")[1] and not place.revision:
         raise InputError(
             f"{what} {reference}: no revision after the @; give a branch, a tag or a commit, or leave it out"
         )
-    if not repo or (not pinned and _is_path(str(reference))):
-        raise _missing(str(reference), what, repo)
-    return _from_hub(repo, inside, choose, what, pinned or revision)
+    if not place.repository or (not place.revision and _is_path(str(reference))):
+        raise _missing(str(reference), what, place.repository)
+    return place
 
 
 def check_revision(reference: str | os.PathLike, revision: str | None, what: str) -> None:
@@ -63,7 +73,7 @@ def check_revision(reference: str | os.PathLike, revision: str | None, what: str
 def path_here(reference: str | os.PathLike, what: str) -> Path | None:
     """The referenced folder or file where it needs no Hub: inside the package, else a path that exists; or None."""
     inside = embedded.embedded(reference, what) if isinstance(reference, str) else None
-    path = os.path.expanduser(reference)
+    path = expanded(os.fspath(reference))
     return inside or (Path(path) if os.path.exists(path) else None)
 
 
@@ -110,7 +120,8 @@ def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str |
 
     if constants.HF_HUB_CACHE.startswith("~"):
         raise InputError(
-            f"{what} {repo}: not a path on this machine, and there is no place to keep it once it is downloaded, as this "
+            f"{what} {repo}: not a path on this machine, and there is no place to keep it once it is "
+            "downloaded, as this "
             "user has no home folder; name one with HF_HOME"
         )
     try:

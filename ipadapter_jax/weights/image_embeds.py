@@ -13,6 +13,7 @@ import numpy as np
 
 from ipadapter_jax.arguments import as_floats
 from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.places import expanded
 from ipadapter_jax.weights.casting import converted
 from ipadapter_jax.weights.ip_adapter_file import DIGEST
 from ipadapter_jax.weights.kinds import IMAGE_EMBEDS, UNKNOWN, identify
@@ -49,7 +50,7 @@ def save_image_embeds(path: Path, features: Any, metadata: Mapping[str, str]) ->
     Raises InputError naming the file for other shapes, numbers that are not finite, another ending than .safetensors,
     or a place that cannot be written.
     """
-    path = Path(path)
+    path = expanded(Path(path))
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: image embeddings are saved as .safetensors; give it such a name")
     array = as_floats(features, f"{path}: the image embeddings")
@@ -77,7 +78,7 @@ def load_image_embeds(path: Path, patches: bool | None = None) -> list[ImageEmbe
 
     Raises WeightFileError naming the file for everything else, saying what it is and where it belongs.
     """
-    path = Path(path)
+    path = expanded(Path(path))
     container, tensors, metadata = open_file(path)
     kind = identify(tensors)
     if kind.name not in (IMAGE_EMBEDS, UNKNOWN):

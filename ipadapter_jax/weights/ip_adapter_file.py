@@ -13,6 +13,7 @@ from ipadapter_jax.errors import WeightFileError, argument, option
 from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.parameters import parameter_shapes
 from ipadapter_jax.models.projections import HEAD_DIM, ImageProjConfig, example_features, image_projection
+from ipadapter_jax.places import expanded
 from ipadapter_jax.weights.adapter_names import adapter_parts
 from ipadapter_jax.weights.components import report_ignored
 from ipadapter_jax.weights.kinds import FAMILIES, IP_ADAPTER, identify
@@ -63,7 +64,7 @@ def open_ip_adapter(path: Path) -> IPAdapterFile:
 
     Raises WeightFileError for other files, saying what was found, and for one of ours whose bytes have changed.
     """
-    path = Path(path)
+    path = expanded(Path(path))
     _, tensors, metadata = open_file(path)
     adapter = to_adapter(path, tensors, metadata)
     if DIGEST in metadata and metadata[DIGEST] != digest(tensors):

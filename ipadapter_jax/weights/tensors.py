@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.nearby import nearby
+from ipadapter_jax.places import expanded
 from ipadapter_jax.texts import parse_json, read_json_object
 from ipadapter_jax.weights.lazy import Derived, MappedTensor, Tensor, map_file
 from ipadapter_jax.weights.msgpack_file import read_msgpack_file
@@ -44,7 +45,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 def open_file(path: Path) -> WeightFile:
     """The same with what the file says about itself."""
-    path = Path(path)
+    path = expanded(Path(path))
     try:
         kind = container(path)
         found = WeightFile(kind, *_READERS[kind](path))

@@ -30,6 +30,7 @@ from ipadapter_jax.jobs.plan import plan
 from ipadapter_jax.jobs.rows import Row
 from ipadapter_jax.lock import held_shard
 from ipadapter_jax.stopping import STOPPED, Stopping
+from ipadapter_jax.texts import utf8
 
 
 def evaluate(args: Evaluate) -> int:
@@ -159,8 +160,8 @@ def _write(args: Evaluate, references: References, clip: OpenedScorer, results: 
     }
     about = json.loads(json.dumps(about))
     write_tables(results, args.out)
-    write_whole(args.out / "evaluation.json", json.dumps(about, indent=2, ensure_ascii=False).encode() + b"\n")
-    write_whole(args.out / "report.html", page(results, about, apart, clip.is_reference).encode())
+    write_whole(args.out / "evaluation.json", utf8(json.dumps(about, indent=2, ensure_ascii=False)) + b"\n")
+    write_whole(args.out / "report.html", utf8(page(results, about, apart, clip.is_reference)))
     if not clip.is_reference:
         print("warning: the scoring CLIP is not ViT-L/14: no comparison with the paper's numbers", file=sys.stderr)
     for name, found in results.intervals.items():
