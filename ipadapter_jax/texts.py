@@ -49,7 +49,8 @@ def read_bytes(path: str | os.PathLike[str], most: int = SETTINGS_BYTES, remedy:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise InputError(f"{path} cannot be read (it is not a regular file); {remedy}")
-            content = file.read(most + 1) if status.st_size <= most else None
+            # One byte more than it has: enough to notice that it grows, and no buffer of `most` bytes.
+            content = file.read(status.st_size + 1) if status.st_size <= most else None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         if isinstance(error, InputError):
             raise
