@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.trust import distrust, make_private_folder
@@ -57,13 +56,20 @@ def enable_compilation_cache() -> None:
             problem = error.strerror if isinstance(error, OSError) else str(error)
         if problem is not None:
             log.warning("compiled programs are neither read nor kept: %s", problem)
-            jax.config.update("jax_enable_compilation_cache", False)
-            reset_cache()  # jax may have opened it before
+            _turn_off()
             return
     if _config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up
     _look_after_entries()
+
+
+def _turn_off() -> None:
+    jax.config.update("jax_enable_compilation_cache", False)
+    with contextlib.suppress(ImportError, AttributeError):  # jax may have opened it before
+        from jax.experimental.compilation_cache import compilation_cache
+
+        compilation_cache.reset_cache()
 
 
 def _look_after_entries() -> None:
