@@ -14,6 +14,7 @@ from weight_files import refused
 
 from ipadapter_jax.convert import convert
 from ipadapter_jax.files import check_writable, remove_leftovers, replacing, write_whole
+from ipadapter_jax.train.folder import run_lock
 
 WRITER = """
 import sys, time
@@ -169,3 +170,32 @@ def test_modes_are_those_of_the_umask(tmp_path):
     (tmp_path / "usual folder").mkdir()
     for ours, usual in (("file", "usual"), ("folder", "usual folder")):
         assert (tmp_path / ours).stat().st_mode == (tmp_path / usual).stat().st_mode
+
+
+SHARDS = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from ipadapter_jax.data.encoded_shards import Layout, Plan, ShardWriter
+layout = Layout({"features": (np.dtype(np.float32), (1024,))})
+with ShardWriter(Path(sys.argv[1]), Plan(9, 9, layout, {}), 0) as writer:
+    for _ in range(2000):  # enough for the writer to have begun its file
+        writer.add({"features": np.ones(1024, np.float32)})
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_shard_that_is_being_written(tmp_path):
+    """Its writer opens the file by name, once more than who holds the lock."""
+    process = begun(SHARDS, tmp_path)
+    remove_leftovers(tmp_path, mine=lambda name: True)
+    [left] = names(tmp_path)
+    assert left.startswith(".part-shard-00000-of-00001.array_record-")
+    process.kill()
+    process.wait()
+    with run_lock(tmp_path):  # the next run there, of encode or train
+        assert names(tmp_path) == ["lock"]
+    process = begun(SHARDS, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == -signal.SIGTERM and names(tmp_path) == ["lock"]

@@ -15,7 +15,9 @@ from ipadapter_jax.base_model import open_base
 from ipadapter_jax.cli import main
 from ipadapter_jax.convert import convert
 from ipadapter_jax.data.open_source import open_source
+from ipadapter_jax.evaluate.frechet import moments_of_file
 from ipadapter_jax.evaluate.scorer import open_scorer
+from ipadapter_jax.jobs.sources import records
 from ipadapter_jax.nearby import close, nearby
 from ipadapter_jax.preprocess import load_image
 from ipadapter_jax.suggestions import closest_first
@@ -74,6 +76,8 @@ SLIPS = {
     "converted": lambda path: convert(path, Path("out.safetensors")),
     "clip": lambda path: open_scorer(path),
     "embeds": lambda path: load_image_embeds(Path(path)),
+    "features": lambda path: moments_of_file(Path(path).with_suffix(".npy")),
+    "list": lambda path: [*records(Path(path))],
     "image": lambda path: load_image(path),
     "data": lambda path: open_source(path),
 }
@@ -89,7 +93,7 @@ SLIPS = {
     ],
 )
 def test_a_slip_in_any_path_names_what_is_there(runs, kind, path, words):
-    message = refused(lambda: SLIPS[kind](path), path, words)
+    message = refused(lambda: SLIPS[kind](path), path.removesuffix(".safetensors"), words)
     assert "download" not in message
     refused(lambda: SLIPS[kind](str(runs.parent / path)), words.split(" exists")[1])
 

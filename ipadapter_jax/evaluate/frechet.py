@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.nearby import nearby
 from ipadapter_jax.weights.tensors import open_tensors
 
 _MAX_NUMBERS = 1 << 14  # of a picture: their covariances take 2 GiB
@@ -115,6 +116,8 @@ def _array(path: Path) -> np.ndarray:
         if not isinstance(found, np.ndarray):
             raise ValueError("it is an archive of arrays")
         return found
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file{nearby(path)}") from None
     except (OSError, ValueError, OverflowError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be read as an array of numpy ({reason}); save it with numpy.save") from None
