@@ -2,6 +2,7 @@
 
 import secrets
 import sys
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -86,9 +87,16 @@ def check_guided(guidance_scale: float, negatives: Sequence[str], guidance_resca
             )
 
 
-def seeds_of(seed: int | Sequence[int] | None, count: int) -> np.ndarray:
+def seeds_of(seed: int | Sequence[int] | None, count: int, used: bool = True) -> np.ndarray:
     """One seed per picture, (count,) uint32: seed + i, or those given. Of none one is drawn, and said on standard
-    error, so that the pictures can be made again."""
+    error, so that the pictures can be made again. Where no noise is drawn (not `used`), another than 0 is warned of."""
+    if not used and seed is None:
+        seed = 0
+    elif not used and np.any(np.asarray(seed) != 0):
+        warnings.warn(
+            f"{argument('seed')} has no effect: {argument('latents')} are given and this scheduler draws no noise",
+            stacklevel=3,
+        )
     if seed is None:
         seed = secrets.randbelow(2**32 - count + 1)
         print(f"seed {seed}", file=sys.stderr)

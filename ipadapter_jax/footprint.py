@@ -3,16 +3,25 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ipadapter_jax.errors import InputError
 
 _FLOAT = 4
-# Of what is computed, how many arrays at least lie in memory at once. XLA's plan for the decoder in float32 on a CPU
-# has 7 of the size of its last block; accelerators fuse more.
-_DECODER, _FUSED, _UNET, _PIXELS = 7, 3, 4, 2
+
+
+class _Arrays(NamedTuple):
+    """How many arrays of a network's longest layer lie in memory at once, at least."""
+
+    decoder: int
+    denoiser: int
+
+
+_ON_CPU = _Arrays(7, 12)  # in XLA's plans in float32: 7, and 18 to 45
+_FUSED = _Arrays(3, 4)  # accelerators keep fewer
+_PIXELS = 2
 _WORK = 400  # bytes of one image that a job plans
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
@@ -38,15 +47,16 @@ def check_room(
     need noise. devices: of jax.
     """
     memory = device_memory(devices)
+    arrays = _FUSED if memory else _ON_CPU
     scale, itemsize = vae.config.downscale, np.dtype(vae.dtype).itemsize
     height, width, latents = points[0] * scale, points[1] * scale, points[0] * points[1]
-    last = height * width * vae.config.block_out_channels[0] * itemsize  # of the decoder, which takes one image at once
     rows = images * (2 if guided else 1)
-    denoiser = _UNET * rows * latents * unet.config.block_out_channels[0] * itemsize
+    decoder = arrays.decoder * height * width * vae.config.block_out_channels[0] * itemsize  # one image at a time
+    denoiser = arrays.denoiser * rows * latents * unet.config.block_out_channels[0] * itemsize
     draws = 2 + (len(run.steps.noise) if np.any(run.steps.noise) else 0)  # stochastic samplers have one for each step
     noises = draws * images * latents * vae.config.latent_channels * _FLOAT
     pixels = _PIXELS * images * height * width * 3 * _FLOAT
-    needed = max(last * (_FUSED if memory else _DECODER), denoiser) + noises + pixels
+    needed = max(decoder, denoiser) + noises + pixels
     some, fewer = ("an image", "") if images == 1 else (f"{images:,} images", ", or make fewer images at once")
     check_memory(needed, f"{some} of {width} x {height} pixels", f"choose a smaller size{fewer}", memory)
 

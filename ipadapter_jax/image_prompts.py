@@ -254,16 +254,17 @@ def _per_adapter(controls: Controls, adapters: int, num_prompts: int) -> Sequenc
         )
     if len(given) != adapters or any(prompt is None for prompt in given):
         name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
-        raise InputError(
-            f"{adapters} adapter(s) need as many image prompts ({name}), one for each; for one for each text prompt "
-            "give PerPrompt([...])"
-        )
+        for_texts = "; for one for each text prompt give PerPrompt([...])" if embeds is None else ""
+        raise InputError(f"{adapters} adapter(s) need as many image prompts ({name}), one for each{for_texts}")
     return given
 
 
 def _is_one(scale: Any) -> bool:
     """Whether this is what is taken where no scale is given."""
-    return scale == Scale() if isinstance(scale, Scale) else isinstance(scale, Real) and scale == 1
+    if isinstance(scale, Scale):
+        return scale == Scale()
+    scale = scale.tolist() if hasattr(scale, "tolist") else scale
+    return isinstance(scale, Real) and scale == 1
 
 
 def _scales(scale: Any, adapters: int) -> list[Any]:

@@ -224,7 +224,8 @@ class StableDiffusion:
         entries = self._entries(controls, run, guidance_scale, shape, len(prompts))
         if return_attention_maps and not entries:
             raise InputError(f"{argument('return_attention_maps')} needs an image prompt to look at")
-        seeds = seeds_of(seed, count)
+        stochastic = bool(np.any(run.steps.noise))
+        seeds = seeds_of(seed, count, used=given is None or stochastic or canvas is not None)
 
         batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt))
         noise = batch.noise(shape, 0) if given is None else batch.spread(given)

@@ -1,6 +1,9 @@
 """Arguments that would have no effect, overflow or ask for too much: refused before anything is compiled."""
 
 import dataclasses
+import io
+import sys
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,8 @@ from ipadapter_jax.errors import PictureError
 from ipadapter_jax.image_prompts import Controls, entries_of
 from ipadapter_jax.models.unet_config import cross_attention_sites
 from ipadapter_jax.outputs import check_finite
+from ipadapter_jax.preprocess import load_image
+from ipadapter_jax.progress import step_bar
 
 CAT = ORACLES / "assets" / "img_a.png"
 SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
@@ -33,6 +38,10 @@ def pipe(base) -> StableDiffusion:
 @pytest.mark.parametrize(
     ("control", "name"),
     [({"ip_adapter_scale": 0.5}, "ip_adapter_scale"), ({"ip_adapter_scale": "style"}, "ip_adapter_scale")]
+    + [
+        ({"ip_adapter_scale": jnp.float32(0.5)}, "ip_adapter_scale"),
+        ({"ip_adapter_scale": [[1.0, 1.0]]}, "ip_adapter_scale"),
+    ]
     + [({"ip_adapter_scale": Scale(steps=(1, 0))}, "ip_adapter_scale"), ({"fit": "pad"}, "fit")],
 )
 def test_controls_of_no_image_prompt_are_refused(base, control, name, monkeypatch):
@@ -89,6 +98,38 @@ def test_no_seed_draws_one_and_says_it(capsys):
     assert seeds_of(None, 1) != seeds_of(None, 1)
 
 
+def test_a_seed_beside_latents_is_a_warning_where_no_noise_is_drawn(capsys):
+    with pytest.warns(UserWarning, match="seed has no effect: latents are given and this scheduler draws no noise"):
+        assert seeds_of(3, 2, used=False).tolist() == [3, 4]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seeds_of(0, 2, used=False)
+        seeds_of(None, 2, used=False)
+        seeds_of([3, 4], 2)
+    assert capsys.readouterr().err == ""  # nothing was drawn
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("called", [True, False])
+def test_a_bar_where_somebody_watches(monkeypatch, wanted, terminal, called):
+    """Without a bar and without a callback there is nothing to call, so that all steps are one program."""
+    seen, screen = [], Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    callback = (lambda *step: seen.append(step)) if called else None
+    with step_bar(wanted, 2, callback) as on_step:
+        assert (on_step is None) == (not called and not (wanted and terminal))
+        for number in range(2 if on_step else 0):
+            on_step(number, 1.0, jnp.zeros(1))
+    assert [number for number, *_ in seen] == ([0, 1] if called else [])
+    assert ("2/2" in screen.getvalue()) == (wanted and terminal)
+
+
 @pytest.mark.parametrize("form", ["latents of image", "image"])
 def test_what_is_not_finite_is_named(form):
     rows = np.zeros((3, 2, 2, 4), np.float32)
@@ -103,3 +144,20 @@ def test_latents_that_are_not_finite_are_refused(pipe, monkeypatch):
     monkeypatch.setattr(sampling, "run_steps", lambda *_: (jnp.full(shape, jnp.nan), None))
     with pytest.raises(PictureError, match="latents of image 0 of 1"):
         pipe("a cat", ip_adapter_image=CAT, **SMALL)
+
+
+@pytest.mark.torch
+def test_images_may_be_tensors_and_arrays_of_jax():
+    torch = pytest.importorskip("torch")
+    pixels = np.asarray(load_image(CAT))
+    unit = pixels.astype(np.float32) / 255
+    first = torch.tensor(unit).permute(2, 0, 1)
+    given = [jnp.asarray(pixels), jnp.asarray(unit), first, first[None], first.requires_grad_(), torch.tensor(pixels)]
+    for image in given:
+        np.testing.assert_array_equal(load_image(image), pixels)
+    rounded = np.abs(np.asarray(load_image(first.bfloat16())).astype(int) - pixels)
+    assert rounded.max() <= 1  # bfloat16 has 8 bits of precision
+    with pytest.raises(InputError, match=r"the image array has shape \(2, 3, 4, 4\)"):
+        load_image(torch.zeros(2, 3, 4, 4))
+    with pytest.raises(InputError, match="the image array could not be read as an array"):
+        load_image(torch.zeros(3, 4).to_sparse())
