@@ -126,8 +126,8 @@ class CachedSamples:
     def account(self) -> str:
         """How many records there are, and how many could not be encoded, in one line."""
         skipped = self._manifest["skipped"]
-        where = f": they could not be encoded, see {self.folder / _SKIPPED}" if skipped else ""
-        return f"{len(self) - skipped} records, {skipped} not used{where}"
+        where = f"; {skipped} more could not be encoded, see {self.folder / _SKIPPED}" if skipped else ""
+        return f"{len(self) - skipped} records, 0 files not used{where}"
 
     def zero_features(self) -> np.ndarray | None:
         """(L, F), what the image encoder makes of zero pixels; None where a dropped image is a zero embedding."""

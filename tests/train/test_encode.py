@@ -280,4 +280,4 @@ def test_the_command(pictures, tmp_path):
     cache = CachedSamples(tmp_path / "cache")
     assert cache[0]["features"].dtype == jnp.bfloat16
     assert f"{pictures}: 11 records, 0 files not used\n" in done.stderr
-    assert cache.account().startswith("10 records, 1 not used: they could not be encoded, see ")
+    assert cache.account().startswith("10 records, 0 files not used; 1 more could not be encoded, see ")
