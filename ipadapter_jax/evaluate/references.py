@@ -59,9 +59,11 @@ def open_references(
     image_column: str | None = None,
     text_column: str | None = None,
     limit: int | None = None,
+    say: Callable[[str], object] = log.info,
 ) -> References:
     """The first `limit` image prompts at `path`, or all: a JSON file of COCO captions, else what `open_source` knows,
-    as its arguments say. Pictures stay where they are until they are asked for.
+    as its arguments say. Pictures stay where they are until they are asked for. `say` is given one line: how many
+    records there are, and what is not used.
 
     Raises InputError naming what is wrong: a mean over fewer prompts than were meant is no number to publish.
     """
@@ -70,7 +72,7 @@ def open_references(
         root = None if image_root is None else str(image_root)
         source = open_source(str(path), image_root=root, image_column=image_column, text_column=text_column)
         references = _of_source(source, limit)
-        log.info("%s: %s", path, summary(len(references.found), source.unused))
+        say(f"{path}: {summary(len(references.found), source.unused)}")
         return references
     for option, value in (("image-column", image_column), ("text-column", text_column)):
         if value is not None:
@@ -83,7 +85,7 @@ def open_references(
             f"{path}: {len(missing)} of {len(chosen)} pictures, {missing[0]} the first, are not in {root}; name their "
             f"folder with {argument('image_root')}, or download them again"
         )
-    log.info("%s: %s", path, summary(len(chosen), Unused()))
+    say(f"{path}: {summary(len(chosen), Unused())}")
     names = _names([entry.file for entry in chosen])
     found = [
         Reference(i, name, entry.file, entry.captions, _stamp(root / entry.file), (root / entry.file).read_bytes)

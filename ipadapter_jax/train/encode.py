@@ -68,12 +68,12 @@ def encode_part(config: Encode, process: int, processes: int) -> int | None:
             f"{config.out} was begun with other settings or data ({'; '.join(changed[:8])}); go on with those, or "
             "choose another --out"
         )
-    if process == 0:
-        log.info("%s: %s", config.data, job.samples.account())
-        write_report(config.out, job.samples.source.unused)
     facts = [shard_facts(config.out, job.plan, shard) for shard in range(job.plan.shards)]
     missing = [shard for shard, found in enumerate(facts) if found is None]
     _check_room(config.out, job.plan, missing)
+    if process == 0:
+        log.info("%s: %s", config.data, job.samples.account())
+        write_report(config.out, job.samples.source.unused)
     skipped = [entry for found in facts if found for entry in found["skipped"]]
     done = sum(len(job.plan.shard_records(shard)) for shard, found in enumerate(facts) if found)
     job.write([shard for shard in missing if shard % processes == process], done, skipped)

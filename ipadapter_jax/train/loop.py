@@ -64,7 +64,6 @@ def train(config: Train) -> int:
     mesh, folder = make_mesh(config.mesh.fsdp), Path(expanded(config.out))
     check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config, config.data.path)  # the likeliest mistake, found before there is a folder
-    tell(config.data.path, samples)
     with run_lock(folder), StopSignal() as stop, contextlib.closing(Run(config, mesh, folder, samples)) as run:
         code = run.go(stop)
     if jax.process_count() > 1:
@@ -78,10 +77,11 @@ class Run:
     def __init__(self, config: Train, mesh: Mesh, folder: Path, samples: Samples):
         self.config, self.mesh, self.folder, self.samples = config, mesh, folder, samples
         self.first_time = FirstTime()
-        list_unused(folder, samples)
         with announced("reading the weights"):
             self.loaded = load_networks(config, mesh, encoded_by(self.samples))
         check_fits(self.samples, config, self.loaded)
+        tell(config.data.path, samples)  # now that nothing is wrong with it: an error is to stand alone
+        list_unused(folder, samples)
         attention_kernels.agree(self.loaded.networks.head_depths, config.model.dtype)
         self.about = self._about()
         keep = config.checkpoint

@@ -213,7 +213,9 @@ def test_more_measures(place, tmp_path, capsys):
     about = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert about["scores"].keys() == {"clip_i", "clip_t", "clip_fid", "fid"}
     assert about["caveats"].keys() == {"clip_fid"}  # 20 images for 4 features are enough
-    said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    output = capsys.readouterr()
+    assert "2 records, 0 files not used\n" in output.err
+    said = {line.split()[0]: line for line in output.out.splitlines()}
     assert "biased: 2 and 2 images for 128 features" in said["CLIP-FID"] and "biased" not in said["FID"]
     assert "the text prompt was the caption, not empty" in about["otherwise than in the paper"]
     with Image.open(tmp_path / "out" / "images" / "000000000000.png") as picture:

@@ -25,7 +25,6 @@ def batch(args: Batch) -> int:
     """Loads, makes what is missing. Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
     rows, bad = read_rows(args.source)
     left_out = unused(args.source, [row.line for row in bad])
-    print(f"{args.source}: {summary(len(rows), left_out)}", file=sys.stderr)
     pictured = any(row.images for row in rows)
     check_effects(args, rows)
     check_job(len(rows), args.num_images)
@@ -34,6 +33,7 @@ def batch(args: Batch) -> int:
             raise InputError(f"{args.source} has image prompts: name the IP-Adapter that reads them with --adapter")
         args = dataclasses.replace(args, adapter=embedded.NAME)
     pipe = load(args, images=args.batch_size, with_encoder=pictured)
+    print(f"{args.source}: {summary(len(rows), left_out)}", file=sys.stderr)
     works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)
     prepare = functools.partial(_load, pipe, args.fit)
     tally = make_pictures(pipe, args, works, args.out, settings(args, pipe), prepare, bad)

@@ -36,19 +36,22 @@ from ipadapter_jax.texts import utf8
 def evaluate(args: Evaluate) -> int:
     """Makes the pictures that are missing, scores them, and writes the report when all processes are through.
     Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
+    account: list[str] = []  # is said once all is known to be usable: an error is to stand alone
     references = open_references(
         args.data,
         image_root=args.image_root,
         image_column=args.image_column,
         text_column=args.text_column,
         limit=args.limit,
+        say=account.append,
     )
     clip = open_scorer(args.clip)
     fid = {} if args.fid_features is None else {"fid": distance_of_files(*args.fid_features)}
     if args.images_from is not None:
         pictures = find_pictures(args.images_from, references.found)
+        print(*account, file=sys.stderr)
     else:
-        pictures, code = _paint(args, references)
+        pictures, code = _paint(args, references, account)
         if code:
             return code
     with held_shard(args.out, args.shard):
@@ -79,7 +82,7 @@ def _score(
     return 0
 
 
-def _paint(args: Evaluate, references: References) -> tuple[list[list[Path]], int]:
+def _paint(args: Evaluate, references: References, account: Sequence[str]) -> tuple[list[list[Path]], int]:
     """The places of all pictures, those of other processes too, and an exit code, 0 when this process has made its
     own. Raises InputError for image prompts that cannot be read: a mean over the others would be another number."""
     folder = args.out / "images"
@@ -88,6 +91,7 @@ def _paint(args: Evaluate, references: References) -> tuple[list[list[Path]], in
     works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale)
     mine = [work for work in works if work.row.index // embeddings.CHUNK % args.processes == args.process]
     pipe = load(args, images=args.batch_size)
+    print(*account, file=sys.stderr)
 
     def prepare(row: Row) -> Prepared:
         return pipe.adapters[0].prepare([references.found[row.index].picture()], args.fit)
