@@ -9,12 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_formats import add, jpeg, pictures, write_json, write_tar
+from helpers import TORCH_MODEL
 from PIL import Image
 
+from ipadapter_jax.cli import main
 from ipadapter_jax.data.open_source import open_source
+from ipadapter_jax.data.samples import LiveSamples
 from ipadapter_jax.data.unused import Unused, summary, write_report
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.evaluate.references import open_references
 from ipadapter_jax.image_files import SUFFIXES
+from ipadapter_jax.jobs.run import Tally
+from ipadapter_jax.train.samples import list_unused, tell
 
 
 def texts(path: Path, **options) -> dict[str, str]:
@@ -238,3 +244,43 @@ def test_lists_that_cannot_be_used(tmp_path, name, content, message) -> None:
     with pytest.raises(InputError) as error:
         open_source(str(tmp_path))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# --- Said by the commands
+
+
+def some(folder: Path) -> Path:
+    return write(folder, a__jpg=jpeg(1), a__txt="a", b__HEIC=b"\0\0\0\x18ftypheic", c__txt="c")
+
+
+SAID = (
+    "1 records, 2 files not used: HEIC images, which are not read: convert them to JPEG or PNG (1: b.HEIC); captions "
+    "without an image that is read (1: c.txt)"
+)
+
+
+def test_a_run_says_what_is_not_used(tmp_path, caplog) -> None:
+    data = some(tmp_path / "data")
+    samples = LiveSamples(open_source(str(data)), TORCH_MODEL / "tokenizer", 64, None)
+    with caplog.at_level("INFO", "ipadapter_jax"):
+        tell("photos", samples)
+    assert caplog.messages == [f"photos: {SAID}"]
+    list_unused(tmp_path, samples)
+    assert (tmp_path / "unused_files.txt").read_text().splitlines()[
+        1
+    ] == "c.txt: captions without an image that is read"
+
+
+def test_batch_says_what_is_not_used(tmp_path, monkeypatch, capsys) -> None:
+    data, out = some(tmp_path / "data"), tmp_path / "out"
+    for name, stand_in in {"load": None, "settings": {}, "make_pictures": Tally(1, 0, [])}.items():
+        monkeypatch.setattr(f"ipadapter_jax.cli.run.batch.{name}", lambda *_, found=stand_in, **__: found)
+    assert main(["batch", str(data), "--out", str(out)]) == 0
+    assert f"{data}: {SAID}\n" in capsys.readouterr().err
+    assert len((out / "unused_files.txt").read_text().splitlines()) == 2
+
+
+def test_evaluate_says_what_is_not_used(tmp_path) -> None:
+    said: list[str] = []
+    references = open_references(some(tmp_path), say=said.append)
+    assert [reference.key for reference in references.found] == ["a.jpg"] and said == [f"{tmp_path}: {SAID}"]
