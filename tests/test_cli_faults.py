@@ -2,16 +2,19 @@
 
 import dataclasses
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import forbid_sampling
 
 from ipadapter_jax.cli import COMMANDS, main, parse
 from ipadapter_jax.cli.declared import options_of
-from ipadapter_jax.embedded import REFERENCE
+from ipadapter_jax.embedded import FOLDER, REFERENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,6 +143,22 @@ OPTIONS = {
     "--eta 2": "--eta 2.0 must lie between 0 and 1",
     "--seed -1": "--seed -1: seeds of all pictures must lie between 0 and 2^32 - 1",
     "--mask-image m.png": "--mask-image needs --init-image",
+    "--scale nan --image a.png": "--scale nan is not a finite number",
+    "--scale-steps 1 nan --image a.png": "--scale-steps nan is not a finite number",
+    # options without effect
+    "--scale 0.5": "--scale has no effect without an image prompt: give --image or --embeds, or leave it out",
+    "--layers style": "--layers has no effect without an image prompt: give --image or --embeds, or leave it out",
+    "--fit pad": "--fit has no effect without an image prompt: give --image or --embeds, or leave it out",
+    "--scale-start 0.5": (
+        "--scale-start has no effect without an image prompt: give --image or --embeds, or leave it out"
+    ),
+    "--scale-steps 1 0": (
+        "--scale-steps has no effect without an image prompt: give --image or --embeds, or leave it out"
+    ),
+    "--uncond zeros": "--uncond has no effect without an image prompt: give --image or --embeds, or leave it out",
+    "--negative-prompt ugly --guidance-scale 1": (
+        "--negative-prompt has no effect without guidance: give a --guidance-scale above 1, or leave it out"
+    ),
 }
 
 
@@ -150,6 +169,99 @@ def test_options(line, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", f"ipadapter-jax: {OPTIONS[line]}\n")
     assert not list(tmp_path.iterdir())
+
+
+# Paths and numbers that are found wrong with the files at hand, before weights are read: (line, what is said).
+FILES = [
+    (
+        "generate --out x.png --image a.png --adapter runs/mine/adaptr.safetensors",
+        "adapter runs/mine/adaptr.safetensors: there is no such file or folder here; runs/mine exists and holds "
+        "adapter.safetensors",
+    ),
+    (
+        "inspect runs/mine/adaptr.safetensors",
+        "weights runs/mine/adaptr.safetensors: there is no such file or folder here; runs/mine exists and holds "
+        "adapter.safetensors",
+    ),
+    (
+        "inspect minii",
+        "weights minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?",
+    ),
+    (
+        "convert mini rv.safetensor",
+        "rv.safetensor: nothing is written as .safetensor; did you mean rv.safetensors? An adapter is saved as "
+        ".safetensors or .bin, a base model as one .safetensors or as a folder, whose name has no such ending",
+    ),
+    ("convert mini a.png", "a.png exists; choose another name, or remove it first"),
+    ("generate --out x.png --width 65", "--width 65 is not a multiple of 8; the nearest size is 64"),
+    (
+        "generate --out x.png --width 1000000 --height 1000000",
+        r"an image of 1000000 x 1000000 pixels would need at least 474,000\.0 GB of memory "
+        r"\(474,000,000,000,000 bytes\), and there are [\d.,]+ GB; choose a smaller size",
+    ),
+    (
+        "generate --out x.png --steps 1001",
+        "--steps 1001 must be a whole number between 1 and 1000, the training timesteps",
+    ),
+    (
+        "generate --out x.png --scheduler lcm --steps 60",
+        "--steps 60: the scheduler lcm makes at most 50",
+    ),
+    (
+        "generate --out x.png --image a.png --clip-skip 99",
+        "--clip-skip 99 must be a whole number of layers to leave out, 0 to 2",
+    ),
+    (
+        "generate --out x.png --image a.png --layers stile",
+        "--layers: no preset 'stile'; did you mean 'style'?",
+    ),
+    (
+        "generate --out x.png --image a.png --scale-start 0.9 --scale-end 0.1",
+        "--scale-start: start=0.9 and end=0.1 must be parts of the run, 0 <= start < end <= 1",
+    ),
+    (
+        "generate --out x.png --init-image a.png --strength 0.001",
+        "--strength 0.001 of --steps 50 leaves no step to make: give at most 1, and here at least 0.02",
+    ),
+    ("generate --out x.png --extract-ema", "--extract-ema is for a checkpoint of one file; mini is a folder"),
+    (
+        "generate --out x.png --base runs/mine/adapter.safetensors --prompt x",
+        ".*runs/mine/adapter.safetensors.*an IP-Adapter.*give it as the adapter \\(--adapter\\).*",
+    ),
+    (
+        "encode --base minii --image-encoder mini --data . --out y",
+        "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?",
+    ),
+    (
+        "encode --base mini --image-encoder mini --data nowhere --out y",
+        "nowhere: no such file or folder; check the spelling, or give the data's full path",
+    ),
+    (
+        "train mini --data.path nowhere --model.base minii",
+        "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "told"), FILES, ids=[line for line, _ in FILES])
+def test_files(line, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    forbid_sampling(monkeypatch)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    shutil.copy(FOLDER / "ip-adapter_mini.safetensors", tmp_path / "runs" / "mine" / "adapter.safetensors")
+    shutil.copy(REFERENCE, tmp_path / "a.png")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(shlex.split(line)) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    said = shown.err.removeprefix("ipadapter-jax: ").removesuffix("\n")
+    assert said == told or re.fullmatch(told, said), said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_inspect_advises_options_that_there_are(capsys):
+    assert main(["inspect", str(FOLDER / "ip-adapter_mini.safetensors")]) == 0
+    assert "give it as the adapter (--adapter)" in capsys.readouterr().out
 
 
 def test_words_that_are_right():

@@ -24,6 +24,7 @@ from ipadapter_jax.cli.train import help_of_train
 from ipadapter_jax.cli.train import parse as parse_train
 from ipadapter_jax.errors import InputError, said_in_options
 from ipadapter_jax.train.config import check
+from ipadapter_jax.weights.hub import found_place
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,6 +98,7 @@ def parse(arguments: Sequence[str]) -> Any:
     if name == "train":
         config = parse_train(words)
         check(config)
+        found_place(config.model.base, "base model")
         return config
     options = parse_words(name, COMMANDS[name].kind(), words)
     if isinstance(options, Sampling):

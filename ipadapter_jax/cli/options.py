@@ -1,7 +1,6 @@
 """What all commands that sample are told: models, sampler, controls of the image prompt."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -127,9 +126,6 @@ class Sampling:
             )
         if not 0 <= self.eta <= 1:
             raise InputError(f"--eta {self.eta} must lie between 0 and 1")
-        for name, value in (("scale", self.scale), ("guidance-scale", self.guidance_scale)):
-            if value is not None and not math.isfinite(value):
-                raise InputError(f"--{name} {value} is not a finite number")
         if self.eta and self.scheduler != "ddim":
             raise InputError(f"--eta has no effect with --scheduler {self.scheduler}; it is for ddim")
         if self.negative_image is not None and self.uncond != "default":

@@ -2,6 +2,7 @@
 likeliest correction."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -139,10 +140,13 @@ def _value(option: Option, word: str) -> Any:
             raise InputError(f"{option.name} is empty; give a name, or leave it out")
         word = expanded(word)
     try:
-        return option.kind(word)
+        value = option.kind(word)
     except ValueError:
         kind = {int: "whole number", float: "number"}[option.kind]
         raise InputError(f"{option.name} {_shown(word)} is not a {kind}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{option.name} {_shown(word)} is not a finite number")
+    return value
 
 
 def _shown(word: str) -> str:

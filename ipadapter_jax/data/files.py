@@ -68,6 +68,13 @@ def find_files(path: str) -> Files:
     return Files(Path(root), Strings(sorted(names)))
 
 
+def check_there(path: str) -> None:
+    """Raises InputError, as `find_files` does, where nothing is; what is there is not looked through."""
+    place = expanded(path)
+    if not os.path.exists(place) and not glob.has_magic(place):
+        find_files(path)
+
+
 def read_file(path: str, key: str) -> bytes:
     """The whole file. Raises InputError naming the key when it cannot be read or is far too large."""
     try:

@@ -24,6 +24,7 @@ from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.data.batches import Skipped, usable
 from ipadapter_jax.data.cache import CachedSamples, begin, finish, is_cache
 from ipadapter_jax.data.encoded_shards import Layout, Plan, ShardWriter, shard_facts
+from ipadapter_jax.data.files import check_there
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.data.samples import LiveSamples
 from ipadapter_jax.data.unused import write_report
@@ -40,6 +41,7 @@ from ipadapter_jax.train.encode_config import Encode
 from ipadapter_jax.train.encoders import Encoders, load_encoders
 from ipadapter_jax.train.folder import run_lock
 from ipadapter_jax.weights.casting import all_finite
+from ipadapter_jax.weights.hub import found_place
 from ipadapter_jax.weights.tensors import files_of
 
 log = logging.getLogger("ipadapter_jax")
@@ -257,6 +259,8 @@ def _check(config: Encode) -> None:
     check_memory(held, what, "give a smaller --resolution or --batch-size")
     if not 0 <= config.max_bad_share <= 1:
         raise InputError(f"--max-bad-share {config.max_bad_share} must lie between 0 and 1")
+    found_place(config.base, "base model")
+    check_there(config.data)
     check_utf8(config.out, "the format of the features")
     data = Path(expanded(config.data))
     if is_cache(data):

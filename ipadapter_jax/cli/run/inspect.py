@@ -4,13 +4,18 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ipadapter_jax.cli.declared import names_of
+from ipadapter_jax.cli.generate import Generate
 from ipadapter_jax.cli.inspect import Inspect
+from ipadapter_jax.cli.options import ARGUMENTS
 from ipadapter_jax.describe import describe
+from ipadapter_jax.errors import said_in_options
 
 
 def inspect(args: Inspect) -> int:
     """Prints the facts. Raises InputError for what is damaged or holds no weights."""
-    facts = describe(args.file)
+    with said_in_options(names_of(Generate, ARGUMENTS)):  # what it is of use for
+        facts = describe(args.file)
     print(json.dumps(facts, indent=2) if args.json else "\n".join(_rows(facts)))
     return 0
 
