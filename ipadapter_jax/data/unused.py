@@ -46,7 +46,7 @@ class Unused:
     def add(self, reason: str, name: str, is_record: bool = False, count: int = 1) -> None:
         names = self._names.setdefault(reason, [])
         if len(names) < _MOST_NAMES:
-            names.append(printable(name))
+            names.append("".join(letter if letter.isprintable() else "?" for letter in printable(name)))
         self._counts[reason] = self._counts.get(reason, 0) + count
         self.records += count if is_record else 0
 

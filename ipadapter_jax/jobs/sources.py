@@ -49,16 +49,15 @@ def unused(source: Path, bad_lines: Iterable[int] = ()) -> Unused:
         ending = ending.lower()
         if is_image_name(name) or (is_metadata(name) and listed):
             continue
-        if (source / name).is_dir():
-            found.add(FOLDER, name)
+        if ending in _PROMPTS:
+            if stem not in images:
+                found.add(NO_IMAGE, name)
+            elif prompts[stem] != name:
+                found.add(SECOND, name)
         elif (kind := unread_format(name)) is not None:
             found.add(not_read(kind), name)
-        elif ending not in _PROMPTS:
-            found.add(OTHER, name)
-        elif stem not in images:
-            found.add(NO_IMAGE, name)
-        elif prompts[stem] != name:
-            found.add(SECOND, name)
+        else:
+            found.add(FOLDER if (source / name).is_dir() else OTHER, name)
     for name in sorted(listed.keys() - set(names)):
         found.add(NOT_THERE, name)
     return found

@@ -78,6 +78,9 @@ def test_many_names_are_counted_and_bounded() -> None:
         unused.add("captions", f"{number}.txt")
     assert len(unused) == 5000 and summary(7, unused).endswith("captions (5000: 0.txt, 1.txt, 2.txt, ...)")
     assert unused.report().splitlines()[-1] == "and 4000 more: captions"
+    odd = Unused()
+    odd.add("captions", "two\nlines\x1b[31m\udce9.txt")
+    assert odd.report() == "two?lines?[31m?.txt: captions\n"
     twice = Unused()
     twice.extend(unused, "a:")
     twice.extend(unused, "b:")
