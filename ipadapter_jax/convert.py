@@ -80,9 +80,9 @@ def _check_ending(out: Path) -> None:
     if out.suffix in _ENDINGS or not re.fullmatch(r"\.(?!v\d)[a-z]\w*", out.suffix, re.IGNORECASE):
         return
     near = close(out.suffix, _ENDINGS)
-    meant = f"did you mean {out.stem}{near[0]}? " if near else ""
+    meant = f" (did you mean {out.stem}{near[0]}?)" if near else ""
     raise InputError(
-        f"{out}: nothing is written as {out.suffix}; {meant}An adapter is saved as .safetensors or .bin, a base model "
+        f"{out}: nothing is written as {out.suffix}{meant}; an adapter is saved as .safetensors or .bin, a base model "
         "as one .safetensors or as a folder, whose name has no such ending"
     )
 

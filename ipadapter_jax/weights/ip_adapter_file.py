@@ -16,7 +16,7 @@ from ipadapter_jax.models.projections import HEAD_DIM, ImageProjConfig, example_
 from ipadapter_jax.places import expanded
 from ipadapter_jax.weights.adapter_names import adapter_parts
 from ipadapter_jax.weights.components import report_ignored
-from ipadapter_jax.weights.kinds import FAMILIES, IP_ADAPTER, identify
+from ipadapter_jax.weights.kinds import FAMILIES, IP_ADAPTER, UNSUPPORTED, identify
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import torch_spelling
 from ipadapter_jax.weights.safetensors_bytes import digest
@@ -181,9 +181,10 @@ def check_base(file: IPAdapterFile, cross_attention_dim: int, widths: tuple[int,
     made_for = file.config.cross_attention_dim
     if made_for != cross_attention_dim:
         family, this = (FAMILIES.get(width, "no known family") for width in (made_for, cross_attention_dim))
+        its_base = "" if family in UNSUPPORTED else f", or its base{option('base')}"
         raise WeightFileError(
             f"{file.path}: made for tokens of width {made_for} ({family}), this base has {cross_attention_dim} "
-            f"({this}); give an adapter of this base{option('adapter')}, or its base{option('base')}"
+            f"({this}); give an adapter of this base{option('adapter')}{its_base}"
         )
     sites = len(file.ip_adapter) // 2
     if sites != len(widths):

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.suggestions import closest_first
 from ipadapter_jax.weights.component import Component
 
@@ -39,7 +39,7 @@ def pick_variants(parts: Mapping[str, tuple[Component, Collection[str]]], varian
         return {part: variant if variant in found else None for part, found in there.items()}
     known = closest_first(variant, {name for found in there.values() for name in found})
     remedy = f"choose {' or '.join(known)}, or leave it out" if known else "it has no variants at all, so leave it out"
-    raise InputError(f"variant {variant!r}: no part of the model has it; {remedy}")
+    raise InputError(f"{argument('variant', variant)}: no part of the model has it; {remedy}")
 
 
 def variants(component: Component, names: Iterable[str]) -> list[str]:

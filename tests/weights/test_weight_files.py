@@ -70,7 +70,7 @@ def test_a_replaced_part_needs_no_variant(tmp_path):
 
 def test_flax_parts_are_plain_and_may_have_variants(tmp_path):
     folder = flax_folder(tmp_path)
-    refused(lambda: open_base(folder, variant="fp16"), str(folder), "'fp16'", "no variants")
+    refused(lambda: open_base(folder, variant="fp16"), str(folder), "variant=fp16", "no variants")
     shutil.copy(folder / "unet" / "diffusion_flax_model.msgpack", folder / "unet" / "diffusion_flax_model.bf16.msgpack")
     with pytest.warns(UserWarning, match="'bf16'"):
         base = open_base(folder, variant="bf16")
@@ -82,17 +82,17 @@ def test_a_typo_names_the_variants_there_are(tmp_path):
     folder = with_variants(tmp_path / "model", unet="non_ema", vae="fp16")
     refused(
         lambda: open_base(folder, variant="fp61"),
-        f"base model {folder}: variant 'fp61': no part of the model has it; choose fp16 or non_ema",
+        f"base model {folder}: variant=fp61: no part of the model has it; choose fp16 or non_ema",
     )
     refused(lambda: open_base(folder, variant="non-ema"), "choose non_ema or fp16")
-    refused(lambda: open_base(TORCH_MODEL, variant=""), "variant ''", "no variants")
+    refused(lambda: open_base(TORCH_MODEL, variant=""), "variant=: no part", "no variants")
     refused(lambda: open_base(TORCH_MODEL / "unet" / PLAIN["unet"], variant="fp16"), "variant is for a folder")
 
 
 def test_on_the_command_line(tmp_path, capsys):
     folder = with_variants(tmp_path / "model", unet="non_ema")
     assert main(["convert", str(folder), str(tmp_path / "out"), "--variant", "no_ema"]) == 2
-    assert "choose non_ema" in capsys.readouterr().err
+    assert "--variant no_ema: no part of the model has it; choose non_ema" in capsys.readouterr().err
     assert main(["convert", str(folder), str(tmp_path / "out"), "--variant", "non_ema"]) == 0
     captured = capsys.readouterr()
     assert "VAE and text encoder have none" in captured.err and (tmp_path / "out" / "unet" / PLAIN["unet"]).is_file()
