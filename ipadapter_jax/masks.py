@@ -54,11 +54,15 @@ def check_inside(mask: np.ndarray, what: str) -> None:
             f"the {what} is black ({brightest * 255:.0f} of 255 at most): nothing is inside; paint what is to be "
             "inside white, or leave the mask out"
         )
+    _warn_of_little(mask, what, stacklevel=4)
+
+
+def _warn_of_little(mask: np.ndarray, what: str, stacklevel: int) -> None:
     if (area := float(mask.sum())) < _LATENT_AREA:
         warnings.warn(
             f"the {what} has about {area:.0f} pixels inside, fewer than one point of the latents: little will come of "
             "it; paint a larger part white",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -150,6 +154,7 @@ def check_latent_mask(mask: np.ndarray, multiple: int, *, sees_mask: bool) -> No
             f"{mask.sum():.0f} pixels): "
             "nothing would be painted; paint white what is to be painted over"
         )
+    _warn_of_little(mask, "mask_image", stacklevel=6)
     if inside.all() and not sees_mask:
         warnings.warn(
             "the mask_image is white everywhere, so that it keeps nothing of the image; leave it out to paint over all",

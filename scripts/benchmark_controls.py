@@ -60,7 +60,7 @@ class _step:
         self._real, self._given = sampling.denoise, ()
         sampling.denoise = self._recorded  # type: ignore[assignment]
         try:
-            pipe("", **arguments)
+            pipe("", progress_bar=False, **arguments)
         finally:
             sampling.denoise = self._real
 

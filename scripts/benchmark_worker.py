@@ -90,7 +90,7 @@ class Ours:
 
     def image(self) -> None:
         prompts = {"ip_adapter_image": self.picture, "ip_adapter_scale": self.settings.scale, **self.settings.words}
-        self.pipe(**prompts, latents=self.settings.noise, **self.settings.call)
+        self.pipe(**prompts, latents=self.settings.noise, progress_bar=False, **self.settings.call)
 
     def loop(self) -> Any:
         state, _ = self._loop()

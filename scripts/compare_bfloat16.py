@@ -44,7 +44,8 @@ def latents(side: str, settings: Settings) -> np.ndarray:
     if side == "PyTorch":
         return runner.latents()
     prompts = {"ip_adapter_image": runner.picture, "ip_adapter_scale": settings.scale, **settings.words}
-    return runner.pipe(**prompts, latents=settings.noise, output_type="latent", **settings.call)
+    ours = {"output_type": "latent", "progress_bar": False, **settings.call}
+    return runner.pipe(**prompts, latents=settings.noise, **ours)
 
 
 def relative_error(found: np.ndarray, exact: np.ndarray) -> float:

@@ -111,6 +111,7 @@ class Painter:
             num_images_per_prompt=COUNT,
             seed=COUNT * given.index,
             output_type="np",
+            progress_bar=False,
             **told,
         )
         return to_uint8(painted)

@@ -62,7 +62,12 @@ def sample(reference: Image.Image, prompt: str, seed: int) -> tuple[Labelled, La
 
     def paint(scale: float, number: int) -> Image.Image:
         return pipe(
-            prompt, ip_adapter_image=reference, ip_adapter_scale=scale, num_inference_steps=STEPS, seed=seed + number
+            prompt,
+            ip_adapter_image=reference,
+            ip_adapter_scale=scale,
+            num_inference_steps=STEPS,
+            seed=seed + number,
+            progress_bar=False,
         )[0]
 
     wanted = [(1.0, number) for number in range(RESULTS)] + [(scale, 0) for scale in SCALES if scale != 1]

@@ -96,6 +96,7 @@ def sample(pipe: StableDiffusion, prompts: Sequence[Image.Image]) -> list[Pictur
             num_inference_steps=30,
             num_images_per_prompt=COUNT,
             seed=COUNT * place,
+            progress_bar=False,
         )
         for place, prompt in enumerate(prompts)
     ]

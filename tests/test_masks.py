@@ -176,6 +176,13 @@ def test_an_inpainting_mask_of_everything_is_a_warning():
         assert [str(warning.message).split(" of the image")[0] for warning in found] == words
 
 
+def test_an_inpainting_mask_of_nearly_nothing_is_a_warning():
+    dot = np.zeros((64, 64), np.float32)
+    dot[24:28, 24:28] = 1  # with the pixel that stands for a point of the latents
+    with pytest.warns(UserWarning, match="the mask_image has about 16 pixels inside, fewer than one point"):
+        check_latent_mask(dot, 8, sees_mask=False)
+
+
 @pytest.mark.torch
 def test_tensors_are_masks_too():
     torch = pytest.importorskip("torch")
