@@ -169,7 +169,9 @@ class _Plan:
                 f"{argument('ip_adapter_masks')}: {len(masks)} masks for {self.count} {_SQUARES}; give one for each"
             )
         if isinstance(scale, PerPrompt):
-            raise InputError("ip_adapter_scale: PerPrompt goes without masks; with them give a scale for each picture")
+            raise InputError(
+                f"{argument('ip_adapter_scale')}: PerPrompt goes without masks; with them give a scale for each picture"
+            )
         scales = self._each(scale) if isinstance(scale, list | tuple) else [scale] * self.count
         made = [
             self._entries(slice(i, i + 1), np.ones((1, 1), np.float32), s, mask)
@@ -292,7 +294,9 @@ def _masks(masks: Any, adapters: int) -> list[Sequence[Any] | None]:
     if adapters == 1 and not any(isinstance(mask, list | tuple) for mask in nested):
         nested = [nested]
     if len(nested) != adapters:
-        raise InputError(f"ip_adapter_masks has {len(nested)} lists for {adapters} adapters; give one for each")
+        raise InputError(
+            f"{argument('ip_adapter_masks')} has {len(nested)} lists for {adapters} adapters; give one for each"
+        )
     return [m if m is None or isinstance(m, list | tuple) else [m] for m in nested]
 
 

@@ -157,6 +157,7 @@ def check_latent_mask(mask: np.ndarray, multiple: int, *, sees_mask: bool) -> No
     _warn_of_little(mask, "mask_image", stacklevel=6)
     if inside.all() and not sees_mask:
         warnings.warn(
-            "the mask_image is white everywhere, so that it keeps nothing of the image; leave it out to paint over all",
+            f"the {argument('mask_image')} is white everywhere, so that it keeps nothing of the image; leave it out to "
+            "paint over all",
             stacklevel=5,
         )

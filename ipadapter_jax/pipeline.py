@@ -203,7 +203,7 @@ class StableDiffusion:
         check_guided(guidance_scale, negatives, guidance_rescale)
         warn_of_syntax({"prompt": prompts, "negative_prompt": negatives})
         if exact_outside_mask and output_type == "latent":
-            raise InputError("exact_outside_mask is for pictures; latents hold no pixels to keep")
+            raise InputError(f"{argument('exact_outside_mask')} is for pictures; latents hold no pixels to keep")
         canvas = self._canvas(image, mask_image, strength, exact_outside_mask, height, width)
         strength = strength_of(strength, image, mask_image)
         schedule = self.schedule.changed(scheduler_config or {})

@@ -16,6 +16,7 @@ TEXT = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 def test_commands(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     command = parse(words)
+    command.check()
     assert (command.attention_maps or command.out).name in shown(TEXT)
 
 

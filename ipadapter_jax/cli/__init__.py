@@ -23,7 +23,7 @@ from ipadapter_jax.cli.streams import print_every_name
 from ipadapter_jax.cli.train import help_of_train
 from ipadapter_jax.cli.train import parse as parse_train
 from ipadapter_jax.errors import InputError, said_in_options
-from ipadapter_jax.train.config import check
+from ipadapter_jax.train.config import Train, check
 from ipadapter_jax.weights.hub import found_place
 
 
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = COMMANDS[arguments[0]]
         names = names_of(type(options), ARGUMENTS if isinstance(options, Sampling) else {})
         with _reports(command.reports_at_once), said_in_options(names):
+            _check(options)
             return command.run()(options)
     except InputError as error:
         if debug:
@@ -90,20 +91,20 @@ def _reports(at_once: bool) -> Iterator[None]:
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """The options of the command that the first word names. Raises InputError for the words, and for what can be told
-    of the options from them alone."""
+    """The options of the command that the first word names. Raises InputError for words that are none of it."""
     name, *words = arguments
     if name not in COMMANDS:
         raise InputError(unknown_command(name))
-    if name == "train":
-        config = parse_train(words)
-        check(config)
-        found_place(config.model.base, "base model")
-        return config
-    options = parse_words(name, COMMANDS[name].kind(), words)
-    if isinstance(options, Sampling):
+    return parse_train(words) if name == "train" else parse_words(name, COMMANDS[name].kind(), words)
+
+
+def _check(options: Any) -> None:
+    """Raises InputError for what can be told before what does the command is imported."""
+    if isinstance(options, Train):
+        check(options)
+        found_place(options.model.base, "base model")
+    elif isinstance(options, Sampling):
         options.check()
-    return options
 
 
 def _help(arguments: Sequence[str]) -> str | None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 
 PICTURE, TEXT = "pictures as bytes", "text"
 
@@ -37,6 +37,7 @@ def choose(given: Columns, kinds: Mapping[str, str], where: str) -> Columns:
         if chosen[role] is None and (name or role != "cond_image"):
             found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())[:500]
             raise InputError(
-                f"{where}: no column {' or '.join(names)} that holds {wanted}; there are {found}; give {role}_column"
+                f"{where}: no column {' or '.join(names)} that holds {wanted}; there are {found}; give "
+                f"{argument(f'{role}_column')}"
             )
     return Columns(**chosen)

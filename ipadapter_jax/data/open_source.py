@@ -18,7 +18,7 @@ from ipadapter_jax.data.strings import printable
 from ipadapter_jax.data.tar_shards import TarSource
 from ipadapter_jax.data.tfds import FEATURES, INFO, TfdsSource
 from ipadapter_jax.data.unused import OTHER
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.image_files import SUFFIXES as PICTURES
 from ipadapter_jax.image_files import unread_format
 from ipadapter_jax.nearby import nearby
@@ -68,7 +68,9 @@ def open_source(
     files = find_files(path)
     kind = _kind(path, files)
     if image_root is not None and kind != "json":
-        raise InputError(f"image_root={image_root} is for JSON lists, and {path} is of the kind {kind}; leave it out")
+        raise InputError(
+            f"{argument('image_root', image_root)} is for JSON lists, and {path} is of the kind {kind}; leave it out"
+        )
     listed = kind == "folder" and any(map(is_metadata, files.names))
     without = columns._replace(text=None) if listed else columns
     if any(without) and kind not in ("parquet", "tfds"):
@@ -84,7 +86,8 @@ def _open(kind: str, files: Files, image_root: str | None, columns: Columns) -> 
         root = None if image_root is None else Path(expanded(image_root))
         if root is not None and not root.is_dir():
             raise InputError(
-                f"image_root={image_root} is not a folder; give the one that 'image_file' is relative to{nearby(root)}"
+                f"{argument('image_root', image_root)} is not a folder; give the one that 'image_file' is relative "
+                f"to{nearby(root)}"
             )
         return JsonListSource(Path(files.path(0)), root)
     if kind == "tfds":

@@ -13,7 +13,7 @@ from ipadapter_jax.data.cache import CachedSamples, is_cache
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.data.samples import LiveSamples
 from ipadapter_jax.data.unused import write_report
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.places import expanded
 from ipadapter_jax.settings import typed
@@ -37,7 +37,7 @@ def open_samples(config: Train, path: str) -> Samples:
     if is_cache(place):
         for name, value in named.items():
             if value is not None:
-                raise InputError(f"data.{name}={value} has no effect: {path} is encoded already; leave it out")
+                raise InputError(f"{argument(name, value)} has no effect: {path} is encoded already; leave it out")
         return CachedSamples(place)
     source, base = open_source(path, **named), open_base_folder(model.base, model.variant)
     clip_size = None
