@@ -2,11 +2,14 @@
 
 import dataclasses
 import mmap
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from ipadapter_jax.errors import WeightFileError
 
 
 class Tensor(Protocol):
@@ -76,3 +79,11 @@ def joined(tensors: Sequence[Tensor]) -> Derived:
     first = tensors[0]
     shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
     return Derived(shape, first.dtype, lambda: np.concatenate([tensor.read() for tensor in tensors]))
+
+
+def not_read(path: str | os.PathLike[str], name: str, form: str) -> WeightFileError:
+    """What to say of a tensor of such a form or data type."""
+    return WeightFileError(
+        f"{path}: {name[:60]!r} is stored as {form[:60]}; only float64, float32, float16 and bfloat16 weights are "
+        "read, so convert the file first"
+    )

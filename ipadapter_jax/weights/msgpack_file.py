@@ -6,6 +6,7 @@ The file is one nested map from names to arrays. An array is extension type 1, w
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.weights.lazy import MappedTensor, map_file
+from ipadapter_jax.weights.lazy import MappedTensor, map_file, not_read
 
 _NDARRAY = 1
 _MAX_DEPTH, _MAX_NAME = 32, 1000
@@ -31,6 +32,8 @@ def read_msgpack_file(path: Path) -> dict[str, MappedTensor]:
             reader.require(name not in tensors, f"two tensors are called {name[:60]!r}")
             tensors[name] = tensor
         reader.require(reader.position == len(reader.buffer), "bytes follow after its end")
+    except _NotRead as error:
+        raise not_read(path, error.name, error.dtype) from None
     except (struct.error, IndexError, ValueError) as error:  # a header beyond the end, no UTF-8
         reason = str(error) if isinstance(error, _Malformed) else "it is cut short or damaged"
         raise WeightFileError(f"{path}: not a whole Flax msgpack file ({reason}); download it again") from None
@@ -39,6 +42,13 @@ def read_msgpack_file(path: Path) -> dict[str, MappedTensor]:
 
 class _Malformed(ValueError):
     pass
+
+
+class _NotRead(Exception):
+    """An array of numbers of a kind that is not read, such as float8."""
+
+    def __init__(self, name: str, dtype: str):
+        self.name, self.dtype = name, dtype
 
 
 class _Reader:
@@ -124,6 +134,8 @@ def _array(reader: _Reader, name: str) -> MappedTensor:
         raise _Malformed(f"{name!r} has no shape")
     shape = tuple(inner.integer() for _ in range(rank))
     dtype = inner.text()
+    if re.fullmatch(r"(float|complex|u?int)\d+(_\w+)?", dtype) and dtype not in _DTYPES:
+        raise _NotRead(name, dtype)
     reader.require(dtype in _DTYPES, f"{name!r} has dtype {dtype[:20]!r}")
     size, expected = inner.length(*_BYTES), math.prod(shape) * np.dtype(dtype).itemsize
     whole = size == expected and inner.position + expected == start + count

@@ -14,9 +14,9 @@ from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.nearby import nearby
 from ipadapter_jax.places import expanded
 from ipadapter_jax.texts import parse_json, read_json_object
-from ipadapter_jax.weights.lazy import Derived, MappedTensor, Tensor, map_file
+from ipadapter_jax.weights.lazy import Derived, MappedTensor, Tensor, map_file, not_read
 from ipadapter_jax.weights.msgpack_file import read_msgpack_file
-from ipadapter_jax.weights.torch_pickle import UNNAMED, not_read, read_tensors
+from ipadapter_jax.weights.torch_pickle import UNNAMED, read_tensors
 
 SAFETENSORS, PICKLE, MSGPACK, INDEX = "safetensors", "PyTorch pickle", "Flax msgpack", "index of shards"
 ARRAY = "NumPy array"

@@ -11,6 +11,7 @@ import zipfile
 from typing import Any
 
 from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.weights.lazy import not_read
 from ipadapter_jax.weights.pickle_machine import AGAIN, OPAQUE, SAVE, LazyTensor, Machine, Refused, Unread, require
 
 # Far above any real checkpoint, and low enough that a hostile file costs neither minutes nor gigabytes.
@@ -51,14 +52,6 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
             raise not_read(path, name, tensor.form)
         found[name] = tensor
     return found
-
-
-def not_read(path: str | os.PathLike[str], name: str, form: str) -> WeightFileError:
-    """What to say of a tensor of such a form or data type."""
-    return WeightFileError(
-        f"{path}: {name[:60]!r} is stored as {form[:60]}; only float64, float32, float16 and bfloat16 weights are "
-        "read, so convert the file first"
-    )
 
 
 def _read(path: str | os.PathLike[str]) -> dict:

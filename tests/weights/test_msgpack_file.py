@@ -202,3 +202,10 @@ def test_random_damage(tmp_path):
 def test_bfloat16_is_not_a_void(tmp_path):
     path = write(tmp_path / "a.msgpack", {"w": np.array([1.5, -3], ml_dtypes.bfloat16)})
     assert read_msgpack_file(path)["w"].read().astype(np.float32).tolist() == [1.5, -3]
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.complex64, np.uint16])
+def test_numbers_that_are_not_read_are_named(tmp_path, dtype):
+    path = write(tmp_path / "a.msgpack", {"a": {"kernel": np.ones((3, 3), dtype)}, "b": some(3)})
+    with pytest.raises(WeightFileError, match=f"'a.kernel' is stored as {np.dtype(dtype).name}; .* convert the file"):
+        read_msgpack_file(path)
