@@ -15,6 +15,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.nearby import nearby
 from ipadapter_jax.places import expanded
 
+MAX_TEXT = 16 << 20  # bytes of a caption
 MAX_BYTES = 256 << 20  # no encoded picture needs more; a wrong file must not fill the memory of every worker
 
 
@@ -75,20 +76,22 @@ def check_there(path: str) -> None:
         find_files(path)
 
 
-def read_file(path: str, key: str) -> bytes:
-    """The whole file. Raises InputError naming the key when it cannot be read or is far too large."""
+def read_file(path: str, key: str, is_text: bool = False) -> bytes:
+    """The whole file of an image or a caption. Raises InputError naming the key when it cannot be read or is far too
+    large."""
     try:
         with open(path, "rb") as file:
-            check_size(os.fstat(file.fileno()).st_size, key)
+            check_size(os.fstat(file.fileno()).st_size, key, is_text)
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         why = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{key}: {printable(path)} cannot be read ({why}); check that it is there") from None
 
 
-def check_size(size: int, key: str) -> None:
-    if size > MAX_BYTES:
-        raise InputError(f"{key}: {size >> 20} MiB are far too many for a picture; at most {MAX_BYTES >> 20}")
+def check_size(size: int, key: str, is_text: bool = False) -> None:
+    most, what = (MAX_TEXT, "caption") if is_text else (MAX_BYTES, "picture")
+    if size > most:
+        raise InputError(f"{key}: {size >> 20} MiB are far too many for a {what}; at most {most >> 20}")
 
 
 def size(path: str) -> int:

@@ -47,7 +47,7 @@ class FolderSource:
     def __getitem__(self, index: int) -> Record:
         key = self.key(index)
         numbers = zip(ROLES, self._members[index], strict=True)
-        parts = {role: read_file(self._files.path(n), key) for role, n in numbers if n >= 0}
+        parts = {role: read_file(self._files.path(n), key, role in TEXTS) for role, n in numbers if n >= 0}
         text = self._listed[index]
         return record_of(key, parts, self._texts[text] if text >= 0 else None)
 

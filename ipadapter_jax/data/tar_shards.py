@@ -66,9 +66,8 @@ class TarSource:
         # Opened anew for each record: that costs microseconds, and nothing is shared by threads or lost in a pickle.
         try:
             with open(self._files.path(entry["shard"]), "rb", buffering=0) as file:
-                return record_of(
-                    key, {role: _read(file, entry[role], key) for role in ROLES if entry[role]["size"] >= 0}
-                )
+                roles = [role for role in ROLES if entry[role]["size"] >= 0]
+                return record_of(key, {role: _read(file, entry[role], key, role in TEXTS) for role in roles})
         except OSError as error:
             raise InputError(f"{key}: the shard cannot be read ({error.strerror})") from None
 
@@ -121,9 +120,9 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
     )
 
 
-def _read(file: FileIO, member: np.void, key: str) -> bytes:
+def _read(file: FileIO, member: np.void, key: str, is_text: bool) -> bytes:
     offset, size = member.tolist()
-    check_size(size, key)
+    check_size(size, key, is_text)
     file.seek(offset)
     content = file.read(size)
     if len(content) != size:

@@ -165,3 +165,15 @@ def test_what_is_no_page_header(tmp_path, content) -> None:
     path.write_bytes(content)
     with open(path, "rb") as file, pytest.raises(Damaged, match="a page"):
         unpacked_bytes(file.fileno(), 0, 100)
+
+
+def test_a_caption_file_that_is_no_caption(tmp_path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    (tmp_path / "b.jpg").write_bytes(jpeg(2))
+    (tmp_path / "b.txt").write_text("b")
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.truncate(200 << 20)
+    source = open_source(str(tmp_path))
+    with pytest.raises(InputError, match="a.jpg: 200 MiB are far too many for a caption; at most 16"):
+        source[0]
+    assert source[1].text == "b"
