@@ -47,10 +47,6 @@ from ipadapter_jax.weights.weight_files import choose_weights
 
 Picture = Any
 """A path, a PIL image, or an array of numpy, jax or torch."""
-"""What the unconditional branch of guidance sees in place of a picture: zero features, the features of normalised
-pixels that are zero, those of a black picture (ComfyUI's choice for plus and full adapters), or of noise, which pulls
-the pictures away from grain. The default is what adapters were trained with: zero features for base ones, zero pixels
-for plus and full ones."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
