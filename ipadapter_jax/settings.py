@@ -9,11 +9,17 @@ from typing import Any
 
 from ipadapter_jax.errors import InputError
 
+# Far more than any model has. Tracing takes time for every layer, and memory for every channel.
+_LARGEST = 1 << 20  # of a width, a vocabulary, a number of timesteps
+_LONGEST = 100  # list of whole numbers
+_MOST = {"layers_per_block": 16, "num_hidden_layers": 200}
+
 
 def typed(cls: type, values: Mapping[str, Any], what: str) -> Any:
     """cls(**values) with lists as tuples, after holding every value against its field's annotation.
 
-    Whole numbers must not be negative and others must be finite. Raises InputError naming `what` and the setting.
+    Whole numbers must neither be negative nor larger than those of any model, so that nothing is made of a size that
+    fits nowhere, and others must be finite. Raises InputError naming `what` and the setting.
     """
     hints = typing.get_type_hints(cls)
     found = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -21,6 +27,11 @@ def typed(cls: type, values: Mapping[str, Any], what: str) -> Any:
         if not _fits(value, hints[name]):
             kind = getattr(hints[name], "__name__", str(hints[name]))
             raise InputError(f"{what} config: {name}={shown(value)} is not usable, it must be of type {kind}")
+        numbers = [item for item in (value if isinstance(value, tuple) else [value]) if type(item) is int]
+        if max(numbers, default=0) > _MOST.get(name, _LARGEST) or len(numbers) > _LONGEST:
+            raise InputError(f"{what} config: {name}={shown(value)} is not usable, it is larger than in any model")
+        if name.endswith("_eps") and not (isinstance(value, float) and 0 < value < 1):
+            raise InputError(f"{what} config: {name}={value} is not usable, it must lie between 0 and 1")
     return cls(**found)
 
 

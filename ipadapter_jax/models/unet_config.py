@@ -34,6 +34,10 @@ class UNetConfig:
             raise InputError(
                 f"UNet config: {levels} block_out_channels need as many down_block_types and up_block_types"
             )
+        if isinstance(config.sample_size, tuple) and len(config.sample_size) != 2:
+            raise InputError(
+                f"UNet config: sample_size={config.sample_size} is not usable, it must be height and width"
+            )
         for kind in config.down_block_types + config.up_block_types:
             if kind not in ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"):
                 raise InputError(f"UNet config: block type {kind!r} is not supported")

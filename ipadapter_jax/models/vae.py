@@ -31,8 +31,8 @@ class VAEConfig:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "VAEConfig":
         """From diffusers' vae/config.json. Raises InputError for what this family does not have."""
-        channels = raw.get("block_out_channels", cls.block_out_channels)
-        levels = len(channels) if isinstance(channels, list | tuple) else 0
+        channels = {"block_out_channels": raw.get("block_out_channels", cls.block_out_channels)}
+        levels = len(typed(cls, channels, "VAE").block_out_channels)
         fixed = {
             "act_fn": ("silu",),
             "down_block_types": (("DownEncoderBlock2D",) * levels,),
