@@ -216,8 +216,8 @@ def test_lengths_that_can_be(tmp_path, length):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("vocab.json", "{", "cannot be read"),
-        ("vocab.json", "[1, 2]", "cannot be read"),
+        ("vocab.json", "{", "vocab.json: not JSON"),
+        ("vocab.json", "[1, 2]", "vocab.json does not hold a JSON object"),
         ("vocab.json", '{"a": -1}', "cannot be read"),
         ("merges.txt", "#version: 0.2\nzz zz\n", "cannot be read"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json does not hold a JSON object"),
