@@ -14,9 +14,11 @@ from ipadapter_jax.errors import said_in_options
 
 def inspect(args: Inspect) -> int:
     """Prints the facts. Raises InputError for what is damaged or holds no weights."""
+    if args.json:  # for programs, which have no options
+        print(json.dumps(describe(args.file), indent=2))
+        return 0
     with said_in_options(names_of(Generate, ARGUMENTS)):  # what it is of use for
-        facts = describe(args.file)
-    print(json.dumps(facts, indent=2) if args.json else "\n".join(_rows(facts)))
+        print("\n".join(_rows(describe(args.file))))
     return 0
 
 
