@@ -226,8 +226,14 @@ WRONG = [
     ({"image_root": "{tmp}"}, "6 of 6 pictures, 000000000000.png the first, are not in"),
     ({"clip": str(TORCH_MODEL / "text_encoder")}, "no whole CLIP model"),
     ({"clip": "{tmp}/nowhere"}, "nowhere"),
-    ({"images_from": "{tmp}"}, "6 of 6 image prompts, 000000000000 the first, have no picture there"),
-    ({"images_from": "{tmp}", "adapter": "mini"}, "--adapter is for making pictures"),
+    (
+        {"images_from": "{tmp}", "num_images": None, "steps": None, "batch_size": None},
+        "6 of 6 image prompts, 000000000000 the first, have no picture there",
+    ),
+    (
+        {"images_from": "{tmp}", "adapter": "mini"},
+        "--adapter, --steps, --num-images, --batch-size have no effect on the images of --images-from: leave",
+    ),
     ({"base": str(TORCH_MODEL)}, "name the IP-Adapter to evaluate with --adapter"),
     ({"limit": 0}, "--limit 0"),
     ({"num_images": 0}, "--num-images 0"),
