@@ -3,11 +3,13 @@
 torch is never imported: a tensor's own methods bring it here.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ipadapter_jax.errors import InputError
+
+Given = TypeVar("Given")
 
 
 def is_array(value: Any) -> bool:
@@ -29,6 +31,14 @@ def to_numpy(value: Any, name: str) -> np.ndarray:
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{name} could not be read as an array ({why}); give one of numbers") from None
     return array.astype(np.float32) if _is_extended(array.dtype) else array
+
+
+def plain(value: Given) -> Given:
+    """A number of numpy, jax or torch as Python's own, in lists too; whatever else, as it is."""
+    found: Any = value
+    if type(found) in (list, tuple):
+        return type(found)(map(plain, found))
+    return found.tolist() if hasattr(found, "tolist") and getattr(found, "ndim", 1) == 0 else found
 
 
 def image_array(value: Any, name: str) -> np.ndarray:

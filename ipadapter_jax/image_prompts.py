@@ -12,7 +12,7 @@ from jax import Array
 
 from ipadapter_jax.adapters import Adapter, Picture, Prepared
 from ipadapter_jax.arguments import Uncond, check_range
-from ipadapter_jax.arrays import is_array
+from ipadapter_jax.arrays import is_array, plain
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.masks import check_inside, load_mask
 from ipadapter_jax.models.unet import KeyValue
@@ -79,6 +79,9 @@ def entries_of(
 
     Reads and checks what was given; encoders run when an entry is asked for keys and values. Raises InputError.
     """
+    for name, word in (("fit", controls.fit), ("ip_adapter_uncond", controls.uncond)):
+        if not isinstance(word, str):
+            raise InputError(f"{argument(name)} is {type(word).__name__}; give one of its words")
     given = _per_adapter(controls, len(adapters), num_prompts)
     if controls.embeds is not None and controls.negative is not None:
         raise InputError(
@@ -265,12 +268,12 @@ def _is_one(scale: Any) -> bool:
     """Whether this is what is taken where no scale is given."""
     if isinstance(scale, Scale):
         return scale == Scale()
-    scale = scale.tolist() if hasattr(scale, "tolist") else scale
+    scale = plain(scale)
     return isinstance(scale, Real) and scale == 1
 
 
 def _scales(scale: Any, adapters: int) -> list[Any]:
-    scale = scale.tolist() if hasattr(scale, "tolist") else scale  # an array, or a number of numpy or jax
+    scale = scale.tolist() if is_array(scale) else plain(scale)
     scales = list(scale) if isinstance(scale, list | tuple) else [scale] * adapters
     if len(scales) != adapters:
         raise InputError(
@@ -285,7 +288,7 @@ def _masks(masks: Any, adapters: int) -> list[Sequence[Any] | None]:
     if masks is None:
         return [None] * adapters
     if is_array(masks) and masks.ndim in (3, 4):  # (n, H, W), or (n, 1, H, W) as diffusers' processor makes them
-        masks = list(masks)
+        masks = list(masks[0] if masks.ndim == 4 and len(masks) == 1 else masks)
     if not isinstance(masks, list | tuple):
         raise InputError(
             "ip_adapter_masks is a list with one mask for each picture, for several adapters a list of these"

@@ -24,6 +24,7 @@ from ipadapter_jax.arguments import (
     prompt_pairs,
     seeds_of,
 )
+from ipadapter_jax.arrays import plain
 from ipadapter_jax.attention_maps import AttentionMaps
 from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base
 from ipadapter_jax.compilation_cache import enable_compilation_cache
@@ -187,14 +188,16 @@ class StableDiffusion:
         "rescale_betas_zero_snr": True}. seed: picture i uses seed + i, or seed[i], and nothing else; None draws one and
         prints it. latents (B, h, w, 4): standard normal. guidance_scale: by default the pipeline's own; <= 1 leaves the
         unconditional branch out. clip_skip: layers of the text encoder to leave out for the prompt. callback(step,
-        timestep, latents) is called after every step, and progress_bar shows them where standard error is a terminal,
-        or in a notebook; with either each step is a jitted call of its own.
+        timestep, latents) is called after every step, and progress_bar shows them in a terminal or a notebook; with
+        either each step is a jitted call of its own.
 
         Returns PIL images ("pil"), a float array (B, H, W, 3) in [0, 1] ("np") or the final latents ("latent"), with
         return_attention_maps in a pair with `AttentionMaps`. Raises InputError before anything is compiled when an
         argument cannot be used or would have no effect, PictureError when what comes out is not finite.
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        numbers = guidance_scale, guidance_rescale, eta, strength, height, width
+        guidance_scale, guidance_rescale, eta, strength, height, width = plain(numbers)
         prompts, negatives = prompt_pairs(prompt, negative_prompt)
         layers = self.text_encoder.config.num_hidden_layers
         check_choices(
@@ -224,8 +227,7 @@ class StableDiffusion:
         entries = self._entries(controls, run, guidance_scale, shape, len(prompts))
         if return_attention_maps and not entries:
             raise InputError(f"{argument('return_attention_maps')} needs an image prompt to look at")
-        stochastic = bool(np.any(run.steps.noise))
-        seeds = seeds_of(seed, count, used=given is None or stochastic or canvas is not None)
+        seeds = seeds_of(seed, count, used=given is None or canvas is not None or bool(np.any(run.steps.noise)))
 
         batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt))
         noise = batch.noise(shape, 0) if given is None else batch.spread(given)

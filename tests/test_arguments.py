@@ -13,6 +13,7 @@ from small_model import small_adapter, small_model
 
 from ipadapter_jax import InputError, Scale, StableDiffusion, sampling
 from ipadapter_jax.arguments import given_latents, seeds_of
+from ipadapter_jax.arrays import plain
 from ipadapter_jax.errors import PictureError
 from ipadapter_jax.image_prompts import Controls, entries_of
 from ipadapter_jax.models.unet_config import cross_attention_sites
@@ -144,6 +145,28 @@ def test_latents_that_are_not_finite_are_refused(pipe, monkeypatch):
     monkeypatch.setattr(sampling, "run_steps", lambda *_: (jnp.full(shape, jnp.nan), None))
     with pytest.raises(PictureError, match="latents of image 0 of 1"):
         pipe("a cat", ip_adapter_image=CAT, **SMALL)
+
+
+@pytest.mark.parametrize("name", ["fit", "ip_adapter_uncond"])
+def test_words_are_words(pipe, name, monkeypatch):
+    forbid_sampling(monkeypatch)
+    with pytest.raises(InputError, match=f"{name} is ndarray; give one of its words"):
+        pipe("a cat", ip_adapter_image=CAT, **{name: np.zeros(3)}, **SMALL)
+
+
+@pytest.mark.torch
+def test_numbers_may_be_tensors(pipe):
+    torch = pytest.importorskip("torch")
+    short = torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)
+    sites = cross_attention_sites(pipe.unet.config)
+    for scale in (short, [short], [[short]], short[None], [[jnp.float32(0.5)]], np.array([[0.5]])):
+        [entry] = entries_of(Controls(images=CAT, scale=scale), pipe.adapters, sites, 2, True, (64, 64), 1)
+        np.testing.assert_array_equal(entry.weight * entry.picture_weight[0, 0], np.full((2, 2, len(sites)), 0.5))
+    assert plain((torch.tensor(3), [np.float32(0.5)], None, "a")) == (3, [0.5], None, "a")
+    masks = torch.stack([torch.eye(64), 1 - torch.eye(64)])
+    for given in (masks, masks[None], masks[:, None], [masks[None]]):
+        controls = Controls(images=[[CAT, CAT]], masks=given)
+        assert len(entries_of(controls, pipe.adapters, sites, 2, True, (64, 64), 1)) == 2
 
 
 @pytest.mark.torch
