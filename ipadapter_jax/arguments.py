@@ -3,7 +3,7 @@
 import secrets
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ipadapter_jax.arrays import to_numpy
 from ipadapter_jax.errors import InputError, argument
+from ipadapter_jax.suggestions import did_you_mean
 
 Uncond = Literal["default", "zeros", "zero pixels", "black", "noise"]
 """What the unconditional branch of guidance sees in place of an image: zero features, the features of normalized pixels
@@ -66,6 +67,13 @@ def check_choices(
         raise InputError("callback must be a function of (step, timestep, latents)")
     if output_type not in ("pil", "np", "latent"):
         raise InputError(f"output_type {output_type!r} is not known; choose pil, np or latent")
+
+
+def check_dtype(dtype: object, known: Collection[str]) -> None:
+    """Raises InputError unless it is one of the names that are known."""
+    if dtype not in known:
+        near = did_you_mean(dtype, known)
+        raise InputError(f"{argument('dtype')} {dtype!r}: choose {', '.join(known)}{near}")
 
 
 def latent_shape(height: int, width: int, downscale: int, channels: int) -> tuple[int, int, int]:

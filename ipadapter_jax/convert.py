@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ipadapter_jax.adapters import open_image_encoder
+from ipadapter_jax.arguments import check_dtype
 from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, Reference, open_base, single_file_spelling
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.files import remove_leftovers, replacing, write_whole
@@ -50,8 +51,8 @@ def convert(
 
     Raises InputError or WeightFileError naming what is wrong; nothing is left under the name of `out` then.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"{argument('dtype')} {dtype!r}: choose {', '.join(DTYPES)}")
+    if dtype is not None:
+        check_dtype(dtype, DTYPES)
     out = expanded(out)
     if out.exists():
         raise InputError(f"{out} exists; choose another name, or remove it first")

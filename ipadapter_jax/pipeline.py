@@ -18,6 +18,7 @@ from ipadapter_jax.adapters import Adapter, OpenedAdapter, Picture, open_adapter
 from ipadapter_jax.arguments import (
     Uncond,
     check_choices,
+    check_dtype,
     check_guided,
     given_latents,
     latent_shape,
@@ -99,8 +100,7 @@ class StableDiffusion:
     @classmethod
     def from_opened(cls, base: BaseModel, dtype: str = "float32") -> "StableDiffusion":
         """Reads the weights of a base model that was opened."""
-        if dtype not in DTYPES:
-            raise InputError(f"{argument('dtype')} {dtype!r}: choose {', '.join(DTYPES)}")
+        check_dtype(dtype, DTYPES)
         enable_compilation_cache()
         base.check()
         mesh, schedule = sampling.device_mesh(), base.schedule

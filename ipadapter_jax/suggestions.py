@@ -97,13 +97,13 @@ def likeliest(word: str, known: Iterable[str]) -> str | None:
     return names[place] if slips <= max(1, len(given) // 3) and slips < len(given) else None
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
     """'; did you mean NAME?', or nothing where no known name is near."""
-    name = likeliest(word, known)
+    name = likeliest(str(word), known)
     return f"; did you mean {name}?" if name else ""
 
 
-def meant(word: str, known: Collection[str]) -> str:
+def meant(word: object, known: Collection[str]) -> str:
     """The same, or where none is near all names, which are few."""
     return did_you_mean(word, known) or f"; choose {', '.join(known)}"
 

@@ -39,7 +39,7 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
     made, of a picture under noise (SDEdit, arXiv 2108.01073). Raises InputError for an unknown sampler or steps that it
     cannot make."""
     if sampler not in SAMPLERS:
-        raise InputError(f"{argument('scheduler')} {sampler!r} is not known{meant(str(sampler), SAMPLERS)}")
+        raise InputError(f"{argument('scheduler')} {sampler!r} is not known{meant(sampler, SAMPLERS)}")
     if eta and sampler != "ddim":
         raise InputError(f"{argument('eta', eta)} is for the scheduler ddim; {sampler} has none")
     schedule = schedule.for_sampler(sampler)

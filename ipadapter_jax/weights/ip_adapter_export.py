@@ -10,6 +10,7 @@ import numpy as np
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.projections import ImageProjConfig
 from ipadapter_jax.places import expanded
+from ipadapter_jax.suggestions import did_you_mean
 from ipadapter_jax.weights.component_export import spelled
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, encoder_name
 from ipadapter_jax.weights.kinds import FAMILIES
@@ -57,7 +58,7 @@ def save_ip_adapter(
     finite or does not fit `dtype`, or the file that cannot be written.
     """
     if dtype not in DTYPES:
-        raise InputError(f"adapter dtype {dtype!r}: choose {', '.join(DTYPES)}")
+        raise InputError(f"adapter dtype {dtype!r}: choose {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
     ours = {place: held(np.asarray(leaf)) for place, leaf in leaves(params).items()}
     return _write(expanded(Path(path)), spelled(ours, torch_spelling(), np.dtype(dtype), "adapter"), metadata)
 
