@@ -189,7 +189,7 @@ FILES = [
     ),
     (
         "convert mini rv.safetensor",
-        "rv.safetensor: nothing is written as .safetensor; did you mean rv.safetensors? An adapter is saved as "
+        "rv.safetensor: nothing is written as .safetensor (did you mean rv.safetensors?); an adapter is saved as "
         ".safetensors or .bin, a base model as one .safetensors or as a folder, whose name has no such ending",
     ),
     ("convert mini a.png", "a.png exists; choose another name, or remove it first"),
