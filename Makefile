@@ -36,7 +36,7 @@ $(BIN)/python:
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing the package into $(VENV) (about a minute)"
-	$(INSTALL) .
+	$(INSTALL) '.[scripts]'
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
