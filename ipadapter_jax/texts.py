@@ -5,7 +5,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.nearby import nearby
@@ -13,6 +13,7 @@ from ipadapter_jax.nearby import nearby
 SETTINGS_BYTES = 16 << 20  # no file of settings is longer
 LIST_BYTES = 1 << 30  # a list of millions of records is; whoever has more can have it read line by line
 MAX_DEPTH = 100  # of lists and objects in one another: far more than settings need, far less than Python's own limit
+_PIECE = 1 << 16
 _BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
@@ -41,25 +42,50 @@ def byte_order_mark(content: bytes) -> str | None:
     return next((name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), None)
 
 
-def read_bytes(path: str | os.PathLike[str], most: int = SETTINGS_BYTES, remedy: str = "check the file") -> bytes:
-    """A whole file. Raises InputError naming it and the remedy when it cannot be read, is not a regular file or is
-    longer than `most` bytes, before more than that is in memory."""
+def read_bytes(
+    path: str | os.PathLike[str],
+    most: int = SETTINGS_BYTES,
+    remedy: str = "check the file",
+    *,
+    shown: str | None = None,
+    pipes: bool = False,
+) -> bytes:
+    """A whole file. Raises InputError naming it, as `shown` where that is given, and the remedy when it cannot be read,
+    is not a regular file or is longer than `most` bytes, before more than that is in memory.
+
+    pipes: whether it may be a pipe too, which is waited for: only for what a user names.
+    """
+    name = str(path) if shown is None else shown
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        with open(path, "rb", opener=None if pipes else _without_waiting) as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path} cannot be read (it is not a regular file); {remedy}")
-            # One byte more than it has: enough to notice that it grows, and no buffer of `most` bytes.
-            content = file.read(status.st_size + 1) if status.st_size <= most else None
+            if not (stat.S_ISREG(status.st_mode) or (pipes and stat.S_ISFIFO(status.st_mode))):
+                raise InputError(f"{name} cannot be read (it is not a regular file); {remedy}")
+            content = _within(file, status.st_size, most)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         if isinstance(error, InputError):
             raise
         why = error.strerror if isinstance(error, OSError) else error
-        there = nearby(path) if isinstance(error, FileNotFoundError) else ""
-        raise InputError(f"{path} cannot be read ({why}); {remedy}{there}") from None
-    if content is None or len(content) > most:
-        raise InputError(f"{path} is longer than {most >> 20} MiB, more than such a file needs; {remedy}")
+        # Whoever has a name of its own for it reads thousands, and looks for none of them elsewhere.
+        there = nearby(path) if shown is None and isinstance(error, FileNotFoundError) else ""
+        raise InputError(f"{name} cannot be read ({why}); {remedy}{there}") from None
+    if content is None:
+        raise InputError(f"{name} is longer than {most >> 20} MiB, more than such a file needs; {remedy}")
     return content
+
+
+def _within(file: BinaryIO, size: int, most: int) -> bytes | None:
+    """All that a file holds, which is said to be `size` bytes but may have grown, or not know its size; None where that
+    is more than `most`."""
+    pieces: list[bytes] = []
+    total, wanted = 0, size + 1  # one piece, as a rule, and no buffer of `most` bytes
+    while size <= most and total <= most:
+        piece = file.read(min(wanted, most + 1 - total))
+        if not piece:
+            return b"".join(pieces)
+        pieces.append(piece)
+        total, wanted = total + len(piece), _PIECE
+    return None
 
 
 def parse_json(

@@ -14,6 +14,7 @@ from ipadapter_jax.data.strings import Strings, printable
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.nearby import nearby
 from ipadapter_jax.places import expanded
+from ipadapter_jax.texts import read_bytes
 
 MAX_TEXT = 16 << 20  # bytes of a caption
 MAX_BYTES = 256 << 20  # no encoded picture needs more; a wrong file must not fill the memory of every worker
@@ -77,15 +78,11 @@ def check_there(path: str) -> None:
 
 
 def read_file(path: str, key: str, is_text: bool = False) -> bytes:
-    """The whole file of an image or a caption. Raises InputError naming the key when it cannot be read or is far too
-    large."""
-    try:
-        with open(path, "rb") as file:
-            check_size(os.fstat(file.fileno()).st_size, key, is_text)
-            return file.read()
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{key}: {printable(path)} cannot be read ({why}); check that it is there") from None
+    """The whole file of an image or a caption. Raises InputError naming the key when it cannot be read, is not a
+    regular file or is far too large."""
+    check_size(size(path), key, is_text)
+    shown = f"{key}: {printable(path)}"
+    return read_bytes(path, MAX_TEXT if is_text else MAX_BYTES, "check that it is there", shown=shown)
 
 
 def check_size(size: int, key: str, is_text: bool = False) -> None:

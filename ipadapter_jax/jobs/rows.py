@@ -44,15 +44,16 @@ class BadRow(NamedTuple):
 def read_rows(source: Path) -> tuple[list[Row], list[BadRow]]:
     """The rows of a folder of pictures, a CSV or a JSONL file (see `sources.records`), and those that cannot be used.
 
-    Columns: prompt, image (relative to the source; only looked for, not decoded), negative_prompt, seed, scale, name;
-    one of the first two is needed. Without a name a row is called by its index: 000017.
+    Columns: prompt, image (relative to the source, or to the current folder where that is a pipe; only looked for, not
+    decoded), negative_prompt, seed, scale, name; one of the first two is needed. Without a name a row is called by its
+    index: 000017.
     Raises InputError when the source as a whole cannot be used, or no row of it.
     """
     source = expanded(source)
     rows: list[Row] = []
     bad: list[BadRow] = []
     lines: dict[str, int] = {}  # of the names
-    folder = os.path.abspath(source if source.is_dir() else source.parent)
+    folder = os.path.abspath(source if source.is_dir() else "." if source.is_fifo() else source.parent)
     for index, (line, found) in enumerate(records(source)):
         try:
             if isinstance(found, InputError):

@@ -102,7 +102,7 @@ def _listed(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def _text(source: Path) -> str:
-    content = read_bytes(source, LIST_BYTES, "give a folder of pictures, a CSV or a JSONL file")
+    content = read_bytes(source, LIST_BYTES, "give a folder of pictures, a CSV or a JSONL file", pipes=True)
     if (encoding := byte_order_mark(content)) is not None:
         raise InputError(f"{source} is {encoding}: save it as UTF-8")
     if b"\0" in content[:4096]:

@@ -1,6 +1,7 @@
 """Rows from folders, CSV and JSONL: what is read, and what each bad row is told."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ def folder(tmp_path: Path) -> Path:
 def read(folder: Path, content: str | bytes, name: str = "rows") -> tuple[list[Row], list[BadRow]]:
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_rows(folder / name)
+
+
+def test_a_pipe_as_a_source(folder, monkeypatch):
+    """As `batch <(jq ...)` and `batch /dev/stdin` have it; image names are relative to where one is."""
+    monkeypatch.chdir(folder)
+    end, begin = os.pipe()
+    os.write(begin, b'{"image": "fox.png", "prompt": "a fox"}\n')
+    os.close(begin)
+    [row], bad = read_rows(Path(f"/dev/fd/{end}"))
+    os.close(end)
+    assert (row.prompt, row.images, bad) == ("a fox", (folder / "fox.png",), [])
 
 
 def test_csv(folder):
