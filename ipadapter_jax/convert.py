@@ -14,8 +14,8 @@ from ipadapter_jax.arguments import check_dtype
 from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, Reference, open_base, single_file_spelling
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.files import remove_leftovers, replacing, write_whole
-from ipadapter_jax.nearby import close
 from ipadapter_jax.places import expanded
+from ipadapter_jax.suggestions import close
 from ipadapter_jax.weights import kinds, single_file
 from ipadapter_jax.weights.component_export import class_name, our_tensors, save_opened, spelled
 from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_files, open_component, read_json

@@ -1,21 +1,22 @@
 """What lies where a path leads nowhere: the names that a person may have meant."""
 
-import difflib
-import itertools
+import heapq
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from ipadapter_jax.places import expanded
-from ipadapter_jax.suggestions import closest_first
+from ipadapter_jax.suggestions import close, closest_first
 
-_LIKE = 0.6  # of 1: a likeness from which on a name may be a slip of another
-_SHOWN, _LOOKED_AT = 3, 2000  # names in a message, and in a folder
+_SHOWN, _COMPARED = 3, 2000  # names in a message; of a folder, those of about the length of the missing one
 
 
-def close(word: str, names: Iterable[str]) -> list[str]:
-    """Those of the names that `word` may be a slip of, the likest first."""
-    return [name for name in closest_first(word, names) if _likeness(word, name) >= _LIKE]
+def names_in(folder: str | os.PathLike[str]) -> list[str]:
+    """What a folder holds but hidden files; nothing where it is none, or may not be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if not entry.name.startswith(".")]
+    except (OSError, ValueError):  # ValueError: a null character
+        return []
 
 
 def nearby(path: str | os.PathLike[str]) -> str:
@@ -28,16 +29,17 @@ def nearby(path: str | os.PathLike[str]) -> str:
             return ""
         if not folder.is_dir():
             return f"; {printable(str(folder))} is a file, not a folder"
-        held = [entry.name for entry in itertools.islice(os.scandir(folder), _LOOKED_AT)]
+        if not os.access(folder, os.R_OK | os.X_OK):
+            return ""
     except (OSError, ValueError):  # not ours to look into; a null character
         return ""
-    missing = wanted.relative_to(folder).parts[0]
-    names = [name for name in held if not name.startswith(".")]
+    missing, held = wanted.relative_to(folder).parts[0], names_in(folder)
+    names = heapq.nsmallest(_COMPARED, held, key=lambda name: (abs(len(name) - len(missing)), name))
     given = folder not in (Path(), Path(folder.anchor))  # by the person, who knows what else lies in the working folder
     shown = closest_first(missing, names) if given else close(missing, names)
     if not shown:
         return f"; {printable(str(folder))} exists and is empty" if given else ""
-    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    more = f" and {len(held) - _SHOWN} more" if len(held) > _SHOWN else ""
     listed = ", ".join(map(printable, shown[:_SHOWN]))
     return f"; {printable(str(folder))} exists and holds {listed}{more}" if given else f"; {listed} is here"
 
@@ -46,7 +48,3 @@ def printable(text: str) -> str:
     """For a message of one line: what cannot be printed, also bytes that are not UTF-8, as escapes, and not pages."""
     shown = text if text.isprintable() else ascii(text)[1:-1]
     return shown if len(shown) <= 200 else f"{shown[:200]} ..."
-
-
-def _likeness(word: str, name: str) -> float:
-    return difflib.SequenceMatcher(None, word.lower()[:200], name.lower()[:200]).ratio()

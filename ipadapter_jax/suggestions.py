@@ -71,6 +71,8 @@ _SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "plms": ("pndm",),
 }
 
+_LIKE = 0.6  # of 1: a likeness from which on a name may be a slip of another
+
 
 def same(word: str, known: Iterable[str]) -> str | None:
     """The known name that is this one in another spelling (case, signs between words), or what this program calls what
@@ -92,9 +94,15 @@ def likeliest(word: str, known: Iterable[str]) -> str | None:
     given = _compact(word)
     if len(given) > 2 and (longer := [name for name in names if _compact(name).startswith(given)]):
         return longer[0]
-    near = [(_slips(given, _compact(name)), place) for place, name in enumerate(names)]
-    slips, place = min(near, default=(len(given), 0))
-    return names[place] if slips <= max(1, len(given) // 3) and slips < len(given) else None
+    near = [name for name in names if is_slip(word, name)]
+    return min(near, key=lambda name: _slips(given, _compact(name)), default=None)
+
+
+def is_slip(word: str, name: str) -> bool:
+    """Whether few slips of the keyboard, for its length, lie between a word and a name."""
+    given, known = _compact(word), _compact(name)
+    most = min(max(1, len(given) // 3), len(given) - 1)
+    return abs(len(given) - len(known)) <= most and _slips(given, known) <= most
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
@@ -110,11 +118,16 @@ def meant(word: object, known: Collection[str]) -> str:
 
 def closest_first(word: str, names: Iterable[str]) -> list[str]:
     """The names, of files say, the likest to `word` first; equally like ones in their alphabetical order."""
+    return sorted(sorted(names), key=lambda name: -_likeness(word, name))
 
-    def unlikeness(name: str) -> float:
-        return -difflib.SequenceMatcher(None, word.lower(), name.lower()).ratio()
 
-    return sorted(sorted(names), key=unlikeness)
+def close(word: str, names: Iterable[str]) -> list[str]:
+    """Those of the names that `word` may be a slip of, the likest first."""
+    return [name for name in closest_first(word, names) if _likeness(word, name) >= _LIKE]
+
+
+def _likeness(word: str, name: str) -> float:
+    return difflib.SequenceMatcher(None, word.lower()[:200], name.lower()[:200]).ratio()
 
 
 def _compact(word: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from helpers import TORCH_MODEL
+from hub import Hub
 from PIL import Image
 from weight_files import refused
 
@@ -18,9 +19,9 @@ from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.evaluate.frechet import moments_of_file
 from ipadapter_jax.evaluate.scorer import open_scorer
 from ipadapter_jax.jobs.sources import records
-from ipadapter_jax.nearby import close, nearby
+from ipadapter_jax.nearby import nearby
 from ipadapter_jax.preprocess import load_image
-from ipadapter_jax.suggestions import closest_first
+from ipadapter_jax.suggestions import close, closest_first
 from ipadapter_jax.weights.image_embeds import load_image_embeds
 
 
@@ -56,10 +57,14 @@ def test_nearby(runs):
     assert nearby("runs/odd/a.bin").isprintable() and nearby("runs/odd/a.bin").isascii()
 
 
-def test_a_folder_of_many_files(tmp_path):
+def test_a_folder_of_many_files(tmp_path, recwarn):
     for number in range(3000):
         (tmp_path / f"{number}.png").touch()
+    (tmp_path / "train-000.tar").touch()
     assert len(nearby(tmp_path / "3001.png")) < 300
+    assert f"{tmp_path} exists and holds train-000.tar, " in nearby(tmp_path / "train-00.tar")
+    assert nearby(tmp_path / "train-00.tar").endswith(" and 2998 more")
+    assert not recwarn.list  # of a scan that nobody closed
 
 
 def test_order():
@@ -106,12 +111,28 @@ def test_the_config_of_a_single_file(runs, tmp_path):
 
 
 def test_a_repository_can_be_meant_all_the_same(runs, monkeypatch):
-    refused(lambda: open_base("runs/other"), "; the Hub's repository is runs/other@main")
+    refused(lambda: open_base("runs/mien"), "; the Hub's repository is runs/mien@main")
     assert "Hub" not in refused(lambda: open_base("runs/mine/other"), "runs/mine exists")
-    with pytest.raises(AssertionError, match="the network was asked"):
-        open_base("runs/other@main")
-    with pytest.raises(AssertionError, match="the network was asked"):
-        open_base("owner/name")
+    for on_the_hub in ("runs/mien@main", "owner/name", "runs/other", "runs/other/adapter.safetensors"):
+        with pytest.raises(AssertionError, match="the network was asked"):
+            open_base(on_the_hub)
+
+
+def test_a_folder_that_has_an_owners_name(runs, monkeypatch, tmp_path):
+    """As a download into `owner/` or the unpacked base model leaves one."""
+    for folder in ("stable-diffusion-v1-5/unet", "h94/IP-Adapter-FaceID"):
+        (runs.parent / folder).mkdir(parents=True)
+    base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    for ask in (lambda: open_base(base), lambda: adapter_file("h94/IP-Adapter/models/ip-adapter_sd15.bin")):
+        with pytest.raises(AssertionError, match="the network was asked"):
+            ask()
+    (runs.parent / "h94" / "IP-Adapter").mkdir()
+    refused(lambda: adapter_file("h94/IP-Adapter/models/ip-adapter_sd15.bin"), "h94/IP-Adapter exists and is empty")
+    unreachable(monkeypatch)
+    refused(lambda: open_base(base), "no network; stable-diffusion-v1-5 exists and holds unet")
+    refused(lambda: adapter_file("runs/else/adapter.bin"), "no network; runs exists and holds mine")
+    Hub(monkeypatch, tmp_path, tmp_path, ["model_index.json"])
+    refused(lambda: adapter_file("runs/else/adapter.bin"), "has no adapter.bin; runs exists and holds mine")
 
 
 def test_a_file_of_weights_is_no_repository(runs):
@@ -120,12 +141,16 @@ def test_a_file_of_weights_is_no_repository(runs):
     refused(lambda: adapter_file("adapter.safetensors"), "and it is no Hub id")
 
 
-def test_offline_a_like_folder_is_named(runs, monkeypatch):
-    def unreachable(*_, **__):
+def unreachable(monkeypatch) -> None:
+    def asked(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", asked)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
+
+
+def test_offline_a_like_folder_is_named(runs, monkeypatch):
+    unreachable(monkeypatch)
     refused(lambda: open_base("rusn/mine"), "not a path on this machine", "no network; runs is here")
 
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from ipadapter_jax import embedded
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.nearby import close, nearby, printable
+from ipadapter_jax.nearby import names_in, nearby, printable
 from ipadapter_jax.places import expanded
+from ipadapter_jax.suggestions import close, is_slip
 
 log = logging.getLogger("ipadapter_jax")
 
@@ -28,10 +29,10 @@ Choose = Callable[[Sequence[str]], Sequence[str]]
 def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revision: str | None = None) -> Path:
     """Where the referenced folder or file lies on this machine, downloading what `choose` picks when it is on the Hub.
 
-    What is here wins (`path_here`), and what begins with a folder that is here is a path, unless it pins a revision:
-    for a slip in one the network is not asked. `choose` gets the names of all files below the reference, relative to
-    it, and returns those that are needed. `revision` is for a reference that pins none. Raises InputError naming the
-    reference, and what is there instead, when it is neither here nor on the Hub.
+    What is here wins (`path_here`), and what looks like a slip in a path to something that is here is a path, unless it
+    pins a revision: for such a slip the network is not asked. `choose` gets the names of all files below the reference,
+    relative to it, and returns those that are needed. `revision` is for a reference that pins none. Raises InputError
+    naming the reference, and what is there instead, when it is neither here nor on the Hub.
     """
     found = found_place(reference, what)
     if isinstance(found, Path):
@@ -78,10 +79,12 @@ def path_here(reference: str | os.PathLike, what: str) -> Path | None:
 
 
 def _is_path(reference: str) -> bool:
-    """Whether what is not there was meant as a path: a folder that it begins with is here, or it is a file of weights
-    where a repository would be."""
-    first, *rest = PurePosixPath(reference).parts
-    return first == embedded.NAME or os.path.exists(first) or (len(rest) == 1 and reference.endswith(SUFFIXES))
+    """Whether what is not there was meant as a path: it begins with the name of something in a folder that is here, or
+    with a slip in that name, or it is a file of weights where a repository would be."""
+    first, second, *more = PurePosixPath(reference).parts
+    if first == embedded.NAME or (not more and reference.endswith(SUFFIXES)):
+        return True
+    return os.path.exists(os.path.join(first, second)) or any(is_slip(second, name) for name in names_in(first))
 
 
 def _missing(reference: str, what: str, repo: str) -> InputError:
@@ -142,7 +145,8 @@ def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str |
         here = f"{inside}/" if inside else ""
         below = [name.removeprefix(here) for name in names if name.startswith(here)]
         if not below:
-            raise InputError(f"{what} {repo}: the repository has no {inside or 'files'}")
+            here = nearby(PurePosixPath(repo, inside))
+            raise InputError(f"{what} {repo}: the repository has no {inside or 'files'}{here}")
         wanted = [here + name for name in choose(below)]
     try:
         snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
