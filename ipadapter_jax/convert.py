@@ -1,7 +1,6 @@
 """From any format of weights that is read to any that is written: adapters, base models, single networks."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -15,7 +14,7 @@ from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, Reference, open
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.files import remove_leftovers, replacing, write_whole
 from ipadapter_jax.places import expanded
-from ipadapter_jax.suggestions import close
+from ipadapter_jax.suggestions import is_slip
 from ipadapter_jax.weights import kinds, single_file
 from ipadapter_jax.weights.component_export import class_name, our_tensors, save_opened, spelled
 from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_files, open_component, read_json
@@ -76,19 +75,24 @@ def convert(
 
 
 def _check_ending(out: Path) -> None:
-    """Raises InputError for a name with the ending of a file that is not written, perhaps a slip, which would become a
-    folder. Versions are no endings (rv.v5, sd-1.5)."""
-    if out.suffix in _ENDINGS or not re.fullmatch(r"\.(?!v\d)[a-z]\w*", out.suffix, re.IGNORECASE):
+    """Raises InputError for a name with the ending of a file that is not written, or with a slip in one, which would
+    become a folder. All other endings are parts of names (rv.v5, sd15.fp16)."""
+    ending = out.suffix
+    slips = [known for known in (*_ENDINGS, ".ckpt") if is_slip(ending, known)]
+    if ending in _ENDINGS or not (slips or ending.lower() in _NOT_WRITTEN):
         return
-    near = close(out.suffix, _ENDINGS)
-    meant = f" (did you mean {out.stem}{near[0]}?)" if near else ""
+    meant = f" (did you mean {out.stem}{slips[0]}?)" if slips and slips[0] in _ENDINGS else ""
     raise InputError(
-        f"{out}: nothing is written as {out.suffix}{meant}; an adapter is saved as .safetensors or .bin, a base model "
+        f"{out}: nothing is written as {ending}{meant}; an adapter is saved as .safetensors or .bin, a base model "
         "as one .safetensors or as a folder, whose name has no such ending"
     )
 
 
 _ENDINGS = (".safetensors", ".bin")
+_NOT_WRITTEN = (  # but by other programs
+    *(".ckpt", ".pt", ".pth", ".pt2", ".sft", ".pkl", ".pickle", ".msgpack", ".npy", ".npz"),
+    *(".h5", ".hdf5", ".onnx", ".gguf", ".ggml", ".tflite"),
+)
 _NETWORKS = (*BASE_COMPONENTS.values(), IMAGE_ENCODER)
 
 

@@ -230,12 +230,15 @@ SLIPS = {
     "rv.safetensor": "did you mean rv.safetensors?",
     "rv.safetensros": "did you mean rv.safetensors?",
     "rv.SAFETENSORS": "did you mean rv.safetensors?",
+    "rv.saftensors": "did you mean rv.safetensors?",
     "rv.bim": "did you mean rv.bin?",
+    "rv.bni": "did you mean rv.bin?",
+    "rv.cpkt": "nothing is written as .cpkt; an adapter",
+    "rv.PT": "nothing is written as .PT",
     "rv.sft": "nothing is written as .sft",
     "rv.pt2": "nothing is written as .pt2",
     "rv.onnx": "nothing is written as .onnx",
     "rv.msgpack": "nothing is written as .msgpack",
-    "rv.fp16": "nothing is written as .fp16",
 }
 
 
@@ -246,8 +249,14 @@ def test_an_ending_that_is_not_written_makes_no_folder(tmp_path, out, source):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("out", ["rv.v5", "rv-5.1", "Realistic_Vision_V5.1", "sd.1", ".hidden"])
-def test_versions_are_no_endings(tmp_path, out):
+NAMES = [
+    *("rv.v5", "rv-5.1", "Realistic_Vision_V5.1", "sd.1", ".hidden", "sd15.fp16", "rv.inpainting", "dreamshaper.ema"),
+    *("x.bf16", "my.model", "model.final", "rv.beta", "rv.non_ema", "rv.b"),
+]
+
+
+@pytest.mark.parametrize("out", NAMES)
+def test_parts_of_names_are_no_endings(tmp_path, out):
     convert(IMAGE_ENCODER, tmp_path / out)
     assert (tmp_path / out / "model.safetensors").is_file()
 
