@@ -4,7 +4,11 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TypeVar
+
+Begun = TypeVar("Begun")
 
 
 class _Told(BaseException):
@@ -12,23 +16,39 @@ class _Told(BaseException):
 
 
 @contextlib.contextmanager
-def unwinding() -> Iterator[None]:
-    """A SIGTERM or SIGHUP that would end this process on the spot leaves the block as an exception does, so that every
-    `finally` in it is done; then the signal ends the process. Nothing changes in other threads than the main one, and
-    for signals that somebody handles or ignores (nohup)."""
+def unwinding(begin: Callable[[], Begun], undo: Callable[[Begun], None]) -> Iterator[Begun]:
+    """A block that is given what `begin` returns, and after which `undo` has had it, also where a SIGTERM or SIGHUP
+    would end this process on the spot: the block is left as by an exception, and when all is done the signal ends the
+    process. Neither `begin` nor `undo` is interrupted, so they are short.
+
+    Nothing changes in other threads than the main one, and for signals that somebody handles or ignores (nohup).
+    """
     numbers = _deadly() if threading.current_thread() is threading.main_thread() else []
     told: list[int] = []
+    interrupts = False
 
-    def leave(number: int, _: object) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
         told.append(number)
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)  # what is in `finally` is short
-        raise _Told
+        # On the way into or out of a block an exception would go past it: the signal then waits for the end.
+        if interrupts and (frame is None or frame.f_globals is not vars(contextlib)):
+            interrupts = False
+            raise _Told
 
-    for number in numbers:
-        signal.signal(number, leave)
     try:
-        yield
+        for number in numbers:
+            signal.signal(number, note)
+        begun = begin()
+        try:
+            try:
+                interrupts = True
+                if told:
+                    raise _Told
+                yield begun
+            finally:
+                interrupts = False
+        finally:
+            undo(begun)
     except _Told:
         if not told:  # by whom this block stands in
             raise

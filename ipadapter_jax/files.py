@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from ipadapter_jax.ending import unwinding
@@ -46,23 +47,17 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
     Raises InputError naming `path` when it cannot be written.
     """
-    with unwinding():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary, descriptor = _locked(path, folder)
-            try:
-                yield temporary
-                os.chmod(temporary, (0o777 if folder else 0o666) & ~_UMASK)  # it was made private
-                if not folder:
-                    os.fsync(descriptor)
-                os.replace(temporary, path)
-            finally:
-                with contextlib.suppress(OSError):
-                    _remove(temporary)
-                os.close(descriptor)
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"{path}: not written ({reason}); make room or choose another place") from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unwinding(lambda: _locked(path, folder), _discard) as part:
+            yield part.path
+            os.chmod(part.path, (0o777 if folder else 0o666) & ~_UMASK)  # it was made private
+            if not folder:
+                os.fsync(part.lock)
+            os.replace(part.path, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: not written ({reason}); make room or choose another place") from None
 
 
 def remove_leftovers(folder: Path, mine: Callable[[str], bool] = lambda name: False) -> None:
@@ -98,8 +93,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _locked(path: Path, folder: bool) -> tuple[Path, int]:
-    """A new temporary file or folder for `path`, and the descriptor that holds its lock until it is closed."""
+@dataclass(frozen=True)
+class _Part:
+    """What is being written, and the descriptor that holds its lock until it is closed."""
+
+    path: Path
+    lock: int
+
+
+def _locked(path: Path, folder: bool) -> _Part:
+    """A new temporary file or folder for `path`."""
     prefix = f".part-{_fitting(path.name)}-{_KERNEL}-"
     while True:
         if folder:
@@ -110,8 +113,15 @@ def _locked(path: Path, folder: bool) -> tuple[Path, int]:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.path.exists(temporary):
-            return Path(temporary), descriptor
+            return _Part(Path(temporary), descriptor)
         os.close(descriptor)  # somebody who cleans has found it before it was locked
+
+
+def _discard(part: _Part) -> None:
+    """Also once it has its name, and is no longer there under this one."""
+    with contextlib.suppress(OSError):
+        _remove(part.path)
+    os.close(part.lock)
 
 
 def _remove_if_nobody_writes(path: Path, ours: bool) -> None:

@@ -38,6 +38,39 @@ from ipadapter_jax.cli import main
 sys.exit(main(["convert", *sys.argv[1:]]))
 """
 
+# At one call of signal.signal after another: while handlers are installed, and while they are restored.
+BETWEEN = """
+import os, signal, sys
+from pathlib import Path
+from ipadapter_jax.files import write_whole
+calls, real, number = [], signal.signal, int(sys.argv[3])
+def change(*arguments):
+    calls.append(arguments)
+    before = real(*arguments)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), number)
+    return before
+signal.signal = change
+write_whole(Path(sys.argv[1]), b"whole")
+"""
+AT_ANY_TIME = """
+import os, random, signal, sys, time
+from pathlib import Path
+from ipadapter_jax.files import write_whole
+chance = random.Random(0)
+read, write = os.pipe()
+for _ in range(200):
+    child = os.fork()
+    if not child:
+        os.write(write, b"x")
+        while True:
+            write_whole(Path(sys.argv[1]), b"whole")
+    os.read(read, 1)
+    time.sleep(chance.random() * 0.002)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
 
 def begun(program: str, *arguments: object) -> subprocess.Popen:
     """A process in the middle of its writing."""
@@ -76,6 +109,23 @@ def test_a_signal_cleans_up_on_the_way_out(tmp_path, number, folder):
     process.send_signal(number)
     assert process.wait() == -number  # as if nothing had been in its way
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_signal_between_handlers(tmp_path, number, call):
+    command = [sys.executable, "-c", BETWEEN, str(tmp_path / "out"), str(call), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-number, "")
+    assert names(tmp_path) == ([] if call < 3 else ["out"])
+
+
+def test_a_signal_at_any_time(tmp_path):
+    """Also on the way into and out of the block."""
+    command = [sys.executable, "-c", AT_ANY_TIME, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stderr == "" and done.stdout.split() == [str(-signal.SIGTERM)] * 200
+    assert names(tmp_path) == ["out"]
 
 
 def test_what_is_ignored_stays_ignored(tmp_path):
