@@ -47,7 +47,7 @@ class Canvas:
         drawn_for = loaded.height, loaded.width
         if loaded.size != (width, height):
             loaded = loaded.resize((width, height), Image.Resampling.LANCZOS)  # as diffusers
-        inside = None if mask is None else load_mask(mask, height, width, "mask_image", drawn_for)
+        inside = None if mask is None else load_mask(mask, height, width, argument("mask_image"), drawn_for)
         return cls(np.asarray(loaded), inside)
 
     @property

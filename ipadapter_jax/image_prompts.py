@@ -74,8 +74,10 @@ def entries_of(
     guided: bool,
     size: tuple[int, int],
     num_prompts: int,
+    multiple: int = 8,
 ) -> list[Entry]:
-    """All image entries of a call for pictures of `size` (height, width), one adapter after the other.
+    """All image entries of a call for pictures of `size` (height, width), one adapter after the other. multiple: pixels
+    along each side of a latent.
 
     Reads and checks what was given; encoders run when an entry is asked for keys and values. Raises InputError.
     """
@@ -113,8 +115,8 @@ def entries_of(
             prompts = [_pictures(p) for p in (prompt.items if isinstance(prompt, PerPrompt) else [prompt])]
             if len(prompts) not in (1, num_prompts):
                 raise InputError(
-                    f"ip_adapter_image has {len(prompts)} image prompts for {num_prompts} prompts; PerPrompt takes one "
-                    "for each"
+                    f"{argument('ip_adapter_image')} has {len(prompts)} image prompts for {num_prompts} prompts; "
+                    "PerPrompt takes one for each"
                 )
             features, count = adapter.from_images(prompts, controls.fit, guided, negative, controls.uncond)
         plan = _Plan(adapter, functools.cache(features), count, sites, num_steps, 2 if guided else 1, num_prompts)
@@ -124,7 +126,7 @@ def entries_of(
         else:
             loaded = [load_mask(mask, *size, what=f"mask {i + 1}") for i, mask in enumerate(of_pictures)]
             for i, mask in enumerate(loaded):
-                check_inside(mask, f"mask {i + 1}")
+                check_inside(mask, f"mask {i + 1}", multiple)
             entries += plan.apart(scale, loaded)
         for entry in entries[made:]:
             check_range(entry.weight, "ip_adapter_scale", adapter.projection.dtype)

@@ -48,9 +48,10 @@ def array_to_image(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
 
 
-def mask_levels(array: np.ndarray, name: str) -> np.ndarray:
-    """The numbers of a mask as uint8, by what they are rather than by their dtype: truth values and whole numbers up to
-    1 are outside and inside; up to 255 levels of 8 bits, beyond of 16 bits; floats in [0, 1] are parts.
+def mask_levels(array: np.ndarray, name: str, *, labels: bool) -> np.ndarray:
+    """The numbers of a mask as uint8, by what they are rather than by their dtype: truth values are outside and inside,
+    and so are whole numbers up to 1 where they may be `labels`; up to 255 they are levels of 8 bits, beyond of 16 bits;
+    floats in [0, 1] are parts.
 
     Raises InputError, with `name` in the message, for other numbers.
     """
@@ -64,7 +65,7 @@ def mask_levels(array: np.ndarray, name: str) -> np.ndarray:
     low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
     if low < 0 or high > 65535:
         raise InputError(f"{name} has values from {low} to {high}: scale them to 0..255 or to [0, 1]")
-    if high <= 1:
+    if array.dtype.kind == "b" or (labels and high <= 1):
         return array.astype(np.uint8) * np.uint8(255)
     return (
         array.astype(np.uint8) if high <= 255 else ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)

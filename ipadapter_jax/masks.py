@@ -20,7 +20,8 @@ def load_mask(
     for all of them:
 
     - a layer painted in one color on a transparent ground is inside where it is painted, whatever the color;
-    - whole numbers 0 and 1, in an array, a grey picture or a palette, are outside and inside;
+    - whole numbers 0 and 1, in an array of one channel, a grey picture or a palette, are outside and inside, unless the
+      picture comes from a JPEG or the like, which makes such numbers of black;
     - one color on black is inside as far as it is painted;
     - all else counts by its brightness: white inside, black and transparent outside, grey in between.
 
@@ -42,23 +43,22 @@ def load_mask(
 
 
 _NEARLY_BLACK = 0.1
-_LATENT_AREA = 64  # pixels behind one point of the latents
 
 
-def check_inside(mask: np.ndarray, what: str) -> None:
+def check_inside(mask: np.ndarray, what: str, multiple: int) -> None:
     """Raises InputError for a mask (H, W) in which nothing is inside, or nearly nothing; warns when what is inside is
-    smaller than a point of the latents."""
+    smaller than a point of the latents, which has `multiple` pixels along each side."""
     brightest = float(mask.max())
     if brightest < _NEARLY_BLACK:
         raise InputError(
             f"the {what} is black ({brightest * 255:.0f} of 255 at most): nothing is inside; paint what is to be "
             "inside white, or leave the mask out"
         )
-    _warn_of_little(mask, what, stacklevel=4)
+    _warn_of_little(mask, what, multiple, stacklevel=4)
 
 
-def _warn_of_little(mask: np.ndarray, what: str, stacklevel: int) -> None:
-    if (area := float(mask.sum())) < _LATENT_AREA:
+def _warn_of_little(mask: np.ndarray, what: str, multiple: int, stacklevel: int) -> None:
+    if (area := float(mask.sum())) < multiple**2:
         warnings.warn(
             f"the {what} has about {area:.0f} pixels inside, fewer than one point of the latents: little will come of "
             "it; paint a larger part white",
@@ -74,14 +74,15 @@ def _levels_of_array(source: Any, what: str) -> np.ndarray:
         array = array.reshape(array.shape[-2:])  # (1, H, W) as diffusers has masks
     if array.shape[2:] == (1,):
         array = array[..., 0]
-    levels = mask_levels(array, name)
+    levels = mask_levels(array, name, labels=array.ndim == 2)
     return levels if array.ndim == 2 and array.size else _levels(array_to_image(levels, name), what)
 
 
 def _levels(image: Image.Image, what: str) -> np.ndarray:
     """(H, W) uint8 of a PIL image of any mode."""
+    may_label = _may_label(image)
     if image.mode.startswith(("I", "F")):
-        return mask_levels(np.asarray(image), f"the {what}")
+        return mask_levels(np.asarray(image), f"the {what}", labels=may_label)
     indices = np.asarray(image) if image.mode == "P" else None
     labels = None if indices is None or indices.max() > 1 else indices * np.uint8(255)
     if image.has_transparency_data:
@@ -94,13 +95,22 @@ def _levels(image: Image.Image, what: str) -> np.ndarray:
             labels = None
     colors = np.asarray(image.convert("RGB"))
     if _is_grey(colors):
-        levels = mask_levels(np.asarray(image.convert("L")), f"the {what}")
+        levels = mask_levels(np.asarray(image.convert("L")), f"the {what}", labels=may_label)
         return levels if labels is None or levels.max() >= 255 * _NEARLY_BLACK else labels
     brightest = colors.reshape(-1, 3)[colors.sum(axis=-1).argmax()].astype(np.float32)
     share = colors.astype(np.float32) @ brightest / (brightest @ brightest)
     if np.abs(colors - share[..., None] * brightest).max() <= _FUZZ:  # one color on black
         return np.rint(255 * share.clip(0, 1)).astype(np.uint8)
     return np.asarray(image.convert("L")) if labels is None else labels
+
+
+_LOSSY = frozenset(("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF"))  # PIL's names
+
+
+def _may_label(image: Image.Image) -> bool:
+    """Whether numbers 0 and 1 in an image may be labels, rather than a black that is not quite even."""
+    lossy = image.format in _LOSSY or image.info.get("compression") == "jpeg"  # the latter in TIFF
+    return image.mode not in ("RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV") and not lossy
 
 
 _FUZZ = 24  # levels by which JPEG and rounding change a color
@@ -154,7 +164,7 @@ def check_latent_mask(mask: np.ndarray, multiple: int, *, sees_mask: bool) -> No
             f"{mask.sum():.0f} pixels): "
             "nothing would be painted; paint white what is to be painted over"
         )
-    _warn_of_little(mask, "mask_image", stacklevel=6)
+    _warn_of_little(mask, argument("mask_image"), multiple, stacklevel=6)
     if inside.all() and not sees_mask:
         warnings.warn(
             f"the {argument('mask_image')} is white everywhere, so that it keeps nothing of the image; leave it out to "

@@ -276,6 +276,7 @@ class StableDiffusion:
             guided=guidance_scale > 1,
             size=(shape[0] * scale, shape[1] * scale),
             num_prompts=prompts,
+            multiple=scale,
         )
 
     def _conditions(

@@ -220,7 +220,9 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     except Exception:  # unreadable tags say nothing about the orientation; the picture itself is fine
         orientation = 1
     if orientation in range(2, 9):
-        image = image.transpose(Image.Transpose[_TURNS[orientation - 2]])
+        turned = image.transpose(Image.Transpose[_TURNS[orientation - 2]])
+        turned.format = image.format  # what it was read from matters to masks
+        return turned
     return image
 
 

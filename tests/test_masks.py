@@ -9,8 +9,11 @@ from helpers import ORACLES
 from PIL import Image
 
 from ipadapter_jax import InputError
-from ipadapter_jax.masks import check_latent_mask, latent_mask, load_mask, site_masks
+from ipadapter_jax.editing import Canvas
+from ipadapter_jax.errors import said_in_options
+from ipadapter_jax.masks import check_inside, check_latent_mask, latent_mask, load_mask, site_masks
 from ipadapter_jax.models.unet_config import UNetConfig, site_grids
+from ipadapter_jax.preprocess import load_upright
 
 RANDOM = np.random.default_rng(7).random((96, 120)).astype(np.float32)  # not symmetric in any way
 CIRCLE = (np.hypot(*np.mgrid[-1:1:96j, -1:1:120j]) < 0.7).astype(np.float32)
@@ -109,12 +112,12 @@ def colored() -> Image.Image:
         HALVES[None],
         HALVES[None, None],
         HALVES[:, :, None],
-        np.repeat(HALVES[:, :, None], 3, 2).astype(np.uint8),
+        np.repeat(HALVES[:, :, None], 3, 2).astype(bool),
         Image.fromarray((HALVES * 255).astype(np.uint8)),
         Image.fromarray((HALVES * 255).astype(np.uint8)).convert("RGB"),
         Image.fromarray(HALVES.astype(bool)),
         Image.fromarray(HALVES.astype(np.uint8)),  # a label image
-        Image.fromarray(np.repeat(HALVES[:, :, None], 3, 2).astype(np.uint8)),
+        Image.fromarray(HALVES.astype(np.uint8)).convert("LA"),
         Image.fromarray(HALVES.astype(np.uint16)),
         Image.fromarray((HALVES * 65535).astype(np.uint16)),
         Image.fromarray(HALVES.astype(np.int32)),
@@ -134,8 +137,16 @@ def colored() -> Image.Image:
         colored(),
     ],
     ids=["float", "double", "bool", "01", "int", "uint8", "float 0..255", "float16", "uint16 0..255", "uint16"]
-    + ["int64 0..255", "uint16 labels", "bfloat16", "(1, H, W)", "(1, 1, H, W)", "(H, W, 1)", "RGB array of labels"]
-    + ["L", "RGB", "1", "L labels", "RGB labels", "I;16 labels", "I;16", "I labels", "F", "F 0..255"]
+    + [
+        "int64 0..255",
+        "uint16 labels",
+        "bfloat16",
+        "(1, H, W)",
+        "(1, 1, H, W)",
+        "(H, W, 1)",
+        "RGB array of truth values",
+    ]
+    + ["L", "RGB", "1", "L labels", "LA labels", "I;16 labels", "I;16", "I labels", "F", "F 0..255"]
     + ["P near black", "P black and red", "P blue and red", "P one color", "P black and white", "P white and black"]
     + ["P red and black", "black paint", "white paint", "red paint", "LA", "red on black"],
 )
@@ -151,6 +162,49 @@ def test_files_are_read_as_what_was_saved(tmp_path):
         np.testing.assert_array_equal(load_mask(tmp_path / f"{number}.png", 48, 64), HALVES)
     painted((0, 0, 0)).save(tmp_path / "layer.png")
     np.testing.assert_array_equal(load_mask(str(tmp_path / "layer.png"), 48, 64), HALVES)
+
+
+def black_with_noise(channels: int) -> np.ndarray:
+    """What a JPEG may make of black."""
+    return np.random.default_rng(3).integers(0, 2, (48, 64, channels), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        black_with_noise(3),
+        black_with_noise(3).astype(np.int64),
+        black_with_noise(3).astype(np.uint16),
+        np.dstack([black_with_noise(3), np.full((48, 64), 255, np.uint8)]),
+        np.repeat(black_with_noise(1), 3, 2),
+        Image.fromarray(black_with_noise(3)),
+        Image.fromarray(black_with_noise(3)).convert("CMYK"),
+    ],
+    ids=["uint8", "int64", "uint16", "RGBA", "grey", "PIL", "CMYK"],
+)
+def test_a_color_image_has_no_labels(given):
+    assert load_mask(given, 48, 64).max() <= 1 / 255
+
+
+@pytest.mark.parametrize("ending", ["jpg", "tif", "jp2", "webp"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_lossy_image_has_no_labels(tmp_path, ending, mode):
+    path = tmp_path / f"black.{ending}"
+    options = {"jpg": {"quality": 100}, "tif": {"compression": "jpeg", "quality": 100}}.get(ending, {})
+    Image.fromarray(HALVES.astype(np.uint8)).convert(mode).save(path, **options)
+    assert np.asarray(Image.open(path)).max() == 1 or ending == "webp"
+    assert load_mask(path, 48, 64).max() <= 1 / 255
+    with Image.open(path) as image:
+        assert load_mask(image, 48, 64).max() <= 1 / 255
+    with pytest.raises(InputError, match="is black"):
+        check_inside(load_mask(path, 48, 64), "mask 1", 8)
+
+
+def test_a_lossy_image_that_is_turned_has_no_labels(tmp_path):
+    tags = Image.Exif()
+    tags[0x0112] = 3
+    Image.fromarray(HALVES.astype(np.uint8)).save(tmp_path / "black.jpg", quality=100, exif=tags)
+    assert load_mask(load_upright(tmp_path / "black.jpg"), 48, 64).max() == 1 / 255
 
 
 def test_soft_paint_is_as_soft_as_it_is_opaque():
@@ -181,6 +235,23 @@ def test_an_inpainting_mask_of_nearly_nothing_is_a_warning():
     dot[24:28, 24:28] = 1  # with the pixel that stands for a point of the latents
     with pytest.warns(UserWarning, match="the mask_image has about 16 pixels inside, fewer than one point"):
         check_latent_mask(dot, 8, sees_mask=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_latent_mask(dot, 4, sees_mask=False)  # a whole point, where one has 4 x 4 pixels
+        check_inside(dot, "mask 1", 4)
+    with pytest.warns(UserWarning, match="the mask 1 has about 16 pixels"):
+        check_inside(dot, "mask 1", 8)
+
+
+def test_an_inpainting_mask_is_called_as_whoever_gives_it_calls_it():
+    canvas = np.zeros((64, 64, 3), np.uint8)
+    dot = np.zeros((64, 64), np.float32)
+    dot[24:28, 24:28] = 1
+    with said_in_options({"mask_image": "--mask-image"}):
+        with pytest.warns(UserWarning, match="the --mask-image has about 16 pixels"):
+            check_latent_mask(dot, 8, sees_mask=False)
+        with pytest.raises(InputError, match="the --mask-image is 20 x 64 pixels"):
+            Canvas.load(canvas, dot[:, :20], 64, 64, 8)
 
 
 @pytest.mark.torch
