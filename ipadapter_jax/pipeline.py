@@ -267,17 +267,9 @@ class StableDiffusion:
     def _entries(
         self, controls: Controls, run: Run, guidance_scale: float, shape: tuple[int, ...], prompts: int
     ) -> list[Entry]:
-        scale = self.vae.config.downscale
-        return entries_of(
-            controls,
-            self.adapters,
-            cross_attention_sites(self.unet.config),
-            num_steps=len(run.steps.timestep),
-            guided=guidance_scale > 1,
-            size=(shape[0] * scale, shape[1] * scale),
-            num_prompts=prompts,
-            multiple=scale,
-        )
+        scale, steps = self.vae.config.downscale, len(run.steps.timestep)
+        sites, size = cross_attention_sites(self.unet.config), (shape[0] * scale, shape[1] * scale)
+        return entries_of(controls, self.adapters, sites, steps, guidance_scale > 1, size, prompts, scale)
 
     def _conditions(
         self,
