@@ -98,14 +98,14 @@ def _safe_folder() -> Path:
     folder = cache_folder()
     if problem := distrust(folder):
         log.warning("compiled programs are neither read nor kept: %s", problem)
-        raise InputError(problem)
+        raise InputError(str(problem))
     return folder
 
 
 def _read(file: Path) -> bytes | None:
     """What was kept, unless it is not there, damaged or not ours."""
     if problem := distrust(file):
-        log.warning("a compiled program on disk is not used, but made again: %s", problem)
+        log.warning("a compiled program on disk is not used, but made again: %s", problem.why)
         return None
     try:
         content = file.read_bytes()

@@ -6,18 +6,31 @@ import pwd
 import shlex
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 _MOST_STEPS = 1000  # a chain of links ends before
-_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_ENTER = stat.S_IXGRP | stat.S_IXOTH
 
 
-def distrust(path: Path) -> str | None:
-    """Why somebody else may have put there what lies at `path`, a file or a folder, in words that end with the remedy;
-    None where only this user or the administrator can have. What does not exist yet is judged by where it would lie.
+@dataclass(frozen=True)
+class Distrust:
+    """Why somebody else may have put something there, and what to do about it."""
+
+    why: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.why}; {self.remedy}"
+
+
+def distrust(path: Path) -> Distrust | None:
+    """Why somebody else may have put there what lies at `path`, a file or a folder; None where only this user or the
+    administrator can have. What does not exist yet is judged by where it would lie.
 
     All that leads there counts: folders above it and links. Belonging to others, or open to their changes, they may
-    lead elsewhere tomorrow. A folder like /tmp, in which everyone changes only what is theirs, may lie above.
+    lead elsewhere tomorrow. A folder like /tmp, in which everyone changes only what is theirs, may lie above. Open
+    to a group is no harm where only this user is in it, nor in a folder that others cannot enter.
     """
     path = path.absolute()
     end, trusted = os.path.realpath(path), {0, os.geteuid(), os.stat("/").st_uid}
@@ -27,19 +40,16 @@ def distrust(path: Path) -> str | None:
         except FileNotFoundError:
             return None
         except OSError as error:
-            return f"{step} cannot be read ({error.strerror}); choose another folder"
+            return Distrust(f"{step} cannot be read ({error.strerror})", "choose another folder")
         if found.st_uid not in trusted:
-            return f"{step} belongs to {_user(found.st_uid)}; choose a folder of your own"
+            return Distrust(f"{step} belongs to {_user(found.st_uid)}", "choose a folder of your own")
         if stat.S_ISLNK(found.st_mode):
             continue
         last = os.fspath(step) == end
-        open_to = found.st_mode & _OTHERS
-        if open_to and not last and (found.st_mode & stat.S_ISVTX or _is_own_group(open_to, found.st_gid)):
-            continue
-        if open_to:
+        if _is_open(step, found) and (last or not found.st_mode & stat.S_ISVTX):
             change = "600" if stat.S_ISREG(found.st_mode) else "700" if last else "go-w"
-            remedy = f"run: chmod {change} {shlex.quote(str(step))}"
-            return f"others can write to {step} (mode {stat.S_IMODE(found.st_mode):04o}); {remedy}"
+            why = f"others can write to {step} (mode {stat.S_IMODE(found.st_mode):04o})"
+            return Distrust(why, f"run: chmod {change} {shlex.quote(str(step))}")
     return None
 
 
@@ -70,10 +80,16 @@ def _steps(path: Path) -> Iterator[Path]:
             here = here / part
 
 
-def _is_own_group(open_to: int, group: int) -> bool:
-    """Whether nobody but this user is in the group that a folder is open to, as where each user has a group."""
-    if open_to & stat.S_IWOTH:
-        return False
+def _is_open(step: Path, found: os.stat_result) -> bool:
+    """Whether others can write to a file or folder."""
+    if found.st_mode & stat.S_IWOTH:
+        return True
+    out_of_reach = not os.stat(step.parent).st_mode & _ENTER
+    return bool(found.st_mode & stat.S_IWGRP) and not out_of_reach and not _is_own_group(found.st_gid)
+
+
+def _is_own_group(group: int) -> bool:
+    """Whether nobody but this user is in a group, as where each user has one and files are made with a mask of 002."""
     try:
         user, found = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
     except KeyError:

@@ -1,7 +1,10 @@
 """Who could have put something at a path: owners, modes and links, of all that leads there."""
 
+import grp
 import os
+import pwd
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,8 +15,10 @@ ROOT = os.geteuid() == 0
 
 
 @pytest.fixture
-def home(tmp_path):
-    """A folder that is nobody else's, as is all above it."""
+def home(tmp_path, monkeypatch):
+    """A folder that is nobody else's, as is all above it, although others may enter it, and are in every group."""
+    monkeypatch.setattr(trust, "_is_own_group", lambda group: False)
+    tmp_path.chmod(0o755)
     assert distrust(tmp_path) is None
     return tmp_path
 
@@ -39,7 +44,7 @@ def test_a_folder_that_others_write_to(home, mode):
     """Also where they cannot replace what is ours: they can put there what is not there yet."""
     folder = made(home / "cache", mode)
     expected = f"others can write to {folder} (mode {mode:04o}); run: chmod 700 {folder}"
-    assert distrust(folder) == expected
+    assert str(distrust(folder)) == expected
     (folder / "a").write_bytes(b"")
     if mode == 0o1777:  # as below /tmp
         assert distrust(folder / "a") is None
@@ -52,7 +57,7 @@ def test_a_file_that_others_write_to(home, mode):
     file = home / "a"
     file.write_bytes(b"")
     file.chmod(mode)
-    assert distrust(file) == f"others can write to {file} (mode {mode:04o}); run: chmod 600 {file}"
+    assert str(distrust(file)) == f"others can write to {file} (mode {mode:04o}); run: chmod 600 {file}"
 
 
 def test_a_folder_above_that_others_write_to(home):
@@ -60,17 +65,54 @@ def test_a_folder_above_that_others_write_to(home):
     above = made(home / "open", 0o777)
     made(above / "cache", 0o700)
     expected = f"others can write to {above} (mode 0777); run: chmod go-w {above}"
-    assert distrust(above / "cache") == expected == distrust(above / "new" / "cache")
+    assert str(distrust(above / "cache")) == expected == str(distrust(above / "new" / "cache"))
 
 
-def test_a_folder_above_that_is_open_to_our_own_group(home, monkeypatch):
-    """As all are where every user has a group, and files are made with a mask of 002."""
+def test_what_is_open_to_our_own_group(home, monkeypatch):
+    """As all is where every user has a group, and files are made with a mask of 002."""
     above = made(home / "open", 0o775)
-    folder = made(above / "cache", 0o700)
-    monkeypatch.setattr(trust, "_is_own_group", lambda open_to, group: True)
-    assert distrust(folder) is None and "chmod 700" in distrust(above)  # but it may not lie in such a one itself
-    monkeypatch.setattr(trust, "_is_own_group", lambda open_to, group: False)
-    assert distrust(folder) == f"others can write to {above} (mode 0775); run: chmod go-w {above}"
+    folder = made(above / "cache", 0o775)
+    file = folder / "a"
+    file.write_bytes(b"")
+    file.chmod(0o664)
+    monkeypatch.setattr(trust, "_is_own_group", lambda group: True)
+    assert distrust(above) is distrust(folder) is distrust(file) is distrust(folder / "new") is None
+    folder.chmod(0o777)  # but not to everyone
+    assert "chmod 700" in str(distrust(folder))
+    folder.chmod(0o775)
+    file.chmod(0o666)
+    assert "chmod 600" in str(distrust(file))
+    monkeypatch.setattr(trust, "_is_own_group", lambda group: False)
+    assert str(distrust(file)) == f"others can write to {above} (mode 0775); run: chmod go-w {above}"
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o744])
+def test_what_lies_in_a_folder_that_others_cannot_enter(home, mode):
+    folder = made(home / "cache", 0o700)
+    file = folder / "a"
+    file.write_bytes(b"")
+    file.chmod(0o664)
+    made(folder / "below", 0o775)
+    folder.chmod(mode)
+    assert distrust(file) is distrust(folder / "below") is None
+    folder.chmod(0o710)
+    assert "chmod 600" in str(distrust(file)) and "chmod 700" in str(distrust(folder / "below"))
+    folder.chmod(mode)
+    file.chmod(0o666)  # nobody means that
+    assert "chmod 600" in str(distrust(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "members", "group", "own"),
+    [
+        *(("me", [], 7, True), ("me", ["me"], 7, True)),
+        *(("me", ["me", "you"], 7, False), ("users", [], 7, False), ("me", [], 8, False)),
+    ],
+)
+def test_a_group_of_one(name, members, group, own, monkeypatch):
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_name="me", pw_gid=7))
+    monkeypatch.setattr(grp, "getgrgid", lambda _: SimpleNamespace(gr_name=name, gr_mem=members))
+    assert trust._is_own_group(group) is own
 
 
 def test_links_are_followed(home):
@@ -82,9 +124,9 @@ def test_links_are_followed(home):
     (home / "round").symlink_to("round")
     assert distrust(home / "good") is None and distrust(home / "good" / "a") is None
     for path in (home / "bad", home / "bad" / "cache", home / "good" / "up", home / "safe" / ".." / "unsafe"):
-        assert f"others can write to {unsafe}" in distrust(path)
+        assert f"others can write to {unsafe}" in str(distrust(path))
     (unsafe / "link").symlink_to(safe)  # which others could lead elsewhere
-    assert f"others can write to {unsafe}" in distrust(unsafe / "link")
+    assert f"others can write to {unsafe}" in str(distrust(unsafe / "link"))
     assert distrust(home / "round") is None  # nobody can open it
 
 
@@ -94,14 +136,14 @@ def test_what_belongs_to_others(home):
     (folder / "a").write_bytes(b"")
     os.chown(folder / "a", 12345, -1)
     assert distrust(folder) is None
-    assert distrust(folder / "a") == f"{folder / 'a'} belongs to user 12345; choose a folder of your own"
+    assert str(distrust(folder / "a")) == f"{folder / 'a'} belongs to user 12345; choose a folder of your own"
     everyone = made(home / "tmp", 0o1777)
     (everyone / "link").symlink_to(folder)
     os.chown(everyone / "link", 12345, -1, follow_symlinks=False)
-    assert distrust(everyone / "link") == f"{everyone / 'link'} belongs to user 12345; choose a folder of your own"
+    assert str(distrust(everyone / "link")) == f"{everyone / 'link'} belongs to user 12345; choose a folder of your own"
     os.chown(folder, 12345, -1)
-    assert "belongs to user 12345" in distrust(folder)
-    assert "belongs to user 12345" in distrust(folder / "new")
+    assert "belongs to user 12345" in str(distrust(folder))
+    assert "belongs to user 12345" in str(distrust(folder / "new"))
 
 
 def test_what_belongs_to_us_when_we_are_someone_else(home, monkeypatch):
