@@ -95,16 +95,20 @@ class _Read:
     def __call__(self, cache_key: str, *arguments: Any, **named: Any) -> Any:
         file = _entry(cache_key)
         if file is not None and (problem := distrust(file)) is not None:
-            self._tell(f"not used but compiled again: {problem}")
-            if not _remove(file):
-                return None, None
+            removed = _remove(file)
+            self._tell(f"removed and compiled again: {problem.why}" if removed else f"not used: {problem}")
+            return None, None
+        before = _state(file)
         try:
             return self._read(cache_key, *arguments, **named)
         except Exception as error:
-            if file is None or not _remove(file):
+            if file is None or before is None or _is_of_this_process(error):
                 raise
-            self._tell(f"damaged, removed and compiled again: {file} ({' '.join(str(error).split())[:200]})")
-            return self._read(cache_key, *arguments, **named)
+            if _state(file) == before:  # else another process is writing it
+                if not _remove(file):
+                    raise
+                self._tell(f"damaged, removed and compiled again: {file} ({' '.join(str(error).split())[:200]})")
+            return None, None
 
     def _tell(self, what: str) -> None:
         log.log(logging.DEBUG if self.told else logging.WARNING, "a compiled program on disk was %s", what)
@@ -136,6 +140,20 @@ def _entry(cache_key: str) -> Path | None:
         return None
     file = cache_folder() / f"{cache_key}-cache"
     return file if os.path.lexists(file) else None
+
+
+def _state(file: Path | None) -> tuple[int, int] | None:
+    """Size and time of the last change, which tell an entry from what it was before."""
+    try:
+        found = os.stat(file) if file is not None else None
+    except OSError:
+        return None
+    return None if found is None else (found.st_size, found.st_mtime_ns)
+
+
+def _is_of_this_process(error: Exception) -> bool:
+    """Whether it says nothing about an entry: a whole one gives it too where memory or rights are wanting."""
+    return isinstance(error, MemoryError | OSError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _remove(file: Path) -> bool:

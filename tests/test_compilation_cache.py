@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from ipadapter_jax import trust
 from ipadapter_jax.compilation_cache import cache_is_on, enable_compilation_cache
 
 SETTINGS = (
@@ -118,9 +119,62 @@ def test_an_entry_that_others_write_to_is_made_again(folder, caplog):
     file.chmod(0o666)
     with caplog.at_level(logging.WARNING, "ipadapter_jax"):
         np.testing.assert_array_equal(compiled(), expected)
-    (record,) = (record for record in caplog.records if record.name == "ipadapter_jax")
-    assert f"others can write to {file} (mode 0666)" in record.getMessage()
+    assert [record.getMessage() for record in caplog.records if record.name == "ipadapter_jax"] == [
+        "a compiled program on disk was removed and compiled again: others can write to "
+        f"{file} (mode 0666)"  # and nothing is left to do
+    ]
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_a_mask_of_002_leaves_is_used(folder, caplog, monkeypatch):
+    """By an older release, by jax itself, and by another process that has just written an entry."""
+    monkeypatch.setattr(trust, "_is_own_group", lambda group: True)
+    expected = compiled()
+    folder.chmod(0o775)
+    for file in folder.glob("*-cache"):
+        file.chmod(0o664)
+    before = {file: file.stat().st_ino for file in folder.glob("*-cache")}
+    with caplog.at_level(logging.WARNING, "ipadapter_jax"):
+        np.testing.assert_array_equal(compiled(), expected)
+    assert cache_is_on() and not caplog.records
+    assert before and {file: file.stat().st_ino for file in folder.glob("*-cache")} == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no room"), PermissionError(13, "Permission denied"), RuntimeError("RESOURCE_EXHAUSTED: 1 GiB")],
+)
+def test_an_entry_that_cannot_be_read_now_stays(folder, error, monkeypatch):
+    """It is whole; jax says why and compiles."""
+    expected = compiled()
+    before = entries(folder)
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("jax._src.compilation_cache.extract_executable_and_time", fails)
+    jax.clear_caches()
+    with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
+        found = np.asarray(jax.jit(lambda x: x * 3 + 1)(np.arange(4.0)))
+    np.testing.assert_array_equal(found, expected)
+    assert before and entries(folder) == before
+
+
+def test_an_entry_that_is_being_written_stays(folder, caplog, monkeypatch):
+    """By another process, which has not finished."""
+    expected = compiled()
+    (file,) = folder.glob("*-cache")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+
+    def while_it_is_written(content):
+        file.write_bytes(whole)
+        raise ValueError(f"ends after {len(content)} bytes")
+
+    monkeypatch.setattr("jax._src.compilation_cache.decompress_executable", while_it_is_written)
+    with caplog.at_level(logging.WARNING, "ipadapter_jax"):
+        np.testing.assert_array_equal(compiled(), expected)
+    assert file.read_bytes() == whole and not caplog.records
 
 
 def test_without_a_home_nothing_is_kept():
