@@ -13,7 +13,7 @@ Given = TypeVar("Given")
 
 
 def is_array(value: Any) -> bool:
-    """Whether this is an array of any library; numbers, lists and PIL images are none."""
+    """Whether this is an array of any library; numbers, lists and PIL images are not arrays."""
     if isinstance(value, np.ndarray) or _is_tensor(value):
         return True
     return hasattr(value, "__array__") and hasattr(value, "dtype") and getattr(value, "ndim", 0) > 0

@@ -128,7 +128,7 @@ def _content(token: Any) -> str:
     """Of a special token, which is written as a string or as an object."""
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str) or not content:
-        raise InputError(f"{token!r} is not a token; mend tokenizer_config.json or special_tokens_map.json")
+        raise InputError(f"{token!r} is not a token; fix tokenizer_config.json or special_tokens_map.json")
     return content
 
 
@@ -164,7 +164,7 @@ def _add(backend: Any, added: _Added) -> None:
     if added.id not in (None, found):
         raise InputError(
             f"the token {added.content!r} has the id {added.id} in its file and would get {found}: ids of added tokens "
-            "have to follow the vocabulary without a gap; mend added_tokens.json or tokenizer_config.json"
+            "have to follow the vocabulary without a gap; fix added_tokens.json or tokenizer_config.json"
         )
 
 
@@ -174,6 +174,6 @@ def _max_length(config: Mapping[str, Any]) -> int:
     if isinstance(length, bool) or not isinstance(length, int | float) or not length >= _FEWEST or length % 1:
         raise InputError(
             f"tokenizer_config.json: model_max_length={length!r} is not usable, it must be a whole number of at least "
-            f"{_FEWEST}; mend it or leave it out"
+            f"{_FEWEST}; fix it or leave it out"
         )
     return int(length)

@@ -91,7 +91,7 @@ def _reports(at_once: bool) -> Iterator[None]:
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """The options of the command that the first word names. Raises InputError for words that are none of it."""
+    """The options of the command that the first word names. Raises InputError for words that are not options."""
     name, *words = arguments
     if name not in COMMANDS:
         raise InputError(unknown_command(name))

@@ -41,7 +41,7 @@ class Layout:
         if unknown := {entry["dtype"] for entry in raw.values()} - set(_DTYPES):
             raise ValueError(f"dtype {unknown}")
         if not all(isinstance(size, int) and size >= 0 for entry in raw.values() for size in entry["shape"]):
-            raise ValueError("a shape that is none")
+            raise ValueError("a shape that is not one of whole numbers")
         return cls({name: (np.dtype(entry["dtype"]), tuple(entry["shape"])) for name, entry in raw.items()})
 
     def to_json(self) -> dict[str, Any]:

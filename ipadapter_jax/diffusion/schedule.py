@@ -106,14 +106,14 @@ class NoiseSchedule:
         if self.steps_offset >= total:
             raise InputError(
                 f"scheduler config: steps_offset={shown(self.steps_offset)} exceeds the {total} training timesteps; "
-                "mend it"
+                "make it smaller"
             )
         for name in ("sigma_min", "sigma_max", "clip_sample_range", "timestep_scaling"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise InputError(f"scheduler config: {name}={value} is not usable, it must be a positive number")
 
     def for_sampler(self, sampler: str) -> "NoiseSchedule":
-        """The schedule as this sampler follows it: the settings that its scheduler in diffusers hears of, and that
+        """The schedule as this sampler follows it: the settings that its scheduler in diffusers reads, and that
         scheduler's defaults for what the file leaves out. Raises InputError for a setting that would change the result
         and is not followed."""
         given = dict(self.given)
@@ -124,10 +124,10 @@ class NoiseSchedule:
                     f"scheduler config: {name}={given[name]!r} is not supported by {sampler}, only {known}; choose "
                     "another scheduler, or change the setting"
                 )
-        heard = {name: value for name, value in given.items() if name in SHARED or name in FOLLOWED[sampler]}
+        read = {name: value for name, value in given.items() if name in SHARED or name in FOLLOWED[sampler]}
         if "solver_type" in FIXED[sampler] or given.get("solver_type") not in ("bh1", "bh2"):
-            heard.pop("solver_type", None)  # another solver's name for its own default
-        return self._of({**FOLLOWED[sampler], **heard}, given)
+            read.pop("solver_type", None)  # another solver's name for its own default
+        return self._of({**FOLLOWED[sampler], **read}, given)
 
     def changed(self, settings: Mapping[str, Any]) -> "NoiseSchedule":
         """The same with these settings of scheduler_config.json. Raises InputError for one that is not known."""

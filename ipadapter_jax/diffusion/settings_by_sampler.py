@@ -1,4 +1,4 @@
-"""Which settings of a scheduler_config.json each sampler hears of, as the scheduler of that name in diffusers does.
+"""Which settings of a scheduler_config.json each sampler reads, as the scheduler of that name in diffusers does.
 
 A file is written for one scheduler and read for another: what the other's class does not know is ignored, what the file
 leaves out is that class's default. `FOLLOWED` are the settings that change a table here, with these defaults; `FIXED`
@@ -52,7 +52,7 @@ FIXED: Mapping[str, Mapping[str, tuple]] = {
         "algorithm_type": ("dpmsolver++",),
         "solver_type": ("midpoint", "bh1", "bh2", "logrho"),  # and the last three as midpoint
         "solver_order": (1, 2),
-        "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),  # DDPM's, unheard
+        "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),  # DDPM's, ignored here
     },
     "euler": {**_NO_OTHER_SIGMAS, "interpolation_type": ("linear",)},
     "euler_a": {"prediction_type": ("epsilon", "v_prediction")},

@@ -25,14 +25,14 @@ def batch(args: Batch) -> int:
     """Loads, makes what is missing. Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
     rows, bad = read_rows(args.source)
     left_out = unused(args.source, [row.line for row in bad])
-    pictured = any(row.images for row in rows)
+    has_references = any(row.images for row in rows)
     check_effects(args, rows)
     check_job(len(rows), args.num_images)
-    if pictured and args.adapter is None:
+    if has_references and args.adapter is None:
         if args.base != embedded.NAME:
             raise InputError(f"{args.source} has image prompts: name the IP-Adapter that reads them with --adapter")
         args = dataclasses.replace(args, adapter=embedded.NAME)
-    pipe = load(args, images=args.batch_size, with_encoder=pictured)
+    pipe = load(args, images=args.batch_size, with_encoder=has_references)
     print(f"{args.source}: {summary(len(rows), left_out)}", file=sys.stderr)
     works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)
     prepare = functools.partial(_load, pipe, args.fit)
