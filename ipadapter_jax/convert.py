@@ -1,7 +1,6 @@
 """From any format of weights that is read to any that is written: adapters, base models, single networks."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -194,7 +193,9 @@ def _as_folder(out: Path, write: Callable[[Path], None]) -> None:
 def _save_base(base: BaseModel, folder: Path, dtype: Any, flax: bool) -> None:
     for name in BASE_COMPONENTS:
         save_opened(base.part(name), folder / name, dtype, flax=flax)
-    shutil.copytree(base.folder / "tokenizer", folder / "tokenizer", copy_function=shutil.copyfile)
+    tokenizer = base.folder / "tokenizer"
+    for file in sorted(path for path in tokenizer.rglob("*") if not path.is_dir()):
+        write_whole(folder / "tokenizer" / file.relative_to(tokenizer), _content(file))
     scheduler = dict(read_json(base.folder / "scheduler" / "scheduler_config.json"))
     name = str(scheduler.get("_class_name", "")).removeprefix("Flax")
     if not name.endswith("Scheduler") or (flax and name not in _FLAX_SCHEDULERS):
@@ -203,6 +204,13 @@ def _save_base(base: BaseModel, folder: Path, dtype: Any, flax: bool) -> None:
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     inpainting = base.config("unet").in_channels != base.config("unet").out_channels
     _write_json(folder / "model_index.json", _index(scheduler["_class_name"], flax, inpainting))
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from None
 
 
 _FLAX_SCHEDULERS = (

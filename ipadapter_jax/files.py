@@ -5,6 +5,7 @@ of the lock when that process ends, however it ends, so that what a kill has lef
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -23,6 +24,7 @@ from ipadapter_jax.errors import InputError
 
 log = logging.getLogger("ipadapter_jax")
 
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
 _ABANDONED = 24 * 3600  # seconds without a change after which nobody can be writing any more
 # Also as earlier versions of this package called them, which named no kernel.
 _LEFTOVER = re.compile(
@@ -45,19 +47,37 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
     """A new file, or with `folder` a new folder, beside `path`, whose own folder is made. It is renamed to `path` when
     the block ends, and removed when the block fails or the process is told to end meanwhile.
 
-    Raises InputError naming `path` when it cannot be written.
+    Raises InputError naming `path` when it cannot be written. Other errors of the block, such as of a file that it
+    reads, pass as they are.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unwinding(lambda: _locked(path, folder), _discard) as part:
+    with unwinding(lambda: _begun(path, folder), _discard) as part:
+        with _said_of(path, part.path):
             yield part.path
+        with _said_of(path):
             os.chmod(part.path, (0o777 if folder else 0o666) & ~_UMASK)  # it was made private
             if not folder:
                 os.fsync(part.lock)
             os.replace(part.path, path)
+
+
+@contextlib.contextmanager
+def _said_of(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Has errors of the system say that `path` was not written: all, or those about `temporary` and what lies in it."""
+    try:
+        yield
     except OSError as error:
+        if temporary is not None and not _is_about(error, temporary):
+            raise
         reason = error.strerror or error
         raise InputError(f"{path}: not written ({reason}); make room or choose another place") from None
+
+
+def _is_about(error: OSError, temporary: Path) -> bool:
+    """Whether an error is of writing the file or the folder, or what lies in it; some do not name the file."""
+    named = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
+    if named:
+        return any(Path(os.fsdecode(name)).is_relative_to(temporary) for name in named)
+    return error.errno in _OF_WRITING
 
 
 def remove_leftovers(folder: Path, mine: Callable[[str], bool] = lambda name: False) -> None:
@@ -99,6 +119,13 @@ class _Part:
 
     path: Path
     lock: int
+
+
+def _begun(path: Path, folder: bool) -> _Part:
+    """The same, also in a folder that is not there yet. Raises InputError naming `path`."""
+    with _said_of(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _locked(path, folder)
 
 
 def _locked(path: Path, folder: bool) -> _Part:

@@ -261,6 +261,17 @@ def test_parts_of_names_are_no_endings(tmp_path, out):
     assert (tmp_path / out / "model.safetensors").is_file()
 
 
+def test_a_source_that_cannot_be_read_is_named(tmp_path, capsys):
+    """And not the folder that is being written."""
+    shutil.copytree(TORCH_MODEL, tmp_path / "model")
+    gone = tmp_path / "model" / "tokenizer" / "z.json"
+    gone.symlink_to("/nowhere")
+    refused(lambda: convert(tmp_path / "model", tmp_path / "out"), f"{gone}: cannot be read (No such file")
+    assert cli.main(["convert", str(tmp_path / "model"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"ipadapter-jax: {gone}: cannot be read (No such file or directory)\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_byte_order_mark(tmp_path):
     """Which editors on Windows put before text: said where other programs fail at it, read past elsewhere."""
     folder = tmp_path / "model"

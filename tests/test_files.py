@@ -1,7 +1,9 @@
 """Nothing has its final name before it is whole; what killed processes leave is removed by the next run, and what a
 live one is writing is not."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +208,40 @@ def test_a_failure_leaves_the_older_file(tmp_path):
     (tmp_path / "full" / "file").touch()
     refused(lambda: make_folder(tmp_path / "full"), str(tmp_path / "full"), "not written")
     assert names(tmp_path) == ["a", "full"]
+
+
+def test_a_missing_source_is_not_said_of_the_target(tmp_path):
+    def copied(folder: bool) -> None:
+        with replacing(tmp_path / "y", folder=folder) as place:
+            shutil.copyfile(str(tmp_path / "x"), place / "x" if folder else place)
+
+    for folder in (False, True):
+        with pytest.raises(FileNotFoundError) as caught:
+            copied(folder)
+        assert caught.value.filename == str(tmp_path / "x")
+    with pytest.raises(PermissionError), replacing(tmp_path / "y"):
+        raise PermissionError(errno.EACCES, "Permission denied", "elsewhere/z")
+    with pytest.raises(TimeoutError), replacing(tmp_path / "y"):
+        raise TimeoutError("of a network")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS])
+def test_errors_of_writing_are_said_of_the_target(tmp_path, number):
+    def failing(*files: str) -> None:
+        with replacing(tmp_path / "y", folder=True) as place:
+            raise OSError(number, os.strerror(number), *(place / name for name in files))
+
+    for files in ((), ("a",)):
+        refused(lambda files=files: failing(*files), f"{tmp_path / 'y'}: not written ({os.strerror(number)})")
+    refused(lambda: unnamed(tmp_path / "y"), f"{tmp_path / 'y'}: not written (No such file or directory)")
+    assert names(tmp_path) == []
+
+
+def unnamed(path: Path) -> None:
+    """A copy into a folder that is not there."""
+    with replacing(path, folder=True) as place, open(place / "nowhere" / "a", "wb"):
+        pass
 
 
 def make_folder(path: Path) -> None:
