@@ -11,7 +11,7 @@ from ipadapter_jax.adapters import open_image_encoder
 from ipadapter_jax.arguments import check_dtype
 from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, Reference, open_base, single_file_spelling
 from ipadapter_jax.errors import InputError, WeightFileError, argument
-from ipadapter_jax.files import remove_leftovers, replacing, write_whole
+from ipadapter_jax.files import remove_leftovers_beside, replacing, write_whole
 from ipadapter_jax.places import expanded
 from ipadapter_jax.suggestions import is_slip
 from ipadapter_jax.weights import kinds, single_file
@@ -185,7 +185,7 @@ def _as_folder(out: Path, write: Callable[[Path], None]) -> None:
     """Has the folder written under another name beside `out`, and gives it its own when it is whole."""
     if out.suffix in _ENDINGS:
         raise InputError(f"{out}: this becomes a folder; give a name without {out.suffix}")
-    remove_leftovers(out.parent)
+    remove_leftovers_beside(out)
     with replacing(out, folder=True) as folder:
         write(folder)
 

@@ -26,10 +26,11 @@ log = logging.getLogger("ipadapter_jax")
 
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
 _ABANDONED = 24 * 3600  # seconds without a change after which nobody can be writing any more
-# Also as earlier versions of this package called them, which named no kernel.
-_LEFTOVER = re.compile(
-    r"\.part-(?:(?P<name>.*?)-)?(?:(?P<kernel>[0-9a-f]{8})-)?[a-z0-9_]{8}|\.unproven-\d+-.+", re.DOTALL
-)
+_LEFTOVER = re.compile(r"\.part-(?P<name>.+)-(?P<kernel>[0-9a-f]{8})-[a-z0-9_]{8}", re.DOTALL)
+# As earlier versions of this package called them; a person's own hidden file may be called so too.
+_OLDER_LEFTOVER = re.compile(r"\.part-(?:(?P<name>.*)-)?[a-z0-9_]{8}|\.unproven-\d+-(?P<unproven>.+)", re.DOTALL)
+
+Which = Callable[[str], bool]  # of names of files
 
 
 def write_whole(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
@@ -80,19 +81,29 @@ def _is_about(error: OSError, temporary: Path) -> bool:
     return error.errno in _OF_WRITING
 
 
-def remove_leftovers(folder: Path, mine: Callable[[str], bool] = lambda name: False) -> None:
-    """Removes from `folder` what processes that were killed have left half written, never what one is writing.
+def remove_leftovers(folder: Path, mine: Which = lambda name: False, *, older: Which = lambda name: True) -> None:
+    """Removes from `folder`, which is this package's own, what processes that were killed have left half written, never
+    what one is writing.
 
     A lock that is free tells that nobody writes, where the name is of this machine's kernel, or where `mine` says of
     the name that it was to get (the first 200 bytes of it) that only the caller writes it. Elsewhere it takes a day
-    without a change as well: not every network file system shows the locks of other machines.
+    without a change as well: not every network file system shows the locks of other machines. `older` says of the name
+    whether what an earlier version has left of it is meant too, which is not known from a person's files for certain.
     """
     with contextlib.suppress(OSError):  # there is no such folder yet, or it is not ours to clean
         for entry in list(os.scandir(folder)):
-            found = _LEFTOVER.fullmatch(entry.name)
+            found = _LEFTOVER.fullmatch(entry.name) or _OLDER_LEFTOVER.fullmatch(entry.name)
             if found and not entry.is_symlink():
-                ours = found["kernel"] == _KERNEL or mine(found["name"] or "")
-                _remove_if_nobody_writes(Path(entry.path), ours)
+                parts = found.groupdict()
+                name, kernel = parts["name"] or parts.get("unproven") or "", parts.get("kernel")
+                if kernel or older(name):
+                    _remove_if_nobody_writes(Path(entry.path), kernel == _KERNEL or mine(name))
+
+
+def remove_leftovers_beside(path: Path) -> None:
+    """The same in the folder of a file that is about to be written, which is a person's: what an earlier version has
+    left there is removed only where it was to be this file."""
+    remove_leftovers(path.parent, older=lambda name: name == _fitting(path.name))
 
 
 def check_writable(path: Path) -> None:
@@ -100,7 +111,7 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file in it")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    remove_leftovers(folder)
+    remove_leftovers_beside(path)
     try:
         with tempfile.TemporaryFile(dir=folder):  # permission bits alone do not tell: read-only mounts, quotas
             pass

@@ -177,6 +177,23 @@ def test_what_only_the_caller_writes_has_not(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_persons_hidden_files_stay(tmp_path):
+    """An earlier version called its temporary files so; in a folder that a person names they may be anybody's."""
+    theirs = [".part-20240101", ".part-notes-20240101", ".unproven-1-theorem.txt", ".part-a-abc_1234"]
+    older = [".part-b.safetensors-abc_1234", ".unproven-12-b.safetensors"]
+    newer = ".part-c.png-01234567-abc_1234"
+    long_ago = time.time() - 25 * 3600
+    for name in (*theirs, *older, newer):
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (long_ago, long_ago))
+    check_writable(tmp_path / "a.png")
+    assert names(tmp_path) == sorted([*theirs, *older])
+    convert(ADAPTERS / "ip-adapter_tiny.bin", tmp_path / "b.safetensors")
+    assert names(tmp_path) == sorted([*theirs, "b.safetensors"])
+    convert(TORCH_MODEL / "vae", tmp_path / "notes")  # which is to be a folder of the name
+    assert names(tmp_path) == sorted({*theirs, "b.safetensors", "notes"} - {".part-notes-20240101"})
+
+
 def test_other_files_stay(tmp_path):
     others = [".part-", ".partial-a-abc_1234", ".part-a-ABCD1234", "part-a-abc_1234", ".unproven-a"]
     for name in others:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.files import remove_leftovers, replacing, sha256
+from ipadapter_jax.files import remove_leftovers_beside, replacing, sha256
 from ipadapter_jax.weights.lazy import Derived, Tensor
 from ipadapter_jax.weights.safetensors_bytes import raw
 from ipadapter_jax.weights.tensors import open_tensors
@@ -18,7 +18,7 @@ def write_proved(path: Path, chunks: Iterable[bytes | memoryview], tensors: Mapp
     Until the file has been read back and compared with `tensors`, and when that fails, an older file of this name
     stays. Raises InputError naming the file that cannot be written or the tensor that comes back otherwise.
     """
-    remove_leftovers(path.parent)
+    remove_leftovers_beside(path)
     with replacing(path) as unproven:
         with open(unproven, "wb") as file:
             file.writelines(chunks)
