@@ -81,7 +81,7 @@ def test_home_folders_in_lists(home):
     (home / "list.json").write_text(json.dumps([{"image_file": "~/photos/a.png", "text": "a wall"}]))
     assert open_source(str(home / "list.json"))[0].image == (home / "photos" / "a.png").read_bytes()
     (home / "rows.csv").write_text("image\n~/photos/a.png\n~nobody-here/a.png\n")
-    [row], [bad] = read_rows(home / "rows.csv")
+    [row], [bad], _ = read_rows(home / "rows.csv")
     assert row.images == (home / "photos" / "a.png",) and "no home folder of nobody-here" in bad.reason
 
 
@@ -128,7 +128,7 @@ def test_pictures_and_models_of_such_names(tmp_path):
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "a\udcfe.png")
     (folder / "a\udcfe.txt").write_text("a wall")
-    [row], bad = read_rows(folder)
+    [row], bad, _ = read_rows(folder)
     assert (row.name, row.images, bad) == ("a\udcfe", (folder / "a\udcfe.png",), [])
     assert open_source(str(folder))[0].text == "a wall"
     (tmp_path / f"sd{ODD}").symlink_to(TORCH_MODEL)

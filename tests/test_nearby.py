@@ -18,7 +18,7 @@ from ipadapter_jax.convert import convert
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.evaluate.frechet import moments_of_file
 from ipadapter_jax.evaluate.scorer import open_scorer
-from ipadapter_jax.jobs.sources import records
+from ipadapter_jax.jobs.sources import open_records
 from ipadapter_jax.nearby import nearby
 from ipadapter_jax.preprocess import load_image
 from ipadapter_jax.suggestions import close, closest_first
@@ -82,7 +82,7 @@ SLIPS = {
     "clip": lambda path: open_scorer(path),
     "embeds": lambda path: load_image_embeds(Path(path)),
     "features": lambda path: moments_of_file(Path(path).with_suffix(".npy")),
-    "list": lambda path: [*records(Path(path))],
+    "list": lambda path: open_records(Path(path)),
     "image": lambda path: load_image(path),
     "data": lambda path: open_source(path),
 }

@@ -142,13 +142,13 @@ def record_of(key: str, parts: dict[str, bytes], listed: str | None = None) -> R
     role = next((role for role in TEXTS if role in parts), None)
     if role is None and listed is None:
         raise InputError(f'{key}: no caption; put a .txt of the same name and a text such as "a red fox" beside it')
-    if role is None:
-        text = listed or ""
-    elif role == "json":
-        text = _json(parts["json"], key)
-    else:
-        text = decode_text(parts[role], f"{key}: its .{role}").strip()
+    text = listed or "" if role is None else caption_of(role, parts[role], key)
     return Record(key, parts["image"], text, parts.get("cond"))
+
+
+def caption_of(role: str, content: bytes, key: str) -> str:
+    """The caption in a file of one of the roles TEXTS. Raises InputError naming the key where it holds none."""
+    return _json(content, key) if role == "json" else decode_text(content, f"{key}: its .{role}").strip()
 
 
 def _json(content: bytes, key: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ipadapter_jax.data.columns import ROLES
 from ipadapter_jax.data.strings import printable
+from ipadapter_jax.data.unused import BAD_LIST, NOT_THERE, OTHER, SECOND, Unused
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.texts import LIST_BYTES, decode_text, parse_json, read_bytes
 
@@ -32,15 +33,72 @@ def is_metadata(name: str) -> bool:
     return posixpath.basename(name) in NAMES
 
 
-def read_metadata(root: Path, names: Iterable[str], text_column: str | None = None) -> dict[str, list[Entry]]:
-    """The entries of every list among the names of files below a folder, those of outer folders first.
+class Listed:
+    """The captions that the lists among the names of files below a folder give, and which of them are needed. Where an
+    image is in several lists, that in the deepest folder counts.
 
     text_column: the column of captions, where it has no usual name.
-    Raises InputError naming the list and the line at fault: no file_name, one outside of the folder, a caption that is
-    not text.
     """
-    found = sorted(filter(is_metadata, names), key=lambda name: (name.count("/"), name))
-    return {name: [*_entries(root / name, posixpath.dirname(name), text_column)] for name in found}
+
+    def __init__(self, root: Path, names: Iterable[str], text_column: str | None = None):
+        self.texts: list[str] = []
+        self._numbers: dict[str, int] = {}  # of the texts, by image
+        self._owners: dict[str, str] = {}
+        self._seen: dict[str, bool] = {}  # images with entries: whether one is needed
+        self._again: list[str] = []
+        self._without: list[str] = []  # lists that have no captions
+        self._bad: dict[str, InputError] = {}
+        for file in sorted(filter(is_metadata, names), key=lambda name: (name.count("/"), name)):
+            try:
+                entries = [*_entries(root / file, posixpath.dirname(file), text_column)]
+            except InputError as error:
+                self._bad[file] = error
+            else:
+                self._add(file, entries)
+
+    def take(self, image: str, has_file: bool) -> int:
+        """The number of an image's text, -1 where it has none or, with a caption file, does not need it.
+
+        Raises InputError where it needs one, and a list that might have it cannot be used: the message names list and
+        line (no file_name, one outside of the folder, a caption that is not text, ...).
+        """
+        number = self._numbers.get(image, -1)
+        if number >= 0:
+            self._seen[image] = not has_file
+        elif not has_file:
+            for file, error in self._bad.items():
+                if image.startswith(file.removesuffix(posixpath.basename(file))):
+                    raise error
+        return -1 if has_file else number
+
+    def close(self, unused: Unused) -> list[str]:
+        """Counts the entries and lists that nothing needs; returns the lists that are used."""
+        for name, file in self._owners.items():
+            if name not in self._seen:
+                unused.add(NOT_THERE, f"{file}: {name}")
+            elif not self._seen[name]:
+                unused.add(SECOND, f"{file}: {name}")
+        for name in self._again:
+            unused.add(SECOND, name)
+        for name in self._bad:
+            unused.add(BAD_LIST, name)
+        for name in self._without:
+            unused.add(OTHER, name)
+        return sorted({self._owners[name] for name, needed in self._seen.items() if needed})
+
+    def _add(self, file: str, entries: list[Entry]) -> None:
+        own: set[str] = set()
+        for name, text in entries:
+            if text is None:
+                continue
+            if name in own:
+                self._again.append(f"{file}: {name}")
+                continue
+            own.add(name)
+            self._numbers[name], self._owners[name] = len(self.texts), file
+            self.texts.append(text)
+        if not own:
+            self._without.append(file)
 
 
 def _entries(path: Path, folder: str, text_column: str | None) -> Iterator[Entry]:

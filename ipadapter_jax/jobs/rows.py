@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ipadapter_jax.data.unused import BAD_ROW, Unused
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.jobs.sources import records
+from ipadapter_jax.jobs.sources import open_records
 from ipadapter_jax.places import expanded
 
 MAX_NAME_BYTES = 150  # of the 255 that file systems allow: numbers, endings and temporary names come on top
@@ -41,8 +42,16 @@ class BadRow(NamedTuple):
     reason: str
 
 
-def read_rows(source: Path) -> tuple[list[Row], list[BadRow]]:
-    """The rows of a folder of pictures, a CSV or a JSONL file (see `sources.records`), and those that cannot be used.
+class Rows(NamedTuple):
+    """The rows of a source, those that cannot be used, and all that is in no row."""
+
+    rows: list[Row]
+    bad: list[BadRow]
+    unused: Unused
+
+
+def read_rows(source: Path) -> Rows:
+    """The rows of a folder of images, a CSV or a JSONL file (see `sources.open_records`).
 
     Columns: prompt, image (relative to the source, or to the current folder where that is a pipe; only looked for, not
     decoded), negative_prompt, seed, scale, name; one of the first two is needed. Without a name a row is called by its
@@ -54,7 +63,8 @@ def read_rows(source: Path) -> tuple[list[Row], list[BadRow]]:
     bad: list[BadRow] = []
     lines: dict[str, int] = {}  # of the names
     folder = os.path.abspath(source if source.is_dir() else "." if source.is_fifo() else source.parent)
-    for index, (line, found) in enumerate(records(source)):
+    records, unused = open_records(source)
+    for index, (line, found) in enumerate(records):
         try:
             if isinstance(found, InputError):
                 raise found
@@ -66,10 +76,11 @@ def read_rows(source: Path) -> tuple[list[Row], list[BadRow]]:
             rows.append(row)
         except InputError as error:
             bad.append(BadRow(line, str(error)))
+            unused.add(BAD_ROW, f"line {line}")
     if not rows:
         reason = f"line {bad[0].line}: {bad[0].reason}" if bad else "it is empty; give pictures, or rows below a header"
         raise InputError(f"{source} holds no row that can be used; {reason}")
-    return rows, bad
+    return Rows(rows, bad, unused)
 
 
 def _row(index: int, line: int, fields: dict[str, Any], folder: str) -> Row:

@@ -6,15 +6,14 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ipadapter_jax.data.metadata import is_metadata, read_metadata
-from ipadapter_jax.data.unused import BAD_ROW, FOLDER, NO_IMAGE, NOT_THERE, OTHER, SECOND, Unused, not_read
+from ipadapter_jax.data.members import TEXTS, caption_of, grouped
+from ipadapter_jax.data.metadata import Listed, is_metadata
+from ipadapter_jax.data.unused import FOLDER, Unused
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.image_files import is_image_name, unread_format
 from ipadapter_jax.texts import LIST_BYTES, byte_order_mark, parse_json, read_bytes
 
-_PROMPTS = (".txt", ".caption")  # endings of the files beside images, by preference
 COLUMNS = ("prompt", "image", "negative_prompt", "seed", "scale", "name")
 EXAMPLE = '{"prompt": "a red fox", "image": "fox.png"}'
 
@@ -23,82 +22,63 @@ Record = tuple[int, dict[str, Any] | InputError]
 are lone surrogates in the values."""
 
 
-def records(source: Path) -> Iterator[Record]:
-    """All records in the order of the file; those of a folder by name, one for every picture that lies in it, numbered.
+class Records(NamedTuple):
+    """What a source holds: its records in order, read when it is their turn, and what is in none of them."""
 
-    CSV is told from JSON by its first character. Raises InputError: nothing there, not a text, unknown columns.
+    records: Iterator[Record]
+    unused: Unused
+
+
+class _Image(NamedTuple):
+    """A row of a folder: an image prompt, and the caption of its image: a file in the `role`, or a text."""
+
+    name: str
+    file: str
+    role: str | None
+    caption: str | None
+
+
+def open_records(source: Path) -> Records:
+    """All records in the order of the file; those of a folder by name, one for every image that lies in it, numbered.
+    Files there belong together as in a data set: see `data.members`.
+
+    CSV is told from JSON by its first character. Raises InputError: nothing there, not a text, unknown columns, a list
+    of captions that is needed and cannot be used.
     """
     if source.is_dir():
-        return _pictures(source)
+        return _folder(source)
     text = _text(source)
-    return _objects(text) if text.lstrip().startswith(("{", "[")) else _table(text, source)
+    return Records(_objects(text) if text.lstrip().startswith(("{", "[")) else _table(text, source), Unused())
 
 
-def unused(source: Path, bad_lines: Iterable[int] = ()) -> Unused:
-    """What is in no row: rows that cannot be used, by their lines, and what else lies in a folder of images."""
-    found = Unused()
-    for line in bad_lines:
-        found.add(BAD_ROW, f"line {line}")
-    if not source.is_dir():
-        return found
-    names = _names(source)
-    images = {os.path.splitext(name)[0] for name in names if is_image_name(name)}
-    prompts, listed = _prompt_files(names), _listed(source, names)
-    for name in names:
-        stem, ending = os.path.splitext(name)
-        ending = ending.lower()
-        if is_image_name(name) or (is_metadata(name) and listed):
-            continue
-        if ending in _PROMPTS:
-            if stem not in images:
-                found.add(NO_IMAGE, name)
-            elif prompts[stem] != name:
-                found.add(SECOND, name)
-        elif (kind := unread_format(name)) is not None:
-            found.add(not_read(kind), name)
-        else:
-            found.add(FOLDER if (source / name).is_dir() else OTHER, name)
-    for name in sorted(listed.keys() - set(names)):
-        found.add(NOT_THERE, name)
-    return found
+def _folder(folder: Path) -> Records:
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    folders = [name for name in names if (folder / name).is_dir()]
+    files = [name for name in names if name not in {*folders} and not is_metadata(name)]
+    found, listed = grouped(files), Listed(folder, names)
+    images = []
+    for stem, members in found.records:
+        role = next((role for role in TEXTS if role in members), None)
+        number = listed.take(files[members["image"]], role is not None)
+        caption = files[members[role]] if role is not None else listed.texts[number] if number >= 0 else None
+        images.append(_Image(stem, files[members.get("cond", members["image"])], role, caption))
+    for name in folders:
+        found.unused.add(FOLDER, name)
+    listed.close(found.unused)
+    return Records(_images(folder, images), found.unused)
 
 
-def _pictures(folder: Path) -> Iterator[Record]:
-    names = _names(folder)
-    files, listed = _prompt_files(names), _listed(folder, names)
-    for number, picture in enumerate(filter(is_image_name, names), 1):
-        name = os.path.splitext(picture)[0]
-        fields = {"name": name, "image": picture}
+def _images(folder: Path, images: list[_Image]) -> Iterator[Record]:
+    for number, image in enumerate(images, 1):
+        prompt = image.caption
         try:
-            if name in files:
-                content = read_bytes(folder / files[name])
-                fields["prompt"] = content.decode("utf-8-sig", "surrogateescape").strip()
-            elif picture in listed:
-                fields["prompt"] = listed[picture]
+            if image.role is not None and prompt is not None:
+                prompt = caption_of(image.role, read_bytes(folder / prompt), image.file)
         except InputError as error:
             yield number, error
         else:
-            yield number, fields
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
-
-
-def _prompt_files(names: list[str]) -> dict[str, str]:
-    """The file of a prompt by its stem."""
-    found: dict[str, str] = {}
-    for ending in reversed(_PROMPTS):
-        for name in reversed(names):
-            if os.path.splitext(name)[1].lower() == ending:
-                found[os.path.splitext(name)[0]] = name
-    return found
-
-
-def _listed(folder: Path, names: list[str]) -> dict[str, str]:
-    """The captions of a metadata.jsonl or .csv, by image."""
-    lists = read_metadata(folder, names).values()
-    return {name: text for entries in lists for name, text in entries if text is not None}
+            fields = {"name": image.name, "image": image.file}
+            yield number, fields if prompt is None else fields | {"prompt": prompt}
 
 
 def _text(source: Path) -> str:

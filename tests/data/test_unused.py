@@ -242,11 +242,34 @@ def test_a_list_that_is_not_needed_changes_no_identity(tmp_path) -> None:
     ],
 )
 def test_lists_that_cannot_be_used(tmp_path, name, content, message) -> None:
-    write(tmp_path, a__jpg=jpeg(1), a__txt="a")
+    """They are an error where an image has no caption but theirs, and not used elsewhere."""
+    write(tmp_path, a__jpg=jpeg(1))
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as error:
         open_source(str(tmp_path))
     assert message in str(error.value) and "\n" not in str(error.value)
+    before = open_source(str(write(tmp_path, a__txt="a"))).identity()
+    assert texts(tmp_path) == {"a.jpg": "a"}
+    assert said(tmp_path) == (
+        "1 records, 1 files not used: lists that cannot be used, such as those without file_name, and are not needed "
+        f"(1: {name})"
+    )
+    (tmp_path / name).unlink()
+    assert open_source(str(tmp_path)).identity() == before
+
+
+@pytest.mark.parametrize(
+    "content", ["id,url\n1,https://a/b\n", '"id";"text"\n"1";"a, b"\n', "file_name;text\na.jpg;a\n"]
+)
+def test_a_list_of_a_scraper_does_not_stand_in_the_way(tmp_path, content) -> None:
+    write(write(tmp_path, a__jpg=jpeg(1), a__txt="a") / "train", b__jpg=jpeg(2))
+    (tmp_path / "metadata.csv").write_text(content)
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\nb.jpg,b\n")
+    assert texts(tmp_path) == {"a.jpg": "a", "train/b.jpg": "b"}  # all have captions
+    write(tmp_path / "other", c__jpg=jpeg(3))
+    (tmp_path / "train" / "metadata.csv").write_text(content)
+    with pytest.raises(InputError, match=r"train.metadata.csv, line|[^n].metadata.csv, line"):
+        open_source(str(tmp_path))
 
 
 # --- Said by the commands

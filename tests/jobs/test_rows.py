@@ -8,8 +8,7 @@ import pytest
 
 from ipadapter_jax.data.unused import summary
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.jobs.rows import BadRow, Row, read_rows
-from ipadapter_jax.jobs.sources import unused
+from ipadapter_jax.jobs.rows import Row, Rows, read_rows
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-def read(folder: Path, content: str | bytes, name: str = "rows") -> tuple[list[Row], list[BadRow]]:
+def read(folder: Path, content: str | bytes, name: str = "rows") -> Rows:
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_rows(folder / name)
 
@@ -32,7 +31,7 @@ def test_a_pipe_as_a_source(folder, monkeypatch):
     end, begin = os.pipe()
     os.write(begin, b'{"image": "fox.png", "prompt": "a fox"}\n')
     os.close(begin)
-    [row], bad = read_rows(Path(f"/dev/fd/{end}"))
+    [row], bad, _ = read_rows(Path(f"/dev/fd/{end}"))
     os.close(end)
     assert (row.prompt, row.images, bad) == ("a fox", (folder / "fox.png",), [])
 
@@ -46,7 +45,7 @@ def test_csv(folder):
         ',"two\nlines",,3.0,,\r\n'
         f",,{folder}/owl.jpg,,,\r\n"
     )
-    rows, bad = read(folder, content)
+    rows, bad, _ = read(folder, content)
     pictures = (folder / "fox.png", folder / "deep/hen.webp")
     assert bad == []
     assert rows == [
@@ -61,7 +60,7 @@ def test_jsonl(folder):
         {"name": "one", "prompt": "a fox", "image": ["fox.png", "deep/hen.webp"], "seed": 0, "scale": 1},
         {"image": "owl.jpg", "prompt": None, "seed": None, "scale": None, "negative_prompt": "Füße"},
     ]
-    rows, bad = read(folder, "\n\n".join(json.dumps(line) for line in lines))
+    rows, bad, _ = read(folder, "\n\n".join(json.dumps(line) for line in lines))
     assert bad == []
     assert rows == [
         Row(0, 1, "one", "a fox", "", (folder / "fox.png", folder / "deep/hen.webp"), 0, 1.0),
@@ -74,7 +73,7 @@ def test_a_folder(folder):
     (folder / ".hidden.png").write_bytes(b"")
     (folder / "notes.md").write_bytes(b"")
     (folder / " x.png").write_bytes(b"")
-    assert read_rows(folder) == (
+    assert read_rows(folder)[:2] == (
         [
             Row(0, 1, "x", "", "", (folder / " x.png",), None, None),
             Row(1, 2, "fox", "", "", (folder / "fox.png",), None, None),
@@ -91,11 +90,11 @@ def test_prompts_of_a_folder_in_other_files(folder):
     (folder / "fox.txt").write_text("a fox")
     (folder / "fox.caption").write_text("not this")
     (folder / "metadata.jsonl").write_text('{"file_name": "hen.JFIF", "text": "a hen"}\n{"file_name": "fox.png"}\n')
-    rows, bad = read_rows(folder)
+    rows, bad, unused = read_rows(folder)
     assert bad == [] and {row.name: row.prompt for row in rows} == {"fox": "a fox", "hen": "a hen", "owl": "an owl"}
-    assert summary(3, unused(folder)) == (
-        "3 records, 2 files not used: folders, whose images are not read (1: deep); second captions of one image "
-        "(1: fox.caption)"
+    assert summary(3, unused) == (
+        "3 records, 2 files not used: second captions of one image (1: fox.caption); folders, whose images are not "
+        "read (1: deep)"
     )
     (folder / "metadata.jsonl").write_text('{"file": "hen.JFIF"}')
     with pytest.raises(InputError, match="metadata.jsonl, line 1: no file_name"):
@@ -107,21 +106,50 @@ def test_what_is_in_no_row_is_counted(folder):
     (folder / "1.txt").write_text("a newt")
     (folder / "notes.md").write_text("")
     (folder / "metadata.csv").write_text("file_name,text\nowl.jpg,an owl\ngone.jpg,gone\n")
-    assert summary(2, unused(folder, [7])) == (
-        "2 records, 6 files not used: rows that cannot be used, see bad_rows.jsonl (1: line 7); HEIC images, which are "
-        "not read: convert them to JPEG or PNG (1: 1.heic); captions without an image that is read (1: 1.txt); "
-        "folders, whose images are not read (1: deep); entries whose image does not exist (1: gone.jpg); other files "
-        "(1: notes.md)"
+    (folder / "what?.png").write_bytes(b"")
+    assert summary(2, read_rows(folder).unused) == (
+        "2 records, 6 files not used: HEIC images, which are not read: convert them to JPEG or PNG (1: 1.heic); "
+        "captions without an image that is read (1: 1.txt); folders, whose images are not read (1: deep); entries "
+        "whose image does not exist (1: metadata.csv: gone.jpg); rows that cannot be used, see bad_rows.jsonl (1: line "
+        "3); other files (1: notes.md)"
     )
-    assert len(unused(folder / "metadata.csv")) == 0
+    assert len(read(folder, "prompt\na fox\n").unused) == 0
+
+
+def test_files_of_a_folder_belong_together_as_in_a_data_set(folder):
+    """An image prompt of its own, and the captions of img2dataset."""
+    (folder / "fox.cond.jpg").write_bytes(b"")
+    (folder / "fox.json").write_text('{"caption": "a fox", "url": "x"}')
+    (folder / "owl.txt").write_text("an owl")
+    (folder / "owl.json").write_text("{}")
+    (folder / "hen.cond.png").write_bytes(b"")
+    (folder / "more.png").mkdir()
+    rows, bad, unused = read_rows(folder)
+    assert bad == [] and [(row.name, row.prompt, row.images) for row in rows] == [
+        ("fox", "a fox", (folder / "fox.cond.jpg",)),
+        ("owl", "an owl", (folder / "owl.jpg",)),
+    ]
+    assert [(reason.count, reason.names) for reason in unused] == [(1, ("hen.cond.png",)), (2, ("deep", "more.png"))]
+
+
+def test_a_list_that_no_image_needs_is_not_used(folder):
+    (folder / "metadata.csv").write_text("id;url\n1;https://a/b\n")
+    with pytest.raises(InputError, match="metadata.csv, line 2: no file_name"):
+        read_rows(folder)
+    (folder / "fox.txt").write_text("a fox")
+    (folder / "owl.txt").write_text("an owl")
+    rows, bad, unused = read_rows(folder)
+    assert (
+        len(rows) == 2 and bad == [] and unused.report().splitlines()[-1].startswith("metadata.csv: lists that cannot")
+    )
 
 
 @pytest.mark.parametrize("content", ["F\u00fcchse".encode("utf-16-le"), b"a\0b"])
 def test_prompts_in_utf_16_are_refused(folder, content):
     (folder / "owl.txt").write_bytes(content)
-    rows, bad = read_rows(folder)
+    rows, bad, _ = read_rows(folder)
     assert [row.name for row in rows] == ["fox"] and "UTF-8" in bad[0].reason and len(bad) == 1
-    rows, bad = read(folder, '{"prompt": "a\\u0000b"}\n{"prompt": "fine"}')
+    rows, bad, _ = read(folder, '{"prompt": "a\\u0000b"}\n{"prompt": "fine"}')
     assert [row.prompt for row in rows] == ["fine"] and "holds NUL characters, as UTF-16 does" in bad[0].reason
 
 
@@ -129,11 +157,11 @@ def test_bad_pictures_of_a_folder(folder):
     (folder / "fox.jpg").write_bytes(b"")
     (folder / "owl.txt").write_bytes(b"F\xfc\xdfe")
     (folder / "what?.png").write_bytes(b"")
-    rows, bad = read_rows(folder)
+    rows, bad, _ = read_rows(folder)
     assert [row.name for row in rows] == ["fox"]
     assert [(row.line, row.reason.split(";")[0]) for row in bad] == [
         (2, "name 'fox' is that of line 1 too, but for case"),
-        (3, "prompt 'F\\udcfc\\udcdfe' is not UTF-8"),
+        (3, "owl.jpg: its .txt is not UTF-8 (invalid start byte at byte 1): save it as UTF-8"),
         (4, "name 'what?' is no good file name"),
     ]
 
@@ -168,7 +196,7 @@ BAD_CSV = [
 def test_bad_rows_of_a_csv_file(folder, lines, message):
     """Each costs that row alone: the one before it is read."""
     lines = lines if isinstance(lines, bytes) else lines.encode()
-    rows, bad = read(folder, b"prompt,image,negative_prompt,seed,scale,name\nfine,,,,,\n" + lines)
+    rows, bad, _ = read(folder, b"prompt,image,negative_prompt,seed,scale,name\nfine,,,,,\n" + lines)
     assert rows[0].prompt == "fine"
     assert len(bad) == (message is not None)
     if message is not None:
@@ -202,7 +230,7 @@ BAD_JSON = [
 @pytest.mark.parametrize(("line", "message"), BAD_JSON)
 def test_bad_lines_of_a_jsonl_file(folder, line, message):
     line = line if isinstance(line, bytes) else line.encode()
-    rows, bad = read(folder, b'{"prompt": "fine"}\n' + line + b'\n{"prompt": "fine, too"}')
+    rows, bad, _ = read(folder, b'{"prompt": "fine"}\n' + line + b'\n{"prompt": "fine, too"}')
     assert [(row.name, row.line) for row in rows] == [("000000", 1), ("000002", 3)]
     (bad_row,) = bad
     assert bad_row.line == 2 and message in bad_row.reason and len(bad_row.reason) < 500
@@ -244,5 +272,5 @@ def test_no_source(tmp_path):
 def test_a_relative_source_means_the_same_from_elsewhere(folder, monkeypatch):
     read(folder, "image\nfox.png\n", "rows.csv")
     monkeypatch.chdir(folder.parent)
-    assert read_rows(Path("pictures/rows.csv")) == read_rows(folder / "rows.csv")
-    assert read_rows(Path("pictures")) == read_rows(folder)
+    assert read_rows(Path("pictures/rows.csv"))[:2] == read_rows(folder / "rows.csv")[:2]
+    assert read_rows(Path("pictures"))[:2] == read_rows(folder)[:2]

@@ -17,14 +17,12 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.footprint import check_job
 from ipadapter_jax.jobs.plan import plan
 from ipadapter_jax.jobs.rows import Row, read_rows
-from ipadapter_jax.jobs.sources import unused
 from ipadapter_jax.pipeline import StableDiffusion
 
 
 def batch(args: Batch) -> int:
     """Loads, makes what is missing. Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
-    rows, bad = read_rows(args.source)
-    left_out = unused(args.source, [row.line for row in bad])
+    rows, bad, left_out = read_rows(args.source)
     has_references = any(row.images for row in rows)
     check_effects(args, rows)
     check_job(len(rows), args.num_images)
