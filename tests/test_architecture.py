@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "suggestions"},  # whoever reads what a person gave must be able to say what is wrong with it
     {"places"},
     {"nearby"},
-    {"ending", "image_files", "settings", "texts", "trust", "web_images"},
+    {"csv_rows", "ending", "image_files", "settings", "texts", "trust", "web_images"},
     {"tokenizer_files", "draws", "arrays", "levels", "footprint", "prompt_syntax", "progress"},
     {"diffusion", "figures", "preprocess", "tokens", "arguments", "files", "compilation_cache", "flops", "embedded"}
     | {"differences", "heap", "in_order", "lock", "stopping", "announce"},

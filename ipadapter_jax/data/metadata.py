@@ -5,13 +5,12 @@
 Names are relative to the folder of the list, which may lie at any depth.
 """
 
-import csv
-import io
 import posixpath
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ipadapter_jax.csv_rows import read_csv
 from ipadapter_jax.data.columns import ROLES
 from ipadapter_jax.data.strings import printable
 from ipadapter_jax.data.unused import BAD_LIST, NOT_THERE, OTHER, SECOND, Unused
@@ -126,9 +125,7 @@ def _objects(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _rows(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    try:
-        for row in reader:
-            yield reader.reader.line_num, row
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.reader.line_num}: not CSV ({error}); close every quote") from None
+    for number, row in read_csv(text, path).rows:
+        if isinstance(row, InputError):
+            raise InputError(f"{path}, line {number}: {row}")
+        yield number, row

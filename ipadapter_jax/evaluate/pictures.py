@@ -1,6 +1,5 @@
 """Which picture was made for which image prompt, where another program has made them."""
 
-import csv
 import os
 import re
 import warnings
@@ -8,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ipadapter_jax.csv_rows import read_csv
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.references import Reference
 from ipadapter_jax.image_files import SUFFIXES, unread_format
 from ipadapter_jax.nearby import nearby
 from ipadapter_jax.places import expanded
-from ipadapter_jax.texts import read_json_object
+from ipadapter_jax.texts import LIST_BYTES, decode_text, read_bytes, read_json_object
 
 COLUMNS = ("name", "picture")
 
@@ -62,13 +62,11 @@ def _in_folder(folder: Path, names: set[str]) -> Iterator[tuple[int, str, Path]]
 
 def _listed(path: Path) -> Iterator[tuple[int, str, Path]]:
     """The same from a list, numbered by its lines. A name may carry the ending of the image prompt's file."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [*csv.DictReader(file, strict=True, skipinitialspace=True)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as CSV ({error}); give the columns {', '.join(COLUMNS)}") from None
-    for number, row in enumerate(rows, 2):
-        name, picture = ((row.get(column) or "").strip() for column in COLUMNS)
+    table = read_csv(decode_text(read_bytes(path, LIST_BYTES), path), path)
+    for number, row in table.rows:
+        if isinstance(row, InputError):
+            raise InputError(f"{path}, line {number}: {row}")
+        name, picture = (row.get(column, "") for column in COLUMNS)
         if not name or not picture:
             raise InputError(
                 f"{path}, line {number}: no {' or '.join(COLUMNS)}; the first line has to name both columns"

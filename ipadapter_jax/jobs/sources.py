@@ -1,13 +1,12 @@
 """What a job is read from, record by record: a folder of pictures, a CSV file, or JSON objects, one to a line."""
 
-import csv
 import difflib
-import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ipadapter_jax.csv_rows import read_csv
 from ipadapter_jax.data.members import TEXTS, caption_of, grouped
 from ipadapter_jax.data.metadata import Listed, is_metadata
 from ipadapter_jax.data.unused import FOLDER, Unused
@@ -92,33 +91,17 @@ def _text(source: Path) -> str:
 
 def _table(text: str, source: Path) -> Iterator[Record]:
     """CSV with a header. `image` may hold several names, separated by semicolons."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    table = read_csv(text, source)
     try:
-        header = [cell.strip() for cell in next((cells for cells in reader if cells), [])]
-        _check_columns(header)
-    except (csv.Error, InputError) as error:
-        raise InputError(f"{source}, line {reader.line_num}: {error}") from None
-    while True:
-        first = reader.line_num + 1
-        try:
-            cells = [cell.strip() for cell in next(reader)]
-        except StopIteration:
-            return
-        except csv.Error as error:  # an open quote may have taken many lines with it
-            place = f"lines {first} to {reader.line_num}: " if reader.line_num > first else ""
-            yield first, InputError(f'{place}not CSV ({error}); close every quote, and double those inside ("")')
-            continue
-        if not any(cells):
-            continue
-        if len(cells) != len(header):
-            yield (
-                first,
-                InputError(f"{len(cells)} values for {len(header)} columns; put text that has commas into quotes"),
-            )
-            continue
-        fields: dict[str, Any] = dict(zip(header, cells, strict=True))
-        fields["image"] = [name.strip() for name in fields.get("image", "").split(";") if name.strip()]
-        yield first, fields
+        _check_columns(table.columns)
+    except InputError as error:
+        raise InputError(f"{source}, line {table.line}: {error}") from None
+    for line, values in table.rows:
+        if isinstance(values, InputError):
+            yield line, values
+        else:
+            names = [name.strip() for name in values.get("image", "").split(";")]
+            yield line, {**values, "image": [name for name in names if name]}
 
 
 def _objects(text: str) -> Iterator[Record]:
@@ -137,7 +120,6 @@ def _objects(text: str) -> Iterator[Record]:
 
 
 def _check_columns(names: Iterable[str]) -> None:
-    seen = set()
     for name in names:
         if name not in COLUMNS:
             near = difflib.get_close_matches(name[:100].lower(), COLUMNS, 1)
@@ -145,6 +127,3 @@ def _check_columns(names: Iterable[str]) -> None:
             raise InputError(
                 f"unknown column {name[:100]!r}{hint}; the columns, separated by commas, are {', '.join(COLUMNS)}"
             )
-        if name in seen:
-            raise InputError(f"two columns are named {name!r}; remove one of them")
-        seen.add(name)

@@ -238,6 +238,13 @@ def test_a_list_that_is_not_needed_changes_no_identity(tmp_path) -> None:
         ("metadata.jsonl", "[" * 100_000, "line 1: not JSON (nested"),
         ("metadata.csv", "name,text\na.jpg,a", "metadata.csv, line 2: no file_name"),
         ("metadata.csv", 'file_name,text\na.jpg,"a', "line 2: not CSV (unexpected end of data)"),
+        (
+            "metadata.csv",
+            "file_name,text\na.jpg,a red fox, in snow",
+            "metadata.csv, line 2: 3 values for 2 columns; put text that has commas into quotes",
+        ),
+        ("metadata.csv", 'file_name,text\n\na.jpg,"a\nfox"\nb.jpg', "metadata.csv, line 5: 1 values for 2 columns"),
+        ("metadata.csv", "file_name,text,text\na.jpg,a,b", "line 1: two columns are named 'text'; remove one of them"),
         ("metadata.csv", "file_name,text\na.jpg,a".encode("utf-16"), "metadata.csv is UTF-16: save it as UTF-8"),
     ],
 )

@@ -59,9 +59,11 @@ def test_a_list(tmp_path):
     ("content", "message"),
     [
         ("fox,made/a.png\n", "have no picture there"),
-        ("name,picture\nfox\n", "line 2: no name or picture"),
+        ("name\nfox\n", "line 2: no name or picture"),
+        ("name,picture\nfox\n", "line 2: 1 values for 2 columns"),
+        ("name,picture\nfox,made/a.png,with a hat\n", "line 2: 3 values for 2 columns; put text that has commas"),
         ("name,picture\nfox,made/c.png\n", "line 2: there is no picture"),
-        ('name,picture\n"fox,made/a.png\n', "cannot be read as CSV"),
+        ('name,picture\n"fox,made/a.png\n', r"line 2: not CSV \(unexpected end of data\)"),
     ],
 )
 def test_a_list_that_cannot_be_used(tmp_path, content, message):
