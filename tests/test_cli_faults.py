@@ -61,6 +61,17 @@ WORDS = {
     "batch x --image m.png --out y": "--image is an option of generate, not of batch",
     "generate --batch-size 3": "--batch-size is an option of batch, encode, evaluate, not of generate",
     "doctor --json": "--json is an option of inspect, not of doctor",
+    "encode --num_images 3": "--num-images is an option of generate, batch, evaluate, not of encode",
+    "encode --Steps 3": "--steps is an option of generate, batch, train, evaluate, not of encode",
+    "encode --NUM_IMAGES=3": "--num-images is an option of generate, batch, evaluate, not of encode",
+    "encode --num-imgaes 3": (
+        "encode has no option --num-imgaes; --num-images is an option of generate, batch, evaluate"
+    ),
+    "encode --stesp 3": "encode has no option --stesp; --steps is an option of generate, batch, train, evaluate",
+    "encode --cfg 3": "encode has no option --cfg; --guidance-scale is an option of generate, batch, evaluate",
+    "doctor --no_karras": "--no-karras is an option of generate, batch, evaluate, not of doctor",
+    "generate --lr 1": "generate has no option --lr; --optim.learning-rate is an option of train",
+    "generate --Optim.Learning_Rate 1": "--optim.learning-rate is an option of train, not of generate",
     # values
     "generate --scheduler ddmi": "--scheduler ddmi is not known; did you mean ddim?",
     "generate --scheduler DDIMScheduler": "--scheduler DDIMScheduler is not known; did you mean ddim?",

@@ -44,8 +44,7 @@ class _Line:
 
     def __init__(self, command: str, options: Sequence[Option], words: Sequence[str]) -> None:
         self.command, self.options, self.words = command, options, list(words)
-        self.named = {option.name: (option, True) for option in options if not option.positional}
-        self.named |= {option.opposite: (option, False) for option in options if option.kind is bool}
+        self.named = _named(options)
         self.places = [option for option in options if option.positional]
         self.given: dict[tuple[str, ...], Any] = {}
         self.last: Option | None = None
@@ -103,6 +102,12 @@ class _Line:
             values = "one value" if self.last.count == 1 else f"{self.last.count} values"
             raise InputError(f"{what}; {self.last.name} takes {values}, put one of several words into quotes")
         raise InputError(f"{what}; ipadapter-jax {self.command} --help lists them")
+
+
+def _named(options: Sequence[Option]) -> dict[str, tuple[Option, bool]]:
+    """The options by name, with False by the name that turns one off."""
+    named = {option.name: (option, True) for option in options if not option.positional}
+    return named | {option.opposite: (option, False) for option in options if option.kind is bool}
 
 
 def _is_option(word: str) -> bool:
@@ -164,20 +169,33 @@ def _unknown(command: str, name: str, options: Iterable[str]) -> str:
     """What is said of an option that the command does not have: it is called otherwise, belongs to another command, or
     a letter slipped."""
     what = f"{command} has no option {_shown(name)}"
-    known = {option.removeprefix("--"): option for option in options}
-    for option in list(known.values()):
-        known.setdefault(option.removeprefix("--").rpartition(".")[2], option)
-    word = name.lstrip("-")
+    word = name.lstrip("-").lower().replace("_", "-")
     words = (word, word.rpartition(".")[2])  # --optim.lr is called otherwise in its last part alone
-    if found := next(filter(None, (same(one, known) for one in words)), None):
-        return f"{what}; did you mean {known[found]}?"
-    owners = [other for other, entry in COMMANDS.items() if f"--{word}" in _names(entry.kind())]
-    if owners:
-        return f"--{word} is an option of {', '.join(owners)}, not of {command}"
-    if found := next(filter(None, (likeliest(one, known) for one in words)), None):
-        return f"{what}; did you mean {known[found]}?"
+    owners = _owners(command)
+    for find in (same, likeliest):
+        for known, of_others in ((_by_word(options), False), (_by_word(owners), True)):
+            if found := next(filter(None, (find(one, known) for one in words)), None):
+                option = known[found]
+                if not of_others:
+                    return f"{what}; did you mean {option}?"
+                if option == f"--{word}":
+                    return f"{option} is an option of {', '.join(owners[option])}, not of {command}"
+                return f"{what}; {option} is an option of {', '.join(owners[option])}"
     return f"{what}; ipadapter-jax {command} --help lists them"
 
 
-def _names(kind: type) -> set[str]:
-    return {option.name for option in options_of(kind)}
+def _by_word(options: Iterable[str]) -> dict[str, str]:
+    """Options by what is written after the hyphens, and by the last part of that."""
+    known = {option.removeprefix("--"): option for option in options}
+    for word, option in list(known.items()):
+        known.setdefault(word.rpartition(".")[2], option)
+    return known
+
+
+def _owners(command: str) -> dict[str, list[str]]:
+    """The options of all other commands, and which have them."""
+    owners: dict[str, list[str]] = {}
+    for other in COMMANDS:
+        for name in _named(options_of(COMMANDS[other].kind())) if other != command else ():
+            owners.setdefault(name, []).append(other)
+    return owners
