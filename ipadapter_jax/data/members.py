@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import printable
-from ipadapter_jax.data.unused import NO_IMAGE, OTHER, PROMPT_ALONE, SECOND, Unused, not_read
+from ipadapter_jax.data.unused import NO_IMAGE, OTHER, PROMPT_ALONE, SECOND, SECOND_DOT, Unused, not_read
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.image_files import is_image_name, unread_format
 from ipadapter_jax.texts import decode_text, parse_json
@@ -113,7 +113,9 @@ def grouped(names: Iterable[str], split: Callable[[str], Member | None] = split_
 def _leave_out(name: str, unused: Unused) -> None:
     if not posixpath.basename(name).startswith("."):
         kind = unread_format(name)
-        unused.add(OTHER if kind is None else not_read(kind), name)
+        # Only members of shards can have a part by the rule for folders, and none by their own.
+        other = OTHER if split_name(name) is None else SECOND_DOT
+        unused.add(other if kind is None else not_read(kind), name)
 
 
 def _whole(

@@ -16,8 +16,9 @@ from ipadapter_jax.data.files import Files, check_size
 from ipadapter_jax.data.members import ROLES, TEXTS, grouped, record_of, split_member
 from ipadapter_jax.data.records import Record
 from ipadapter_jax.data.strings import Strings, printable
-from ipadapter_jax.data.unused import NO_CAPTION, Unused
+from ipadapter_jax.data.unused import NO_CAPTION, SECOND_DOT, Unused
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.image_files import is_image_name
 
 MEMBER = np.dtype([("offset", np.int64), ("size", np.int64)])  # of the content; size -1: there is no such member
 _MAX_HEADER = 1 << 20
@@ -53,10 +54,14 @@ class TarSource:
         self._entries = np.concatenate(tables)
         self._stems = Strings(stems)
         if not stems:
-            raise InputError(
-                f"{printable(files.path(0))}: no pictures in these tar files; a shard holds members such as "
-                "000000000.jpg with 000000000.txt; a key ends at the first dot"
-            )
+            dotted = next((name for name in self.unused.names(SECOND_DOT) if is_image_name(name)), None)
+            why = "a shard holds members such as 000000000.jpg with 000000000.txt; a key ends at the first dot"
+            if dotted is not None:
+                why = (
+                    f"a WebDataset key ends at the first dot, and {dotted} has another: write the shards again with no "
+                    "dots in the keys"
+                )
+            raise InputError(f"{printable(files.path(0))}: no pictures in these tar files; {why}")
 
     def __len__(self) -> int:
         return len(self._entries)

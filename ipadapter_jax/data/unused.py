@@ -15,6 +15,7 @@ PROMPT_ALONE = "image prompts without an image"
 SECOND = "second captions of one image"
 NOT_THERE = "entries whose image does not exist"
 BAD_LIST = "lists that cannot be used, such as those without file_name, and are not needed"
+SECOND_DOT = "names with a second dot, where a WebDataset key ends at the first: rename them to have them read"
 BAD_ROW = "rows that cannot be used, see bad_rows.jsonl"
 FOLDER = "folders, whose images are not read"
 OTHER = "other files"
@@ -66,6 +67,10 @@ class Unused:
         """The reasons, what else lies there last."""
         for reason in sorted(self._counts, key=lambda reason: reason == OTHER):
             yield Reason(reason, self._counts[reason], tuple(self._names[reason]))
+
+    def names(self, reason: str) -> tuple[str, ...]:
+        """The names of the first thousand that are not used for a reason."""
+        return tuple(self._names.get(reason, ()))
 
     def report(self) -> str:
         """A line for each name that is known, in the order of the reasons."""

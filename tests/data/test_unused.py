@@ -115,11 +115,25 @@ def test_the_key_of_a_tar_member_ends_at_the_first_dot(tmp_path) -> None:
     source = open_source(str(tmp_path / "0.tar"))
     assert len(source) == 1 and source.key(0) == "0.tar:x.y/1" and source[0].cond_image == jpeg(1)
     assert summary(len(source), source.unused) == (
-        "1 records, 4 files not used: HEIC images, which are not read: convert them to JPEG or PNG "
-        "(1: 0.tar:x.y/2.heic); captions without an image that is read (1: 0.tar:x.y/2.txt); other files "
-        "(2: 0.tar:x.y/1.seg.png, 0.tar:x.y/1.cls)"
+        "1 records, 4 files not used: names with a second dot, where a WebDataset key ends at the first: rename them to "
+        "have them read (1: 0.tar:x.y/1.seg.png); HEIC images, which are not read: convert them to JPEG or PNG (1: "
+        "0.tar:x.y/2.heic); captions without an image that is read (1: 0.tar:x.y/2.txt); other files (1: "
+        "0.tar:x.y/1.cls)"
     )
     assert texts(write(tmp_path / "folder", photo__v2__jpg=jpeg(1), photo__v2__txt="dots")) == {"photo.v2.jpg": "dots"}
+
+
+def test_a_shard_whose_keys_all_have_dots_says_so(tmp_path) -> None:
+    for shard, names in (("0.tar", ("img.v2.txt", "img.v2.jpg")), ("1.tar", ("1.txt", "1.jpg", "b.c.PNG", "b.c.json"))):
+        with tarfile.open(tmp_path / shard, "w") as tar:
+            for name in names:
+                add(tar, name, jpeg(1) if name.lower().endswith("g") else b"a fox")
+    with pytest.raises(InputError, match="a WebDataset key ends at the first dot, and 0.tar:img.v2.jpg has another"):
+        open_source(str(tmp_path / "0.tar"))
+    assert texts(tmp_path) == {"1.tar:1": "a fox"}
+    [reason] = open_source(str(tmp_path)).unused
+    assert reason.reason.startswith("names with a second dot") and reason.count == 4
+    assert reason.names == ("0.tar:img.v2.txt", "0.tar:img.v2.jpg", "1.tar:b.c.PNG", "1.tar:b.c.json")
 
 
 def test_files_beside_shards_and_missing_images_of_a_list(tmp_path) -> None:
