@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ipadapter_jax.errors import InputError, PictureError
-from ipadapter_jax.in_order import in_order
+from ipadapter_jax.in_order import in_order, submit
 from ipadapter_jax.jobs.folder import job_folder
 from ipadapter_jax.jobs.image_digests import Identify, of_files
 from ipadapter_jax.jobs.plan import Work, batches, by_images
@@ -106,7 +106,7 @@ def run_job(
             for work, _ in pairs:
                 folder.note(work)
             folder.sync()
-            writing.append([writers.submit(write, work, picture) for work, picture in pairs])
+            writing.append([submit(writers, write, work, picture) for work, picture in pairs])
             finish(_IN_FLIGHT)
         finish(0)
         folder.report(found)

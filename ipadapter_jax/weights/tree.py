@@ -1,8 +1,8 @@
 """From a file's tensors to a parameter tree: every key used once, every shape checked, nothing left unset."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax.errors import WeightFileError
+from ipadapter_jax.in_order import in_order
 from ipadapter_jax.weights.casting import converted
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.names import Path, Spelling
@@ -76,8 +77,8 @@ def load_tree(
 
     # The largest first: what a tensor needs besides its own place is then taken while the others are still in the file.
     keys = sorted(wanted, key=lambda key: -math.prod(tensors[key].shape))
-    with ThreadPoolExecutor(_THREADS) as pool:
-        arrays = dict(zip(keys, pool.map(load, keys), strict=True))
+    with contextlib.closing(in_order(load, keys, threads=_THREADS, ahead=len(keys))) as loaded:
+        arrays = dict(zip(keys, loaded, strict=True))
     return nest({path: arrays[key] for key, (path, _) in wanted.items()})
 
 

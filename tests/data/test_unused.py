@@ -116,8 +116,8 @@ def test_the_key_of_a_tar_member_ends_at_the_first_dot(tmp_path) -> None:
     assert len(source) == 1 and source.key(0) == "0.tar:x.y/1" and source[0].cond_image == jpeg(1)
     assert summary(len(source), source.unused) == (
         "1 records, 4 files not used: names with a second dot, where a WebDataset key ends at the first: rename "
-        "them to have them read (1: 0.tar:x.y/1.seg.png); HEIC images, which are not read: convert them to JPEG or PNG (1: "
-        "0.tar:x.y/2.heic); captions without an image that is read (1: 0.tar:x.y/2.txt); other files (1: "
+        "them to have them read (1: 0.tar:x.y/1.seg.png); HEIC images, which are not read: convert them to JPEG or "
+        "PNG (1: 0.tar:x.y/2.heic); captions without an image that is read (1: 0.tar:x.y/2.txt); other files (1: "
         "0.tar:x.y/1.cls)"
     )
     assert texts(write(tmp_path / "folder", photo__v2__jpg=jpeg(1), photo__v2__txt="dots")) == {"photo.v2.jpg": "dots"}

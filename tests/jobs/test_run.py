@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ipadapter_jax.errors import InputError, PictureError
+from ipadapter_jax.errors import InputError, PictureError, argument, said_in_options
 from ipadapter_jax.jobs.rows import BadRow, Row
 from ipadapter_jax.lock import held
 
@@ -116,6 +116,18 @@ def test_bad_rows_are_reported_and_replaced(tmp_path):
     run(works(12), tmp_path)  # repaired
     check_whole(tmp_path, works(12))
     assert not (tmp_path / "bad_rows.jsonl").exists()
+
+
+def test_rows_are_refused_and_images_written_in_the_words_of_the_command_line(tmp_path):
+    def load(row: Row) -> int:
+        raise InputError(f"{argument('fit', 'tile')}: 9 tiles")
+
+    with said_in_options({"fit": "--fit"}):
+        tally = run(works(1), tmp_path, load=load)
+        said: list[str] = []
+        run(works(2), tmp_path, encode=lambda work, seed: said.append(argument("fit")) or png(seed))
+    assert [row.reason for row in tally.bad] == ["--fit tile: 9 tiles"]
+    assert said == ["--fit"] * 4
 
 
 def test_a_picture_that_is_none_costs_itself_alone(tmp_path):
