@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ipadapter_jax.data.unused import BAD_ROW, Unused
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.jobs.sources import open_records
+from ipadapter_jax.jobs.sources import open_records, spelling
 from ipadapter_jax.places import expanded
 
 MAX_NAME_BYTES = 150  # of the 255 that file systems allow: numbers, endings and temporary names come on top
@@ -61,7 +61,7 @@ def read_rows(source: Path) -> Rows:
     source = expanded(source)
     rows: list[Row] = []
     bad: list[BadRow] = []
-    lines: dict[str, int] = {}  # of the names
+    known: dict[str, Row] = {}  # by the spelling of their names
     folder = os.path.abspath(source if source.is_dir() else "." if source.is_fifo() else source.parent)
     records, unused = open_records(source)
     for index, (line, found) in enumerate(records):
@@ -69,10 +69,8 @@ def read_rows(source: Path) -> Rows:
             if isinstance(found, InputError):
                 raise found
             row = _row(index, line, found, folder)
-            key = unicodedata.normalize("NFC", row.name).casefold()  # as file systems that ignore case and spelling
-            if key in lines:
-                raise InputError(f"name {row.name!r} is that of line {lines[key]} too, but for case; rename one")
-            lines[key] = line
+            if (other := known.setdefault(spelling(row.name), row)) is not row:
+                raise InputError(f"name {row.name!r} is that of line {other.line} too{_but(row, other)}; rename one")
             rows.append(row)
         except InputError as error:
             bad.append(BadRow(line, str(error)))
@@ -81,6 +79,14 @@ def read_rows(source: Path) -> Rows:
         reason = f"line {bad[0].line}: {bad[0].reason}" if bad else "it is empty; give pictures, or rows below a header"
         raise InputError(f"{source} holds no row that can be used; {reason}")
     return Rows(rows, bad, unused)
+
+
+def _but(row: Row, other: Row) -> str:
+    """In what names differ that are one to some file systems."""
+    if row.name == other.name:
+        return ""
+    is_case = unicodedata.normalize("NFC", row.name) != unicodedata.normalize("NFC", other.name)
+    return ", but for case" if is_case else ", but for how accents are written"
 
 
 def _row(index: int, line: int, fields: dict[str, Any], folder: str) -> Row:

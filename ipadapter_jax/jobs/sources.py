@@ -1,7 +1,10 @@
 """What a job is read from, record by record: a folder of pictures, a CSV file, or JSON objects, one to a line."""
 
+import contextlib
 import difflib
+import itertools
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +12,10 @@ from typing import Any, NamedTuple
 from ipadapter_jax.csv_rows import read_csv
 from ipadapter_jax.data.members import TEXTS, caption_of, grouped
 from ipadapter_jax.data.metadata import Listed, is_metadata
+from ipadapter_jax.data.strings import printable
 from ipadapter_jax.data.unused import FOLDER, Unused
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.image_files import is_image_name
 from ipadapter_jax.texts import LIST_BYTES, byte_order_mark, parse_json, read_bytes
 
 COLUMNS = ("prompt", "image", "negative_prompt", "seed", "scale", "name")
@@ -37,6 +42,11 @@ class _Image(NamedTuple):
     caption: str | None
 
 
+def spelling(name: str) -> str:
+    """What names have in common that are one to file systems which ignore case and the spelling of accents."""
+    return unicodedata.normalize("NFC", name.strip()).casefold()
+
+
 def open_records(source: Path) -> Records:
     """All records in the order of the file; those of a folder by name, one for every image that lies in it, numbered.
     Files there belong together as in a data set: see `data.members`.
@@ -55,16 +65,53 @@ def _folder(folder: Path) -> Records:
     folders = [name for name in names if (folder / name).is_dir()]
     files = [name for name in names if name not in {*folders} and not is_metadata(name)]
     found, listed = grouped(files), Listed(folder, names)
+    if not found.records:
+        _check_deeper(folder, folders)
+    by_image = sorted((members["image"], stem, members) for stem, members in found.records)
+    row_names = _names([(stem, files[image]) for image, stem, _ in by_image])
     images = []
-    for stem, members in found.records:
+    for name, (_, _, members) in zip(row_names, by_image, strict=True):
         role = next((role for role in TEXTS if role in members), None)
         number = listed.take(files[members["image"]], role is not None)
         caption = files[members[role]] if role is not None else listed.texts[number] if number >= 0 else None
-        images.append(_Image(stem, files[members.get("cond", members["image"])], role, caption))
+        images.append(_Image(name, files[members.get("cond", members["image"])], role, caption))
     for name in folders:
         found.unused.add(FOLDER, name)
     listed.close(found.unused)
     return Records(_images(folder, images), found.unused)
+
+
+def _check_deeper(folder: Path, names: list[str]) -> None:
+    """Raises InputError naming those of the folders in a folder that hold images, as img2dataset's do."""
+    deeper = []
+    for name in names:
+        with contextlib.suppress(OSError):
+            if any(is_image_name(file) for file in os.listdir(folder / name)):
+                deeper.append(printable(f"{name}/"))
+    if deeper:
+        shown = ", ".join([*deeper[:3], *(["..."] if len(deeper) > 3 else [])])
+        raise InputError(
+            f"{folder} holds no row that can be used; its images lie in {shown}; give one of these folders, or a .csv "
+            "or .jsonl list of the images"
+        )
+
+
+def _names(images: list[tuple[str, str]]) -> list[str]:
+    """A name of its own for the row of each image, given as stem and file: the stem for the first image that has it,
+    with the ending for others, a-png, and a number where another has that name too."""
+    first: dict[str, str] = {}  # by spelling
+    for stem, file in images:
+        first.setdefault(spelling(stem), file)
+    taken, names = {*first}, []
+    for stem, file in images:
+        name = stem
+        if first[spelling(stem)] != file:
+            whole = f"{stem.strip()}-{os.path.splitext(file)[1][1:].lower()}"
+            tries = itertools.chain([whole], (f"{whole}-{number}" for number in itertools.count(2)))
+            name = next(name for name in tries if spelling(name) not in taken)
+            taken.add(spelling(name))
+        names.append(name)
+    return names
 
 
 def _images(folder: Path, images: list[_Image]) -> Iterator[Record]:

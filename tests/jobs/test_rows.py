@@ -154,16 +154,59 @@ def test_prompts_in_utf_16_are_refused(folder, content):
 
 
 def test_bad_pictures_of_a_folder(folder):
-    (folder / "fox.jpg").write_bytes(b"")
     (folder / "owl.txt").write_bytes(b"F\xfc\xdfe")
     (folder / "what?.png").write_bytes(b"")
     rows, bad, _ = read_rows(folder)
     assert [row.name for row in rows] == ["fox"]
     assert [(row.line, row.reason.split(";")[0]) for row in bad] == [
-        (2, "name 'fox' is that of line 1 too, but for case"),
-        (3, "owl.jpg: its .txt is not UTF-8 (invalid start byte at byte 1): save it as UTF-8"),
-        (4, "name 'what?' is no good file name"),
+        (2, "owl.jpg: its .txt is not UTF-8 (invalid start byte at byte 1): save it as UTF-8"),
+        (3, "name 'what?' is no good file name"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        ("a.jpg a.png a.webp b.JPG b.jpg", "a a-png a-webp b b-jpg"),
+        ("A.png a.jpg", "A a-jpg"),
+        ("a-png.jpg a.jpg a.png", "a-png a a-png-2"),
+        ("a-png-2.jpg a-png.jpg a.jpg a.png", "a-png-2 a-png a a-png-3"),
+        ("a.JPEG a.Jpeg a.jpeg", "a a-jpeg a-jpeg-2"),
+        ("a\u0308.png \u00e4.jpg", "a\u0308 \u00e4-jpg"),
+        ("a.jpg a.png a-jpg.txt", "a a-png"),
+    ],
+)
+def test_images_of_one_stem_are_rows_of_their_own(tmp_path, files, names):
+    """The first of them, by name, is called by the stem, as in jobs that were begun when it was the only one."""
+    for file in files.split():
+        (tmp_path / file).write_bytes(b"")
+    (tmp_path / "a.txt").write_text("a fox")
+    rows, bad, _ = read_rows(tmp_path)
+    assert bad == [] and [row.name for row in rows] == names.split()
+    images = [file for file in files.split() if not file.endswith(".txt")]
+    assert [row.images[0].name for row in rows] == images and [row.index for row in rows] == [*range(len(images))]
+    assert all(row.prompt == ("a fox" if row.images[0].stem == "a" else "") for row in rows)
+
+
+def test_rows_are_in_the_order_of_their_images(tmp_path):
+    """Not of their captions: another order would give a job that was begun other seeds."""
+    for file in ("a.k.jpg", "a.png", "a.caption"):
+        (tmp_path / file).write_text("")
+    assert [row.name for row in read_rows(tmp_path).rows] == ["a.k", "a"]
+
+
+def test_images_in_deeper_folders_alone(tmp_path):
+    """As img2dataset leaves them."""
+    for number in range(4):
+        (tmp_path / f"0000{number}").mkdir()
+        (tmp_path / f"0000{number}" / "1.jpg").write_bytes(b"")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        InputError, match=r"its images lie in 00000/, 00001/, 00002/, \.\.\.; give one of these folders, or a \.csv"
+    ):
+        read_rows(tmp_path)
+    assert [row.name for row in read_rows(tmp_path / "00000").rows] == ["1"]
 
 
 BAD_CSV = [
@@ -185,7 +228,8 @@ BAD_CSV = [
     ("a,,,,," + "ü" * 76, "is too long; at most 150 bytes"),
     ("a,,,,,Ä\nb,,,,,ä", "name 'ä' is that of line 3 too, but for case; rename one"),
     ("a,,,,,000001", None),
-    ("a,,,,,000002\nb,,,,,", "name '000002' is that of line 3 too"),
+    ("a,,,,,000002\nb,,,,,", "name '000002' is that of line 3 too; rename one"),
+    ("a,,,,,a\u0308\nb,,,,,\u00e4", "is that of line 3 too, but for how accents are written; rename one"),
     ('"a" b,,,,,', "not CSV (',' expected after '\"'); close every quote"),
     ('"a,,,,,\nb,,,,,\nc,,,,,', "lines 3 to 5: not CSV (unexpected end of data)"),
     (b"F\xfc\xdfe,,,,,", "prompt 'F\\udcfc\\udcdfe' is not UTF-8; save the text as UTF-8"),
