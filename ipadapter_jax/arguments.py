@@ -114,13 +114,15 @@ def seeds_of(seed: int | Sequence[int] | None, count: int, used: bool = True) ->
         print(f"seed {seed}", file=sys.stderr)
     seeds = _listed(seed, "seed")
     if not all(isinstance(s, int) and 0 <= s < 2**32 for s in seeds):
-        raise InputError(f"seed {seed} must be a whole number between 0 and 2^32 - 1, or a list of them")
+        raise InputError(f"{argument('seed')} {seed} must be a whole number between 0 and 2^32 - 1, or a list of them")
     if np.ndim(seed) == 0:
         seeds = [seeds[0] + i for i in range(count)]
     if len(seeds) != count:
         raise InputError(f"{len(seeds)} seeds for {count} pictures; give one number, or one for each picture")
     if max(seeds) >= 2**32:
-        raise InputError(f"seed {seed} is too large for {count} pictures: seed + {count - 1} must stay below 2^32")
+        raise InputError(
+            f"{argument('seed')} {seed} is too large for {count} pictures: seed + {count - 1} must stay below 2^32"
+        )
     return np.asarray(seeds, np.uint32)
 
 
@@ -153,7 +155,9 @@ def check_range(numbers: np.ndarray, name: str, dtype: Any) -> None:
     found = float(np.abs(numbers).max(initial=0))
     if not found <= most:
         remedy = "load the model in bfloat16 or float32" if dtype == np.float16 else "scale them down"
-        raise InputError(f"{name} reaches {found:.6g}, beyond {most:.6g}, the largest number of {dtype}; {remedy}")
+        raise InputError(
+            f"{argument(name)} reaches {found:.6g}, beyond {most:.6g}, the largest number of {dtype}; {remedy}"
+        )
 
 
 def largest(dtype: Any) -> float:

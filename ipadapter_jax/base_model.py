@@ -109,10 +109,9 @@ class BaseModel:
             return _replacement(component, name, self.replaced[name], self)
         if self.file is None:
             return open_component(component, self.folder / name, self.variants.get(name))
-        option = f"--{name.replace('_', '-')}"
         if not self.parts[name]:
             raise WeightFileError(
-                f"{self.file}: holds no {component.title}; name one with {option}"
+                f"{self.file}: holds no {component.title}; name one with {argument(name)}"
                 if name in ("vae", "text_encoder")
                 else f"{self.file}: holds no {component.title}; take another file"
             )
@@ -121,7 +120,7 @@ class BaseModel:
         except WeightFileError as error:
             if name == "unet":
                 raise
-            raise WeightFileError(f"{error} A whole {component.title} can be named with {option}") from None
+            raise WeightFileError(f"{error} A whole {component.title} can be named with {argument(name)}") from None
 
     def _in_file(self, name: str, tensors: Mapping[str, Tensor], file: Path) -> Opened:
         found = self.blueprint(name)

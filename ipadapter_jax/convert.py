@@ -149,10 +149,10 @@ def _kind_of_folder(folder: Path) -> str:
 
 
 def only(kind: str, options: Mapping[str, Any]) -> None:
-    """Raises InputError for an option that is given and has no meaning for this kind of source."""
+    """Raises InputError for an argument that is given and has no meaning for this kind of source."""
     for name, value in options.items():
         if value:
-            raise InputError(f"--{name.replace('_', '-')} has no meaning for {kind}")
+            raise InputError(f"{argument(name)} has no meaning for {kind}; leave it out")
 
 
 def _numpy(dtype: str | None) -> Any:

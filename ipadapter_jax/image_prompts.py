@@ -190,8 +190,8 @@ class _Plan:
         common = [dataclasses.replace(s, value=1.0) for s in full]
         if len(full) != self.num_prompts or any(s != common[0] for s in common):
             raise InputError(
-                f"ip_adapter_scale: PerPrompt takes one for each of {self.num_prompts} prompts, and they may differ in "
-                "their value alone"
+                f"{argument('ip_adapter_scale')}: PerPrompt takes one for each of {self.num_prompts} prompts, and they "
+                "may differ in their value alone"
             )
         for s in full:  # a number: presets belong into Scale(layers=...)
             scale_table(Scale(s.value), self.sites, 1)
@@ -249,7 +249,8 @@ def _per_adapter(controls: Controls, adapters: int, num_prompts: int) -> Sequenc
         given = list(embeds) if isinstance(embeds, list | tuple) else [embeds]
         if any(isinstance(e, PerPrompt) for e in given):
             raise InputError(
-                "ip_adapter_image_embeds are the same for all prompts; PerPrompt goes with ip_adapter_image"
+                f"{argument('ip_adapter_image_embeds')} are the same for all prompts; PerPrompt goes with "
+                f"{argument('ip_adapter_image')}"
             )
     elif isinstance(images, list | tuple) and (adapters > 1 or any(isinstance(i, list | tuple) for i in images)):
         given = list(images)
@@ -262,7 +263,9 @@ def _per_adapter(controls: Controls, adapters: int, num_prompts: int) -> Sequenc
     if len(given) != adapters or any(prompt is None for prompt in given):
         name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
         for_texts = "; for one for each text prompt give PerPrompt([...])" if embeds is None else ""
-        raise InputError(f"{adapters} adapter(s) need as many image prompts ({name}), one for each{for_texts}")
+        raise InputError(
+            f"{adapters} adapter(s) need as many image prompts ({argument(name)}), one for each{for_texts}"
+        )
     return given
 
 
@@ -279,8 +282,8 @@ def _scales(scale: Any, adapters: int) -> list[Any]:
     scales = list(scale) if isinstance(scale, list | tuple) else [scale] * adapters
     if len(scales) != adapters:
         raise InputError(
-            f"ip_adapter_scale has {len(scales)} values for {adapters} adapters; give one for each, and for several "
-            "pictures of one adapter a list in the list, [[0.7, 0.3]]"
+            f"{argument('ip_adapter_scale')} has {len(scales)} values for {adapters} adapters; give one for each, and "
+            "for several pictures of one adapter a list in the list, [[0.7, 0.3]]"
         )
     return scales
 
@@ -293,7 +296,8 @@ def _masks(masks: Any, adapters: int) -> list[Sequence[Any] | None]:
         masks = list(masks[0] if masks.ndim == 4 and len(masks) == 1 else masks)
     if not isinstance(masks, list | tuple):
         raise InputError(
-            "ip_adapter_masks is a list with one mask for each picture, for several adapters a list of these"
+            f"{argument('ip_adapter_masks')} is a list with one mask for each picture, for several adapters a list of "
+            "these"
         )
     nested = [list(m[0]) if is_array(m) and m.ndim == 4 and len(m) == 1 else m for m in masks]  # (1, n, H, W) too
     if adapters == 1 and not any(isinstance(mask, list | tuple) for mask in nested):
@@ -309,5 +313,7 @@ def _negatives(negative: Any, adapters: int) -> list[list[Picture] | None]:
     if negative is None or adapters < 2:
         return [None if negative is None else _pictures(negative)] * adapters
     if not isinstance(negative, list | tuple) or len(negative) != adapters:
-        raise InputError(f"negative_ip_adapter_image: give a list with one picture for each of the {adapters} adapters")
+        raise InputError(
+            f"{argument('negative_ip_adapter_image')}: give a list with one picture for each of the {adapters} adapters"
+        )
     return [None if picture is None else _pictures(picture) for picture in negative]

@@ -206,8 +206,8 @@ def test_the_command(tmp_path, capsys):
 WRONG = [
     (FILES["base"], "a.ckpt", {}, "saved as .safetensors or .bin"),
     (FILES["base"], "a", {}, "saved as .safetensors or .bin"),
-    (FILES["base"], "a.bin", {"flax": True}, "--flax has no meaning for an IP-Adapter"),
-    (FILES["base"], "a.bin", {"vae": TORCH_MODEL}, "--vae has no meaning for an IP-Adapter"),
+    (FILES["base"], "a.bin", {"flax": True}, "flax has no meaning for an IP-Adapter; leave it out"),
+    (FILES["base"], "a.bin", {"vae": TORCH_MODEL}, "vae has no meaning for an IP-Adapter"),
     (FILES["base"], "a.bin", {"dtype": "float8"}, "dtype 'float8'"),
     (TORCH_MODEL, "a.bin", {}, "one .safetensors or as a folder"),
     (TORCH_MODEL, "a.safetensors", {"flax": True}, "flax writes a folder"),
@@ -259,6 +259,12 @@ NAMES = [
 def test_parts_of_names_are_no_endings(tmp_path, out):
     convert(IMAGE_ENCODER, tmp_path / out)
     assert (tmp_path / out / "model.safetensors").is_file()
+
+
+def test_options_are_named_on_the_command_line(tmp_path, capsys):
+    assert cli.main(["convert", str(FILES["base"]), str(tmp_path / "a.bin"), "--extract-ema"]) == 2
+    told = "ipadapter-jax: --extract-ema has no meaning for an IP-Adapter; leave it out\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_source_that_cannot_be_read_is_named(tmp_path, capsys):

@@ -13,6 +13,7 @@ from small_model import small_adapter, small_model
 
 from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion, sampling
 from ipadapter_jax.diffusion.samplers import sample_table
+from ipadapter_jax.errors import said_in_options
 from ipadapter_jax.image_prompts import Controls, entries_of, entry_weights
 from ipadapter_jax.models.unet_config import cross_attention_sites, site_grids
 from ipadapter_jax.preprocess import CLIP_MEAN, CLIP_STD, clip_pixel_values
@@ -292,6 +293,33 @@ def test_one_for_each_prompt_goes_to_every_adapter(base, pipe):
     ):
         with pytest.raises(InputError, match=words):
             entries(pipe, prompts=2, **controls)
+
+
+WRONG = [
+    ({"images": PerPrompt([CAT, DOG, CAT])}, 1, "ip_adapter_image", "has 3 image prompts for 2 prompts"),
+    ({"images": CAT, "scale": PerPrompt([1])}, 1, "ip_adapter_scale", "PerPrompt takes one for each"),
+    ({"images": CAT, "scale": [1, 2]}, 1, "ip_adapter_scale", "has 2 values for 1 adapters"),
+    ({"images": CAT, "masks": CAT}, 1, "ip_adapter_masks", "is a list with one mask for each picture"),
+    ({"embeds": [PerPrompt([1, 2])]}, 1, "ip_adapter_image_embeds", "PerPrompt goes with ip_adapter_image"),
+    ({"images": [CAT]}, 2, "ip_adapter_image", "need as many image prompts"),
+    ({"embeds": [1]}, 2, "ip_adapter_image_embeds", "need as many image prompts"),
+    ({"images": [CAT, CAT], "negative": DOG}, 2, "negative_ip_adapter_image", "for each of the 2 adapters"),
+    ({"embeds": [np.full((2, 1, 40), 1e39)]}, 1, "ip_adapter_image_embeds", "reaches 1e+39"),
+]
+
+
+@pytest.mark.parametrize(("controls", "adapters", "name", "words"), WRONG)
+def test_arguments_are_named_as_options_on_a_command_line(pipe, controls, adapters, name, words):
+    """Here as they are called in Python."""
+    several = dataclasses.replace(pipe, adapters=pipe.adapters * adapters)
+    messages = []
+    for options in ({}, {name: "--told", "ip_adapter_image": "--told"}):
+        with said_in_options(options), pytest.raises(InputError) as caught:
+            entries(several, prompts=2, **controls)
+        messages.append(str(caught.value))
+    python, line = messages
+    assert name in python and words in python
+    assert "--told" in line and name not in line
 
 
 # --- tiles and files -------------------------------------------------------------------------------------------------
