@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -19,6 +20,21 @@ def announced(what: str, remark: str = "") -> Iterator[None]:
     start = time.monotonic()
     yield
     _say(f"{what}: done in {time.monotonic() - start:.1f} s")
+
+
+@contextlib.contextmanager
+def announced_if_long(what: str, seconds: float = 2) -> Iterator[None]:
+    """The same for what takes longer than that now and then, and is not worth a line otherwise."""
+    start = time.monotonic()
+    timer = threading.Timer(seconds, _say, [f"{what} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if (took := time.monotonic() - start) > seconds:
+        _say(f"{what}: done in {took:.1f} s")
 
 
 class FirstTime:

@@ -2,10 +2,11 @@
 
 import logging
 import re
+import time
 
 import pytest
 
-from ipadapter_jax.announce import FirstTime, announced
+from ipadapter_jax.announce import FirstTime, announced, announced_if_long
 
 
 @pytest.fixture
@@ -31,6 +32,16 @@ def test_a_failure_is_not_done(said):
     with pytest.raises(ValueError, match="no room"), announced("reading"):
         raise ValueError("no room")
     assert said() == ["reading ..."]
+
+
+def test_what_is_long_alone(said):
+    with announced_if_long("looking", seconds=5):
+        pass
+    assert said() == []
+    with announced_if_long("looking", seconds=0.05):
+        time.sleep(0.3)
+        assert said() == ["looking ..."]
+    assert said() == ["looking ...", "looking: done in N s"]
 
 
 def test_the_second_time_nothing_is_said(said):

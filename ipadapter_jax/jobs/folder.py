@@ -18,11 +18,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from ipadapter_jax.announce import announced_if_long
 from ipadapter_jax.differences import differences
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import remove_leftovers, write_whole
 from ipadapter_jax.in_order import in_order
-from ipadapter_jax.jobs.image_digests import Digests, Identify
+from ipadapter_jax.jobs.image_digests import Digests, Identify, of_line, replaced, to_line, without_digests
 from ipadapter_jax.jobs.plan import Work
 from ipadapter_jax.jobs.rows import BadRow, Row
 from ipadapter_jax.lines import Lines, read_lines
@@ -31,7 +32,6 @@ from ipadapter_jax.texts import read_json_object
 
 SETTINGS = "job.json"
 CONFIGURATIONS = "configurations"  # of the model's parts, among the settings; those of older releases have none
-_DIGESTS = "images_sha256"  # of a line; those of older releases have none
 _THREADS = 4  # that read image prompts
 
 
@@ -70,7 +70,8 @@ class JobFolder:
             else:
                 self.note(work)
         groups = (list(group) for _, group in itertools.groupby(listed, key=lambda work: work.row.index))
-        with contextlib.closing(in_order(self._changes, groups, threads=_THREADS, ahead=4 * _THREADS)) as found:
+        looking = in_order(self._changes, groups, threads=_THREADS, ahead=4 * _THREADS)
+        with announced_if_long("looking whether image prompts have changed"), contextlib.closing(looking) as found:
             changed = [*itertools.chain.from_iterable(found)]
         if changed:
             raise InputError(
@@ -81,18 +82,24 @@ class JobFolder:
     def _changes(self, works: Sequence[Work]) -> list[str]:
         """Of the works of one row those whose picture was made from something else, each with what is different."""
         changed = []
-        lines = [self._listed[work.picture] for work in works]
-        now = self._identify(works[0].row) if any(map(_digests, lines)) else ()
-        for work, line in zip(works, lines, strict=True):
-            old, new = _comparable(line), _comparable(_facts(work))
-            how = differences(old, new) if old != new else _replaced(works[0].row, _digests(line), now)
+        for work in works:
+            line = self._listed[work.picture]
+            old, new, before = _comparable(line), _comparable(_facts(work)), of_line(line)
+            if old != new:
+                how = differences(old, new)
+            else:
+                names = replaced([path.name for path in work.row.images], before, self._now(work.row, before))
+                how = [f"image {name} has been replaced by another" for name in names]
             if how:
                 changed.append(f"{work.picture} for one ({'; '.join(how)[:500]})")
         return changed
 
+    def _now(self, row: Row, before: Digests) -> Digests:
+        return self._identify(row, before) if before else ()
+
     def look(self, row: Row) -> None:
         """Remembers what the image prompts of a row hold; for before they are read. Safe in threads."""
-        self._digests[row.index] = self._identify(row)
+        self._digests[row.index] = self._identify(row, ())
 
     def write(self, work: Work, png: bytes) -> None:
         """The picture, under its name when it is whole. Safe in threads."""
@@ -101,8 +108,7 @@ class JobFolder:
     def note(self, work: Work) -> None:
         """The line of a picture that is about to be written. A kill may come between the two: a line without its
         picture is dropped by the next process, and a picture without its line would not say what it was made from."""
-        digests = self._digests.get(work.row.index, ())
-        self._manifest.add(_facts(work) | ({_DIGESTS: digests} if any(digests) else {}))
+        self._manifest.add(_facts(work) | to_line(self._digests.get(work.row.index, ())))
 
     def sync(self) -> None:
         self._manifest.sync()
@@ -188,18 +194,7 @@ def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
     """With the names of image prompts alone, which may lie in another folder now, and without what they hold."""
     images = facts.get("images")
     names = [os.path.basename(str(path)) for path in images] if isinstance(images, list) else images
-    return {**{name: value for name, value in facts.items() if name != _DIGESTS}, "images": names}
-
-
-def _digests(line: Mapping[str, Any]) -> Sequence[Any]:
-    found = line.get(_DIGESTS)
-    return found if isinstance(found, list) else ()
-
-
-def _replaced(row: Row, before: Sequence[Any], now: Digests) -> list[str]:
-    """The image prompts that hold something else than they did, as far as both are known."""
-    known = ((path.name, a, b) for path, a, b in zip(row.images, before, now, strict=False) if a and b)
-    return [f"image {name} has been replaced by another" for name, a, b in known if a != b]
+    return {**without_digests(facts), "images": names}
 
 
 def _is_first(line: dict, there: set[str], listed: dict[str, dict]) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ipadapter_jax.errors import InputError, PictureError, argument, said_in_options
+from ipadapter_jax.files import sha256
 from ipadapter_jax.jobs.rows import BadRow, Row
 from ipadapter_jax.lock import held
 
@@ -266,6 +267,65 @@ def test_a_replaced_image_prompt_is_refused(tmp_path, references):
     (tmp_path / "shared.jpg").write_bytes(b"another")
     with pytest.raises(InputError, match=r"6 pictures there .*image shared.jpg has been replaced by another"):
         run(references, out, make=pytest.fail)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of image prompts that are read for their digest; files of any age count as settled."""
+    names: list[str] = []
+
+    def digest(path: Path) -> str:
+        names.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr("ipadapter_jax.jobs.image_digests.sha256", digest)
+    monkeypatch.setattr("ipadapter_jax.jobs.image_digests._SETTLED_NS", -1)
+    return names
+
+
+def test_image_prompts_that_have_not_changed_are_not_read_again(tmp_path, references, read):
+    out, image = tmp_path / "out", tmp_path / "row1.jpg"
+    run(references, out)
+    assert sorted(read) == ["row0.jpg", "row1.jpg", "row2.jpg", "shared.jpg"]
+    read.clear()
+    assert run(references, out, make=pytest.fail).before == 6 and read == []
+    time.sleep(0.05)  # beyond the grain of a file system's clock
+    os.utime(image)  # copied by the same content, say
+    assert run(references, out, make=pytest.fail).before == 6 and read == ["row1.jpg"]
+    before = image.stat()
+    time.sleep(0.05)
+    image.write_bytes(b"ROW1.jpg")
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(InputError, match=r"2 pictures there .*\(image row1.jpg has been replaced"):
+        run(references, out, make=pytest.fail)
+
+
+def test_another_file_of_the_same_size_and_time_is_noticed(tmp_path, references, read):
+    out, image = tmp_path / "out", tmp_path / "row1.jpg"
+    run(references, out)
+    before = image.stat()
+    (tmp_path / "new").write_bytes(b"ROW1.jpg")
+    os.utime(tmp_path / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "new").rename(image)
+    with pytest.raises(InputError, match=r"2 pictures there .*\(image row1.jpg has been replaced"):
+        run(references, out, make=pytest.fail)
+
+
+def test_a_file_that_has_just_changed_is_read_again(tmp_path, references):
+    """Another change may have the same time."""
+    run(references, tmp_path / "out")
+    assert all(line["images_state"] == [None, None] for line in objects(tmp_path / "out/job.jsonl"))
+
+
+def test_a_line_that_was_damaged_by_hand_is_no_state(tmp_path, references, read):
+    out = tmp_path / "out"
+    run(references, out)
+    lines = objects(out / "job.jsonl")
+    for states in (None, [1], [[1, 2], "x"], [["a", None, 3, 4], {}]):
+        read.clear()
+        (out / "job.jsonl").write_text("".join(json.dumps(line | {"images_state": states}) + "\n" for line in lines))
+        assert run(references, out, make=pytest.fail).before == 6
+        assert sorted(read) == ["row0.jpg", "row1.jpg", "row2.jpg", "shared.jpg"]
 
 
 def test_image_prompts_are_looked_at_when_they_are_read(tmp_path, references):

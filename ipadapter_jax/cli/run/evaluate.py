@@ -26,6 +26,7 @@ from ipadapter_jax.evaluate.results import TITLES, Results, compute, write_table
 from ipadapter_jax.evaluate.scorer import OpenedScorer, open_scorer
 from ipadapter_jax.files import remove_leftovers, write_whole
 from ipadapter_jax.footprint import check_job
+from ipadapter_jax.jobs.image_digests import Digests, ImageDigest
 from ipadapter_jax.jobs.plan import plan
 from ipadapter_jax.jobs.rows import Row
 from ipadapter_jax.lock import held_shard
@@ -96,8 +97,8 @@ def _paint(args: Evaluate, references: References, account: Sequence[str]) -> tu
     def prepare(row: Row) -> Prepared:
         return pipe.adapters[0].prepare([references.found[row.index].picture()], args.fit)
 
-    def identify(row: Row) -> tuple[str]:
-        return (references.found[row.index].digest(),)
+    def identify(row: Row, before: Digests) -> Digests:
+        return (ImageDigest(references.found[row.index].digest()),)
 
     data = {name: value for name, value in references.identity.items() if name != "prompts"}  # --limit may grow
     facts = settings(args, pipe) | {"with_caption": args.with_caption, "data": data}
