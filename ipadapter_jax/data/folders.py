@@ -16,7 +16,8 @@ class FolderSource:
     """Record by record what `members` describes, sorted by name: 1.jpg with 1.txt, at any depth. Images without a
     caption file have that of a metadata.jsonl or .csv, if there is one; text_column names its column.
 
-    Raises InputError for a list that cannot be used where an image needs one.
+    Raises InputError for a list that cannot be used where an image needs one, for a text_column that no list has, and
+    for lists without captions where no image has one.
     """
 
     def __init__(self, files: Files, text_column: str | None = None):
@@ -33,6 +34,8 @@ class FolderSource:
             if not has_file and text < 0:
                 self.unused.add(NO_CAPTION, image, is_record=True)
             records.append([*(members.get(role, -1) for role in ROLES), text])
+        if 0 < len(records) == self.unused.records:
+            listed.check_columns()
         # Whatever else lies there is no part of the data, nor of its identity.
         kept = [number for number, name in enumerate(names) if split_name(name)]
         self._files = Files(files.root, Strings([*(names[number] for number in kept), *listed.close(self.unused)]))

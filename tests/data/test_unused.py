@@ -16,7 +16,7 @@ from ipadapter_jax.cli import main
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.data.samples import LiveSamples
 from ipadapter_jax.data.unused import Unused, summary, write_report
-from ipadapter_jax.errors import InputError
+from ipadapter_jax.errors import InputError, said_in_options
 from ipadapter_jax.evaluate.references import open_references
 from ipadapter_jax.image_files import SUFFIXES
 from ipadapter_jax.jobs.run import Tally
@@ -232,7 +232,7 @@ def test_a_list_that_is_not_needed_changes_no_identity(tmp_path) -> None:
     before = open_source(str(tmp_path)).identity()
     write(tmp_path, metadata__jsonl='{"file_name": "a.jpg", "label": 3}')
     assert open_source(str(tmp_path)).identity() == before
-    assert said(tmp_path) == "1 records, 1 files not used: other files (1: metadata.jsonl)"
+    assert said(tmp_path) == "1 records, 1 files not used: lists without captions (1: metadata.jsonl)"
 
 
 @pytest.mark.parametrize(
@@ -277,6 +277,48 @@ def test_lists_that_cannot_be_used(tmp_path, name, content, message) -> None:
     )
     (tmp_path / name).unlink()
     assert open_source(str(tmp_path)).identity() == before
+
+
+def test_a_column_that_no_list_has(tmp_path) -> None:
+    """Named, whether an image needs the list or not: an option that does nothing would not be noticed."""
+    write(tmp_path, a__jpg=jpeg(1), metadata__csv="file_name,text\na.jpg,a red fox\n")
+    message = r"text_column=nope: .*metadata.csv has no column nope; it has file_name, text$"
+    with pytest.raises(InputError, match=message):
+        open_source(str(tmp_path), text_column="nope")
+    write(tmp_path, a__txt="a")
+    with pytest.raises(InputError, match=message):
+        open_source(str(tmp_path), text_column="nope")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n")
+    with pytest.raises(InputError, match=r"metadata.csv is an empty list; a line should look like"):
+        open_source(str(tmp_path), text_column="text")
+    (tmp_path / "metadata.csv").write_text("name,text\na.jpg,b\n")
+    with pytest.raises(InputError, match=r"metadata.csv, line 2: no file_name"):
+        open_source(str(tmp_path), text_column="text")
+    write(tmp_path / "train", b__jpg=jpeg(2), metadata__jsonl='{"file_name": "b.jpg", "nope": "b"}')
+    assert texts(tmp_path, text_column="nope") == {"a.jpg": "a", "train/b.jpg": "b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "file_name,description,label\na.jpg,a red fox,3\n"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "description": "a red fox"}\n{"file_name": "b.jpg", "label": 3}'),
+    ],
+)
+def test_a_list_whose_captions_have_an_unknown_name(tmp_path, name, content) -> None:
+    write(tmp_path, a__jpg=jpeg(1), b__jpg=jpeg(2))
+    (tmp_path / name).write_text(content)
+    with said_in_options({"text_column": "--data.text-column"}), pytest.raises(InputError) as error:
+        open_source(str(tmp_path))
+    assert str(error.value) == (
+        f"{tmp_path / name} has no column of captions (text, caption, txt, prompt); it has file_name, description, "
+        "label; name the one that is meant by --data.text-column"
+    )
+    assert open_source(str(tmp_path), text_column="description")[0].text == "a red fox"
+    write(tmp_path, b__txt="b")
+    assert said(tmp_path) == (
+        f"1 records, 2 files not used: images without a caption (1: a.jpg); lists without captions (1: {name})"
+    )
 
 
 @pytest.mark.parametrize(
