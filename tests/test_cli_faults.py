@@ -1,6 +1,8 @@
 """What is wrong with a command line is said in one line, exactly this one, and ends with exit code 2."""
 
+import contextlib
 import dataclasses
+import logging
 import os
 import re
 import shlex
@@ -15,6 +17,7 @@ from helpers import forbid_sampling
 from ipadapter_jax.cli import COMMANDS, main, parse
 from ipadapter_jax.cli.declared import options_of
 from ipadapter_jax.embedded import FOLDER, REFERENCE
+from ipadapter_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -400,3 +403,45 @@ def test_a_name_in_any_encoding(environment, tmp_path):
     done = subprocess.run(words, capture_output=True, cwd=tmp_path, env=settings)
     told = f": neither a .py file here nor one of {RECIPES}\n".encode()
     assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"ipadapter-jax: recipe b\xff.py" + told)
+
+
+LONG = {
+    "batch": "batch list.csv --out made",
+    "evaluate": "evaluate data --adapter mini --out made",
+    "encode": "encode --base mini --image-encoder mini --data . --out made",
+}
+
+
+@pytest.mark.parametrize("command", LONG)
+@pytest.mark.parametrize(
+    ("error", "code", "told"), [(InputError("no"), 2, "no"), (KeyboardInterrupt(), 130, "interrupted")]
+)
+def test_reports_of_long_jobs_appear_at_once(command, error, code, told, monkeypatch, capsys):
+    def job(_) -> int:
+        logging.getLogger("ipadapter_jax").info("a report")
+        assert capsys.readouterr().err == "a report\n"
+        raise error
+
+    monkeypatch.setattr(f"ipadapter_jax.cli.run.{command}.{command}", job)
+    assert main(shlex.split(LONG[command])) == code
+    assert capsys.readouterr().err == f"ipadapter-jax: {told}\n"
+
+
+@pytest.mark.parametrize("error", [InputError("no"), KeyboardInterrupt(), RuntimeError("broken"), None])
+def test_reports_of_short_jobs(error, monkeypatch, capsys):
+    """When they are done; of those that fail only what was to warn."""
+
+    def job(_) -> int:
+        log = logging.getLogger("ipadapter_jax")
+        log.info("a report")
+        log.warning("a warning")
+        if error is not None:
+            raise error
+        return 0
+
+    monkeypatch.setattr("ipadapter_jax.cli.run.doctor.doctor", job)
+    with pytest.raises(RuntimeError) if isinstance(error, RuntimeError) else contextlib.nullcontext():
+        main(["doctor"])
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[:2] == ["a report", "a warning"] if error is None else shown[0] == "a warning"
+    assert ("a report" in shown) == (error is None)

@@ -72,21 +72,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _reports(at_once: bool) -> Iterator[None]:
     """Warnings appear at once, each on a line. So do reports of long jobs; those of short ones (what was ignored in a
-    file) when the job is done, so that an error stands alone."""
+    file) when the job is done, so that an error stands alone but for what was to warn of it."""
     log = logging.getLogger("ipadapter_jax")
     log.setLevel(logging.INFO)
     log.propagate = False  # some library's root handler would say it again
-    held = logging.handlers.MemoryHandler(1000, logging.CRITICAL, logging.StreamHandler(), flushOnClose=False)
-    if at_once:
-        held = logging.StreamHandler()
-    log.addHandler(held)
+    shown = logging.StreamHandler()
+    held = logging.handlers.MemoryHandler(1000, logging.CRITICAL, shown, flushOnClose=False)
+    handler = shown if at_once else held
+    log.addHandler(handler)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             yield
-        held.flush()
+    except BaseException:
+        shown.addFilter(lambda record: record.levelno >= logging.WARNING)
+        raise
     finally:
-        log.removeHandler(held)
+        handler.flush()
+        log.removeHandler(handler)
         log.propagate = True
 
 

@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, Command] = {
         "images for every row of a list or a folder, resumable",
         "ipadapter_jax.cli.batch:Batch",
         "ipadapter_jax.cli.run.batch:batch",
+        reports_at_once=True,
     ),
     "train": Command(
         "train an IP-Adapter by a recipe",
@@ -51,6 +52,7 @@ COMMANDS: Mapping[str, Command] = {
         "score an adapter, or the images of another program: CLIP-I, CLIP-T",
         "ipadapter_jax.cli.evaluate:Evaluate",
         "ipadapter_jax.cli.run.evaluate:evaluate",
+        reports_at_once=True,
     ),
     "convert": Command(
         "weights from one format to another",
