@@ -4,7 +4,8 @@ Read here and not by transformers: its fifth release ignores added_tokens.json, 
 and its tokenizer changes with every call that pads or truncates, which other threads see.
 """
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,7 @@ def _read(folder: Path) -> TokenizerFiles:
     with_ids = sorted(_with_ids(whole, config, learned), key=lambda added: added.id or 0)
     extra = [special.get(name) or () for name in ("additional_special_tokens", "extra_special_tokens")]
     more = (token for tokens in extra for token in (tokens.values() if isinstance(tokens, dict) else tokens))
-    for added in (*with_ids, *(_added(token, special=True) for token in (*named.values(), *more))):
-        _add(backend, added)
+    _add(backend, [*with_ids, *(_added(token, special=True) for token in (*named.values(), *more))])
     ids = {name: backend.token_to_id(content) for name, content in ends.items()}
     backend.post_processor = processors.RobertaProcessing(
         (ends["eos"], ids["eos"]), (ends["bos"], ids["bos"]), trim_offsets=False, add_prefix_space=False
@@ -151,21 +151,25 @@ def _with_ids(whole: Mapping[str, Any], config: Mapping[str, Any], learned: Mapp
         yield _added(content, number)
 
 
-def _add(backend: Any, added: _Added) -> None:
-    """Raises InputError where the token would not get its id: the text encoder's rows would be another token's."""
+def _add(backend: Any, tokens: Sequence[_Added]) -> None:
+    """In this order; of those that are spelled alike the first counts. Raises InputError where one would not get its
+    id: the text encoder's rows would be another token's."""
     from tokenizers import AddedToken
 
-    if added.content in {token.content for token in backend.get_added_tokens_decoder().values()}:
+    first: dict[str, _Added] = {}
+    for added in tokens:
+        first.setdefault(added.content, added)
+    # Each call makes all that were added before anew.
+    for special, batch in itertools.groupby(first.values(), lambda added: added.special):
+        add = backend.add_special_tokens if special else backend.add_tokens
+        add([AddedToken(added.content, special=special, **added.flags) for added in batch])
+    for added in tokens:
         found = backend.token_to_id(added.content)
-    else:
-        token = AddedToken(added.content, special=added.special, **added.flags)
-        (backend.add_special_tokens if added.special else backend.add_tokens)([token])
-        found = backend.token_to_id(added.content)
-    if added.id not in (None, found):
-        raise InputError(
-            f"the token {added.content!r} has the id {added.id} in its file and would get {found}: ids of added tokens "
-            "have to follow the vocabulary without a gap; fix added_tokens.json or tokenizer_config.json"
-        )
+        if added.id not in (None, found):
+            raise InputError(
+                f"the token {added.content!r} has the id {added.id} in its file and would get {found}: ids of added "
+                "tokens have to follow the vocabulary without a gap; fix added_tokens.json or tokenizer_config.json"
+            )
 
 
 def _max_length(config: Mapping[str, Any]) -> int:
