@@ -1,7 +1,6 @@
 """What a job is read from, record by record: a folder of pictures, a CSV file, or JSON objects, one to a line."""
 
 import contextlib
-import difflib
 import itertools
 import os
 import unicodedata
@@ -16,6 +15,7 @@ from ipadapter_jax.data.strings import printable
 from ipadapter_jax.data.unused import FOLDER, Unused
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.image_files import is_image_name
+from ipadapter_jax.suggestions import likeliest
 from ipadapter_jax.texts import LIST_BYTES, byte_order_mark, parse_json, read_bytes
 
 COLUMNS = ("prompt", "image", "negative_prompt", "seed", "scale", "name")
@@ -169,8 +169,8 @@ def _objects(text: str) -> Iterator[Record]:
 def _check_columns(names: Iterable[str]) -> None:
     for name in names:
         if name not in COLUMNS:
-            near = difflib.get_close_matches(name[:100].lower(), COLUMNS, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            near = likeliest(name[:100], COLUMNS)
+            hint = f" (did you mean {near!r}?)" if near else ""
             raise InputError(
                 f"unknown column {name[:100]!r}{hint}; the columns, separated by commas, are {', '.join(COLUMNS)}"
             )

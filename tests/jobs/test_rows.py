@@ -268,6 +268,9 @@ BAD_JSON = [
     ('{"prompt": "a", "scale": 1' + "0" * 400 + "}", "is not a finite number"),
     ('{"prompt": "a", "name": "a\\nb"}', "name 'a\\nb' is no good file name"),
     ('{"promt": "a"}', "unknown column 'promt' (did you mean 'prompt'?)"),
+    ('{"Negative Prompt": "a"}', "unknown column 'Negative Prompt' (did you mean 'negative_prompt'?)"),
+    ('{"reference": "a"}', "unknown column 'reference' (did you mean 'image'?)"),
+    ('{"caption": "a"}', "unknown column 'caption'; the columns"),
 ]
 
 
