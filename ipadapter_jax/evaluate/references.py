@@ -1,6 +1,7 @@
 """The image prompts of an evaluation, each with its captions: from COCO's annotations or any data of the trainer."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from ipadapter_jax.data.files import read_file
 from ipadapter_jax.data.open_source import open_source
 from ipadapter_jax.data.records import Source
 from ipadapter_jax.data.unused import Unused, summary
@@ -88,7 +90,7 @@ def open_references(
     say(f"{path}: {summary(len(chosen), Unused())}")
     names = _names([entry.file for entry in chosen])
     found = [
-        Reference(i, name, entry.file, entry.captions, _stamp(root / entry.file), (root / entry.file).read_bytes)
+        Reference(i, name, entry.file, entry.captions, _stamp(root / entry.file), _file_reader(root, entry.file))
         for i, (name, entry) in enumerate(zip(names, chosen, strict=True))
     ]
     return References(
@@ -116,6 +118,10 @@ def _reader(source: Source, index: int) -> Callable[[], bytes]:
         return record.cond_image or record.image
 
     return read
+
+
+def _file_reader(root: Path, name: str) -> Callable[[], bytes]:
+    return functools.partial(read_file, str(root / name), name)
 
 
 def _names(keys: Sequence[str]) -> list[str]:

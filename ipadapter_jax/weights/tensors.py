@@ -61,7 +61,8 @@ def container(path: Path) -> str:
     """SAFETENSORS, PICKLE, MSGPACK, INDEX or ARRAY. Raises WeightFileError saying what else it is."""
     try:
         if not path.is_file():
-            there = "is a folder, not a file" if path.is_dir() else f"there is no such file{nearby(path)}"
+            other = "is a folder, not a file" if path.is_dir() else "is a pipe or a device; give a file"
+            there = other if path.exists() else f"there is no such file{nearby(path)}"
             raise WeightFileError(f"{path}: {there}")
         with open(path, "rb") as file:
             head = file.read(512)

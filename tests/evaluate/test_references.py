@@ -1,6 +1,7 @@
 """Image prompts with captions: COCO's layout, any data of the trainer, and what is wrong with either."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,13 @@ def test_coco_in_the_order_of_the_file(tmp_path):
     assert [reference.captions for reference in found] == [("a cat",), ("a dog", "an animal")]
     assert found[1].picture().size == (8, 8)
     assert identity["prompts"] == 2 and identity["kind"] == "COCO captions"
+    again = open_references(path).found[0]
+    (tmp_path / again.key).unlink()
+    os.mkfifo(tmp_path / again.key)
+    with pytest.raises(InputError, match=r"cannot be read \(it is not a regular file\)"):
+        again.digest()
+    (tmp_path / again.key).unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / again.key)
     assert len(open_references(path, limit=1).found) == 1
     (tmp_path / "annotations").mkdir()
     moved = path.rename(tmp_path / "annotations" / path.name)

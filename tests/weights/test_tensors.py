@@ -1,6 +1,7 @@
 """Opening weight files: safetensors and its shards, and whatever lies under such a name by mistake or on purpose."""
 
 import json
+import os
 import random
 import struct
 import tracemalloc
@@ -161,6 +162,8 @@ def test_files_of_other_programs_are_named(tmp_path, head, words):
 def test_places_without_a_file(tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
     refused(lambda: open_tensors(tmp_path / "folder.safetensors"), "is a folder, not a file", error=WeightFileError)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    refused(lambda: open_tensors(tmp_path / "pipe.safetensors"), "is a pipe or a device; give a file")
     refused(lambda: open_tensors(tmp_path / "none.bin"), "none.bin: there is no such file", error=WeightFileError)
     (tmp_path / "model.onnx").write_bytes(b"x")
     refused(lambda: open_tensors(tmp_path / "model.onnx"), "model.onnx: no file of weights", ".safetensors")
