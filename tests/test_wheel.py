@@ -1,12 +1,15 @@
 """What is installed is what lies in the repository: modules, recipes, and the embedded model."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from test_versions import lower_bounds
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "ipadapter_jax", "configs")
@@ -25,3 +28,10 @@ def test_a_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     expected = {path.relative_to(ROOT) for path in (ROOT / "ipadapter_jax").rglob("*") if path.is_file()}
     expected |= {Path("ipadapter_jax", path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.py")}
     assert installed == {path.as_posix() for path in expected if path.suffix != ".pyc"}
+
+
+def test_every_dependency_has_a_lower_bound() -> None:
+    """Which the oldest environment pins: without one it would test the newest release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = [re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"]]
+    assert [bound.partition("==")[0] for bound in lower_bounds()] == names
