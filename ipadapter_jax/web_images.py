@@ -16,6 +16,7 @@ from ipadapter_jax.errors import InputError
 MAX_BYTES = 100_000_000
 _TIMEOUT, _DEADLINE = 20, 120  # seconds without an answer, and in all
 _CHUNK = 1 << 16
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the first that is set counts
 _ON = ("1", "ON", "YES", "TRUE")
 _REMEDY = "download it first, then give the path of the file"
 
@@ -28,11 +29,14 @@ def is_url(path: str) -> bool:
 def fetch(url: str) -> bytes:
     """What lies behind an https URL. Of http, this machine alone is asked.
 
-    Raises InputError naming the URL: the network is off (HF_HUB_OFFLINE), not https, not there, too large or too slow.
+    Raises InputError naming the URL: the network is off (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE), not https, not there,
+    too large or too slow.
     """
     name = repr(url)[:500]
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON:
-        raise InputError(f"{name} is a URL, and the network is off (HF_HUB_OFFLINE): {_REMEDY}")
+    # As huggingface_hub reads them, but now: it does so once, when it is imported.
+    said = next((variable for variable in _OFFLINE if os.environ.get(variable)), None)
+    if said is not None and os.environ[said].upper() in _ON:
+        raise InputError(f"{name} is a URL, and the network is off ({said}): {_REMEDY}")
     _check(url, name, local=True)
     try:
         return _read(url, name)

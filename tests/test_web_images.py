@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -111,7 +113,24 @@ def test_a_server_elsewhere_does_not_lead_to_this_machine():
         web_images._check("http://localhost/a.png", "'https://example.com'", local=False)
 
 
-def test_nothing_is_asked_where_the_network_is_off(server, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="the network is off .HF_HUB_OFFLINE.: download it first"):
-        load_image(server + "/a.png")
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+        ({"HF_HUB_OFFLINE": "on", "TRANSFORMERS_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+        ({"HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": "True"}, "TRANSFORMERS_OFFLINE"),
+        ({"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "1"}, None),
+    ],
+)
+def test_nothing_is_asked_where_the_network_is_off(server, online, variables, said, monkeypatch):
+    """The same that turns huggingface_hub off."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    program = "from huggingface_hub.constants import is_offline_mode; print(is_offline_mode())"
+    hub = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert hub.stdout == f"{said is not None}\n"
+    if said is None:
+        assert load_image(server + "/a.png").size
+    else:
+        with pytest.raises(InputError, match=f"the network is off .{said}.: download it first"):
+            load_image(server + "/a.png")
