@@ -28,7 +28,11 @@ _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
 _ABANDONED = 24 * 3600  # seconds without a change after which nobody can be writing any more
 _LEFTOVER = re.compile(r"\.part-(?P<name>.+)-(?P<kernel>[0-9a-f]{8})-[a-z0-9_]{8}", re.DOTALL)
 # As earlier versions of this package called them; a person's own hidden file may be called so too.
-_OLDER_LEFTOVER = re.compile(r"\.part-(?:(?P<name>.*)-)?[a-z0-9_]{8}|\.unproven-\d+-(?P<unproven>.+)", re.DOTALL)
+_OLDER_LEFTOVER = re.compile(
+    r"\.part-(?:(?P<name>.*)-)?[a-z0-9_]{8}|\.unproven-(?P<process>\d+)-(?P<unproven>.+)", re.DOTALL
+)
+# File systems that one kernel alone writes to, so that its locks tell of all writers.
+_LOCAL = frozenset({"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"})
 
 Which = Callable[[str], bool]  # of names of files
 
@@ -85,10 +89,11 @@ def remove_leftovers(folder: Path, mine: Which = lambda name: False, *, older: W
     """Removes from `folder`, which is this package's own, what processes that were killed have left half written, never
     what one is writing.
 
-    A lock that is free tells that nobody writes, where the name is of this machine's kernel, or where `mine` says of
-    the name that it was to get (the first 200 bytes of it) that only the caller writes it. Elsewhere it takes a day
-    without a change as well: not every network file system shows the locks of other machines. `older` says of the name
-    whether what an earlier version has left of it is meant too, which is not known from a person's files for certain.
+    A lock that is free tells that nobody writes, where the name is of this machine's kernel or the disk is this
+    machine's own, or where `mine` says of the name that it was to get (the first 200 bytes of it) that only the caller
+    writes it. Elsewhere it takes a day without a change as well: not every network file system shows the locks of other
+    machines, and earlier versions held none. `older` says of the name whether what an earlier version has left of it is
+    meant too, which is not known from a person's files for certain.
     """
     with contextlib.suppress(OSError):  # there is no such folder yet, or it is not ours to clean
         for entry in list(os.scandir(folder)):
@@ -96,14 +101,22 @@ def remove_leftovers(folder: Path, mine: Which = lambda name: False, *, older: W
             if found and not entry.is_symlink():
                 parts = found.groupdict()
                 name, kernel = parts["name"] or parts.get("unproven") or "", parts.get("kernel")
-                if kernel or older(name):
-                    _remove_if_nobody_writes(Path(entry.path), kernel == _KERNEL or mine(name))
+                process = parts.get("process")
+                if not (kernel or older(name)):
+                    continue
+                ended = process is not None and not _is_running(int(process))
+                settled = mine(name) or kernel == _KERNEL or ((kernel or ended) and _is_local(folder))
+                _remove_if_nobody_writes(Path(entry.path), bool(settled) and (process is None or ended))
 
 
 def remove_leftovers_beside(path: Path) -> None:
     """The same in the folder of a file that is about to be written, which is a person's: what an earlier version has
     left there is removed only where it was to be this file."""
-    remove_leftovers(path.parent, older=lambda name: name == _fitting(path.name))
+
+    def is_it(name: str) -> bool:
+        return name in (path.name, _fitting(path.name))
+
+    remove_leftovers(path.parent, mine=is_it, older=is_it)
 
 
 def check_writable(path: Path) -> None:
@@ -184,6 +197,29 @@ def _is_free(descriptor: int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
+def _is_local(folder: Path) -> bool:
+    """Whether a folder is known to lie on a disk that no other machine writes to."""
+    try:
+        lines = Path("/proc/self/mounts").read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return False
+    kinds: dict[str, str] = {}  # by place; of several mounts at one place the last is seen
+    for _, place, kind, *_ in map(str.split, lines):
+        kinds[re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place)] = kind
+    real = Path(os.path.realpath(folder))
+    return next((kinds[str(place)] for place in (real, *real.parents) if str(place) in kinds), "") in _LOCAL
 
 
 def _remove(path: Path) -> None:

@@ -2,6 +2,7 @@
 live one is writing is not."""
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from helpers import ADAPTERS, TORCH_MODEL
 from weight_files import refused
 
 from ipadapter_jax.convert import convert
-from ipadapter_jax.files import check_writable, remove_leftovers, replacing, write_whole
+from ipadapter_jax.files import _is_local, check_writable, remove_leftovers, replacing, write_whole
 from ipadapter_jax.train.folder import run_lock
 
 WRITER = """
@@ -157,11 +158,23 @@ def test_a_conversion_that_is_killed(tmp_path, out, number):
     assert names(tmp_path) == ["b.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "left", [".part-a.png-abc_1234", ".part-a.png-01234567-abc_1234", ".unproven-12-a.safetensors"]
-)
-def test_what_another_machine_may_be_writing_has_a_day(tmp_path, left):
+@pytest.fixture(scope="module")
+def ended() -> int:
+    """The number of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def on_a_network(monkeypatch, is_network: bool = True) -> None:
+    monkeypatch.setattr("ipadapter_jax.files._is_local", lambda folder: not is_network)
+
+
+@pytest.mark.parametrize("left", [".part-a.png-abc_1234", ".part-a.png-01234567-abc_1234", ".unproven-{}-a"])
+def test_what_another_machine_may_be_writing_has_a_day(tmp_path, monkeypatch, ended, left):
     """Or an earlier version, which held no lock."""
+    on_a_network(monkeypatch)
+    left = left.format(ended)
     (tmp_path / left).write_bytes(b"")
     remove_leftovers(tmp_path, mine=lambda name: name == "b.png")
     assert names(tmp_path) == [left]
@@ -171,8 +184,52 @@ def test_what_another_machine_may_be_writing_has_a_day(tmp_path, left):
     assert names(tmp_path) == []
 
 
+def test_what_was_left_before_this_machine_was_started_goes_at_once(tmp_path, monkeypatch, ended):
+    """On a disk of its own a lock that is free is enough, and earlier versions named their processes."""
+    on_a_network(monkeypatch, False)
+    held = ".part-a.png-01234567-locked_1"
+    others = [f".unproven-{os.getpid()}-a", ".part-a.png-abc_1234"]
+    for left in (held, *others, ".part-b-01234567-abc_1234", f".unproven-{ended}-b", ".unproven-99999999999999-b"):
+        (tmp_path / left).write_bytes(b"")
+    with (tmp_path / held).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        remove_leftovers(tmp_path)
+        assert names(tmp_path) == sorted([held, *others])
+
+
+@pytest.mark.parametrize("is_network", [True, False])
+def test_what_an_earlier_version_has_left_of_a_file_goes_when_it_is_written(tmp_path, monkeypatch, ended, is_network):
+    on_a_network(monkeypatch, is_network)
+    long = "b" * 188 + ".safetensors-and-more"  # longer than what temporary names hold of it
+    for name in ("a.safetensors", long):
+        stay = [f".unproven-{os.getpid()}-{name}", f".unproven-{ended}-x{name}", f".part-x{name[:190]}-abcdefgh"]
+        for left in (*stay, f".unproven-{ended}-{name}", f".part-{name[:200]}-abcdefgh"):
+            (tmp_path / left).write_bytes(b"some")
+        check_writable(tmp_path / name)
+        assert names(tmp_path) == sorted(stay)
+        for left in stay:
+            (tmp_path / left).unlink()
+
+
+@pytest.mark.parametrize(
+    ("mounts", "folder", "is_local"),
+    [
+        ("/dev/sda / ext4 rw 0 0\nnas:/a /home nfs4 rw 0 0\n", "/srv/a", True),
+        ("/dev/sda / ext4 rw 0 0\nnas:/a /home nfs4 rw 0 0\n", "/home/me", False),
+        ("/dev/sda / ext4 rw 0 0\nnas:/a /home nfs4 rw 0 0\n", "/homestead", True),
+        ("nas:/ / nfs rw 0 0\n/dev/sda /my\\040disk xfs rw 0 0\n", "/my disk/a", True),
+        ("/dev/sda /data xfs rw 0 0\nsshfs /data fuse.sshfs rw 0 0\n", "/data", False),
+        ("", "/data", False),
+    ],
+)
+def test_whose_disk_a_folder_lies_on(monkeypatch, mounts, folder, is_local):
+    monkeypatch.setattr(Path, "read_text", lambda *_: mounts)
+    assert _is_local(Path(folder)) == is_local
+
+
 def test_what_only_the_caller_writes_has_not(tmp_path):
-    (tmp_path / ".part-a.png-abc_1234").write_bytes(b"")
+    for left in (".part-a.png-abc_1234", ".part-a.png-01234567-abc_1234"):
+        (tmp_path / left).write_bytes(b"")
     remove_leftovers(tmp_path, mine=lambda name: name == "a.png")
     assert names(tmp_path) == []
 
