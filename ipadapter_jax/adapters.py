@@ -268,7 +268,8 @@ def _encoder_beside(path: str | os.PathLike, local: Path) -> str | os.PathLike:
     beside = (local if here else PurePosixPath(str(path))).parent / "image_encoder"
     if here and not os.path.isdir(beside):
         raise InputError(
-            f"adapter {path}: there is no folder image_encoder beside it; name the encoder with image_encoder"
+            f"adapter {path}: there is no folder image_encoder beside it; name the encoder with "
+            f"{argument('image_encoder')}"
         )
     return beside
 

@@ -1,5 +1,6 @@
 """What a person passes to a pipeline, checked and brought into form before anything is compiled."""
 
+import contextlib
 import secrets
 import sys
 import warnings
@@ -69,11 +70,15 @@ def check_choices(
         raise InputError(f"output_type {output_type!r} is not known; choose pil, np or latent")
 
 
-def check_dtype(dtype: object, known: Collection[str]) -> None:
-    """Raises InputError unless it is one of the names that are known."""
+def check_dtype(dtype: object, known: Collection[str]) -> str:
+    """The name of a data type, given by its name or as jnp.bfloat16. Raises InputError unless it is known."""
+    if isinstance(dtype, type | np.dtype):
+        with contextlib.suppress(TypeError):  # a class that is not a data type
+            dtype = np.dtype(dtype).name
     if dtype not in known:
         near = did_you_mean(dtype, known)
         raise InputError(f"{argument('dtype')} {dtype!r}: choose {', '.join(known)}{near}")
+    return str(dtype)
 
 
 def latent_shape(height: int, width: int, downscale: int, channels: int) -> tuple[int, int, int]:

@@ -50,7 +50,7 @@ def convert(
     Raises InputError or WeightFileError naming what is wrong; nothing is left under the name of `out` then.
     """
     if dtype is not None:
-        check_dtype(dtype, DTYPES)
+        dtype = check_dtype(dtype, DTYPES)
     out = expanded(out)
     if out.exists():
         raise InputError(f"{out} exists; choose another name, or remove it first")

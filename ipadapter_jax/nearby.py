@@ -41,7 +41,11 @@ def nearby(path: str | os.PathLike[str]) -> str:
         return f"; {printable(str(folder))} exists and is empty" if given else ""
     more = f" and {len(held) - _SHOWN} more" if len(held) > _SHOWN else ""
     listed = ", ".join(map(printable, shown[:_SHOWN]))
-    return f"; {printable(str(folder))} exists and holds {listed}{more}" if given else f"; {listed} is here"
+    return (
+        f"; {printable(str(folder))} exists and holds {listed}{more}"
+        if given
+        else f"; {listed} {'is' if len(shown) == 1 else 'are'} here"
+    )
 
 
 def printable(text: str) -> str:

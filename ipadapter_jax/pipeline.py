@@ -100,7 +100,7 @@ class StableDiffusion:
     @classmethod
     def from_opened(cls, base: BaseModel, dtype: str = "float32") -> "StableDiffusion":
         """Reads the weights of a base model that was opened."""
-        check_dtype(dtype, DTYPES)
+        dtype = check_dtype(dtype, DTYPES)
         enable_compilation_cache()
         base.check()
         mesh, schedule = sampling.device_mesh(), base.schedule
@@ -209,7 +209,7 @@ class StableDiffusion:
             raise InputError(f"{argument('exact_outside_mask')} is for pictures; latents hold no pixels to keep")
         canvas = self._canvas(image, mask_image, strength, exact_outside_mask, height, width)
         strength = strength_of(strength, image, mask_image)
-        schedule = self.schedule.changed(scheduler_config or {})
+        schedule = self.schedule.changed(scheduler_config or {}, scheduler)
         run = sample_table(scheduler, schedule, num_inference_steps, eta, strength)
         shape = self._latent_shape(*((height, width) if canvas is None else canvas.picture.shape[:2]))
         count = len(prompts) * num_images_per_prompt

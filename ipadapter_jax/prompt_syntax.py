@@ -26,18 +26,22 @@ class _Syntax(NamedTuple):
 _WEIGHT = "a weight of words: take it out, or name what matters earlier"
 _SYNTAX = (
     _Syntax(
-        r"<(?:lora|lyco|hypernet|hypernetwork):[^<>]*>",
+        r"(?i)<(?:lora|lyco|hypernet|hypernetwork):[^<>]*>",
         "a network to be loaded: merge it into the base model beforehand, and take this out",
     ),
     _Syntax(
-        r"\bembedding:[^\s,()<>\[\]]+",
+        r"(?i)\bembedding:[^\s,()<>\[\]]+",
         "a learned token: write the token alone where the model's tokenizer has it, or take this out",
     ),
-    _Syntax(r"\((?=[^()]*[^\W\d])[^()]+:\s*-?\d*\.?\d+\s*\)", _WEIGHT),  # (word:1.3), but not (16:9)
-    _Syntax(r"\(\([^()]+\)\)|\([^()]+\)(?:\d|\+|--)|\b\w{2,}\+\+(?=[\s,.]|$)", _WEIGHT),
-    _Syntax(r"\[[^\[\]]+\]", "a weaker weight, or words that change during the steps: take the brackets out"),
+    # (word:1.3), but not (16:9), (at 12:30) or (John 3:16)
+    _Syntax(r"\([^()]*[^()\d\s]\s*:\s*-?(?:\d?\.\d+|\d)\s*\)", _WEIGHT),
+    _Syntax(r"\(\([^()]+\)\)?|(?<!\w)\([^()]+\)(?:\d|\+|--)|\b\w{2,}\+\+(?=[\s,.]|$)", _WEIGHT),
+    _Syntax(
+        r"\[(?!sic\]|\.\.\.\]|…\])[^\[\]]+\]",
+        "a weaker weight, or words that change during the steps: take the brackets out",
+    ),
     _Syntax(r"\{[^{}]+\}", "a stronger weight, or a choice of words: take the braces out"),
-    _Syntax(r"\b__\w+?__\b", "a placeholder for words from a file: write one of them"),
+    _Syntax(r"(?<!\w)__[\w/*-]+?__(?!\w)", "a placeholder for words from a file: write one of them"),
     _Syntax(r"\bBREAK\b", "a break between parts that are encoded apart: take it out", capitals=True),
     _Syntax(r"\bAND\b", "a conjunction of prompts: write a comma, or and", capitals=True),
 )

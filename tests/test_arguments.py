@@ -12,7 +12,7 @@ from helpers import IMAGE_ENCODER, ORACLES, forbid_sampling
 from small_model import small_adapter, small_model
 
 from ipadapter_jax import InputError, Scale, StableDiffusion, sampling
-from ipadapter_jax.arguments import given_latents, seeds_of
+from ipadapter_jax.arguments import check_dtype, given_latents, seeds_of
 from ipadapter_jax.arrays import plain
 from ipadapter_jax.errors import PictureError
 from ipadapter_jax.image_prompts import Controls, entries_of
@@ -184,3 +184,12 @@ def test_images_may_be_tensors_and_arrays_of_jax():
         load_image(torch.zeros(2, 3, 4, 4))
     with pytest.raises(InputError, match="the image array could not be read as an array"):
         load_image(torch.zeros(3, 4).to_sparse())
+
+
+def test_a_dtype_is_a_name_or_an_object_of_jax():
+    known = ("float32", "bfloat16", "float16")
+    given = ["bfloat16", jnp.bfloat16, np.float32, np.dtype("float16")]
+    assert [check_dtype(dtype, known) for dtype in given] == ["bfloat16", "bfloat16", "float32", "float16"]
+    for wrong in ("fp16", int, dict, np.float64, None, 16):
+        with pytest.raises(InputError, match="choose float32, bfloat16, float16"):
+            check_dtype(wrong, known)

@@ -33,6 +33,9 @@ WORDS = {
     "eval": "there is no command eval; did you mean evaluate?",
     "paint": f"there is no command paint; choose {ALL}",
     "--image x.png": f"--image stands before the command; name one first: {ALL}",
+    "--versoin": "there is no option --versoin; did you mean --version?",
+    "--hlep": "there is no option --hlep; did you mean --help?",
+    "help": "there is no command help; ipadapter-jax --help shows all, ipadapter-jax COMMAND --help one",
     # options: slips, other spellings, other programs' names, beginnings
     "generate --stesp 4": "generate has no option --stesp; did you mean --steps?",
     "generate --stpes 4": "generate has no option --stpes; did you mean --steps?",
@@ -106,8 +109,8 @@ WORDS = {
     "generate --karras=yes": "--karras takes no value; --karras turns it on, --no-karras off",
     "generate cat.png": "generate: cat.png belongs to no option; ipadapter-jax generate --help lists them",
     "convert a b c": "convert: c belongs to no option; ipadapter-jax convert --help lists them",
-    "generate --seed 1 --seed=2": "--seed is given more than once; give it once, several values after it",
-    "generate --karras --no-karras": "--karras is given more than once; give it once, several values after it",
+    "generate --seed 1 --seed=2": "--seed is given more than once; give it once",
+    "generate --karras --no-karras": "--karras is given more than once; give it once",
     # what is missing
     "generate --prompt cat": "generate needs --out; ipadapter-jax generate --help says more",
     "convert a": "convert needs OUT; ipadapter-jax convert --help says more",

@@ -14,6 +14,12 @@ from ipadapter_jax.prompt_syntax import PromptSyntaxWarning, foreign_syntax, war
         ("a (red cat:1.3) on a mat", "(red cat:1.3)", "weight"),
         ("a (cat: .5 )", "(cat: .5 )", "weight"),
         ("a ((cat))", "((cat))", "weight"),
+        ("a ((cat) and dog)", "((cat)", "weight"),
+        ("(👍:1.2)", "(👍:1.2)", "weight"),
+        ("a (cat:2)", "(cat:2)", "weight"),
+        ("<LORA:style:1> a cat", "<LORA:style:1>", "merge it into the base model"),
+        ("Embedding:bad-hands, cat", "Embedding:bad-hands", "learned token"),
+        ("a __animals/dogs__ here", "__animals/dogs__", "placeholder"),
         ("(a cat)1.2", "(a cat)1", "weight"),
         ("cat++, dog", "cat++", "weight"),
         ("a [cat]", "[cat]", "weaker weight"),
@@ -37,7 +43,8 @@ def test_syntax_is_named_with_its_remedy(prompt, piece, words):
 @pytest.mark.parametrize(
     "prompt",
     ["", "a cat", "a 16:9 image (16:9)", "a (big) cat", "BREAK THE ICE AND GO", "a C++ book", "a cat, 50% off; why? <3"]
-    + ["rock and roll", "snake_case_name", "a cat -- in the sun", "<my-cat> on a mat"],
+    + ["rock and roll", "snake_case_name", "a cat -- in the sun", "<my-cat> on a mat"]
+    + ["a clock (at 12:30)", "(John 3:16)", "(John 3:5)", "she sayed [sic]", "a plot of f(x)2", "a (b: c)"],
 )
 def test_plain_text_is_left_alone(prompt):
     assert foreign_syntax(prompt) == []

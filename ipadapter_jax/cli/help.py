@@ -1,5 +1,6 @@
 """The texts of --help: the commands, and the options of one in groups, the most used first."""
 
+import inspect
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -38,11 +39,9 @@ def help_of(command: str, kind: type, about: str = "", defaults: Any = None, bef
     words += [f"{option.name} {option.metavar}" for option in options if option.required and not option.positional]
     lines = [f"usage: ipadapter-jax {' '.join(filter(None, words))} [options]", ""]
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    for paragraph in (about or kind.__doc__ or "").strip().split("\n\n"):
-        lines += [
-            *_wrapped(paragraph, width),
-            "",
-        ]
+    for paragraph in inspect.cleandoc(about or kind.__doc__ or "").split("\n\n"):
+        is_code = all(line.startswith("    ") for line in paragraph.splitlines())  # commands to copy
+        lines += [*(paragraph.splitlines() if is_code else _wrapped(paragraph, width)), ""]
     for title, group in _groups(kind, options).items():
         lines.append(f"{title}:")
         for option in group:

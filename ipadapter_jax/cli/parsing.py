@@ -69,7 +69,8 @@ class _Line:
             raise InputError(_unknown(self.command, name, [*self.named]))
         option, is_on = self.named[hyphens]
         if option.path in self.given:
-            raise InputError(f"{option.name} is given more than once; give it once, several values after it")
+            several = ", several values after it" if option.count is None else ""
+            raise InputError(f"{option.name} is given more than once; give it once{several}")
         if option.kind is bool:
             if equals:
                 raise InputError(f"{name} takes no value; {option.name} turns it on, {option.opposite} off")
@@ -160,6 +161,10 @@ def _shown(word: str) -> str:
 
 def unknown_command(word: str) -> str:
     """What is said of a first word that is no command."""
+    if word.startswith("-") and (option := likeliest(word.lstrip("-"), ("help", "version", "debug"))):
+        return f"there is no option {_shown(word)}; did you mean --{option}?"
+    if word == "help":
+        return "there is no command help; ipadapter-jax --help shows all, ipadapter-jax COMMAND --help one"
     if word.startswith("-"):
         return f"{_shown(word)} stands before the command; name one first: {', '.join(COMMANDS)}"
     return f"there is no command {_shown(word)}{meant(word, COMMANDS)}"

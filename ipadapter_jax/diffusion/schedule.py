@@ -12,6 +12,7 @@ import numpy as np
 from ipadapter_jax.diffusion.settings_by_sampler import FIXED, FOLLOWED, KNOWN, SHARED
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.settings import shown, typed
+from ipadapter_jax.suggestions import did_you_mean
 
 _MOST_TIMESTEPS = 100_000  # a hundred times those of any published model: an array of them stays small
 
@@ -129,11 +130,19 @@ class NoiseSchedule:
             read.pop("solver_type", None)  # another solver's name for its own default
         return self._of({**FOLLOWED[sampler], **read}, given)
 
-    def changed(self, settings: Mapping[str, Any]) -> "NoiseSchedule":
-        """The same with these settings of scheduler_config.json. Raises InputError for one that is not known."""
-        for name in settings:
+    def changed(self, settings: Mapping[str, Any], sampler: str | None = None) -> "NoiseSchedule":
+        """The same with these settings of scheduler_config.json. Warns of those that change nothing for `sampler`, and
+        raises InputError for one that is not known."""
+        if not isinstance(settings, Mapping):
+            raise InputError(f"scheduler_config={shown(settings)} is not a dictionary of settings")
+        for name, value in settings.items():
             if name not in KNOWN:
-                raise InputError(f"scheduler_config: {name!r} is not known; choose among {', '.join(KNOWN)}")
+                known = did_you_mean(name, KNOWN) or f"; choose among {', '.join(KNOWN)}"
+                raise InputError(f"scheduler_config: {name!r} is not known{known}")
+            users = [user for user in FOLLOWED if name in (*SHARED, *FOLLOWED[user], *FIXED[user])]
+            if sampler in FOLLOWED and sampler not in users and value not in (None, False):
+                what = f"scheduler_config: {name} has no effect on the scheduler {sampler}"
+                warnings.warn(f"{what}; it is for {' and '.join(users) or 'none of them'}", stacklevel=3)
         return self.from_json({**dict(self.given), **settings}) if settings else self
 
     @property

@@ -1,5 +1,7 @@
 """Every sampler against diffusers' scheduler, step by step on a synthetic model; orders of convergence; algebra."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -288,3 +290,18 @@ def test_ddpm_ends_a_step_where_the_next_one_begins(spacing):
         variance = (of_x * np.sqrt(1 - levels[i])) ** 2 + float(table.noise[i]) ** 2
         assert of_x * np.sqrt(levels[i]) + of_m == pytest.approx(np.sqrt(levels[i + 1]), rel=1e-5)
         assert variance == pytest.approx(1 - levels[i + 1], abs=1e-4 if i < 6 or int(table.timestep[i]) else 1e-2)
+
+
+def test_settings_that_a_call_names_without_effect_are_warned_about():
+    schedule = NoiseSchedule()
+    with pytest.warns(UserWarning, match="use_karras_sigmas has no effect on the scheduler ddim; it is for dpmsolver"):
+        schedule.changed({"use_karras_sigmas": True}, "ddim")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.changed({"use_karras_sigmas": True}, "euler")
+        schedule.changed({"use_karras_sigmas": False, "sigma_min": None}, "ddim")
+        NoiseSchedule.from_json({"skip_prk_steps": True}).changed({"timestep_spacing": "trailing"}, "ddim")
+    with pytest.raises(InputError, match="'use_karas_sigmas' is not known; did you mean use_karras_sigmas"):
+        schedule.changed({"use_karas_sigmas": True}, "ddim")
+    with pytest.raises(InputError, match="is not a dictionary of settings"):
+        schedule.changed([1], "ddim")
