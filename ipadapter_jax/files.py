@@ -28,9 +28,8 @@ _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
 _ABANDONED = 24 * 3600  # seconds without a change after which nobody can be writing any more
 _LEFTOVER = re.compile(r"\.part-(?P<name>.+)-(?P<kernel>[0-9a-f]{8})-[a-z0-9_]{8}", re.DOTALL)
 # As earlier versions of this package called them; a person's own hidden file may be called so too.
-_OLDER_LEFTOVER = re.compile(
-    r"\.part-(?:(?P<name>.*)-)?[a-z0-9_]{8}|\.unproven-(?P<process>\d+)-(?P<unproven>.+)", re.DOTALL
-)
+_OLDER_LEFTOVER = re.compile(r"\.part-(?:(?P<name>.*)-)?[a-z0-9_]{8}|(?P<proved>\.unproven-\d+-.+)", re.DOTALL)
+_UNPROVEN = re.compile(r"\.unproven-(?P<process>\d+)-(?P<name>.+)", re.DOTALL)  # what the name was to be before
 # File systems that one kernel alone writes to, so that its locks tell of all writers.
 _LOCAL = frozenset({"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"})
 
@@ -100,13 +99,14 @@ def remove_leftovers(folder: Path, mine: Which = lambda name: False, *, older: W
             found = _LEFTOVER.fullmatch(entry.name) or _OLDER_LEFTOVER.fullmatch(entry.name)
             if found and not entry.is_symlink():
                 parts = found.groupdict()
-                name, kernel = parts["name"] or parts.get("unproven") or "", parts.get("kernel")
-                process = parts.get("process")
+                name, kernel = parts["name"] or parts.get("proved") or "", parts.get("kernel")
+                unproven = _UNPROVEN.fullmatch(name)
+                name = unproven["name"] if unproven else name
                 if not (kernel or older(name)):
                     continue
-                ended = process is not None and not _is_running(int(process))
+                ended = unproven is not None and not _is_running(int(unproven["process"]))
                 settled = mine(name) or kernel == _KERNEL or ((kernel or ended) and _is_local(folder))
-                _remove_if_nobody_writes(Path(entry.path), bool(settled) and (process is None or ended))
+                _remove_if_nobody_writes(Path(entry.path), bool(settled) and (unproven is None or ended))
 
 
 def remove_leftovers_beside(path: Path) -> None:

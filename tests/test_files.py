@@ -200,11 +200,12 @@ def test_what_was_left_before_this_machine_was_started_goes_at_once(tmp_path, mo
 @pytest.mark.parametrize("is_network", [True, False])
 def test_what_an_earlier_version_has_left_of_a_file_goes_when_it_is_written(tmp_path, monkeypatch, ended, is_network):
     on_a_network(monkeypatch, is_network)
-    long = "b" * 188 + ".safetensors-and-more"  # longer than what temporary names hold of it
-    for name in ("a.safetensors", long):
-        stay = [f".unproven-{os.getpid()}-{name}", f".unproven-{ended}-x{name}", f".part-x{name[:190]}-abcdefgh"]
-        for left in (*stay, f".unproven-{ended}-{name}", f".part-{name[:200]}-abcdefgh"):
+    for name in ("a.safetensors", "b" * 168 + ".safetensors"):
+        stay = [f".unproven-{os.getpid()}-{name}", f".part-.unproven-{os.getpid()}-{name}-abcdefgh"]
+        stay += [f".unproven-{ended}-x{name}", f".part-x{name}-abcdefgh"]
+        for left in (*stay, f".unproven-{ended}-{name}", f".part-{name}-abcdefgh"):
             (tmp_path / left).write_bytes(b"some")
+        (tmp_path / f".part-.unproven-{ended}-{name}-abcdefgh").write_bytes(b"some")  # while it was written
         check_writable(tmp_path / name)
         assert names(tmp_path) == sorted(stay)
         for left in stay:
