@@ -143,7 +143,7 @@ def test_a_file_of_weights_is_no_repository(runs):
 
 def unreachable(monkeypatch) -> None:
     def asked(*_, **__):
-        raise OSError("no network")
+        raise OSError("no network.")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", asked)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)

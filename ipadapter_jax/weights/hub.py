@@ -180,4 +180,4 @@ def _reason(error: Exception) -> str:
     for kind, reason in known.items():
         if isinstance(error, kind):
             return reason
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
