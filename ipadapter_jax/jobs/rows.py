@@ -61,10 +61,11 @@ def read_rows(source: Path) -> Rows:
     source = expanded(source)
     rows: list[Row] = []
     bad: list[BadRow] = []
+    first = ""  # of what is wrong
     known: dict[str, Row] = {}  # by the spelling of their names
     folder = os.path.abspath(source if source.is_dir() else "." if source.is_fifo() else source.parent)
     records, unused = open_records(source)
-    for index, (line, found) in enumerate(records):
+    for index, (line, found, place) in enumerate(records):
         try:
             if isinstance(found, InputError):
                 raise found
@@ -74,9 +75,10 @@ def read_rows(source: Path) -> Rows:
             rows.append(row)
         except InputError as error:
             bad.append(BadRow(line, str(error)))
-            unused.add(BAD_ROW, f"line {line}")
+            unused.add(BAD_ROW, place)
+            first = first or (str(error) if source.is_dir() else f"{place}: {error}")  # those of images name them
     if not rows:
-        reason = f"line {bad[0].line}: {bad[0].reason}" if bad else "it is empty; give pictures, or rows below a header"
+        reason = first or "it is empty; give pictures, or rows below a header"
         raise InputError(f"{source} holds no row that can be used; {reason}")
     return Rows(rows, bad, unused)
 

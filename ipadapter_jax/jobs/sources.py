@@ -21,9 +21,14 @@ from ipadapter_jax.texts import LIST_BYTES, byte_order_mark, parse_json, read_by
 COLUMNS = ("prompt", "image", "negative_prompt", "seed", "scale", "name")
 EXAMPLE = '{"prompt": "a red fox", "image": "fox.png"}'
 
-Record = tuple[int, dict[str, Any] | InputError]
-"""The number of its first line, from 1, and its values by column, or why it cannot be used. Bytes that are not UTF-8
-are lone surrogates in the values."""
+
+class Record(NamedTuple):
+    """The number of its first line, from 1, and its values by column, or why it cannot be used. Bytes that are not
+    UTF-8 are lone surrogates in the values. In a folder it is the number of an image, which `place` names."""
+
+    line: int
+    values: dict[str, Any] | InputError
+    place: str
 
 
 class Records(NamedTuple):
@@ -121,10 +126,11 @@ def _images(folder: Path, images: list[_Image]) -> Iterator[Record]:
             if image.role is not None and prompt is not None:
                 prompt = caption_of(image.role, read_bytes(folder / prompt), image.file)
         except InputError as error:
-            yield number, error
+            yield Record(number, error, printable(image.file))
         else:
             fields = {"name": image.name, "image": image.file}
-            yield number, fields if prompt is None else fields | {"prompt": prompt}
+            fields |= {} if prompt is None else {"prompt": prompt}
+            yield Record(number, fields, printable(image.file))
 
 
 def _text(source: Path) -> str:
@@ -145,10 +151,11 @@ def _table(text: str, source: Path) -> Iterator[Record]:
         raise InputError(f"{source}, line {table.line}: {error}") from None
     for line, values in table.rows:
         if isinstance(values, InputError):
-            yield line, values
+            yield Record(line, values, f"line {line}")
         else:
             names = [name.strip() for name in values.get("image", "").split(";")]
-            yield line, {**values, "image": [name for name in names if name]}
+            images = [name for name in names if name]
+            yield Record(line, {**values, "image": images}, f"line {line}")
 
 
 def _objects(text: str) -> Iterator[Record]:
@@ -161,9 +168,9 @@ def _objects(text: str) -> Iterator[Record]:
                 raise InputError(f"not an object; a line should look like {EXAMPLE}")
             _check_columns(value)
         except InputError as error:
-            yield number, error
+            yield Record(number, error, f"line {number}")
         else:
-            yield number, value
+            yield Record(number, value, f"line {number}")
 
 
 def _check_columns(names: Iterable[str]) -> None:

@@ -110,8 +110,8 @@ def test_what_is_in_no_row_is_counted(folder):
     assert summary(2, read_rows(folder).unused) == (
         "2 records, 6 files not used: HEIC images, which are not read: convert them to JPEG or PNG (1: 1.heic); "
         "captions without an image that is read (1: 1.txt); folders, whose images are not read (1: deep); entries "
-        "whose image does not exist (1: metadata.csv: gone.jpg); rows that cannot be used, see bad_rows.jsonl (1: line "
-        "3); other files (1: notes.md)"
+        "whose image does not exist (1: metadata.csv: gone.jpg); rows that cannot be used, see bad_rows.jsonl (1: "
+        "what?.png); other files (1: notes.md)"
     )
     assert len(read(folder, "prompt\na fox\n").unused) == 0
 
@@ -186,6 +186,15 @@ def test_images_of_one_stem_are_rows_of_their_own(tmp_path, files, names):
     images = [file for file in files.split() if not file.endswith(".txt")]
     assert [row.images[0].name for row in rows] == images and [row.index for row in rows] == [*range(len(images))]
     assert all(row.prompt == ("a fox" if row.images[0].stem == "a" else "") for row in rows)
+
+
+def test_a_folder_of_bad_images_alone(tmp_path):
+    (tmp_path / "what?.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"no row that can be used; name 'what\?' is no good file name"):
+        read_rows(tmp_path)
+    (tmp_path / "what?.txt").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"no row that can be used; what\?.png: its .txt is not UTF-8"):
+        read_rows(tmp_path)
 
 
 def test_rows_are_in_the_order_of_their_images(tmp_path):
