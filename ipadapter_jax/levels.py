@@ -42,7 +42,7 @@ def array_to_image(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype.kind == "f":
         array = to_uint8(array, name)
     elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)  # round(x / 257) in integers
+        array = _from_sixteen_bits(array)
     elif array.dtype != np.uint8:
         raise InputError(f"{name} has dtype {array.dtype}: make it uint8, uint16 or floats in [0, 1]")
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
@@ -67,6 +67,8 @@ def mask_levels(array: np.ndarray, name: str, *, labels: bool) -> np.ndarray:
         raise InputError(f"{name} has values from {low} to {high}: scale them to 0..255 or to [0, 1]")
     if array.dtype.kind == "b" or (labels and high <= 1):
         return array.astype(np.uint8) * np.uint8(255)
-    return (
-        array.astype(np.uint8) if high <= 255 else ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    )
+    return array.astype(np.uint8) if high <= 255 else _from_sixteen_bits(array)
+
+
+def _from_sixteen_bits(array: np.ndarray) -> np.ndarray:
+    return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)  # round(x / 257) in integers

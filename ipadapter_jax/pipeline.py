@@ -40,8 +40,7 @@ from ipadapter_jax.models.clip import CLIPText
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_sites, site_grids
 from ipadapter_jax.models.vae import VAE
-from ipadapter_jax.outputs import check_finite
-from ipadapter_jax.outputs import images_of as _pictures
+from ipadapter_jax.outputs import check_finite, images_of
 from ipadapter_jax.progress import step_bar
 from ipadapter_jax.prompt_syntax import warn_of_syntax
 from ipadapter_jax.tokens import Tokenizer, tokenize
@@ -248,7 +247,7 @@ class StableDiffusion:
             check_finite(found, "latents of image")
         else:
             decoded = np.asarray(sampling.decode(self.vae, self.mesh, self.params["vae"], final))[:count]
-            found = _pictures(decoded, output_type, canvas if exact_outside_mask else None)
+            found = images_of(decoded, output_type, canvas if exact_outside_mask else None)
         if maps is None:
             return found
         maps = [seen for seen, entry in zip(maps, entries, strict=True) if not entry.crossed]
