@@ -113,3 +113,22 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def data() -> Path:
     """The folder of recorded inputs and expectations."""
     return Path(__file__).resolve().parent / "data"
+
+
+@pytest.fixture(scope="module")
+def base():
+    """The small model, for one file of tests, with which its compiled programs go."""
+    from small_model import small_model
+
+    from ipadapter_jax import StableDiffusion
+
+    return StableDiffusion.from_pretrained(small_model())
+
+
+@pytest.fixture(scope="module")
+def pipe(base):
+    """The small model with an adapter."""
+    from helpers import IMAGE_ENCODER
+    from small_model import small_adapter
+
+    return base.with_ip_adapter(small_adapter("ip-adapter_tiny"), image_encoder=IMAGE_ENCODER)

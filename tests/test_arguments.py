@@ -8,10 +8,9 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import IMAGE_ENCODER, ORACLES, forbid_sampling
-from small_model import small_adapter, small_model
+from helpers import ORACLES, forbid_sampling
 
-from ipadapter_jax import InputError, Scale, StableDiffusion, sampling
+from ipadapter_jax import InputError, Scale, sampling
 from ipadapter_jax.arguments import check_dtype, given_latents, seeds_of
 from ipadapter_jax.arrays import plain
 from ipadapter_jax.errors import PictureError
@@ -24,16 +23,6 @@ from ipadapter_jax.progress import step_bar
 CAT = ORACLES / "assets" / "img_a.png"
 SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
 EMBEDS = {"ip_adapter_image_embeds": [np.zeros((2, 1, 40))]}
-
-
-@pytest.fixture(scope="module")
-def base() -> StableDiffusion:
-    return StableDiffusion.from_pretrained(small_model())
-
-
-@pytest.fixture(scope="module")
-def pipe(base) -> StableDiffusion:
-    return base.with_ip_adapter(small_adapter("ip-adapter_tiny"), image_encoder=IMAGE_ENCODER)
 
 
 @pytest.mark.parametrize(

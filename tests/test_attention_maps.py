@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import IMAGE_ENCODER, ORACLES, recorded_pipe
+from helpers import ORACLES, recorded_pipe
 from PIL import Image
-from small_model import small_adapter, small_model
 
-from ipadapter_jax import InputError, Scale, StableDiffusion, sampling
+from ipadapter_jax import InputError, Scale, sampling
 from ipadapter_jax.attention_maps import AttentionMaps
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.models.attention import attention_map
@@ -71,12 +70,6 @@ def _all_parameters(module: Attention, x, entries):
 
 
 # --- of whole pictures -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pipe() -> StableDiffusion:
-    base = StableDiffusion.from_pretrained(small_model())
-    return base.with_ip_adapter(small_adapter("ip-adapter_tiny"), image_encoder=IMAGE_ENCODER)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import IMAGE_ENCODER, ORACLES, compilations, recorded_pipe
 from PIL import Image
-from small_model import small_adapter, small_model
+from small_model import small_adapter
 
 from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion, sampling
 from ipadapter_jax.diffusion.samplers import sample_table
@@ -22,16 +22,6 @@ from ipadapter_jax.weights.image_embeds import save_image_embeds
 CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
 SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
 BASE, PLUS = "ip-adapter_tiny", "ip-adapter-plus_tiny"
-
-
-@pytest.fixture(scope="module")
-def base() -> StableDiffusion:
-    return StableDiffusion.from_pretrained(small_model())
-
-
-@pytest.fixture(scope="module")
-def pipe(base) -> StableDiffusion:
-    return base.with_ip_adapter(small_adapter(BASE), image_encoder=IMAGE_ENCODER)
 
 
 @pytest.fixture(scope="module")

@@ -32,16 +32,6 @@ SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np
 
 
 @pytest.fixture(scope="module")
-def base() -> StableDiffusion:
-    return StableDiffusion.from_pretrained(small_model())
-
-
-@pytest.fixture(scope="module")
-def pipe(base) -> StableDiffusion:
-    return base.with_ip_adapter(small_adapter("ip-adapter_tiny"), image_encoder=IMAGE_ENCODER)
-
-
-@pytest.fixture(scope="module")
 def recorded() -> StableDiffusion:
     """Nothing is compiled for it here."""
     return recorded_pipe()
