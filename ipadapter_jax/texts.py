@@ -1,5 +1,6 @@
 """Text and JSON that others wrote, read within bounds: whatever a file holds, it gives a value or one clear error."""
 
+import codecs
 import json
 import os
 import stat
@@ -121,9 +122,15 @@ def read_json(path: Path, remedy: str = "check the file", most: int = SETTINGS_B
     return parse_json(read_bytes(path, most, remedy), path, remedy)
 
 
-def read_json_object(path: Path, remedy: str = "check the file", most: int = SETTINGS_BYTES) -> dict[str, Any]:
-    """`read_json` for a file that must hold an object."""
-    found = read_json(path, remedy, most)
+def read_json_object(
+    path: Path, remedy: str = "check the file", most: int = SETTINGS_BYTES, *, marked: bool = True
+) -> dict[str, Any]:
+    """`read_json` for a file that must hold an object, and unless `marked` no byte order mark: other programs stumble
+    over it."""
+    content = read_bytes(path, most, remedy)
+    if not marked and content.startswith(codecs.BOM_UTF8):
+        raise InputError(f"{path} begins with a byte order mark, which diffusers refuses: save it as UTF-8 without one")
+    found = parse_json(content, path, remedy)
     if not isinstance(found, dict):
         raise InputError(f"{path} does not hold a JSON object; {remedy}")
     return found

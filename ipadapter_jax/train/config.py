@@ -239,7 +239,7 @@ def _check_model(model: Model) -> None:
         raise InputError("--model.num-tokens: the variant full has one token per position of its encoder")
 
 
-def check_rows(config: Train, processes: int) -> None:
+def check_batch_memory(config: Train, processes: int) -> None:
     """Raises InputError when a process could not hold its share of a batch."""
     data, log = config.data, config.log
     rows = max(data.batch_size, log.validation_size if log.validate_every else 0)

@@ -25,7 +25,7 @@ from ipadapter_jax.models import attention_kernels
 from ipadapter_jax.places import expanded
 from ipadapter_jax.stopping import STOPPED
 from ipadapter_jax.train.checkpoint import Checkpoints
-from ipadapter_jax.train.config import Train, check, check_rows, identity
+from ipadapter_jax.train.config import Train, check, check_batch_memory, identity
 from ipadapter_jax.train.desk import Desk
 from ipadapter_jax.train.digest import digests, fingerprint
 from ipadapter_jax.train.distributed import barrier, initialize
@@ -60,7 +60,7 @@ def train(config: Train) -> int:
         heap.keep_freed_memory()
     initialize(config.mesh)
     enable_compilation_cache()
-    check_rows(config, jax.process_count())
+    check_batch_memory(config, jax.process_count())
     mesh, folder = make_mesh(config.mesh.fsdp), Path(expanded(config.out))
     check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config, config.data.path)  # the likeliest mistake, found before there is a folder

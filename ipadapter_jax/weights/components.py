@@ -1,6 +1,5 @@
 """The parts of a Stable Diffusion 1.x folder, diffusers' layout in PyTorch or Flax spelling: what lies where."""
 
-import codecs
 import dataclasses
 import functools
 import logging
@@ -20,7 +19,7 @@ from ipadapter_jax.models.parameters import parameter_shapes
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
-from ipadapter_jax.texts import parse_json, read_bytes
+from ipadapter_jax.texts import read_json_object
 from ipadapter_jax.weights import families, kinds
 from ipadapter_jax.weights.component import Component
 from ipadapter_jax.weights.lazy import Tensor
@@ -283,10 +282,4 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises InputError naming the file when it is missing or is something else."""
     if not path.exists():
         raise InputError(f"{path} is missing: give a folder in diffusers' layout (unet/, vae/, text_encoder/ ...)")
-    content = read_bytes(path)
-    if content.startswith(codecs.BOM_UTF8):
-        raise InputError(f"{path} begins with a byte order mark, which diffusers refuses: save it as UTF-8 without one")
-    found = parse_json(content, path, "download it again")
-    if not isinstance(found, dict):
-        raise InputError(f"{path} does not hold a JSON object; download it again")
-    return found
+    return read_json_object(path, "download it again", marked=False)

@@ -7,7 +7,7 @@ import pytest
 
 from ipadapter_jax import InputError
 from ipadapter_jax.cli.recipes import load_recipe, recipes
-from ipadapter_jax.train.config import Data, Log, Model, Train, check, check_rows
+from ipadapter_jax.train.config import Data, Log, Model, Train, check, check_batch_memory
 from ipadapter_jax.train.without_effect import warn_of_idle
 
 
@@ -59,5 +59,5 @@ def test_what_no_memory_holds_is_refused_before_anything_is_read():
     ):
         check(huge)
     with pytest.raises(InputError, match="a batch of 1,000,000,000 images of 512 pixels would need at least"):
-        check_rows(Train(data=Data(batch_size=10**9)), 2)
-    check_rows(Train(), 1)
+        check_batch_memory(Train(data=Data(batch_size=10**9)), 2)
+    check_batch_memory(Train(), 1)
