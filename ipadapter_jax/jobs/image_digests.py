@@ -40,7 +40,8 @@ the same need not be read again."""
 
 
 def of_files() -> Identify:
-    """Digests of the rows' files, each read once while it does not change. Safe in threads."""
+    """Digests of the rows' files, each read once while it does not change, or by several threads that need it in the
+    same moment. Safe in threads."""
 
     @functools.cache
     def digest(path: Path, state: FileState) -> str:
