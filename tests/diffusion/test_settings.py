@@ -1,6 +1,7 @@
 """Every setting that a scheduler of diffusers knows, one by one, for every sampler: equal to diffusers or refused."""
 
 import inspect
+import itertools
 import sys
 import warnings
 from typing import Any
@@ -90,6 +91,28 @@ VALUES = {
     "original_inference_steps": [20, 100],
     "timestep_scaling": [5.0],
 }
+# What no sampler follows, and so has to refuse: all else has to equal diffusers.
+NO_OTHER_SIGMAS = {"use_exponential_sigmas": [True], "use_beta_sigmas": [True]}
+REFUSED: dict[str, dict[str, list]] = {
+    "ddim": {"thresholding": [True]},
+    "ddpm": {
+        "thresholding": [True],
+        "variance_type": ["fixed_large", "fixed_large_log", "learned", "learned_range"],
+    },
+    "pndm": {"prediction_type": ["sample"]},
+    "dpmsolver++": {
+        **{**NO_OTHER_SIGMAS, "use_lu_lambdas": [True], "use_flow_sigmas": [True], "thresholding": [True]},
+        **{"variance_type": ["learned", "learned_range"], "solver_order": [3], "solver_type": ["heun"]},
+        "algorithm_type": ["dpmsolver", "sde-dpmsolver", "sde-dpmsolver++"],
+    },
+    "euler": {**NO_OTHER_SIGMAS, "interpolation_type": ["log_linear"]},
+    "euler_a": {"prediction_type": ["sample"]},
+    "unipc": {
+        **{**NO_OTHER_SIGMAS, "use_flow_sigmas": [True], "use_dynamic_shifting": [True], "thresholding": [True]},
+        **{"solver_order": [3], "predict_x0": [False], "solver_p": ["x"], "shift_terminal": [0.1]},
+    },
+    "lcm": {"thresholding": [True]},
+}
 FAST = ("sigma_min", "sigma_max", "lambda_min_clipped", "disable_corrector", "skip_prk_steps", "final_sigmas_type")
 SHAPE = (1, 4, 3, 3)
 
@@ -132,6 +155,15 @@ def ours(sampler: str, config: dict, num_steps: int, drawn: list[np.ndarray]) ->
     return x
 
 
+def is_refused(sampler: str, base: str, name: str, value) -> bool:
+    """Whether it has to be."""
+    if name == "beta_schedule" and value == "sigmoid":  # by all
+        return True
+    if (sampler, base, name) == ("dpmsolver++", "zero snr", "lambda_min_clipped"):  # there is nothing left to clip
+        return True
+    return value in REFUSED[sampler].get(name, [])
+
+
 def settle(sampler: str, base: dict, name: str, value, num_steps: int, monkeypatch) -> str:
     """ "equal", "refused" by a message that names the setting, or where diffusers itself fails "refused there"."""
     config = {**base, name: value}
@@ -163,23 +195,42 @@ def test_every_setting_of_every_scheduler_is_tried():
     assert sum(map(len, VALUES.values())) >= 45
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_what_is_refused_is_what_has_to_be(sampler):
+    """No more and no less."""
+    for (base, settings), name in itertools.product(BASES.items(), VALUES):
+        for value in VALUES[name]:
+            try:
+                schedule = NoiseSchedule.from_json({**settings, name: value})
+                schedule.for_sampler(sampler)
+                if name == "lambda_min_clipped":  # which depends on the noise
+                    sample_table(sampler, schedule, 4)
+                refused = False
+            except InputError as error:
+                assert name in str(error), error
+                refused = True
+            assert refused == is_refused(sampler, base, name, value), (base, name, value)
+
+
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_settings_that_once_did_nothing(sampler, name, monkeypatch):
     bases = ("bare", "sd", "karras", "published")
     for base in bases:
         for value in VALUES[name]:
-            settle(sampler, BASES[base], name, value, 5, monkeypatch)
+            found = settle(sampler, BASES[base], name, value, 5, monkeypatch)
+            assert (found == "refused") == is_refused(sampler, base, name, value), (base, value, found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VALUES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_setting_is_followed_or_refused(sampler, name, monkeypatch):
-    for base in BASES.values():
+    for base, settings in BASES.items():
         for value in VALUES[name]:
             for num_steps in (4, 7, 16):
-                settle(sampler, base, name, value, num_steps, monkeypatch)
+                found = settle(sampler, settings, name, value, num_steps, monkeypatch)
+                assert (found == "refused") == is_refused(sampler, base, name, value), (base, value, num_steps, found)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
