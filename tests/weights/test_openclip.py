@@ -97,7 +97,7 @@ def test_sizes_of_the_published_encoder_from_its_shapes(data, tmp_path):
 
 def test_what_is_no_image_encoder(tmp_path):
     unet = TORCH_MODEL / "unet" / "diffusion_pytorch_model.safetensors"
-    refused(lambda: loaded(unet), f"image encoder {unet}: this is a UNet", "--base", error=WeightFileError)
+    refused(lambda: loaded(unet), f"image encoder {unet}: this is a UNet", "as the base model", error=WeightFileError)
     (tmp_path / "open_clip_config.json").write_text("{}")
     save_file(openclip(recorded()), tmp_path / "a.safetensors")
     refused(lambda: loaded(tmp_path / "a.safetensors"), "open_clip_config.json cannot be read")
