@@ -11,7 +11,7 @@ from ipadapter_jax.preprocess import to_uint8
 
 
 def check_finite(rows: np.ndarray, what: str) -> None:
-    """Raises PictureError naming which of the images (B, ...) came out as none; others of its batch may be good."""
+    """Raises PictureError naming which of the images (B, ...) is not finite; others of its batch may be good."""
     bad = [str(i) for i, row in enumerate(rows) if not np.isfinite(row).all()]
     if bad:
         raise PictureError(

@@ -22,10 +22,10 @@ from helpers import (
 from PIL import Image
 from small_model import small_adapter, small_model
 
-import ipadapter_jax.pipeline
 from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion, WeightFileError, sampling
 from ipadapter_jax.adapters import Adapter
 from ipadapter_jax.models.projections import ImageProjConfig
+from ipadapter_jax.outputs import images_of
 
 CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
 SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
@@ -310,7 +310,7 @@ def test_wrong_models_are_refused_by_name(base, tmp_path):
 
 def test_a_picture_that_is_not_finite_is_an_error():
     with pytest.raises(InputError, match="not finite: .* try bfloat16 or float32"):
-        ipadapter_jax.pipeline._pictures(np.full((1, 8, 8, 3), np.nan, np.float32), "np", None)
+        images_of(np.full((1, 8, 8, 3), np.nan, np.float32), "np", None)
 
 
 def test_numbers_may_come_from_numpy_and_jax(pipe):
