@@ -112,7 +112,10 @@ def _read(file: Path) -> bytes | None:
     except OSError:
         return None
     digest, content = content[:32], content[32:]
-    return content if hashlib.sha256(content).digest() == digest else None
+    if hashlib.sha256(content).digest() != digest:
+        log.warning("%s is damaged, and the program in it is made again", file)
+        return None
+    return content
 
 
 def kept(fixed: int) -> Callable[[Callable], KeptProgram]:

@@ -98,7 +98,7 @@ def test_every_other_thing_is(folder):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
-def test_damage_is_traced_anew(folder, damage):
+def test_damage_is_said_and_traced_anew(folder, damage, caplog):
     expected = program()[0](3.0, pair(4), np.float32(2))
     (file,) = folder.iterdir()
     content = bytearray(file.read_bytes())
@@ -106,7 +106,7 @@ def test_damage_is_traced_anew(folder, damage):
     file.write_bytes({"flipped": bytes(content), "cut": content[: len(content) // 2], "empty": b""}[damage])
     again, traced = program()
     jax.tree.map(np.testing.assert_array_equal, again(3.0, pair(4), np.float32(2)), expected)
-    assert len(traced) == 1
+    assert len(traced) == 1 and f"{file} is damaged" in caplog.text
     healed, traced = program()
     healed(3.0, pair(4), np.float32(2))
     assert traced == []
