@@ -47,9 +47,8 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
     made = int(num_steps * strength) if isinstance(strength, Real) and 0 < strength <= 1 else 0
     if not made:
         raise InputError(
-            f"{argument('strength', strength)} of {argument('num_inference_steps', num_steps)} leaves no "
-            "step to make: give "
-            f"at most 1, and here at least {1 / num_steps:.2g}"
+            f"{argument('strength', strength)} of {argument('num_inference_steps', num_steps)} leaves no step to make: "
+            f"give at most 1, and here at least {1 / num_steps:.2g}"
         )
     rows, init = SAMPLERS[sampler](schedule, num_steps, num_steps - made, *([eta] if eta else []))
     with np.errstate(over="ignore"):

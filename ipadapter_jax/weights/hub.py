@@ -123,9 +123,8 @@ def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str |
 
     if constants.HF_HUB_CACHE.startswith("~"):
         raise InputError(
-            f"{what} {repo}: not a path on this machine, and there is no place to keep it once it is "
-            "downloaded, as this "
-            "user has no home folder; name one with HF_HOME"
+            f"{what} {repo}: not a path on this machine, and there is no place to keep it once it is downloaded, as "
+            "this user has no home folder; name one with HF_HOME"
         )
     try:
         # Not list_repo_files, which tries for half a minute where there is no network.
