@@ -4,9 +4,9 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Begun = TypeVar("Begun")
 
@@ -53,10 +53,18 @@ def unwinding(begin: Callable[[], Begun], undo: Callable[[Begun], None]) -> Iter
         if not told:  # by whom this block stands in
             raise
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        restore(dict.fromkeys(numbers, signal.SIG_DFL))
         if told:
             signal.raise_signal(told[0])
+
+
+def restore(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Gives signals the handlers that they had before. CPython drops a signal that comes while its handler is taken
+    away; blocked, it waits for the handler that is given back."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _deadly() -> list[signal.Signals]:

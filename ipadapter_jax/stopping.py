@@ -4,6 +4,8 @@ import signal
 from collections.abc import Callable
 from typing import Any, Self
 
+from ipadapter_jax.ending import restore
+
 STOPPED = 75  # the exit code that asks a scheduler to start the same command again
 
 
@@ -25,8 +27,7 @@ class Stopping:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        restore(self._before)
 
     def _handlers(self) -> dict[signal.Signals, Callable[..., Any]]:
         return {signal.SIGINT: self._interrupted, signal.SIGTERM: self._ask}

@@ -16,7 +16,9 @@ from helpers import ADAPTERS, TORCH_MODEL
 from weight_files import refused
 
 from ipadapter_jax.convert import convert
+from ipadapter_jax.ending import unwinding
 from ipadapter_jax.files import _is_local, check_writable, remove_leftovers, replacing, write_whole
+from ipadapter_jax.stopping import Stopping
 from ipadapter_jax.train.folder import run_lock
 
 WRITER = """
@@ -129,6 +131,23 @@ def test_a_signal_at_any_time(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stderr == "" and done.stdout.split() == [str(-signal.SIGTERM)] * 200
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("block", [lambda: unwinding(lambda: None, lambda _: None), Stopping])
+def test_a_handler_is_given_back_while_its_signal_waits(monkeypatch, block):
+    """CPython drops a signal that comes inside of `signal.signal`."""
+    real, waiting = signal.signal, []
+
+    def change(number, handler):
+        waiting.append(number in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        return real(number, handler)
+
+    monkeypatch.setattr(signal, "signal", change)
+    with block():
+        assert not any(waiting)
+        waiting.clear()
+    assert len(waiting) == 2 and all(waiting)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 
 
 def test_what_is_ignored_stays_ignored(tmp_path):
