@@ -1,6 +1,6 @@
 """Two minutes on any machine, to see that everything runs: 20 steps of a tiny model on whatever data.
 
-    python scripts/make_random_weights.py --size tiny --out weights/tiny
+    python -m ipadapter_jax.testing.random_weights --size tiny --out weights/tiny
     ipadapter-jax train debug --data.path photos/ --out runs/debug
 
 The model's weights are random: nothing is learnt but that the loss is finite and a run can be resumed.

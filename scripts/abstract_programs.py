@@ -12,7 +12,6 @@ import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from make_random_weights import FULL, SCHEDULER
 
 from ipadapter_jax import draws, sampling
 from ipadapter_jax.diffusion.samplers import sample_table
@@ -25,6 +24,8 @@ from ipadapter_jax.models.projections import ImageProjConfig, example_features, 
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_sites
 from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.testing.random_weights import SCHEDULER
+from ipadapter_jax.testing.sizes import FULL, ModelConfigs
 from ipadapter_jax.train.config import Data, Model, Optim, Train
 from ipadapter_jax.train.networks import Networks
 from ipadapter_jax.train.optim import make_optimizer, trainable, view
@@ -65,11 +66,17 @@ class Sampler(NamedTuple):
 
 
 def abstract_sampler(
-    mesh: Mesh, *, batch: int = 1, steps: int = 50, sizes: Any = FULL, latent: int = 64, dtype: Any = "bfloat16"
+    mesh: Mesh,
+    *,
+    batch: int = 1,
+    steps: int = 50,
+    sizes: ModelConfigs = FULL,
+    latent: int = 64,
+    dtype: Any = "bfloat16",
 ) -> Sampler:
     """DDIM with guidance and one base adapter, on a mesh of the one axis "data"."""
     compute = jnp.dtype(dtype)
-    unet, rows = UNet(sizes[0], compute), NamedSharding(mesh, P("data"))
+    unet, rows = UNet(sizes.unet, compute), NamedSharding(mesh, P("data"))
 
     def given(shape, dtype, sharding=None) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or sampling.replicated(mesh))
@@ -80,7 +87,7 @@ def abstract_sampler(
     run = sample_table("ddim", NoiseSchedule.from_json(SCHEDULER), steps, 0.0, 1.0)
     state = jax.eval_shape(begin, given((batch, latent, latent, 4), jnp.float32))
     shardings = sampling.State._make(NamedSharding(mesh, spec) for spec in sampling.STATE)
-    sites = cross_attention_sites(sizes[0])
+    sites = cross_attention_sites(sizes.unet)
     text, image = (
         [tuple(given((1, 2, tokens, site.width), compute) for _ in "kv") for site in sites]
         for tokens in (TEXT_TOKENS, IMAGE_TOKENS)
@@ -116,7 +123,7 @@ def abstract_step(
     mesh: Mesh,
     *,
     batch: int,
-    sizes: Any = FULL,
+    sizes: ModelConfigs = FULL,
     latent: int = 64,
     dtype: Any = "bfloat16",
     remat=False,
@@ -126,9 +133,9 @@ def abstract_step(
     """The base adapter on networks of the given sizes; `latent` is the side of the latents. Precomputed latents and
     features unless `live`."""
     compute = jnp.dtype(dtype)
-    unet, vae = UNet(sizes[0], compute, remat=remat), VAE(sizes[1], compute)
-    text, vision = CLIPText(sizes[2], compute), CLIPVision(sizes[3], compute)
-    projection = ImageProjConfig("base", sizes[3].projection_dim, sizes[0].cross_attention_dim, 4)
+    unet, vae = UNet(sizes.unet, compute, remat=remat), VAE(sizes.vae, compute)
+    text, vision = CLIPText(sizes.text_encoder, compute), CLIPVision(sizes.image_encoder, compute)
+    projection = ImageProjConfig("base", sizes.image_encoder.projection_dim, sizes.unet.cross_attention_dim, 4)
     networks: Any = Networks(
         unet=unet,
         vae=vae,
@@ -137,7 +144,7 @@ def abstract_step(
         latent_shape=(latent, latent, 4),
         image_encoder=vision,
         projection=image_projection(projection, compute),
-        adapter=IPAdapter(tuple(site.width for site in cross_attention_sites(sizes[0])), compute),
+        adapter=IPAdapter(tuple(site.width for site in cross_attention_sites(sizes.unet)), compute),
     )
     parts = {
         "unet": (UNET, unet),
@@ -152,7 +159,7 @@ def abstract_step(
     frozen = {name: template_of(*part) for name, part in parts.items() if live or name != "image_encoder"}
     frozen = jax.tree.map(lambda leaf: given(leaf.shape, compute, of_frozen(mesh, leaf)), frozen)
     frozen["empty_ids"] = given((77,), jnp.int32, replicated(mesh))
-    tokens = jnp.zeros((1, 4, sizes[0].cross_attention_dim))
+    tokens = jnp.zeros((1, 4, sizes.unet.cross_attention_dim))
     learnt = {
         "image_proj": jax.eval_shape(networks.projection.init, draws.key(0), example_features(projection)),
         "ip_adapter": jax.eval_shape(networks.adapter.init, draws.key(0), tokens),
@@ -167,12 +174,12 @@ def abstract_step(
     rows = functools.partial(given, sharding=by_row(mesh))
     pictures = {
         "pixels": rows((batch, 8 * latent, 8 * latent, 3), jnp.uint8),
-        "clip_pixels": rows((batch, sizes[3].image_size, sizes[3].image_size, 3), jnp.uint8),
+        "clip_pixels": rows((batch, sizes.image_encoder.image_size, sizes.image_encoder.image_size, 3), jnp.uint8),
     }
     cached = {
         "mean": rows((batch, latent, latent, 4), compute),
         "logvar": rows((batch, latent, latent, 4), compute),
-        "features": rows((batch, sizes[3].projection_dim), compute),
+        "features": rows((batch, sizes.image_encoder.projection_dim), compute),
     }
     given_batch = (pictures if live else cached) | {"input_ids": rows((batch, 77), jnp.int32)}
     make = functools.partial(make_step, networks, optimizer, config)

@@ -1,6 +1,6 @@
 """What masks, scales by layer and a second adapter add to a denoising step.
 
-    python scripts/make_random_weights.py --size full --out weights/full
+    python -m ipadapter_jax.testing.random_weights --size full --out weights/full
     python scripts/benchmark_controls.py --weights weights/full --size 256
 
 A guided step with one adapter and one number as its scale, against one with two adapters, a mask and a scale for every
@@ -24,7 +24,7 @@ GOAL = 1.10
 
 
 def main(
-    weights: Annotated[Path, tyro.conf.arg(help="a folder of make_random_weights")],
+    weights: Annotated[Path, tyro.conf.arg(help="a folder of random_weights.py")],
     size: Annotated[int, tyro.conf.arg(help="side of the picture in pixels")] = 512,
     dtype: str = "float32",
     runs: Annotated[int, tyro.conf.arg(help="of which the median is shown")] = 5,

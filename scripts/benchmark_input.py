@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from make_random_weights import write_tokenizer
 from PIL import Image
 
 from ipadapter_jax.data.batches import Samples, batches
@@ -30,6 +29,7 @@ from ipadapter_jax.data.encoded_shards import Layout, Plan, ShardWriter
 from ipadapter_jax.data.files import find_files
 from ipadapter_jax.data.samples import LiveSamples
 from ipadapter_jax.data.tar_shards import TarSource
+from ipadapter_jax.testing.random_weights import write_tokenizer
 
 PHOTOGRAPHS = ("astronaut", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
 WORDS = ("a", "photograph", "of", "an", "old", "stone", "bridge", "over", "the", "river", "with", "people", "walking")

@@ -1,6 +1,6 @@
 """How fast a base model gets from its files into memory, beside PyTorch, and how much memory that takes.
 
-    python scripts/make_random_weights.py --size full --out weights/full
+    python -m ipadapter_jax.testing.random_weights --size full --out weights/full
     python scripts/benchmark_load.py --weights weights/full
 
 Ours: the weights of UNet, VAE and text encoder as new float32 arrays on the device, checked and finite. PyTorch:

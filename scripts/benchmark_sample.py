@@ -1,6 +1,6 @@
 """Sampling with this project and with PyTorch diffusers, side by side in one run on this machine (Linux).
 
-    python scripts/make_random_weights.py --size full --out weights/full
+    python -m ipadapter_jax.testing.random_weights --size full --out weights/full
     python scripts/benchmark_sample.py --weights weights/full --steps 2                      CPU: float32, eager PyTorch
     python scripts/benchmark_sample.py --weights weights/full --dtype bfloat16 --compile     NVIDIA GPU
 

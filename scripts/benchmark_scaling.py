@@ -64,9 +64,9 @@ def work(settings: Scaling, port: int, processes: int, number: int) -> None:
     from abstract_programs import abstract_sampler, abstract_step
     from compiled_text import collective_bytes
     from jax.sharding import AxisType
-    from make_random_weights import SIZES
     from profile_layers import filled
 
+    from ipadapter_jax.testing.sizes import SIZES
     from ipadapter_jax.train.sharding import AXES
 
     sizes: Any = {"sizes": SIZES[settings.size], "latent": settings.latent, "dtype": "float32", "batch": settings.batch}

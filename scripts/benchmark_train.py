@@ -1,6 +1,6 @@
 """The training step of this project and the authors' in PyTorch, side by side in one run on this machine (Linux).
 
-    python scripts/make_random_weights.py --size full --out weights/full
+    python -m ipadapter_jax.testing.random_weights --size full --out weights/full
     python scripts/benchmark_train.py --weights weights/full --batch-size 1 --steps 1            CPU: float32
     python scripts/benchmark_train.py --weights weights/full --batch-size 32 --dtype bfloat16    NVIDIA GPU
 

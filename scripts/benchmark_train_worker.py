@@ -25,7 +25,7 @@ TEXT_TOKENS = 77
 class Settings:
     """Times the training step here and the authors' in PyTorch, and prints one table."""
 
-    weights: Annotated[Path, tyro.conf.arg(help="a folder of make_random_weights.py, or laid out like one")]
+    weights: Annotated[Path, tyro.conf.arg(help="a folder of random_weights.py, or laid out like one")]
     batch_size: int = 8
     size: Annotated[int, tyro.conf.arg(help="side of the training pictures, in pixels")] = 512
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -21,7 +21,7 @@ STAGES = {"imports": "imports", "load": "weights", "image": "compile and sample"
 class Settings:
     """Times sampling here and in PyTorch diffusers, and prints one table."""
 
-    weights: Annotated[Path, tyro.conf.arg(help="a folder of make_random_weights.py, or laid out like one")]
+    weights: Annotated[Path, tyro.conf.arg(help="a folder of random_weights.py, or laid out like one")]
     image: Annotated[Path | None, tyro.conf.arg(help="the image prompt; by default an astronaut")] = None
     prompt: str = "a photo"
     negative_prompt: str = ""

@@ -25,13 +25,13 @@ import numpy as np
 import tyro
 from cpu import environment, use_cores
 from kept_settings import check_same
-from make_random_weights import public_config, write_json, write_model_index
 from mini_networks import ENCODER, PREPROCESSOR, SCHEDULER, SIDE, TEXT_CONFIG, UNET_CONFIG, VAE_CONFIG, VISION_CONFIG
 from render_scenes import render_scenes
 
 from ipadapter_jax import InputError, draws
 from ipadapter_jax.compilation_cache import enable_compilation_cache
 from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.testing.random_weights import public_config, write_json, write_model_index
 from ipadapter_jax.weights.component_export import save_component
 from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, drawn_params
 

@@ -1,6 +1,6 @@
 """What half precision does to the latents after a whole run, here and in PyTorch diffusers, on the same weights.
 
-    python scripts/make_random_weights.py --size full --out weights/full
+    python -m ipadapter_jax.testing.random_weights --size full --out weights/full
     python scripts/compare_bfloat16.py --weights weights/full                            NVIDIA GPU: 512 px, 50 steps
     python scripts/compare_bfloat16.py --weights weights/full --height 64 --width 64     CPU: half an hour
 

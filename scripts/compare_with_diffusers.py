@@ -1,6 +1,6 @@
 """Samples the same picture with this project and with PyTorch diffusers, and says how far apart they are.
 
-    python scripts/make_random_weights.py --size full --out weights/full
+    python -m ipadapter_jax.testing.random_weights --size full --out weights/full
     python scripts/compare_with_diffusers.py --weights weights/full --out out/compare.png
     python scripts/compare_with_diffusers.py --weights ipadapter_jax/mini --adapter ip-adapter_mini.safetensors \
         --height 64 --width 64
@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 # jax and torch are imported inside functions: each side is also loaded alone, and the help needs neither.
 
-ADAPTER = Path("ip_adapter", "models", "ip-adapter_sd15.safetensors")  # below a folder of make_random_weights.py
+ADAPTER = Path("ip_adapter", "models", "ip-adapter_sd15.safetensors")  # below a folder of random_weights.py
 MAX_LATENTS_ERROR = 1e-3
 MIN_SHARE_WITHIN_1 = 0.999
 
@@ -206,7 +206,7 @@ def side_by_side(result: Comparison) -> Image.Image:
 
 
 def main(
-    weights: Annotated[Path, tyro.conf.arg(help="a folder of make_random_weights.py, or laid out like one")],
+    weights: Annotated[Path, tyro.conf.arg(help="a folder of random_weights.py, or laid out like one")],
     out: Annotated[Path, tyro.conf.arg(help="both pictures and their difference")] = Path("out/compare.png"),
     adapter: Annotated[Path | None, tyro.conf.arg(help="below that folder, image_encoder beside it")] = ADAPTER,
     image: Annotated[Path | None, tyro.conf.arg(help="the image prompt; by default an astronaut")] = None,

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from make_random_weights import MICRO, write_component, write_model
 from safetensors.numpy import load_file, save_file
 
 from ipadapter_jax.convert import convert
 from ipadapter_jax.models.clip import CLIPVision, CLIPVisionConfig
+from ipadapter_jax.testing.random_weights import write_component, write_model
+from ipadapter_jax.testing.sizes import MICRO
 from ipadapter_jax.weights.component_export import save_opened
 from ipadapter_jax.weights.components import IMAGE_ENCODER, open_component
 from ipadapter_jax.weights.ip_adapter_export import save_adapter_tensors
@@ -101,14 +102,12 @@ def index(folder: Path) -> list[Path]:
 
 def _encoder(folder: Path) -> None:
     config = CLIPVisionConfig(8, 16, 4, 1, 2, image_size=8, patch_size=4)
-    write_component(
-        folder, "image_encoder", IMAGE_ENCODER, CLIPVision(config), "CLIPVisionModelWithProjection", FLOAT16
-    )
+    write_component(folder, CLIPVision(config))
 
 
 def single_file(folder: Path) -> list[Path]:
     """A whole base model, with the folder of its settings beside."""
-    write_model(folder / "config", MICRO, FLOAT16)
+    write_model(folder / "config", MICRO)
     convert(folder / "config", folder / "model.safetensors")
     return [folder / "model.safetensors"]
 

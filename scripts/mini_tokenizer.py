@@ -5,12 +5,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from make_random_weights import write_tokenizer
 from mini_networks import TOKENS, VOCABULARY
 
 from ipadapter_jax.scenes.captions import caption
 from ipadapter_jax.scenes.photographs import CAPTIONS
 from ipadapter_jax.scenes.scene import generator, make_scene
+from ipadapter_jax.testing.random_weights import write_tokenizer
 
 
 def write(folder: Path, captions: int = 20_000) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from make_random_weights import write_json
 from PIL import Image
 
 from ipadapter_jax.scenes.render import render
 from ipadapter_jax.scenes.scene import make_scene
+from ipadapter_jax.testing.random_weights import write_json
 
 TARGET = Path(__file__).parents[1] / "ipadapter_jax" / "mini"
 LOGS = {  # by stage, where its losses are

@@ -26,9 +26,9 @@ import tyro
 from abstract_programs import abstract_sampler, abstract_step
 from compiled_text import main_computation
 from jax.sharding import AxisType
-from make_random_weights import SIZES
 
 from ipadapter_jax.flops import products
+from ipadapter_jax.testing.sizes import SIZES
 from ipadapter_jax.train.sharding import AXES
 
 LAYERS = {  # the first whose pattern is found in where an instruction stands

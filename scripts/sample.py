@@ -1,6 +1,6 @@
 """Sampling with an image prompt, spelled out: from a picture and a prompt to pictures in one jitted call.
 
-    python scripts/make_random_weights.py --size tiny --out weights/tiny
+    python -m ipadapter_jax.testing.random_weights --size tiny --out weights/tiny
     python scripts/sample.py --base weights/tiny --adapter weights/tiny/ip_adapter/models/ip-adapter_sd15.safetensors \
         --image assets/reference.jpg --prompt "a cat" --size 256 --out out/sample.png
 

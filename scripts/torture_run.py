@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_random_weights import NANO, write_model
 from PIL import Image
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.files import sha256
+from ipadapter_jax.testing.random_weights import write_model
+from ipadapter_jax.testing.sizes import NANO
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Mesh, Model, Optim, Train
 from ipadapter_jax.train.export import ADAPTER
@@ -51,8 +52,7 @@ def changed(config: Train, **changes: Any) -> Train:
 
 def prepare(work: Path, steps: int, save_every: int, pictures: int = 24) -> Train:
     """A model, pictures with captions, and a run of them that logs every step and shows nothing."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        write_model(work / "model", NANO, np.dtype(np.float16))
+    write_model(work / "model", NANO)
     make_pictures(work / "pictures", pictures)
     return Train(
         out=str(work / "run"),

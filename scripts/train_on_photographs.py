@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import small_vae
 import tyro
-from make_random_weights import write_model
 from photographs import NAMES, photographs, records, write_formats
 from PIL import Image
 
@@ -36,6 +35,8 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.pipeline import StableDiffusion
 from ipadapter_jax.preprocess import image_grid, square_pixels
+from ipadapter_jax.testing.random_weights import write_model
+from ipadapter_jax.testing.sizes import ModelConfigs
 from ipadapter_jax.weights.component_export import save_component
 from ipadapter_jax.weights.components import UNET, VAE_COMPONENT, drawn_params
 
@@ -69,7 +70,7 @@ def write_base(folder: Path, squares: np.ndarray, vae_steps: int) -> None:
     """A base model: the VAE fitted to `squares` (B, S, S, 3) uint8, the UNet as it is before training, encoders of
     random weights."""
     vae, params = small_vae.fit(squares, steps=vae_steps)
-    write_model(folder, (UNET_CONFIG, vae.config, TEXT_CONFIG, VISION_CONFIG), np.dtype(np.float32))
+    write_model(folder, ModelConfigs(UNET_CONFIG, vae.config, TEXT_CONFIG, VISION_CONFIG), "float32")
     drawn = drawn_params(UNET, UNet(UNET_CONFIG), draws.key(0))
     for component, name, tree in ((VAE_COMPONENT, "vae", params), (UNET, "unet", drawn)):
         place = folder / name

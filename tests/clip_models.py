@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_random_weights import write_tokenizer
 from PIL import Image
+
+from ipadapter_jax.testing.random_weights import write_tokenizer
 
 SIDE, LENGTH, VOCABULARY = 32, 24, 520
 CAPTIONS = [["a red fox", "an animal in snow"], ["two cats", "cats on a sofa", "a sofa"], ["a very small bird"]]

@@ -4,22 +4,20 @@ For what holds of every model; what was recorded of PyTorch needs the recorded o
 """
 
 import atexit
-import contextlib
 import dataclasses
 import functools
 import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from helpers import ADAPTERS, IMAGE_ENCODER, TORCH_MODEL
-from make_random_weights import MICRO, write_component
 from safetensors.numpy import load_file, save_file
 
 from ipadapter_jax.models.unet import UNet, cross_attention_sites
-from ipadapter_jax.weights.components import UNET
+from ipadapter_jax.testing.random_weights import write_component
+from ipadapter_jax.testing.sizes import MICRO
 
-CONFIG = dataclasses.replace(MICRO[0], sample_size=8)
+CONFIG = dataclasses.replace(MICRO.unet, sample_size=8)
 
 
 @functools.cache
@@ -34,8 +32,7 @@ def small_model() -> Path:
     """A folder in diffusers' layout, made once per session."""
     base = _folder() / "base"
     shutil.copytree(TORCH_MODEL, base, ignore=shutil.ignore_patterns("unet"))
-    with contextlib.redirect_stdout(None):  # some tests look at what is printed
-        write_component(base / "unet", "unet", UNET, UNet(CONFIG), "UNet2DConditionModel", np.dtype(np.float16))
+    write_component(base / "unet", UNet(CONFIG))
     return base
 
 

@@ -61,7 +61,7 @@ def test_the_table_derives_from_the_turns():
 @pytest.mark.torch
 def test_both_sides_run_and_agree(tmp_path):
     weights, out = tmp_path / "weights", tmp_path / "numbers.json"
-    subprocess.run([sys.executable, ROOT / "scripts" / "make_random_weights.py", "--out", weights], check=True)
+    subprocess.run([sys.executable, "-m", "ipadapter_jax.testing.random_weights", "--out", weights], check=True)
     options = ["--weights", weights, "--size", "64", "--batch-size", "4", "--steps", "1", "--rounds", "1", "--cpu"]
     subprocess.run([sys.executable, ROOT / "scripts" / "benchmark_train.py", *options, "--out", out], check=True)
     numbers = json.loads(out.read_text(encoding="utf-8"))

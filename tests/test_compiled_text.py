@@ -6,8 +6,8 @@ from abstract_programs import abstract_step
 from compile_ahead import compiled, devices
 from compiled_text import Group, byte_count, collective_bytes, groups, main_computation
 from jax.sharding import AxisType
-from make_random_weights import MICRO
 
+from ipadapter_jax.testing.sizes import MICRO
 from ipadapter_jax.train.sharding import AXES
 
 SMALL = {"sizes": MICRO, "latent": 8}

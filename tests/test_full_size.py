@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import jax
-import make_random_weights
 import numpy as np
 import pytest
 from benchmark_sample import check_parity
@@ -23,6 +22,8 @@ from ipadapter_jax.models.projections import ImageProjConfig, example_features, 
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.models.vae import VAE, VAEConfig
+from ipadapter_jax.testing.random_weights import write_model
+from ipadapter_jax.testing.sizes import FULL, TINY
 from ipadapter_jax.weights.components import (
     IMAGE_ENCODER,
     TEXT_ENCODER,
@@ -80,8 +81,7 @@ def full_size() -> Path:
     """The folder in IPADAPTER_JAX_FULL_SIZE, or weights/full, made on the spot (3.3 GB)."""
     folder = Path(os.environ.get("IPADAPTER_JAX_FULL_SIZE", ROOT / "weights" / "full"))
     if not (folder / "model_index.json").exists():
-        script = ROOT / "scripts" / "make_random_weights.py"
-        subprocess.run([sys.executable, script, "--size", "full", "--out", folder], check=True)
+        write_model(folder, FULL)
     return folder
 
 
@@ -121,7 +121,7 @@ def test_full_size_networks_equal_pytorch(full_size):
 @pytest.fixture(scope="session")
 def tiny_size(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    make_random_weights.main(folder, "tiny")
+    write_model(folder, TINY)
     return folder
 
 

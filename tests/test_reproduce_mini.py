@@ -34,7 +34,6 @@ from lab_rows import (
 )
 from lab_scenes import inked, prompt
 from lab_trainings import SHIPPED, TRAININGS, drops
-from make_random_weights import NANO, write_model
 from PIL import Image
 from safetensors import safe_open
 
@@ -43,13 +42,15 @@ from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.preprocess import CLIP_TABLE
 from ipadapter_jax.scenes.render import render
+from ipadapter_jax.testing.random_weights import write_model
+from ipadapter_jax.testing.sizes import NANO, ModelConfigs
 from ipadapter_jax.train.initial import initial_adapter, projection_config
 from ipadapter_jax.weights.components import UNET, load_component
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_adapter
 
-UNET_CONFIG = dataclasses.replace(NANO[0], sample_size=16)
+UNET_CONFIG = dataclasses.replace(NANO.unet, sample_size=16)
 VISION = CLIPVisionConfig(32, 64, 32, 2, 2, image_size=64, patch_size=16)
-CONFIGS = (
+CONFIGS = ModelConfigs(
     UNET_CONFIG,
     VAEConfig(block_out_channels=(32,) * 3, layers_per_block=1),
     CLIPTextConfig(514, 32, 64, 1, 2, eos_token_id=513),
@@ -61,7 +62,7 @@ CONFIGS = (
 def base(tmp_path_factory) -> Path:
     """A folder laid out as mini: a tiny model of random weights with image encoder and both adapters."""
     folder = tmp_path_factory.mktemp("mini")
-    write_model(folder, CONFIGS, np.dtype(np.float16))
+    write_model(folder, CONFIGS)
     shutil.move(folder / "ip_adapter" / "models" / "image_encoder", folder)
     shutil.rmtree(folder / "ip_adapter")
     unet = load_component(UNET, folder / "unet", np.dtype(np.float32))

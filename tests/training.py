@@ -15,11 +15,12 @@ import numpy as np
 import skimage.data
 from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, nhwc
 from jax.sharding import Mesh
-from make_random_weights import MICRO, write_model
 from PIL import Image
 from torture_run import changed
 
 from ipadapter_jax.preprocess import clip_pixels, load_image
+from ipadapter_jax.testing.random_weights import write_model
+from ipadapter_jax.testing.sizes import MICRO
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train
 from ipadapter_jax.train.networks import Loaded
 from ipadapter_jax.train.optim import make_optimizer, trainable, view
@@ -75,7 +76,7 @@ PLUS = ADAPTERS / "ip-adapter-plus_tiny.bin"
 
 # Traced and compiled in two thirds of the time of MICRO, for what does not look at the network.
 ONE_LEVEL = dataclasses.replace(
-    MICRO[0],
+    MICRO.unet,
     block_out_channels=(32,),
     down_block_types=("CrossAttnDownBlock2D",),
     up_block_types=("CrossAttnUpBlock2D",),
@@ -89,8 +90,8 @@ def micro_model(levels: int = 2) -> Path:
         return Path(os.environ["IPADAPTER_JAX_MICRO_MODEL"])
     folder = Path(tempfile.mkdtemp(prefix="micro-model-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    unet = {1: ONE_LEVEL, 2: MICRO[0]}[levels]
-    write_model(folder, (unet, *MICRO[1:]), np.dtype(np.float16))
+    unet = {1: ONE_LEVEL, 2: MICRO.unet}[levels]
+    write_model(folder, dataclasses.replace(MICRO, unet=unet))
     return folder
 
 

@@ -1,78 +1,44 @@
 """Writes a Stable Diffusion 1.x folder of random weights in diffusers' layout, with image encoder and base adapter.
 
-    python scripts/make_random_weights.py --size micro --out weights/micro   1 MB: 32 px, compiles in seconds
-    python scripts/make_random_weights.py --size tiny --out weights/tiny     2 MB, seconds
-    python scripts/make_random_weights.py --size full --out weights/full     SD 1.5 + ViT-H/14, 3.3 GB in float16
+    python -m ipadapter_jax.testing.random_weights --size micro --out weights/micro   1 MB: 32 px, compiles in seconds
+    python -m ipadapter_jax.testing.random_weights --size tiny --out weights/tiny     2 MB, seconds
+    python -m ipadapter_jax.testing.random_weights --size full --out weights/full     SD 1.5 + ViT-H/14, 3.3 GB
 
-For tests of equality and for benchmarks, where trained weights say nothing more: every number is drawn by
-numpy's PCG64 seeded with (150015, crc32 of the tensor's name), scaled to keep activations of order 1 and rounded to
-float16, so that float16 and float32 files hold the same numbers. The pictures are abstract textures.
+For parity tests and for benchmarks, where trained weights would show nothing more: every number is drawn by numpy's
+PCG64 seeded with (150015, crc32 of the tensor's name), scaled to keep activations of order 1 and rounded to float16,
+so that float16 and float32 files hold the same numbers. The generated images are abstract textures.
 """
 
+import argparse
 import dataclasses
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tyro
+from numpy.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from ipadapter_jax import draws
 from ipadapter_jax.models.adapter import IPAdapter
-from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision
 from ipadapter_jax.models.projections import ImageProjConfig, example_features, image_projection
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.models.vae import VAE, VAEConfig
-from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, template_of
+from ipadapter_jax.testing.sizes import SIZES, ModelConfigs
+from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, Component, template_of
 from ipadapter_jax.weights.names import torch_key, torch_shape
-from ipadapter_jax.weights.tree import leaves
+from ipadapter_jax.weights.tree import Tree, leaves
 
 SEED = 150015
+ADAPTERS = Path("ip_adapter", "models")  # below a model's folder, as in the authors' repository
 
-FULL = (UNetConfig(), VAEConfig(), CLIPTextConfig(eos_token_id=2), CLIPVisionConfig())
-TINY = (
-    UNetConfig(block_out_channels=(32, 64, 64, 64), layers_per_block=1, cross_attention_dim=64, sample_size=32),
-    VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1),
-    CLIPTextConfig(514, 64, 128, 2, 4, eos_token_id=513),
-    CLIPVisionConfig(64, 128, 64, 3, 4, patch_size=32),
-)
-MICRO = (
-    UNetConfig(
-        block_out_channels=(32, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=32,
-        sample_size=16,
-    ),
-    VAEConfig(block_out_channels=(32, 32), layers_per_block=1),
-    CLIPTextConfig(514, 32, 64, 1, 2, eos_token_id=513),
-    CLIPVisionConfig(32, 64, 32, 2, 2, image_size=32, patch_size=16),
-)
-NANO = (  # one level: the smallest that has every part
-    UNetConfig(
-        block_out_channels=(32,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=32,
-        sample_size=8,
-    ),
-    VAEConfig(block_out_channels=(32,), layers_per_block=1),
-    CLIPTextConfig(514, 32, 64, 1, 2, eos_token_id=513),
-    CLIPVisionConfig(32, 64, 32, 2, 2, image_size=32, patch_size=16),
-)
-SIZES = {"nano": NANO, "micro": MICRO, "tiny": TINY, "full": FULL}
-
-SCHEDULER = {
+SCHEDULER: Mapping[str, Any] = {
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.6.0",
     "beta_start": 0.00085,
@@ -87,9 +53,10 @@ SCHEDULER = {
 }
 
 
-def draw(component: str, name: str, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    """One tensor in PyTorch's layout, float32 with float16-exact values; `kind` is the leaf's name in our tree."""
-    z = np.random.default_rng([SEED, zlib.crc32(f"{component}.{name}".encode())]).standard_normal(shape, np.float32)
+def draw(part: str, name: str, shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """One tensor of a part ("unet") in PyTorch's layout, float32 with values that float16 holds exactly. `kind` is the
+    name of the leaf in our tree."""
+    z = np.random.default_rng([SEED, zlib.crc32(f"{part}.{name}".encode())]).standard_normal(shape, np.float32)
     if kind == "bias":
         z *= 0.05
     elif kind == "scale":
@@ -104,22 +71,26 @@ def draw(component: str, name: str, shape: tuple[int, ...], kind: str) -> np.nda
     return np.where(np.abs(z) < 6.2e-5, np.float16(0), z).astype(np.float32)  # no subnormals: slow on some processors
 
 
-def tensors(component: str, template, dtype: np.dtype, prefix: str = "", renames=None) -> dict[str, np.ndarray]:
-    """Every leaf of a tree, under its PyTorch name."""
+def tensors(
+    part: str, template: Tree, dtype: np.dtype, prefix: str = "", renames: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """Draws every leaf of a tree of shapes; the keys are `prefix` and the tensor's name in PyTorch."""
     found = {}
     for path, leaf in leaves(template).items():
         name = torch_key(path, renames or {})
-        found[prefix + name] = draw(component, name, torch_shape(path, leaf.shape), path[-1]).astype(dtype)
+        found[prefix + name] = draw(part, name, torch_shape(path, leaf.shape), path[-1]).astype(dtype)
     return found
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file of JSON, and its folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def write_tokenizer(folder: Path, vocab_size: int, merges: Sequence[tuple[str, str]] = (), length: int = 77) -> None:
-    """CLIP's byte alphabet and these merges, filled up to the vocabulary's size with tokens that no text produces."""
+    """Writes a CLIP tokenizer of CLIP's byte alphabet and these merges, filled up to `vocab_size` with tokens that no
+    text produces. `length` is the number of tokens of a text."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
@@ -136,8 +107,8 @@ def write_tokenizer(folder: Path, vocab_size: int, merges: Sequence[tuple[str, s
     )
 
 
-def public_config(config, class_name: str) -> dict:
-    """What the published config.json of this network says, in the order of the fields."""
+def public_config(config: Any, class_name: str) -> dict[str, Any]:
+    """The config.json of a network as it is published, in the order of the fields."""
     extra = {}
     if isinstance(config, VAEConfig):
         levels = len(config.block_out_channels)
@@ -150,16 +121,35 @@ def public_config(config, class_name: str) -> dict:
     return {"architectures": [class_name], "model_type": model_type, **dataclasses.asdict(config), **extra}
 
 
-def write_component(folder: Path, name: str, component, module, class_name: str, dtype: np.dtype) -> None:
-    found = tensors(name, template_of(component, module), dtype, renames=component.renames)
+class _Part(NamedTuple):
+    """What the files of a network are called."""
+
+    name: str  # of which the random numbers depend
+    component: Component
+    class_name: str
+
+
+_PARTS: Mapping[type, _Part] = {
+    UNet: _Part("unet", UNET, "UNet2DConditionModel"),
+    VAE: _Part("vae", VAE_COMPONENT, "AutoencoderKL"),
+    CLIPText: _Part("text_encoder", TEXT_ENCODER, "CLIPTextModel"),
+    CLIPVision: _Part("image_encoder", IMAGE_ENCODER, "CLIPVisionModelWithProjection"),
+}
+
+
+def write_component(folder: Path, module: UNet | VAE | CLIPText | CLIPVision, dtype: DTypeLike = "float16") -> int:
+    """Writes config.json and weights of one network to `folder`. Returns the number of its parameters."""
+    name, component, class_name = _PARTS[type(module)]
+    found = tensors(name, template_of(component, module), np.dtype(dtype), renames=component.renames)
     write_json(folder / "config.json", public_config(module.config, class_name))
     save_file(found, folder / f"{component.torch_stem}.safetensors", metadata={"format": "pt"})
-    print(f"{component.title}: {sum(a.size for a in found.values()):,} parameters", flush=True)
+    return sum(array.size for array in found.values())
 
 
-def write_adapter(path: Path, unet: UNetConfig, vision: CLIPVisionConfig, dtype: np.dtype) -> None:
-    """A base adapter (4 tokens) in the authors' format."""
-    config = ImageProjConfig("base", vision.projection_dim, unet.cross_attention_dim, num_tokens=4)
+def write_adapter(path: Path, configs: ModelConfigs, dtype: DTypeLike = "float16") -> int:
+    """Writes a base adapter (4 tokens) in the authors' format. Returns the number of its parameters."""
+    unet = configs.unet
+    config = ImageProjConfig("base", configs.image_encoder.projection_dim, unet.cross_attention_dim, num_tokens=4)
     widths = tuple(site.width for site in cross_attention_sites(unet))
     tokens = jax.ShapeDtypeStruct((1, 4, unet.cross_attention_dim), np.float32)
     parts = {
@@ -168,29 +158,34 @@ def write_adapter(path: Path, unet: UNetConfig, vision: CLIPVisionConfig, dtype:
     }
     found = {}
     for prefix, (module, example) in parts.items():
-        found |= tensors("ip", jax.eval_shape(module.init, draws.key(0), example)["params"], dtype, prefix)
+        found |= tensors("ip", jax.eval_shape(module.init, draws.key(0), example)["params"], np.dtype(dtype), prefix)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(found, path, metadata={"format": "pt"})
-    print(f"adapter: {sum(a.size for a in found.values()):,} parameters")
+    return sum(array.size for array in found.values())
 
 
-def write_model(out: Path, configs: tuple, kind: np.dtype) -> None:
-    """A base model in `out` of the given UNet, VAE, text and vision configs, image encoder and adapter below it."""
-    unet, vae, text, vision = configs
-    models = out / "ip_adapter" / "models"
-    write_component(out / "unet", "unet", UNET, UNet(unet), "UNet2DConditionModel", kind)
-    write_component(out / "vae", "vae", VAE_COMPONENT, VAE(vae), "AutoencoderKL", kind)
-    write_component(out / "text_encoder", "text_encoder", TEXT_ENCODER, CLIPText(text), "CLIPTextModel", kind)
-    encoder = models / "image_encoder"
-    write_component(encoder, "image_encoder", IMAGE_ENCODER, CLIPVision(vision), "CLIPVisionModelWithProjection", kind)
-    write_adapter(models / "ip-adapter_sd15.safetensors", unet, vision, kind)
-    write_tokenizer(out / "tokenizer", text.vocab_size)
+def write_model(out: Path, configs: ModelConfigs, dtype: DTypeLike = "float16") -> dict[str, int]:
+    """Writes a base model to `out`, an image encoder and a base adapter to `out`/ip_adapter/models. Returns the number
+    of parameters of each by its name."""
+    modules = {
+        out / "unet": UNet(configs.unet),
+        out / "vae": VAE(configs.vae),
+        out / "text_encoder": CLIPText(configs.text_encoder),
+        out / ADAPTERS / "image_encoder": CLIPVision(configs.image_encoder),
+    }
+    counts = {
+        _PARTS[type(module)].component.title: write_component(folder, module, dtype)
+        for folder, module in modules.items()
+    }
+    counts["adapter"] = write_adapter(out / ADAPTERS / "ip-adapter_sd15.safetensors", configs, dtype)
+    write_tokenizer(out / "tokenizer", configs.text_encoder.vocab_size)
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_model_index(out, SCHEDULER)
+    return counts
 
 
-def write_model_index(folder: Path, scheduler: dict) -> None:
-    """What tells diffusers the classes of the parts."""
+def write_model_index(folder: Path, scheduler: Mapping[str, Any]) -> None:
+    """Writes the file that tells diffusers the classes of the parts."""
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": scheduler["_diffusers_version"],
@@ -206,18 +201,23 @@ def write_model_index(folder: Path, scheduler: dict) -> None:
     write_json(folder / "model_index.json", index)
 
 
-def main(
-    out: Path,
-    size: Annotated[
-        Literal["nano", "micro", "tiny", "full"], tyro.conf.arg(help="small models, or Stable Diffusion 1.5")
-    ] = "tiny",
-    dtype: Annotated[
-        Literal["float16", "float32"], tyro.conf.arg(help="of the files; the numbers are the same")
-    ] = "float16",
-) -> None:
-    """Writes a base model to OUT, with an image encoder and a base adapter under OUT/ip_adapter/models."""
-    write_model(out, SIZES[size], np.dtype(dtype))
+def main() -> None:
+    """The command: writes a model and prints how many parameters each part has."""
+    parser = argparse.ArgumentParser(prog="python -m ipadapter_jax.testing.random_weights", description=_DESCRIPTION)
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="small models, or Stable Diffusion 1.5 (tiny)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="of the files; the numbers are the same (float16)",
+    )
+    settings = parser.parse_args()
+    for title, parameters in write_model(settings.out, SIZES[settings.size], settings.dtype).items():
+        print(f"{title}: {parameters:,} parameters")
 
+
+_DESCRIPTION = "Writes a base model to OUT, with an image encoder and a base adapter under OUT/ip_adapter/models."
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

@@ -4,7 +4,6 @@ import flax
 import jax
 import numpy as np
 import pytest
-from make_random_weights import MICRO
 
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
 from ipadapter_jax.models.layers import Dense
@@ -12,11 +11,12 @@ from ipadapter_jax.models.parameters import parameter_shapes
 from ipadapter_jax.models.projections import ImageProjConfig, example_features, image_projection
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.testing.sizes import MICRO
 from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, drawn_params, template_of
 
 PARTS = {"unet": (UNET, UNet), "vae": (VAE_COMPONENT, VAE), "text": (TEXT_ENCODER, CLIPText)}
 PARTS["image"] = (IMAGE_ENCODER, CLIPVision)
-CONFIGS = dict(zip(PARTS, MICRO, strict=True))
+CONFIGS = dict(zip(PARTS, vars(MICRO).values(), strict=True))
 
 
 @pytest.mark.parametrize("part", PARTS)

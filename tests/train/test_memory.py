@@ -1,14 +1,16 @@
 """The memory plan: a program's need worked out by hand, XLA's own plan, and the paper's run on 16 GB."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from abstract_programs import abstract_step
 from compile_ahead import devices as accelerators
 from jax.sharding import AxisType
-from make_random_weights import MICRO
 
 from ipadapter_jax.models.unet_config import UNetConfig
+from ipadapter_jax.testing.sizes import MICRO
 from ipadapter_jax.train.liveness import peak_bytes
 from ipadapter_jax.train.memory import MemoryPlan, available, plan, remedies
 from ipadapter_jax.train.sharding import AXES
@@ -105,7 +107,7 @@ def small(mesh, batch=4, latent=64, **options):
         layers_per_block=1,
         cross_attention_dim=32,
     )
-    return abstract_step(mesh, batch=batch, sizes=(unet, *MICRO[1:]), latent=latent, **options)
+    return abstract_step(mesh, batch=batch, sizes=dataclasses.replace(MICRO, unet=unet), latent=latent, **options)
 
 
 @pytest.fixture
