@@ -49,7 +49,7 @@ $(VENV)/installed-torch: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/installed $(VENV)/installed-dev $@
 
 sample: $(VENV)/installed
-	$(BIN)/python scripts/sample_sheet.py $(ARGS)
+	$(BIN)/python -m examples.sample_sheet $(ARGS)
 
 test: $(VENV)/installed-torch lint
 	$(PYTEST) $(ARGS)

@@ -1,6 +1,6 @@
 """The base adapter of the embedded model `mini`: a quarter of an hour on two CPU cores, from a cache.
 
-    python scripts/render_scenes.py --out data/scenes
+    python -m experiments.mini.render_scenes --out data/scenes
     ipadapter-jax train mini --data.path data/scenes/... --out runs/mini
 
 As sd15.py with what a small model and a short run ask for: a higher learning rate, and most captions left out, since

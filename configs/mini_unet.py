@@ -1,4 +1,4 @@
-"""The UNet of the embedded model `mini`, from random weights on rendered scenes; scripts/build_mini.py runs it.
+"""The UNet of the embedded model `mini`, from random weights on rendered scenes; experiments/mini/build.py runs it.
 
     ipadapter-jax train mini_unet --model.base build/mini/base --data.path build/mini/pooled --out build/mini/unet
 

@@ -1,7 +1,7 @@
 """Sampling with an image prompt, spelled out: from a picture and a prompt to pictures in one jitted call.
 
     python -m ipadapter_jax.testing.random_weights --size tiny --out weights/tiny
-    python scripts/sample.py --base weights/tiny --adapter weights/tiny/ip_adapter/models/ip-adapter_sd15.safetensors \
+    python -m scripts.sample --base weights/tiny --adapter weights/tiny/ip_adapter/models/ip-adapter_sd15.safetensors \
         --image assets/reference.jpg --prompt "a cat" --size 256 --out out/sample.png
 
 For people who start from code: copy it and change what you like. `ipadapter_jax.StableDiffusion` does the same with all
@@ -17,14 +17,15 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from ipadapter_jax import StableDiffusion, draws
+from ipadapter_jax import StableDiffusion
 from ipadapter_jax.diffusion.guidance import guide
+from ipadapter_jax.diffusion.sampler_table import advance, begin
 from ipadapter_jax.diffusion.samplers import sample_table
-from ipadapter_jax.diffusion.steps import advance, begin
+from ipadapter_jax.images.preprocess import clip_pixel_values, image_grid, load_image, to_uint8
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.vae import VAE
-from ipadapter_jax.preprocess import clip_pixel_values, image_grid, load_image, to_uint8
-from ipadapter_jax.tokens import tokenize
+from ipadapter_jax.runtime import random_keys
+from ipadapter_jax.weights.tokenizer import tokenize
 
 
 def main(
@@ -80,7 +81,7 @@ def main(
     ids = tokenize(pipe.tokenizer, [negative_prompt, prompt], text_encoder.config.max_position_embeddings)
     pixels = clip_pixel_values([load_image(image)], ip.encoder.module.config.image_size)
     side = size // vae.config.downscale
-    latents = jax.random.normal(draws.key(seed), (num_images, side, side, unet.config.in_channels))
+    latents = jax.random.normal(random_keys.key(seed), (num_images, side, side, unet.config.in_channels))
     pictures = to_uint8(np.asarray(sample(params, ids, pixels, latents, scale, guidance_scale)))
     out.parent.mkdir(parents=True, exist_ok=True)
     image_grid([Image.fromarray(picture) for picture in pictures]).save(out)

@@ -2,7 +2,7 @@
 own.
 
     python3.12 scripts/test_versions.py                    all default tests twice, an hour and a half on 2 cores
-    python3.12 scripts/test_versions.py --only oldest --tests tests/train
+    python3.12 scripts/test_versions.py --only oldest --tests tests/unit/train
 
 The Python that runs this is the one whose environments are made: it needs no package. The oldest set pins every
 dependency to its lower bound and lets pip choose what these bring; the newest is what pip finds today.

@@ -41,15 +41,15 @@ gc.set_threshold(50_000, 20, 20)
 
 # Whole files go to the processes of a run, and a long one that begins last leaves the others without work.
 LONGEST_FIRST = (
-    "train/test_loop.py",
-    "test_generation_parity.py",
-    "test_models_parity.py",
-    "train/test_layouts.py",
-    "test_torture.py",
-    "train/test_step.py",
-    "weights/test_fuzz.py",
-    "test_pipeline.py",
-    "test_editing.py",
+    "integration/test_trainer.py",
+    "parity/test_generation.py",
+    "parity/test_models.py",
+    "integration/test_layouts.py",
+    "fault_injection/test_fault_injection.py",
+    "unit/train/test_step.py",
+    "fault_injection/test_fuzz_weights.py",
+    "unit/pipelines/test_stable_diffusion.py",
+    "parity/test_inpainting.py",
 )
 
 
@@ -82,18 +82,18 @@ def _pieces_of_memory() -> int:
 @pytest.fixture(autouse=True, scope="session")
 def memory_is_given_back() -> None:
     """A run keeps what it had, for the whole process; here that would be the sum of what the tests need."""
-    from ipadapter_jax import heap
+    from ipadapter_jax.runtime import malloc
 
-    heap.keep_freed_memory = lambda: None
+    malloc.keep_freed_memory = lambda: None
 
 
 @pytest.fixture(autouse=True, scope="session")
 def no_program_is_kept() -> None:
     """Writing them costs more than finding them again saves, and they would never be let go; test_kept_programs.py
     keeps some."""
-    from ipadapter_jax import kept_programs
+    from ipadapter_jax.runtime import export_cache
 
-    kept_programs.cache_is_on = lambda: False
+    export_cache.cache_is_on = lambda: False
 
 
 @pytest.fixture(autouse=True)

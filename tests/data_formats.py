@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from ipadapter_jax.data.array_records import pack
-from ipadapter_jax.data.records import Record
+from ipadapter_jax.data.formats.array_record import pack
+from ipadapter_jax.data.types import Record
 
 
 def jpeg(seed: int, size: tuple[int, int] = (24, 16)) -> bytes:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import ipadapter_jax.sampling
+import ipadapter_jax.pipelines.sampling
 from ipadapter_jax import StableDiffusion
 
 ORACLES = Path(__file__).parent / "data" / "oracles"
@@ -108,9 +108,9 @@ def forbid_sampling(monkeypatch) -> None:
     def reached(*_args, **_kwargs):
         raise AssertionError("the sampler was reached")
 
-    for name, function in vars(ipadapter_jax.sampling).items():
+    for name, function in vars(ipadapter_jax.pipelines.sampling).items():
         if hasattr(function, "lower"):  # jitted
-            monkeypatch.setattr(ipadapter_jax.sampling, name, reached)
+            monkeypatch.setattr(ipadapter_jax.pipelines.sampling, name, reached)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,8 @@ import skimage.data
 from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, nhwc
 from jax.sharding import Mesh
 from PIL import Image
-from torture_run import changed
 
-from ipadapter_jax.preprocess import clip_pixels, load_image
+from ipadapter_jax.images.preprocess import clip_pixels, load_image
 from ipadapter_jax.testing.random_weights import write_model
 from ipadapter_jax.testing.sizes import MICRO
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train
@@ -27,6 +26,7 @@ from ipadapter_jax.train.optim import make_optimizer, trainable, view
 from ipadapter_jax.train.sharding import replicated
 from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
 from ipadapter_jax.train.step import Draws, make_step
+from tests.fault_injection.runs import changed
 
 TINY = Train(
     model=Model(base=str(TORCH_MODEL), image_encoder=str(IMAGE_ENCODER), dtype="float32"),

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ipadapter_jax.cli.commands import COMMANDS
-from ipadapter_jax.cli.declared import names_of
 from ipadapter_jax.cli.help import help_of, overview
+from ipadapter_jax.cli.option_types import names_of
 from ipadapter_jax.cli.options import ARGUMENTS, Sampling
 from ipadapter_jax.cli.parsing import parse_words, unknown_command
 from ipadapter_jax.cli.streams import print_every_name

@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from ipadapter_jax.cli.declared import Positional
-from ipadapter_jax.cli.many import HELP_JOB, Many
+from ipadapter_jax.cli.batch_options import HELP_JOB, Many
+from ipadapter_jax.cli.option_types import Positional
 from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING
 from ipadapter_jax.errors import InputError
 

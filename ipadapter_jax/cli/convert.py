@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from ipadapter_jax.cli.declared import Positional
-from ipadapter_jax.places import Place
+from ipadapter_jax.cli.option_types import Positional
+from ipadapter_jax.storage.paths import Place
 
 
 @dataclasses.dataclass

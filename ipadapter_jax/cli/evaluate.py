@@ -4,13 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from ipadapter_jax import embedded
-from ipadapter_jax.cli.declared import Positional
-from ipadapter_jax.cli.many import HELP_JOB, Many
+from ipadapter_jax.cli.batch_options import HELP_JOB, Many
+from ipadapter_jax.cli.option_types import Positional
 from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING, refuse
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.evaluate.paper import SCORER, Choice
-from ipadapter_jax.places import Place
+from ipadapter_jax.evaluate.protocol import SCORER, Choice
+from ipadapter_jax.storage.paths import Place
+from ipadapter_jax.weights import bundled
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,8 +61,8 @@ class Evaluate(Many):
     }
 
     def __post_init__(self) -> None:
-        if self.base == embedded.NAME and self.images_from is None and self.adapter is None:
-            self.adapter = embedded.NAME
+        if self.base == bundled.NAME and self.images_from is None and self.adapter is None:
+            self.adapter = bundled.NAME
 
     def check(self) -> None:
         """Raises InputError for what can be told from the words alone."""

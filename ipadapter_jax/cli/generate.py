@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ipadapter_jax import embedded
 from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING, OF_IMAGE_PROMPTS, Sampling, refuse
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.files import check_writable
-from ipadapter_jax.footprint import check_memory
-from ipadapter_jax.places import Place
+from ipadapter_jax.runtime.memory_limits import check_memory
+from ipadapter_jax.storage.atomic_files import check_writable
+from ipadapter_jax.storage.paths import Place
+from ipadapter_jax.weights import bundled
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -63,8 +63,8 @@ class Generate(Sampling):
     }
 
     def __post_init__(self) -> None:
-        if self.base == embedded.NAME and (self.image or self.embeds) and self.adapter is None:
-            self.adapter = embedded.NAME
+        if self.base == bundled.NAME and (self.image or self.embeds) and self.adapter is None:
+            self.adapter = bundled.NAME
 
     def check(self) -> None:
         """Raises InputError for what can be told from the words alone."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ipadapter_jax.cli.commands import COMMANDS
-from ipadapter_jax.cli.declared import Option, options_of
+from ipadapter_jax.cli.option_types import Option, options_of
 
 _INDENT = 26  # of the texts
 

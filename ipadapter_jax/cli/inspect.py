@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from ipadapter_jax.cli.declared import Positional
-from ipadapter_jax.places import Place
+from ipadapter_jax.cli.option_types import Positional
+from ipadapter_jax.storage.paths import Place
 
 
 @dataclasses.dataclass

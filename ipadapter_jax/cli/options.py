@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
-from ipadapter_jax import embedded
-from ipadapter_jax.arguments import Uncond
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.places import Place
-from ipadapter_jax.scales import Scale
-from ipadapter_jax.texts import parse_json
+from ipadapter_jax.inputs.validation import Uncond
+from ipadapter_jax.pipelines.scales import Scale
+from ipadapter_jax.storage.paths import Place
+from ipadapter_jax.storage.text_files import parse_json
+from ipadapter_jax.weights import bundled
 from ipadapter_jax.weights.hub import found_place
 
 # What the call of a pipeline names otherwise than the command line does. A part of an argument is given after a /.
@@ -46,7 +46,7 @@ class Sampling:
 
     help_groups: ClassVar[Mapping[str, tuple[str, ...]]]  # of --help, the most used first
 
-    base: Place = embedded.NAME
+    base: Place = bundled.NAME
     """Base model: a folder in diffusers' layout (PyTorch or Flax weights), a single file (.safetensors or .ckpt), a
     Hub id such as owner/name, or mini, the model inside this package (./mini is a folder of that name)."""
     config: Place | None = None

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ipadapter_jax.cli.commands import COMMANDS
-from ipadapter_jax.cli.declared import Option, options_of
+from ipadapter_jax.cli.option_types import Option, options_of
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.places import expanded
-from ipadapter_jax.suggestions import likeliest, meant, same
+from ipadapter_jax.inputs.suggestions import likeliest, meant, same
+from ipadapter_jax.storage.paths import expanded
 
 _OPTION = re.compile(r"--?[^\W\d][\w.+-]*(=.*)?", re.DOTALL)  # -1 and "- a cat" are values
 

@@ -5,8 +5,8 @@ import traceback
 from pathlib import Path
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.places import expanded
-from ipadapter_jax.suggestions import did_you_mean
+from ipadapter_jax.inputs.suggestions import did_you_mean
+from ipadapter_jax.storage.paths import expanded
 from ipadapter_jax.train.config import Train
 
 _PACKAGE = Path(__file__).parents[1]

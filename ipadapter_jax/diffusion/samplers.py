@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ipadapter_jax.diffusion.alpha_samplers import ddim, ddpm, lcm, pndm
+from ipadapter_jax.diffusion.sampler_table import Row, Steps
+from ipadapter_jax.diffusion.samplers_alpha import ddim, ddpm, lcm, pndm
+from ipadapter_jax.diffusion.samplers_sigma import dpm_solver_pp_2m, euler, euler_ancestral, unipc
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
-from ipadapter_jax.diffusion.sigma_samplers import dpm_solver_pp_2m, euler, euler_ancestral, unipc
-from ipadapter_jax.diffusion.steps import Row, Steps
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.suggestions import meant
+from ipadapter_jax.inputs.suggestions import meant
 
 SAMPLERS: Mapping[str, Callable[..., tuple[list[Row], float]]] = {
     "ddim": ddim,

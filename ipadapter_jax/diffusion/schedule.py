@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ipadapter_jax.diffusion.settings_by_sampler import FIXED, FOLLOWED, KNOWN, SHARED
+from ipadapter_jax.diffusion.scheduler_settings import FIXED, FOLLOWED, KNOWN, SHARED
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.settings import shown, typed
-from ipadapter_jax.suggestions import did_you_mean
+from ipadapter_jax.inputs.config_fields import shown, typed
+from ipadapter_jax.inputs.suggestions import did_you_mean
 
 _MOST_TIMESTEPS = 100_000  # a hundred times those of any published model: an array of them stays small
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.texts import LIST_BYTES, read_json
+from ipadapter_jax.storage.text_files import LIST_BYTES, read_json
 
 _EXAMPLE = "captions_val2017.json of COCO's annotations_trainval2017.zip"
 

@@ -13,16 +13,16 @@ import numpy as np
 from PIL import Image
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.evaluate.measures import Embedded, embedded_of
-from ipadapter_jax.evaluate.references import Reference
-from ipadapter_jax.evaluate.scorer import Scorer
-from ipadapter_jax.files import write_whole
-from ipadapter_jax.in_order import in_order
-from ipadapter_jax.preprocess import clip_pixels, load_image
-from ipadapter_jax.texts import parse_json
+from ipadapter_jax.evaluate.clip_scorer import Scorer
+from ipadapter_jax.evaluate.metrics import Embedded, embedded_of
+from ipadapter_jax.evaluate.prompts import Reference
+from ipadapter_jax.images.preprocess import clip_pixels, load_image
+from ipadapter_jax.runtime.prefetch import in_order
+from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.text_files import parse_json
+from ipadapter_jax.weights.formats.safetensors_writer import safetensors_chunks
+from ipadapter_jax.weights.formats.tensor_files import open_file
 from ipadapter_jax.weights.lazy import held
-from ipadapter_jax.weights.safetensors_bytes import safetensors_chunks
-from ipadapter_jax.weights.tensors import open_file
 
 CHUNK = 32  # image prompts to a file
 _THREADS = 4  # that read pictures

@@ -7,8 +7,8 @@ from typing import Self
 import numpy as np
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.nearby import nearby
-from ipadapter_jax.weights.tensors import open_tensors
+from ipadapter_jax.storage.nearby_paths import nearby
+from ipadapter_jax.weights.formats.tensor_files import open_tensors
 
 _MAX_NUMBERS = 1 << 14  # of a picture: their covariances take 2 GiB
 _BLOCK = 4096  # rows of a file in memory at once

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from ipadapter_jax.evaluate.frechet import Distance
-from ipadapter_jax.evaluate.measures import DRAWS, SEED
-from ipadapter_jax.evaluate.paper import TABLE
+from ipadapter_jax.evaluate.metrics import DRAWS, SEED
+from ipadapter_jax.evaluate.protocol import TABLE
 from ipadapter_jax.evaluate.results import TITLES, Results
-from ipadapter_jax.preprocess import load_image
+from ipadapter_jax.images.preprocess import load_image
 
 _EXAMPLES, _SHOWN, _SIDE = 4, 4, 112  # best and worst prompts, pictures of each, their pixels
 _BINS, _WIDTH, _HEIGHT = 40, 360, 140  # of a histogram

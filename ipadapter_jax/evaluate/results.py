@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from ipadapter_jax.data.files import digest, size
+from ipadapter_jax.data.file_listing import digest, size
 from ipadapter_jax.evaluate.embeddings import Chunk, read
 from ipadapter_jax.evaluate.frechet import Distance, Moments
-from ipadapter_jax.evaluate.measures import Interval, Scores, interval, measure
-from ipadapter_jax.evaluate.paper import Choice
-from ipadapter_jax.evaluate.references import Reference
-from ipadapter_jax.files import write_whole
-from ipadapter_jax.texts import utf8
+from ipadapter_jax.evaluate.metrics import Interval, Scores, interval, measure
+from ipadapter_jax.evaluate.prompts import Reference
+from ipadapter_jax.evaluate.protocol import Choice
+from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.text_files import utf8
 
 TITLES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "diversity": "diversity"}
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.models.attention import attend
+from ipadapter_jax.inputs.config_fields import typed
 from ipadapter_jax.models.layers import ACTIVATIONS, Conv, Dense, Embed, layer_norm
-from ipadapter_jax.models.parameters import Parameters
-from ipadapter_jax.settings import typed
+from ipadapter_jax.ops.attention import attend
+from ipadapter_jax.ops.fast_params import Parameters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ipadapter_jax.models.convolution import convolve
-from ipadapter_jax.models.parameters import Parameters
-from ipadapter_jax.models.upsampling import convolve_upsampled
+from ipadapter_jax.ops.convolution import convolve
+from ipadapter_jax.ops.fast_params import Parameters
+from ipadapter_jax.ops.upsample_conv import convolve_upsampled
 
 
 class Dense(Parameters, nn.Dense):

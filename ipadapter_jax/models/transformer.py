@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from ipadapter_jax.models.attention import Entry, attend, attention_map
 from ipadapter_jax.models.layers import Dense, conv, gelu, group_norm, layer_norm, match_rows
+from ipadapter_jax.ops.attention import Entry, attend, attention_map
 
 KeyValue = tuple[Array, Array]
 

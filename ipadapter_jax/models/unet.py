@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from ipadapter_jax.models.attention import Entry
 from ipadapter_jax.models.layers import (
     Dense,
     Downsample,
@@ -26,6 +25,7 @@ from ipadapter_jax.models.layers import (
 )
 from ipadapter_jax.models.transformer import KeyValue, Transformer
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.ops.attention import Entry
 
 
 class UNet(nn.Module):

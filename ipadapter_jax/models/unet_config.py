@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.settings import pick, typed
+from ipadapter_jax.inputs.config_fields import pick, typed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.models.attention import attend
+from ipadapter_jax.inputs.config_fields import pick, typed
 from ipadapter_jax.models.layers import Dense, Downsample, ResnetBlock, Upsample, conv, group_norm
-from ipadapter_jax.settings import pick, typed
+from ipadapter_jax.ops.attention import attend
 
 _EPSILON = 1e-6  # of every norm in the VAE
 

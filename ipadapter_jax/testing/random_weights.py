@@ -23,17 +23,17 @@ import numpy as np
 from numpy.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from ipadapter_jax import draws
-from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision
-from ipadapter_jax.models.projections import ImageProjConfig, example_features, image_projection
+from ipadapter_jax.models.image_projections import ImageProjConfig, example_features, image_projection
+from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
 from ipadapter_jax.models.vae import VAE, VAEConfig
+from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.testing.sizes import SIZES, ModelConfigs
 from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, Component, template_of
-from ipadapter_jax.weights.names import torch_key, torch_shape
-from ipadapter_jax.weights.tree import Tree, leaves
+from ipadapter_jax.weights.key_mapping import torch_key, torch_shape
+from ipadapter_jax.weights.load_tree import Tree, leaves
 
 SEED = 150015
 ADAPTERS = Path("ip_adapter", "models")  # below a model's folder, as in the authors' repository
@@ -158,7 +158,9 @@ def write_adapter(path: Path, configs: ModelConfigs, dtype: DTypeLike = "float16
     }
     found = {}
     for prefix, (module, example) in parts.items():
-        found |= tensors("ip", jax.eval_shape(module.init, draws.key(0), example)["params"], np.dtype(dtype), prefix)
+        found |= tensors(
+            "ip", jax.eval_shape(module.init, random_keys.key(0), example)["params"], np.dtype(dtype), prefix
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(found, path, metadata={"format": "pt"})
     return sum(array.size for array in found.values())

@@ -23,8 +23,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.train.digest import digests, kind, named_leaves, shape_of
-from ipadapter_jax.train.folder import agreed
+from ipadapter_jax.train.checksums import digests, kind, named_leaves, shape_of
+from ipadapter_jax.train.run_dir import agreed
 
 log = logging.getLogger("ipadapter_jax")
 

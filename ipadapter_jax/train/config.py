@@ -5,8 +5,8 @@ import math
 from typing import Any, Literal
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.footprint import check_memory
-from ipadapter_jax.places import Place, check_utf8
+from ipadapter_jax.runtime.memory_limits import check_memory
+from ipadapter_jax.storage.paths import Place, check_utf8
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.config import Train
-from ipadapter_jax.train.distributed import find_cluster
+from ipadapter_jax.train.multihost import find_cluster
 from ipadapter_jax.train.sharding import AXES, check_batch
 
 _OWN_OPTIONS = ("--mesh.coordinator", "--mesh.processes", "--mesh.process")

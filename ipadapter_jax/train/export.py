@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import optax
 
-from ipadapter_jax.files import write_whole
-from ipadapter_jax.texts import utf8
+from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.text_files import utf8
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.model_card import model_card
 from ipadapter_jax.train.networks import Loaded

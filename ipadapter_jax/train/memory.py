@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ipadapter_jax.train.config import Train
-from ipadapter_jax.train.liveness import peak_bytes
+from ipadapter_jax.train.memory_estimate import peak_bytes
 from ipadapter_jax.train.state import TrainState
 
 _UNKNOWN = 2**60

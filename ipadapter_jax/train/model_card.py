@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ipadapter_jax import embedded
+from ipadapter_jax.weights import bundled
 from ipadapter_jax.weights.hub import hub_place
 
 _VARIANTS = {
@@ -22,7 +22,7 @@ _A1111 = {
 }  # preprocessors of the ControlNet extension
 
 _MINI_IMPORT = f"""\
-from ipadapter_jax.embedded import FOLDER  # where {embedded.NAME} lies
+from ipadapter_jax.weights.bundled import FOLDER  # where {bundled.NAME} lies
 
 """
 
@@ -166,8 +166,8 @@ class _Place(NamedTuple):
 
 def _place(reference: str, what: str) -> _Place:
     """One inside the package or on the Hub as it is, any path on this machine as path/to/name."""
-    if (inside := embedded.embedded(reference, what)) is not None:
-        return _Place(reference, " / ".join(["FOLDER", *map(_quoted, inside.relative_to(embedded.FOLDER).parts)]), "")
+    if (inside := bundled.embedded(reference, what)) is not None:
+        return _Place(reference, " / ".join(["FOLDER", *map(_quoted, inside.relative_to(bundled.FOLDER).parts)]), "")
     name = _without_folders(reference)
     found = hub_place(reference)
     if name != reference or not found.repository:

@@ -12,23 +12,23 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from ipadapter_jax.adapters import adapter_file, open_image_encoder
-from ipadapter_jax.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base_folder
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.models.adapter import IPAdapter
 from ipadapter_jax.models.clip import CLIPText, CLIPVision, CLIPVisionConfig
-from ipadapter_jax.models.projections import Projection, image_projection
+from ipadapter_jax.models.image_projections import Projection, image_projection
+from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_sites
 from ipadapter_jax.models.vae import VAE
-from ipadapter_jax.tokens import Tokenizer, tokenize
 from ipadapter_jax.train.config import Train
-from ipadapter_jax.train.initial import initial_adapter, load_initial, projection_config
+from ipadapter_jax.train.init import initial_adapter, load_initial, projection_config
 from ipadapter_jax.train.optim import trainable
 from ipadapter_jax.train.sharding import of_frozen, put, replicated
-from ipadapter_jax.weights.ip_adapter_file import check_base, open_ip_adapter
-from ipadapter_jax.weights.tree import Tree
+from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base_folder
+from ipadapter_jax.weights.image_encoder import open_image_encoder
+from ipadapter_jax.weights.ip_adapter_file import adapter_file, check_base, open_ip_adapter
+from ipadapter_jax.weights.load_tree import Tree
+from ipadapter_jax.weights.tokenizer import Tokenizer, tokenize
 
 
 def _apply(module: Any, params: Tree, *inputs: Any, method: Callable | None = None) -> Any:

@@ -15,9 +15,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from ipadapter_jax.draws import key
-from ipadapter_jax.models.own_rows import rows_over
-from ipadapter_jax.preprocess import CLIP_TABLE
+from ipadapter_jax.images.preprocess import CLIP_TABLE
+from ipadapter_jax.ops.batch_sharding import rows_over
+from ipadapter_jax.runtime.random_keys import key
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import Networks
 from ipadapter_jax.train.optim import all_finite, fill, learning_rate, updates_done

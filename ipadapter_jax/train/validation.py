@@ -17,20 +17,20 @@ from jax import Array
 from jax.sharding import Mesh
 from PIL import Image
 
-from ipadapter_jax import sampling
-from ipadapter_jax.adapters import Adapter
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.evaluate.measures import score
-from ipadapter_jax.evaluate.scorer import open_scorer
-from ipadapter_jax.figures import sheet
-from ipadapter_jax.models.own_rows import rows_over
+from ipadapter_jax.evaluate.clip_scorer import open_scorer
+from ipadapter_jax.evaluate.metrics import score
+from ipadapter_jax.images.contact_sheet import sheet
+from ipadapter_jax.images.preprocess import to_uint8
 from ipadapter_jax.models.vae import VAE
-from ipadapter_jax.pipeline import StableDiffusion
-from ipadapter_jax.preprocess import to_uint8
+from ipadapter_jax.ops.batch_sharding import rows_over
+from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines.ip_adapter import Adapter
+from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.train.config import Log, Train
+from ipadapter_jax.train.dataset import Samples, good_sample
 from ipadapter_jax.train.networks import Loaded, Networks
 from ipadapter_jax.train.optim import fill
-from ipadapter_jax.train.samples import Samples, good_sample
 from ipadapter_jax.train.sharding import by_row, global_batch, local_rows, replicated, whole
 from ipadapter_jax.train.step import Batch, draw, encode, gathered, image_features, in_parts, posterior, row_losses
 from ipadapter_jax.weights.components import Loaded as Encoder

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from ipadapter_jax.files import write_whole
+from ipadapter_jax.storage.atomic_files import write_whole
 from ipadapter_jax.weights.component import Component
 from ipadapter_jax.weights.components import Opened
+from ipadapter_jax.weights.formats.msgpack_writer import msgpack_chunks
+from ipadapter_jax.weights.formats.safetensors_writer import safetensors_chunks
+from ipadapter_jax.weights.key_mapping import FLAX, Spelling, torch_spelling
+from ipadapter_jax.weights.key_mapping import Path as TreePath
 from ipadapter_jax.weights.lazy import Derived, Tensor, held
-from ipadapter_jax.weights.msgpack_chunks import msgpack_chunks
-from ipadapter_jax.weights.names import FLAX, Spelling, torch_spelling
-from ipadapter_jax.weights.names import Path as TreePath
-from ipadapter_jax.weights.safetensors_bytes import safetensors_chunks
-from ipadapter_jax.weights.tree import Tree, leaves
-from ipadapter_jax.weights.written import cast, write_proved
+from ipadapter_jax.weights.load_tree import Tree, leaves
+from ipadapter_jax.weights.verified_write import cast, write_proved
 
 _METADATA = {"format": "pt"}
 

@@ -15,18 +15,18 @@ import numpy as np
 
 from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
-from ipadapter_jax.models.parameters import parameter_shapes
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
-from ipadapter_jax.texts import read_json_object
-from ipadapter_jax.weights import families, kinds
+from ipadapter_jax.ops.fast_params import parameter_shapes
+from ipadapter_jax.storage.text_files import read_json_object
+from ipadapter_jax.weights import identify, unsupported_families
 from ipadapter_jax.weights.component import Component
+from ipadapter_jax.weights.formats.tensor_files import open_tensors
+from ipadapter_jax.weights.key_mapping import FLAX, VAE_RENAMES, Spelling, torch_spelling
+from ipadapter_jax.weights.layouts.openclip import to_transformers
 from ipadapter_jax.weights.lazy import Tensor
-from ipadapter_jax.weights.names import FLAX, VAE_RENAMES, Spelling, torch_spelling
-from ipadapter_jax.weights.openclip import to_transformers
-from ipadapter_jax.weights.tensors import open_tensors
-from ipadapter_jax.weights.tree import Tree, check_tree, load_tree
+from ipadapter_jax.weights.load_tree import Tree, check_tree, load_tree
 from ipadapter_jax.weights.weight_files import choose_weights, is_shard, pick_variants
 
 log = logging.getLogger("ipadapter_jax")
@@ -55,7 +55,7 @@ def like(*shape: int, dtype: Any = jnp.float32) -> Any:
 
 UNET = Component(
     title="UNet",
-    kind=kinds.UNET,
+    kind=identify.UNET,
     classes=("UNet2DConditionModel",),
     torch_stem="diffusion_pytorch_model",
     flax_stem="diffusion_flax_model",
@@ -70,7 +70,7 @@ UNET = Component(
 )
 VAE_COMPONENT = Component(
     title="VAE",
-    kind=kinds.VAE,
+    kind=identify.VAE,
     classes=("AutoencoderKL",),
     torch_stem="diffusion_pytorch_model",
     flax_stem="diffusion_flax_model",
@@ -84,7 +84,7 @@ VAE_COMPONENT = Component(
 )
 TEXT_ENCODER = Component(
     title="text encoder",
-    kind=kinds.TEXT_ENCODER,
+    kind=identify.TEXT_ENCODER,
     classes=("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"),
     torch_stem="model",
     flax_stem="flax_model",
@@ -96,7 +96,7 @@ TEXT_ENCODER = Component(
 )
 IMAGE_ENCODER = Component(
     title="image encoder",
-    kind=kinds.IMAGE_ENCODER,
+    kind=identify.IMAGE_ENCODER,
     classes=("CLIPVisionModelWithProjection", "CLIPVisionModel", "CLIPModel"),
     torch_stem="model",
     flax_stem="flax_model",
@@ -188,7 +188,7 @@ def blueprint_of(component: Component, settings: Mapping[str, Any], path: Path) 
     name = settings.get("_class_name")
     if isinstance(name, str) and name.removeprefix("Flax") not in component.classes:
         wanted = f"{component.kind} ({component.classes[0]})"
-        raise InputError(f"{path}: this is {families.of_class(name)}; needed is {wanted}")
+        raise InputError(f"{path}: this is {unsupported_families.of_class(name)}; needed is {wanted}")
     return Blueprint(component, settings, _explained(component, path, lambda: component.config(settings)), path)
 
 
@@ -209,7 +209,7 @@ def open_weights(
 
     Raises WeightFileError naming what does not fit, and what the file is where that is something else.
     """
-    component, found = blueprint.component, kinds.identify(tensors)
+    component, found = blueprint.component, identify.identify(tensors)
     tensors = drop_ignored(component.translate(tensors), component.ignored, str(source))
     if spelling is None and any(name.endswith((".kernel", ".scale")) for name in tensors):
         spelling = FLAX
@@ -218,7 +218,9 @@ def open_weights(
     try:
         check_tree(tensors, blueprint.template, spelling, source=str(source))
     except WeightFileError as error:
-        own = {component.kind, kinds.UNKNOWN, kinds.CHECKPOINT} | ({kinds.OPENCLIP} if component.other_files else set())
+        own = {component.kind, identify.UNKNOWN, identify.CHECKPOINT} | (
+            {identify.OPENCLIP} if component.other_files else set()
+        )
         if found.name in own:
             raise
         raise WeightFileError(f"{error} It looks like {found}: {found.advice}") from None

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ipadapter_jax import embedded
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.nearby import names_in, nearby, printable
-from ipadapter_jax.places import expanded
-from ipadapter_jax.suggestions import close, is_slip
+from ipadapter_jax.inputs.suggestions import close, is_slip
+from ipadapter_jax.storage.nearby_paths import names_in, nearby, printable
+from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.weights import bundled
 
 log = logging.getLogger("ipadapter_jax")
 
@@ -73,7 +73,7 @@ def check_revision(reference: str | os.PathLike, revision: str | None, what: str
 
 def path_here(reference: str | os.PathLike, what: str) -> Path | None:
     """The referenced folder or file where it needs no Hub: inside the package, else a path that exists; or None."""
-    inside = embedded.embedded(reference, what) if isinstance(reference, str) else None
+    inside = bundled.embedded(reference, what) if isinstance(reference, str) else None
     path = expanded(os.fspath(reference))
     return inside or (Path(path) if os.path.exists(path) else None)
 
@@ -82,7 +82,7 @@ def _is_path(reference: str) -> bool:
     """Whether what is not there was meant as a path: it begins with the name of something in a folder that is here, or
     with a slip in that name, or it is a file of weights where a repository would be."""
     first, second, *more = PurePosixPath(reference).parts
-    if first == embedded.NAME or (not more and reference.endswith(SUFFIXES)):
+    if first == bundled.NAME or (not more and reference.endswith(SUFFIXES)):
         return True
     return os.path.exists(os.path.join(first, second)) or any(is_slip(second, name) for name in names_in(first))
 
@@ -92,10 +92,10 @@ def _missing(reference: str, what: str, repo: str) -> InputError:
     about = f"{what} {printable(reference)}: there is no such file or folder here"
     if not repo:
         about += ", and it is no Hub id (owner/name)"
-        if meant := close(reference, embedded.names(what)):
+        if meant := close(reference, bundled.names(what)):
             return InputError(f"{about}; did you mean {' or '.join(meant)}?")
-    if PurePosixPath(reference).parts[:1] == (embedded.NAME,):
-        there = nearby(embedded.FOLDER.parent / reference).replace(str(embedded.FOLDER), embedded.NAME)
+    if PurePosixPath(reference).parts[:1] == (bundled.NAME,):
+        there = nearby(bundled.FOLDER.parent / reference).replace(str(bundled.FOLDER), bundled.NAME)
         return InputError(about + there)
     elsewhere = repo and not repo.endswith(SUFFIXES) and not os.path.exists(repo)
     return InputError(about + nearby(reference) + (f"; the Hub's repository is {repo}@main" if elsewhere else ""))

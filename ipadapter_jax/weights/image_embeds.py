@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from ipadapter_jax.arguments import as_floats
 from ipadapter_jax.errors import InputError, WeightFileError
-from ipadapter_jax.places import expanded
-from ipadapter_jax.weights.casting import converted
+from ipadapter_jax.inputs.validation import as_floats
+from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.weights.dtype_cast import converted
+from ipadapter_jax.weights.formats.safetensors_writer import digest, safetensors_chunks
+from ipadapter_jax.weights.formats.tensor_files import ARRAY, open_file
+from ipadapter_jax.weights.formats.torch_pickle import UNNAMED
+from ipadapter_jax.weights.identify import IMAGE_EMBEDS, UNKNOWN, identify
 from ipadapter_jax.weights.ip_adapter_file import DIGEST
-from ipadapter_jax.weights.kinds import IMAGE_EMBEDS, UNKNOWN, identify
 from ipadapter_jax.weights.lazy import Tensor, held
-from ipadapter_jax.weights.safetensors_bytes import digest, safetensors_chunks
-from ipadapter_jax.weights.tensors import ARRAY, open_file
-from ipadapter_jax.weights.torch_pickle import UNNAMED
-from ipadapter_jax.weights.written import write_proved
+from ipadapter_jax.weights.verified_write import write_proved
 
 POOLED, STATES = "image_embeds", "hidden_states"
 _KINDS = {3: POOLED, 4: STATES}  # by the number of axes

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.models.projections import ImageProjConfig
-from ipadapter_jax.places import expanded
-from ipadapter_jax.suggestions import did_you_mean
+from ipadapter_jax.inputs.suggestions import did_you_mean
+from ipadapter_jax.models.image_projections import ImageProjConfig
+from ipadapter_jax.storage.paths import expanded
 from ipadapter_jax.weights.component_export import spelled
+from ipadapter_jax.weights.formats.safetensors_writer import DTYPES, digest, safetensors_chunks
+from ipadapter_jax.weights.formats.torch_writer import torch_bytes
+from ipadapter_jax.weights.identify import FAMILIES
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, encoder_name
-from ipadapter_jax.weights.kinds import FAMILIES
+from ipadapter_jax.weights.key_mapping import torch_spelling
 from ipadapter_jax.weights.lazy import Tensor, held
-from ipadapter_jax.weights.names import torch_spelling
-from ipadapter_jax.weights.safetensors_bytes import DTYPES, digest, safetensors_chunks
-from ipadapter_jax.weights.torch_file import torch_bytes
-from ipadapter_jax.weights.tree import leaves
-from ipadapter_jax.weights.written import cast, write_proved
+from ipadapter_jax.weights.load_tree import leaves
+from ipadapter_jax.weights.verified_write import cast, write_proved
 
 
 def adapter_metadata(config: ImageProjConfig, *, step: int | None = None) -> dict[str, str]:

@@ -2,26 +2,28 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ipadapter_jax.errors import WeightFileError, argument, option
-from ipadapter_jax.models.adapter import IPAdapter
-from ipadapter_jax.models.parameters import parameter_shapes
-from ipadapter_jax.models.projections import HEAD_DIM, ImageProjConfig, example_features, image_projection
-from ipadapter_jax.places import expanded
-from ipadapter_jax.weights.adapter_names import adapter_parts
+from ipadapter_jax.errors import InputError, WeightFileError, argument, option
+from ipadapter_jax.models.image_projections import HEAD_DIM, ImageProjConfig, example_features, image_projection
+from ipadapter_jax.models.ip_adapter import IPAdapter
+from ipadapter_jax.ops.fast_params import parameter_shapes
+from ipadapter_jax.storage.paths import expanded
 from ipadapter_jax.weights.components import report_ignored
-from ipadapter_jax.weights.kinds import FAMILIES, IP_ADAPTER, UNSUPPORTED, identify
+from ipadapter_jax.weights.formats.safetensors_writer import digest
+from ipadapter_jax.weights.formats.tensor_files import open_file
+from ipadapter_jax.weights.hub import local_path
+from ipadapter_jax.weights.identify import FAMILIES, IP_ADAPTER, UNSUPPORTED, identify
+from ipadapter_jax.weights.key_mapping import torch_spelling
+from ipadapter_jax.weights.layouts.ip_adapter import adapter_parts
 from ipadapter_jax.weights.lazy import Tensor
-from ipadapter_jax.weights.names import torch_spelling
-from ipadapter_jax.weights.safetensors_bytes import digest
-from ipadapter_jax.weights.tensors import open_file
-from ipadapter_jax.weights.tree import Tree, check_tree, load_tree
+from ipadapter_jax.weights.load_tree import Tree, check_tree, load_tree
 
 _MAX_DEPTH = 64  # the released Resamplers have 4 layers; what a file has beyond is reported as left over
 DIGEST = "tensors_sha256"  # in the metadata of our files: over names, dtypes, shapes and bytes
@@ -232,3 +234,16 @@ def _templates(config: ImageProjConfig, widths: tuple[int, ...]) -> dict[str, Tr
         "image_proj": parameter_shapes(projection, example_features(config)),
         "ip_adapter": parameter_shapes(adapter, tokens),
     }
+
+
+def adapter_file(path: str | os.PathLike, revision: str | None = None) -> Path:
+    """Where an adapter file lies on this machine, downloaded if need be. Raises InputError naming it."""
+    local = local_path(path, _refuse_folder, what="adapter", revision=revision)
+    if local.is_dir():
+        _refuse_folder([name.name for name in local.iterdir()])
+    return local
+
+
+def _refuse_folder(names: Sequence[str]) -> Sequence[str]:
+    files = ", ".join(name for name in names if name.endswith((".safetensors", ".bin"))) or "none"
+    raise InputError(f"the adapter is a folder; name one of its files ({files})")

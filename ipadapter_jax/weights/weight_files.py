@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from ipadapter_jax.errors import InputError, WeightFileError, argument
-from ipadapter_jax.suggestions import closest_first
+from ipadapter_jax.inputs.suggestions import closest_first
 from ipadapter_jax.weights.component import Component
 
 _SHARD = r"-\d+-of-\d+"

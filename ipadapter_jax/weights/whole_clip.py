@@ -5,14 +5,14 @@ import functools
 import jax.numpy as jnp
 
 from ipadapter_jax.models.clip import CLIP, CLIPConfig
-from ipadapter_jax.weights import kinds
+from ipadapter_jax.weights import identify
 from ipadapter_jax.weights.component import Component
 from ipadapter_jax.weights.components import like
 
 WHOLE_CLIP = Component(
     title="CLIP model",
     classes=("CLIPModel",),
-    kind=kinds.IMAGE_ENCODER,  # its text half has no name of its own that a text encoder lacks
+    kind=identify.IMAGE_ENCODER,  # its text half has no name of its own that a text encoder lacks
     torch_stem="model",
     flax_stem="flax_model",
     config=CLIPConfig.from_json,

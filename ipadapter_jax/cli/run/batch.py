@@ -6,18 +6,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from ipadapter_jax import embedded
-from ipadapter_jax.adapters import Prepared
+from ipadapter_jax.batch.plan import plan
+from ipadapter_jax.batch.rows import Row, read_rows
 from ipadapter_jax.cli.batch import Batch
 from ipadapter_jax.cli.options import OF_IMAGE_PROMPTS, refuse
-from ipadapter_jax.cli.run.many import make_pictures, settings
+from ipadapter_jax.cli.run.image_batches import make_pictures, settings
 from ipadapter_jax.cli.run.sampling import load
-from ipadapter_jax.data.unused import summary, write_report
+from ipadapter_jax.data.unused_files import summary, write_report
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.footprint import check_job
-from ipadapter_jax.jobs.plan import plan
-from ipadapter_jax.jobs.rows import Row, read_rows
-from ipadapter_jax.pipeline import StableDiffusion
+from ipadapter_jax.pipelines.ip_adapter import Prepared
+from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
+from ipadapter_jax.runtime.memory_limits import check_job
+from ipadapter_jax.weights import bundled
 
 
 def batch(args: Batch) -> int:
@@ -27,9 +27,9 @@ def batch(args: Batch) -> int:
     check_effects(args, rows)
     check_job(len(rows), args.num_images)
     if has_references and args.adapter is None:
-        if args.base != embedded.NAME:
+        if args.base != bundled.NAME:
             raise InputError(f"{args.source} has image prompts: name the IP-Adapter that reads them with --adapter")
-        args = dataclasses.replace(args, adapter=embedded.NAME)
+        args = dataclasses.replace(args, adapter=bundled.NAME)
     pipe = load(args, images=args.batch_size, with_encoder=has_references)
     print(f"{args.source}: {summary(len(rows), left_out)}", file=sys.stderr)
     works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)

@@ -4,10 +4,10 @@ import dataclasses
 from pathlib import Path
 
 from ipadapter_jax.cli.convert import Convert
-from ipadapter_jax.convert import convert as run
-from ipadapter_jax.convert import only, save_adapter
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.train.saved_adapter import is_run, open_run
+from ipadapter_jax.train.adapter_from_run import is_run, open_run
+from ipadapter_jax.weights.convert import convert as run
+from ipadapter_jax.weights.convert import only, save_adapter
 
 
 def convert(args: Convert) -> int:

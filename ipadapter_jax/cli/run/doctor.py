@@ -8,17 +8,12 @@ from pathlib import Path
 
 import jax
 
-from ipadapter_jax import embedded
 from ipadapter_jax.cli.doctor import Doctor
-from ipadapter_jax.compilation_cache import (
-    cache_folder,
-    cache_is_local,
-    cache_is_on,
-    enable_compilation_cache,
-)
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.models.attention_kernels import named_kernel
-from ipadapter_jax.trust import distrust
+from ipadapter_jax.ops.attention_kernels import named_kernel
+from ipadapter_jax.runtime.compilation_cache import cache_folder, cache_is_local, cache_is_on, enable_compilation_cache
+from ipadapter_jax.storage.ownership import distrust
+from ipadapter_jax.weights import bundled
 
 _PACKAGES = (
     *("ipadapter-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers"),
@@ -83,8 +78,8 @@ def _version(name: str) -> str | None:
 
 
 def _model() -> Iterator[str]:
-    size = _size(embedded.FOLDER) if embedded.FOLDER.is_dir() else "not here: install the package again"
-    yield f"{embedded.NAME}: {embedded.FOLDER} ({size})"
+    size = _size(bundled.FOLDER) if bundled.FOLDER.is_dir() else "not here: install the package again"
+    yield f"{bundled.NAME}: {bundled.FOLDER} ({size})"
 
 
 def _caches() -> Iterator[str]:

@@ -1,8 +1,8 @@
 """`ipadapter-jax encode`: latents and image features of a data set, computed once."""
 
-from ipadapter_jax.data.cache import CachedSamples
-from ipadapter_jax.train.encode import Encode
-from ipadapter_jax.train.encode import encode as run
+from ipadapter_jax.data.feature_cache import CachedSamples
+from ipadapter_jax.train.precompute import Encode
+from ipadapter_jax.train.precompute import encode as run
 
 
 def encode(config: Encode) -> int:

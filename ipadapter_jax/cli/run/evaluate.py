@@ -10,28 +10,28 @@ from pathlib import Path
 
 import tqdm
 
-from ipadapter_jax.adapters import Prepared
+from ipadapter_jax.batch.plan import plan
+from ipadapter_jax.batch.reference_digests import Digests, ImageDigest
+from ipadapter_jax.batch.rows import Row
 from ipadapter_jax.cli.evaluate import Evaluate
-from ipadapter_jax.cli.run.many import make_pictures, settings
+from ipadapter_jax.cli.run.image_batches import make_pictures, settings
 from ipadapter_jax.cli.run.sampling import load, versions
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate import embeddings
+from ipadapter_jax.evaluate.clip_scorer import OpenedScorer, open_scorer
 from ipadapter_jax.evaluate.embeddings import Chunk
 from ipadapter_jax.evaluate.frechet import Distance, distance_of_files
-from ipadapter_jax.evaluate.paper import departures
-from ipadapter_jax.evaluate.pictures import find_pictures, settings_beside
-from ipadapter_jax.evaluate.references import Reference, References, open_references
+from ipadapter_jax.evaluate.image_sets import find_pictures, settings_beside
+from ipadapter_jax.evaluate.prompts import Reference, References, open_references
+from ipadapter_jax.evaluate.protocol import departures
 from ipadapter_jax.evaluate.report import page
 from ipadapter_jax.evaluate.results import TITLES, Results, compute, write_tables
-from ipadapter_jax.evaluate.scorer import OpenedScorer, open_scorer
-from ipadapter_jax.files import remove_leftovers, write_whole
-from ipadapter_jax.footprint import check_job
-from ipadapter_jax.jobs.image_digests import Digests, ImageDigest
-from ipadapter_jax.jobs.plan import plan
-from ipadapter_jax.jobs.rows import Row
-from ipadapter_jax.lock import held_shard
-from ipadapter_jax.stopping import STOPPED, Stopping
-from ipadapter_jax.texts import utf8
+from ipadapter_jax.pipelines.ip_adapter import Prepared
+from ipadapter_jax.runtime.memory_limits import check_job
+from ipadapter_jax.runtime.preemption import STOPPED, Stopping
+from ipadapter_jax.storage.atomic_files import remove_leftovers, write_whole
+from ipadapter_jax.storage.file_lock import held_shard
+from ipadapter_jax.storage.text_files import utf8
 
 
 def evaluate(args: Evaluate) -> int:

@@ -12,18 +12,18 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from ipadapter_jax.attention_maps import AttentionMaps
 from ipadapter_jax.cli.generate import Generate, targets
-from ipadapter_jax.cli.run import explore
+from ipadapter_jax.cli.run import grid
 from ipadapter_jax.cli.run.sampling import digests, load, png, versions
 from ipadapter_jax.diffusion.samplers import sample_table
-from ipadapter_jax.editing import strength_of
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.figures import heated, sheet
-from ipadapter_jax.files import write_whole
-from ipadapter_jax.pipeline import StableDiffusion
-from ipadapter_jax.preprocess import image_grid, load_image, load_upright
-from ipadapter_jax.scales import Scale
+from ipadapter_jax.images.contact_sheet import heated, sheet
+from ipadapter_jax.images.preprocess import image_grid, load_image, load_upright
+from ipadapter_jax.pipelines.attention_maps import AttentionMaps
+from ipadapter_jax.pipelines.inpainting import strength_of
+from ipadapter_jax.pipelines.scales import Scale
+from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
+from ipadapter_jax.storage.atomic_files import write_whole
 from ipadapter_jax.weights.image_embeds import save_image_embeds
 
 
@@ -59,7 +59,7 @@ def generate(args: Generate) -> int:
     if args.embeds is not None and args.image_encoder is not None and not _needs_encoder(pipe, args):
         warnings.warn("--image-encoder has no effect on these --embeds, whose negative branch is zeros", stacklevel=1)
     if args.explore is not None:
-        drawn = explore.figure(pipe, args, args.explore, given.references, given.negative)
+        drawn = grid.figure(pipe, args, args.explore, given.references, given.negative)
         write_whole(args.out, png(drawn, {**_metadata(args, pipe, digests(pipe)), "explore": args.explore}))
         print(args.out)
         return 0

@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ipadapter_jax.cli.declared import names_of
 from ipadapter_jax.cli.generate import Generate
 from ipadapter_jax.cli.inspect import Inspect
+from ipadapter_jax.cli.option_types import names_of
 from ipadapter_jax.cli.options import ARGUMENTS
-from ipadapter_jax.describe import describe
 from ipadapter_jax.errors import said_in_options
+from ipadapter_jax.weights.inspect import describe
 
 
 def inspect(args: Inspect) -> int:

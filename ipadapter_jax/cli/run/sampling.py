@@ -12,17 +12,17 @@ from typing import Any
 import jax
 from PIL import Image, PngImagePlugin
 
-from ipadapter_jax.adapters import open_adapter
-from ipadapter_jax.arguments import check_choices, latent_shape
-from ipadapter_jax.base_model import BaseModel, check_text_to_image, open_base
 from ipadapter_jax.cli.options import Sampling
 from ipadapter_jax.diffusion.samplers import sample_table
-from ipadapter_jax.files import sha256
-from ipadapter_jax.footprint import check_room
+from ipadapter_jax.inputs.validation import check_choices, latent_shape
 from ipadapter_jax.models.unet_config import cross_attention_sites
-from ipadapter_jax.pipeline import GUIDANCE_SCALE, StableDiffusion
-from ipadapter_jax.scales import scale_table
-from ipadapter_jax.weights.tensors import files_of
+from ipadapter_jax.pipelines.ip_adapter import open_adapter
+from ipadapter_jax.pipelines.scales import scale_table
+from ipadapter_jax.pipelines.stable_diffusion import GUIDANCE_SCALE, StableDiffusion
+from ipadapter_jax.runtime.memory_limits import check_room
+from ipadapter_jax.storage.atomic_files import sha256
+from ipadapter_jax.weights.base_model import BaseModel, check_text_to_image, open_base
+from ipadapter_jax.weights.formats.tensor_files import files_of
 
 
 def load(

@@ -6,8 +6,8 @@ from pathlib import Path
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.dry_run import describe
 from ipadapter_jax.train.export import ADAPTER
-from ipadapter_jax.train.loop import train as run
-from ipadapter_jax.train.without_effect import warn_of_idle
+from ipadapter_jax.train.trainer import train as run
+from ipadapter_jax.train.unused_options import warn_of_idle
 
 
 def train(config: Train) -> int:

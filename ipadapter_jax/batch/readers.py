@@ -1,0 +1,183 @@
+"""What a job is read from, record by record: a folder of pictures, a CSV file, or JSON objects, one to a line."""
+
+import contextlib
+import itertools
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ipadapter_jax.data.formats.caption_lists import Listed, is_metadata
+from ipadapter_jax.data.formats.file_groups import TEXTS, caption_of, grouped
+from ipadapter_jax.data.packed_strings import printable
+from ipadapter_jax.data.unused_files import FOLDER, Unused
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.images.formats import is_image_name
+from ipadapter_jax.inputs.suggestions import likeliest
+from ipadapter_jax.storage.csv_files import read_csv
+from ipadapter_jax.storage.text_files import LIST_BYTES, byte_order_mark, parse_json, read_bytes
+
+COLUMNS = ("prompt", "image", "negative_prompt", "seed", "scale", "name")
+EXAMPLE = '{"prompt": "a red fox", "image": "fox.png"}'
+
+
+class Record(NamedTuple):
+    """The number of its first line, from 1, and its values by column, or why it cannot be used. Bytes that are not
+    UTF-8 are lone surrogates in the values. In a folder it is the number of an image, which `place` names."""
+
+    line: int
+    values: dict[str, Any] | InputError
+    place: str
+
+
+class Records(NamedTuple):
+    """What a source holds: its records in order, read when it is their turn, and what is in none of them."""
+
+    records: Iterator[Record]
+    unused: Unused
+
+
+class _Image(NamedTuple):
+    """A row of a folder: an image prompt, and the caption of its image: a file in the `role`, or a text."""
+
+    name: str
+    file: str
+    role: str | None
+    caption: str | None
+
+
+def spelling(name: str) -> str:
+    """What names have in common that are one to file systems which ignore case and the spelling of accents."""
+    return unicodedata.normalize("NFC", name.strip()).casefold()
+
+
+def open_records(source: Path) -> Records:
+    """All records in the order of the file; those of a folder by name, one for every image that lies in it, numbered.
+    Files there belong together as in a data set: see `data.members`.
+
+    CSV is told from JSON by its first character. Raises InputError: nothing there, not a text, unknown columns, a list
+    of captions that is needed and cannot be used.
+    """
+    if source.is_dir():
+        return _folder(source)
+    text = _text(source)
+    return Records(_objects(text) if text.lstrip().startswith(("{", "[")) else _table(text, source), Unused())
+
+
+def _folder(folder: Path) -> Records:
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    folders = [name for name in names if (folder / name).is_dir()]
+    files = [name for name in names if name not in {*folders} and not is_metadata(name)]
+    found, listed = grouped(files), Listed(folder, names)
+    if not found.records:
+        _check_deeper(folder, folders)
+    by_image = sorted((members["image"], stem, members) for stem, members in found.records)
+    row_names = _names([(stem, files[image]) for image, stem, _ in by_image])
+    images = []
+    for name, (_, _, members) in zip(row_names, by_image, strict=True):
+        role = next((role for role in TEXTS if role in members), None)
+        number = listed.take(files[members["image"]], role is not None)
+        caption = files[members[role]] if role is not None else listed.texts[number] if number >= 0 else None
+        images.append(_Image(name, files[members.get("cond", members["image"])], role, caption))
+    for name in folders:
+        found.unused.add(FOLDER, name)
+    listed.close(found.unused)
+    return Records(_images(folder, images), found.unused)
+
+
+def _check_deeper(folder: Path, names: list[str]) -> None:
+    """Raises InputError naming those of the folders in a folder that hold images, as img2dataset's do."""
+    deeper = []
+    for name in names:
+        with contextlib.suppress(OSError):
+            if any(is_image_name(file) for file in os.listdir(folder / name)):
+                deeper.append(printable(f"{name}/"))
+    if deeper:
+        shown = ", ".join([*deeper[:3], *(["..."] if len(deeper) > 3 else [])])
+        raise InputError(
+            f"{folder} holds no row that can be used; its images lie in {shown}; give one of these folders, or a .csv "
+            "or .jsonl list of the images"
+        )
+
+
+def _names(images: list[tuple[str, str]]) -> list[str]:
+    """A name of its own for the row of each image, given as stem and file: the stem for the first image that has it,
+    with the ending for others, a-png, and a number where another has that name too."""
+    first: dict[str, str] = {}  # by spelling
+    for stem, file in images:
+        first.setdefault(spelling(stem), file)
+    taken, names = {*first}, []
+    for stem, file in images:
+        name = stem
+        if first[spelling(stem)] != file:
+            whole = f"{stem.strip()}-{os.path.splitext(file)[1][1:].lower()}"
+            tries = itertools.chain([whole], (f"{whole}-{number}" for number in itertools.count(2)))
+            name = next(name for name in tries if spelling(name) not in taken)
+            taken.add(spelling(name))
+        names.append(name)
+    return names
+
+
+def _images(folder: Path, images: list[_Image]) -> Iterator[Record]:
+    for number, image in enumerate(images, 1):
+        prompt = image.caption
+        try:
+            if image.role is not None and prompt is not None:
+                prompt = caption_of(image.role, read_bytes(folder / prompt), image.file)
+        except InputError as error:
+            yield Record(number, error, printable(image.file))
+        else:
+            fields = {"name": image.name, "image": image.file}
+            fields |= {} if prompt is None else {"prompt": prompt}
+            yield Record(number, fields, printable(image.file))
+
+
+def _text(source: Path) -> str:
+    content = read_bytes(source, LIST_BYTES, "give a folder of pictures, a CSV or a JSONL file", pipes=True)
+    if (encoding := byte_order_mark(content)) is not None:
+        raise InputError(f"{source} is {encoding}: save it as UTF-8")
+    if b"\0" in content[:4096]:
+        raise InputError(f"{source} is not a text; give a folder of pictures, a CSV or a JSONL file")
+    return content.decode("utf-8-sig", "surrogateescape")
+
+
+def _table(text: str, source: Path) -> Iterator[Record]:
+    """CSV with a header. `image` may hold several names, separated by semicolons."""
+    table = read_csv(text, source)
+    try:
+        _check_columns(table.columns)
+    except InputError as error:
+        raise InputError(f"{source}, line {table.line}: {error}") from None
+    for line, values in table.rows:
+        if isinstance(values, InputError):
+            yield Record(line, values, f"line {line}")
+        else:
+            names = [name.strip() for name in values.get("image", "").split(";")]
+            images = [name for name in names if name]
+            yield Record(line, {**values, "image": images}, f"line {line}")
+
+
+def _objects(text: str) -> Iterator[Record]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line, "the line", f"a line should look like {EXAMPLE}")
+            if not isinstance(value, dict):
+                raise InputError(f"not an object; a line should look like {EXAMPLE}")
+            _check_columns(value)
+        except InputError as error:
+            yield Record(number, error, f"line {number}")
+        else:
+            yield Record(number, value, f"line {number}")
+
+
+def _check_columns(names: Iterable[str]) -> None:
+    for name in names:
+        if name not in COLUMNS:
+            near = likeliest(name[:100], COLUMNS)
+            hint = f" (did you mean {near!r}?)" if near else ""
+            raise InputError(
+                f"unknown column {name[:100]!r}{hint}; the columns, separated by commas, are {', '.join(COLUMNS)}"
+            )

@@ -1,0 +1,134 @@
+"""The options of a command, as its dataclass declares them: a field is an option, the text below it is its help, its
+type says what values it takes, and a dataclass in a field is a group of options with its name before theirs."""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ipadapter_jax.storage.paths import PLACE
+
+_POSITIONAL = "positional"
+T = TypeVar("T")
+Positional = Annotated[T, _POSITIONAL]  # a value by its place in the line, without a name before it
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option: the fields that lead to it from the command's dataclass, its help, and what values it takes.
+
+    kind: the type of one value; bool takes none. choices: all values that there are, empty where any of the kind will
+    do. count: how many values, None for one or more. optional: it may be None. default: None also where it is required.
+    """
+
+    path: tuple[str, ...]
+    about: str
+    kind: type
+    choices: tuple[str, ...] = ()
+    count: int | None = 1
+    optional: bool = False
+    is_place: bool = False
+    positional: bool = False
+    required: bool = False
+    default: Any = None
+
+    @property
+    def name(self) -> str:
+        """--optim.learning-rate, or for a value by its place SOURCE."""
+        if self.positional:
+            return self.path[-1].upper()
+        return "--" + ".".join(self.path).replace("_", "-")
+
+    @property
+    def opposite(self) -> str:
+        """--log.no-tensorboard, which makes a bool false."""
+        return "--" + ".".join((*self.path[:-1], f"no-{self.path[-1]}")).replace("_", "-")
+
+    @property
+    def metavar(self) -> str:
+        """What stands for its values in the help."""
+        if self.positional:
+            return self.name
+        if self.kind is bool:
+            return ""
+        names = {int: "N", float: "X", Path: "PATH", str: "PLACE" if self.is_place else "TEXT"}
+        one = "{" + ",".join(self.choices) + "}" if self.choices else names[self.kind]
+        return f"{one} [{one} ...]" if self.count is None else " ".join([one] * self.count)
+
+
+@functools.cache
+def options_of(kind: type, path: tuple[str, ...] = ()) -> tuple[Option, ...]:
+    """All options of a command's dataclass, those of inner dataclasses after its own."""
+    hints, texts = get_type_hints(kind, include_extras=True), _texts(kind)
+    own, inner = [], []
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            inner.extend(options_of(hints[field.name], (*path, field.name)))
+        else:
+            own.append(_option(field, hints[field.name], (*path, field.name), texts.get(field.name, "")))
+    return (*own, *inner)
+
+
+def names_of(kind: type, otherwise: Mapping[str, str]) -> Mapping[str, str]:
+    """How arguments are called here, the fields of the dataclass (of inner ones too, where no other has the name) and
+    those that the network's functions call `otherwise`: {"num_inference_steps": "--steps"}."""
+    names: dict[str, str] = {}
+    for option in options_of(kind):
+        names.setdefault(option.path[-1], option.name)
+    renamed = {argument: names[field] for argument, field in otherwise.items() if field in names}
+    return {name: option for name, option in names.items() if name not in otherwise} | renamed
+
+
+def _option(field: dataclasses.Field, hint: Any, path: tuple[str, ...], about: str) -> Option:
+    marks: set[Any] = set()
+    optional, count = False, 1
+    while get_origin(hint):
+        arguments = get_args(hint)
+        if get_origin(hint) is Annotated:
+            hint, *new = arguments
+            marks |= set(new)
+        elif get_origin(hint) in (Union, types.UnionType):
+            [hint] = [argument for argument in arguments if argument is not types.NoneType]
+            optional = True
+        elif get_origin(hint) is tuple:
+            count = None if arguments[1:] == (...,) else len(arguments)
+            hint = arguments[0]
+        elif get_origin(hint) is Literal:
+            break
+    required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    return Option(
+        path=path,
+        about=about,
+        kind=str if get_origin(hint) is Literal else hint,
+        choices=get_args(hint) if get_origin(hint) is Literal else (),
+        count=count,
+        optional=optional,
+        is_place=hint is Path or PLACE in marks,
+        positional=_POSITIONAL in marks,
+        required=required,
+        default=None if required else field.default,
+    )
+
+
+def _texts(kind: type) -> Mapping[str, str]:
+    """The text below each field, on one line, of the dataclass and those that it is made from."""
+    found: dict[str, str] = {}
+    for parent in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(parent):
+            found |= dict(_texts_in(parent))
+    return found
+
+
+def _texts_in(kind: type) -> Iterator[tuple[str, str]]:
+    [declaration] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(declaration, ast.ClassDef)
+    for field, text in zip(declaration.body, declaration.body[1:], strict=False):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            yield field.target.id, " ".join(str(text.value.value).split())

@@ -1,0 +1,130 @@
+"""How all commands that make thousands of pictures make them: as a job."""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tqdm
+from PIL import Image
+
+from ipadapter_jax.batch.output_dir import CONFIGURATIONS
+from ipadapter_jax.batch.plan import Work
+from ipadapter_jax.batch.reference_digests import Identify
+from ipadapter_jax.batch.rows import BadRow, Row
+from ipadapter_jax.batch.runner import Tally, run_job
+from ipadapter_jax.cli.batch_options import Many
+from ipadapter_jax.cli.run.sampling import configurations, digests, png, versions
+from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning, foreign_syntax, warn_of_syntax
+from ipadapter_jax.pipelines.image_prompts import PerPrompt
+from ipadapter_jax.pipelines.ip_adapter import Prepared
+from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
+from ipadapter_jax.storage.atomic_files import sha256
+
+
+def settings(args: Many, pipe: StableDiffusion) -> dict[str, Any]:
+    """All that the pictures depend on beside the rows, as JSON has it."""
+    apart = ("batch_size", "process", "processes")  # a picture is the same in any batch
+    names = [field.name for field in dataclasses.fields(Many) if field.name not in apart]
+    settings = {name: getattr(args, name) for name in names}
+    settings["guidance_scale"] = pipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    files = digests(pipe)
+    if args.negative_image is not None and os.path.isfile(args.negative_image):
+        files["negative_image"] = {os.path.basename(args.negative_image): sha256(Path(args.negative_image))}
+    facts = {"sha256": files, CONFIGURATIONS: configurations(pipe), "versions": versions()}
+    return json.loads(json.dumps(settings | facts))
+
+
+def make_pictures(
+    pipe: StableDiffusion,
+    args: Many,
+    works: Sequence[Work],
+    out: Path,
+    settings: Mapping[str, Any],
+    load: Callable[[Row], Prepared | None],
+    bad: Sequence[BadRow] = (),
+    identify: Identify | None = None,
+) -> Tally:
+    """The works of this process as a job into `out`, with a bar where somebody watches.
+
+    settings: those of `settings`, with all else that the pictures depend on beside the rows. load: what the image
+    encoder sees of a row's pictures. identify: what those hold. Raises InputError as `run_job`.
+    """
+    _warn_of_syntax(args, works)
+    bar = tqdm.tqdm(total=len(works), desc="pictures", unit="picture", disable=None)
+    with bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptSyntaxWarning)  # said once, for all rows
+
+        def on_progress(tally: Tally) -> None:
+            bar.n = tally.before + tally.made
+            bar.refresh()
+
+        tally = run_job(
+            works,
+            out,
+            settings=settings,
+            batch_size=args.batch_size,
+            load=load,
+            make=functools.partial(_make, pipe, args),
+            encode=lambda work, picture: png(picture, _metadata(settings, work)),
+            bad=bad,
+            shard=args.shard,
+            kind=lambda work, content: 0 if content is None else len(content.pixels),
+            identify=identify,
+            on_progress=on_progress,
+        )
+    if tally.stopped:
+        print(f"stopped at {tally.before + tally.made} of {tally.total}; the same command goes on", file=sys.stderr)
+    return tally
+
+
+def _warn_of_syntax(args: Many, works: Sequence[Work]) -> None:
+    """Warns of other programs' syntax in the prompts of a job, with the number of rows and the first of them."""
+    rows = {work.row.index: work.row for work in works}.values()
+    found: dict[str, list[tuple[str, str]]] = {}  # by what it means: what to call the row, and the piece
+    for row in rows:
+        for text in (row.prompt, row.negative_prompt):
+            for piece, meaning in foreign_syntax(text):
+                found.setdefault(meaning, []).append((row.name, piece))
+    for meaning, places in found.items():
+        [name, piece], count = places[0], len({name for name, _ in places})
+        rows_are = f"{count} rows, {name!r} the first, have" if count > 1 else f"row {name!r} has"
+        warnings.warn(
+            f"{rows_are} {piece!r} or the like, which is read as plain text; in other programs it is {meaning}",
+            PromptSyntaxWarning,
+            stacklevel=2,
+        )
+    warn_of_syntax({"--negative-prompt": [args.negative_prompt]})
+
+
+def _make(pipe: StableDiffusion, args: Many, given: list[tuple[Work, Prepared | None]]) -> Sequence[Image.Image]:
+    """The pictures of a batch; a short one is filled up with its last, so that all are one program."""
+    filled = given + given[-1:] * (args.batch_size - len(given))
+    works, prompts = zip(*filled, strict=True)
+    arguments = args.arguments(args.negative_image)
+    if prompts[0] is None:
+        pipe = dataclasses.replace(pipe, adapters=())
+        arguments |= {"negative_ip_adapter_image": None, "ip_adapter_uncond": "default", "fit": "crop"}
+    else:
+        arguments["ip_adapter_image"] = PerPrompt(prompts)
+        arguments["ip_adapter_scale"] = PerPrompt([args.scale_of(work.scale) for work in works])
+    found = pipe(
+        [work.row.prompt for work in works],
+        negative_prompt=[work.row.negative_prompt or args.negative_prompt for work in works],
+        seed=[work.seed for work in works],
+        **arguments,
+    )
+    return found[: len(given)]
+
+
+def _metadata(settings: Mapping[str, Any], work: Work) -> dict[str, Any]:
+    """What stands in a picture's file."""
+    row = work.row
+    own = {"prompt": row.prompt, "image": [str(path) for path in row.images], "seed": work.seed, "scale": work.scale}
+    own["negative_prompt"] = row.negative_prompt or settings["negative_prompt"]
+    return {**settings, **own}

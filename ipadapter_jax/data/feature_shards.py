@@ -1,0 +1,175 @@
+"""Encoded samples in ArrayRecord shards: how a sample lies in bytes, what a whole cache holds, and its shards.
+
+Shard s holds the source's records [s * n, (s + 1) * n) and then one more: its facts as JSON. A source record that could
+not be read is an empty one, so that record i of the cache is record i of the source, and training meets and replaces
+it as it would live. ArrayRecord stores every record with a 64-bit hash and checks it on reading.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.storage.atomic_files import replacing
+from ipadapter_jax.storage.text_files import parse_json
+
+FORMAT = 1
+_WRITE = "group_size:1,uncompressed"  # one record a chunk: read alone; floats do not compress
+_READ = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:65536"  # for random access
+_BUFFER = 1 << 17  # bytes
+_DTYPES = ("float32", "bfloat16", "float16", "int32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a sample lies in a record: its arrays one after the other, little-endian. Stated once for a whole cache."""
+
+    arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Layout":
+        if unknown := {entry["dtype"] for entry in raw.values()} - set(_DTYPES):
+            raise ValueError(f"dtype {unknown}")
+        if not all(isinstance(size, int) and size >= 0 for entry in raw.values() for size in entry["shape"]):
+            raise ValueError("a shape that is not one of whole numbers")
+        return cls({name: (np.dtype(entry["dtype"]), tuple(entry["shape"])) for name, entry in raw.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: {"dtype": dtype.name, "shape": list(shape)} for name, (dtype, shape) in self.arrays.items()}
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Bytes of a record."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.arrays.values())
+
+    def pack(self, sample: Mapping[str, np.ndarray]) -> bytes:
+        parts = [sample[name] for name in self.arrays]
+        assert all((a.dtype, a.shape) == spec for a, spec in zip(parts, self.arrays.values(), strict=True))
+        return b"".join(part.tobytes() for part in parts)
+
+    def unpack(self, payload: bytes) -> dict[str, np.ndarray]:
+        """Views of the payload, read-only."""
+        found, offset = {}, 0
+        for name, (dtype, shape) in self.arrays.items():
+            count = math.prod(shape)
+            found[name] = np.frombuffer(payload, dtype, count, offset).reshape(shape)
+            offset += count * dtype.itemsize
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a cache holds: a pure function of the data, the encoders and the settings that matter to the result.
+
+    made_from: JSON of whatever decides the content: "resolution", "features", "vae", "image_encoder", "data", ...
+    """
+
+    records: int
+    records_per_shard: int
+    layout: Layout
+    made_from: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Plan":
+        per_shard, records = int(raw["records_per_shard"]), int(raw["records"])
+        if per_shard < 1 or records < 0:
+            raise ValueError(f"{records} records, {per_shard} in a shard")
+        return cls(records, per_shard, Layout.from_json(raw["layout"]), dict(raw["made_from"]))
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"format": FORMAT, "layout": self.layout.to_json()}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def shards(self) -> int:
+        return -(-self.records // self.records_per_shard)
+
+    def shard_records(self, shard: int) -> range:
+        """The source's records in a shard."""
+        first = shard * self.records_per_shard
+        return range(first, min(first + self.records_per_shard, self.records))
+
+    def shard_name(self, shard: int) -> str:
+        return f"shard-{shard:05d}-of-{self.shards:05d}.array_record"
+
+
+class ShardWriter:
+    """Writes one shard; it appears under its name when the block ends without an error, and whole.
+
+    A part of it is never left behind. Raises InputError naming the file, when there is no room for instance.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, shard: int):
+        self._plan, self._shard, self._path = plan, shard, folder / plan.shard_name(shard)
+        self.skipped: list[dict[str, Any]] = []
+
+    def add(self, sample: Mapping[str, np.ndarray]) -> None:
+        """The next record."""
+        self._write(self._plan.layout.pack(sample))
+
+    def skip(self, index: int, key: str, reason: str) -> None:
+        """The next record is one that cannot be used: number in the source, key and what is wrong."""
+        self.skipped.append({"index": index, "key": key, "reason": reason})
+        self._write(b"")
+
+    def _write(self, payload: bytes) -> None:
+        try:
+            self._writer.write(payload)
+        except RuntimeError as error:
+            raise _not_written(self._path, error) from None
+
+    def __enter__(self) -> "ShardWriter":
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self._path))
+            self._writer = ArrayRecordWriter(str(temporary), _WRITE)
+            self._replacing = stack.pop_all()
+        return self
+
+    def __exit__(self, _: type | None, error: BaseException | None, *__: Any) -> None:
+        with self._replacing:
+            try:
+                if error is None:
+                    facts = {"plan": self._plan.digest, "shard": self._shard, "skipped": self.skipped}
+                    self._write(json.dumps(facts).encode())
+                self._writer.close()  # what could not be written is told only here
+            except RuntimeError as fault:
+                raise error or _not_written(self._path, fault) from None
+            if error is not None:
+                raise error
+
+
+def _not_written(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path}: not written ({str(error).split(';')[0]}); all shards before it are kept: make room, then run the "
+        "same command again"
+    )
+
+
+def open_shard(folder: Path, plan: Plan, shard: int) -> ArrayRecordReader:
+    """A reader for all threads: `read([position])` gives [bytes], or raises RuntimeError with what is wrong."""
+    return ArrayRecordReader(str(folder / plan.shard_name(shard)), _READ, file_reader_buffer_size=_BUFFER)
+
+
+def shard_facts(folder: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
+    """What a shard says of itself: {"plan", "shard", "skipped"}; None when missing, cut off or of another plan."""
+    count = len(plan.shard_records(shard))
+    try:
+        reader = open_shard(folder, plan, shard)
+        facts = parse_json(reader.read([count])[0], "its facts") if reader.num_records() == count + 1 else {}
+    except (RuntimeError, InputError):
+        return None
+    own = isinstance(facts, dict) and (facts.get("plan"), facts.get("shard")) == (plan.digest, shard)
+    return facts if own else None

@@ -1,0 +1,105 @@
+"""ArrayRecord files (of Google's array_record, which Grain reads) with one msgpack map a record:
+
+    {"image": bytes, "text": str, "cond_image": bytes}       # cond_image only where it differs from the image
+
+To write them:
+    writer = array_record_module.ArrayRecordWriter("train-00000.array_record", "group_size:1")
+    writer.write(pack(record)); ...; writer.close()
+group_size:1 keeps each record by itself, which reading at random wants.
+"""
+
+from typing import Any
+
+import msgpack
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from ipadapter_jax.data.file_listing import Files, allow_open_files
+from ipadapter_jax.data.packed_strings import printable
+from ipadapter_jax.data.types import Record
+from ipadapter_jax.data.unused_files import Unused
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.storage.paths import check_utf8
+
+
+def pack(record: Record) -> bytes:
+    """The payload of a record; its key is not kept."""
+    fields: dict[str, bytes | str] = {"image": record.image, "text": record.text}
+    if record.cond_image is not None:
+        fields["cond_image"] = record.cond_image
+    return msgpack.Packer().pack(fields)
+
+
+def unpack(payload: bytes, key: str) -> Record:
+    """What `pack` made. Raises InputError naming the key for anything else."""
+    try:
+        fields = msgpack.unpackb(payload)  # no length in it may exceed the payload's own
+        image, text, cond_image = fields["image"], fields["text"], fields.get("cond_image")
+        if not (isinstance(image, bytes) and isinstance(text, str) and isinstance(cond_image, bytes | None)):
+            raise TypeError
+    except Exception:  # the library raises many kinds
+        raise InputError(f'{key}: not a msgpack map {{"image": bytes, "text": str}}; write records so') from None
+    return Record(key, image, text, cond_image)
+
+
+class ArrayRecords:
+    """Payloads of several ArrayRecord files, in the order given. Raises InputError naming a file that is none.
+
+    paths: where they are; names: what they are called in keys.
+    """
+
+    def __init__(self, paths: list[str], names: list[str]):
+        allow_open_files(len(paths))
+        self._names = names
+        self._shards = [_open(path) for path in paths]  # each opens its file when first read, and pickles without it
+        self._starts = np.cumsum([0, *map(len, self._shards)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, index: int) -> bytes:
+        shard, position = self._place(index)
+        try:
+            return self._shards[shard][position]
+        except Exception as error:  # the library raises bare kinds
+            why = " ".join(str(error).split())[:100]
+            raise InputError(f"{self.key(index)}: the file is damaged ({why}); copy it again") from None
+
+    def key(self, index: int) -> str:
+        shard, position = self._place(index)
+        return printable(f"{self._names[shard]}:{position}")
+
+    def _place(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(np.searchsorted(self._starts, index, "right")) - 1
+        return shard, int(index - self._starts[shard])
+
+
+class ArrayRecordSource:
+    """Records in the order of their files' names."""
+
+    def __init__(self, files: Files):
+        self._files, self.unused = files, Unused()
+        self._records = ArrayRecords([files.path(i) for i in range(len(files))], list(files.names))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        return unpack(self._records.read(index), self.key(index))
+
+    def key(self, index: int) -> str:
+        return self._records.key(index)
+
+    def identity(self) -> dict[str, Any]:
+        return self._files.identity("array_record", len(self))
+
+
+def _open(path: str) -> ArrayRecordDataSource:
+    check_utf8(path, "the reader of ArrayRecord")
+    try:
+        return ArrayRecordDataSource(path)
+    except Exception as error:  # the library raises bare kinds
+        why = " ".join(str(error).split())[:100]
+        raise InputError(f"{printable(path)}: not a whole ArrayRecord file ({why}); copy it again") from None

@@ -1,0 +1,61 @@
+"""Images in a folder, with captions beside them or in a list."""
+
+from typing import Any
+
+import numpy as np
+
+from ipadapter_jax.data.file_listing import Files, read_file
+from ipadapter_jax.data.formats.caption_lists import Listed, is_metadata
+from ipadapter_jax.data.formats.file_groups import ROLES, TEXTS, grouped, record_of, split_name
+from ipadapter_jax.data.packed_strings import Strings, printable
+from ipadapter_jax.data.types import Record
+from ipadapter_jax.data.unused_files import NO_CAPTION
+
+
+class FolderSource:
+    """Record by record what `members` describes, sorted by name: 1.jpg with 1.txt, at any depth. Images without a
+    caption file have that of a metadata.jsonl or .csv, if there is one; text_column names its column.
+
+    Raises InputError for a list that cannot be used where an image needs one, for a text_column that no list has, and
+    for lists without captions where no image has one.
+    """
+
+    def __init__(self, files: Files, text_column: str | None = None):
+        names = [name for name in files.names if not is_metadata(name)]
+        found = grouped(names)
+        self.unused = found.unused
+        listed = Listed(files.root, files.names, text_column)
+        self._texts = Strings(listed.texts)
+        records = []
+        for _, members in found.records:
+            image = names[members["image"]]
+            has_file = any(role in members for role in TEXTS)
+            text = listed.take(image, has_file)
+            if not has_file and text < 0:
+                self.unused.add(NO_CAPTION, image, is_record=True)
+            records.append([*(members.get(role, -1) for role in ROLES), text])
+        if 0 < len(records) == self.unused.records:
+            listed.check_columns()
+        # Whatever else lies there is no part of the data, nor of its identity.
+        kept = [number for number, name in enumerate(names) if split_name(name)]
+        self._files = Files(files.root, Strings([*(names[number] for number in kept), *listed.close(self.unused)]))
+        numbers = np.full(len(names) + 1, -1, np.int32)
+        numbers[kept] = np.arange(len(kept))
+        table = np.array(records, np.int32).reshape(-1, len(ROLES) + 1)
+        self._members, self._listed = numbers[table[:, :-1]], table[:, -1]  # numbers of files and of texts, -1 for none
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, index: int) -> Record:
+        key = self.key(index)
+        numbers = zip(ROLES, self._members[index], strict=True)
+        parts = {role: read_file(self._files.path(n), key, role in TEXTS) for role, n in numbers if n >= 0}
+        text = self._listed[index]
+        return record_of(key, parts, self._texts[text] if text >= 0 else None)
+
+    def key(self, index: int) -> str:
+        return printable(self._files.names[self._members[index, 0]])
+
+    def identity(self) -> dict[str, Any]:
+        return self._files.identity("folder", len(self))

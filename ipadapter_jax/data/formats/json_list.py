@@ -1,0 +1,91 @@
+"""The authors' list of pictures and captions, `[{"image_file": "1.png", "text": "A dog"}, ...]` (tutorial_train.py)."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ipadapter_jax.data.file_listing import digest, read_file, size
+from ipadapter_jax.data.packed_strings import Strings, printable
+from ipadapter_jax.data.types import Record
+from ipadapter_jax.data.unused_files import NOT_THERE, Unused
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, parse_json, read_bytes
+
+EXAMPLE = '[{"image_file": "1.png", "text": "A dog"}, ...]'
+
+
+class JsonListSource:
+    """Records in the order of the list; `cond_image_file` is optional. One object per line, without brackets, is fine.
+
+    image_root: what the names of pictures are relative to; the folder of the list by default.
+    Raises InputError naming the entry when the list is not of this form.
+    """
+
+    def __init__(self, path: Path, image_root: Path | None = None):
+        self._path = path
+        self._root = path.parent if image_root is None else image_root
+        entries = _entries(path)
+        images, texts, conds = zip(*(_checked(entry, i, path) for i, entry in enumerate(entries)), strict=True)
+        self._images, self._texts, self._conds = Strings(images), Strings(texts), Strings(conds)
+        self.unused = Unused()
+        for names in zip(images, conds, strict=True):
+            missing = next((name for name in names if name and size(self._path_of(name)) < 0), None)
+            if missing is not None:
+                self.unused.add(NOT_THERE, missing, is_record=True)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Record:
+        key, cond = self.key(index), self._conds[index]
+        cond_image = self._read(cond, key) if cond else None
+        return Record(key, self._read(self._images[index], key), self._texts[index], cond_image)
+
+    def key(self, index: int) -> str:
+        return printable(self._images[index])
+
+    def identity(self) -> dict[str, Any]:
+        names = [name for names in (self._images, self._conds) for name in names if name]
+        sizes = [
+            ("", size(str(self._path))),
+            *((name, size(self._path_of(name))) for name in set(names)),
+        ]
+        return {"kind": "json", "records": len(self), "files": len(sizes), "digest": digest(sizes)}
+
+    def _path_of(self, name: str) -> str:
+        return os.path.join(self._root, expanded(name))
+
+    def _read(self, name: str, key: str) -> bytes:
+        return read_file(self._path_of(name), key)
+
+
+def _entries(path: Path) -> list:
+    text = decode_text(read_bytes(path, LIST_BYTES), path)
+    if text.lstrip().startswith("["):
+        entries = _parsed(text, str(path))
+    else:
+        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        entries = [_parsed(line, f"{path}, line {number}") for number, line in lines]
+    if not entries:
+        raise InputError(f"{path}: an empty list; it should look like {EXAMPLE}")
+    return entries
+
+
+def _parsed(text: str, place: str) -> Any:
+    return parse_json(text, place, f"it should look like {EXAMPLE}")
+
+
+def _checked(entry: Any, number: int, path: Path) -> tuple[str, str, str]:
+    """Picture, caption and image prompt of one entry, "" for what is absent."""
+    if not isinstance(entry, dict) or not entry.get("image_file"):
+        found = f"has the keys {', '.join(map(repr, entry))}" if isinstance(entry, dict) else f"is {str(entry)[:40]!r}"
+        listed = isinstance(entry, dict) and "file_name" in entry
+        remedy = "give the folder of this list, called metadata.jsonl" if listed else f"it should look like {EXAMPLE}"
+        raise InputError(f"{path}: entry {number} {found}, and no 'image_file'; {remedy}")
+    image, text, cond = entry["image_file"], entry.get("text", ...), entry.get("cond_image_file")
+    if not (isinstance(image, str) and isinstance(text, str | None) and isinstance(cond, str | None)):
+        raise InputError(
+            f"{path}: entry {number} holds something else than texts, or no 'text'; it should look like {EXAMPLE}"
+        )
+    return image, printable(text or ""), cond or ""

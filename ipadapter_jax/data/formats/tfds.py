@@ -1,0 +1,99 @@
+"""Data sets that TensorFlow Datasets prepared with `file_format="array_record"`, read without TensorFlow."""
+
+from pathlib import Path
+from typing import Any
+
+from ipadapter_jax.data.file_listing import Files
+from ipadapter_jax.data.formats.array_record import ArrayRecords
+from ipadapter_jax.data.formats.column_names import PICTURE, TEXT, Columns, choose
+from ipadapter_jax.data.packed_strings import Strings
+from ipadapter_jax.data.types import Record
+from ipadapter_jax.data.unused_files import Unused
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.storage.text_files import read_json_object
+
+INFO, FEATURES = "dataset_info.json", "features.json"  # the two files that make a folder such a data set
+
+
+class TfdsSource:
+    """The split `train`, or the only one there is, in its stored order.
+
+    columns: names of features, where they are not the usual ones.
+    Raises InputError: tensorflow-datasets is not installed, another file format, no such feature.
+    """
+
+    def __init__(self, files: Files, columns: Columns):
+        folder = files.root
+        _check_format(folder)
+        self.unused = Unused()
+        self._features, paths = _open(folder)
+        self._columns = choose(columns, _kinds(self._features), str(folder))
+        self._files = Files(folder, Strings(path.name for path in paths))
+        self._records = ArrayRecords([str(path) for path in paths], list(self._files.names))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        key, payload = self.key(index), self._records.read(index)
+        try:
+            fields = self._features.deserialize_example_np(payload, decoders=_encoded_pictures(self._features))
+            text = fields[self._columns.text].decode("utf-8")
+            image, cond_image = fields[self._columns.image], fields.get(self._columns.cond_image)
+        except Exception as error:  # the library raises many kinds
+            why = " ".join(str(error).split())[:100]
+            raise InputError(f"{key}: not an example with the features of {INFO} ({why})") from None
+        return Record(key, image, text, cond_image)
+
+    def key(self, index: int) -> str:
+        return self._records.key(index)
+
+    def identity(self) -> dict[str, Any]:
+        return self._files.identity("tfds", len(self))
+
+
+def _check_format(folder: Path) -> None:
+    """Raises InputError unless the records lie in ArrayRecord files."""
+    stored = read_json_object(folder / INFO, "prepare the data set again").get("fileFormat", "tfrecord")
+    if stored != "array_record":
+        raise InputError(
+            f'{folder}: stored as {stored}, which has no random access; prepare it with file_format="array_record", or '
+            f"convert it, which needs tensorflow: tfds convert_format --dataset_dir={folder} "
+            "--out_file_format=array_record --out_dir=..."
+        )
+
+
+def _open(folder: Path) -> tuple[Any, list[Path]]:
+    """The features, a mapping by name, and the files of the split."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise InputError(
+            f"{folder} is a TensorFlow Datasets folder, and tensorflow-datasets is not installed: "
+            "pip install 'ipadapter-jax[tfds]'"
+        ) from None
+    try:
+        info = tfds.builder_from_directory(str(folder)).info
+    except Exception as error:  # the library raises many kinds
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder}: not readable by tensorflow-datasets ({why}); prepare it again") from None
+    names = sorted(info.splits)
+    if "train" not in names and len(names) != 1:
+        raise InputError(f"{folder}: no split `train` among {', '.join(names) or 'none'}; prepare one of that name")
+    split = info.splits["train" if "train" in names else names[0]]
+    return info.features, [Path(path) for path in split.filepaths]
+
+
+def _kinds(features: Any) -> dict[str, str]:
+    import tensorflow_datasets as tfds
+
+    known = {tfds.features.Image: PICTURE, tfds.features.Text: TEXT}
+    return {name: known.get(type(feature), type(feature).__name__) for name, feature in features.items()}
+
+
+def _encoded_pictures(features: Any) -> dict[str, Any]:
+    """Decoders that leave pictures as they were stored."""
+    import tensorflow_datasets as tfds
+
+    pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    return {name: tfds.decode.SkipDecoding() for name in pictures}

@@ -1,0 +1,156 @@
+"""Batch k of the one global order of the data, wherever and however it is loaded.
+
+Which record a row of a batch reads follows from the seed alone, so every number of worker processes, threads, machines
+and restarts gives the same batches, and a checkpoint needs to know only its step. Records that cannot be read are
+replaced by a fixed rule, which changes no other row.
+"""
+
+import atexit
+import functools
+import gc
+import weakref
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from ipadapter_jax.data.shuffle import record_order
+from ipadapter_jax.data.workers import in_workers
+from ipadapter_jax.errors import InputError
+
+MAX_BAD_IN_A_ROW = 64
+_AHEAD = 2  # batches that a process holds ready or is making: while one is finished, idle threads begin the next
+
+
+class Samples(Protocol):
+    """Random access to arrays, for several threads at once; samples of one set have the same names and shapes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+    def key(self, index: int) -> str: ...
+
+
+class Skipped(NamedTuple):
+    """A record that could not be used, and why, in one line."""
+
+    index: int
+    key: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Some rows of a global batch, arrays (rows, ...), and the records that were replaced in them."""
+
+    arrays: dict[str, np.ndarray]
+    skipped: list[Skipped]
+
+
+def batches(
+    samples: Samples,
+    *,
+    seed: int,
+    batch_size: int,
+    rows: Sequence[int],
+    first: int,
+    count: int,
+    workers: int = 0,
+    threads: int = 8,
+) -> Generator[Batch, None, None]:
+    """Global batches first, first + 1, ... first + count - 1, of each the given rows (0 <= row < batch_size).
+
+    Row r of batch k is global row g = k batch_size + r and reads the record `record_order(seed, len(samples), g)`. A
+    record that raises is replaced by the next one of the set that does not.
+    workers: processes that load; 0 loads in this one. threads: of every process that loads; 0 loads when asked, and
+    nothing ahead. Memory: up to 2 batches ahead for this process, or 5 for every worker.
+    Raises InputError: no samples, a bad seed, or 64 records in a row that cannot be read. Closing the generator ends
+    its threads and processes; these end as well when this process does, however it ends.
+    """
+    if not len(samples):
+        raise InputError("the data set has no records: give one that has")
+    if not 0 <= seed < 1 << 64 or not rows or not all(0 <= row < batch_size for row in rows):
+        raise InputError(f"seed {seed}, rows {rows} of {batch_size}: choose a seed in [0, 2^64) and rows of the batch")
+    source = _Batches(samples, seed, batch_size, tuple(rows), first, count, threads)
+    options = grain.ReadOptions(num_threads=min(threads, _AHEAD), prefetch_buffer_size=_AHEAD)
+    loading = grain.MapDataset.source(source).to_iter_dataset(options)
+    if workers:
+        sample, _ = source.load(first * batch_size + rows[0])
+        loading = in_workers(loading, workers, len(rows) * sum(array.nbytes for array in sample.values()))
+    generator = _until_closed(loading)
+    _open.add(generator)
+    return generator
+
+
+def usable(samples: Samples, index: int) -> dict[str, np.ndarray] | Skipped:
+    """Sample `index`, or why it cannot be used."""
+    try:
+        return samples[index]
+    except MemoryError:  # that is not the record's fault
+        raise
+    except Exception as error:  # InputError, or whatever else a damaged record brings a reader to raise
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        return Skipped(index, samples.key(index), " ".join(f"{kind}{error}".split())[:300])
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """The batches of this process, for grain to read at random. All threads load the rows of one batch together, so
+    that memory does not grow with their number."""
+
+    samples: Samples
+    seed: int
+    batch_size: int
+    rows: Sequence[int]
+    first: int
+    count: int
+    threads: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Batch:
+        places = [(self.first + index) * self.batch_size + row for row in self.rows]
+        loaded = list(_pool(self.threads).map(self.load, places) if self.threads else map(self.load, places))
+        arrays = {name: np.stack([sample[name] for sample, _ in loaded]) for name in loaded[0][0]}
+        return Batch(arrays, [entry for _, skipped in loaded for entry in skipped])
+
+    def load(self, row: int) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+        """The sample of a global row, and the records that it stands in for."""
+        records = len(self.samples)
+        start = record_order(self.seed, records, row)
+        skipped: list[Skipped] = []
+        for offset in range(min(MAX_BAD_IN_A_ROW, records)):
+            found = usable(self.samples, (start + offset) % records)
+            if not isinstance(found, Skipped):
+                return found, skipped
+            skipped.append(found)
+        raise InputError(
+            f"{len(skipped)} records in a row cannot be read, check the data set; the first is {skipped[0].key}: "
+            f"{skipped[0].reason}"
+        )
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="samples")
+
+
+def _until_closed(loading: grain.IterDataset) -> Generator[Batch, None, None]:
+    with closing(iter(loading)) as iterator:
+        yield from iterator
+
+
+_open: weakref.WeakSet[Generator] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """What nobody has closed: once the interpreter takes itself apart, closing fails."""
+    for generator in list(_open):
+        generator.close()
+    gc.collect()  # grain's iterators are in cycles with the last shared memory that they took

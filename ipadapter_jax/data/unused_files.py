@@ -1,0 +1,102 @@
+"""What lies in a data set and is in no record: counted, with names and reasons, so that nothing vanishes in silence."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ipadapter_jax.data.packed_strings import printable
+from ipadapter_jax.storage.atomic_files import write_whole
+
+# Reasons, as they are said of several files.
+NO_CAPTION = "images without a caption"
+NO_IMAGE = "captions without an image that is read"
+NO_BYTES = "rows without the bytes of an image"
+PROMPT_ALONE = "image prompts without an image"
+SECOND = "second captions of one image"
+NOT_THERE = "entries whose image does not exist"
+NO_CAPTIONS = "lists without captions"
+BAD_LIST = "lists that cannot be used, such as those without file_name, and are not needed"
+SECOND_DOT = "names with a second dot, where a WebDataset key ends at the first: rename them to have them read"
+BAD_ROW = "rows that cannot be used, see bad_rows.jsonl"
+FOLDER = "folders, whose images are not read"
+OTHER = "other files"
+REPORT = "unused_files.txt"
+_MOST_NAMES, _SHOWN = 1000, 3
+
+
+def not_read(kind: str) -> str:
+    """The reason for images of a kind that is not read."""
+    return f"{kind} images, which are not read: convert them to JPEG or PNG"
+
+
+class Reason(NamedTuple):
+    """Why files are not used, how many, and the names of the first thousand."""
+
+    reason: str
+    count: int
+    names: tuple[str, ...]
+
+
+class Unused:
+    """Files, members and entries that are in no record that can be used, by reason. `records` counts those among them
+    that a source has as a record all the same, such as an image without a caption."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+        self._counts: dict[str, int] = {}
+        self.records = 0
+
+    def add(self, reason: str, name: str, is_record: bool = False, count: int = 1) -> None:
+        names = self._names.setdefault(reason, [])
+        if len(names) < _MOST_NAMES:
+            names.append("".join(letter if letter.isprintable() else "?" for letter in printable(name)))
+        self._counts[reason] = self._counts.get(reason, 0) + count
+        self.records += count if is_record else 0
+
+    def extend(self, other: "Unused", prefix: str = "") -> None:
+        """Adds what another one has, with a prefix to its names."""
+        self.records += other.records
+        for reason, count, names in other:
+            for name in names:
+                self.add(reason, prefix + name)
+            self._counts[reason] += count - len(names)
+
+    def __len__(self) -> int:
+        return sum(self._counts.values())
+
+    def __iter__(self) -> Iterator[Reason]:
+        """The reasons, what else lies there last."""
+        for reason in sorted(self._counts, key=lambda reason: reason == OTHER):
+            yield Reason(reason, self._counts[reason], tuple(self._names[reason]))
+
+    def names(self, reason: str) -> tuple[str, ...]:
+        """The names of the first thousand that are not used for a reason."""
+        return tuple(self._names.get(reason, ()))
+
+    def report(self) -> str:
+        """A line for each name that is known, in the order of the reasons."""
+        lines = []
+        for reason, count, names in self:
+            lines += [f"{name}: {reason}" for name in names]
+            if count > len(names):
+                lines.append(f"and {count - len(names)} more: {reason}")
+        return "".join(f"{line}\n" for line in lines)
+
+
+def write_report(folder: Path, unused: Unused) -> None:
+    """The whole list as a file in a folder; none when there is nothing to tell."""
+    path = folder / REPORT
+    if len(unused):
+        write_whole(path, unused.report().encode())
+    else:
+        path.unlink(missing_ok=True)
+
+
+def summary(records: int, unused: Unused) -> str:
+    """ "12 records, 3 files not used: HEIC images, ... (2: 1.heic, 2.HEIC); other files (1: notes.md)", in one line."""
+    line = f"{records - unused.records} records, {len(unused)} files not used"
+    parts = []
+    for reason, count, names in unused:
+        shown = ", ".join(name[:80] for name in names[:_SHOWN])
+        parts.append(f"{reason} ({count}: {shown}{', ...' if count > len(names[:_SHOWN]) else ''})")
+    return line + (f": {'; '.join(parts)}" if parts else "")

@@ -1,0 +1,102 @@
+"""Which picture was made for which image prompt, where another program has made them."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.evaluate.prompts import Reference
+from ipadapter_jax.images.formats import SUFFIXES, unread_format
+from ipadapter_jax.storage.csv_files import read_csv
+from ipadapter_jax.storage.nearby_paths import nearby
+from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, read_bytes, read_json_object
+
+COLUMNS = ("name", "picture")
+
+
+def find_pictures(place: Path, references: Sequence[Reference]) -> list[list[Path]]:
+    """The pictures of every image prompt, equally many of each, from a folder (name.png, or name-0.png, name-1.png and
+    so on, in any format) or a CSV file with the columns name and picture (relative to it).
+
+    Pictures of no image prompt are left out with a warning. Raises InputError naming the prompt that has none, or
+    another number of them than the others.
+    """
+    if place.is_dir() and (unread := [name for name in sorted(os.listdir(place)) if unread_format(name)]):
+        warnings.warn(
+            f"{place}: {len(unread)} images, {unread[0]} the first, are of a kind that is not read; convert them to "
+            "JPEG or PNG",
+            stacklevel=2,
+        )
+    numbered: dict[str, list[tuple[int, Path]]] = {reference.name: [] for reference in references}
+    strangers = []
+    for number, name, path in _listed(place) if place.is_file() else _in_folder(place, set(numbered)):
+        numbered[name].append((number, path)) if name in numbered else strangers.append(path.name)
+    found = [[path for _, path in sorted(numbered[reference.name])] for reference in references]
+    _check(place, references, [len(paths) for paths in found])
+    if strangers:
+        first = sorted(strangers)[0]
+        warnings.warn(
+            f"{place}: {len(strangers)} pictures, {first} the first, are of no image prompt here", stacklevel=2
+        )
+    return found
+
+
+def _in_folder(folder: Path, names: set[str]) -> Iterator[tuple[int, str, Path]]:
+    """The number of each picture, the image prompt that it is called by, and where it lies."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder or CSV file of pictures; check the spelling{nearby(folder)}")
+    for file in sorted(os.listdir(folder)):
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() not in SUFFIXES or file.startswith("."):
+            continue
+        parts = re.fullmatch(r"(.+)-(\d+)", stem)
+        if stem in names or parts is None:
+            yield 0, stem, folder / file
+        else:
+            yield int(parts[2]), parts[1], folder / file
+
+
+def _listed(path: Path) -> Iterator[tuple[int, str, Path]]:
+    """The same from a list, numbered by its lines. A name may carry the ending of the image prompt's file."""
+    table = read_csv(decode_text(read_bytes(path, LIST_BYTES), path), path)
+    for number, row in table.rows:
+        if isinstance(row, InputError):
+            raise InputError(f"{path}, line {number}: {row}")
+        name, picture = (row.get(column, "") for column in COLUMNS)
+        if not name or not picture:
+            raise InputError(
+                f"{path}, line {number}: no {' or '.join(COLUMNS)}; the first line has to name both columns"
+            )
+        place = path.parent / expanded(picture)
+        if not os.path.isfile(place):
+            raise InputError(f"{path}, line {number}: there is no picture {place}; correct its name")
+        stem, suffix = os.path.splitext(name)
+        yield number, stem if suffix.lower() in SUFFIXES else name, place
+
+
+def _check(place: Path, references: Sequence[Reference], counts: Sequence[int]) -> None:
+    empty = [reference.name for reference, count in zip(references, counts, strict=True) if not count]
+    if empty:
+        raise InputError(
+            f"{place}: {len(empty)} of {len(references)} image prompts, {empty[0]} the first, have no picture there; "
+            f"call theirs {empty[0]}.png, or {empty[0]}-0.png and so on, or list them in a CSV file"
+        )
+    for reference, count in zip(references, counts, strict=True):
+        if count != counts[0]:
+            raise InputError(
+                f"{place}: {count} pictures of {reference.name} and {counts[0]} of {references[0].name}; all image "
+                "prompts need equally many"
+            )
+
+
+def settings_beside(folder: Path) -> dict[str, Any] | None:
+    """What the folder of a job of ours says that its pictures were made with."""
+    path = folder / "job.json"
+    try:
+        return read_json_object(path)
+    except InputError:
+        return None

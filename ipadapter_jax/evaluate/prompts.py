@@ -1,0 +1,136 @@
+"""The image prompts of an evaluation, each with its captions: from COCO's annotations or any data of the trainer."""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from ipadapter_jax.data.file_listing import read_file
+from ipadapter_jax.data.open_dataset import open_source
+from ipadapter_jax.data.types import Source
+from ipadapter_jax.data.unused_files import Unused, summary
+from ipadapter_jax.errors import InputError, argument
+from ipadapter_jax.evaluate.coco import read_coco
+from ipadapter_jax.images.preprocess import decode_image
+from ipadapter_jax.storage.atomic_files import sha256
+
+log = logging.getLogger("ipadapter_jax")
+
+_SAFE = re.compile(r"\w[\w .+=@-]{0,149}")  # of a file name
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """An image prompt: `name` is the stem of its pictures' files, `key` what a person knows it by. Another `stamp` says
+    that the picture has changed."""
+
+    index: int
+    name: str
+    key: str
+    captions: tuple[str, ...]
+    stamp: str
+    read: Callable[[], bytes]
+
+    def digest(self) -> str:
+        """Of what it holds now. Safe in threads."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+    def picture(self) -> Image.Image:
+        """As RGB. Raises InputError naming it when it cannot be read. Safe in threads."""
+        return decode_image(self.read(), self.key)
+
+
+class References(NamedTuple):
+    """`identity` says what they come from, without its place, as JSON."""
+
+    found: Sequence[Reference]
+    identity: dict[str, Any]
+
+
+def open_references(
+    path: Path,
+    *,
+    image_root: Path | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    limit: int | None = None,
+    say: Callable[[str], object] = log.info,
+) -> References:
+    """The first `limit` image prompts at `path`, or all: a JSON file of COCO captions, else what `open_source` knows,
+    as its arguments say. Pictures stay where they are until they are asked for. `say` is given one line: how many
+    records there are, and what is not used.
+
+    Raises InputError naming what is wrong: a mean over fewer prompts than were meant is no number to publish.
+    """
+    coco = read_coco(path)
+    if coco is None:
+        root = None if image_root is None else str(image_root)
+        source = open_source(str(path), image_root=root, image_column=image_column, text_column=text_column)
+        references = _of_source(source, limit)
+        say(f"{path}: {summary(len(references.found), source.unused)}")
+        return references
+    for option, value in (("image-column", image_column), ("text-column", text_column)):
+        if value is not None:
+            raise InputError(f"--{option} {value}: {path} holds COCO's captions, which have no columns; leave it out")
+    root = path.parent if image_root is None else image_root
+    chosen = coco[:limit]
+    missing = [entry.file for entry in chosen if not os.path.isfile(root / entry.file)]
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} of {len(chosen)} pictures, {missing[0]} the first, are not in {root}; name their "
+            f"folder with {argument('image_root')}, or download them again"
+        )
+    say(f"{path}: {summary(len(chosen), Unused())}")
+    names = _names([entry.file for entry in chosen])
+    found = [
+        Reference(i, name, entry.file, entry.captions, _stamp(root / entry.file), _file_reader(root, entry.file))
+        for i, (name, entry) in enumerate(zip(names, chosen, strict=True))
+    ]
+    return References(
+        found, {"kind": "COCO captions", "file": path.name, "sha256": sha256(path), "prompts": len(found)}
+    )
+
+
+def _of_source(source: Source, limit: int | None) -> References:
+    """Reads every record once, for its caption. The image prompt is its own picture where it has one."""
+    count = len(source) if limit is None else min(limit, len(source))
+    names, found = _names([source.key(index) for index in range(count)]), []
+    for index, name in enumerate(names):
+        record = source[index]
+        if not record.text.strip():
+            raise InputError(f"{record.key} has no caption, which CLIP-T needs; give it one")
+        content = record.cond_image or record.image
+        stamp = hashlib.sha256(content).hexdigest()
+        found.append(Reference(index, name, record.key, (record.text,), stamp, _reader(source, index)))
+    return References(found, {**source.identity(), "prompts": count})
+
+
+def _reader(source: Source, index: int) -> Callable[[], bytes]:
+    def read() -> bytes:
+        record = source[index]
+        return record.cond_image or record.image
+
+    return read
+
+
+def _file_reader(root: Path, name: str) -> Callable[[], bytes]:
+    return functools.partial(read_file, str(root / name), name)
+
+
+def _names(keys: Sequence[str]) -> list[str]:
+    """The stems of the keys where those are good file names that differ by more than case, else numbers."""
+    stems = [PurePosixPath(key).stem for key in keys]
+    good = all(_SAFE.fullmatch(stem) for stem in stems) and len({stem.casefold() for stem in stems}) == len(stems)
+    return stems if good else [f"{index:06d}" for index in range(len(keys))]
+
+
+def _stamp(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"

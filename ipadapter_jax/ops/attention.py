@@ -1,0 +1,85 @@
+"""How attention is computed: the only place that knows.
+
+Shapes used in every network: B batch, H W pixels, h w latent, C channels, L positions, S text tokens, N image tokens,
+D width. Images and latents are channels-last everywhere.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ipadapter_jax.ops.attention_kernels import kernel_for
+from ipadapter_jax.ops.attention_xla import Heads, by_head, chunked, dense
+from ipadapter_jax.ops.batch_sharding import knows_own_rows, on_own_rows, row_devices
+
+# Logits of fewer elements than this are formed at once; above it the queries are walked in chunks (memory on
+# accelerators, cache on a CPU).
+_DENSE_LOGITS = 1 << 20
+_ACCELERATOR_CHUNK_LOGITS = 1 << 28
+# On a CPU a head of more logits than this is walked by itself: 1.6 times faster at 4096 x 77, twice at 1024 x 1024, no
+# matter at 1024 x 77, 2.5 times slower at 65 x 65 (benchmarks/attention.py).
+_CPU_HEAD_LOGITS = 1 << 17
+
+Entry = tuple[Array, Array, Array | float]
+"""Keys (B, S, C), values (B, S, C) and a weight that broadcasts against (B, L, C)."""
+
+
+def attend(query: Array, entries: Sequence[Entry], num_heads: int, *, causal: bool = False) -> Array:
+    """y = sum_i w_i softmax(q k_i^T / sqrt(d)) v_i: decoupled cross-attention (arXiv 2308.06721, equation 5).
+
+    query (B, L, C); every entry has its own softmax, computed in float32 whatever the input's dtype. Plain attention is
+    one entry of weight 1. A weight is a scalar, or (B, 1, 1) per row, or (B, L, 1) for a regional mask. Returns
+    (B, L, C) in the dtype of the query. All entries share one walk over the queries.
+    """
+    assert entries, "attention needs at least one entry"
+    (key, value, weight), *others = entries
+    if not others and not causal and _is_one(weight):
+        kernel = kernel_for(query.shape, key.shape, num_heads, query.dtype)
+        if kernel is not None:
+            return on_own_rows(kernel, query, key, value)
+    batch, length, _ = query.shape
+    q = _split_heads(query, num_heads)
+    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    split = [
+        Heads(_split_heads(key, num_heads), _split_heads(value, num_heads), _by_head(weight, q))
+        for key, value, weight in entries
+    ]
+    out = _written_out(q, split, causal)
+    return out.transpose(0, 2, 1, 3).reshape(batch, length, -1).astype(query.dtype)
+
+
+def attention_map(query: Array, key: Array, num_heads: int) -> Array:
+    """softmax(q k^T / sqrt(d)) as `attend` forms it, the mean over the heads: (B, L, C), (B, S, C) -> (B, L, S)."""
+    q, k = _split_heads(query, num_heads), _split_heads(key, num_heads)
+    logits = jnp.einsum("...ld,...sd->...ls", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(logits).mean(axis=1)
+
+
+def _is_one(weight: Array | float) -> bool:
+    return isinstance(weight, float) and weight == 1.0
+
+
+def _split_heads(x: Array, num_heads: int) -> Array:
+    """(B, L, C) -> (B, heads, L, C / heads)."""
+    return x.reshape(*x.shape[:2], num_heads, -1).transpose(0, 2, 1, 3)
+
+
+def _by_head(weight: Array | float, q: Array) -> Array | None:
+    if _is_one(weight):
+        return None
+    weight = jnp.asarray(weight, jnp.float32)
+    return jnp.broadcast_to(weight[..., None, :, :] if weight.ndim else weight, (*q.shape[:-1], 1))
+
+
+def _written_out(q: Array, entries: Sequence[Heads], causal: bool) -> Array:
+    """Attention with its logits in memory, or a part of them at a time: float32 (B, heads, L, d)."""
+    batch, heads, length, _ = q.shape
+    keys = sum(entry.key.shape[2] for entry in entries)
+    if jax.default_backend() == "cpu" and length * keys > _CPU_HEAD_LOGITS and knows_own_rows() and not causal:
+        return on_own_rows(by_head, q, entries)
+    if causal or batch * heads * length * keys <= _DENSE_LOGITS:
+        return dense(q, entries, causal)
+    logits_per_query = -(-batch // row_devices()) * heads * keys  # on each device
+    return chunked(q, entries, max(128, _ACCELERATOR_CHUNK_LOGITS // logits_per_query))

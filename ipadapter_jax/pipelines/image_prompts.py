@@ -1,0 +1,319 @@
+"""Image prompts as a person gives them, with scales and masks, and what becomes of them: entries of every
+cross-attention (`sampling.Conditions`)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from jax import Array
+
+from ipadapter_jax.errors import InputError, argument
+from ipadapter_jax.inputs.arrays import is_array, plain
+from ipadapter_jax.inputs.validation import Uncond, check_range
+from ipadapter_jax.models.unet import KeyValue
+from ipadapter_jax.models.unet_config import Site
+from ipadapter_jax.pipelines.ip_adapter import Adapter, Picture, Prepared
+from ipadapter_jax.pipelines.masks import check_inside, load_mask
+from ipadapter_jax.pipelines.sampling import Conditions
+from ipadapter_jax.pipelines.scales import Scale, scale_table
+
+ImagePrompt = Picture | Sequence[Picture]
+
+
+@dataclasses.dataclass(frozen=True)
+class PerPrompt:
+    """One image prompt, or one scale, for each text prompt: PerPrompt([cat, dog]) goes with two prompts."""
+
+    items: Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+    """One attention of every site beside the text's: an adapter's pictures, or one of them with a mask.
+
+    `features` encodes the pictures (Q, G, n, ...); of these `pictures` are used, each times `picture_weight` (Q or 1,
+    n), with `crossed` the two branches of guidance exchanged. `weight` (steps, G, sites) and `mask` (H, W) say where it
+    acts.
+    """
+
+    adapter: Adapter
+    features: Callable[[], Array]
+    pictures: slice
+    picture_weight: np.ndarray
+    weight: np.ndarray
+    mask: np.ndarray | None
+    crossed: bool = False
+
+    def keys_values(self) -> list[KeyValue]:
+        """Per site (Q, G, n N, C)."""
+        features = self.features()[:, :, self.pictures]
+        return self.adapter.keys_values(features[:, ::-1] if self.crossed else features, self.picture_weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """What a call says of its image prompts, as `StableDiffusion.__call__` describes it."""
+
+    images: Any = None
+    embeds: Any = None
+    negative: Any = None
+    uncond: Uncond = "default"
+    scale: Any = 1.0
+    masks: Any = None
+    fit: str = "crop"
+
+
+def entries_of(
+    controls: Controls,
+    adapters: Sequence[Adapter],
+    sites: Sequence[Site],
+    num_steps: int,
+    guided: bool,
+    size: tuple[int, int],
+    num_prompts: int,
+    multiple: int = 8,
+) -> list[Entry]:
+    """All image entries of a call for pictures of `size` (height, width), one adapter after the other. multiple: pixels
+    along each side of a latent.
+
+    Reads and checks what was given; encoders run when an entry is asked for keys and values. Raises InputError.
+    """
+    for name, word in (("fit", controls.fit), ("ip_adapter_uncond", controls.uncond)):
+        if not isinstance(word, str):
+            raise InputError(f"{argument(name)} is {type(word).__name__}; give one of its words")
+    given = _per_adapter(controls, len(adapters), num_prompts)
+    if controls.embeds is not None and controls.negative is not None:
+        raise InputError(
+            f"{argument('negative_ip_adapter_image')} goes with {argument('ip_adapter_image')}; embeddings "
+            "hold their negative branch"
+        )
+    if controls.embeds is not None and controls.fit != "crop":
+        raise InputError(
+            f"{argument('fit', controls.fit)} is for images; {argument('ip_adapter_image_embeds')} are encoded already"
+        )
+    if controls.negative is not None and controls.uncond != "default":
+        raise InputError(
+            f"{argument('negative_ip_adapter_image')} and {argument('ip_adapter_uncond')} say the same; give one of "
+            "them"
+        )
+    if not guided and (controls.negative is not None or controls.uncond != "default"):
+        raise InputError(
+            f"{argument('negative_ip_adapter_image')} and {argument('ip_adapter_uncond')} need guidance: "
+            f"{argument('guidance_scale')} above 1"
+        )
+    scales = _scales(controls.scale, len(adapters))
+    masks = _masks(controls.masks, len(adapters))
+    negatives = _negatives(controls.negative, len(adapters))
+    entries = []
+    for adapter, prompt, negative, scale, of_pictures in zip(adapters, given, negatives, scales, masks, strict=True):
+        if controls.embeds is not None:
+            features, count = adapter.from_embeds(prompt, guided, controls.uncond)
+        else:
+            prompts = [_pictures(p) for p in (prompt.items if isinstance(prompt, PerPrompt) else [prompt])]
+            if len(prompts) not in (1, num_prompts):
+                raise InputError(
+                    f"{argument('ip_adapter_image')} has {len(prompts)} image prompts for {num_prompts} prompts; "
+                    "PerPrompt takes one for each"
+                )
+            features, count = adapter.from_images(prompts, controls.fit, guided, negative, controls.uncond)
+        plan = _Plan(adapter, functools.cache(features), count, sites, num_steps, 2 if guided else 1, num_prompts)
+        made = len(entries)
+        if of_pictures is None:
+            entries += plan.together(scale)
+        else:
+            loaded = [load_mask(mask, *size, what=f"mask {i + 1}") for i, mask in enumerate(of_pictures)]
+            for i, mask in enumerate(loaded):
+                check_inside(mask, f"mask {i + 1}", multiple)
+            entries += plan.apart(scale, loaded)
+        for entry in entries[made:]:
+            check_range(entry.weight, "ip_adapter_scale", adapter.projection.dtype)
+            check_range(entry.picture_weight, "ip_adapter_scale", adapter.projection.dtype)
+    return entries
+
+
+def entry_weights(entries: Sequence[Entry], conditions: Conditions, num_steps: int) -> np.ndarray:
+    """The weights of all entries (steps, E, G, sites) for a run under these conditions."""
+    if entries:
+        return np.stack([entry.weight for entry in entries], axis=1)
+    return np.zeros((num_steps, 0, conditions.text_kv[0][0].shape[1], len(conditions.text_kv)), np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """From one adapter's pictures to its entries."""
+
+    adapter: Adapter
+    features: Callable[[], Array]
+    count: int
+    sites: Sequence[Site]
+    num_steps: int
+    branches: int
+    num_prompts: int
+
+    def together(self, scale: Any) -> list[Entry]:
+        """All pictures in one softmax; a list of numbers weighs each."""
+        weight = np.ones((1, self.count), np.float32)
+        if isinstance(scale, PerPrompt):
+            weight, scale = self._by_prompt(scale)
+        elif isinstance(scale, list | tuple):
+            if any(not isinstance(s, Real) for s in scale):
+                raise InputError(
+                    f"{argument('ip_adapter_scale')}: several pictures without masks take one number each, or one scale"
+                )
+            tables = [scale_table(s, self.sites, 1).own[0, 0] for s in self._each(scale)]
+            weight, scale = np.asarray([tables], np.float32), 1.0
+        return self._entries(slice(None), weight, scale, None)
+
+    def apart(self, scale: Any, masks: Sequence[np.ndarray]) -> list[Entry]:
+        """Every picture in a softmax of its own, where its mask is."""
+        if len(masks) != self.count:
+            raise InputError(
+                f"{argument('ip_adapter_masks')}: {len(masks)} masks for {self.count} {_SQUARES}; give one for each"
+            )
+        if isinstance(scale, PerPrompt):
+            raise InputError(
+                f"{argument('ip_adapter_scale')}: PerPrompt goes without masks; with them give a scale for each picture"
+            )
+        scales = self._each(scale) if isinstance(scale, list | tuple) else [scale] * self.count
+        made = [
+            self._entries(slice(i, i + 1), np.ones((1, 1), np.float32), s, mask)
+            for i, (s, mask) in enumerate(zip(scales, masks, strict=True))
+        ]
+        return [entry for entries in made for entry in entries]
+
+    def _by_prompt(self, scales: "PerPrompt") -> tuple[np.ndarray, Scale]:
+        """A weight for each prompt's pictures (Q, n), and the scale that they have in common."""
+        full = [s if isinstance(s, Scale) else Scale(s) for s in scales.items]
+        common = [dataclasses.replace(s, value=1.0) for s in full]
+        if len(full) != self.num_prompts or any(s != common[0] for s in common):
+            raise InputError(
+                f"{argument('ip_adapter_scale')}: PerPrompt takes one for each of {self.num_prompts} prompts, and they "
+                "may differ in their value alone"
+            )
+        for s in full:  # a number: presets belong into Scale(layers=...)
+            scale_table(Scale(s.value), self.sites, 1)
+        return np.repeat(np.asarray([s.value for s in full], np.float32)[:, None], self.count, axis=1), common[0]
+
+    def _each(self, scales: Sequence[Any]) -> Sequence[Any]:
+        if len(scales) != self.count:
+            raise InputError(
+                f"{argument('ip_adapter_scale')}: {len(scales)} scales for {self.count} {_SQUARES}; give one for each"
+            )
+        return scales
+
+    def _entries(self, pictures: slice, weight: np.ndarray, scale: Any, mask: np.ndarray | None) -> list[Entry]:
+        table = scale_table(scale, self.sites, self.num_steps)
+        own = np.repeat(table.own[:, None], self.branches, axis=1)
+        entries = [Entry(self.adapter, self.features, pictures, weight, own, mask)]
+        if table.crossed.any() and self.branches == 2:
+            crossed = np.stack([table.crossed, np.zeros_like(table.crossed)], axis=1)
+            entries.append(Entry(self.adapter, self.features, pictures, weight, crossed, mask, crossed=True))
+        return entries
+
+
+_SQUARES = 'pictures (of fit="tile" every square)'
+
+
+def _pictures(prompt: Any) -> Any:
+    if isinstance(prompt, Prepared):
+        return prompt
+    return list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+
+
+def _per_adapter(controls: Controls, adapters: int, num_prompts: int) -> Sequence[Any]:
+    """One image prompt (or one array of embeddings) per adapter.
+
+    With a single adapter a flat list is one prompt of several pictures; diffusers wants it nested, which works too. As
+    many as there are text prompts may be meant otherwise: then it must be nested, or `PerPrompt`.
+    """
+    images, embeds = controls.images, controls.embeds
+    if images is not None and embeds is not None:
+        raise InputError(
+            f"{argument('ip_adapter_image')} and {argument('ip_adapter_image_embeds')} are both given; give one of them"
+        )
+    if not adapters:
+        needing = (images, embeds, controls.negative, controls.masks)
+        if any(value is not None for value in needing) or controls.uncond != "default":
+            raise InputError("an image prompt, negative or with masks, needs an adapter: call with_ip_adapter first")
+        for name, given in (("ip_adapter_scale", not _is_one(controls.scale)), ("fit", controls.fit != "crop")):
+            if given:
+                raise InputError(
+                    f"{argument(name)} has no effect without an image prompt: leave it out, or call with_ip_adapter"
+                )
+        return []
+    given = [images] * (adapters if isinstance(images, PerPrompt) else 1)
+    if embeds is not None:
+        given = list(embeds) if isinstance(embeds, list | tuple) else [embeds]
+        if any(isinstance(e, PerPrompt) for e in given):
+            raise InputError(
+                f"{argument('ip_adapter_image_embeds')} are the same for all prompts; PerPrompt goes with "
+                f"{argument('ip_adapter_image')}"
+            )
+    elif isinstance(images, list | tuple) and (adapters > 1 or any(isinstance(i, list | tuple) for i in images)):
+        given = list(images)
+    merged = images if isinstance(images, list | tuple) and given[0] is images and controls.masks is None else ()
+    if len(merged) == num_prompts > 1:  # with masks it is one for each mask
+        raise InputError(
+            f"{argument('ip_adapter_image')} is a list of {num_prompts} images for {num_prompts} prompts: give "
+            "PerPrompt([...]) for one image to each prompt, or a list in the list, [[...]], for all to every prompt"
+        )
+    if len(given) != adapters or any(prompt is None for prompt in given):
+        name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
+        for_texts = "; for one for each text prompt give PerPrompt([...])" if embeds is None else ""
+        raise InputError(
+            f"{adapters} adapter(s) need as many image prompts ({argument(name)}), one for each{for_texts}"
+        )
+    return given
+
+
+def _is_one(scale: Any) -> bool:
+    """Whether this is what is taken where no scale is given."""
+    if isinstance(scale, Scale):
+        return scale == Scale()
+    scale = plain(scale)
+    return isinstance(scale, Real) and scale == 1
+
+
+def _scales(scale: Any, adapters: int) -> list[Any]:
+    scale = scale.tolist() if is_array(scale) else plain(scale)
+    scales = list(scale) if isinstance(scale, list | tuple) else [scale] * adapters
+    if len(scales) != adapters:
+        raise InputError(
+            f"{argument('ip_adapter_scale')} has {len(scales)} values for {adapters} adapters; give one for each, and "
+            "for several pictures of one adapter a list in the list, [[0.7, 0.3]]"
+        )
+    return scales
+
+
+def _masks(masks: Any, adapters: int) -> list[Sequence[Any] | None]:
+    """Per adapter a mask for each picture, or none."""
+    if masks is None:
+        return [None] * adapters
+    if is_array(masks) and masks.ndim in (3, 4):  # (n, H, W), or (n, 1, H, W) as diffusers' processor makes them
+        masks = list(masks[0] if masks.ndim == 4 and len(masks) == 1 else masks)
+    if not isinstance(masks, list | tuple):
+        raise InputError(
+            f"{argument('ip_adapter_masks')} is a list with one mask for each picture, for several adapters a list of "
+            "these"
+        )
+    nested = [list(m[0]) if is_array(m) and m.ndim == 4 and len(m) == 1 else m for m in masks]  # (1, n, H, W) too
+    if adapters == 1 and not any(isinstance(mask, list | tuple) for mask in nested):
+        nested = [nested]
+    if len(nested) != adapters:
+        raise InputError(
+            f"{argument('ip_adapter_masks')} has {len(nested)} lists for {adapters} adapters; give one for each"
+        )
+    return [m if m is None or isinstance(m, list | tuple) else [m] for m in nested]
+
+
+def _negatives(negative: Any, adapters: int) -> list[list[Picture] | None]:
+    if negative is None or adapters < 2:
+        return [None if negative is None else _pictures(negative)] * adapters
+    if not isinstance(negative, list | tuple) or len(negative) != adapters:
+        raise InputError(
+            f"{argument('negative_ip_adapter_image')}: give a list with one picture for each of the {adapters} adapters"
+        )
+    return [None if picture is None else _pictures(picture) for picture in negative]

@@ -1,0 +1,224 @@
+"""How strongly an image prompt acts, layer by layer and step by step: numbers that a person writes, as one table."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ipadapter_jax.errors import InputError, argument
+from ipadapter_jax.inputs.arrays import is_array, to_numpy
+from ipadapter_jax.inputs.suggestions import likeliest
+from ipadapter_jax.inputs.validation import is_number
+from ipadapter_jax.models.unet_config import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Weight lambda of an image prompt (arXiv 2308.06721, equation 5): value x the layer's factor x the step's.
+
+    layers: a preset's name (PRESETS); a mapping of preset names to factors, which are added; diffusers' dictionary
+    ({"down": {"block_2": [0, 1]}, "mid": 1, "up": ...}, what is not named is 0); or one factor for each layer in the
+    order in which a picture passes them (down, mid, up: as ComfyUI numbers them).
+    start, end: the part of the steps in which the prompt acts, as diffusers' control_guidance_start and _end.
+    steps: factors spread evenly over all steps, linear between them: (1, 0) fades out, (0, 1) in, (1,) is constant.
+    """
+
+    value: float = 1.0
+    layers: str | Mapping[str, Any] | Sequence[float] = "linear"
+    start: float = 0.0
+    end: float = 1.0
+    steps: Sequence[float] = (1.0,)
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "steps"):  # arrays do not compare as one
+            if is_array(value := getattr(self, name)):
+                object.__setattr__(self, name, tuple(to_numpy(value, name).tolist()))
+
+
+class ScaleTable(NamedTuple):
+    """Weights of one image prompt for a run of n steps over s sites in file order, both (n, s).
+
+    own: of both branches' own tokens. crossed: where a precise preset takes the prompt away from layers, the weight
+    with which the unconditional branch sees the conditional one's tokens there instead, so that guidance steers these
+    layers away from it; `own` is 0 there.
+    """
+
+    own: np.ndarray
+    crossed: np.ndarray
+
+
+class Place(NamedTuple):
+    """A site as presets see it: its number t of `total` in the order of execution, and the UNet's part it is in."""
+
+    t: int
+    total: int
+    part: str  # down, mid or up
+
+
+def _ramp(share: Callable[[float], float]) -> Callable[[Place], float]:
+    return lambda place: 0.05 + 0.95 * share(place.t / place.total)
+
+
+def _parts(down: float, mid: float, up: float) -> Callable[[Place], float]:
+    return lambda place: {"down": down, "mid": mid, "up": up}[place.part]
+
+
+_COMPOSITION = {4: 0.25, 5: 1.0}  # layers of SD 1.5 in the order of execution
+_STYLE = dict.fromkeys((*range(4), *range(9, 16)), 1.0)
+_ALL_BUT_COMPOSITION = dict.fromkeys((t for t in range(16) if t not in _COMPOSITION), 1.0)
+
+# Names and factors as ComfyUI and A1111 have them; the dictionaries are for UNets with SD 1.5's 16 layers alone.
+PRESETS: Mapping[str, Callable[[Place], float] | Mapping[int, float]] = {
+    "linear": lambda place: 1.0,
+    "ease in": _ramp(lambda x: 1 - x),
+    "ease out": _ramp(lambda x: x),
+    "ease in-out": _ramp(lambda x: 1 - abs(2 * x - 1)),
+    "reverse in-out": _ramp(lambda x: abs(2 * x - 1)),
+    "weak input": _parts(0.2, 1, 1),
+    "weak middle": _parts(1, 0.2, 1),
+    "weak output": _parts(1, 1, 0.2),
+    "strong middle": _parts(0.2, 1, 0.2),
+    "style": _STYLE,
+    "composition": _COMPOSITION,
+    "strong style": _ALL_BUT_COMPOSITION,
+    "style+composition": _STYLE | _COMPOSITION,
+    "precise style": _STYLE,
+    "precise composition": _COMPOSITION,
+}
+_CROSSED: Mapping[str, Mapping[int, float]] = {
+    "precise style": _COMPOSITION,
+    "precise composition": _STYLE | dict.fromkeys((6, 7, 8), 0.1),
+}
+
+
+def scale_table(scale: Any, sites: Sequence[Site], num_steps: int) -> ScaleTable:
+    """A number, a preset's name, diffusers' dictionary or a `Scale` as weights. Raises InputError naming the fault."""
+    if isinstance(scale, str | Mapping):
+        scale = Scale(layers=scale)
+    if not isinstance(scale, Scale):
+        scale = Scale(_number(scale, "ip_adapter_scale"))
+    value = _number(scale.value, "ip_adapter_scale")
+    steps = value * _step_factors(scale, num_steps)[:, None]
+    layers = _layer_factors(scale.layers, sites)
+    own, crossed = steps * layers, np.zeros((num_steps, len(sites)))
+    if isinstance(scale.layers, str) and scale.layers in _CROSSED:
+        crossed = steps * np.array([_CROSSED[scale.layers].get(place.t, 0.0) for place in _places(sites)])
+    return ScaleTable(own.astype(np.float32), crossed.astype(np.float32))
+
+
+def _step_factors(scale: Scale, num_steps: int) -> np.ndarray:
+    """(n,), 0 outside of start and end."""
+    start, end = _number(scale.start, "start of a scale"), _number(scale.end, "end of a scale")
+    if not 0 <= start < end <= 1:
+        raise InputError(
+            f"{argument('ip_adapter_scale', part='start')}: start={start} and end={end} must be parts of the run, "
+            "0 <= start < end <= 1"
+        )
+    curve = _numbers(scale.steps, "steps of a scale")
+    if not len(curve):
+        raise InputError(
+            f"{argument('ip_adapter_scale', part='steps')}: steps is empty; (1,) is constant, (1, 0) fades out"
+        )
+    step = np.arange(num_steps)
+    active = (step / num_steps >= start) & ((step + 1) / num_steps <= end)
+    if not active.any():
+        raise InputError(
+            f"{argument('ip_adapter_scale', part='start')}: no whole step of {num_steps} lies between start={start} "
+            f"and end={end}"
+        )
+    factors = np.interp(np.linspace(0, len(curve) - 1, num_steps), np.arange(len(curve)), curve)
+    return factors * active
+
+
+def _layer_factors(layers: Any, sites: Sequence[Site]) -> np.ndarray:
+    """(s,) in file order."""
+    if isinstance(layers, str):
+        return _preset(layers, sites)
+    if isinstance(layers, Mapping):
+        if layers.keys() <= {"down", "mid", "up"}:
+            return _blocks(layers, sites)
+        if precise := _CROSSED.keys() & layers.keys():
+            raise InputError(
+                f"{argument('ip_adapter_scale', part='layers')}: {min(precise)!r} cannot be a part of a "
+                "sum; give it alone"
+            )
+        pairs = [(_preset(name, sites), _number(factor, f"layers[{name!r}]")) for name, factor in layers.items()]
+        return sum((factor * preset for preset, factor in pairs), np.zeros(len(sites)))
+    factors = _numbers(layers, "layers of a scale")
+    if len(factors) != len(sites):
+        raise InputError(
+            f"{argument('ip_adapter_scale', part='layers')}: {len(factors)} factors for {len(sites)} "
+            "layers; give one for each"
+        )
+    return factors[[place.t for place in _places(sites)]]
+
+
+def _places(sites: Sequence[Site]) -> list[Place]:
+    """Per site in file order (down, up, mid)."""
+    parts = [site.block.partition("_")[0] for site in sites]
+    executed = sorted(range(len(sites)), key=lambda s: ("down", "mid", "up").index(parts[s]))  # sorting is stable
+    return [Place(executed.index(s), len(sites), part) for s, part in enumerate(parts)]
+
+
+def _preset(name: str, sites: Sequence[Site]) -> np.ndarray:
+    if name not in PRESETS:
+        near = likeliest(str(name), PRESETS)
+        meant = f"did you mean {near!r}?" if near else f"choose {', '.join(PRESETS)}"
+        raise InputError(f"{argument('ip_adapter_scale', part='layers')}: no preset {name!r}; {meant}")
+    preset = PRESETS[name]
+    if isinstance(preset, Mapping) and len(sites) != 16:
+        raise InputError(
+            f"{argument('ip_adapter_scale', part='layers')}: the preset {name!r} is for the 16 layers of Stable "
+            "Diffusion 1.x, this UNet has "
+            f"{len(sites)}; give factors for its layers"
+        )
+    return np.array(
+        [preset.get(place.t, 0.0) if isinstance(preset, Mapping) else preset(place) for place in _places(sites)]
+    )
+
+
+def _blocks(tree: Mapping[str, Any], sites: Sequence[Site]) -> np.ndarray:
+    """diffusers' dictionary: a number for a part or a block, or a list with one for each layer of a block; a list for a
+    part goes to each of its blocks."""
+    found = np.zeros(len(sites))
+    for part, given in tree.items():
+        inside: dict[str, list[int]] = {}
+        for s, site in enumerate(sites):
+            if site.block.startswith(part):
+                inside.setdefault(re.sub(rf"^{part}_blocks?", "block", site.block), []).append(s)
+        blocks = given if isinstance(given, Mapping) else dict.fromkeys(inside, given)
+        for name, value in blocks.items():
+            if name not in inside:
+                raise InputError(
+                    f"{argument('ip_adapter_scale', part='layers')}: {part}.{name} has no cross-attention "
+                    f"here; {part} has "
+                    f"{', '.join(sorted(inside))}"
+                )
+            found[inside[name]] = _spread(value, len(inside[name]), f"{part}.{name}")
+    return found
+
+
+def _spread(value: Any, count: int, what: str) -> np.ndarray:
+    """A number for all, or as many numbers as layers."""
+    factors = _numbers([value] if isinstance(value, Real) else value, what)
+    if len(factors) not in (1, count):
+        raise InputError(
+            f"{argument('ip_adapter_scale', part='layers')}: {what} has {len(factors)} factors for {count} layers; "
+            "give one for each"
+        )
+    return np.broadcast_to(factors, count)
+
+
+def _number(value: Any, what: str) -> float:
+    if not is_number(value):
+        raise InputError(f"{argument(what, value)} is not a finite number; 0 is the base model, 1 the full image")
+    return float(value)
+
+
+def _numbers(values: Any, what: str) -> np.ndarray:
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        raise InputError(f"{argument('ip_adapter_scale', part='layers')}: {what}={values!r} is no list of numbers")
+    return np.array([_number(value, what) for value in values])

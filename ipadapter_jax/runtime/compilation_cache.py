@@ -1,0 +1,167 @@
+"""Compiled programs are kept on disk, so that the second start does not compile again.
+
+Whoever can write there can have us run anything: folders and entries count only where nobody else can (`trust.py`).
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.storage.ownership import distrust, make_private_folder
+
+log = logging.getLogger("ipadapter_jax")
+_config: Any = jax.config  # its settings are made at run time, unknown to type checkers
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept: jax's own setting (JAX_COMPILATION_CACHE_DIR), else this project's folder.
+    Raises InputError where there is no home folder."""
+    if _config.jax_compilation_cache_dir:
+        return Path(_config.jax_compilation_cache_dir)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ipadapter_jax" / "compiled"
+    except RuntimeError:
+        raise InputError("this user has no home folder; name another place with XDG_CACHE_HOME") from None
+
+
+def cache_is_on() -> bool:
+    """False where JAX_ENABLE_COMPILATION_CACHE=0 turned it off, or `enable_compilation_cache` an unsafe folder."""
+    return bool(_config.jax_enable_compilation_cache)
+
+
+def cache_is_local() -> bool:
+    """False where jax keeps its entries in an object store."""
+    return "://" not in (_config.jax_compilation_cache_dir or "")
+
+
+def enable_compilation_cache() -> None:
+    """Turns jax's persistent cache on, in this project's folder unless it has one already.
+
+    Where others could have put programs there it is turned off for this process, with a warning that says the remedy.
+    """
+    if not cache_is_on():
+        return
+    if cache_is_local():
+        try:
+            folder = cache_folder()
+            make_private_folder(folder)
+            problem = distrust(folder)
+        except (InputError, OSError) as error:
+            problem = error.strerror if isinstance(error, OSError) else str(error)
+        if problem is not None:
+            log.warning("compiled programs are neither read nor kept: %s", problem)
+            _turn_off()
+            return
+    if _config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up
+    _look_after_entries()
+
+
+def _turn_off() -> None:
+    jax.config.update("jax_enable_compilation_cache", False)
+    with contextlib.suppress(ImportError, AttributeError):  # jax may have opened it before
+        from jax.experimental.compilation_cache import compilation_cache
+
+        compilation_cache.reset_cache()
+
+
+def _look_after_entries() -> None:
+    """Has jax's reading and writing of its entries go through ours, once. Another release of jax may do both elsewhere:
+    it warns of an entry that is damaged, and compiles."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src import compilation_cache as entries
+
+        if isinstance(entries.get_executable_and_time, _Read):
+            entries.get_executable_and_time.told = False
+        else:
+            read, write = entries.get_executable_and_time, entries.put_executable_and_time
+            entries.get_executable_and_time, entries.put_executable_and_time = _Read(read), _Write(write)
+
+
+class _Read:
+    """jax's reader of an entry. One that is damaged, as a full disk or a power loss leave it, or not ours is removed:
+    jax would never write it again. The first is `told`, as they come in dozens."""
+
+    def __init__(self, read: Callable[..., Any]):
+        self._read, self.told = read, False
+
+    def __call__(self, cache_key: str, *arguments: Any, **named: Any) -> Any:
+        file = _entry(cache_key)
+        if file is not None and (problem := distrust(file)) is not None:
+            removed = _remove(file)
+            self._tell(f"removed and compiled again: {problem.why}" if removed else f"not used: {problem}")
+            return None, None
+        before = _state(file)
+        try:
+            return self._read(cache_key, *arguments, **named)
+        except Exception as error:
+            if file is None or before is None or _is_of_this_process(error):
+                raise
+            if _state(file) == before:  # else another process is writing it
+                if not _remove(file):
+                    raise
+                self._tell(f"damaged, removed and compiled again: {file} ({' '.join(str(error).split())[:200]})")
+            return None, None
+
+    def _tell(self, what: str) -> None:
+        log.log(logging.DEBUG if self.told else logging.WARNING, "a compiled program on disk was %s", what)
+        self.told = True
+
+
+class _Write:
+    """jax's writer of an entry: no part of one stays, and nobody else may write to it."""
+
+    def __init__(self, write: Callable[..., Any]):
+        self._write = write
+
+    def __call__(self, cache_key: str, *arguments: Any, **named: Any) -> None:
+        before = _entry(cache_key)
+        try:
+            self._write(cache_key, *arguments, **named)
+        except Exception:
+            if before is None and (file := _entry(cache_key)) is not None:
+                _remove(file)
+            raise
+        if before is None and (file := _entry(cache_key)) is not None:
+            with contextlib.suppress(OSError):
+                file.chmod(0o600)
+
+
+def _entry(cache_key: str) -> Path | None:
+    """The file of an entry, if it is there, under the name that jax gives it."""
+    if not cache_is_local():
+        return None
+    file = cache_folder() / f"{cache_key}-cache"
+    return file if os.path.lexists(file) else None
+
+
+def _state(file: Path | None) -> tuple[int, int] | None:
+    """Size and time of the last change, which tell an entry from what it was before."""
+    try:
+        found = os.stat(file) if file is not None else None
+    except OSError:
+        return None
+    return None if found is None else (found.st_size, found.st_mtime_ns)
+
+
+def _is_of_this_process(error: Exception) -> bool:
+    """Whether it says nothing about an entry: a whole one gives it too where memory or rights are wanting."""
+    return isinstance(error, MemoryError | OSError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _remove(file: Path) -> bool:
+    """Whether an entry is gone now."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError:  # in a folder of the administrator
+        return False
+    with contextlib.suppress(OSError):
+        file.with_name(file.name.removesuffix("cache") + "atime").unlink(missing_ok=True)
+    return True

@@ -1,0 +1,40 @@
+"""Asked to stop: SIGTERM and Ctrl-C, noticed where the work can be left."""
+
+import signal
+from collections.abc import Callable
+from typing import Any, Self
+
+from ipadapter_jax.storage.cleanup import restore
+
+STOPPED = 75  # the exit code that asks a scheduler to start the same command again
+
+
+class Stopping:
+    """Notices that this process is asked to stop, by SIGTERM (a scheduler's notice) or Ctrl-C.
+
+        with Stopping() as stop:
+            for batch in batches:
+                ...
+                if stop.asked:
+                    break
+
+    A second Ctrl-C ends the process at once. Only for the main thread, as all signal handlers.
+    """
+
+    def __enter__(self) -> Self:
+        self.asked = False
+        self._before = {number: signal.signal(number, handler) for number, handler in self._handlers().items()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        restore(self._before)
+
+    def _handlers(self) -> dict[signal.Signals, Callable[..., Any]]:
+        return {signal.SIGINT: self._interrupted, signal.SIGTERM: self._ask}
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    def _interrupted(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        signal.raise_signal(signal.SIGTERM)

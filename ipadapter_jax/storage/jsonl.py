@@ -1,0 +1,70 @@
+"""Files of JSON objects, one to a line, that grow while a program runs and outlive a kill."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.text_files import parse_json
+
+
+class Lines:
+    """A JSONL file that is appended to; each line leaves this process at once.
+
+    `found` are the lines that are there already: those that `keep` wants. All others, a last one that a killed run
+    left in part among them, are removed from the file. Raises InputError when it cannot be written.
+    """
+
+    def __init__(self, path: Path, keep: Callable[[dict], bool]):
+        self._path = path
+        with naming(path):
+            content = path.read_bytes() if path.exists() else b""
+            kept = [(line, value) for line, value in _objects(content) if keep(value)]
+            self.found = [value for _, value in kept]
+            cut = b"".join(line + b"\n" for line, _ in kept)
+            if cut != content:
+                write_whole(path, cut)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 closed by close()
+
+    def add(self, value: Mapping[str, Any]) -> None:
+        with naming(self._path):
+            self._file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Waits until the disk has all lines: after that they outlive the machine, too."""
+        with naming(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with naming(self._path):  # closing writes what an earlier failure left
+            self._file.close()
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects in a file of `Lines`, which another process may be writing: a line in part is left out."""
+    return [value for _, value in _objects(path.read_bytes())]
+
+
+def _objects(content: bytes) -> Iterator[tuple[bytes, dict]]:
+    for line in content.splitlines():
+        try:
+            value = parse_json(line, "the line")
+        except InputError:
+            continue
+        if isinstance(value, dict):
+            yield line, value
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside becomes an InputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: not written ({error.strerror}); make room or choose another folder") from None

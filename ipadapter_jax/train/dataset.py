@@ -1,0 +1,108 @@
+"""The samples of a run: pictures that are encoded at every step, or what `ipadapter-jax encode` made of them."""
+
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ipadapter_jax.data.dataset import LiveSamples
+from ipadapter_jax.data.feature_cache import CachedSamples, is_cache
+from ipadapter_jax.data.loader import MAX_BAD_IN_A_ROW, Skipped, usable
+from ipadapter_jax.data.open_dataset import open_source
+from ipadapter_jax.data.unused_files import write_report
+from ipadapter_jax.errors import InputError, argument
+from ipadapter_jax.inputs.config_fields import typed
+from ipadapter_jax.models.clip import CLIPVisionConfig
+from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.train.config import Train
+from ipadapter_jax.train.networks import Encoded, Loaded
+from ipadapter_jax.train.precompute import check_cache
+from ipadapter_jax.weights.base_model import open_base_folder
+from ipadapter_jax.weights.components import IMAGE_ENCODER
+from ipadapter_jax.weights.image_encoder import open_image_encoder
+from ipadapter_jax.weights.weight_files import choose_weights
+
+log = logging.getLogger("ipadapter_jax")
+
+Samples = LiveSamples | CachedSamples
+
+
+def open_samples(config: Train, path: str) -> Samples:
+    """Opens data in any known format. Raises InputError naming the path and what is wrong with it."""
+    data, model = config.data, config.model
+    place = Path(expanded(path))
+    names = ("image_root", "image_column", "text_column", "cond_image_column")
+    named = {name: getattr(data, name) for name in names if path == data.path}  # validation data may be others
+    if is_cache(place):
+        for name, value in named.items():
+            if value is not None:
+                raise InputError(f"{argument(name, value)} has no effect: {path} is encoded already; leave it out")
+        return CachedSamples(place)
+    source, base = open_source(path, **named), open_base_folder(model.base, model.variant)
+    clip_size = None
+    if model.adapter != "none":
+        clip_size = open_image_encoder(model.image_encoder).config.image_size
+    length = base.config("text_encoder").max_position_embeddings
+    return LiveSamples(source, base.folder / "tokenizer", data.resolution, clip_size, length)
+
+
+def tell(path: str, samples: Samples) -> None:
+    """Says in process 0 how many records there are at a path, and what is not used."""
+    if jax.process_index() == 0:
+        log.info("%s: %s", path, samples.account())
+
+
+def list_unused(folder: Path, samples: Samples) -> None:
+    """Leaves the list of what is not used in the folder of a run, in process 0."""
+    if jax.process_index() == 0 and isinstance(samples, LiveSamples):
+        write_report(folder, samples.source.unused)
+
+
+def encoded_by(samples: Samples) -> Encoded | None:
+    """What a run needs to know of the encoder behind precomputed features; None where it encodes pictures itself."""
+    if isinstance(samples, LiveSamples):
+        return None
+    config: CLIPVisionConfig = typed(
+        CLIPVisionConfig, samples.plan.made_from["image_encoder"]["config"], f"{samples.folder}: image encoder"
+    )
+    return Encoded(config, samples.zero_features())
+
+
+def check_fits(samples: Samples, config: Train, loaded: Loaded) -> None:
+    """Raises InputError, listing the differences, for precomputed features that were made for another run, and for
+    validation data that need an image encoder where the training data do without."""
+    if isinstance(samples, LiveSamples):
+        if loaded.networks.projection is not None and "image_encoder" not in loaded.frozen:
+            raise InputError(
+                "the training data are precomputed, the validation data are pictures: encode those as well "
+                "(ipadapter-jax encode)"
+            )
+        return
+    projection = loaded.networks.projection
+    features = None if projection is None else "penultimate" if projection.config.uses_patches else "pooled"
+    check_cache(
+        samples,
+        vae=loaded.sources["vae"],
+        tokenizer=loaded.base.folder / "tokenizer",
+        resolution=config.data.resolution,
+        features=features,
+        image_encoder=_encoder_here(config.model.image_encoder) if features else None,
+    )
+
+
+def _encoder_here(place: str) -> Path | None:
+    """The weight file of an image encoder on this machine; None for one on the Hub: it is not downloaded for this."""
+    folder = Path(expanded(place))
+    if not folder.is_dir():
+        return folder if folder.is_file() else None
+    return folder / choose_weights(IMAGE_ENCODER, [path.name for path in folder.iterdir()], str(folder), None)
+
+
+def good_sample(samples: Samples, first: int, step: int = 1) -> dict[str, np.ndarray]:
+    """The first usable one of the samples `first`, `first` + `step`, ... Raises InputError after 64 that are not."""
+    for index in range(first, first + MAX_BAD_IN_A_ROW * step, step):
+        found = usable(samples, index % len(samples))
+        if not isinstance(found, Skipped):
+            return found
+    raise InputError(f"{MAX_BAD_IN_A_ROW} records cannot be read, {found.key} for one: {found.reason}")

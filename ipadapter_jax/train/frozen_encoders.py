@@ -1,0 +1,90 @@
+"""The frozen networks that see pictures, VAE and image encoder, on all devices of this process."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from ipadapter_jax.images.preprocess import CLIP_TABLE
+from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.weights.base_model import open_base_folder
+from ipadapter_jax.weights.components import Loaded
+from ipadapter_jax.weights.image_encoder import open_image_encoder
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoders:
+    """The frozen networks on all devices of this process, and what identifies them."""
+
+    vae: Loaded
+    image_encoder: Loaded
+    patches: bool  # penultimate states rather than the embedding
+    mesh: jax.sharding.Mesh
+    tokenizer: Path
+    text_length: int  # tokens of a caption, as many as the base model's text encoder reads
+    pixel_step: int  # pictures must be a multiple of it: VAE and UNet halve them so often
+
+    @property
+    def clip_size(self) -> int:
+        return self.image_encoder.module.config.image_size
+
+    def __call__(self, pixels: np.ndarray, clip_pixels: np.ndarray) -> dict[str, Array]:
+        """(B, H, W, 3) and (B, S, S, 3) uint8, B a multiple of the devices -> see `_encode`. Does not wait."""
+        rows = jax.device_put((pixels, clip_pixels), sampling.by_image(self.mesh))
+        return self._encode(*rows)
+
+    def shapes(self, resolution: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What a batch of one row per device gives."""
+        sides = (resolution, self.clip_size)
+        return jax.eval_shape(
+            self._encode, *(jax.ShapeDtypeStruct((self.mesh.size, side, side, 3), jnp.uint8) for side in sides)
+        )
+
+    def _encode(self, pixels: Any, clip_pixels: Any) -> dict[str, Array]:
+        params = self.vae.params, self.image_encoder.params
+        return _encode(self.vae.module, self.image_encoder.module, self.patches, self.mesh, params, pixels, clip_pixels)
+
+    def zero_features(self) -> np.ndarray | None:
+        """(L, F), the states of zero pixels: what a dropped image is where patches are read."""
+        if not self.patches:
+            return None
+        zeros = jnp.zeros((1, self.clip_size, self.clip_size, 3))
+        return np.asarray(sampling.encode_image(self.image_encoder.module, True, self.image_encoder.params, zeros)[0])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _encode(
+    vae: VAE, image_encoder: Any, patches: bool, mesh: jax.sharding.Mesh, params: Any, pixels: Array, clip_pixels: Array
+) -> dict[str, Array]:
+    """ "mean" and "logvar" (B, h, w, 4), "features" (B, F) or (B, L, F), all in the networks' dtype, "finite" (B,)."""
+
+    def run(params, pixels, clip_pixels):
+        images = pixels.astype(jnp.float32) / 127.5 - 1
+        moments: Any = vae.apply({"params": params[0]}, images, method=VAE.encode)
+        normalised = jnp.asarray(CLIP_TABLE)[clip_pixels, jnp.arange(3)]
+        found = {name: moment.astype(vae.dtype) for name, moment in zip(("mean", "logvar"), moments, strict=True)}
+        found["features"] = sampling.encode_image(image_encoder, patches, params[1], normalised)
+        finite = [jnp.isfinite(x).all(axis=range(1, x.ndim)) for x in found.values()]
+        return found | {"finite": functools.reduce(jnp.logical_and, finite)}
+
+    by_row = P("data")
+    spread = jax.shard_map(run, mesh=mesh, in_specs=(P(), by_row, by_row), out_specs=by_row, check_vma=False)
+    return spread(params, pixels, clip_pixels)
+
+
+def load_encoders(base: str, variant: str | None, image_encoder: str, dtype: str, patches: bool) -> Encoders:
+    """Reads both networks. Raises InputError and WeightFileError as the readers do."""
+    model, vision, mesh = open_base_folder(base, variant), open_image_encoder(image_encoder), sampling.device_mesh()
+    put = functools.partial(jax.device_put, device=sampling.replicated(mesh))
+    model.check_tokenizer()
+    length, levels = model.config("text_encoder").max_position_embeddings, model.config("unet").levels
+    step = model.config("vae").downscale * 2 ** (levels - 1)
+    vae, encoder = (part.load(np.dtype(dtype), put) for part in (model.part("vae"), vision))
+    return Encoders(vae, encoder, patches, mesh, model.folder / "tokenizer", length, step)

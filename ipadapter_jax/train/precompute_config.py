@@ -1,0 +1,49 @@
+"""A run of `ipadapter-jax encode` as data."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from ipadapter_jax.storage.paths import Place
+from ipadapter_jax.train.config import Dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Computes the VAE's latents and the image encoder's features of a data set once, for `train --data.path OUT`.
+
+    A run that was stopped goes on with the same command. Several processes (SLURM, a TPU pod) share the work.
+    """
+
+    base: Place
+    """Base model, whose VAE and tokenizer are used: a folder in diffusers' layout or a Hub id."""
+    image_encoder: Place
+    """Folder or Hub place of the CLIP vision model that reads the image prompts."""
+    data: Place
+    """JSON list, folder, tar shards, Parquet, ArrayRecord, or a tfds directory."""
+    out: Path
+    """Folder to write to."""
+    features: Literal["pooled", "penultimate"] = "pooled"
+    """Of the image encoder: pooled for base adapters, penultimate (all patches, 320 times larger) for plus and full."""
+    resolution: int = 512
+    """Side of the square training pictures, in pixels."""
+    dtype: Dtype = "bfloat16"
+    """Of the computation, and of what is stored."""
+    batch_size: int = 8
+    """Pictures that a device encodes at once."""
+    image_root: Place | None = None
+    """Folder that the file names of a JSON list are relative to; by default the list's own."""
+    image_column: str | None = None
+    """Column of the pictures, where its name is not a usual one."""
+    text_column: str | None = None
+    """Column of the captions."""
+    cond_image_column: str | None = None
+    """Column of the image prompts, where these differ from the pictures."""
+    variant: str | None = None
+    """Which weight files of the base model to prefer, such as fp16."""
+    threads: int = 16
+    """Threads that read and decode pictures."""
+    shard_records: int = 4096
+    """Records in a file; a run that is stopped loses the one it is at."""
+    max_bad_share: float = 0.1
+    """Stop when more than this share of the records cannot be read."""

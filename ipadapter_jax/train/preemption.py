@@ -1,0 +1,34 @@
+"""Asked to stop, noticed at the same step by every process of a run."""
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from ipadapter_jax.runtime.preemption import Stopping
+
+
+class StopSignal(Stopping):
+    """Notices that the run is asked to stop, by SIGTERM or Ctrl-C to any of its processes.
+
+    with StopSignal() as stop:
+        for step in steps:
+            ...
+            if stop.requested(step):
+                break
+    """
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step. Every process asks once after every step, with the step's number; all of
+        them get True at the same one. Takes microseconds."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.asked
+
+    def _handlers(self) -> dict[signal.Signals, Callable[..., Any]]:
+        handlers = super()._handlers()
+        if jax.distributed.is_initialized():  # jax has a handler of its own, which tells the other processes
+            del handlers[signal.SIGTERM]
+        return handlers

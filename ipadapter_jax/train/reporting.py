@@ -1,0 +1,63 @@
+"""What process 0 does for the person who watches: numbers, curves, pictures, and the adapter file."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import Array
+from PIL import Image
+
+from ipadapter_jax.train.config import Train
+from ipadapter_jax.train.export import export
+from ipadapter_jax.train.metrics_log import RunLog
+from ipadapter_jax.train.networks import Loaded
+from ipadapter_jax.train.throughput import Meter, Progress, peak_flops
+
+
+class Desk:
+    """Writes into the folder of a run. `flops` is what a step costs, over all devices."""
+
+    def __init__(
+        self, config: Train, folder: Path, about: dict[str, Any], loaded: Loaded, first: int, flops: float | None
+    ):
+        self._config, self._folder, self._about, self._loaded = config, folder, about, loaded
+        sources = {part: str(path) for part, path in loaded.sources.items()}  # of the Hub, with the commit
+        written = about | {"sources": sources}
+        self._log = RunLog(
+            folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=written, first_step=first
+        )
+        peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
+        self._meter = Meter(
+            first_step=first,
+            total_steps=config.steps,
+            batch_size=config.data.batch_size,
+            flops_per_step=flops,
+            peak=None if peak is None else peak * jax.device_count(),
+        )
+        self._progress = Progress(first, config.steps)
+
+    def step(self, number: int, metrics: dict[str, Array], **counts: int) -> None:
+        """Logs a finished step when it is its turn."""
+        if number % self._config.log.every and number != self._config.steps:
+            return
+        numbers = {name: value.item() for name, value in metrics.items()} | self._meter.report(number)
+        self._log.write(number, numbers | counts)
+        self._progress.show(number, numbers, self._meter.eta())
+
+    def paused(self) -> AbstractContextManager[None]:
+        """What happens inside does not count as training time."""
+        return self._meter.paused()
+
+    def validated(self, number: int, losses: dict[str, float], grid: Image.Image | None) -> None:
+        self._log.write(number, losses)
+        if grid is not None:
+            self._log.image(number, "samples", grid)
+
+    def export(self, number: int, learnt: Any) -> None:
+        """Writes what was learnt, arrays of this process, as the files that others read."""
+        export(self._folder, learnt, self._config, self._loaded, self._about, number)
+
+    def close(self) -> None:
+        self._progress.close()
+        self._log.close()

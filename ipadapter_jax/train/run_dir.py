@@ -1,0 +1,77 @@
+"""The folder of a run: one run at a time, and what its processes have to agree about."""
+
+import contextlib
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.storage.atomic_files import remove_leftovers
+from ipadapter_jax.storage.file_lock import held
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Holds `folder`/lock for process 0 of a job, making the folder. All processes of the job call this.
+
+    The kernel lets go of the lock when its process ends, however that ends; the file stays and means nothing.
+    What a run that was killed has left half written is removed. Raises InputError, in every process, naming the process
+    and the machine of the run that holds the folder.
+    """
+    with contextlib.ExitStack() as stack:
+        together(lambda: _enter(folder, stack) if jax.process_index() == 0 else None)
+        if problem := agreed(_not_shared(folder)):
+            raise InputError(problem)
+        yield
+
+
+def _enter(folder: Path, stack: contextlib.ExitStack) -> None:
+    stack.enter_context(held(folder / "lock"))
+    remove_leftovers(folder)
+
+
+def together(job: Callable[[], Any]) -> Any:
+    """What `job` returns. It may fail in one process only: then InputError in all of them. All processes call this."""
+    result = problem = None
+    try:
+        result = job()
+    except InputError as error:
+        problem = str(error)
+        if jax.process_count() == 1:
+            raise
+    if problem := agreed(problem):
+        raise InputError(problem)
+    return result
+
+
+def _not_shared(folder: Path) -> str | None:
+    """What is wrong where this process does not see what process 0 has just written into the lock file."""
+    if jax.process_count() == 1:
+        return None
+    path = folder / "lock"
+    written = multihost_utils.broadcast_one_to_all(np.uint32(zlib.crc32(_content(path))))
+    for _ in range(10):  # network file systems take a while
+        if zlib.crc32(_content(path)) == int(written):
+            return None
+        time.sleep(0.5)
+    return f"{folder} is not the same folder on all hosts ({socket.gethostname()} has another): give one that all share"
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+def agreed(problem: str | None) -> str | None:
+    """One answer for all processes of a job: None when none has a problem, else a process's own or a mention of the
+    other's. All processes call this."""
+    if jax.process_count() == 1:
+        return problem
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(problem is not None)))
+    return problem or (f"see the message of process {failed[0]}" if len(failed) else None)

@@ -1,0 +1,42 @@
+"""The model inside the package: `mini`, small, trained by this project, in diffusers' layout as any other.
+
+Its name comes before a path: mini is this model wherever one is asked for, ./mini is a folder of that name. A place
+inside it is written as one on the Hub: mini/image_encoder.
+"""
+
+from pathlib import Path, PurePosixPath
+
+from ipadapter_jax.errors import InputError
+
+NAME = "mini"
+FOLDER = Path(__file__).parents[1] / NAME
+REFERENCE = FOLDER / "reference.png"  # a scene that none of its networks has learnt from
+GUIDANCE_SCALE = 4.0  # where a call names none
+
+# What is asked for, and the short name that finds it.
+_SHORT = {
+    ("adapter", "mini"): "mini/ip-adapter_mini.safetensors",
+    ("adapter", "mini-plus"): "mini/ip-adapter-plus_mini.safetensors",
+    ("image encoder", "mini"): "mini/image_encoder",
+    **{(what, "mini-plus"): "mini/ip-adapter-plus_mini.safetensors" for what in ("source", "weights")},
+}
+
+
+def names(what: str) -> list[str]:
+    """The short names under which the model inside the package has a `what`."""
+    return sorted({NAME} | {name for kind, name in _SHORT if kind == what})
+
+
+def embedded(reference: str, what: str) -> Path | None:
+    """Where the model inside the package has the "base model", "adapter" or "image encoder" of this name; None for
+    every other name. Raises InputError where the package lies here without its model."""
+    place = _SHORT.get((what, reference), reference)
+    first, *rest = PurePosixPath(place).parts or ("",)
+    if first != NAME or ".." in rest or place.startswith("."):
+        return None
+    path = FOLDER.joinpath(*rest)
+    if path.exists():
+        return path
+    if place == reference != NAME:
+        return None
+    raise InputError(f"{what} {reference}: the package lies here without it ({path} is missing); install it again")

@@ -1,0 +1,109 @@
+"""What a file or folder of weights is and what it needs, told without reading the weights."""
+
+import collections
+import contextlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ipadapter_jax.errors import InputError, WeightFileError, option
+from ipadapter_jax.storage.atomic_files import sha256
+from ipadapter_jax.weights.base_model import BASE_COMPONENTS
+from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_files
+from ipadapter_jax.weights.formats.safetensors_writer import digest
+from ipadapter_jax.weights.formats.tensor_files import files_of, open_file
+from ipadapter_jax.weights.hub import SUFFIXES, local_path
+from ipadapter_jax.weights.identify import IP_ADAPTER, identify
+from ipadapter_jax.weights.ip_adapter_file import DIGEST, describe_adapter
+from ipadapter_jax.weights.layouts.ip_adapter import adapter_parts
+from ipadapter_jax.weights.lazy import Tensor
+from ipadapter_jax.weights.unsupported_families import unsupported
+from ipadapter_jax.weights.weight_files import choose_weights
+
+_PARTS = {**BASE_COMPONENTS, "image_encoder": IMAGE_ENCODER}
+
+
+def describe(path: str | os.PathLike) -> dict[str, Any]:
+    """Facts by name about a file of weights, a path, a place on the Hub, "mini" or "mini-plus": kind, container, base
+    (the family), for an adapter variant, image_encoder, features and tokens, then dtype, parameters, tensors, sha256
+    and metadata. A folder gives such facts for every network below "parts".
+
+    Raises InputError or WeightFileError for what holds no weights or is damaged.
+    """
+    path = local_path(path, _needed, what="weights")
+    return _describe_folder(path) if path.is_dir() else _describe_file(path)
+
+
+def _needed(names: Sequence[str]) -> Sequence[str]:
+    """Of a repository's files, or of a folder's in one, those that `_describe_folder` looks at."""
+    parts = {name: component for name, component in _PARTS.items() if any(n.startswith(f"{name}/") for n in names)}
+    if parts:
+        return choose_files(names, parts, ("model_index.json",), None)
+    for component in _PARTS.values():
+        with contextlib.suppress(WeightFileError):
+            return choose_files(names, {"": component}, (), None)
+    files = [name for name in names if name.endswith(SUFFIXES)]
+    if len(files) != 1:
+        raise InputError(f"weights: {_no_one_file(files, names)}")
+    return files
+
+
+def _no_one_file(files: Sequence[str], names: Sequence[str]) -> str:
+    """Why a folder is not described that holds these files of weights, none or several, among others."""
+    if not files:
+        return f"no weights here (it holds {', '.join(names[:5]) or 'nothing'})"
+    return f"several files of weights; name one of {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}"
+
+
+def _describe_folder(folder: Path) -> dict[str, Any]:
+    parts = {}
+    for name, component in _PARTS.items():
+        place = folder / name
+        if place.is_dir():
+            parts[name] = _describe_file(place / choose_weights(component, _names(place), str(place), None))
+    if not parts:
+        held = _names(folder)
+        for component in _PARTS.values():  # one network, perhaps in several formats
+            with contextlib.suppress(WeightFileError):
+                return _describe_file(folder / choose_weights(component, held, str(folder), None))
+        files = [name for name in held if name.endswith(".index.json")]
+        files = files or [name for name in held if name.endswith(SUFFIXES)]
+        if len(files) != 1:
+            raise InputError(f"{folder}: {_no_one_file(files, held)}")
+        return _describe_file(folder / files[0])
+    family = unsupported(folder)
+    use = f"{family} is not supported here yet, only SD 1.x" if family else f"give it as the base model{option('base')}"
+    kind = f"{family or 'a base model'} in diffusers' layout"
+    return {"path": str(folder), "kind": kind, "use": use, "parts": parts}
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    container, tensors, metadata = open_file(path)
+    kind = identify(tensors)
+    facts: dict[str, Any] = {"path": str(path), "kind": kind.name, "container": container}
+    if kind.family:
+        facts["base"] = kind.family
+    if kind.name == IP_ADAPTER:
+        projection, adapter, _ = adapter_parts(str(path), tensors)
+        facts |= describe_adapter(projection, adapter)
+    use = "none here yet" if "not supported" in facts.get("variant", "") else kind.advice
+    facts |= {"use": use, **_numbers(tensors)}
+    facts["bytes"] = sum(file.stat().st_size for file in files_of(path))
+    facts["sha256"] = {file.name: sha256(file) for file in files_of(path)}
+    if DIGEST in metadata:
+        facts["intact"] = metadata[DIGEST] == digest(tensors)
+    return facts | {"metadata": dict(sorted(metadata.items()))}
+
+
+def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    sizes: collections.Counter[str] = collections.Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype.name] += math.prod(tensor.shape)
+    dtypes = ", ".join(name for name, _ in sizes.most_common())
+    return {"dtype": dtypes, "parameters": sum(sizes.values()), "tensors": len(tensors)}

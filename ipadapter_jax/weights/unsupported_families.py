@@ -1,0 +1,62 @@
+"""Which family of base models a folder in diffusers' layout belongs to, where that is one that is not supported: told
+from its settings, for messages."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ipadapter_jax.errors import InputError
+from ipadapter_jax.storage.text_files import read_json_object
+
+# How the classes of pipelines begin that do more, or something else, than Stable Diffusion 1.x.
+_PIPELINES = {
+    "StableDiffusionXL": "an SDXL base model",
+    "StableDiffusion3": "an SD 3 base model",
+    "StableDiffusionInstructPix2Pix": "an instruct-pix2pix base model",
+    "StableDiffusionUpscale": "an upscaler",
+    "StableDiffusionLatentUpscale": "an upscaler",
+    "StableDiffusionDepth2Img": "a depth-to-image base model",
+    "Flux": "a Flux base model",
+    "StableCascade": "a Stable Cascade base model",
+    "PixArt": "a PixArt base model",
+    "Kandinsky": "a Kandinsky base model",
+}
+# Classes of networks that are found where others are asked for.
+_NETWORKS = {
+    "AutoencoderTiny": "a TAESD (AutoencoderTiny)",
+    "ControlNetModel": "a ControlNet (ControlNetModel)",
+    "T2IAdapter": "a T2I-Adapter (T2IAdapter)",
+    "MotionAdapter": "an AnimateDiff motion module (MotionAdapter)",
+}
+
+
+def unsupported(folder: Path) -> str | None:
+    """ "an SDXL base model" for such a folder, and so on for others that are known and not supported; else None."""
+    pipeline = str(_settings(folder / "model_index.json").get("_class_name", "")).removeprefix("Flax")
+    for start, family in _PIPELINES.items():
+        if pipeline.startswith(start):
+            return family
+    if pipeline and not pipeline.startswith("StableDiffusion") and not (folder / "unet").is_dir():
+        return f"a base model of {pipeline[:60]}"
+    return _of_unet(_settings(folder / "unet" / "config.json"))
+
+
+def _of_unet(settings: Mapping[str, Any]) -> str | None:
+    if settings.get("addition_embed_type") == "text_time":
+        return "an SDXL refiner" if settings.get("cross_attention_dim") == 1280 else "an SDXL base model"
+    if settings.get("cross_attention_dim") == 1024 and settings.get("use_linear_projection"):
+        return "an SD 2.x base model"
+    return "an instruct-pix2pix base model" if settings.get("in_channels") == 8 else None
+
+
+def of_class(name: str) -> str:
+    """What a network of this class is, with its article."""
+    name = name.removeprefix("Flax")
+    return _NETWORKS.get(name, f"a network of the class {name[:60]!r}")
+
+
+def _settings(path: Path) -> Mapping[str, Any]:
+    try:
+        return read_json_object(path)
+    except InputError:  # not there, or damaged, which whoever needs it will say
+        return {}

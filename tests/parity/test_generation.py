@@ -1,0 +1,168 @@
+"""Whole generations against PyTorch diffusers on the same tiny random weights, latents, pictures and noise."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, flax_folder, load_case, nchw, nhwc, slow
+from safetensors.numpy import save_file
+
+import ipadapter_jax.pipelines.sampling
+from ipadapter_jax import StableDiffusion
+from ipadapter_jax.diffusion.schedule import NoiseSchedule
+from ipadapter_jax.pipelines.inpainting import POSTERIOR
+from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
+
+SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "DPMSolverMultistepScheduler": "dpmsolver++",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
+}
+CASES = [
+    *(
+        f"gen_{s}_{p}_{g}"
+        for s in ("ddim", "pndm", "dpmpp2m", "euler", "unipc", "lcm")
+        for p in ("eps", "v")
+        for g in ("g1p0", "g7p5")
+    ),
+    *(f"gen_{s}_{p}_g7p5" for s in ("dpmpp2m_karras", "euler_a") for p in ("eps", "v")),
+    *("gen_plus", "gen_ddim_eta", "gen_two_adapters", "gen_masks", "gen_ip_embeds"),
+    *slow("gen_full", "gen_no_adapter", "gen_multi_per_prompt", "gen_two_images"),
+    *("gen_clip_skip", "gen_rescale_trailing", "gen_instantstyle"),
+    *("gen_img2img", "gen_img2img_euler", "gen_inpaint", "gen_inpaint_08"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Compiles in three quarters of the time of four, which would make the same picture each; test_pipeline.py holds
+    that a picture does not depend on their number."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ipadapter_jax.pipelines.sampling, "device_mesh", lambda: mesh)
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(one_device) -> StableDiffusion:
+    return StableDiffusion.from_pretrained(TORCH_MODEL)
+
+
+def picture(name):
+    if isinstance(name, list):
+        return [picture(inner) for inner in name]
+    return ORACLES / "assets" / f"{name.removeprefix('assets/').removesuffix('.png')}.png"
+
+
+def adapter(place: Path, first: Path, folder: Path) -> Path:
+    """The adapter as diffusers takes it beside a first one: keys and values in the dtype of the first one's."""
+    dtype = open_ip_adapter(first).ip_adapter["1.to_k_ip.weight"].dtype
+    tensors = {name: np.array(tensor.read()) for name, tensor in open_ip_adapter(place).tensors.items()}
+    save_file({n: a.astype(dtype) if n.startswith("ip_adapter.") else a for n, a in tensors.items()}, folder / "a")
+    return folder / "a"
+
+
+def generate(base: StableDiffusion, case: Case, folder: Path):
+    """Runs a recorded call and returns (timesteps, latents after every step, final latents, raw picture)."""
+    meta, kwargs, pipe = case.meta, dict(case.meta["call"]["kwargs"]), base
+    files = [ADAPTERS / file.rsplit("/", 1)[-1] for file in meta.get("ip_adapter") or []]
+    for i, file in enumerate(files):
+        file = file if i == 0 else adapter(file, files[0], folder)
+        pipe = pipe.with_ip_adapter(file, image_encoder=IMAGE_ENCODER)
+    images = {name: picture(value) for name, value in meta.get("images", {}).items()}
+    if "strength" in kwargs and "image" not in images:
+        images["image"] = picture("init")
+    if pipe.adapters:
+        kwargs["ip_adapter_scale"] = meta["ip_adapter_scale"]
+    if "ip_adapter_image_embeds" in case.inputs:
+        kwargs["ip_adapter_image_embeds"] = [case.inputs["ip_adapter_image_embeds"]]
+    if "ip_adapter_masks" in case.inputs:
+        del kwargs["cross_attention_kwargs"]
+        kwargs["ip_adapter_masks"] = [case.inputs["ip_adapter_masks"][None, :, 0]]
+    pipe = dataclasses.replace(pipe, schedule=NoiseSchedule.from_json(meta["scheduler"]["config"]))
+    seen = []
+    final = pipe(
+        **kwargs,
+        **images,
+        scheduler=SAMPLERS[meta["scheduler"]["class"]],
+        latents=nhwc(case.inputs["latents"]) if "latents" in case.inputs else None,
+        output_type="latent",
+        callback=lambda number, timestep, latents: seen.append((timestep, np.asarray(latents))),
+    )
+    timesteps, steps = zip(*seen, strict=True)
+    decoded = ipadapter_jax.pipelines.sampling.decode(
+        pipe.vae, pipe.mesh, pipe.params["vae"], np.repeat(final, pipe.mesh.size, 0)
+    )
+    return np.asarray(timesteps, np.float32), np.stack(steps), final, np.asarray(decoded)[: len(final)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_generation_equals_diffusers(base, name, monkeypatch, tmp_path):
+    """Stochastic samplers are given the recorded noise, in the order in which it was drawn: that of a picture's
+    posterior comes before the first of the run. The recordings of PNDM, which calls the network once more than it has
+    steps, begin with the second call."""
+    case = load_case(name)
+    painted = "strength" in case.meta["call"]["kwargs"]
+
+    def recorded(batch, shape, step):
+        number = {POSTERIOR: 0, 0: 1}.get(step) if painted else step - 1
+        noise = case.inputs.get(f"noise_{number}")
+        return batch.spread(np.zeros((1, *shape), np.float32) if noise is None else nhwc(noise))
+
+    if "noise_0" in case.inputs:
+        monkeypatch.setattr(ipadapter_jax.pipelines.sampling.Batch, "noise", recorded)
+    timesteps, steps, final, decoded = generate(base, case, tmp_path)
+    if "PNDM" in case.meta["scheduler"]["class"]:
+        timesteps, steps = timesteps[1:], steps[1:]
+    case.check(timesteps=timesteps, latents_steps=nchw(steps), latents=nchw(final))
+    if "image" in case.outputs:
+        case.check(image=nchw(decoded))
+
+
+@pytest.mark.parametrize("variant", ["base_defaults", "plus", *slow("base", "full")])
+def test_generation_equals_the_authors_code(base, variant):
+    case = load_case(f"tencent_generate_{variant}")
+    kwargs = {
+        "prompt": "best quality, high quality",
+        "negative_prompt": "monochrome, lowres, bad anatomy, worst quality, low quality",
+        "guidance_scale": 7.5,
+        "scale": 1.0,
+        "num_samples": 1,
+        **case.meta["call"]["kwargs"],
+    }
+    schedule = NoiseSchedule.from_json(case.meta["scheduler"]["config"])
+    pipe = dataclasses.replace(base, schedule=schedule).with_ip_adapter(
+        ADAPTERS / case.meta["ip_adapter"][0].rsplit("/", 1)[-1], image_encoder=IMAGE_ENCODER
+    )
+    final = pipe(
+        ip_adapter_image=picture(case.meta["images"]["pil_image"]),
+        ip_adapter_scale=kwargs.pop("scale"),
+        num_images_per_prompt=kwargs.pop("num_samples"),
+        **kwargs,
+        scheduler=SAMPLERS[case.meta["scheduler"]["class"]],
+        latents=nhwc(case.inputs["latents"]),
+        output_type="latent",
+    )
+    case.check(latents=nchw(final))
+
+
+@pytest.mark.parametrize("sampler", ["pndm", *slow("dpmpp2m")])
+def test_generation_from_flax_files(sampler, tmp_path):
+    case = load_case(f"flax_pipeline_{sampler}")
+    call = {name: case.meta["call"][name] for name in CALL}
+    found = StableDiffusion.from_pretrained(flax_folder(tmp_path))(
+        **call,
+        scheduler=SAMPLERS[case.meta["scheduler"]["torch"]],
+        latents=nhwc(case.inputs["latents"]),
+        output_type="np",
+    )
+    case.check(image__torch=found[:, ::2, ::2])
+
+
+CALL = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "height", "width")

@@ -1,0 +1,288 @@
+"""Painting over pictures: what is kept to the byte, and the same runs in diffusers on the same random weights."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from helpers import ORACLES, TORCH_MODEL, compilations, nhwc
+from PIL import Image
+
+import ipadapter_jax.pipelines.sampling
+from ipadapter_jax import InputError, StableDiffusion
+from ipadapter_jax.diffusion.samplers import SAMPLERS, sample_table
+from ipadapter_jax.diffusion.schedule import NoiseSchedule
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import UNetConfig
+from ipadapter_jax.pipelines.inpainting import MASKED_POSTERIOR, POSTERIOR, Canvas
+
+CAT, MASK = (ORACLES / "assets" / f"{name}.png" for name in ("init", "mask"))
+# Two levels of one layer each compile in a third of the time.
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 32,
+}
+SMALL = {"num_inference_steps": 5, "strength": 0.6, "height": 64, "width": 64, "output_type": "np"}
+
+
+def half_mask(size: int = 64) -> np.ndarray:
+    mask = np.zeros((size, size), np.uint8)
+    mask[:, size // 2 :] = 255
+    return mask
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusion:
+    """The recorded model with a smaller UNet of random weights."""
+    base = StableDiffusion.from_pretrained(TORCH_MODEL)
+    unet = UNet(UNetConfig(**UNET))
+    sample = np.zeros((1, 8, 8, 4), np.float32), np.zeros(1), np.zeros((1, 77, 32), np.float32)
+    init = jax.jit(lambda key: unet.init(key, *sample, method=UNet.from_text)["params"])
+    return dataclasses.replace(base, unet=unet, params=base.params | {"unet": init(jax.random.key(0))})
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def original() -> np.ndarray:
+    return np.asarray(Image.open(CAT).convert("RGB").resize((64, 64)))
+
+
+def test_outside_of_the_mask_every_byte_is_kept(pipe, original):
+    mask = half_mask()
+    run = {"image": original, "mask_image": mask, **SMALL, "output_type": "pil"}
+    [exact] = pipe("a cat", exact_outside_mask=True, **run)
+    [found] = pipe("a cat", **run)
+    outside = mask == 0
+    np.testing.assert_array_equal(np.asarray(exact)[outside], original[outside])
+    assert (np.asarray(found)[outside] != original[outside]).any()  # else only the latents are: the decoder sees all
+    np.testing.assert_array_equal(np.asarray(exact)[~outside], np.asarray(found)[~outside])
+
+
+def test_grey_parts_of_a_mask_mix(pipe, original):
+    """By the mask's share; the network sees it as black or white."""
+    mask = np.tile(np.linspace(0, 1, 64), (64, 1))
+    run = {"image": original, "mask_image": mask, **SMALL}
+    [exact], [found] = pipe("a cat", exact_outside_mask=True, **run), pipe("a cat", **run)
+    share = np.rint(mask * 255)[:, :, None] / 255
+    np.testing.assert_allclose(exact, share * found + (1 - share) * original / 255, atol=1e-6)
+
+
+def test_latents_outside_of_the_mask_are_those_of_the_picture(pipe, original):
+    """The posterior of the picture, without the noise of any step."""
+    found = pipe("a cat", image=original, mask_image=half_mask(), **SMALL | {"output_type": "latent"})
+    pixels = np.asarray(original, np.float32)[None] / 127.5 - 1
+    batch = ipadapter_jax.pipelines.sampling.Batch(pipe.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
+    noise = batch.noise((8, 8, 4), POSTERIOR)
+    clean = ipadapter_jax.pipelines.sampling.encode_picture(pipe.vae, pipe.params["vae"], pixels, noise)[:1]
+    np.testing.assert_allclose(found[:, :, :4], clean[:, :, :4], atol=1e-5)
+    assert np.abs(found - clean)[:, :, 4:].min(axis=-1).max() > 0.01
+
+
+@pytest.mark.parametrize(("size", "expected"), [((70, 65), (64, 64)), ((64, 64), (64, 64)), ((135, 64), (128, 64))])
+def test_the_size_of_a_picture_is_rounded_down(size, expected):
+    picture = Image.open(CAT).convert("RGB").resize(size)
+    canvas = Canvas.load(picture, None, None, None, 8)
+    assert canvas.picture.shape == (*expected[::-1], 3) and canvas.mask is None
+    resized = picture if size == expected else picture.resize(expected, Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(canvas.picture, resized)
+    np.testing.assert_allclose(canvas.pixels, np.asarray(resized, np.float32)[None] / 127.5 - 1)
+
+
+def test_a_picture_is_brought_to_height_and_width(pipe, original):
+    odd = Image.fromarray(original).resize((70, 67))
+    own = pipe("a cat", image=odd, **{k: v for k, v in SMALL.items() if k not in ("height", "width")})
+    assert own.shape == (1, 64, 64, 3)
+    np.testing.assert_array_equal(pipe("a cat", image=odd, **SMALL), own)
+    mask = np.zeros((67, 70))
+    assert Canvas.load(odd, mask, 64, 64, 8).mask.shape == (64, 64)  # held against the picture, not the size
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"image": np.zeros((7, 64, 3), np.uint8), "height": None}, "is 64 x 7 pixels; give a larger one"),
+        ({"height": 65}, "height=65 is not a multiple of 8"),
+        ({"width": 0}, "width=0 is not a multiple of 8"),
+        ({"width": "64"}, "width=64 is not a multiple"),
+        ({"height": float("nan")}, "height=nan is not a multiple"),
+        ({"height": 64.5}, "height=64.5 is not a multiple"),
+        ({"height": -64}, "height=-64 is not a multiple"),
+        ({"strength": float("nan")}, "strength=nan"),
+        ({"strength": float("inf")}, "strength=inf"),
+        ({"strength": "0.5"}, "strength=0.5"),
+        ({"strength": -0.5}, "strength=-0.5"),
+        ({"strength": 0}, "strength=0 "),
+        ({"strength": [0.5]}, "strength="),
+        ({"image": "nowhere.png"}, "nowhere.png"),
+        ({"mask_image": "nowhere.png"}, "nowhere.png"),
+        ({"mask_image": np.zeros((64, 128))}, "the mask_image is 128 x 64 pixels, the picture 64 x 64"),
+        ({"image": None}, "give both|give image"),
+        ({"mask_image": np.zeros((64, 64))}, "the mask_image has nothing inside .* nothing would be painted"),
+        ({"mask_image": np.eye(64) * 0.4}, "the mask_image has nothing inside"),
+    ],
+)
+def test_what_cannot_be_painted_is_refused_by_name(pipe, original, wrong, message):
+    with pytest.raises(InputError, match=message) as caught:
+        pipe("a cat", **{"image": original} | SMALL | wrong)
+    assert "\n" not in str(caught.value)
+
+
+# --- samplers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_paints_over_a_picture(pipe, original, sampler):
+    """The same again for the same seed; another seed is another picture."""
+
+    def run(seed=0):
+        return pipe("a cat", image=original, **SMALL, scheduler=sampler, seed=seed)[0]
+
+    found = run()
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(run(), found)
+    assert np.abs(run(seed=1) - found).max() > 0.01
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_less_strength_is_fewer_steps_from_less_noise(pipe, sampler):
+    tables = [sample_table(sampler, pipe.schedule, 10, strength=strength) for strength in (1.0, 0.75, 0.3, 0.1)]
+    noise = [table.level[1] / table.level[0] for table in tables]
+    assert noise == sorted(noise, reverse=True) and len(set(noise)) == 4
+    timesteps = [sorted(set(table.steps.timestep)) for table in tables]  # pndm has one twice
+    assert [len(made) for made in timesteps] == [10, 7, 3, 1]  # rounded down
+    assert all(made == timesteps[0][: len(made)] for made in timesteps)
+
+
+def test_no_change_of_picture_mask_or_seed_compiles_again(pipe, original):
+    for mask in ({}, {"mask_image": half_mask()}):
+        pipe("a cat", image=original, **mask, **SMALL)
+        for change in (
+            {"image": 255 - original},
+            {"image": CAT},
+            {"mask_image": 255 - half_mask().T} if mask else {"seed": 9},
+            {"strength": 0.7},  # three steps of five again, as 0.6
+            {"guidance_scale": 2.0, "guidance_rescale": 0.5},
+            {"scheduler": "dpmsolver++"},
+        ):
+            with compilations() as count:
+                pipe("a dog", **{"image": original} | mask | SMALL | change)
+            assert count() == 0, change
+
+
+# --- the same in diffusers -------------------------------------------------------------------------------------------
+
+
+def folder_with(unet, root):
+    """The recorded model with this UNet of diffusers."""
+    shutil.copytree(TORCH_MODEL, root, ignore=shutil.ignore_patterns("unet"))
+    unet.save_pretrained(root / "unet")
+    return root
+
+
+@pytest.fixture(scope="module", params=[4, 9], ids=["4 channels", "9 channels"])
+def peers(request, tmp_path_factory):
+    """Ours and diffusers' parts with a UNet of so many channels in."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(in_channels=request.param, **UNET)
+    root = folder_with(unet, tmp_path_factory.mktemp("model") / "model")
+    return request.param, StableDiffusion.from_pretrained(root), root
+
+
+def theirs(root, kind: str, sampler: str, **kwargs):
+    """Latents (NHWC) of diffusers, its scheduler, and the noise in the order in which it was drawn."""
+    import diffusers
+    import torch
+
+    pipeline = getattr(diffusers, f"StableDiffusion{kind}Pipeline").from_pretrained(
+        root, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False
+    )
+    pipeline.scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline(generator=torch.Generator().manual_seed(3), output_type="latent", **kwargs).images
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(latents.shape, generator=generator).numpy() for _ in range(8)]
+    return nhwc(latents.detach().numpy()), pipeline.scheduler, drawn
+
+
+def ours(pipe, peer, drawn, order, monkeypatch, **kwargs):
+    """Latents from the same noise: `order` names the draws of diffusers, those of the steps come last."""
+
+    def noise(batch, shape, step):
+        number = order.index(step) if step in order else len(order) + step - 1
+        return batch.spread(nhwc(drawn[number]))
+
+    monkeypatch.setattr(ipadapter_jax.pipelines.sampling.Batch, "noise", noise)
+    config = json.loads(json.dumps(dict(peer.config)))
+    pipe = dataclasses.replace(pipe, schedule=NoiseSchedule.from_json(config))
+    return pipe(output_type="latent", **kwargs)
+
+
+def check(found, expected) -> None:
+    """Measured: 3e-6 of the largest latent at most, over all samplers."""
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+CALL = {"prompt": "a cat", "negative_prompt": "dark", "num_inference_steps": 5, "guidance_scale": 3.0}
+PEERS = {
+    "ddim": "DDIMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("peers", [4], indirect=True)
+@pytest.mark.parametrize("sampler", PEERS)
+def test_image_to_image_equals_diffusers(peers, sampler, original, monkeypatch):
+    """PNDM does not: there diffusers begins with the outputs of steps that were not made."""
+    _, pipe, root = peers
+    picture = Image.fromarray(original)
+    expected, peer, drawn = theirs(root, "Img2Img", PEERS[sampler], image=picture, strength=0.6, **CALL)
+    order = [POSTERIOR, 0]
+    given = {"image": original, "strength": 0.6, "scheduler": sampler, **CALL}
+    found = ours(pipe, peer, drawn, order, monkeypatch, **given)
+    check(found, expected)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_inpainting_equals_diffusers(peers, sampler, strength, original, monkeypatch):
+    """With the mask shown to a UNet of nine channels, or what is outside put back after every step of one of four."""
+    channels, pipe, root = peers
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:45, 20:] = 255
+    steps = {0.6: 5, 1.0: 3}[strength]  # three are made: the same program
+    call = CALL | {"num_inference_steps": steps, "strength": strength}
+    images = {"image": Image.fromarray(original), "mask_image": Image.fromarray(mask)}
+    expected, peer, drawn = theirs(root, "Inpaint", PEERS[sampler], height=64, width=64, **images, **call)
+    # With nine channels and full strength the picture itself is not encoded.
+    order = [0, MASKED_POSTERIOR] if (channels, strength) == (9, 1.0) else [POSTERIOR, 0, MASKED_POSTERIOR]
+    drawn = [*drawn, drawn[0]]
+    if POSTERIOR not in order:  # drawn, and not used
+        order.append(POSTERIOR)
+        drawn.insert(2, drawn[0])
+    found = ours(pipe, peer, drawn, order, monkeypatch, scheduler=sampler, **images, **call)
+    check(found, expected)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("peers", [9], indirect=True)
+def test_an_inpainting_model_needs_picture_and_mask(peers, original):
+    _, pipe, _ = peers
+    for given in ({}, {"image": original}):
+        with pytest.raises(InputError, match="inpainting model .* needs a picture and a mask: .*mask_image"):
+            pipe("a cat", **given)

@@ -1,0 +1,242 @@
+"""Attention to image tokens: what is recorded, against the softmax written out, and heat over the picture."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import ORACLES, recorded_pipe
+from PIL import Image
+
+from ipadapter_jax import InputError, Scale
+from ipadapter_jax.diffusion.samplers import sample_table
+from ipadapter_jax.models.transformer import Attention
+from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.unet_config import Site, cross_attention_sites, site_grids
+from ipadapter_jax.ops.attention import attention_map
+from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines.attention_maps import AttentionMaps
+
+CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
+SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
+
+
+def drawn(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def by_hand(query, key, heads: int) -> np.ndarray:
+    """In float64, head by head."""
+    q, k = (np.asarray(x, np.float64).reshape(*x.shape[:2], heads, -1) for x in (query, key))
+    seen = np.zeros((query.shape[0], query.shape[1], key.shape[1]))
+    for head in range(heads):
+        logits = np.einsum("bld,bsd->bls", q[:, :, head], k[:, :, head]) / np.sqrt(q.shape[-1])
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        seen += weights / weights.sum(-1, keepdims=True) / heads
+    return seen
+
+
+@pytest.mark.parametrize(("heads", "tokens"), [(1, 4), (8, 4), (2, 50), (4, 1)])
+def test_a_map_is_the_mean_over_heads_of_their_softmax(heads, tokens):
+    query, key = 3 * drawn(2, 35, 16), drawn(2, tokens, 16)
+    found = attention_map(query, key, heads)
+    np.testing.assert_allclose(found, by_hand(query, key, heads), atol=1e-6)
+
+
+def test_maps_of_half_precision_are_in_float32():
+    query, key = drawn(1, 9, 16).astype(jnp.bfloat16), drawn(1, 4, 16).astype(jnp.bfloat16)
+    found = attention_map(jnp.asarray(query), jnp.asarray(key), 2)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(found, by_hand(query, key, 2), atol=0.01)  # queries are scaled in 8 bits of mantissa
+
+
+def test_a_site_records_its_queries_against_the_keys_of_every_image_entry():
+    """Not the text's, and whatever the entry weighs; without the collection nothing is recorded."""
+    x, text, images = drawn(2, 12, 16), (drawn(2, 7, 16), drawn(2, 7, 16)), [drawn(2, 4, 16), drawn(2, 9, 16)]
+    entries = [(*text, 1.0), (images[0], images[0], 0.0), (images[1], images[1], 2.0)]
+    layer = Attention(16, 2, jnp.float32)
+    params = layer.init(jax.random.key(0), x, [(x, x, 1.0)], method=_all_parameters)["params"]
+    output, found = layer.apply({"params": params}, x, entries, mutable=["maps"])
+    query = x @ params["to_q"]["kernel"]
+    for seen, key in zip(found["maps"]["images"], images, strict=True):
+        np.testing.assert_allclose(seen, by_hand(query, key, 2), atol=1e-6)
+    np.testing.assert_allclose(layer.apply({"params": params}, x, entries), output, atol=1e-6)
+
+
+def _all_parameters(module: Attention, x, entries):
+    module.key_value(x)
+    return module(x, entries)
+
+
+# --- of whole pictures -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(pipe):
+    """Latents and maps of two pictures."""
+    return pipe("a cat", ip_adapter_image=CAT, num_images_per_prompt=2, return_attention_maps=True, **SMALL)
+
+
+def test_looking_does_not_change_the_pictures(pipe, recorded):
+    plain = pipe("a cat", ip_adapter_image=CAT, num_images_per_prompt=2, **SMALL)
+    np.testing.assert_allclose(recorded[0], plain, atol=1e-5)  # measured 0; a compiler may fuse otherwise
+
+
+def test_there_is_a_map_for_every_step_picture_query_and_token(pipe, recorded):
+    maps = recorded[1]
+    assert isinstance(maps, AttentionMaps) and maps.count == 2
+    assert maps.sites == cross_attention_sites(pipe.unet.config)
+    assert list(maps.grids) == site_grids(pipe.unet.config, 8, 8)
+    np.testing.assert_array_equal(maps.timesteps, [501, 1])
+    [entry] = maps.maps
+    for seen, (h, w) in zip(entry, maps.grids, strict=True):
+        assert seen.shape == (2, 2, h * w, 4)  # on any number of devices
+        assert seen.min() >= 0
+        np.testing.assert_allclose(seen.sum(-1), 1, atol=1e-6)
+
+
+def test_the_first_steps_maps_are_those_of_the_network_on_the_initial_latents(pipe, recorded):
+    """Of the conditional branch: the very prompt and picture, with guidance left out."""
+    [adapter] = pipe.adapters
+    features, _ = adapter.from_images([[CAT]], "crop", guided=False)
+    image_kv = [(k[0], v[0]) for k, v in adapter.keys_values(features(), np.ones((1, 1), np.float32))]
+    noise = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
+    arguments = {"ip_adapter_image": CAT, "latents": np.concatenate([noise, noise[:, ::-1]]), **SMALL}
+    _, found = pipe("a cat", num_images_per_prompt=2, return_attention_maps=True, **arguments)
+    unet, params = pipe.unet, pipe.params["unet"]
+    text_kv = unet.apply({"params": params}, pipe._text(["a cat"], 0), method=UNet.text_kv)
+
+    @jax.jit
+    def run(latents):
+        weight = np.ones((1, len(text_kv)), np.float32)
+        inputs = latents, np.full(1, 501.0, np.float32), text_kv, [image_kv], weight
+        return UNet.maps_of(unet.apply({"params": params}, *inputs, mutable=["maps"])[1]["maps"], unet.config)
+
+    for picture, latents in enumerate((noise, noise[:, ::-1])):
+        [expected] = run(latents)
+        for seen, one in zip(found.maps[0], expected, strict=True):
+            np.testing.assert_allclose(seen[0, picture], one[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("on_step", [None, lambda *_: None], ids=["at once", "step by step"])
+def test_maps_of_all_steps_are_one_array_without_the_rows_that_fill_up_devices(pipe, on_step):
+    batch = sampling.Batch(pipe.mesh, np.zeros(3, np.uint32), np.zeros(3, np.int64))
+    run = sample_table("ddim", pipe.schedule, 5)
+    whole = drawn(5, 4, 6, 2)
+
+    def denoise(state, inputs, *_):
+        steps = [list(run.steps.timestep).index(t) for t in inputs.steps.timestep]
+        return state, [[whole[steps]]]
+
+    begin = sampling.Start(batch.noise((8, 8, 4), 0))
+    conditions = pipe._conditions(["a cat"], [""], 0, 7.5, 0.0, [], (8, 8, 4), batch)
+    _, [[found]] = sampling.run_steps(denoise, run.steps, np.zeros((5, 1, 2, 4)), conditions, batch, begin, on_step)
+    np.testing.assert_array_equal(found, whole[:, :3])
+
+
+def test_scale_and_mask_do_not_enter_the_first_maps(pipe, recorded):
+    """At the first step's first site: later ones see what the picture did before."""
+    given = {"ip_adapter_image": CAT, "num_images_per_prompt": 2, "return_attention_maps": True, **SMALL}
+    _, found = pipe("a cat", ip_adapter_scale=Scale(0.1), ip_adapter_masks=[np.eye(64)], **given)
+    np.testing.assert_allclose(found.maps[0][0][0], recorded[1].maps[0][0][0], atol=1e-6)
+    assert np.abs(found.maps[0][0][1] - recorded[1].maps[0][0][1]).max() > 1e-6
+
+
+def test_a_precise_preset_has_no_maps_of_its_exchanged_branches(monkeypatch):
+    """Which are a second entry of the same adapter: the conditional branch gives it no weight."""
+
+    def run_steps(_denoise, _steps, weight, _conditions, batch, *_):
+        return batch.noise((8, 8, 4), 0), [[np.full(1, entry)] for entry in range(weight.shape[1])]
+
+    monkeypatch.setattr(sampling, "run_steps", run_steps)
+    recorded = recorded_pipe()
+    two = dataclasses.replace(recorded, adapters=recorded.adapters * 2)
+    given = {"ip_adapter_image": [CAT, DOG], "ip_adapter_scale": ["precise style", 1.0], **SMALL}
+    _, found = two("a cat", return_attention_maps=True, **given)
+    assert [entry[0][0] for entry in found.maps] == [0, 2]
+
+
+def test_maps_need_an_image_prompt(pipe):
+    with pytest.raises(InputError, match="return_attention_maps needs an image prompt"):
+        dataclasses.replace(pipe, adapters=())("a cat", return_attention_maps=True, **SMALL)
+
+
+# --- heat ------------------------------------------------------------------------------------------------------------
+
+SITES = (Site("down_blocks_0", 0, 32, 0), Site("mid_block", 0, 32, 1))
+
+
+@pytest.fixture(scope="module")
+def maps() -> AttentionMaps:
+    """Three steps, two pictures, two entries of 4 and 5 tokens, sites of 4 x 6 and 2 x 3 queries."""
+    return AttentionMaps(
+        [[drawn(3, 2, 24, n), drawn(3, 2, 6, n)] for n in (4, 5)], SITES, [(4, 6), (2, 3)], np.array([9.0, 5.0, 1.0]), 2
+    )
+
+
+def test_heat_has_a_picture_for_each_token(maps, recorded):
+    assert maps.heat((32, 48)).shape == (4, 32, 48)
+    assert maps.heat((32, 48), entry=1).shape == (5, 32, 48)
+    np.testing.assert_allclose(recorded[1].heat((64, 64), image=1).sum(0), 1, atol=1e-5)  # shares of attention
+
+
+def test_heat_of_the_own_grid_is_the_mean_over_steps(maps):
+    found = maps.heat((4, 6), image=1, sites=[0])
+    expected = maps.maps[0][0][:, 1].mean(0).T.reshape(4, 4, 6)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "chosen"), [(slice(None), [0, 1, 2]), (slice(1), [0]), (slice(1, None), [1, 2]), (slice(-1, None), [2])]
+)
+def test_heat_of_chosen_steps(maps, steps, chosen):
+    found = maps.heat((2, 3), entry=1, steps=steps, sites=[1])
+    expected = np.mean([maps.maps[1][1][step, 0] for step in chosen], axis=0).T.reshape(5, 2, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_heat_is_the_mean_over_sites_of_one_size(maps):
+    """Each is enlarged between its own pixels, whose values stay between the least and the greatest."""
+    each = [maps.heat((32, 48), sites=[site]) for site in (0, 1)]
+    np.testing.assert_allclose(maps.heat((32, 48)), np.mean(each, axis=0), atol=1e-6)
+    np.testing.assert_allclose(maps.heat((32, 48), sites=[1, 0]), maps.heat((32, 48)), atol=1e-6)
+    for site, heat in enumerate(each):
+        seen = maps.maps[0][site][:, 0].mean(0)
+        assert seen.min() - 1e-6 <= heat.min() and heat.max() <= seen.max() + 1e-6
+
+
+def test_heat_lies_where_the_attention_is():
+    """The upper right query of six sees token 1 alone, all others token 0."""
+    seen = np.zeros((1, 1, 6, 2), np.float32)
+    seen[..., 0] = 1
+    seen[0, 0, 2] = 0, 1
+    heat = AttentionMaps([[seen]], SITES[:1], [(2, 3)], np.zeros(1), 1).heat((20, 30))
+    assert np.unravel_index(heat[1].argmax(), (20, 30))[0] < 5 and heat[1][:5, 25:].min() > 0.9
+    assert heat[1][11:, :20].max() < 0.5 and heat[0][15:, :15].min() == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"image": 2},
+        {"image": -1},
+        {"entry": 2},
+        {"entry": -1},
+        {"sites": [2]},
+        {"sites": [-1]},
+        {"sites": [0.5]},
+        {"sites": []},
+        {"steps": slice(3, None)},
+    ],
+)
+def test_heat_of_what_is_not_there_is_refused(maps, wrong):
+    with pytest.raises(InputError, match="there are 3 steps, 2 pictures, 2 entries, 2 sites"):
+        maps.heat((8, 8), **wrong)
+
+
+def test_maps_can_be_shown(recorded):
+    """As a picture: a float array in [0, 1] for each token."""
+    heat = recorded[1].heat((64, 64))
+    assert Image.fromarray((heat[0] * 255).astype(np.uint8)).size == (64, 64)

@@ -1,0 +1,451 @@
+"""Image prompts and their controls against the same said by hand: in pictures, or in tokens that are attended to."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import IMAGE_ENCODER, ORACLES, compilations, recorded_pipe
+from PIL import Image
+from small_model import small_adapter
+
+from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion
+from ipadapter_jax.diffusion.samplers import sample_table
+from ipadapter_jax.errors import said_in_options
+from ipadapter_jax.images.preprocess import CLIP_MEAN, CLIP_STD, clip_pixel_values
+from ipadapter_jax.models.unet_config import cross_attention_sites, site_grids
+from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines.image_prompts import Controls, entries_of, entry_weights
+from ipadapter_jax.weights.image_embeds import save_image_embeds
+
+CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
+SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
+BASE, PLUS = "ip-adapter_tiny", "ip-adapter-plus_tiny"
+
+
+@pytest.fixture(scope="module")
+def plus(base) -> StableDiffusion:
+    return base.with_ip_adapter(small_adapter(PLUS), image_encoder=IMAGE_ENCODER)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> StableDiffusion:
+    return recorded_pipe()
+
+
+def encoded(pipe: StableDiffusion, pixels: np.ndarray) -> np.ndarray:
+    """What the encoder gives for normalised pixels (n, 224, 224, 3)."""
+    [adapter] = pipe.adapters
+    encoder, patches = adapter.encoder, adapter.projection.config.uses_patches
+    return np.asarray(sampling.encode_image(encoder.module, patches, encoder.params, pixels))
+
+
+def features(pipe: StableDiffusion, *pictures) -> np.ndarray:
+    return encoded(pipe, clip_pixel_values(list(pictures)))
+
+
+def entries(pipe: StableDiffusion, guided: bool = True, steps: int = 2, size=(64, 64), prompts: int = 1, **controls):
+    sites = cross_attention_sites(pipe.unet.config)
+    return entries_of(Controls(**controls), pipe.adapters, sites, steps, guided, size, prompts)
+
+
+def same(found, expected) -> None:
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+# --- which picture goes where ----------------------------------------------------------------------------------------
+
+
+def test_a_picture_for_each_prompt_is_as_calls_for_each(pipe):
+    prompts = ["a cat", "a dog"]
+    both = pipe(prompts, ip_adapter_image=PerPrompt([CAT, DOG]), num_images_per_prompt=2, seed=5, **SMALL)
+    for i, (prompt, picture) in enumerate(zip(prompts, (CAT, DOG), strict=True)):
+        alone = pipe(prompt, ip_adapter_image=picture, num_images_per_prompt=2, seed=5 + 2 * i, **SMALL)
+        # Other shapes, other order of sums: measured 8e-5, of latents up to 6 after guidance of 7.5.
+        np.testing.assert_allclose(both[2 * i : 2 * i + 2], alone, atol=3e-4)
+    swapped = pipe(prompts, ip_adapter_image=PerPrompt([DOG, CAT]), num_images_per_prompt=2, seed=5, **SMALL)
+    assert np.abs(swapped - both).max(axis=(1, 2, 3)).min() > 0.01
+
+
+def test_each_prompt_may_have_several_pictures(pipe):
+    [entry] = entries(pipe, images=PerPrompt([[CAT, DOG], [DOG, DOG]]), prompts=2, scale=[[0.5, 2.0]])
+    [first] = entries(pipe, images=[CAT, DOG], scale=[[0.5, 2.0]])
+    for (k, v), (k1, v1) in zip(entry.keys_values(), first.keys_values(), strict=True):
+        assert k.shape == v.shape and k.shape[:3] == (2, 2, 8)  # prompts, branches, tokens
+        np.testing.assert_allclose(k[:1], k1, atol=1e-5)
+        np.testing.assert_allclose(v[:1], v1, atol=1e-5)
+        assert np.abs(k[1] - k[0]).max() > 0.01
+
+
+def test_prompts_must_have_as_many_pictures_each(pipe):
+    with pytest.raises(InputError, match="must have the same number of pictures"):
+        entries(pipe, images=PerPrompt([[CAT, DOG], [DOG]]), prompts=2)
+
+
+def test_a_list_for_several_adapters_goes_to_them_in_order(pipe):
+    two = pipe.with_ip_adapter(small_adapter(BASE), image_encoder=IMAGE_ENCODER)
+    found = entries(two, images=[CAT, [DOG, CAT]], scale=[0.3, [0.2, 0.9]], negative=[DOG, None])
+    expected = [
+        *entries(pipe, images=CAT, scale=0.3, negative=DOG),
+        *entries(pipe, images=[DOG, CAT], scale=[[0.2, 0.9]]),
+    ]
+    assert len(found) == 2
+    for one, other in zip(found, expected, strict=True):
+        same(one.keys_values(), other.keys_values())
+        np.testing.assert_array_equal(one.weight, other.weight)
+
+
+def test_per_prompt_for_several_adapters(pipe):
+    """Either adapter may take one picture for all prompts, or one for each."""
+    two = pipe.with_ip_adapter(small_adapter(BASE), image_encoder=IMAGE_ENCODER)
+    shared, own = entries(two, images=[CAT, PerPrompt([CAT, DOG])], prompts=2)
+    assert (shared.keys_values()[0][0].shape[0], own.keys_values()[0][0].shape[0]) == (1, 2)
+
+
+# --- weights and masks -----------------------------------------------------------------------------------------------
+
+
+def test_weights_of_pictures_scale_their_values_alone(pipe):
+    """The tokens share one softmax: keys stay as they are."""
+    [adapter] = pipe.adapters
+    given = features(pipe, CAT, DOG)
+    each = [
+        sampling.image_keys_values(
+            adapter.projection,
+            adapter.keys,
+            adapter.params,
+            np.stack([np.zeros_like(picture), picture])[None, :, None],
+            np.ones((1, 1), np.float32),
+        )
+        for picture in given
+    ]
+    [entry] = entries(pipe, images=[CAT, DOG], scale=[[0.7, 0.2]])
+    assert entry.weight.shape == (2, 2, 4) and (entry.weight == 1).all()
+    for (k, v), (k1, v1), (k2, v2) in zip(entry.keys_values(), *each, strict=True):
+        np.testing.assert_allclose(k, np.concatenate([k1, k2], axis=2), atol=1e-5)
+        np.testing.assert_allclose(v, np.concatenate([0.7 * v1, 0.2 * v2], axis=2), atol=1e-5)
+
+
+def test_a_weight_of_zero_is_not_leaving_a_picture_out(pipe):
+    run = functools.partial(pipe, "a cat", **SMALL)
+    both = run(ip_adapter_image=[CAT, DOG])
+    np.testing.assert_array_equal(run(ip_adapter_image=[CAT, DOG], ip_adapter_scale=[[1.0, 1.0]]), both)
+    first = run(ip_adapter_image=[CAT, DOG], ip_adapter_scale=[[1.0, 0.0]])
+    assert np.abs(first - both).max() > 0.01
+    assert np.abs(first - run(ip_adapter_image=CAT)).max() > 0.01  # the other's tokens keep their share of attention
+    half = run(ip_adapter_image=[CAT, DOG], ip_adapter_scale=[[0.5, 0.5]])
+    np.testing.assert_allclose(half, run(ip_adapter_image=[CAT, DOG], ip_adapter_scale=0.5), atol=5e-5)
+
+
+def test_weights_may_be_numbers_of_numpy(pipe):
+    [entry] = entries(pipe, images=[CAT, DOG], scale=[[np.float32(0.5), np.int64(2)]])
+    np.testing.assert_array_equal(entry.picture_weight, [[0.5, 2]])
+
+
+def test_a_mask_of_everything_is_no_mask(pipe):
+    plain = pipe("a cat", ip_adapter_image=CAT, **SMALL)
+    masked = pipe("a cat", ip_adapter_image=CAT, ip_adapter_masks=[np.ones((64, 64))], **SMALL)
+    np.testing.assert_allclose(
+        masked, plain, atol=5e-5
+    )  # the four weights of a bicubic point sum to 1 but for rounding
+
+
+def test_a_mask_of_nothing_is_refused(pipe):
+    """It would be as a scale of zero, which is how to say it."""
+    for nothing in (np.zeros((64, 64)), Image.new("RGBA", (64, 64)), np.full((64, 64), 3, np.uint8)):
+        with pytest.raises(InputError, match="the mask 2 is black .* nothing is inside; paint"):
+            entries(pipe, images=[CAT, DOG], masks=[np.ones((64, 64)), nothing])
+
+
+def test_a_mask_of_nearly_nothing_is_a_warning(pipe):
+    dot = np.zeros((64, 64), np.uint8)
+    dot[20:24, 20:24] = 255
+    with pytest.warns(UserWarning, match="the mask 1 has about 16 pixels inside, fewer than one point"):
+        entries(pipe, images=CAT, masks=[dot])
+
+
+def test_masked_pictures_are_entries_of_their_own(recorded):
+    left = np.zeros((64, 64), np.uint8)
+    left[:, :32] = 1
+    found = entries(recorded, images=[CAT, DOG], masks=[left, 1 - left], scale=[[0.3, "style"]])
+    assert len(found) == 2
+    for entry, picture, scale, mask in zip(found, (CAT, DOG), (0.3, "style"), (left, 1 - left), strict=True):
+        [alone] = entries(recorded, images=picture, scale=scale)
+        np.testing.assert_array_equal(entry.weight, alone.weight)
+        np.testing.assert_array_equal(entry.mask, mask)
+        for (k, v), (k1, v1) in zip(entry.keys_values(), alone.keys_values(), strict=True):
+            np.testing.assert_allclose(k, k1, atol=1e-5)  # encoded in one batch, or alone
+            np.testing.assert_allclose(v, v1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [lambda m: m, lambda m: [m], lambda m: [np.stack(m)[None]], np.stack, lambda m: np.stack(m)[:, None], jnp.stack],
+    ids=["flat", "nested", "4d", "(n, H, W)", "(n, 1, H, W)", "jax"],
+)
+def test_masks_may_be_nested_as_diffusers_has_them(pipe, nest):
+    masks = [np.eye(64), 1 - np.eye(64)]
+    found = entries(pipe, images=[[CAT, DOG]], masks=nest(masks))
+    same([entry.mask for entry in found], masks)
+
+
+def test_masks_are_for_pictures_of_another_shape_too(pipe):
+    [entry] = entries(pipe, images=CAT, masks=[np.eye(32, 48)], size=(64, 96))
+    assert entry.mask.shape == (64, 96)
+    with pytest.raises(InputError, match="mask 1 is 64 x 64 pixels, the picture 96 x 64"):
+        entries(pipe, images=CAT, masks=[np.eye(64)], size=(64, 96))
+
+
+# --- the unconditional branch ----------------------------------------------------------------------------------------
+
+
+def test_a_negative_picture_is_its_features_as_the_negative_branch(pipe):
+    given = np.stack([features(pipe, DOG), features(pipe, CAT)])
+    found = pipe("a cat", ip_adapter_image=CAT, negative_ip_adapter_image=DOG, **SMALL)
+    np.testing.assert_array_equal(found, pipe("a cat", ip_adapter_image_embeds=[given], **SMALL))
+    assert np.abs(found - pipe("a cat", ip_adapter_image=CAT, **SMALL)).max() > 0.01
+
+
+def test_one_negative_picture_serves_all_or_each_has_its_own(pipe):
+    one = features(pipe, DOG)
+    [entry] = entries(pipe, images=[CAT, DOG], negative=DOG)
+    np.testing.assert_allclose(entry.features()[0, 0], np.concatenate([one, one]), atol=1e-5)
+    [entry] = entries(pipe, images=[CAT, DOG], negative=[DOG, CAT])
+    np.testing.assert_allclose(entry.features()[0, 0], features(pipe, DOG, CAT), atol=1e-5)
+
+
+def uncond_pixels(uncond: str) -> np.ndarray | None:
+    """What the encoder sees; None for zeros in place of its features."""
+    zeros = np.zeros((1, 224, 224, 3), np.float32)
+    black = zeros - np.float32(CLIP_MEAN) / np.float32(CLIP_STD)
+    return {"zeros": None, "zero pixels": zeros, "black": black}[uncond]
+
+
+@pytest.mark.parametrize("uncond", ["default", "zeros", "zero pixels", "black"])
+def test_uncond_of_a_base_adapter_is_embeddings_made_by_hand(pipe, uncond):
+    pixels = uncond_pixels("zeros" if uncond == "default" else uncond)
+    positive = features(pipe, CAT)
+    negative = np.zeros_like(positive) if pixels is None else encoded(pipe, pixels)
+    expected = pipe("a cat", ip_adapter_image_embeds=[np.stack([negative, positive])], **SMALL)
+    found = pipe("a cat", ip_adapter_image=CAT, ip_adapter_uncond=uncond, **SMALL)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("uncond", ["default", "zeros", "zero pixels", "black"])
+def test_uncond_of_a_plus_adapter_is_by_default_zero_pixels(plus, uncond):
+    pixels = uncond_pixels("zero pixels" if uncond == "default" else uncond)
+    [entry] = entries(plus, images=[CAT, DOG], uncond=uncond)
+    found = np.asarray(entry.features())
+    assert found.shape == (1, 2, 2, 50, 48)
+    expected = np.zeros_like(found[0, 0]) if pixels is None else np.repeat(encoded(plus, pixels), 2, 0)
+    np.testing.assert_allclose(found[0, 0], expected, atol=1e-5)
+    np.testing.assert_array_equal(found[0, 1], features(plus, CAT, DOG))
+
+
+def test_without_guidance_there_is_one_branch(pipe):
+    for controls in ({"images": CAT}, {"embeds": [np.ones((2, 1, 40))]}):
+        [entry] = entries(pipe, guided=False, **controls)
+        assert entry.features().shape == (1, 1, 1, 40) and entry.weight.shape == (2, 1, 4)
+        assert entry.features().any()  # the positive one
+
+
+@pytest.mark.parametrize("control", [{"negative": DOG}, {"uncond": "black"}])
+def test_nothing_is_ignored_without_guidance(pipe, control):
+    with pytest.raises(InputError, match="need guidance: guidance_scale above 1"):
+        entries(pipe, guided=False, images=CAT, **control)
+
+
+@pytest.mark.parametrize(
+    ("control", "words"),
+    [({"negative": DOG}, "hold their negative branch"), ({"uncond": "black"}, "hold the negative")],
+)
+def test_embeddings_bring_their_own_negative_branch(pipe, control, words):
+    with pytest.raises(InputError, match=words):
+        entries(pipe, embeds=[np.ones((2, 1, 40))], **control)
+
+
+def test_embeddings_of_the_positive_branch_may_choose_the_other(pipe):
+    one = features(pipe, CAT)[None]
+    black, zeros = (entries(pipe, embeds=[one], uncond=uncond)[0].features() for uncond in ("black", "zeros"))
+    assert np.abs(black[0, 0]).max() > 0 and not np.asarray(zeros[0, 0]).any()
+    np.testing.assert_array_equal(black[0, 1], zeros[0, 1])
+
+
+def test_one_for_each_prompt_goes_to_every_adapter(base, pipe):
+    two = dataclasses.replace(pipe, adapters=pipe.adapters * 2)
+    made = entries(two, images=PerPrompt([CAT, DOG]), prompts=2)
+    assert [entry.keys_values()[0][0].shape[0] for entry in made] == [2, 2]
+    for controls, words in (
+        ({"embeds": PerPrompt([1, 2])}, "are the same for all prompts"),
+        ({"images": CAT, "scale": PerPrompt(["style", "linear"])}, "is not a finite number"),
+        ({"images": [CAT, DOG], "masks": [np.ones((64, 64))] * 2, "scale": PerPrompt([1, 2])}, "goes without masks"),
+    ):
+        with pytest.raises(InputError, match=words):
+            entries(pipe, prompts=2, **controls)
+
+
+WRONG = [
+    ({"images": PerPrompt([CAT, DOG, CAT])}, 1, "ip_adapter_image", "has 3 image prompts for 2 prompts"),
+    ({"images": CAT, "scale": PerPrompt([1])}, 1, "ip_adapter_scale", "PerPrompt takes one for each"),
+    ({"images": CAT, "scale": [1, 2]}, 1, "ip_adapter_scale", "has 2 values for 1 adapters"),
+    ({"images": CAT, "masks": CAT}, 1, "ip_adapter_masks", "is a list with one mask for each picture"),
+    ({"embeds": [PerPrompt([1, 2])]}, 1, "ip_adapter_image_embeds", "PerPrompt goes with ip_adapter_image"),
+    ({"images": [CAT]}, 2, "ip_adapter_image", "need as many image prompts"),
+    ({"embeds": [1]}, 2, "ip_adapter_image_embeds", "need as many image prompts"),
+    ({"images": [CAT, CAT], "negative": DOG}, 2, "negative_ip_adapter_image", "for each of the 2 adapters"),
+    ({"embeds": [np.full((2, 1, 40), 1e39)]}, 1, "ip_adapter_image_embeds", "reaches 1e+39"),
+]
+
+
+@pytest.mark.parametrize(("controls", "adapters", "name", "words"), WRONG)
+def test_arguments_are_named_as_options_on_a_command_line(pipe, controls, adapters, name, words):
+    """Here as they are called in Python."""
+    several = dataclasses.replace(pipe, adapters=pipe.adapters * adapters)
+    messages = []
+    for options in ({}, {name: "--told", "ip_adapter_image": "--told"}):
+        with said_in_options(options), pytest.raises(InputError) as caught:
+            entries(several, prompts=2, **controls)
+        messages.append(str(caught.value))
+    python, line = messages
+    assert name in python and words in python
+    assert "--told" in line and name not in line
+
+
+# --- tiles and files -------------------------------------------------------------------------------------------------
+
+
+def test_tiles_are_squares_of_one_picture(pipe):
+    wide = np.concatenate([np.asarray(Image.open(path).convert("RGB").resize((60, 60))) for path in (CAT, DOG)], axis=1)
+    found = pipe("a cat", ip_adapter_image=wide, fit="tile", **SMALL)
+    halves = pipe("a cat", ip_adapter_image=[wide[:, :60], wide[:, 60:]], **SMALL)
+    np.testing.assert_array_equal(found, halves)
+
+
+def test_embeddings_in_a_file_need_no_encoder(base, pipe, tmp_path):
+    """The very same picture; where the file holds the positive branch alone, a base adapter's negative is zeros."""
+    expected = pipe("a cat", ip_adapter_image=CAT, **SMALL)
+    positive = features(pipe, CAT)
+    without = base.with_ip_adapter(small_adapter(BASE), image_encoder=False)
+    for name, given in (("both", np.stack([np.zeros_like(positive), positive])), ("one", positive[None])):
+        save_image_embeds(tmp_path / f"{name}.safetensors", given, {"variant": "base"})
+        for place in (tmp_path / f"{name}.safetensors", str(tmp_path / f"{name}.safetensors")):
+            found = without("a cat", ip_adapter_image_embeds=[place], **SMALL)
+            np.testing.assert_array_equal(found, expected)
+    with pytest.raises(InputError, match="without an image encoder .* name the encoder with image_encoder"):
+        without("a cat", ip_adapter_image=CAT, **SMALL)
+
+
+def test_plus_adapters_need_both_branches_or_the_encoder(base, plus, tmp_path):
+    both = np.concatenate([encoded(plus, uncond_pixels("zero pixels"))[None], features(plus, CAT)[None]])
+    without = base.with_ip_adapter(small_adapter(PLUS), image_encoder=False)
+    for name, given in (("both", both), ("one", both[1:])):
+        save_image_embeds(tmp_path / f"{name}.safetensors", given, {})
+    one = tmp_path / "one.safetensors"
+    [found], [made] = entries(without, embeds=[tmp_path / "both.safetensors"]), entries(plus, embeds=[one])
+    same(found.features(), both[None])
+    np.testing.assert_allclose(made.features(), both[None], atol=1e-5)
+    assert entries(without, guided=False, embeds=[one])[0].features().shape == (1, 1, 1, 50, 48)
+    with pytest.raises(InputError, match="without an image encoder and takes embeddings of both branches"):
+        entries(without, embeds=[one])
+
+
+def test_a_file_of_another_adapters_embeddings_is_refused(pipe, tmp_path):
+    path = tmp_path / "plus.safetensors"
+    save_image_embeds(path, np.ones((2, 1, 50, 48)), {})
+    with pytest.raises(InputError, match=r"plus.safetensors of shape \(2, 1, 50, 48\): .* needs \(2, pictures, 40\)"):
+        entries(pipe, embeds=[path])
+
+
+# --- precise presets -------------------------------------------------------------------------------------------------
+
+
+def test_a_precise_preset_shows_the_other_layers_to_the_unconditional_branch_alone(recorded):
+    """By hand: two entries, the second one with its branches exchanged, which weighs nothing for the conditional."""
+    [adapter] = recorded.adapters
+    positive = features(recorded, CAT)
+    given = np.stack([np.zeros_like(positive), positive])[None]
+    kv = [
+        sampling.image_keys_values(adapter.projection, adapter.keys, adapter.params, order, np.ones((1, 1), np.float32))
+        for order in (given, given[:, ::-1])
+    ]
+    acts = np.array([t in {0, 1, 2, 3, *range(9, 16)} for t in (*range(6), *range(7, 16), 6)])  # in file order
+    weight = np.zeros((2, 2, 2, 16), np.float32)  # steps, entries, branches, sites
+    weight[:, 0] = 0.8 * acts
+    weight[:, 1, 0] = 0.8 * np.array([{4: 0.25, 5: 1.0}.get(t, 0) for t in (*range(6), *range(7, 16), 6)])
+
+    shape = (8, 8, 4)
+    batch = sampling.Batch(recorded.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
+    conditions = recorded._conditions(["a cat"], [""], 0, 7.5, 0.0, [], shape, batch)
+    masks = [np.ones((2, h * w), np.float32) for h, w in site_grids(recorded.unet.config, 8, 8)]
+    run = sample_table("ddim", recorded.schedule, 2)
+    expected, _ = sampling.run_steps(
+        functools.partial(sampling.denoise, recorded.unet, recorded.mesh, False, recorded.params["unet"]),
+        run.steps,
+        weight,
+        conditions._replace(image_kv=kv, image_masks=masks),
+        batch,
+        sampling.Start(batch.noise(shape, 0)),
+        None,
+    )
+    found = recorded("a cat", ip_adapter_image=CAT, ip_adapter_scale=Scale(0.8, "precise style"), **SMALL)
+    np.testing.assert_allclose(found, expected[:1], atol=1e-6)
+    assert (
+        np.abs(found - recorded("a cat", ip_adapter_image=CAT, ip_adapter_scale=Scale(0.8, "style"), **SMALL)).max()
+        > 0.01
+    )
+
+
+def test_a_precise_preset_without_guidance_is_the_plain_one(recorded):
+    [precise] = entries(recorded, guided=False, images=CAT, scale="precise style")
+    [plain] = entries(recorded, guided=False, images=CAT, scale="style")
+    np.testing.assert_array_equal(precise.weight, plain.weight)
+
+
+def test_weights_of_no_entries_have_their_shape(base):
+    batch = sampling.Batch(base.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
+    conditions = base._conditions(["a cat"], [""], 0, 7.5, 0.0, [], (8, 8, 4), batch)
+    assert entry_weights([], conditions, 3).shape == (3, 0, 2, 4)
+
+
+# --- nothing compiles again ------------------------------------------------------------------------------------------
+
+
+def test_no_control_compiles_again(recorded):
+    """Of one picture; the first call brings the shapes, the rest are other numbers."""
+    recorded("a cat", ip_adapter_image=CAT, **SMALL)
+    half = np.zeros((64, 64), np.uint8)
+    half[:20] = 255
+    changes = [
+        {"ip_adapter_scale": 0.3},
+        {"ip_adapter_scale": "style"},
+        {"ip_adapter_scale": {"down": 0.2, "up": {"block_1": [0, 1, 0]}}},
+        {"ip_adapter_scale": Scale(0.8, "ease in", start=0.5, steps=(1, 0))},
+        {"ip_adapter_scale": [[0.4]]},
+        {"ip_adapter_masks": [half]},
+        {"ip_adapter_masks": [255 - half], "ip_adapter_scale": [["composition"]]},
+        {"negative_ip_adapter_image": DOG},
+        {"ip_adapter_uncond": "black"},
+        {"ip_adapter_uncond": "zero pixels"},
+        {"fit": "pad"},
+        {"seed": 5, "negative_prompt": "blurry"},
+        {"guidance_scale": 3.0},
+        {"guidance_rescale": 0.7},
+    ]
+    for change in changes:
+        with compilations() as count:
+            recorded("a dog", **{"ip_adapter_image": CAT} | SMALL | change)
+        assert count() == 0, change
+
+
+def test_no_control_of_several_pictures_compiles_again(pipe):
+    pipe("a cat", ip_adapter_image=[CAT, DOG], **SMALL)
+    for change in (
+        {"ip_adapter_scale": [[0.3, 0.9]]},
+        {"ip_adapter_scale": "ease out"},
+        {"ip_adapter_image": [DOG] * 2},
+    ):
+        with compilations() as count:
+            pipe("a dog", **{"ip_adapter_image": [CAT, DOG]} | SMALL | change)
+        assert count() == 0, change

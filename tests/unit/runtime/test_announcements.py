@@ -1,0 +1,55 @@
+"""What a long command says of itself."""
+
+import logging
+import re
+import time
+
+import pytest
+
+from ipadapter_jax.runtime.announcements import FirstTime, announced, announced_if_long
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.INFO, "ipadapter_jax")
+    return lambda: [re.sub(r"[\d.]+ s$", "N s", record.getMessage()) for record in caplog.records]
+
+
+def test_before_and_after(said):
+    with announced("reading"):
+        assert said() == ["reading ..."]
+    with announced("compiling", "may take minutes"):
+        pass
+    assert said() == [
+        "reading ...",
+        "reading: done in N s",
+        "compiling (may take minutes) ...",
+        "compiling: done in N s",
+    ]
+
+
+def test_a_failure_is_not_done(said):
+    with pytest.raises(ValueError, match="no room"), announced("reading"):
+        raise ValueError("no room")
+    assert said() == ["reading ..."]
+
+
+def test_what_is_long_alone(said):
+    with announced_if_long("looking", seconds=5):
+        pass
+    assert said() == []
+    with announced_if_long("looking", seconds=0.05):
+        time.sleep(0.3)
+        assert said() == ["looking ..."]
+    assert said() == ["looking ...", "looking: done in N s"]
+
+
+def test_the_second_time_nothing_is_said(said):
+    first_time = FirstTime()
+    for what in ("compiling a", "compiling b", "compiling a"):
+        with first_time(what):
+            pass
+    assert [line for line in said() if line.endswith("...")] == [
+        "compiling a (may take minutes) ...",
+        "compiling b (may take minutes) ...",
+    ]
