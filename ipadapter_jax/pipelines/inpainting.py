@@ -5,7 +5,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from PIL import Image
 
 from ipadapter_jax.diffusion.samplers import Run
@@ -15,10 +14,8 @@ from ipadapter_jax.inputs.validation import latent_shape
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.masks import check_latent_mask, latent_mask, load_mask
+from ipadapter_jax.pipelines.noise import INITIAL, MASKED_POSTERIOR, POSTERIOR
 from ipadapter_jax.weights.load_tree import Tree
-
-# Numbers of noise draws beside those of the steps: of the picture's posterior, and of the masked picture's.
-POSTERIOR, MASKED_POSTERIOR = 2**32 - 2, 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +51,12 @@ class Canvas:
     def pixels(self) -> np.ndarray:
         """(1, H, W, 3) float32 in [-1, 1]."""
         return self.picture[None].astype(np.float32) / 127.5 - 1
+
+    @property
+    def masked_pixels(self) -> np.ndarray:
+        """`pixels` with those to paint at 0, as inpainting models are shown them."""
+        assert self.mask is not None
+        return self.pixels * (self.mask < 0.5)[None, :, :, None]
 
     def restored(self, pictures: np.ndarray) -> np.ndarray:
         """Pictures (B, H, W, 3) in [0, 1] with the very pixels of this one where the mask is black, up to 1 % of white,
@@ -95,30 +98,43 @@ def strength_of(strength: float | None, image: Any, mask: Any) -> float:
     return 1.0 if image is None or mask is not None else 0.8
 
 
+def encoded_posteriors(canvas: Canvas | None, strength: float, *, shown: bool) -> frozenset[int]:
+    """The draws of posteriors that `start` makes. An inpainting model of full strength does not begin with the image
+    itself, and is shown only the masked one."""
+    if canvas is None:
+        return frozenset()
+    if canvas.mask is None or not shown:
+        return frozenset({POSTERIOR})
+    return frozenset({MASKED_POSTERIOR} if strength == 1 else {POSTERIOR, MASKED_POSTERIOR})
+
+
 def start(
-    canvas: Canvas,
+    canvas: Canvas | None,
     vae: VAE,
     params: Tree,
     batch: sampling.Batch,
     run: Run,
-    noise: Array,
-    *,
+    encoded: frozenset[int],
+    shape: tuple[int, ...],
     strength: float,
-    shown: bool,
 ) -> sampling.Start:
-    """The canvas under noise (B, h, w, 4); noise alone where inpainting has full strength. `shown`: the UNet is an
-    inpainting one of 9 channels, which sees mask and masked picture."""
-    h, w, _ = shape = noise.shape[1:]
-    clean = sampling.encode_picture(vae, params, canvas.pixels, batch.noise(shape, POSTERIOR))
-    latents = run.level[0] * clean + run.level[1] * noise
-    if canvas.mask is None:
+    """What a run of B images begins with: noise (B, *shape), or the canvas under noise, but for inpainting of full
+    strength. `encoded` is what `encoded_posteriors` gives for the canvas."""
+    noise = batch.noise(shape, INITIAL)
+    latents, mask, kept, more_channels = noise * np.float32(run.init_noise_sigma), None, None, None
+    if canvas is None:
         return sampling.Start(latents)
-    if strength == 1:
-        latents = noise * np.float32(run.init_noise_sigma)
-    inside = np.broadcast_to(latent_mask(canvas.mask, h, w)[:, :, None], (batch.count, h, w, 1))
-    mask = batch.spread(inside)
-    if not shown:
-        return sampling.Start(latents, sampling.Kept(mask, clean, noise))
-    masked = canvas.pixels * (canvas.mask < 0.5)[None, :, :, None]
-    seen = sampling.encode_picture(vae, params, masked, batch.noise(shape, MASKED_POSTERIOR))
-    return sampling.Start(latents, more_channels=jnp.concatenate([mask, seen], axis=-1))
+    if canvas.mask is not None:
+        h, w, _ = shape
+        inside = np.broadcast_to(latent_mask(canvas.mask, h, w)[:, :, None], (batch.count, h, w, 1))
+        mask = batch.spread(inside)
+    if POSTERIOR in encoded:
+        clean = sampling.encode_picture(vae, params, canvas.pixels, batch.noise(shape, POSTERIOR))
+        if mask is None or strength < 1:
+            latents = run.level[0] * clean + run.level[1] * noise
+        if mask is not None and MASKED_POSTERIOR not in encoded:
+            kept = sampling.Kept(mask, clean, noise)
+    if mask is not None and MASKED_POSTERIOR in encoded:
+        seen = sampling.encode_picture(vae, params, canvas.masked_pixels, batch.noise(shape, MASKED_POSTERIOR))
+        more_channels = jnp.concatenate([mask, seen], axis=-1)
+    return sampling.Start(latents, kept, more_channels)

@@ -24,6 +24,7 @@ from ipadapter_jax.models.image_projections import Projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import KeyValue, UNet
 from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.pipelines.noise import Draws
 from ipadapter_jax.runtime.export_cache import keepable, kept
 from ipadapter_jax.runtime.random_keys import key
 from ipadapter_jax.weights.load_tree import Tree
@@ -60,8 +61,9 @@ def draw_noise(shape: tuple[int, ...], seeds: Array, step: Array, mesh: Mesh) ->
 class Batch:
     """The B images of one call, filled up to a multiple of the devices by repeating the last one."""
 
-    def __init__(self, mesh: Mesh, seeds: np.ndarray, prompt_of_image: np.ndarray):
-        self.mesh, self.count = mesh, len(seeds)
+    def __init__(self, mesh: Mesh, seeds: np.ndarray, prompt_of_image: np.ndarray, given: Draws | None = None):
+        """`given` noise is used instead of draws from the seeds."""
+        self.mesh, self.count, self._given = mesh, len(seeds), given or {}
         self._seeds = self.spread(seeds)
         self.prompt_of_image = self.spread(prompt_of_image)
 
@@ -71,7 +73,9 @@ class Batch:
         return jax.device_put(filled, by_image(self.mesh))
 
     def noise(self, shape: tuple[int, ...], step: int) -> Array:
-        """Standard normal rows of `shape` for a step, 0 being the initial latents."""
+        """Standard normal (B, *shape), the draw of this number (see `noise.py`)."""
+        if step in self._given:
+            return self.spread(self._given[step])
         return draw_noise(shape, self._seeds, np.uint32(step), self.mesh)
 
 

@@ -35,9 +35,10 @@ from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
 from ipadapter_jax.pipelines.image_prompts import Controls, Entry, ImagePrompt, PerPrompt, entries_of, entry_weights
-from ipadapter_jax.pipelines.inpainting import Canvas, open_canvas, start, strength_of
+from ipadapter_jax.pipelines.inpainting import Canvas, encoded_posteriors, open_canvas, start, strength_of
 from ipadapter_jax.pipelines.ip_adapter import Adapter, OpenedAdapter, Picture, open_adapter
 from ipadapter_jax.pipelines.masks import site_masks
+from ipadapter_jax.pipelines.noise import INITIAL, taken_noise
 from ipadapter_jax.pipelines.outputs import check_finite, images_of
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.memory_limits import check_room
@@ -213,7 +214,7 @@ class StableDiffusion:
         shape = self._latent_shape(*((height, width) if canvas is None else canvas.picture.shape[:2]))
         count = len(prompts) * num_images_per_prompt
         check_room(self.unet, self.vae, count, shape[:2], run, self.mesh.devices.flat, guided=guidance_scale > 1)
-        given = None if latents is None else given_latents(latents, (count, *shape), self.unet.dtype)
+        given = {} if latents is None else {INITIAL: given_latents(latents, (count, *shape), self.unet.dtype)}
         controls = Controls(
             images=ip_adapter_image,
             embeds=ip_adapter_image_embeds,
@@ -226,15 +227,13 @@ class StableDiffusion:
         entries = self._entries(controls, run, guidance_scale, shape, len(prompts))
         if return_attention_maps and not entries:
             raise InputError(f"{argument('return_attention_maps')} needs an image prompt to look at")
-        seeds = seeds_of(seed, count, used=given is None or canvas is not None or bool(np.any(run.steps.noise)))
+        seeds = seeds_of(seed, count, used=not given or canvas is not None or bool(np.any(run.steps.noise)))
+        shown = self.unet.config.in_channels != shape[-1]
+        encoded = encoded_posteriors(canvas, strength, shown=shown)
+        given |= taken_noise().draws(encoded, not given, np.asarray(run.steps.noise), (count, *shape))
 
-        batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt))
-        noise = batch.noise(shape, 0) if given is None else batch.spread(given)
-        began = sampling.Start(noise * np.float32(run.init_noise_sigma))
-        if canvas is not None:
-            shown = self.unet.config.in_channels != shape[-1]
-            params = self.params["vae"]
-            began = start(canvas, self.vae, params, batch, run, noise, strength=strength, shown=shown)
+        batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt), given)
+        began = start(canvas, self.vae, self.params["vae"], batch, run, encoded, shape, strength)
         conditions = self._conditions(
             prompts, negatives, clip_skip, guidance_scale, guidance_rescale, entries, shape, batch
         )

@@ -36,7 +36,8 @@ from ipadapter_jax.weights.key_mapping import torch_key, torch_shape
 from ipadapter_jax.weights.load_tree import Tree, leaves
 
 SEED = 150015
-ADAPTERS = Path("ip_adapter", "models")  # below a model's folder, as in the authors' repository
+# Below a model's folder, as in the authors' repository.
+ADAPTER = Path("ip_adapter", "models", "ip-adapter_sd15.safetensors")
 
 SCHEDULER: Mapping[str, Any] = {
     "_class_name": "PNDMScheduler",
@@ -173,13 +174,13 @@ def write_model(out: Path, configs: ModelConfigs, dtype: DTypeLike = "float16") 
         out / "unet": UNet(configs.unet),
         out / "vae": VAE(configs.vae),
         out / "text_encoder": CLIPText(configs.text_encoder),
-        out / ADAPTERS / "image_encoder": CLIPVision(configs.image_encoder),
+        out / ADAPTER.with_name("image_encoder"): CLIPVision(configs.image_encoder),
     }
     counts = {
         _PARTS[type(module)].component.title: write_component(folder, module, dtype)
         for folder, module in modules.items()
     }
-    counts["adapter"] = write_adapter(out / ADAPTERS / "ip-adapter_sd15.safetensors", configs, dtype)
+    counts["adapter"] = write_adapter(out / ADAPTER, configs, dtype)
     write_tokenizer(out / "tokenizer", configs.text_encoder.vocab_size)
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_model_index(out, SCHEDULER)

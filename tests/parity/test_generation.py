@@ -1,5 +1,6 @@
 """Whole generations against PyTorch diffusers on the same tiny random weights, latents, pictures and noise."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.numpy import save_file
 import ipadapter_jax.pipelines.sampling
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
-from ipadapter_jax.pipelines.inpainting import POSTERIOR
+from ipadapter_jax.testing import given_noise
 from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
 
 SAMPLERS = {
@@ -102,22 +103,21 @@ def generate(base: StableDiffusion, case: Case, folder: Path):
     return np.asarray(timesteps, np.float32), np.stack(steps), final, np.asarray(decoded)[: len(final)]
 
 
+def recorded_noise(case: Case) -> contextlib.AbstractContextManager[None]:
+    """The recorded noise, in the order in which diffusers drew it: that of an image's posterior comes first. Inpainting
+    drew that of the masked image as a third, which a UNet of four channels is not shown."""
+    noise = [nhwc(case.inputs[f"noise_{i}"]) for i in range(len(case.inputs)) if f"noise_{i}" in case.inputs]
+    if "strength" in case.meta["call"]["kwargs"]:
+        return given_noise(posterior=noise[0], initial=noise[1])
+    return given_noise(steps=noise)
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_generation_equals_diffusers(base, name, monkeypatch, tmp_path):
-    """Stochastic samplers are given the recorded noise, in the order in which it was drawn: that of a picture's
-    posterior comes before the first of the run. The recordings of PNDM, which calls the network once more than it has
-    steps, begin with the second call."""
+def test_generation_equals_diffusers(base, name, tmp_path):
+    """The recordings of PNDM, which calls the network once more than it has steps, begin with the second call."""
     case = load_case(name)
-    painted = "strength" in case.meta["call"]["kwargs"]
-
-    def recorded(batch, shape, step):
-        number = {POSTERIOR: 0, 0: 1}.get(step) if painted else step - 1
-        noise = case.inputs.get(f"noise_{number}")
-        return batch.spread(np.zeros((1, *shape), np.float32) if noise is None else nhwc(noise))
-
-    if "noise_0" in case.inputs:
-        monkeypatch.setattr(ipadapter_jax.pipelines.sampling.Batch, "noise", recorded)
-    timesteps, steps, final, decoded = generate(base, case, tmp_path)
+    with recorded_noise(case):
+        timesteps, steps, final, decoded = generate(base, case, tmp_path)
     if "PNDM" in case.meta["scheduler"]["class"]:
         timesteps, steps = timesteps[1:], steps[1:]
     case.check(timesteps=timesteps, latents_steps=nchw(steps), latents=nchw(final))

@@ -16,7 +16,8 @@ from ipadapter_jax.diffusion.samplers import SAMPLERS, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
-from ipadapter_jax.pipelines.inpainting import MASKED_POSTERIOR, POSTERIOR, Canvas
+from ipadapter_jax.pipelines.inpainting import Canvas
+from ipadapter_jax.testing import given_noise
 
 CAT, MASK = (ORACLES / "assets" / f"{name}.png" for name in ("init", "mask"))
 # Two levels of one layer each compile in a third of the time.
@@ -78,11 +79,11 @@ def test_grey_parts_of_a_mask_mix(pipe, original):
 
 def test_latents_outside_of_the_mask_are_those_of_the_picture(pipe, original):
     """The posterior of the picture, without the noise of any step."""
-    found = pipe("a cat", image=original, mask_image=half_mask(), **SMALL | {"output_type": "latent"})
+    noise = np.random.default_rng(0).standard_normal((1, 8, 8, 4), np.float32)
+    with given_noise(posterior=noise):
+        found = pipe("a cat", image=original, mask_image=half_mask(), **SMALL | {"output_type": "latent"})
     pixels = np.asarray(original, np.float32)[None] / 127.5 - 1
-    batch = ipadapter_jax.pipelines.sampling.Batch(pipe.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
-    noise = batch.noise((8, 8, 4), POSTERIOR)
-    clean = ipadapter_jax.pipelines.sampling.encode_picture(pipe.vae, pipe.params["vae"], pixels, noise)[:1]
+    clean = ipadapter_jax.pipelines.sampling.encode_picture(pipe.vae, pipe.params["vae"], pixels, noise)
     np.testing.assert_allclose(found[:, :, :4], clean[:, :, :4], atol=1e-5)
     assert np.abs(found - clean)[:, :, 4:].min(axis=-1).max() > 0.01
 
@@ -214,17 +215,18 @@ def theirs(root, kind: str, sampler: str, **kwargs):
     return nhwc(latents.detach().numpy()), pipeline.scheduler, drawn
 
 
-def ours(pipe, peer, drawn, order, monkeypatch, **kwargs):
-    """Latents from the same noise: `order` names the draws of diffusers, those of the steps come last."""
-
-    def noise(batch, shape, step):
-        number = order.index(step) if step in order else len(order) + step - 1
-        return batch.spread(nhwc(drawn[number]))
-
-    monkeypatch.setattr(ipadapter_jax.pipelines.sampling.Batch, "noise", noise)
+def ours(pipe, peer, drawn, order, **kwargs):
+    """Latents from the same noise: `order` names the draws of diffusers, those of the three steps come last."""
+    drawn = [nhwc(draw) for draw in drawn]
+    noise = dict(zip(order, drawn, strict=False))
+    if kwargs["scheduler"] in ("lcm", "euler_a"):
+        noise["steps"] = drawn[len(order) : len(order) + 3]
+    if pipe.unet.config.in_channels == 4:  # diffusers draws it and does not use it
+        noise.pop("masked_posterior", None)
     config = json.loads(json.dumps(dict(peer.config)))
     pipe = dataclasses.replace(pipe, schedule=NoiseSchedule.from_json(config))
-    return pipe(output_type="latent", **kwargs)
+    with given_noise(**noise):
+        return pipe(output_type="latent", **kwargs)
 
 
 def check(found, expected) -> None:
@@ -246,21 +248,20 @@ PEERS = {
 @pytest.mark.torch
 @pytest.mark.parametrize("peers", [4], indirect=True)
 @pytest.mark.parametrize("sampler", PEERS)
-def test_image_to_image_equals_diffusers(peers, sampler, original, monkeypatch):
+def test_image_to_image_equals_diffusers(peers, sampler, original):
     """PNDM does not: there diffusers begins with the outputs of steps that were not made."""
     _, pipe, root = peers
     picture = Image.fromarray(original)
     expected, peer, drawn = theirs(root, "Img2Img", PEERS[sampler], image=picture, strength=0.6, **CALL)
-    order = [POSTERIOR, 0]
     given = {"image": original, "strength": 0.6, "scheduler": sampler, **CALL}
-    found = ours(pipe, peer, drawn, order, monkeypatch, **given)
+    found = ours(pipe, peer, drawn, ["posterior", "initial"], **given)
     check(found, expected)
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
-def test_inpainting_equals_diffusers(peers, sampler, strength, original, monkeypatch):
+def test_inpainting_equals_diffusers(peers, sampler, strength, original):
     """With the mask shown to a UNet of nine channels, or what is outside put back after every step of one of four."""
     channels, pipe, root = peers
     mask = np.zeros((64, 64), np.uint8)
@@ -269,13 +270,10 @@ def test_inpainting_equals_diffusers(peers, sampler, strength, original, monkeyp
     call = CALL | {"num_inference_steps": steps, "strength": strength}
     images = {"image": Image.fromarray(original), "mask_image": Image.fromarray(mask)}
     expected, peer, drawn = theirs(root, "Inpaint", PEERS[sampler], height=64, width=64, **images, **call)
-    # With nine channels and full strength the picture itself is not encoded.
-    order = [0, MASKED_POSTERIOR] if (channels, strength) == (9, 1.0) else [POSTERIOR, 0, MASKED_POSTERIOR]
-    drawn = [*drawn, drawn[0]]
-    if POSTERIOR not in order:  # drawn, and not used
-        order.append(POSTERIOR)
-        drawn.insert(2, drawn[0])
-    found = ours(pipe, peer, drawn, order, monkeypatch, scheduler=sampler, **images, **call)
+    # With nine channels and full strength the image itself is not encoded.
+    order = ["initial", "masked_posterior"]
+    order = order if (channels, strength) == (9, 1.0) else ["posterior", *order]
+    found = ours(pipe, peer, drawn, order, scheduler=sampler, **images, **call)
     check(found, expected)
 
 
