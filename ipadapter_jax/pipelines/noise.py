@@ -6,7 +6,7 @@ two at the end of 32 bits are the noise of the VAE's posteriors.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextvars import ContextVar
 
 import numpy as np
@@ -14,8 +14,6 @@ import numpy as np
 from ipadapter_jax.errors import InputError
 
 INITIAL, POSTERIOR, MASKED_POSTERIOR = 0, 2**32 - 2, 2**32 - 1
-Draws = Mapping[int, np.ndarray]
-"""Draws by their number."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,10 +25,12 @@ class GivenNoise:
     initial: np.ndarray | None = None
     steps: tuple[np.ndarray, ...] = ()
 
-    def draws(self, encoded: frozenset[int], initial: bool, deviations: np.ndarray, shape: tuple[int, ...]) -> Draws:
-        """The draws for a call that draws `encoded` of the posteriors, the `initial` noise or not, and adds noise with
-        these standard deviations (steps,). Raises InputError for draws of another shape or number, or that the call
-        does not make."""
+    def by_number(
+        self, encoded: frozenset[int], initial: bool, deviations: np.ndarray, shape: tuple[int, ...]
+    ) -> dict[int, np.ndarray]:
+        """The draws by their number, for a call of `shape` (B, h, w, C) that draws the posteriors in `encoded`, the
+        `initial` noise or not, and adds noise of these standard deviations, one for each step. Raises InputError for
+        draws of another shape or number, and for those that the call does not use."""
         named = {INITIAL: self.initial, POSTERIOR: self.posterior, MASKED_POSTERIOR: self.masked_posterior}
         made = encoded | ({INITIAL} if initial else set())
         found = {number: array for number, array in named.items() if array is not None}

@@ -6,7 +6,7 @@ classifier-free guidance two, the unconditional first; row b * G + g of a networ
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,6 @@ from ipadapter_jax.models.image_projections import Projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import KeyValue, UNet
 from ipadapter_jax.models.vae import VAE
-from ipadapter_jax.pipelines.noise import Draws
 from ipadapter_jax.runtime.export_cache import keepable, kept
 from ipadapter_jax.runtime.random_keys import key
 from ipadapter_jax.weights.load_tree import Tree
@@ -61,8 +60,10 @@ def draw_noise(shape: tuple[int, ...], seeds: Array, step: Array, mesh: Mesh) ->
 class Batch:
     """The B images of one call, filled up to a multiple of the devices by repeating the last one."""
 
-    def __init__(self, mesh: Mesh, seeds: np.ndarray, prompt_of_image: np.ndarray, given: Draws | None = None):
-        """`given` noise is used instead of draws from the seeds."""
+    def __init__(
+        self, mesh: Mesh, seeds: np.ndarray, prompt_of_image: np.ndarray, given: Mapping[int, np.ndarray] | None = None
+    ):
+        """`given` holds noise by number (`noise.py`), which is used instead of draws from the seeds."""
         self.mesh, self.count, self._given = mesh, len(seeds), given or {}
         self._seeds = self.spread(seeds)
         self.prompt_of_image = self.spread(prompt_of_image)

@@ -230,7 +230,7 @@ class StableDiffusion:
         seeds = seeds_of(seed, count, used=not given or canvas is not None or bool(np.any(run.steps.noise)))
         shown = self.unet.config.in_channels != shape[-1]
         encoded = encoded_posteriors(canvas, strength, shown=shown)
-        given |= taken_noise().draws(encoded, not given, np.asarray(run.steps.noise), (count, *shape))
+        given |= taken_noise().by_number(encoded, not given, np.asarray(run.steps.noise), (count, *shape))
 
         batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt), given)
         began = start(canvas, self.vae, self.params["vae"], batch, run, encoded, shape, strength)
