@@ -121,10 +121,10 @@ FILES = [
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_key_has_its_generator_named(path):
     """A key that jax makes by itself follows the environment."""
-    if path.name == "draws.py":
+    if path.name == "random_keys.py":
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and node.attr in ("key", "PRNGKey", "wrap_key_data"):
-            assert not ast.unparse(node.value).endswith("random"), f"{path}:{node.lineno}: take draws.key"
+            assert not ast.unparse(node.value).endswith("random"), f"{path}:{node.lineno}: take random_keys.key"
         if isinstance(node, ast.ImportFrom) and node.module == "jax.random":
-            raise AssertionError(f"{path}:{node.lineno}: import jax, and take draws.key")
+            raise AssertionError(f"{path}:{node.lineno}: import jax, and take random_keys.key")
