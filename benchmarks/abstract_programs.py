@@ -13,14 +13,14 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ipadapter_jax.diffusion.sampler_table import begin
+from ipadapter_jax.diffusion.sampler_table import init_state
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
 from ipadapter_jax.models.image_projections import ImageProjConfig, example_features, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import cross_attention_sites
+from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.ops import attention_kernels
 from ipadapter_jax.pipelines import sampling
@@ -86,9 +86,9 @@ def abstract_sampler(
         return jax.tree.map(lambda x: given(np.shape(x), np.asarray(x).dtype), tree)
 
     run = sample_table("ddim", NoiseSchedule.from_json(SCHEDULER), steps, 0.0, 1.0)
-    state = jax.eval_shape(begin, given((batch, latent, latent, 4), jnp.float32))
+    state = jax.eval_shape(init_state, given((batch, latent, latent, 4), jnp.float32))
     shardings = sampling.State._make(NamedSharding(mesh, spec) for spec in sampling.STATE)
-    sites = cross_attention_sites(sizes.unet)
+    sites = cross_attention_layers(sizes.unet)
     text, image = (
         [tuple(given((1, 2, tokens, site.width), compute) for _ in "kv") for site in sites]
         for tokens in (TEXT_TOKENS, IMAGE_TOKENS)
@@ -145,7 +145,7 @@ def abstract_step(
         latent_shape=(latent, latent, 4),
         image_encoder=vision,
         projection=image_projection(projection, compute),
-        adapter=IPAdapter(tuple(site.width for site in cross_attention_sites(sizes.unet)), compute),
+        adapter=IPAdapter(tuple(site.width for site in cross_attention_layers(sizes.unet)), compute),
     )
     parts = {
         "unet": (UNET, unet),

@@ -18,7 +18,7 @@ import tyro
 
 from benchmarks.interleaved_timing import seconds_in_turns
 from ipadapter_jax import Scale, StableDiffusion
-from ipadapter_jax.models.unet_config import cross_attention_sites
+from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.pipelines import sampling
 
 GOAL = 1.10
@@ -35,7 +35,7 @@ def main(
     adapter = weights / "ip_adapter" / "models" / "ip-adapter_sd15.safetensors"
     one = pipe.with_ip_adapter(adapter)
     two = one.with_ip_adapter(adapter)
-    layers = np.linspace(0.1, 1, len(cross_attention_sites(pipe.unet.config))).tolist()
+    layers = np.linspace(0.1, 1, len(cross_attention_layers(pipe.unet.config))).tolist()
     left = np.zeros((size, size))
     left[:, : size // 2] = 1
     picture = np.zeros((224, 224, 3))

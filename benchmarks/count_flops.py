@@ -18,7 +18,7 @@ import tyro
 from benchmarks.abstract_programs import as_on
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.runtime.flops import count_flops
 from ipadapter_jax.weights.components import UNET, template_of
@@ -31,7 +31,7 @@ def unet_flops(
 ) -> Counter[str]:
     """One call for one latent (height, width), the keys and values of text and image prompt made in it."""
     unet = UNet(config)
-    adapter = IPAdapter(tuple(site.width for site in cross_attention_sites(config)))
+    adapter = IPAdapter(tuple(site.width for site in cross_attention_layers(config)))
 
     def call(unet_params, adapter_params, latents, time, text, tokens):
         text_kv = unet.apply({"params": unet_params}, text, method=UNet.text_kv)

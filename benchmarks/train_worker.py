@@ -70,12 +70,12 @@ class Ours:
     def __init__(self, settings: Settings):
         import jax
 
-        from ipadapter_jax.runtime.malloc import keep_freed_memory, on_cpu_alone
+        from ipadapter_jax.runtime.malloc import disable_trim, on_cpu_alone
         from ipadapter_jax.train import config as recipe
 
         self.settings, self.dtype = settings, settings.dtype
         if on_cpu_alone():
-            keep_freed_memory()  # as the trainer does
+            disable_trim()  # as the trainer does
         if self.dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")
         encoder = settings.weights / ADAPTER.parent / "image_encoder"
@@ -102,11 +102,11 @@ class Ours:
         from ipadapter_jax.train.sharding import make_mesh, replicated
         from ipadapter_jax.train.state import initial_state, state_shardings
         from ipadapter_jax.train.step import make_step
-        from ipadapter_jax.weights.components import IMAGE_ENCODER, read_blueprint
+        from ipadapter_jax.weights.components import IMAGE_ENCODER, read_component_config
 
         encoded = None
         if self.settings.inputs == "precomputed":
-            encoded = Encoded(read_blueprint(IMAGE_ENCODER, encoder / "config.json").config, None)
+            encoded = Encoded(read_component_config(IMAGE_ENCODER, encoder / "config.json").config, None)
         self.mesh = make_mesh()
         loaded = load_networks(self.config, self.mesh, encoded)
         self.networks, self.frozen = loaded.networks, loaded.frozen

@@ -12,7 +12,7 @@ class InputError(ValueError):
     """Bad input: one line that names the offender and the remedy. The command line shows it and exits with 2."""
 
 
-class PictureError(InputError):
+class NonFiniteImageError(InputError):
     """A picture came out that is none; others of its batch may be good."""
 
 

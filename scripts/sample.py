@@ -19,7 +19,7 @@ from PIL import Image
 
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.diffusion.guidance import guide
-from ipadapter_jax.diffusion.sampler_table import advance, begin
+from ipadapter_jax.diffusion.sampler_table import init_state, sampler_step
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.images.preprocess import clip_pixel_values, image_grid, load_image, to_uint8
 from ipadapter_jax.models.unet import UNet
@@ -71,10 +71,10 @@ def main(
             time = jnp.full((batch,), step.timestep)
             output = apply(unet, "unet", step.input_scale * state.x, time, text_kv, [image_kv], weight)
             output = guide(output.reshape(batch, 2, *output.shape[1:]), guidance_scale)
-            return advance(step, state, output), None
+            return sampler_step(step, state, output), None
 
         table, sigma, _ = sample_table("ddim", schedule, steps)  # or another one without fresh noise: euler, unipc
-        state, _ = jax.lax.scan(body, begin(latents * sigma), table)
+        state, _ = jax.lax.scan(body, init_state(latents * sigma), table)
         decoded = apply(vae, "vae", state.x / vae.config.scaling_factor, method=VAE.decode)
         return jnp.clip(decoded / 2 + 0.5, 0, 1)
 

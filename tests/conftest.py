@@ -84,7 +84,7 @@ def memory_is_given_back() -> None:
     """A run keeps what it had, for the whole process; here that would be the sum of what the tests need."""
     from ipadapter_jax.runtime import malloc
 
-    malloc.keep_freed_memory = lambda: None
+    malloc.disable_trim = lambda: None
 
 
 @pytest.fixture(autouse=True, scope="session")

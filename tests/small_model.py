@@ -13,7 +13,7 @@ from pathlib import Path
 from helpers import ADAPTERS, IMAGE_ENCODER, TORCH_MODEL
 from safetensors.numpy import load_file, save_file
 
-from ipadapter_jax.models.unet import UNet, cross_attention_sites
+from ipadapter_jax.models.unet import UNet, cross_attention_layers
 from ipadapter_jax.testing.random_weights import write_component
 from ipadapter_jax.testing.sizes import MICRO
 
@@ -39,7 +39,7 @@ def small_model() -> Path:
 @functools.cache
 def small_adapter(name: str) -> Path:
     """A recorded adapter for it, with its image encoder beside it: the first layers, which have its width."""
-    layers = {2 * i + 1 for i in range(len(cross_attention_sites(CONFIG)))}
+    layers = {2 * i + 1 for i in range(len(cross_attention_layers(CONFIG)))}
     found = {
         key: array
         for key, array in load_file(ADAPTERS / f"{name}.safetensors").items()

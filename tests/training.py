@@ -21,7 +21,7 @@ from ipadapter_jax.images.preprocess import clip_pixels, load_image
 from ipadapter_jax.testing.random_weights import write_model
 from ipadapter_jax.testing.sizes import MICRO
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train
-from ipadapter_jax.train.networks import Loaded
+from ipadapter_jax.train.networks import LoadedNetworks
 from ipadapter_jax.train.optim import make_optimizer, trainable, view
 from ipadapter_jax.train.sharding import replicated
 from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
@@ -59,7 +59,9 @@ def recorded_draws(case: Case, step: int = 0) -> Draws:
     )
 
 
-def begun(config: Train, mesh: Mesh, loaded: Loaded, params: dict[str, Any] | None = None) -> tuple[TrainState, Any]:
+def begun(
+    config: Train, mesh: Mesh, loaded: LoadedNetworks, params: dict[str, Any] | None = None
+) -> tuple[TrainState, Any]:
     """The initial state where it belongs on the mesh, and the jitted step, which keeps it there and so is compiled
     once. `params` in place of those that were loaded."""
     mask = trainable(config.model)

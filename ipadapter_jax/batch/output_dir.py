@@ -18,16 +18,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from ipadapter_jax.batch.plan import Work
+from ipadapter_jax.batch.plan import ImageTask
 from ipadapter_jax.batch.reference_digests import Digests, Identify, of_line, replaced, to_line, without_digests
 from ipadapter_jax.batch.rows import BadRow, Row
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.runtime.announcements import announced_if_long
-from ipadapter_jax.runtime.prefetch import in_order
+from ipadapter_jax.runtime.prefetch import ordered_map
 from ipadapter_jax.storage.atomic_files import remove_leftovers, write_whole
 from ipadapter_jax.storage.config_diff import differences
 from ipadapter_jax.storage.file_lock import held_shard
-from ipadapter_jax.storage.jsonl import Lines, read_lines
+from ipadapter_jax.storage.jsonl import JsonlAppender, read_lines
 from ipadapter_jax.storage.text_files import read_json_object
 
 SETTINGS = "job.json"
@@ -41,7 +41,7 @@ class JobFolder:
     def __init__(
         self,
         out: Path,
-        works: Sequence[Work],
+        works: Sequence[ImageTask],
         settings: Mapping[str, Any],
         shard: tuple[int, int],
         identify: Identify,
@@ -58,19 +58,19 @@ class JobFolder:
         self._agree(settings, begun)
         self._remove_leftovers({*(work.picture for work in works), manifest.name, self._bad_rows.name}, shard)
         self._listed = self._listed_elsewhere(manifest, there)
-        self._manifest = Lines(manifest, lambda line: _is_first(line, there, self._listed))
+        self._manifest = JsonlAppender(manifest, lambda line: _is_first(line, there, self._listed))
 
     def compare(self) -> None:
         """Gives pictures that are there their lines, where they were lost. Raises InputError when pictures were made
         from rows or image prompts that have changed since: nobody would notice."""
-        listed: list[Work] = []
+        listed: list[ImageTask] = []
         for work in self._done:
             if work.picture in self._listed:
                 listed.append(work)
             else:
                 self.note(work)
         groups = (list(group) for _, group in itertools.groupby(listed, key=lambda work: work.row.index))
-        looking = in_order(self._changes, groups, threads=_THREADS, ahead=4 * _THREADS)
+        looking = ordered_map(self._changes, groups, threads=_THREADS, ahead=4 * _THREADS)
         with announced_if_long("looking whether image prompts have changed"), contextlib.closing(looking) as found:
             changed = [*itertools.chain.from_iterable(found)]
         if changed:
@@ -79,7 +79,7 @@ class JobFolder:
                 "pictures to have them made again, or choose another --out"
             )
 
-    def _changes(self, works: Sequence[Work]) -> list[str]:
+    def _changes(self, works: Sequence[ImageTask]) -> list[str]:
         """Of the works of one row those whose picture was made from something else, each with what is different."""
         changed = []
         for work in works:
@@ -101,11 +101,11 @@ class JobFolder:
         """Remembers what the image prompts of a row hold; for before they are read. Safe in threads."""
         self._digests[row.index] = self._identify(row, ())
 
-    def write(self, work: Work, png: bytes) -> None:
+    def write(self, work: ImageTask, png: bytes) -> None:
         """The picture, under its name when it is whole. Safe in threads."""
         write_whole(self._out / work.picture, png)
 
-    def note(self, work: Work) -> None:
+    def note(self, work: ImageTask) -> None:
         """The line of a picture that is about to be written. A kill may come between the two: a line without its
         picture is dropped by the next process, and a picture without its line would not say what it was made from."""
         self._manifest.add(_facts(work) | to_line(self._digests.get(work.row.index, ())))
@@ -168,7 +168,7 @@ class JobFolder:
 
 @contextlib.contextmanager
 def job_folder(
-    out: Path, works: Sequence[Work], settings: Mapping[str, Any], shard: tuple[int, int], identify: Identify
+    out: Path, works: Sequence[ImageTask], settings: Mapping[str, Any], shard: tuple[int, int], identify: Identify
 ) -> Iterator[JobFolder]:
     """Opens the folder of a new job or of one to go on with, and puts right what a kill has left; `works` are all works
     of this process. Raises InputError: in use, begun with other settings, made from other rows, not a job's."""
@@ -177,7 +177,7 @@ def job_folder(
         yield folder
 
 
-def _facts(work: Work) -> dict[str, Any]:
+def _facts(work: ImageTask) -> dict[str, Any]:
     row = work.row
     return {
         "picture": work.picture,

@@ -12,7 +12,7 @@ Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class ImageTask:
     """One picture to make: `picture` is its file in the folder of the job, seed and scale are those to use."""
 
     row: Row
@@ -23,7 +23,7 @@ class Work:
 
 def plan(
     rows: Sequence[Row], *, num_images: int, seed: int, scale: float, shard: tuple[int, int] = (0, 1)
-) -> list[Work]:
+) -> list[ImageTask]:
     """All pictures of the rows: NAME.png or, with several to a row, NAME-0.png, NAME-1.png and so on.
 
     Picture k of a row has the row's seed + k. A row without one has `seed` + a number that comes from its name; one
@@ -37,19 +37,19 @@ def plan(
         first = seed + _number_of(row.name) if row.seed is None else row.seed
         for k in range(num_images):
             picture = f"{row.name}.png" if num_images == 1 else f"{row.name}-{k}.png"
-            works.append(Work(row, picture, (first + k) % 2**32, scale if row.scale is None else row.scale))
+            works.append(ImageTask(row, picture, (first + k) % 2**32, scale if row.scale is None else row.scale))
     return works
 
 
 def batches(
-    items: Iterable[tuple[Work, Content]], size: int, kind: Callable[[Work, Content], Hashable]
-) -> Iterator[list[tuple[Work, Content]]]:
+    items: Iterable[tuple[ImageTask, Content]], size: int, kind: Callable[[ImageTask, Content], Hashable]
+) -> Iterator[list[tuple[ImageTask, Content]]]:
     """Batches of `size`, all of one `kind`: one shape each. The last batch of each kind may be smaller; whoever wants
     one shape for all fills it up. The order is kept among the rows of a kind.
 
     Lazy: takes an item when it needs it.
     """
-    waiting: dict[Hashable, list[tuple[Work, Content]]] = {}
+    waiting: dict[Hashable, list[tuple[ImageTask, Content]]] = {}
     for item in items:
         own = kind(*item)
         batch = waiting.setdefault(own, [])
@@ -59,7 +59,7 @@ def batches(
     yield from waiting.values()
 
 
-def by_images(work: Work, content: object) -> int:
+def by_images(work: ImageTask, content: object) -> int:
     """The kind of a row: how many image prompts it has."""
     return len(work.row.images)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ipadapter_jax.batch.output_dir import job_folder
-from ipadapter_jax.batch.plan import Work, batches, by_images
+from ipadapter_jax.batch.plan import ImageTask, batches, by_images
 from ipadapter_jax.batch.reference_digests import Identify, of_files
 from ipadapter_jax.batch.rows import BadRow, Row
-from ipadapter_jax.errors import InputError, PictureError
-from ipadapter_jax.runtime.preemption import STOPPED, Stopping
-from ipadapter_jax.runtime.prefetch import in_order, submit
+from ipadapter_jax.errors import InputError, NonFiniteImageError
+from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED, GracefulShutdown
+from ipadapter_jax.runtime.prefetch import ordered_map, submit
 
 Content = TypeVar("Content")
 Picture = TypeVar("Picture")
@@ -26,7 +26,7 @@ _IN_FLIGHT = 2  # batches that may be unwritten when another is begun: the devic
 
 
 @dataclasses.dataclass
-class Tally:
+class BatchProgress:
     """Of one process: pictures in all, those that were there before, bad rows so far (whose pictures count in all the
     same), pictures made now, and whether it was stopped before the end."""
 
@@ -39,24 +39,24 @@ class Tally:
     @property
     def code(self) -> int:
         """The exit code."""
-        return STOPPED if self.stopped else 0
+        return EXIT_PREEMPTED if self.stopped else 0
 
 
 def run_job(
-    works: Sequence[Work],
+    works: Sequence[ImageTask],
     out: Path,
     *,
     settings: Mapping[str, Any],
     batch_size: int,
     load: Callable[[Row], Content],
-    make: Callable[[list[tuple[Work, Content]]], Sequence[Picture]],
-    encode: Callable[[Work, Picture], bytes],
+    make: Callable[[list[tuple[ImageTask, Content]]], Sequence[Picture]],
+    encode: Callable[[ImageTask, Picture], bytes],
     bad: Sequence[BadRow] = (),
     shard: tuple[int, int] = (0, 1),
-    kind: Callable[[Work, Content], Hashable] = by_images,
+    kind: Callable[[ImageTask, Content], Hashable] = by_images,
     identify: Identify | None = None,
-    on_progress: Callable[[Tally], None] = lambda tally: None,
-) -> Tally:
+    on_progress: Callable[[BatchProgress], None] = lambda tally: None,
+) -> BatchProgress:
     """Makes the works whose picture is not in `out` yet, or those until SIGTERM or Ctrl-C. `folder` says what else is
     left there. For the main thread.
 
@@ -64,7 +64,7 @@ def run_job(
     load: what is needed of a row's files, called once a row, ahead of time, in threads; an InputError makes it a bad
       row, which the next one replaces. A few batches of what it returns are in memory.
     make: the pictures of a batch, all of one `kind`, by default that of the number of image prompts; the last ones of a
-      kind are smaller. They need not be computed when it returns. A PictureError costs the picture alone.
+      kind are smaller. They need not be computed when it returns. A NonFiniteImageError costs the picture alone.
     encode: a picture as PNG, in threads, while the next batch is made.
     bad: rows that cannot be used, as `read_rows` found; process 0 reports them.
     identify: what a row's image prompts hold, in threads; by default digests of its files. Pictures whose image prompts
@@ -76,8 +76,8 @@ def run_job(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(job_folder(out, works, settings, shard, identify or of_files()))
         folder.report(found)
-        tally = Tally(total=len(works), before=len(works) - len(folder.pending), bad=found)
-        stop = stack.enter_context(Stopping())
+        tally = BatchProgress(total=len(works), before=len(works) - len(folder.pending), bad=found)
+        stop = stack.enter_context(GracefulShutdown())
         writers = stack.enter_context(ThreadPoolExecutor(_THREADS))
 
         def look_and_load(row: Row) -> Content:
@@ -87,7 +87,7 @@ def run_job(
         items = stack.enter_context(contextlib.closing(_loaded(folder.pending, look_and_load, 2 * batch_size, found)))
         writing: deque[list[Future[None]]] = deque()
 
-        def write(work: Work, picture: Picture) -> None:
+        def write(work: ImageTask, picture: Picture) -> None:
             folder.write(work, encode(work, picture))
 
         def finish(most: int) -> None:
@@ -114,15 +114,15 @@ def run_job(
 
 
 def _made(
-    batch: list[tuple[Work, Content]],
-    make: Callable[[list[tuple[Work, Content]]], Sequence[Picture]],
+    batch: list[tuple[ImageTask, Content]],
+    make: Callable[[list[tuple[ImageTask, Content]]], Sequence[Picture]],
     bad: list[BadRow],
-) -> list[tuple[Work, Picture]]:
+) -> list[tuple[ImageTask, Picture]]:
     """The works of a batch with their pictures; those that come out as none, which only single ones tell, are left out
     and added to `bad`."""
     try:
         return list(zip((work for work, _ in batch), make(batch), strict=True))
-    except PictureError as error:
+    except NonFiniteImageError as error:
         if len(batch) == 1:
             bad.append(BadRow(batch[0][0].row.line, str(error)))
             return []
@@ -130,18 +130,18 @@ def _made(
 
 
 def _loaded(
-    works: Sequence[Work], load: Callable[[Row], Content], ahead: int, bad: list[BadRow]
-) -> Generator[tuple[Work, Content], None, None]:
+    works: Sequence[ImageTask], load: Callable[[Row], Content], ahead: int, bad: list[BadRow]
+) -> Generator[tuple[ImageTask, Content], None, None]:
     """The works with what `load` gives for their rows; rows that it refuses are left out and added to `bad`."""
 
-    def attempt(group: list[Work]) -> tuple[list[Work], Content | InputError]:
+    def attempt(group: list[ImageTask]) -> tuple[list[ImageTask], Content | InputError]:
         try:
             return group, load(group[0].row)
         except InputError as error:
             return group, error
 
     groups = (list(group) for _, group in itertools.groupby(works, key=lambda work: work.row.index))
-    with contextlib.closing(in_order(attempt, groups, threads=_THREADS, ahead=ahead)) as attempts:
+    with contextlib.closing(ordered_map(attempt, groups, threads=_THREADS, ahead=ahead)) as attempts:
         for group, content in attempts:
             if isinstance(content, InputError):
                 bad.append(BadRow(group[0].row.line, str(content)))

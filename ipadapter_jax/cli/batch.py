@@ -4,14 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from ipadapter_jax.cli.batch_options import HELP_JOB, Many
+from ipadapter_jax.cli.batch_options import HELP_JOB, BatchOptions
 from ipadapter_jax.cli.option_types import Positional
 from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING
 from ipadapter_jax.errors import InputError
 
 
 @dataclasses.dataclass(kw_only=True)
-class Batch(Many):
+class Batch(BatchOptions):
     """Makes pictures for every row of a list, on all devices, into a folder.
 
     The same command goes on after any stop, kill -9 included, without making a picture twice or losing one. Rows that

@@ -10,7 +10,7 @@ HELP_JOB = ("batch_size", "process", "processes")
 
 
 @dataclasses.dataclass(kw_only=True)
-class Many(Sampling):
+class BatchOptions(Sampling):
     """Options of every command that makes many pictures."""
 
     num_images: int = 1

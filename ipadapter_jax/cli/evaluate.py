@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from ipadapter_jax.cli.batch_options import HELP_JOB, Many
+from ipadapter_jax.cli.batch_options import HELP_JOB, BatchOptions
 from ipadapter_jax.cli.option_types import Positional
 from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING, refuse
 from ipadapter_jax.errors import InputError
@@ -14,7 +14,7 @@ from ipadapter_jax.weights import bundled
 
 
 @dataclasses.dataclass(kw_only=True)
-class Evaluate(Many):
+class Evaluate(BatchOptions):
     """Makes pictures from image prompts as the paper does (empty text, 4 each, 50 steps of DDIM, guidance 7.5) and
     scores them: CLIP-I, CLIP-T, diversity, CLIP-FID. With --images-from it scores what other programs have made.
 
@@ -73,7 +73,9 @@ class Evaluate(Many):
         if source == out or source in out.parents:
             raise InputError(f"--out {self.out} lies in {self.data}, whose pictures are prompts; give another folder")
         if self.images_from is not None:
-            painting = [field.name for field in dataclasses.fields(Many) if field.name not in ("process", "processes")]
+            painting = [
+                field.name for field in dataclasses.fields(BatchOptions) if field.name not in ("process", "processes")
+            ]
             refuse(self, (*painting, "with_caption"), "on the images of --images-from", "leave --images-from out")
         elif self.adapter is None:
             raise InputError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipadapter_jax.data.packed_strings import Strings, printable
+from ipadapter_jax.data.packed_strings import PackedStrings, printable
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.nearby_paths import nearby
 from ipadapter_jax.storage.paths import expanded
@@ -25,7 +25,7 @@ class Files:
     """Files below a folder: `names` are relative to `root`, with forward slashes."""
 
     root: Path
-    names: Strings
+    names: PackedStrings
 
     def __len__(self) -> int:
         return len(self.names)
@@ -34,7 +34,7 @@ class Files:
         return os.path.join(self.root, self.names[index])
 
     def matching(self, pattern: re.Pattern[str]) -> "Files":
-        return Files(self.root, Strings(name for name in self.names if pattern.search(name)))
+        return Files(self.root, PackedStrings(name for name in self.names if pattern.search(name)))
 
     def identity(self, kind: str, records: int) -> dict[str, Any]:
         """What `Source.identity` promises."""
@@ -67,7 +67,7 @@ def find_files(path: str) -> Files:
         )
     if not names:
         raise InputError(f"{path}: no files here; give a folder of pictures or shards")
-    return Files(Path(root), Strings(sorted(names)))
+    return Files(Path(root), PackedStrings(sorted(names)))
 
 
 def check_there(path: str) -> None:

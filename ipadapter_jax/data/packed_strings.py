@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 
-class Strings(Sequence[str]):
+class PackedStrings(Sequence[str]):
     """An immutable list of strings that takes their UTF-8 and 8 bytes each, and pickles as fast as it copies."""
 
     def __init__(self, strings: Iterable[str]):

@@ -16,7 +16,7 @@ HISTORY = 5  # outputs that most samplers remember, this step's among them
 BASIS = ("x", "kept", "output", *(f"m{k}" for k in range(HISTORY)))  # m0 is this step's, m1 the step's before
 
 
-class Steps(NamedTuple):
+class SamplerTable(NamedTuple):
     """What each step needs, every field (num_steps, ...): a scan walks the leading axis."""
 
     timestep: np.ndarray | Array  # float32, given to the network
@@ -31,8 +31,8 @@ class Steps(NamedTuple):
 X, KEPT, OUTPUT, M0, M1, M2, M3, M4 = np.eye(len(BASIS))  # a weighted sum of the basis, as a row of weights
 
 
-class Row(NamedTuple):
-    """One step as a sampler makes it; fields as those of `Steps`, `weights` and `kept` as rows of weights."""
+class SamplerStep(NamedTuple):
+    """One step as a sampler makes it; fields as those of `SamplerTable`, `weights` and `kept` as rows of weights."""
 
     timestep: float
     weights: np.ndarray
@@ -51,12 +51,12 @@ class State(NamedTuple):
     memory: Array
 
 
-def begin(x: Array, length: int = len(BASIS)) -> State:
+def init_state(x: Array, length: int = len(BASIS)) -> State:
     """The state before the first step, for a table whose rows of weights have this length."""
     return State(x, jnp.zeros_like(x), jnp.zeros((length - 4, *x.shape), x.dtype))
 
 
-def advance(step: Steps, state: State, output: Array, noise: Array | None = None) -> State:
+def sampler_step(step: SamplerTable, state: State, output: Array, noise: Array | None = None) -> State:
     """One step, whose fields hold scalars: the network's output at `step.input_scale * state.x` -> the next state.
 
     noise is standard normal of x's shape, and needed where `step.noise` is not 0.

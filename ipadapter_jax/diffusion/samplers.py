@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ipadapter_jax.diffusion.sampler_table import Row, Steps
+from ipadapter_jax.diffusion.sampler_table import SamplerStep, SamplerTable
 from ipadapter_jax.diffusion.samplers_alpha import ddim, ddpm, lcm, pndm
 from ipadapter_jax.diffusion.samplers_sigma import dpm_solver_pp_2m, euler, euler_ancestral, unipc
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.suggestions import meant
 
-SAMPLERS: Mapping[str, Callable[..., tuple[list[Row], float]]] = {
+SAMPLERS: Mapping[str, Callable[..., tuple[list[SamplerStep], float]]] = {
     "ddim": ddim,
     "ddpm": ddpm,
     "pndm": pndm,
@@ -29,7 +29,7 @@ class Run(NamedTuple):
     """The steps of a run; what standard normal latents are multiplied with before the first one; and, where a picture
     is painted over, how much of it and of the noise there is then, (2,)."""
 
-    steps: Steps
+    steps: SamplerTable
     init_noise_sigma: float
     level: np.ndarray
 
@@ -61,7 +61,7 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
             "noise": [row.noise for row in rows],
             "level": [*(row.level for row in rows[1:]), (1.0, 0.0)],
         }
-        steps = Steps(**{name: np.asarray(value, np.float32) for name, value in fields.items()})
+        steps = SamplerTable(**{name: np.asarray(value, np.float32) for name, value in fields.items()})
     for name, field in steps._asdict().items():
         if name != "clip" and not np.isfinite(field).all():
             raise InputError(
@@ -71,7 +71,7 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
     return Run(steps, init, np.asarray(rows[0].level, np.float32))
 
 
-def _weights(rows: list[Row]) -> list[tuple[np.ndarray, ...]]:
+def _weights(rows: list[SamplerStep]) -> list[tuple[np.ndarray, ...]]:
     """Of x and kept, all of one length: a sampler that looks far back has longer ones."""
     length = max(len(row) for step in rows for row in (step.weights, step.kept))
     return [tuple(np.pad(row, (0, length - len(row))) for row in (step.weights, step.kept)) for step in rows]

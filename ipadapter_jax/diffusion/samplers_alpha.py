@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ipadapter_jax.diffusion.sampler_table import KEPT, M0, M1, M2, M3, M4, OUTPUT, Row, X
+from ipadapter_jax.diffusion.sampler_table import KEPT, M0, M1, M2, M3, M4, OUTPUT, SamplerStep, X
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.config_fields import shown
@@ -48,7 +48,7 @@ def _ends(
     return [(t, float(a[t]), float(a[end]) if end >= 0 else last) for t, end in zip(timesteps, ends, strict=True)]
 
 
-def ddim(schedule: NoiseSchedule, num_steps: int, first: int = 0, eta: float = 0.0) -> tuple[list[Row], float]:
+def ddim(schedule: NoiseSchedule, num_steps: int, first: int = 0, eta: float = 0.0) -> tuple[list[SamplerStep], float]:
     """arXiv 2010.02502, equation 12; eta 0 is deterministic, 1 has the variance of DDPM (equation 16)."""
     rows = []
     timesteps, last = schedule.timesteps(num_steps), float(schedule.final_alpha_cumprod)
@@ -56,11 +56,11 @@ def ddim(schedule: NoiseSchedule, num_steps: int, first: int = 0, eta: float = 0
         sigma = eta * np.sqrt(max((1 - b) / (1 - a) * (1 - a / b), 0.0))
         direction = np.sqrt(max(1 - b - sigma**2, 0.0))
         weights = np.sqrt(b) * M0 + direction * epsilon(schedule, a)
-        rows.append(Row(t, weights, clean(schedule, a), level(a), sigma))
+        rows.append(SamplerStep(t, weights, clean(schedule, a), level(a), sigma))
     return rows[first:], 1.0
 
 
-def ddpm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
+def ddpm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[SamplerStep], float]:
     """arXiv 2006.11239, equation 7, with the variance beta~."""
     rows = []
     levels = [a for _, a, _ in _ends(schedule, schedule.timesteps(num_steps), num_steps, 1.0)]
@@ -68,11 +68,11 @@ def ddpm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[
         ratio = a / b
         mean = np.sqrt(b) * (1 - ratio) / (1 - a) * M0 + np.sqrt(ratio) * (1 - b) / (1 - a) * X
         noise = np.sqrt(max((1 - b) / (1 - a) * (1 - ratio), 1e-20)) if t > 0 else 0.0
-        rows.append(Row(t, mean, clean(schedule, a), level(a), noise))
+        rows.append(SamplerStep(t, mean, clean(schedule, a), level(a), noise))
     return rows[first:], 1.0
 
 
-def pndm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
+def pndm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[SamplerStep], float]:
     """PNDM, arXiv 2202.09778: Runge-Kutta for the first three steps, four calls of the network each, then linear
     multistep. With `skip_prk_steps` (PLMS, Stable Diffusion's) the first step is made twice instead, the second time
     with the mean of both outputs, so that a run has one call more than steps."""
@@ -108,28 +108,28 @@ def _multistep(now: np.ndarray, before: Sequence[np.ndarray]) -> np.ndarray:
     return sum((w * output for w, output in zip(order, past, strict=False)), 0 * now)
 
 
-def _plms(schedule: NoiseSchedule, timesteps: np.ndarray, stride: int) -> list[Row]:
+def _plms(schedule: NoiseSchedule, timesteps: np.ndarray, stride: int) -> list[SamplerStep]:
     begin, *rest = timesteps
     rows = []
     for i, t in enumerate([begin, *rest[:1], *rest]):
         here = level(float(schedule.alphas_cumprod[t]))
         if i == 1:  # again, from the sample before the first step
             weights = _transfer(schedule, KEPT, (M0 + M1) / 2, t + stride, t)
-            rows.append(Row(t, weights, (0.0, 1.0), here))
+            rows.append(SamplerStep(t, weights, (0.0, 1.0), here))
         else:  # the second call's output is never used again: the first one's lies one place further back
             before = ([], [], [M2], [M1, M3], [M1, M2, M4])[i] if i < 5 else [M1, M2, M3]
             weights = _transfer(schedule, X, _multistep(M0, before), t, t - stride)
-            rows.append(Row(t, weights, (0.0, 1.0), here, kept=X))
+            rows.append(SamplerStep(t, weights, (0.0, 1.0), here, kept=X))
     return rows
 
 
-def _runge_kutta(schedule: NoiseSchedule, timesteps: np.ndarray, stride: int) -> list[Row]:
+def _runge_kutta(schedule: NoiseSchedule, timesteps: np.ndarray, stride: int) -> list[SamplerStep]:
     """Three steps of fourth order, whose first outputs, up to 12 calls back, begin the linear multistep."""
     x, kept, _, *m = np.eye(3 + 13)
     half, rows = stride // 2, []
 
     def call(t: int, weights: np.ndarray, kept: np.ndarray) -> None:
-        rows.append(Row(t, weights, (0.0, 1.0), level(float(schedule.alphas_cumprod[t])), kept=kept))
+        rows.append(SamplerStep(t, weights, (0.0, 1.0), level(float(schedule.alphas_cumprod[t])), kept=kept))
 
     for start, end in itertools.pairwise(timesteps[:4]):
         middle = end + half
@@ -146,7 +146,7 @@ def _runge_kutta(schedule: NoiseSchedule, timesteps: np.ndarray, stride: int) ->
 _LCM_SIGMA = 0.5  # sigma_data
 
 
-def lcm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
+def lcm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[SamplerStep], float]:
     """Latent consistency models, arXiv 2310.04378, for networks that were distilled so."""
     most, total = schedule.original_inference_steps, schedule.num_train_timesteps  # steps of its distillation
     if not 1 <= most <= total:
@@ -165,7 +165,7 @@ def lcm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[R
         skip = _LCM_SIGMA**2 / (time**2 + _LCM_SIGMA**2)
         denoised = time / np.sqrt(time**2 + _LCM_SIGMA**2) * M0 + skip * X
         if end is None:
-            rows.append(Row(t, denoised, clean(schedule, a), level(a)))
+            rows.append(SamplerStep(t, denoised, clean(schedule, a), level(a)))
         else:
-            rows.append(Row(t, np.sqrt(end) * denoised, clean(schedule, a), level(a), float(np.sqrt(1 - end))))
+            rows.append(SamplerStep(t, np.sqrt(end) * denoised, clean(schedule, a), level(a), float(np.sqrt(1 - end))))
     return rows[first:], 1.0

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ipadapter_jax.diffusion.sampler_table import KEPT, M0, M1, M2, Row, X
+from ipadapter_jax.diffusion.sampler_table import KEPT, M0, M1, M2, SamplerStep, X
 from ipadapter_jax.diffusion.samplers_alpha import clean
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, argument
@@ -55,12 +55,12 @@ def _sigma_clean(schedule: NoiseSchedule, sigma: float) -> tuple[float, float]:
     ]
 
 
-def _sigma_row(schedule: NoiseSchedule, timestep: float, weights: np.ndarray, sigma: float) -> Row:
+def _sigma_row(schedule: NoiseSchedule, timestep: float, weights: np.ndarray, sigma: float) -> SamplerStep:
     scale = 1 / np.sqrt(sigma**2 + 1)
-    return Row(timestep, weights, _sigma_clean(schedule, sigma), (1.0, sigma), input_scale=scale)
+    return SamplerStep(timestep, weights, _sigma_clean(schedule, sigma), (1.0, sigma), input_scale=scale)
 
 
-def euler(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
+def euler(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[SamplerStep], float]:
     """The first-order step along dx / dsigma = (x - x0) / sigma (arXiv 2206.00364, algorithm 2 without churn)."""
     timesteps, sigmas, init = _euler_sigmas(schedule, num_steps)
     rows = []
@@ -70,7 +70,7 @@ def euler(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list
     return rows[first:], init
 
 
-def euler_ancestral(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
+def euler_ancestral(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[SamplerStep], float]:
     """The same down to a smaller sigma, and noise up again."""
     timesteps, sigmas, init = _euler_sigmas(schedule, num_steps)
     rows = []
@@ -122,7 +122,7 @@ class _Point(NamedTuple):
         return cls(alpha, sigma * alpha, np.inf if sigma == 0 else -np.log(sigma))
 
 
-def dpm_solver_pp_2m(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
+def dpm_solver_pp_2m(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[SamplerStep], float]:
     """DPM-Solver++ (2M), arXiv 2211.01095, algorithm 2: second order, the first and last steps first order."""
     timesteps, sigmas = _multistep_sigmas(schedule, num_steps)
     if schedule.use_karras_sigmas:  # onto whole ones, and for this noise schedule down to them
@@ -137,11 +137,11 @@ def dpm_solver_pp_2m(schedule: NoiseSchedule, num_steps: int, first: int = 0) ->
         if schedule.solver_order > 1 and i > first and not final:
             r = (s.lam - points[i - 1].lam) / h
             weights = weights - 0.5 * e.alpha * np.expm1(-h) * (M0 - M1) / r
-        rows.append(Row(timesteps[i], weights, clean(schedule, s.alpha**2), (s.alpha, s.sigma)))
+        rows.append(SamplerStep(timesteps[i], weights, clean(schedule, s.alpha**2), (s.alpha, s.sigma)))
     return rows, 1.0
 
 
-def unipc(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[Row], float]:
+def unipc(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[SamplerStep], float]:
     """UniPC of order 2, arXiv 2302.04867, in the data prediction: at each step the new output first corrects the sample
     (UniC), from which the next one is predicted (UniP)."""
     timesteps, sigmas = _multistep_sigmas(schedule, num_steps)
@@ -166,7 +166,7 @@ def unipc(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list
         if order == 2:
             r = (points[i - 1].lam - s.lam) / h
             weights = weights - e.alpha * _b(schedule, h) * 0.5 * (M1 - M0) / r
-        rows.append(Row(timesteps[i], weights, clean(schedule, s.alpha**2), (s.alpha, s.sigma), kept=sample))
+        rows.append(SamplerStep(timesteps[i], weights, clean(schedule, s.alpha**2), (s.alpha, s.sigma), kept=sample))
         before = order
     return rows, 1.0
 

@@ -21,7 +21,7 @@ from ipadapter_jax.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisi
 from ipadapter_jax.pipelines.sampling import by_image, device_mesh, replicated
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.storage.atomic_files import sha256
-from ipadapter_jax.weights.components import Opened, choose_files, open_component, read_json
+from ipadapter_jax.weights.components import LazyComponent, choose_files, open_component, read_json
 from ipadapter_jax.weights.formats.tensor_files import files_of
 from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.load_tree import Tree
@@ -40,7 +40,7 @@ _BATCH = 64  # pictures or captions that the networks read at once, on all devic
 class OpenedScorer:
     """A scoring CLIP whose parts fit, still unread."""
 
-    opened: Opened
+    opened: LazyComponent
     tokenizer: Tokenizer
 
     @property

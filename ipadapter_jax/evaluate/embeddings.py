@@ -17,7 +17,7 @@ from ipadapter_jax.evaluate.clip_scorer import Scorer
 from ipadapter_jax.evaluate.metrics import Embedded, embedded_of
 from ipadapter_jax.evaluate.prompts import Reference
 from ipadapter_jax.images.preprocess import clip_pixels, load_image
-from ipadapter_jax.runtime.prefetch import in_order
+from ipadapter_jax.runtime.prefetch import ordered_map
 from ipadapter_jax.storage.atomic_files import write_whole
 from ipadapter_jax.storage.text_files import parse_json
 from ipadapter_jax.weights.formats.safetensors_writer import safetensors_chunks
@@ -88,7 +88,7 @@ def _squares(chunk: Chunk, side: int) -> Iterator[np.ndarray]:
         picture: Image.Image = item.picture() if isinstance(item, Reference) else load_image(item)
         return clip_pixels(picture, side)
 
-    return in_order(square, every, threads=_THREADS, ahead=2 * _THREADS)
+    return ordered_map(square, every, threads=_THREADS, ahead=2 * _THREADS)
 
 
 def _inputs(chunk: Chunk, clip: dict[str, Any]) -> str:

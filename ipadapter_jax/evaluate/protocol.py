@@ -37,7 +37,7 @@ TABLE = (
 )
 
 
-def departures(
+def protocol_deviations(
     *, data: Mapping[str, Any], pictures: int, is_reference: bool, prefix: str, made: Mapping[str, Any] | None
 ) -> list[str]:
     """Each thing that was done otherwise than in the paper, in a line. data: `References.identity`; made: settings of

@@ -27,7 +27,7 @@ figcaption { font-size: 13px } pre { background: #f6f6f6; padding: .8em; overflo
 """
 
 
-def page(results: Results, about: Mapping[str, Any], departures: Sequence[str], is_reference: bool) -> str:
+def page(results: Results, about: Mapping[str, Any], protocol_deviations: Sequence[str], is_reference: bool) -> str:
     """The page. about: settings, versions and digests as JSON."""
     prompts, each = results.scores.clip_i.shape
     parts = [
@@ -37,7 +37,7 @@ def page(results: Results, about: Mapping[str, Any], departures: Sequence[str], 
         _table(results),
         f"<p>In brackets: 95 % intervals over image prompts (bootstrap of {DRAWS:,} draws, seed {SEED}). Rows of the "
         "paper: arXiv 2308.06721, Table 1, which has no intervals.</p>",
-        _departures(departures),
+        _departures(protocol_deviations),
         "<h2>Distributions over image prompts</h2>",
         *(_histogram(TITLES[name], values) for name, values in results.scores.of_prompts().items()),
         *_examples(results),

@@ -44,7 +44,7 @@ def _cut(text: str, font: Font, width: float) -> str:
     return f"{text.rstrip()} ..."
 
 
-def heated(picture: Image.Image, heat: np.ndarray) -> Image.Image:
+def overlay_heatmap(picture: Image.Image, heat: np.ndarray) -> Image.Image:
     """The picture in grey under its heat (H, W): from blue, the least of the map, over white to red, the most."""
     low, high = float(heat.min()), float(heat.max())
     share = (heat - low) / (high - low) if high > low else np.full_like(heat, 0.5)

@@ -24,7 +24,7 @@ from ipadapter_jax.models.layers import (
     timestep_embedding,
 )
 from ipadapter_jax.models.transformer import KeyValue, Transformer
-from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.ops.attention import Entry
 
 
@@ -67,7 +67,7 @@ class UNet(nn.Module):
 
         R is the rows of the keys and values, B or a multiple: with two branches of guidance, row b * 2 + g is branch g
         of latent b, and all that comes before the first cross-attention is computed once for both. text_kv holds
-        (k, v), each (R, S, C), per site of `cross_attention_sites`. image_kv holds the same for every image entry, and
+        (k, v), each (R, S, C), per site of `cross_attention_layers`. image_kv holds the same for every image entry, and
         image_weight[entry][site] that entry's weight there: a scalar or what broadcasts to (R, L, 1).
         """
         return self.at(latents, self.time_shifts(timesteps), text_kv, image_kv, image_weight)
@@ -104,13 +104,13 @@ class UNet(nn.Module):
         """Text states (B, S, D) -> (k, v), each (B, S, C), per site in file order: once per prompt."""
         blocks = {block.name: block for block in (*self.down_blocks, *self.up_blocks, self.mid_block)}
         text = text.astype(self.dtype)
-        return [blocks[site.block].attentions[site.index].text_kv(text) for site in cross_attention_sites(self.config)]
+        return [blocks[site.block].attentions[site.index].text_kv(text) for site in cross_attention_layers(self.config)]
 
     @staticmethod
     def maps_of(collection: Mapping[str, Any], config: UNetConfig) -> list[list[Array]]:
         """The collection "maps" of a call as attention (R, L, N) to the tokens of every image entry, per entry and
         site."""
-        sites = cross_attention_sites(config)
+        sites = cross_attention_layers(config)
         blocks = [collection[site.block][f"attentions_{site.index}"]["transformer_blocks_0"] for site in sites]
         return [list(entry) for entry in zip(*(block["attn2"]["images"] for block in blocks), strict=True)]
 
@@ -120,7 +120,7 @@ class UNet(nn.Module):
 
     def _contexts(self, text_kv, image_kv, image_weight) -> dict[str, Iterator[list[Entry]]]:
         """Per block an iterator over its sites' attention entries: the text first, then every image entry."""
-        sites = cross_attention_sites(self.config)
+        sites = cross_attention_layers(self.config)
         blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
         entries: dict[str, list[list[Entry]]] = {str(block.name): [] for block in blocks}
         for s, site in enumerate(sites):

@@ -79,7 +79,7 @@ _IGNORED = {"dropout", "split_head_dim", "use_memory_efficient_attention"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class CrossAttentionLayer:
     """One cross-attention: its block's name, its number inside the block, its width C, its level of resolution, 0 being
     the finest."""
 
@@ -89,21 +89,25 @@ class Site:
     level: int
 
 
-def cross_attention_sites(config: UNetConfig) -> tuple[Site, ...]:
+def cross_attention_layers(config: UNetConfig) -> tuple[CrossAttentionLayer, ...]:
     """All cross-attentions in file order: down, up, mid (the order in which diffusers registers its processors)."""
     sites = []
     for level, kind in enumerate(config.down_block_types):
         if kind == "CrossAttnDownBlock2D":
             width = config.block_out_channels[level]
-            sites += [Site(f"down_blocks_{level}", i, width, level) for i in range(config.layers_per_block)]
+            sites += [
+                CrossAttentionLayer(f"down_blocks_{level}", i, width, level) for i in range(config.layers_per_block)
+            ]
     for block, kind in enumerate(config.up_block_types):
         if kind == "CrossAttnUpBlock2D":
             width = config.block_out_channels[::-1][block]
             level = config.levels - 1 - block
-            sites += [Site(f"up_blocks_{block}", i, width, level) for i in range(config.layers_per_block + 1)]
-    return (*sites, Site("mid_block", 0, config.block_out_channels[-1], config.levels - 1))
+            sites += [
+                CrossAttentionLayer(f"up_blocks_{block}", i, width, level) for i in range(config.layers_per_block + 1)
+            ]
+    return (*sites, CrossAttentionLayer("mid_block", 0, config.block_out_channels[-1], config.levels - 1))
 
 
 def site_grids(config: UNetConfig, h: int, w: int) -> list[tuple[int, int]]:
     """Per site the rows and columns of its queries for latents of h x w: every level halves, rounding up."""
-    return [(-(-h // 2**site.level), -(-w // 2**site.level)) for site in cross_attention_sites(config)]
+    return [(-(-h // 2**site.level), -(-w // 2**site.level)) for site in cross_attention_layers(config)]

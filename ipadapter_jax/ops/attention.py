@@ -12,7 +12,7 @@ from jax import Array
 
 from ipadapter_jax.ops.attention_kernels import kernel_for
 from ipadapter_jax.ops.attention_xla import Heads, by_head, chunked, dense
-from ipadapter_jax.ops.batch_sharding import knows_own_rows, on_own_rows, row_devices
+from ipadapter_jax.ops.batch_sharding import batch_shards, is_batch_sharded, shard_map_batch
 
 # Logits of fewer elements than this are formed at once; above it the queries are walked in chunks (memory on
 # accelerators, cache on a CPU).
@@ -38,7 +38,7 @@ def attend(query: Array, entries: Sequence[Entry], num_heads: int, *, causal: bo
     if not others and not causal and _is_one(weight):
         kernel = kernel_for(query.shape, key.shape, num_heads, query.dtype)
         if kernel is not None:
-            return on_own_rows(kernel, query, key, value)
+            return shard_map_batch(kernel, query, key, value)
     batch, length, _ = query.shape
     q = _split_heads(query, num_heads)
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
@@ -77,9 +77,9 @@ def _written_out(q: Array, entries: Sequence[Heads], causal: bool) -> Array:
     """Attention with its logits in memory, or a part of them at a time: float32 (B, heads, L, d)."""
     batch, heads, length, _ = q.shape
     keys = sum(entry.key.shape[2] for entry in entries)
-    if jax.default_backend() == "cpu" and length * keys > _CPU_HEAD_LOGITS and knows_own_rows() and not causal:
-        return on_own_rows(by_head, q, entries)
+    if jax.default_backend() == "cpu" and length * keys > _CPU_HEAD_LOGITS and is_batch_sharded() and not causal:
+        return shard_map_batch(by_head, q, entries)
     if causal or batch * heads * length * keys <= _DENSE_LOGITS:
         return dense(q, entries, causal)
-    logits_per_query = -(-batch // row_devices()) * heads * keys  # on each device
+    logits_per_query = -(-batch // batch_shards()) * heads * keys  # on each device
     return chunked(q, entries, max(128, _ACCELERATOR_CHUNK_LOGITS // logits_per_query))

@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
-from ipadapter_jax.ops.batch_sharding import knows_own_rows
+from ipadapter_jax.ops.batch_sharding import is_batch_sharded
 
 Kernel = Callable[[Array, Array, Array], Array]
 """Queries (B, L, C), keys and values (B, S, C) -> softmax(q k^T / sqrt(d)) v for every head, (B, L, C)."""
@@ -31,7 +31,7 @@ def kernel_for(query: Sequence[int], key: Sequence[int], num_heads: int, dtype: 
     """The kernel for queries (B, L, C) and keys (B, S, C) on this process's devices, or None where there is none."""
     platform, (_, length, width), positions = jax.default_backend(), query, key[1]
     depth = width // num_heads
-    if jnp.dtype(dtype).itemsize != 2 or platform not in _FEWEST_POSITIONS or not knows_own_rows():
+    if jnp.dtype(dtype).itemsize != 2 or platform not in _FEWEST_POSITIONS or not is_batch_sharded():
         return None
     if min(length, positions) < _FEWEST_POSITIONS[platform]:
         return None

@@ -15,25 +15,25 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 
-def rows_over(mesh: Mesh) -> AbstractContextManager:
+def batch_sharded(mesh: Mesh) -> AbstractContextManager:
     """Says, while a function is traced for the compiler to spread, that rows lie over all axes of the mesh."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def knows_own_rows() -> bool:
-    """Whether `on_own_rows` is free: on one device, on each device of a shard_map, or within `rows_over`."""
+def is_batch_sharded() -> bool:
+    """Whether `shard_map_batch` is free: on one device, on each device of a shard_map, or within `batch_sharded`."""
     return jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
 
 
-def on_own_rows(function: Callable[..., Array], *arguments: Any) -> Array:
+def shard_map_batch(function: Callable[..., Array], *arguments: Any) -> Array:
     """function(*arguments), arrays (B, ...) or trees of them, by each device on its rows."""
     spread = _spread()
-    if row_devices() == 1:
+    if batch_shards() == 1:
         return function(*arguments)
     return jax.shard_map(function, in_specs=P(spread), out_specs=P(spread), check_vma=False)(*arguments)
 
 
-def row_devices() -> int:
+def batch_shards() -> int:
     """Over how many devices the compiler is to spread the rows of what is traced, as far as that is known."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in _spread())

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ipadapter_jax.ops.batch_sharding import row_devices
+from ipadapter_jax.ops.batch_sharding import batch_shards
 from ipadapter_jax.ops.convolution import convolve
 
 # Of the picture, on each accelerator: with fewer, forming the sums of the kernel takes longer than they save
@@ -26,7 +26,7 @@ def convolve_upsampled(height: int, width: int, x: Array, kernel: Array, *_: Any
     """Stands in for jax.lax.conv_general_dilated once its size is given: x (B, h, w, C), kernel (3, 3, C, C') ->
     (B, height, width, C')."""
     batch, h, w = x.shape[:3]
-    many = jax.default_backend() != "cpu" and batch * h * w >= _FEWEST_POSITIONS * row_devices()
+    many = jax.default_backend() != "cpu" and batch * h * w >= _FEWEST_POSITIONS * batch_shards()
     if many and (height, width) == (2 * h, 2 * w):
         return convolve_doubled(x, kernel, **options)
     return convolve(upsample_nearest(x, height, width), kernel, (1, 1), ((1, 1), (1, 1)), **options)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.models.unet_config import Site
+from ipadapter_jax.models.unet_config import CrossAttentionLayer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class AttentionMaps:
     """
 
     maps: Sequence[Sequence[np.ndarray]]
-    sites: Sequence[Site]
+    sites: Sequence[CrossAttentionLayer]
     grids: Sequence[tuple[int, int]]
     timesteps: np.ndarray
     count: int

@@ -14,7 +14,7 @@ from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.arrays import is_array, plain
 from ipadapter_jax.inputs.validation import Uncond, check_range
 from ipadapter_jax.models.unet import KeyValue
-from ipadapter_jax.models.unet_config import Site
+from ipadapter_jax.models.unet_config import CrossAttentionLayer
 from ipadapter_jax.pipelines.ip_adapter import Adapter, Picture, Prepared
 from ipadapter_jax.pipelines.masks import check_inside, load_mask
 from ipadapter_jax.pipelines.sampling import Conditions
@@ -69,7 +69,7 @@ class Controls:
 def entries_of(
     controls: Controls,
     adapters: Sequence[Adapter],
-    sites: Sequence[Site],
+    sites: Sequence[CrossAttentionLayer],
     num_steps: int,
     guided: bool,
     size: tuple[int, int],
@@ -148,7 +148,7 @@ class _Plan:
     adapter: Adapter
     features: Callable[[], Array]
     count: int
-    sites: Sequence[Site]
+    sites: Sequence[CrossAttentionLayer]
     num_steps: int
     branches: int
     num_prompts: int

@@ -17,10 +17,10 @@ from ipadapter_jax.inputs.validation import Uncond, as_floats
 from ipadapter_jax.models.image_projections import Projection, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import KeyValue
-from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.storage.paths import expanded
-from ipadapter_jax.weights.components import Loaded, Opened
+from ipadapter_jax.weights.components import LazyComponent, LoadedComponent
 from ipadapter_jax.weights.hub import check_revision, path_here
 from ipadapter_jax.weights.image_embeds import load_image_embeds
 from ipadapter_jax.weights.image_encoder import open_image_encoder
@@ -53,7 +53,7 @@ class Adapter:
     projection: Projection
     keys: IPAdapter
     params: dict[str, Tree]
-    loaded_encoder: Loaded | None
+    loaded_encoder: LoadedComponent | None
     source: Path
 
     def keys_values(self, features: Array, weight: np.ndarray) -> list[KeyValue]:
@@ -169,7 +169,7 @@ class Adapter:
         return sampling.encode_image(encoder.module, patches, encoder.params, pixels)
 
     @property
-    def encoder(self) -> Loaded:
+    def encoder(self) -> LoadedComponent:
         """Its image encoder. Raises InputError when it was opened without."""
         if self.loaded_encoder is None:
             raise InputError(
@@ -205,7 +205,7 @@ class OpenedAdapter:
     """An adapter file and its image encoder, which fit a UNet with cross-attentions of these widths; still unread."""
 
     file: IPAdapterFile
-    encoder: Opened | None
+    encoder: LazyComponent | None
     widths: tuple[int, ...]
 
     def load(self, dtype: Any, put: Callable, attached: Sequence[Adapter]) -> Adapter:
@@ -235,7 +235,7 @@ def open_adapter(
         check_revision(path, revision, "adapter")  # else it may be meant for the encoder
     local = adapter_file(path, revision)
     file = open_ip_adapter(local)
-    widths = tuple(site.width for site in cross_attention_sites(unet))
+    widths = tuple(site.width for site in cross_attention_layers(unet))
     check_base(file, unet.cross_attention_dim, widths)
     check_ip_adapter(file, widths)
     if image_encoder is False:

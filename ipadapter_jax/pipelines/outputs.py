@@ -5,16 +5,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ipadapter_jax.errors import PictureError
+from ipadapter_jax.errors import NonFiniteImageError
 from ipadapter_jax.images.preprocess import to_uint8
 from ipadapter_jax.pipelines.inpainting import Canvas
 
 
 def check_finite(rows: np.ndarray, what: str) -> None:
-    """Raises PictureError naming which of the images (B, ...) is not finite; others of its batch may be good."""
+    """Raises NonFiniteImageError naming which of the images (B, ...) is not finite; others of its batch may be good."""
     bad = [str(i) for i, row in enumerate(rows) if not np.isfinite(row).all()]
     if bad:
-        raise PictureError(
+        raise NonFiniteImageError(
             f"{what} {', '.join(bad[:20])} of {len(rows)}, counted from 0, is not finite: float16 overflowed or the "
             "weights are damaged; try bfloat16 or float32"
         )
@@ -22,7 +22,7 @@ def check_finite(rows: np.ndarray, what: str) -> None:
 
 def images_of(decoded: np.ndarray, output_type: str, canvas: Canvas | None) -> Any:
     """What the decoder gives (B, H, W, 3), about [-1, 1], as "np" or "pil", with the pixels of a canvas outside of its
-    mask. Raises PictureError as `check_finite`."""
+    mask. Raises NonFiniteImageError as `check_finite`."""
     check_finite(decoded, "image")
     pixels = np.clip(decoded / 2 + 0.5, 0.0, 1.0)
     if canvas is not None:

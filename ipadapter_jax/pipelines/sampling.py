@@ -18,13 +18,13 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from ipadapter_jax.diffusion.guidance import guide
-from ipadapter_jax.diffusion.sampler_table import State, Steps, advance, begin
+from ipadapter_jax.diffusion.sampler_table import SamplerTable, State, init_state, sampler_step
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
 from ipadapter_jax.models.image_projections import Projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import KeyValue, UNet
 from ipadapter_jax.models.vae import VAE
-from ipadapter_jax.runtime.export_cache import keepable, kept
+from ipadapter_jax.runtime.export_cache import export_cached, register_serializable
 from ipadapter_jax.runtime.random_keys import key
 from ipadapter_jax.weights.load_tree import Tree
 
@@ -80,20 +80,20 @@ class Batch:
         return draw_noise(shape, self._seeds, np.uint32(step), self.mesh)
 
 
-@kept(2)
+@export_cached(2)
 def encode_prompt(text_encoder: CLIPText, clip_skip: int, params: Tree, input_ids: Array) -> Array:
     """Token ids (P, S) -> text states (P, S, D), without the last `clip_skip` layers."""
     return _apply(text_encoder, params, input_ids, clip_skip).last_hidden_state
 
 
-@kept(2)
+@export_cached(2)
 def encode_image(encoder: CLIPVision, patches: bool, params: Tree, pixel_values: Array) -> Array:
     """Normalised pixels (n, H, W, 3) -> embeddings (n, F), or with `patches` the penultimate states (n, L, F)."""
     output = _apply(encoder, params, pixel_values)
     return output.hidden_states[-2] if patches else output.image_embeds
 
 
-@kept(2)
+@export_cached(2)
 def image_keys_values(
     projection: Projection, adapter: IPAdapter, params: Tree, features: Array, weight: Array
 ) -> list[KeyValue]:
@@ -111,7 +111,7 @@ def image_keys_values(
     return [(by_prompt(k), (by_prompt(v) * of_token).astype(v.dtype)) for k, v in rows]
 
 
-@kept(1)
+@export_cached(1)
 def text_keys_values(unet: UNet, params: Tree, text: Array) -> list[KeyValue]:
     """Text states (P, G, S, D) -> per site keys and values (P, G, S, C)."""
     rows = _apply(unet, params, text.reshape(-1, *text.shape[2:]), method=UNet.text_kv)
@@ -151,12 +151,12 @@ class Start(NamedTuple):
 class Inputs(NamedTuple):
     """What each of n steps takes, along the leading axis: a scan walks it."""
 
-    steps: Steps
+    steps: SamplerTable
     noise: Array | None  # (n, B, h, w, 4) for stochastic samplers
     image_weight: ArrayLike  # (n, E, G, s)
 
 
-keepable(State, Steps, Conditions, Kept, Inputs)
+register_serializable(State, SamplerTable, Conditions, Kept, Inputs)
 
 _BY_IMAGE = P("data")
 STATE: Any = State._make((_BY_IMAGE, _BY_IMAGE, P(None, "data")))  # over the devices, by image
@@ -169,7 +169,7 @@ def placed(state: State, mesh: Mesh) -> State:
     return jax.device_put(state, State._make(NamedSharding(mesh, spec) for spec in STATE))
 
 
-@kept(3)
+@export_cached(3)
 def denoise(
     unet: UNet,
     mesh: Mesh,
@@ -204,7 +204,7 @@ def denoise(
                 output = guide(output, conditions.guidance_scale, conditions.guidance_rescale)
             else:
                 output = output[:, 0]
-            state = advance(step, state, output, inputs.noise)
+            state = sampler_step(step, state, output, inputs.noise)
             if kept is not None:
                 original = step.level[0] * kept.latents + step.level[1] * kept.noise
                 state = state._replace(x=kept.mask * state.x + (1 - kept.mask) * original)
@@ -249,7 +249,7 @@ OnStep = Callable[[int, float, Array], None]
 
 def run_steps(
     denoise: Callable,
-    steps: Steps,
+    steps: SamplerTable,
     image_weight: np.ndarray,
     conditions: Conditions,
     batch: Batch,
@@ -259,7 +259,7 @@ def run_steps(
     """All steps in one call of `denoise` (without its first four arguments), or with `on_step` one call per step: final
     latents and, where `denoise` gives them, the attention maps of all steps as numpy arrays."""
     stochastic, total = bool(np.any(steps.noise)), len(steps.timestep)
-    state, seen = placed(begin(start.latents, steps.weights.shape[-1]), batch.mesh), []
+    state, seen = placed(init_state(start.latents, steps.weights.shape[-1]), batch.mesh), []
     length = total if on_step is None else 1
     for first in range(0, total, length):
         part = slice(first, first + length)
@@ -273,7 +273,7 @@ def run_steps(
     return state.x, jax.tree.map(lambda *parts: np.concatenate(parts)[:, : batch.count], *seen)
 
 
-@kept(1)
+@export_cached(1)
 def encode_picture(vae: VAE, params: Tree, images: Array, noise: Array) -> Array:
     """Pictures (n, H, W, 3) in [-1, 1] and standard normal noise (B, h, w, 4) -> latents (B, h, w, 4), drawn from the
     posterior of picture 0, or each of its own."""
@@ -281,7 +281,7 @@ def encode_picture(vae: VAE, params: Tree, images: Array, noise: Array) -> Array
     return vae.config.scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
 
 
-@kept(2)
+@export_cached(2)
 def decode(vae: VAE, mesh: Mesh, params: Tree, latents: Array) -> Array:
     """Latents (B, h, w, 4) -> pictures (B, H, W, 3) float32 about [-1, 1], one at a time to bound the memory."""
 

@@ -12,7 +12,7 @@ from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.arrays import is_array, to_numpy
 from ipadapter_jax.inputs.suggestions import likeliest
 from ipadapter_jax.inputs.validation import is_number
-from ipadapter_jax.models.unet_config import Site
+from ipadapter_jax.models.unet_config import CrossAttentionLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ _CROSSED: Mapping[str, Mapping[int, float]] = {
 }
 
 
-def scale_table(scale: Any, sites: Sequence[Site], num_steps: int) -> ScaleTable:
+def scale_table(scale: Any, sites: Sequence[CrossAttentionLayer], num_steps: int) -> ScaleTable:
     """A number, a preset's name, diffusers' dictionary or a `Scale` as weights. Raises InputError naming the fault."""
     if isinstance(scale, str | Mapping):
         scale = Scale(layers=scale)
@@ -133,7 +133,7 @@ def _step_factors(scale: Scale, num_steps: int) -> np.ndarray:
     return factors * active
 
 
-def _layer_factors(layers: Any, sites: Sequence[Site]) -> np.ndarray:
+def _layer_factors(layers: Any, sites: Sequence[CrossAttentionLayer]) -> np.ndarray:
     """(s,) in file order."""
     if isinstance(layers, str):
         return _preset(layers, sites)
@@ -156,14 +156,14 @@ def _layer_factors(layers: Any, sites: Sequence[Site]) -> np.ndarray:
     return factors[[place.t for place in _places(sites)]]
 
 
-def _places(sites: Sequence[Site]) -> list[Place]:
+def _places(sites: Sequence[CrossAttentionLayer]) -> list[Place]:
     """Per site in file order (down, up, mid)."""
     parts = [site.block.partition("_")[0] for site in sites]
     executed = sorted(range(len(sites)), key=lambda s: ("down", "mid", "up").index(parts[s]))  # sorting is stable
     return [Place(executed.index(s), len(sites), part) for s, part in enumerate(parts)]
 
 
-def _preset(name: str, sites: Sequence[Site]) -> np.ndarray:
+def _preset(name: str, sites: Sequence[CrossAttentionLayer]) -> np.ndarray:
     if name not in PRESETS:
         near = likeliest(str(name), PRESETS)
         meant = f"did you mean {near!r}?" if near else f"choose {', '.join(PRESETS)}"
@@ -180,7 +180,7 @@ def _preset(name: str, sites: Sequence[Site]) -> np.ndarray:
     )
 
 
-def _blocks(tree: Mapping[str, Any], sites: Sequence[Site]) -> np.ndarray:
+def _blocks(tree: Mapping[str, Any], sites: Sequence[CrossAttentionLayer]) -> np.ndarray:
     """diffusers' dictionary: a number for a part or a block, or a list with one for each layer of a block; a list for a
     part goes to each of its blocks."""
     found = np.zeros(len(sites))

@@ -30,7 +30,7 @@ from ipadapter_jax.inputs.validation import (
 )
 from ipadapter_jax.models.clip import CLIPText
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import cross_attention_sites, site_grids
+from ipadapter_jax.models.unet_config import cross_attention_layers, site_grids
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
@@ -193,7 +193,7 @@ class StableDiffusion:
 
         Returns PIL images ("pil"), a float array (B, H, W, 3) in [0, 1] ("np") or the final latents ("latent"), with
         return_attention_maps in a pair with `AttentionMaps`. Raises InputError before anything is compiled when an
-        argument cannot be used or would have no effect, PictureError when what comes out is not finite.
+        argument cannot be used or would have no effect, NonFiniteImageError when what comes out is not finite.
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         numbers = guidance_scale, guidance_rescale, eta, strength, height, width
@@ -250,7 +250,7 @@ class StableDiffusion:
         if maps is None:
             return found
         maps = [seen for seen, entry in zip(maps, entries, strict=True) if not entry.crossed]
-        sites, grids = cross_attention_sites(self.unet.config), site_grids(self.unet.config, *shape[:2])
+        sites, grids = cross_attention_layers(self.unet.config), site_grids(self.unet.config, *shape[:2])
         return found, AttentionMaps(maps, sites, grids, np.asarray(run.steps.timestep), count)
 
     def _canvas(
@@ -266,7 +266,7 @@ class StableDiffusion:
         self, controls: Controls, run: Run, guidance_scale: float, shape: tuple[int, ...], prompts: int
     ) -> list[Entry]:
         scale, steps = self.vae.config.downscale, len(run.steps.timestep)
-        sites, size = cross_attention_sites(self.unet.config), (shape[0] * scale, shape[1] * scale)
+        sites, size = cross_attention_layers(self.unet.config), (shape[0] * scale, shape[1] * scale)
         return entries_of(controls, self.adapters, sites, steps, guidance_scale > 1, size, prompts, scale)
 
     def _conditions(

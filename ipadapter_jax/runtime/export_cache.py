@@ -40,7 +40,7 @@ class _Call(NamedTuple):
     settings: tuple[Any, ...]
 
 
-class KeptProgram:
+class ExportedFunction:
     """A jitted function whose first `fixed` arguments are static, and whose programs are kept on disk.
 
     Where a program cannot be kept or read, it is traced as usual: `jitted` is the plain function.
@@ -118,12 +118,12 @@ def _read(file: Path) -> bytes | None:
     return content
 
 
-def kept(fixed: int) -> Callable[[Callable], KeptProgram]:
+def export_cached(fixed: int) -> Callable[[Callable], ExportedFunction]:
     """Decorates a pure function of which the first `fixed` arguments are static."""
-    return lambda function: KeptProgram(function, fixed)
+    return lambda function: ExportedFunction(function, fixed)
 
 
-def keepable(*kinds: type[tuple]) -> None:
+def register_serializable(*kinds: type[tuple]) -> None:
     """Lets programs be kept whose arguments or results hold these named tuples."""
     for kind in kinds:
         export.register_namedtuple_serialization(kind, serialized_name=f"{kind.__module__}.{kind.__name__}")

@@ -9,7 +9,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # parameters of glibc's mal
 _NEVER = -1  # as a size more than any
 
 
-def keep_freed_memory() -> None:
+def disable_trim() -> None:
     """Tells glibc, for the whole process, to give no memory back to the kernel; elsewhere nothing happens. To be called
     before jax has looked for devices: a thread stays with the arena that it began with.
 
@@ -25,7 +25,7 @@ def keep_freed_memory() -> None:
             mallopt(_ARENA_MAX, 1)  # of threads' own arenas, large memory always goes back
 
 
-def give_back() -> None:
+def trim() -> None:
     """Gives what is free back to the kernel, once: after work that is seldom done, whose peak would be kept for ever.
     Under glibc alone; elsewhere nothing happens."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

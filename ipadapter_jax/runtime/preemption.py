@@ -6,10 +6,10 @@ from typing import Any, Self
 
 from ipadapter_jax.storage.cleanup import restore
 
-STOPPED = 75  # the exit code that asks a scheduler to start the same command again
+EXIT_PREEMPTED = 75  # the exit code that asks a scheduler to start the same command again
 
 
-class Stopping:
+class GracefulShutdown:
     """Notices that this process is asked to stop, by SIGTERM (a scheduler's notice) or Ctrl-C.
 
         with Stopping() as stop:

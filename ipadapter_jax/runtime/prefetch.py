@@ -16,7 +16,7 @@ def submit(pool: ThreadPoolExecutor, function: Callable[..., Result], *args: obj
     return pool.submit(contextvars.copy_context().run, function, *args)
 
 
-def in_order(
+def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
 ) -> Generator[Result, None, None]:
     """`function(item)` of every item in their order; at most `ahead` results are in memory. What it raises is raised

@@ -12,7 +12,7 @@ from ipadapter_jax.storage.atomic_files import write_whole
 from ipadapter_jax.storage.text_files import parse_json
 
 
-class Lines:
+class JsonlAppender:
     """A JSONL file that is appended to; each line leaves this process at once.
 
     `found` are the lines that are there already: those that `keep` wants. All others, a last one that a killed run
@@ -47,7 +47,7 @@ class Lines:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects in a file of `Lines`, which another process may be writing: a line in part is left out."""
+    """The objects in a file of `JsonlAppender`, which another process may be writing: a line in part is left out."""
     return [value for _, value in _objects(path.read_bytes())]
 
 

@@ -27,7 +27,7 @@ from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision
 from ipadapter_jax.models.image_projections import ImageProjConfig, example_features, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.testing.sizes import SIZES, ModelConfigs
@@ -151,7 +151,7 @@ def write_adapter(path: Path, configs: ModelConfigs, dtype: DTypeLike = "float16
     """Writes a base adapter (4 tokens) in the authors' format. Returns the number of its parameters."""
     unet = configs.unet
     config = ImageProjConfig("base", configs.image_encoder.projection_dim, unet.cross_attention_dim, num_tokens=4)
-    widths = tuple(site.width for site in cross_attention_sites(unet))
+    widths = tuple(site.width for site in cross_attention_layers(unet))
     tokens = jax.ShapeDtypeStruct((1, 4, unet.cross_attention_dim), np.float32)
     parts = {
         "image_proj.": (image_projection(config), example_features(config)),

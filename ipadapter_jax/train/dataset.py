@@ -16,7 +16,7 @@ from ipadapter_jax.inputs.config_fields import typed
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.storage.paths import expanded
 from ipadapter_jax.train.config import Train
-from ipadapter_jax.train.networks import Encoded, Loaded
+from ipadapter_jax.train.networks import Encoded, LoadedNetworks
 from ipadapter_jax.train.precompute import check_cache
 from ipadapter_jax.weights.base_model import open_base_folder
 from ipadapter_jax.weights.components import IMAGE_ENCODER
@@ -69,7 +69,7 @@ def encoded_by(samples: Samples) -> Encoded | None:
     return Encoded(config, samples.zero_features())
 
 
-def check_fits(samples: Samples, config: Train, loaded: Loaded) -> None:
+def check_fits(samples: Samples, config: Train, loaded: LoadedNetworks) -> None:
     """Raises InputError, listing the differences, for precomputed features that were made for another run, and for
     validation data that need an image encoder where the training data do without."""
     if isinstance(samples, LiveSamples):

@@ -11,7 +11,7 @@ from ipadapter_jax.storage.atomic_files import write_whole
 from ipadapter_jax.storage.text_files import utf8
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.model_card import model_card
-from ipadapter_jax.train.networks import Loaded
+from ipadapter_jax.train.networks import LoadedNetworks
 from ipadapter_jax.train.optim import fill
 from ipadapter_jax.weights.component_export import save_component
 from ipadapter_jax.weights.components import UNET
@@ -20,7 +20,7 @@ from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_ad
 ADAPTER = "adapter.safetensors"
 
 
-def export(folder: Path, learnt: Any, config: Train, loaded: Loaded, about: dict[str, Any], step: int) -> None:
+def export(folder: Path, learnt: Any, config: Train, loaded: LoadedNetworks, about: dict[str, Any], step: int) -> None:
     """Writes `learnt`, a view with arrays of this process, into the folder of the run.
 
     Raises InputError when something is not finite or cannot be written; older files then stay.

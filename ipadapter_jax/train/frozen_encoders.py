@@ -15,7 +15,7 @@ from ipadapter_jax.images.preprocess import CLIP_TABLE
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.weights.base_model import open_base_folder
-from ipadapter_jax.weights.components import Loaded
+from ipadapter_jax.weights.components import LoadedComponent
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 
 
@@ -23,8 +23,8 @@ from ipadapter_jax.weights.image_encoder import open_image_encoder
 class Encoders:
     """The frozen networks on all devices of this process, and what identifies them."""
 
-    vae: Loaded
-    image_encoder: Loaded
+    vae: LoadedComponent
+    image_encoder: LoadedComponent
     patches: bool  # penultimate states rather than the embedding
     mesh: jax.sharding.Mesh
     tokenizer: Path

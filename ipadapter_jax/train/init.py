@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.models.image_projections import ImageProjConfig, example_features, image_projection
-from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.ops.fast_params import parameter_shapes
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.weights.ip_adapter_file import check_base, check_encoder, load_ip_adapter, open_ip_adapter
@@ -69,7 +69,7 @@ def initial_adapter(
 
 def _text_keys_values(unet_params: Tree, config: UNetConfig) -> Tree:
     tree: Tree = {}
-    for i, site in enumerate(cross_attention_sites(config)):
+    for i, site in enumerate(cross_attention_layers(config)):
         attention = unet_params[site.block][f"attentions_{site.index}"]["transformer_blocks_0"]["attn2"]
         kernels = {name: jnp.array(attention[name]["kernel"], jnp.float32) for name in ("to_k", "to_v")}
         tree[str(2 * i + 1)] = {f"{name}_ip": {"kernel": kernel} for name, kernel in kernels.items()}
@@ -102,7 +102,7 @@ def load_initial(path: Path, unet_config: UNetConfig, projection: ImageProjConfi
     this run, naming what differs.
     """
     file = open_ip_adapter(path)
-    widths = tuple(site.width for site in cross_attention_sites(unet_config))
+    widths = tuple(site.width for site in cross_attention_layers(unet_config))
     check_base(file, unet_config.cross_attention_dim, widths)
     if file.config.variant == projection.variant:  # else other features are no fault of the encoder
         check_encoder(file, projection.feature_dim, projection.feature_dim, "of this run")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.atomic_files import remove_leftovers, write_whole
-from ipadapter_jax.storage.jsonl import Lines, naming
+from ipadapter_jax.storage.jsonl import JsonlAppender, naming
 from ipadapter_jax.storage.text_files import decode_text, read_bytes, utf8
 
 
@@ -31,7 +31,7 @@ class RunLog:
         self, folder: Path, *, tensorboard: bool, wandb: str | None, config: Mapping[str, Any], first_step: int
     ):
         self._folder = folder
-        self._metrics = Lines(folder / "metrics.jsonl", lambda line: _is_step(line.get("step"), first_step))
+        self._metrics = JsonlAppender(folder / "metrics.jsonl", lambda line: _is_step(line.get("step"), first_step))
         self._tensorboard = _TensorBoard(folder / "tensorboard", config, first_step) if tensorboard else None
         self._wandb = _WandB(folder, wandb, config) if wandb is not None else None
 
@@ -87,7 +87,7 @@ class Skips:
     def __init__(self, path: Path, max_share: float):
         self.seen = self.bad = 0
         self._path, self._max_share = path, max_share
-        self._lines = Lines(path, lambda line: isinstance(line.get("index"), int))
+        self._lines = JsonlAppender(path, lambda line: isinstance(line.get("index"), int))
         self._listed = {line["index"] for line in self._lines.found}
 
     def add(self, rows: int, skipped: Iterable[SkippedRecord]) -> None:

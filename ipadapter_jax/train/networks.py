@@ -18,7 +18,7 @@ from ipadapter_jax.models.clip import CLIPText, CLIPVision, CLIPVisionConfig
 from ipadapter_jax.models.image_projections import Projection, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import cross_attention_sites
+from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.init import initial_adapter, load_initial, projection_config
@@ -82,7 +82,7 @@ class Networks:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Loaded:
+class LoadedNetworks:
     """Networks, the weights of the frozen ones, the initial weights of what learns, and where all came from."""
 
     networks: Networks
@@ -101,7 +101,7 @@ class Encoded:
     zero_features: np.ndarray | None  # of a zero picture, where the variant reads patches
 
 
-def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
+def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> LoadedNetworks:
     """Reads all weights, each onto its place on the mesh. With precomputed features the image encoder stays away.
 
     Raises InputError and WeightFileError as the readers do.
@@ -112,7 +112,7 @@ def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
     unet_config = opened.config("unet")
     check_text_to_image(model.base, unet_config)
     if model.init_from is not None:  # before gigabytes are read
-        widths = tuple(site.width for site in cross_attention_sites(unet_config))
+        widths = tuple(site.width for site in cross_attention_layers(unet_config))
         check_base(open_ip_adapter(adapter_file(model.init_from)), unet_config.cross_attention_dim, widths)
     parts, tokenizer, schedule = {}, opened.tokenizer, opened.schedule
     for name in BASE_COMPONENTS:
@@ -132,11 +132,11 @@ def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
     frozen["empty_ids"] = put(tokenize(tokenizer, [""], length)[0], replicated(mesh))
     params = {"unet": parts["unet"].params} if mask["unet"] else {}
     sources = {name: part.source for name, part in parts.items()}
-    base = Loaded(networks, frozen, params, tokenizer, sources, opened)
+    base = LoadedNetworks(networks, frozen, params, tokenizer, sources, opened)
     return base if model.adapter == "none" else _with_adapter(base, config, mesh, encoded)
 
 
-def _with_adapter(base: Loaded, config: Train, mesh: Mesh, encoded: Encoded | None) -> Loaded:
+def _with_adapter(base: LoadedNetworks, config: Train, mesh: Mesh, encoded: Encoded | None) -> LoadedNetworks:
     """The image encoder, unless its features are given, and the adapter's networks and initial weights."""
     model, unet, compute = config.model, base.networks.unet, jnp.dtype(config.model.dtype)
     frozen, sources = dict(base.frozen), dict(base.sources)
@@ -156,7 +156,7 @@ def _with_adapter(base: Loaded, config: Train, mesh: Mesh, encoded: Encoded | No
         depth=model.resampler_depth,
         heads=model.resampler_heads,
     )
-    widths = tuple(site.width for site in cross_attention_sites(unet.config))
+    widths = tuple(site.width for site in cross_attention_layers(unet.config))
     unet_params = base.params.get("unet", base.frozen.get("unet"))
     if model.init_from is None:  # compiled, as no process alone may hold all of a UNet that is split
         begin = functools.partial(initial_adapter, unet_config=unet.config, projection=projection, seed=config.seed)
@@ -174,7 +174,7 @@ def _with_adapter(base: Loaded, config: Train, mesh: Mesh, encoded: Encoded | No
         projection=image_projection(projection, compute),
         adapter=IPAdapter(widths, compute),
     )
-    return Loaded(networks, frozen, params, base.tokenizer, sources, base.base)
+    return LoadedNetworks(networks, frozen, params, base.tokenizer, sources, base.base)
 
 
 def latent_side(resolution: int, downscale: int, levels: int) -> int:

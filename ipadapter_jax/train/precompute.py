@@ -30,7 +30,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.runtime.announcements import FirstTime, announced
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.memory_limits import check_memory
-from ipadapter_jax.runtime.prefetch import in_order
+from ipadapter_jax.runtime.prefetch import ordered_map
 from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.storage.config_diff import differences
 from ipadapter_jax.storage.paths import check_utf8, expanded
@@ -151,7 +151,7 @@ class _Job:
         config, parts = self.config, [self.plan.shard_records(shard) for shard in shards]
         ahead = 2 * config.batch_size * self.encoders.mesh.size
         records, load = itertools.chain.from_iterable(parts), functools.partial(usable, self.samples)
-        rows = in_order(load, records, threads=config.threads, ahead=ahead)
+        rows = ordered_map(load, records, threads=config.threads, ahead=ahead)
         total, first_time = sum(map(len, parts)), FirstTime()
         with contextlib.closing(rows), tqdm.tqdm(total=total, desc="encoding", unit="sample", disable=None) as bar:
             for shard, part in zip(shards, parts, strict=True):

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from ipadapter_jax.runtime.preemption import Stopping
+from ipadapter_jax.runtime.preemption import GracefulShutdown
 
 
-class StopSignal(Stopping):
+class StopSignal(GracefulShutdown):
     """Notices that the run is asked to stop, by SIGTERM or Ctrl-C to any of its processes.
 
     with StopSignal() as stop:

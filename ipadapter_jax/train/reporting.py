@@ -11,15 +11,21 @@ from PIL import Image
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.export import export
 from ipadapter_jax.train.metrics_log import RunLog
-from ipadapter_jax.train.networks import Loaded
+from ipadapter_jax.train.networks import LoadedNetworks
 from ipadapter_jax.train.throughput import Meter, Progress, peak_flops
 
 
-class Desk:
+class Reporter:
     """Writes into the folder of a run. `flops` is what a step costs, over all devices."""
 
     def __init__(
-        self, config: Train, folder: Path, about: dict[str, Any], loaded: Loaded, first: int, flops: float | None
+        self,
+        config: Train,
+        folder: Path,
+        about: dict[str, Any],
+        loaded: LoadedNetworks,
+        first: int,
+        flops: float | None,
     ):
         self._config, self._folder, self._about, self._loaded = config, folder, about, loaded
         sources = {part: str(path) for part, path in loaded.sources.items()}  # of the Hub, with the commit

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from ipadapter_jax.images.preprocess import CLIP_TABLE
-from ipadapter_jax.ops.batch_sharding import rows_over
+from ipadapter_jax.ops.batch_sharding import batch_sharded
 from ipadapter_jax.runtime.random_keys import key
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import Networks
@@ -127,7 +127,7 @@ def make_step(
     """The jittable step (state, frozen, batch) -> (state, metrics). Donate the state."""
 
     def gradient(state: TrainState, frozen: dict[str, Any], batch: Batch, draws: Draws):
-        with rows_over(mesh):
+        with batch_sharded(mesh):
             inputs = encode(networks, gathered(frozen, mesh), batch, draws)
 
         def scaled(learnt, frozen):
@@ -136,7 +136,7 @@ def make_step(
 
         if mesh.shape["fsdp"] > 1:  # the backward pass gathers again rather than keep whole weights
             scaled = jax.checkpoint(scaled, policy=jax.checkpoint_policies.save_anything_except_these_names(_GATHERED))
-        with rows_over(mesh):
+        with batch_sharded(mesh):
             (_, loss), grads = jax.value_and_grad(scaled, has_aux=True)(state.params, frozen)
         return loss, jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
 

@@ -20,7 +20,7 @@ from ipadapter_jax.runtime import malloc
 from ipadapter_jax.runtime.announcements import FirstTime, announced
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.flops import count_flops
-from ipadapter_jax.runtime.preemption import STOPPED
+from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED
 from ipadapter_jax.runtime.random_keys import GENERATOR, recorded_generator
 from ipadapter_jax.storage.config_diff import differences
 from ipadapter_jax.storage.paths import expanded
@@ -34,7 +34,7 @@ from ipadapter_jax.train.multihost import barrier, initialize
 from ipadapter_jax.train.networks import load_networks
 from ipadapter_jax.train.optim import make_optimizer, trainable, view
 from ipadapter_jax.train.preemption import StopSignal
-from ipadapter_jax.train.reporting import Desk
+from ipadapter_jax.train.reporting import Reporter
 from ipadapter_jax.train.run_dir import agreed, run_lock, together
 from ipadapter_jax.train.sharding import by_row, check_batch, global_batch, local_rows, make_mesh, replicated, whole
 from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
@@ -57,7 +57,7 @@ def train(config: Train) -> int:
     check(config)
     warn_of_idle(config)
     if malloc.on_cpu_alone():
-        malloc.keep_freed_memory()
+        malloc.disable_trim()
     initialize(config.mesh)
     enable_compilation_cache()
     check_batch_memory(config, jax.process_count())
@@ -92,7 +92,7 @@ class Run:
             flops = self._check_cost()
         self.validation = self._validation()
         self.skips = together(lambda: Skips(folder / _of_process("skipped", "jsonl"), config.data.max_bad_share))
-        self.desk = self._in_process_0(lambda: Desk(config, folder, self.about, self.loaded, self.first, flops))
+        self.desk = self._in_process_0(lambda: Reporter(config, folder, self.about, self.loaded, self.first, flops))
         self.fault: str | None = None  # of the data that this process reads
         self.pending: deque[tuple[int, dict[str, Array]]] = deque()  # steps whose outcome nobody has looked at
 
@@ -228,7 +228,7 @@ class Run:
                 self._save(number)
             if stopping and not last:
                 log.info("told to stop: step %d is saved, the same command goes on from there", number)
-                return STOPPED
+                return EXIT_PREEMPTED
         return 0
 
     def _look(self, in_flight: int) -> None:
@@ -261,7 +261,7 @@ class Run:
         together(lambda: self.checkpoints.save(number, self.state, self.about))
         self._export(number)
         if malloc.on_cpu_alone():
-            malloc.give_back()
+            malloc.trim()
 
     def _export(self, number: int) -> None:
         learnt = whole(self.state.params if self.state.ema is None else self.state.ema, self.mesh)

@@ -23,17 +23,17 @@ from ipadapter_jax.evaluate.metrics import score
 from ipadapter_jax.images.contact_sheet import sheet
 from ipadapter_jax.images.preprocess import to_uint8
 from ipadapter_jax.models.vae import VAE
-from ipadapter_jax.ops.batch_sharding import rows_over
+from ipadapter_jax.ops.batch_sharding import batch_sharded
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.ip_adapter import Adapter
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.train.config import Log, Train
 from ipadapter_jax.train.dataset import Samples, good_sample
-from ipadapter_jax.train.networks import Loaded, Networks
+from ipadapter_jax.train.networks import LoadedNetworks, Networks
 from ipadapter_jax.train.optim import fill
 from ipadapter_jax.train.sharding import by_row, global_batch, local_rows, replicated, whole
 from ipadapter_jax.train.step import Batch, draw, encode, gathered, image_features, in_parts, posterior, row_losses
-from ipadapter_jax.weights.components import Loaded as Encoder
+from ipadapter_jax.weights.components import LoadedNetworks as Encoder
 
 BUCKETS = 4  # quarters of the timesteps, the first being the least noisy
 _SEED, _STEP = 0, 2**32 - 1  # of noise that no training step draws
@@ -45,7 +45,7 @@ _LEAST_SIDE = 192  # of an image in the grid, in pixels: labels need room
 class Validation:
     """A fixed batch, encoded once. All processes call its methods together."""
 
-    def __init__(self, config: Train, mesh: Mesh, loaded: Loaded, samples: Samples):
+    def __init__(self, config: Train, mesh: Mesh, loaded: LoadedNetworks, samples: Samples):
         self._log, self._mesh, self._loaded = config.log, mesh, loaded
         size = -(-config.log.validation_size // mesh.size) * mesh.size
         rows = local_rows(mesh, size)
@@ -126,7 +126,7 @@ def _encoded(networks: Networks, mesh: Mesh, frozen: dict[str, Any], batch: Batc
 
     def some(part: Batch) -> Batch:
         keep = jnp.zeros(part["input_ids"].shape[0], bool)
-        with rows_over(mesh):
+        with batch_sharded(mesh):
             mean, log_variance = posterior(networks, frozen, part)
             features = image_features(networks, frozen, part, keep)
         found = {"mean": mean, "logvar": log_variance, "input_ids": part["input_ids"]}
@@ -157,7 +157,7 @@ def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, dic
             draws = draw(_SEED, step, rows, networks.latent_shape, width, drop=(0.0, 0.0, 0.0))
             draws = draws._replace(timestep=bucket * width + draws.timestep)
             full = gathered(frozen, mesh)
-            with rows_over(mesh):
+            with batch_sharded(mesh):
                 return row_losses(networks, fill(learnt, full), encode(networks, full, batch, draws)).mean()
 
         return jax.lax.map(of_bucket, jnp.arange(BUCKETS))
@@ -203,7 +203,7 @@ def grid_sheet(
     return sheet(rows, note, side=max(_LEAST_SIDE, prompts.references[0].width))
 
 
-def pipeline_of(loaded: Loaded, params: dict[str, Any], mesh: Mesh) -> StableDiffusion:
+def pipeline_of(loaded: LoadedNetworks, params: dict[str, Any], mesh: Mesh) -> StableDiffusion:
     """The sampler of a run's networks with these weights."""
     networks, adapters = loaded.networks, ()
     if networks.projection is not None and networks.adapter is not None:

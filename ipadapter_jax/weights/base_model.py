@@ -18,19 +18,19 @@ from ipadapter_jax.weights.components import (
     TEXT_ENCODER,
     UNET,
     VAE_COMPONENT,
-    Blueprint,
-    Opened,
-    blueprint_of,
+    ComponentConfig,
+    LazyComponent,
     choose_files,
+    component_config,
     open_component,
     open_weights,
-    read_blueprint,
+    read_component_config,
     read_json,
 )
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.hub import check_revision, local_path, path_here
 from ipadapter_jax.weights.identify import identify
-from ipadapter_jax.weights.key_mapping import Spelling
+from ipadapter_jax.weights.key_mapping import StateDictLayout
 from ipadapter_jax.weights.layouts import single_file
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.tokenizer import Tokenizer, check_rows, load_tokenizer
@@ -73,37 +73,37 @@ class BaseModel:
         """The model's own where it is not the usual one."""
         return bundled.GUIDANCE_SCALE if self.folder == bundled.FOLDER and self.file is None else None
 
-    def blueprint(self, name: str) -> Blueprint:
+    def blueprint(self, name: str) -> ComponentConfig:
         """The settings of "unet", "vae" or "text_encoder". Raises InputError naming what is wrong with them."""
         if name not in self._blueprints:
             self._blueprints[name] = self.part(name).blueprint if name in self.replaced else self.own_blueprint(name)
         return self._blueprints[name]
 
     @functools.cached_property
-    def _blueprints(self) -> dict[str, Blueprint]:
+    def _blueprints(self) -> dict[str, ComponentConfig]:
         return {}
 
-    def own_blueprint(self, name: str) -> Blueprint:
-        found = read_blueprint(BASE_COMPONENTS[name], self.folder / name / "config.json")
+    def own_blueprint(self, name: str) -> ComponentConfig:
+        found = read_component_config(BASE_COMPONENTS[name], self.folder / name / "config.json")
         if name == "unet" and self.file is not None:
             channels = single_file.input_channels(self.parts["unet"]) or found.config.in_channels
-            found = blueprint_of(UNET, {**found.settings, "in_channels": channels}, found.path)
+            found = component_config(UNET, {**found.settings, "in_channels": channels}, found.path)
         return found
 
     def config(self, name: str) -> Any:
         return self.blueprint(name).config
 
-    def part(self, name: str) -> Opened:
+    def part(self, name: str) -> LazyComponent:
         """A network, opened once. Raises InputError or WeightFileError naming what does not fit."""
         if name not in self._opened:
             self._opened[name] = self._open(name)
         return self._opened[name]
 
     @functools.cached_property
-    def _opened(self) -> dict[str, Opened]:
+    def _opened(self) -> dict[str, LazyComponent]:
         return {}
 
-    def _open(self, name: str) -> Opened:
+    def _open(self, name: str) -> LazyComponent:
         component = BASE_COMPONENTS[name]
         if name in self.replaced:
             return _replacement(component, name, self.replaced[name], self)
@@ -122,9 +122,9 @@ class BaseModel:
                 raise
             raise WeightFileError(f"{error} A whole {component.title} can be named with {argument(name)}") from None
 
-    def _in_file(self, name: str, tensors: Mapping[str, Tensor], file: Path) -> Opened:
+    def _in_file(self, name: str, tensors: Mapping[str, Tensor], file: Path) -> LazyComponent:
         found = self.blueprint(name)
-        return open_weights(found, tensors, file, single_file_spelling(name, found.config))
+        return open_weights(found, tensors, file, single_file_layout(name, found.config))
 
     def check(self) -> None:
         """Opens all networks. Raises InputError when the parts do not belong together."""
@@ -254,16 +254,16 @@ def _settings_folder(file: Path, config: Reference | None) -> Path:
     return folder
 
 
-def single_file_spelling(name: str, config: Any) -> Spelling | None:
+def single_file_layout(name: str, config: Any) -> StateDictLayout | None:
     """How the single file spells a network; None where that is PyTorch's own."""
-    makers: Mapping[str, Callable[[Any], Spelling]] = {
+    makers: Mapping[str, Callable[[Any], StateDictLayout]] = {
         "unet": single_file.unet_spelling,
         "vae": single_file.vae_spelling,
     }
     return makers[name](config) if name in makers else None
 
 
-def _replacement(component: Component, name: str, reference: Reference, base: BaseModel) -> Opened:
+def _replacement(component: Component, name: str, reference: Reference, base: BaseModel) -> LazyComponent:
     """A part from another place: its own folder, a base model's, or a file of either layout."""
 
     def choose(names: Sequence[str]) -> Sequence[str]:
@@ -283,7 +283,7 @@ def _replacement(component: Component, name: str, reference: Reference, base: Ba
     tensors = single_file.split(str(place), tensors)[name]
     if not tensors:
         raise WeightFileError(f"{place}: holds no {component.title}; name another place")
-    return open_weights(own, tensors, place, single_file_spelling(name, own.config))
+    return open_weights(own, tensors, place, single_file_layout(name, own.config))
 
 
 def _check_fit(reference: str, unet: UNetConfig, vae: Any, text_encoder: Any) -> None:

@@ -9,14 +9,14 @@ import numpy as np
 
 from ipadapter_jax.storage.atomic_files import write_whole
 from ipadapter_jax.weights.component import Component
-from ipadapter_jax.weights.components import Opened
+from ipadapter_jax.weights.components import LazyComponent
 from ipadapter_jax.weights.formats.msgpack_writer import msgpack_chunks
 from ipadapter_jax.weights.formats.safetensors_writer import safetensors_chunks
-from ipadapter_jax.weights.key_mapping import FLAX, Spelling, torch_spelling
+from ipadapter_jax.weights.key_mapping import FLAX, StateDictLayout, torch_layout
 from ipadapter_jax.weights.key_mapping import Path as TreePath
-from ipadapter_jax.weights.lazy import Derived, Tensor, held
+from ipadapter_jax.weights.lazy import LazyTransform, Tensor, held
 from ipadapter_jax.weights.load_tree import Tree, leaves
-from ipadapter_jax.weights.verified_write import cast, write_proved
+from ipadapter_jax.weights.verified_write import cast, write_verified
 
 _METADATA = {"format": "pt"}
 
@@ -31,7 +31,7 @@ def save_component(component: Component, folder: Path, params: Tree, dtype: np.d
     write_whole(folder / "config.json", config)
 
 
-def save_opened(opened: Opened, folder: Path, dtype: np.dtype | None, *, flax: bool) -> None:
+def save_opened(opened: LazyComponent, folder: Path, dtype: np.dtype | None, *, flax: bool) -> None:
     """Writes a network that was opened, tensor by tensor, in `dtype` or as it is stored, under PyTorch's or Flax's
     names, and its config.json. Raises InputError as `save_component`."""
     _save(opened.blueprint.component, folder, our_tensors(opened), dtype, flax)
@@ -46,32 +46,32 @@ def class_name(name: str, flax: bool) -> str:
     return ("Flax" if flax else "") + name.removeprefix("Flax")
 
 
-def our_tensors(opened: Opened) -> dict[TreePath, Tensor]:
+def our_tensors(opened: LazyComponent) -> dict[TreePath, Tensor]:
     """The leaves of the network's tree, unread."""
 
-    def leaf(path: TreePath, shape: tuple[int, ...]) -> Derived:
+    def leaf(path: TreePath, shape: tuple[int, ...]) -> LazyTransform:
         tensor = opened.tensors[opened.spelling.key(path)]
-        return Derived(shape, tensor.dtype, lambda: opened.spelling.read(path, tensor.read()))
+        return LazyTransform(shape, tensor.dtype, lambda: opened.spelling.read(path, tensor.read()))
 
     return {path: leaf(path, tuple(found.shape)) for path, found in leaves(opened.blueprint.template).items()}
 
 
 def spelled(
-    ours: Mapping[TreePath, Tensor], spelling: Spelling, dtype: np.dtype | None, title: str, prefix: str = ""
+    ours: Mapping[TreePath, Tensor], spelling: StateDictLayout, dtype: np.dtype | None, title: str, prefix: str = ""
 ) -> dict[str, Tensor]:
     """The leaves of a tree under the names and with the axes of a file, in `dtype` or as they are stored."""
 
-    def entry(path: TreePath, key: str, tensor: Tensor) -> Derived:
+    def entry(path: TreePath, key: str, tensor: Tensor) -> LazyTransform:
         rounded = cast(f"{title}: {key}", tensor, dtype)
         shape = spelling.shape(path, tuple(tensor.shape))
-        return Derived(shape, rounded.dtype, lambda: spelling.write(path, rounded.read()))
+        return LazyTransform(shape, rounded.dtype, lambda: spelling.write(path, rounded.read()))
 
     keys = {path: prefix + spelling.key(path) for path in ours}
     return {key: entry(path, key, ours[path]) for path, key in keys.items()}
 
 
 def _save(component: Component, folder: Path, ours: Mapping[TreePath, Tensor], dtype: Any, flax: bool) -> None:
-    spelling = FLAX if flax else torch_spelling(component.renames)
+    spelling = FLAX if flax else torch_layout(component.renames)
     tensors = spelled(ours, spelling, dtype, component.title)
     if flax:
         chunks, name = (
@@ -80,4 +80,4 @@ def _save(component: Component, folder: Path, ours: Mapping[TreePath, Tensor], d
         )
     else:
         chunks, name = safetensors_chunks(tensors, _METADATA), f"{component.torch_stem}.safetensors"
-    write_proved(folder / name, chunks, tensors)
+    write_verified(folder / name, chunks, tensors)

@@ -23,7 +23,7 @@ from ipadapter_jax.storage.text_files import read_json_object
 from ipadapter_jax.weights import identify, unsupported_families
 from ipadapter_jax.weights.component import Component
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
-from ipadapter_jax.weights.key_mapping import FLAX, VAE_RENAMES, Spelling, torch_spelling
+from ipadapter_jax.weights.key_mapping import FLAX, VAE_RENAMES, StateDictLayout, torch_layout
 from ipadapter_jax.weights.layouts.openclip import to_transformers
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.load_tree import Tree, check_tree, load_tree
@@ -112,7 +112,7 @@ IMAGE_ENCODER = Component(
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Loaded:
+class LoadedComponent:
     """A network with its weights and the file that they came from."""
 
     module: Any
@@ -121,7 +121,7 @@ class Loaded:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Blueprint:
+class ComponentConfig:
     """A network to be: the settings in `path`, a config.json, and the configuration that they make."""
 
     component: Component
@@ -143,53 +143,53 @@ _templates: dict[Any, Tree] = {}  # tracing a UNet for its shapes takes a second
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Opened:
+class LazyComponent:
     """A network whose weights lie ready in `source`: their names and shapes fit, and nothing of them is read yet."""
 
-    blueprint: Blueprint
+    blueprint: ComponentConfig
     tensors: Mapping[str, Tensor]
-    spelling: Spelling
+    spelling: StateDictLayout
     source: Path
 
     @property
     def config(self) -> Any:
         return self.blueprint.config
 
-    def load(self, dtype: np.dtype, put: Callable = jax.device_put) -> Loaded:
+    def load(self, dtype: np.dtype, put: Callable = jax.device_put) -> LoadedComponent:
         """Reads the weights in `dtype`. Raises WeightFileError naming a tensor that is not finite there."""
         template, source = self.blueprint.template, str(self.source)
         params = load_tree(self.tensors, template, self.spelling, source=source, dtype=dtype, put=put)
-        return Loaded(self.blueprint.component.module(self.config, dtype), params, self.source)
+        return LoadedComponent(self.blueprint.component.module(self.config, dtype), params, self.source)
 
 
 def load_component(
     component: Component, folder: Path, dtype: np.dtype, variant: str | None = None, put: Callable = jax.device_put
-) -> Loaded:
+) -> LoadedComponent:
     """Reads `folder`/config.json and its weights, in `dtype`. Raises InputError or WeightFileError naming the fault."""
     return open_component(component, folder, variant).load(dtype, put)
 
 
-def open_component(component: Component, folder: Path, variant: str | None = None) -> Opened:
+def open_component(component: Component, folder: Path, variant: str | None = None) -> LazyComponent:
     """Opens `folder`/config.json and its weights. Raises InputError or WeightFileError naming the fault."""
-    blueprint = read_blueprint(component, folder / "config.json")
+    blueprint = read_component_config(component, folder / "config.json")
     _ = blueprint.template  # what is wrong with the settings is said before the weights
     source = folder / choose_weights(component, [path.name for path in folder.iterdir()], str(folder), variant)
     return open_weights(blueprint, open_tensors(source), source)
 
 
-def read_blueprint(component: Component, path: Path) -> Blueprint:
+def read_component_config(component: Component, path: Path) -> ComponentConfig:
     """From a config.json. Raises InputError naming the file and what is wrong in it."""
-    return blueprint_of(component, read_json(path), path)
+    return component_config(component, read_json(path), path)
 
 
-def blueprint_of(component: Component, settings: Mapping[str, Any], path: Path) -> Blueprint:
+def component_config(component: Component, settings: Mapping[str, Any], path: Path) -> ComponentConfig:
     """From settings that come from `path`. Raises InputError naming it and what is wrong in them, or of another network
     than this."""
     name = settings.get("_class_name")
     if isinstance(name, str) and name.removeprefix("Flax") not in component.classes:
         wanted = f"{component.kind} ({component.classes[0]})"
         raise InputError(f"{path}: this is {unsupported_families.of_class(name)}; needed is {wanted}")
-    return Blueprint(component, settings, _explained(component, path, lambda: component.config(settings)), path)
+    return ComponentConfig(component, settings, _explained(component, path, lambda: component.config(settings)), path)
 
 
 def _explained(component: Component, path: Path, build: Callable[[], Any]) -> Any:
@@ -203,8 +203,8 @@ def _explained(component: Component, path: Path, build: Callable[[], Any]) -> An
 
 
 def open_weights(
-    blueprint: Blueprint, tensors: Mapping[str, Tensor], source: Path, spelling: Spelling | None = None
-) -> Opened:
+    blueprint: ComponentConfig, tensors: Mapping[str, Tensor], source: Path, spelling: StateDictLayout | None = None
+) -> LazyComponent:
     """The tensors of `source` as this network: in `spelling`, or in Flax's or PyTorch's, whichever theirs is.
 
     Raises WeightFileError naming what does not fit, and what the file is where that is something else.
@@ -214,7 +214,7 @@ def open_weights(
     if spelling is None and any(name.endswith((".kernel", ".scale")) for name in tensors):
         spelling = FLAX
     if spelling is None:
-        spelling, tensors = torch_spelling(component.renames), _modernised(tensors, component, str(source))
+        spelling, tensors = torch_layout(component.renames), _modernised(tensors, component, str(source))
     try:
         check_tree(tensors, blueprint.template, spelling, source=str(source))
     except WeightFileError as error:
@@ -224,7 +224,7 @@ def open_weights(
         if found.name in own:
             raise
         raise WeightFileError(f"{error} It looks like {found}: {found.advice}") from None
-    return Opened(blueprint, tensors, spelling, source)
+    return LazyComponent(blueprint, tensors, spelling, source)
 
 
 def _modernised(tensors: Mapping[str, Tensor], component: Component, source: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from ipadapter_jax.inputs.validation import check_dtype
 from ipadapter_jax.storage.atomic_files import remove_leftovers_beside, replacing, write_whole
 from ipadapter_jax.storage.paths import expanded
 from ipadapter_jax.weights import identify
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, Reference, open_base, single_file_spelling
+from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, Reference, open_base, single_file_layout
 from ipadapter_jax.weights.component_export import class_name, our_tensors, save_opened, spelled
 from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_files, open_component, read_json
 from ipadapter_jax.weights.formats.safetensors_writer import DTYPES, safetensors_chunks
@@ -22,10 +22,10 @@ from ipadapter_jax.weights.hub import SUFFIXES, local_path, path_here
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_adapter_tensors
 from ipadapter_jax.weights.ip_adapter_file import IPAdapterFile, check_ip_adapter, open_ip_adapter
-from ipadapter_jax.weights.key_mapping import torch_spelling
+from ipadapter_jax.weights.key_mapping import torch_layout
 from ipadapter_jax.weights.layouts import single_file
 from ipadapter_jax.weights.lazy import Tensor
-from ipadapter_jax.weights.verified_write import write_proved
+from ipadapter_jax.weights.verified_write import write_verified
 from ipadapter_jax.weights.weight_files import choose_weights
 
 
@@ -166,7 +166,7 @@ def _convert_base(base: BaseModel, out: Path, dtype: str | None, flax: bool) -> 
         if flax:
             raise InputError(f"{out}: {argument('flax')} writes a folder; give a name without .safetensors")
         tensors = _single_file(base, _numpy(dtype))
-        write_proved(out, safetensors_chunks(tensors, {"format": "pt"}), tensors)
+        write_verified(out, safetensors_chunks(tensors, {"format": "pt"}), tensors)
     elif out.suffix in _ENDINGS:
         raise InputError(f"{out}: a base model is written as one .safetensors or as a folder; give such a name")
     else:
@@ -177,7 +177,7 @@ def _single_file(base: BaseModel, dtype: Any) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, prefix in single_file.PREFIXES.items():
         part = base.part(name)
-        spelling = single_file_spelling(name, part.config) or torch_spelling()
+        spelling = single_file_layout(name, part.config) or torch_layout()
         tensors |= spelled(our_tensors(part), spelling, dtype, part.blueprint.component.title, prefix)
     return tensors
 

@@ -21,7 +21,7 @@ from ipadapter_jax.weights.formats.torch_pickle import UNNAMED
 from ipadapter_jax.weights.identify import IMAGE_EMBEDS, UNKNOWN, identify
 from ipadapter_jax.weights.ip_adapter_file import DIGEST
 from ipadapter_jax.weights.lazy import Tensor, held
-from ipadapter_jax.weights.verified_write import write_proved
+from ipadapter_jax.weights.verified_write import write_verified
 
 POOLED, STATES = "image_embeds", "hidden_states"
 _KINDS = {3: POOLED, 4: STATES}  # by the number of axes
@@ -59,7 +59,7 @@ def save_image_embeds(path: Path, features: Any, metadata: Mapping[str, str]) ->
     kind = _KINDS[array.ndim]
     tensors = {kind: held(array)}
     about = {"kind": kind, "features": str(array.shape[-1]), "format": "pt", DIGEST: digest(tensors)}
-    return write_proved(path, safetensors_chunks(tensors, {**metadata, **about}), tensors)
+    return write_verified(path, safetensors_chunks(tensors, {**metadata, **about}), tensors)
 
 
 def load_image_embeds(path: Path, patches: bool | None = None) -> list[ImageEmbeds]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.weights.components import (
     IMAGE_ENCODER,
-    Opened,
-    blueprint_of,
+    LazyComponent,
     choose_files,
+    component_config,
     open_component,
     open_weights,
 )
@@ -19,7 +19,7 @@ from ipadapter_jax.weights.layouts.openclip import to_transformers, vision_setti
 from ipadapter_jax.weights.weight_files import choose_weights
 
 
-def open_image_encoder(image_encoder: str | os.PathLike, revision: str | None = None) -> Opened:
+def open_image_encoder(image_encoder: str | os.PathLike, revision: str | None = None) -> LazyComponent:
     """Opens a CLIP vision model: a folder (config.json beside the weights), one file in transformers' or OpenCLIP's
     layout, or a Hub place of either. Raises InputError naming what is wrong."""
 
@@ -36,4 +36,4 @@ def open_image_encoder(image_encoder: str | os.PathLike, revision: str | None = 
     if kind.name not in (OPENCLIP, IMAGE_ENCODER.kind):
         raise WeightFileError(f"image encoder {place}: this is {kind}, not a CLIP image encoder; {kind.advice}")
     settings = vision_settings(place, to_transformers(tensors))
-    return open_weights(blueprint_of(IMAGE_ENCODER, settings, place), tensors, place)
+    return open_weights(component_config(IMAGE_ENCODER, settings, place), tensors, place)

@@ -16,10 +16,10 @@ from ipadapter_jax.weights.formats.safetensors_writer import DTYPES, digest, saf
 from ipadapter_jax.weights.formats.torch_writer import torch_bytes
 from ipadapter_jax.weights.identify import FAMILIES
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, encoder_name
-from ipadapter_jax.weights.key_mapping import torch_spelling
+from ipadapter_jax.weights.key_mapping import torch_layout
 from ipadapter_jax.weights.lazy import Tensor, held
 from ipadapter_jax.weights.load_tree import leaves
-from ipadapter_jax.weights.verified_write import cast, write_proved
+from ipadapter_jax.weights.verified_write import cast, write_verified
 
 
 def adapter_metadata(config: ImageProjConfig, *, step: int | None = None) -> dict[str, str]:
@@ -60,7 +60,7 @@ def save_ip_adapter(
     if dtype not in DTYPES:
         raise InputError(f"adapter dtype {dtype!r}: choose {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
     ours = {place: held(np.asarray(leaf)) for place, leaf in leaves(params).items()}
-    return _write(expanded(Path(path)), spelled(ours, torch_spelling(), np.dtype(dtype), "adapter"), metadata)
+    return _write(expanded(Path(path)), spelled(ours, torch_layout(), np.dtype(dtype), "adapter"), metadata)
 
 
 def save_adapter_tensors(
@@ -77,9 +77,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         for name, tensor in tensors.items():
             part, _, inner = name.partition(".")
             tree[part][inner] = tensor
-        return write_proved(path, [torch_bytes(tree)], tensors)
+        return write_verified(path, [torch_bytes(tree)], tensors)
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: an adapter is saved as .safetensors or .bin; give it such a name")
     # The third reader of this file may be strict: no tensors beyond the two parts; metadata are free.
     about = {**metadata, "format": "pt", DIGEST: digest(tensors)}
-    return write_proved(path, safetensors_chunks(tensors, about), tensors)
+    return write_verified(path, safetensors_chunks(tensors, about), tensors)

@@ -20,7 +20,7 @@ from ipadapter_jax.weights.formats.safetensors_writer import digest
 from ipadapter_jax.weights.formats.tensor_files import open_file
 from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.identify import FAMILIES, IP_ADAPTER, UNSUPPORTED, identify
-from ipadapter_jax.weights.key_mapping import torch_spelling
+from ipadapter_jax.weights.key_mapping import torch_layout
 from ipadapter_jax.weights.layouts.ip_adapter import adapter_parts
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.load_tree import Tree, check_tree, load_tree
@@ -211,7 +211,7 @@ def check_ip_adapter(file: IPAdapterFile, widths: tuple[int, ...]) -> None:
     """Raises WeightFileError naming a tensor that is missing, left over or of another shape."""
     for part, template in _templates(file.config, widths).items():
         tensors = {"image_proj": file.image_proj, "ip_adapter": file.ip_adapter}[part]
-        check_tree(tensors, template, torch_spelling(), source=f"{file.path} ({part})")
+        check_tree(tensors, template, torch_layout(), source=f"{file.path} ({part})")
 
 
 def load_ip_adapter(
@@ -219,7 +219,7 @@ def load_ip_adapter(
 ) -> dict[str, Tree]:
     """The trees {"image_proj", "ip_adapter"} in `dtype`; `widths` are the cross-attentions' widths in file order."""
     tensors = {"image_proj": file.image_proj, "ip_adapter": file.ip_adapter}
-    spelling = torch_spelling()
+    spelling = torch_layout()
     return {
         part: load_tree(tensors[part], template, spelling, source=f"{file.path} ({part})", dtype=dtype, put=put)
         for part, template in _templates(file.config, widths).items()

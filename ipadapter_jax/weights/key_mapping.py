@@ -45,7 +45,7 @@ _FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Spelling:
+class StateDictLayout:
     """How a file spells a tree: the key and the shape of a parameter there, how its array becomes ours, and back."""
 
     key: Callable[[Path], str]
@@ -54,8 +54,8 @@ class Spelling:
     write: Callable[[Path, np.ndarray], np.ndarray]
 
 
-def torch_spelling(renames: Mapping[str, str] = {}) -> Spelling:
-    return Spelling(lambda path: torch_key(path, renames), torch_shape, from_torch, to_torch)
+def torch_layout(renames: Mapping[str, str] = {}) -> StateDictLayout:
+    return StateDictLayout(lambda path: torch_key(path, renames), torch_shape, from_torch, to_torch)
 
 
-FLAX = Spelling(".".join, lambda path, shape: shape, lambda path, array: array, lambda path, array: array)
+FLAX = StateDictLayout(".".join, lambda path, shape: shape, lambda path, array: array, lambda path, array: array)

@@ -48,7 +48,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 @dataclasses.dataclass(frozen=True)
-class Derived:
+class LazyTransform:
     """A tensor of known shape whose elements `compute` gives."""
 
     shape: tuple[int, ...]
@@ -59,26 +59,26 @@ class Derived:
         return self.compute()
 
 
-def held(array: np.ndarray) -> Derived:
+def held(array: np.ndarray) -> LazyTransform:
     """An array in memory as a tensor."""
-    return Derived(array.shape, array.dtype, lambda: array)
+    return LazyTransform(array.shape, array.dtype, lambda: array)
 
 
-def rows(tensor: Tensor, start: int, stop: int) -> Derived:
+def rows(tensor: Tensor, start: int, stop: int) -> LazyTransform:
     """A part of the first axis."""
-    return Derived((stop - start, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[start:stop])
+    return LazyTransform((stop - start, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[start:stop])
 
 
-def turned(tensor: Tensor) -> Derived:
+def turned(tensor: Tensor) -> LazyTransform:
     """The axes in reverse order."""
-    return Derived(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
+    return LazyTransform(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
 
 
-def joined(tensors: Sequence[Tensor]) -> Derived:
+def joined(tensors: Sequence[Tensor]) -> LazyTransform:
     """One after the other along the first axis; they must agree in the rest."""
     first = tensors[0]
     shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
-    return Derived(shape, first.dtype, lambda: np.concatenate([tensor.read() for tensor in tensors]))
+    return LazyTransform(shape, first.dtype, lambda: np.concatenate([tensor.read() for tensor in tensors]))
 
 
 def not_read(path: str | os.PathLike[str], name: str, form: str) -> WeightFileError:

@@ -11,9 +11,9 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.runtime.prefetch import in_order
+from ipadapter_jax.runtime.prefetch import ordered_map
 from ipadapter_jax.weights.dtype_cast import converted
-from ipadapter_jax.weights.key_mapping import Path, Spelling
+from ipadapter_jax.weights.key_mapping import Path, StateDictLayout
 from ipadapter_jax.weights.lazy import Tensor
 
 Tree = dict[str, Any]
@@ -39,7 +39,7 @@ def nest(flat: Mapping[Path, Any]) -> Tree:
 
 
 def check_tree(
-    tensors: Mapping[str, Tensor], template: Mapping[str, Any], spelling: Spelling, *, source: str
+    tensors: Mapping[str, Tensor], template: Mapping[str, Any], spelling: StateDictLayout, *, source: str
 ) -> dict[str, tuple[Path, Any]]:
     """{key in the file: (path, leaf) of the template}.
 
@@ -60,7 +60,7 @@ def check_tree(
 def load_tree(
     tensors: Mapping[str, Tensor],
     template: Mapping[str, Any],
-    spelling: Spelling,
+    spelling: StateDictLayout,
     *,
     source: str,
     dtype: np.dtype,
@@ -77,7 +77,7 @@ def load_tree(
 
     # The largest first: what a tensor needs besides its own place is then taken while the others are still in the file.
     keys = sorted(wanted, key=lambda key: -math.prod(tensors[key].shape))
-    with contextlib.closing(in_order(load, keys, threads=_THREADS, ahead=len(keys))) as loaded:
+    with contextlib.closing(ordered_map(load, keys, threads=_THREADS, ahead=len(keys))) as loaded:
         arrays = dict(zip(keys, loaded, strict=True))
     return nest({path: arrays[key] for key, (path, _) in wanted.items()})
 

@@ -9,10 +9,10 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.atomic_files import remove_leftovers_beside, replacing, sha256
 from ipadapter_jax.weights.formats.safetensors_writer import raw
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
-from ipadapter_jax.weights.lazy import Derived, Tensor
+from ipadapter_jax.weights.lazy import LazyTransform, Tensor
 
 
-def write_proved(path: Path, chunks: Iterable[bytes | memoryview], tensors: Mapping[str, Tensor]) -> str:
+def write_verified(path: Path, chunks: Iterable[bytes | memoryview], tensors: Mapping[str, Tensor]) -> str:
     """Writes `chunks`, the bytes of a file of `tensors`, and returns its sha256.
 
     Until the file has been read back and compared with `tensors`, and when that fails, an older file of this name
@@ -22,11 +22,11 @@ def write_proved(path: Path, chunks: Iterable[bytes | memoryview], tensors: Mapp
     with replacing(path) as unproven:
         with open(unproven, "wb") as file:
             file.writelines(chunks)
-        _prove(unproven, path, tensors)
+        _verify(unproven, path, tensors)
         return sha256(unproven)
 
 
-def _prove(unproven: Path, path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _verify(unproven: Path, path: Path, tensors: Mapping[str, Tensor]) -> None:
     found = open_tensors(unproven)
     for name in found | dict(tensors):
         here, there = tensors.get(name), found.get(name)
@@ -37,12 +37,12 @@ def _prove(unproven: Path, path: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def cast(what: str, tensor: Tensor, dtype: np.dtype | None) -> Derived:
+def cast(what: str, tensor: Tensor, dtype: np.dtype | None) -> LazyTransform:
     """The tensor rounded to `dtype`; without one as it is stored, float64 as float32. Reading it raises InputError
     naming `what` when it is not finite or does not fit."""
     stored = np.dtype(np.float32) if tensor.dtype == np.float64 else tensor.dtype
     target = stored if dtype is None else dtype
-    return Derived(tensor.shape, target, lambda: rounded(what, tensor.read(), target))
+    return LazyTransform(tensor.shape, target, lambda: rounded(what, tensor.read(), target))
 
 
 def rounded(what: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -26,7 +26,7 @@ import tyro
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, open_base
-from ipadapter_jax.weights.components import IMAGE_ENCODER, Opened, open_weights, read_blueprint
+from ipadapter_jax.weights.components import IMAGE_ENCODER, LazyComponent, open_weights, read_component_config
 from ipadapter_jax.weights.dtype_cast import all_finite
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.image_encoder import open_image_encoder
@@ -63,7 +63,7 @@ def read_encoder(path: Path) -> Content:
 
 
 def read_network(path: Path) -> Content:
-    opened = open_weights(read_blueprint(IMAGE_ENCODER, path.parent / "config.json"), open_tensors(path), path)
+    opened = open_weights(read_component_config(IMAGE_ENCODER, path.parent / "config.json"), open_tensors(path), path)
     return Content(_arrays(opened), False)
 
 
@@ -73,7 +73,7 @@ def read_single_file(path: Path) -> Content:
     return Content({f"{part} {name}": array for part, arrays in parts.items() for name, array in arrays.items()}, False)
 
 
-def _arrays(opened: Opened) -> dict[str, np.ndarray]:
+def _arrays(opened: LazyComponent) -> dict[str, np.ndarray]:
     params = opened.load(np.dtype("float16"), put=lambda array: array).params
     return {"/".join(path): leaf for path, leaf in leaves(params).items()}
 

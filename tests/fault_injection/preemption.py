@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from ipadapter_jax.runtime.preemption import STOPPED
+from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED
 from tests.fault_injection.runs import Job, hold, logged, outcome, prepare
 
 _IN_FLIGHT = 2  # steps whose losses are not in the log yet
@@ -38,7 +38,7 @@ class Stop:
         hold(logged(out) == logged(Path(whole.out)), "other losses than those of the undisturbed run")
         hold(outcome(out) == outcome(Path(whole.out)), "other weights than those of the undisturbed run")
         return (
-            f"{self.times} SIGTERMs to one of {self.processes}: exit code {STOPPED} and one step saved everywhere, "
+            f"{self.times} SIGTERMs to one of {self.processes}: exit code {EXIT_PREEMPTED} and one step saved everywhere, "
             f"{max(late)} steps at most after the newest in the log when it was noticed ({_IN_FLIGHT} are in flight); "
             "equal to the bit"
         )
@@ -60,7 +60,7 @@ class Stop:
             time.sleep(_POLL)
             seen = max(logged(out))
         codes = job.wait()
-        hold(set(codes) == {STOPPED}, f"exit codes {codes}: {job.said()[-1000:]}")
+        hold(set(codes) == {EXIT_PREEMPTED}, f"exit codes {codes}: {job.said()[-1000:]}")
         saved = {int(step) for step in re.findall(r"told to stop: step (\d+) is saved", job.said())}
         hold(len(saved) == 1, f"the processes saved the steps {saved}")
         (step,) = saved

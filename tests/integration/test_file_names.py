@@ -18,7 +18,7 @@ from ipadapter_jax.data.open_dataset import open_source
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.results import _as_text
 from ipadapter_jax.images.preprocess import load_image
-from ipadapter_jax.storage.jsonl import Lines
+from ipadapter_jax.storage.jsonl import JsonlAppender
 from ipadapter_jax.storage.paths import check_utf8, expanded
 from ipadapter_jax.storage.text_files import utf8
 from ipadapter_jax.train.metrics_log import RunLog
@@ -109,10 +109,10 @@ def test_every_name_is_printed(encoding, shown, tmp_path, monkeypatch):
 def test_names_in_what_is_written(tmp_path):
     """JSON gives the same name back; what has to be text has the byte spelled out."""
     assert json.loads(utf8(json.dumps([ODD, "\u00e9"], ensure_ascii=False))) == [ODD, "\u00e9"]
-    lines = Lines(tmp_path / "a.jsonl", keep=bool)
+    lines = JsonlAppender(tmp_path / "a.jsonl", keep=bool)
     lines.add({"picture": ODD})
     lines.close()
-    assert Lines(tmp_path / "a.jsonl", keep=bool).found == [{"picture": ODD}]
+    assert JsonlAppender(tmp_path / "a.jsonl", keep=bool).found == [{"picture": ODD}]
     assert _as_text([ODD]) == ["b\\udcff\u00e9"]
     log = RunLog(tmp_path / ODD, tensorboard=True, wandb=None, config={"out": ODD}, first_step=0)
     log.close()

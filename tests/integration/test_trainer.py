@@ -20,7 +20,7 @@ from ipadapter_jax.images.contact_sheet import GAP, LINE
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.precompute import Encode, encode
 from ipadapter_jax.train.preemption import StopSignal
-from ipadapter_jax.train.trainer import STOPPED, train
+from ipadapter_jax.train.trainer import EXIT_PREEMPTED, train
 from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
 
 STEPS = 8
@@ -152,7 +152,7 @@ def test_sigterm_saves_and_says_so(done, run, tmp_path, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(StopSignal, "requested", at_step_3)
-        assert train(changed(run, out=str(folder))) == STOPPED
+        assert train(changed(run, out=str(folder))) == EXIT_PREEMPTED
     assert max(logged(folder)) == 3 and (folder / "checkpoints" / "3").is_dir()
     assert train(changed(run, out=str(folder))) == 0
     assert logged(folder) == logged(done) and digest(folder) == digest(done)

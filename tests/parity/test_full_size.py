@@ -20,7 +20,7 @@ from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIP
 from ipadapter_jax.models.image_projections import ImageProjConfig, example_features, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.testing.random_weights import write_model
 from ipadapter_jax.testing.sizes import FULL, TINY
@@ -58,7 +58,7 @@ def test_parameter_counts_are_those_of_the_published_models():
 )
 def test_adapter_counts(config, parameters):
     """base: 3,150,336 + 19,169,280 = 22,319,616, the 22M of the paper."""
-    sites = cross_attention_sites(UNetConfig())
+    sites = cross_attention_layers(UNetConfig())
     assert len(sites) == 16
     tokens = jax.ShapeDtypeStruct((1, 4, 768), np.float32)
     adapter = jax.eval_shape(IPAdapter(tuple(site.width for site in sites)).init, jax.random.key(0), tokens)
@@ -107,7 +107,7 @@ def test_full_size_networks_equal_pytorch(full_size):
     plain = apply(unet.module, unet.params, sample, time, states, method=UNet.from_text)
     case.check(unet_out=nchw(plain))
 
-    widths = tuple(site.width for site in cross_attention_sites(unet.module.config))
+    widths = tuple(site.width for site in cross_attention_layers(unet.module.config))
     file = open_ip_adapter(full_size / "ip_adapter" / "models" / "ip-adapter_sd15.safetensors")
     params = load_ip_adapter(file, widths, np.dtype("float32"))
     tokens = apply(image_projection(file.config), params["image_proj"], embeds)

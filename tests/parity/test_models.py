@@ -16,13 +16,13 @@ from ipadapter_jax.models.image_projections import image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.layers import ResnetBlock
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import cross_attention_sites, site_grids
+from ipadapter_jax.models.unet_config import cross_attention_layers, site_grids
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.masks import load_mask, site_masks
 from ipadapter_jax.pipelines.scales import scale_table
 from ipadapter_jax.weights.components import IMAGE_ENCODER as IMAGE_ENCODER_COMPONENT
-from ipadapter_jax.weights.components import TEXT_ENCODER, UNET, VAE_COMPONENT, Loaded, load_component
+from ipadapter_jax.weights.components import TEXT_ENCODER, UNET, VAE_COMPONENT, LoadedComponent, load_component
 from ipadapter_jax.weights.ip_adapter_file import load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.tokenizer import load_tokenizer, tokenize
 
@@ -30,7 +30,7 @@ FLOAT32 = np.dtype("float32")
 
 
 @functools.cache
-def component(name: str) -> Loaded:
+def component(name: str) -> LoadedComponent:
     kinds = {"unet": UNET, "vae": VAE_COMPONENT, "text_encoder": TEXT_ENCODER}
     if name == "image_encoder":
         return load_component(IMAGE_ENCODER_COMPONENT, IMAGE_ENCODER, FLOAT32)
@@ -42,7 +42,7 @@ def applied(module, method, params, *args):
     return module.apply({"params": params}, *args, method=method)
 
 
-def apply(loaded: Loaded, *args, method=None):
+def apply(loaded: LoadedComponent, *args, method=None):
     return applied(loaded.module, method, loaded.params, *args)
 
 
@@ -169,14 +169,14 @@ def test_decoupled_attention_layer():
 @functools.cache
 def adapter(path: str, rounded: str = "float32"):
     """(projection as Loaded, adapter as Loaded) of a file, keys and values rounded to another dtype."""
-    widths = tuple(site.width for site in cross_attention_sites(component("unet").module.config))
+    widths = tuple(site.width for site in cross_attention_layers(component("unet").module.config))
     file = open_ip_adapter(ADAPTERS / Path(path).name)
     params = load_ip_adapter(file, widths, FLOAT32)
     keys = jax.tree.map(lambda x: np.asarray(x).astype(rounded).astype(np.float32), params["ip_adapter"])
     source = file.path
     return (
-        Loaded(image_projection(file.config), params["image_proj"], source),
-        Loaded(IPAdapter(widths), keys, source),
+        LoadedComponent(image_projection(file.config), params["image_proj"], source),
+        LoadedComponent(IPAdapter(widths), keys, source),
     )
 
 
@@ -239,7 +239,7 @@ def test_unet_with_controls(name):
     text_kv = apply(unet, case.inputs["encoder_hidden_states"], method=UNet.text_kv)
     x, times = nhwc(case.inputs["sample"]), case.inputs["timesteps"]
     config = unet.module.config
-    sites = cross_attention_sites(config)
+    sites = cross_attention_layers(config)
     at_sites = site_masks(of_entries, site_grids(config, *x.shape[1:3]))
     for output, scale in case.meta["scales"].items():
         weight = np.stack([scale_table(one(scale), sites, 1).own for one in scales])  # (E, 1, s): one branch

@@ -23,12 +23,12 @@ from ipadapter_jax.evaluate.embeddings import Chunk
 from ipadapter_jax.evaluate.frechet import Distance, distance_of_files
 from ipadapter_jax.evaluate.image_sets import find_pictures, settings_beside
 from ipadapter_jax.evaluate.prompts import Reference, References, open_references
-from ipadapter_jax.evaluate.protocol import departures
+from ipadapter_jax.evaluate.protocol import protocol_deviations
 from ipadapter_jax.evaluate.report import page
 from ipadapter_jax.evaluate.results import TITLES, Results, compute, write_tables
 from ipadapter_jax.pipelines.ip_adapter import Prepared
 from ipadapter_jax.runtime.memory_limits import check_job
-from ipadapter_jax.runtime.preemption import STOPPED, Stopping
+from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED, GracefulShutdown
 from ipadapter_jax.storage.atomic_files import remove_leftovers, write_whole
 from ipadapter_jax.storage.file_lock import held_shard
 from ipadapter_jax.storage.text_files import utf8
@@ -71,7 +71,7 @@ def _score(
     chunks = embeddings.chunks(args.out / "scores", references.found, pictures, args.caption_prefix)
     if _embed(args, chunks, clip):
         print("stopped while scoring; the same command goes on", file=sys.stderr)
-        return STOPPED
+        return EXIT_PREEMPTED
     if not all(embeddings.is_there(chunk, clip.identity) for chunk in chunks):
         print(f"process {args.process} is through; the one that ends last writes {args.out / 'report.html'}")
         return 0
@@ -136,7 +136,7 @@ def _embed(args: Evaluate, chunks: Sequence[Chunk], clip: OpenedScorer) -> bool:
         return False
     scorer = clip.load()
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(Stopping())
+        stop = stack.enter_context(GracefulShutdown())
         for chunk in stack.enter_context(tqdm.tqdm(missing, desc="scores", unit="chunk", disable=None)):
             if stop.asked:
                 return True
@@ -147,7 +147,7 @@ def _embed(args: Evaluate, chunks: Sequence[Chunk], clip: OpenedScorer) -> bool:
 def _write(args: Evaluate, references: References, clip: OpenedScorer, results: Results) -> None:
     """Tables, numbers and report; then the numbers for whoever watches."""
     made = settings_beside(args.out / "images" if args.images_from is None else args.images_from)
-    apart = departures(
+    apart = protocol_deviations(
         data=references.identity,
         pictures=results.scores.clip_i.shape[1],
         is_reference=clip.is_reference,

@@ -17,7 +17,7 @@ from ipadapter_jax.cli.run import grid
 from ipadapter_jax.cli.run.sampling import digests, load, png, versions
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.images.contact_sheet import heated, sheet
+from ipadapter_jax.images.contact_sheet import overlay_heatmap, sheet
 from ipadapter_jax.images.preprocess import image_grid, load_image, load_upright
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
 from ipadapter_jax.pipelines.inpainting import strength_of
@@ -154,7 +154,7 @@ def _heat_figure(picture: Image.Image, maps: AttentionMaps) -> Image.Image:
     for entry in range(len(maps.maps)):
         heat = maps.heat((picture.height, picture.width), entry=entry)
         chosen = sorted(np.argsort(-heat.std(axis=(1, 2)))[:_MOST_TOKENS].tolist())
-        cells = [(f"token {token}", heated(picture, heat[token])) for token in chosen]
+        cells = [(f"token {token}", overlay_heatmap(picture, heat[token])) for token in chosen]
         rows[f"image prompt {entry + 1}: attention to its tokens, the mean of all steps and layers"] = [
             ("picture", picture),
             *cells,

@@ -10,7 +10,7 @@ from ipadapter_jax.cli.generate import Generate
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.contact_sheet import Labelled, sheet
 from ipadapter_jax.images.preprocess import clip_pixels
-from ipadapter_jax.models.unet_config import cross_attention_sites
+from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.pipelines.scales import PRESETS, Scale, scale_table
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 
@@ -57,7 +57,7 @@ def figure(
 
 def _possible(pipe: StableDiffusion, preset: str) -> bool:
     try:
-        scale_table(preset, cross_attention_sites(pipe.unet.config), 1)
+        scale_table(preset, cross_attention_layers(pipe.unet.config), 1)
     except InputError:
         return False
     return True

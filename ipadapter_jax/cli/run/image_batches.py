@@ -14,11 +14,11 @@ import tqdm
 from PIL import Image
 
 from ipadapter_jax.batch.output_dir import CONFIGURATIONS
-from ipadapter_jax.batch.plan import Work
+from ipadapter_jax.batch.plan import ImageTask
 from ipadapter_jax.batch.reference_digests import Identify
 from ipadapter_jax.batch.rows import BadRow, Row
-from ipadapter_jax.batch.runner import Tally, run_job
-from ipadapter_jax.cli.batch_options import Many
+from ipadapter_jax.batch.runner import BatchProgress, run_job
+from ipadapter_jax.cli.batch_options import BatchOptions
 from ipadapter_jax.cli.run.sampling import configurations, digests, png, versions
 from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning, foreign_syntax, warn_of_syntax
 from ipadapter_jax.pipelines.image_prompts import PerPrompt
@@ -27,10 +27,10 @@ from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.storage.atomic_files import sha256
 
 
-def settings(args: Many, pipe: StableDiffusion) -> dict[str, Any]:
+def settings(args: BatchOptions, pipe: StableDiffusion) -> dict[str, Any]:
     """All that the pictures depend on beside the rows, as JSON has it."""
     apart = ("batch_size", "process", "processes")  # a picture is the same in any batch
-    names = [field.name for field in dataclasses.fields(Many) if field.name not in apart]
+    names = [field.name for field in dataclasses.fields(BatchOptions) if field.name not in apart]
     settings = {name: getattr(args, name) for name in names}
     settings["guidance_scale"] = pipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
     files = digests(pipe)
@@ -42,14 +42,14 @@ def settings(args: Many, pipe: StableDiffusion) -> dict[str, Any]:
 
 def make_pictures(
     pipe: StableDiffusion,
-    args: Many,
-    works: Sequence[Work],
+    args: BatchOptions,
+    works: Sequence[ImageTask],
     out: Path,
     settings: Mapping[str, Any],
     load: Callable[[Row], Prepared | None],
     bad: Sequence[BadRow] = (),
     identify: Identify | None = None,
-) -> Tally:
+) -> BatchProgress:
     """The works of this process as a job into `out`, with a bar where somebody watches.
 
     settings: those of `settings`, with all else that the pictures depend on beside the rows. load: what the image
@@ -60,7 +60,7 @@ def make_pictures(
     with bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptSyntaxWarning)  # said once, for all rows
 
-        def on_progress(tally: Tally) -> None:
+        def on_progress(tally: BatchProgress) -> None:
             bar.n = tally.before + tally.made
             bar.refresh()
 
@@ -83,7 +83,7 @@ def make_pictures(
     return tally
 
 
-def _warn_of_syntax(args: Many, works: Sequence[Work]) -> None:
+def _warn_of_syntax(args: BatchOptions, works: Sequence[ImageTask]) -> None:
     """Warns of other programs' syntax in the prompts of a job, with the number of rows and the first of them."""
     rows = {work.row.index: work.row for work in works}.values()
     found: dict[str, list[tuple[str, str]]] = {}  # by what it means: what to call the row, and the piece
@@ -102,7 +102,9 @@ def _warn_of_syntax(args: Many, works: Sequence[Work]) -> None:
     warn_of_syntax({"--negative-prompt": [args.negative_prompt]})
 
 
-def _make(pipe: StableDiffusion, args: Many, given: list[tuple[Work, Prepared | None]]) -> Sequence[Image.Image]:
+def _make(
+    pipe: StableDiffusion, args: BatchOptions, given: list[tuple[ImageTask, Prepared | None]]
+) -> Sequence[Image.Image]:
     """The pictures of a batch; a short one is filled up with its last, so that all are one program."""
     filled = given + given[-1:] * (args.batch_size - len(given))
     works, prompts = zip(*filled, strict=True)
@@ -122,7 +124,7 @@ def _make(pipe: StableDiffusion, args: Many, given: list[tuple[Work, Prepared | 
     return found[: len(given)]
 
 
-def _metadata(settings: Mapping[str, Any], work: Work) -> dict[str, Any]:
+def _metadata(settings: Mapping[str, Any], work: ImageTask) -> dict[str, Any]:
     """What stands in a picture's file."""
     row = work.row
     own = {"prompt": row.prompt, "image": [str(path) for path in row.images], "seed": work.seed, "scale": work.scale}

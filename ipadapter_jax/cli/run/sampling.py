@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from ipadapter_jax.cli.options import Sampling
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.inputs.validation import check_choices, latent_shape
-from ipadapter_jax.models.unet_config import cross_attention_sites
+from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.pipelines.ip_adapter import open_adapter
 from ipadapter_jax.pipelines.scales import scale_table
 from ipadapter_jax.pipelines.stable_diffusion import GUIDANCE_SCALE, StableDiffusion
@@ -55,7 +55,7 @@ def load(
     guided = (base.guidance_scale or GUIDANCE_SCALE) if args.guidance_scale is None else args.guidance_scale
     parts = _Sized(unet, args.dtype), _Sized(base.config("vae"), args.dtype)
     check_room(parts[0], parts[1], images, points, run, jax.local_devices(), guided=guided > 1)
-    scale_table(args.scale_of(), cross_attention_sites(unet), args.steps)
+    scale_table(args.scale_of(), cross_attention_layers(unet), args.steps)
     encoder = args.image_encoder if with_encoder else False
     adapter = None if args.adapter is None else open_adapter(args.adapter, encoder, unet)
     if sys.stderr.isatty():

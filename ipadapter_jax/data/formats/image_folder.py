@@ -7,7 +7,7 @@ import numpy as np
 from ipadapter_jax.data.file_listing import Files, read_file
 from ipadapter_jax.data.formats.caption_lists import Listed, is_metadata
 from ipadapter_jax.data.formats.file_groups import ROLES, TEXTS, grouped, record_of, split_name
-from ipadapter_jax.data.packed_strings import Strings, printable
+from ipadapter_jax.data.packed_strings import PackedStrings, printable
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.data.unused_files import NO_CAPTION
 
@@ -25,7 +25,7 @@ class FolderSource:
         found = grouped(names)
         self.unused = found.unused
         listed = Listed(files.root, files.names, text_column)
-        self._texts = Strings(listed.texts)
+        self._texts = PackedStrings(listed.texts)
         records = []
         for _, members in found.records:
             image = names[members["image"]]
@@ -38,7 +38,9 @@ class FolderSource:
             listed.check_columns()
         # Whatever else lies there is no part of the data, nor of its identity.
         kept = [number for number, name in enumerate(names) if split_name(name)]
-        self._files = Files(files.root, Strings([*(names[number] for number in kept), *listed.close(self.unused)]))
+        self._files = Files(
+            files.root, PackedStrings([*(names[number] for number in kept), *listed.close(self.unused)])
+        )
         numbers = np.full(len(names) + 1, -1, np.int32)
         numbers[kept] = np.arange(len(kept))
         table = np.array(records, np.int32).reshape(-1, len(ROLES) + 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ipadapter_jax.data.file_listing import digest, read_file, size
-from ipadapter_jax.data.packed_strings import Strings, printable
+from ipadapter_jax.data.packed_strings import PackedStrings, printable
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.data.unused_files import NOT_THERE, Unused
 from ipadapter_jax.errors import InputError
@@ -27,7 +27,7 @@ class JsonListSource:
         self._root = path.parent if image_root is None else image_root
         entries = _entries(path)
         images, texts, conds = zip(*(_checked(entry, i, path) for i, entry in enumerate(entries)), strict=True)
-        self._images, self._texts, self._conds = Strings(images), Strings(texts), Strings(conds)
+        self._images, self._texts, self._conds = PackedStrings(images), PackedStrings(texts), PackedStrings(conds)
         self.unused = Unused()
         for names in zip(images, conds, strict=True):
             missing = next((name for name in names if name and size(self._path_of(name)) < 0), None)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ipadapter_jax.data.file_listing import Files, check_size
 from ipadapter_jax.data.formats.file_groups import ROLES, TEXTS, grouped, record_of, split_member
-from ipadapter_jax.data.packed_strings import Strings, printable
+from ipadapter_jax.data.packed_strings import PackedStrings, printable
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.data.unused_files import NO_CAPTION, SECOND_DOT, Unused
 from ipadapter_jax.errors import InputError
@@ -52,7 +52,7 @@ class TarSource:
             stems += names
             tables.append(table)
         self._entries = np.concatenate(tables)
-        self._stems = Strings(stems)
+        self._stems = PackedStrings(stems)
         if not stems:
             dotted = next((name for name in self.unused.names(SECOND_DOT) if is_image_name(name)), None)
             why = "a shard holds members such as 000000000.jpg with 000000000.txt; a key ends at the first dot"

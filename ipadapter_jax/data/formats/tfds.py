@@ -6,7 +6,7 @@ from typing import Any
 from ipadapter_jax.data.file_listing import Files
 from ipadapter_jax.data.formats.array_record import ArrayRecords
 from ipadapter_jax.data.formats.column_names import PICTURE, TEXT, Columns, choose
-from ipadapter_jax.data.packed_strings import Strings
+from ipadapter_jax.data.packed_strings import PackedStrings
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.data.unused_files import Unused
 from ipadapter_jax.errors import InputError
@@ -28,7 +28,7 @@ class TfdsSource:
         self.unused = Unused()
         self._features, paths = _open(folder)
         self._columns = choose(columns, _kinds(self._features), str(folder))
-        self._files = Files(folder, Strings(path.name for path in paths))
+        self._files = Files(folder, PackedStrings(path.name for path in paths))
         self._records = ArrayRecords([str(path) for path in paths], list(self._files.names))
 
     def __len__(self) -> int:

@@ -109,7 +109,7 @@ class LazyTensor:
 _KEPT = (bool, int, float, str, bytes, dict, LazyTensor, Unread)
 
 
-class Machine:
+class PickleInterpreter:
     """Follows the pickles of a file and notes their storages.
 
     Values are shared, never copied, hashed or compared in depth: an opcode costs no more than the bytes it brings.

@@ -16,7 +16,7 @@ from ipadapter_jax.storage.paths import expanded
 from ipadapter_jax.storage.text_files import parse_json, read_json_object
 from ipadapter_jax.weights.formats.msgpack_file import read_msgpack_file
 from ipadapter_jax.weights.formats.torch_pickle import UNNAMED, read_tensors
-from ipadapter_jax.weights.lazy import Derived, MappedTensor, Tensor, map_file, not_read
+from ipadapter_jax.weights.lazy import LazyTransform, MappedTensor, Tensor, map_file, not_read
 
 SAFETENSORS, PICKLE, MSGPACK, INDEX = "safetensors", "PyTorch pickle", "Flax msgpack", "index of shards"
 ARRAY = "NumPy array"
@@ -138,7 +138,7 @@ def _open_array(path: Path) -> _Found:
     if array.dtype.kind not in "fiub":
         raise WeightFileError(f"{path}: an array of {array.dtype}, not of numbers; save what the encoder gives")
     dtype = array.dtype.newbyteorder("=")
-    return {UNNAMED: Derived(array.shape, dtype, lambda: np.ascontiguousarray(array, dtype))}, {}
+    return {UNNAMED: LazyTransform(array.shape, dtype, lambda: np.ascontiguousarray(array, dtype))}, {}
 
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"} | {

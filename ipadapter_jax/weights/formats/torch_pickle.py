@@ -16,7 +16,7 @@ from ipadapter_jax.weights.formats.pickle_interpreter import (
     OPAQUE,
     SAVE,
     LazyTensor,
-    Machine,
+    PickleInterpreter,
     Refused,
     Unread,
     require,
@@ -140,7 +140,7 @@ class _File(io.FileIO):
 
 def _read_sequence(file: _File) -> Any:
     """Read the older container and locate its storages."""
-    machine, stream = Machine(file.path, file.size), io.BytesIO(file.read_at(0, min(file.size, _MAX_PICKLE)))
+    machine, stream = PickleInterpreter(file.path, file.size), io.BytesIO(file.read_at(0, min(file.size, _MAX_PICKLE)))
     for known in (_MAGIC, _PROTOCOL):
         require(machine.run(stream) == known, "is a pickle, but not one of torch.save", SAVE)
     machine.run(stream)  # describes the computer; the storages are little-endian on all of them
@@ -184,7 +184,7 @@ def _read_zip(file: _File) -> Any:
     require(weights, "is a zip file, but not one of weights: no data.pkl, or a TorchScript program", SAVE)
     if f"{folder}byteorder" in entries:
         require(file.read_at(*locate(f"{folder}byteorder")) == b"little", "is not little-endian", SAVE)
-    machine, total = Machine(file.path, file.size), 0
+    machine, total = PickleInterpreter(file.path, file.size), 0
     tree = machine.run(io.BytesIO(file.read_at(*locate(f"{folder}data.pkl"))))
     for key, storage in machine.storages.items():
         storage.position, length = locate(f"{folder}data/{key}")

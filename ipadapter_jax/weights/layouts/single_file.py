@@ -11,7 +11,7 @@ from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.weights.components import drop_ignored, report_ignored
 from ipadapter_jax.weights.identify import identify
-from ipadapter_jax.weights.key_mapping import Path, Spelling, from_torch, to_torch, torch_key, torch_shape
+from ipadapter_jax.weights.key_mapping import Path, StateDictLayout, from_torch, to_torch, torch_key, torch_shape
 from ipadapter_jax.weights.lazy import Tensor
 
 PREFIXES = {
@@ -81,9 +81,9 @@ _OUTER = {
 }
 
 
-def unet_spelling(config: UNetConfig) -> Spelling:
+def unet_spelling(config: UNetConfig) -> StateDictLayout:
     """Of the UNet below its prefix."""
-    return Spelling(lambda path: _unet_key(torch_key(path), config), torch_shape, from_torch, to_torch)
+    return StateDictLayout(lambda path: _unet_key(torch_key(path), config), torch_shape, from_torch, to_torch)
 
 
 def _unet_key(key: str, config: UNetConfig) -> str:
@@ -112,7 +112,7 @@ def _unet_key(key: str, config: UNetConfig) -> str:
 _VAE_ATTENTION = {"group_norm": "norm", "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
 
 
-def vae_spelling(config: VAEConfig) -> Spelling:
+def vae_spelling(config: VAEConfig) -> StateDictLayout:
     """Of the VAE below its prefix. Its attention's matrices are 1x1 convolutions there."""
 
     def shape(path: Path, ours: tuple[int, ...]) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ def vae_spelling(config: VAEConfig) -> Spelling:
         return to_torch(path, array)[:, :, None, None] if _is_matrix(path) else to_torch(path, array)
 
     levels = len(config.block_out_channels)
-    return Spelling(lambda path: _vae_key(path, levels), shape, read, write)
+    return StateDictLayout(lambda path: _vae_key(path, levels), shape, read, write)
 
 
 def _is_matrix(path: Path) -> bool:

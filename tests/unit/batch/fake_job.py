@@ -18,9 +18,9 @@ if __name__ == "__main__":  # without the package's face, which imports all of i
 
 from PIL import Image
 
-from ipadapter_jax.batch.plan import Work, plan
+from ipadapter_jax.batch.plan import ImageTask, plan
 from ipadapter_jax.batch.rows import Row
-from ipadapter_jax.batch.runner import Tally, run_job
+from ipadapter_jax.batch.runner import BatchProgress, run_job
 
 SETTINGS = {"steps": 20, "sha256": {"unet": {"unet.safetensors": "ab12"}}}
 BATCH = 4
@@ -32,7 +32,7 @@ def rows(count: int) -> list[Row]:
     return [Row(i, i + 2, f"row{i}", f"a fox, number {i}", "", pictures[i], None, None) for i in range(count)]
 
 
-def works(count: int = 10, num_images: int = 2, shard: tuple[int, int] = (0, 1)) -> list[Work]:
+def works(count: int = 10, num_images: int = 2, shard: tuple[int, int] = (0, 1)) -> list[ImageTask]:
     return plan(rows(count), num_images=num_images, seed=7, scale=0.5, shard=shard)
 
 
@@ -42,7 +42,7 @@ def png(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def run(planned: list[Work], out: Path, **options: Any) -> Tally:
+def run(planned: list[ImageTask], out: Path, **options: Any) -> BatchProgress:
     options = {
         "settings": SETTINGS,
         "batch_size": BATCH,
@@ -56,7 +56,7 @@ def run(planned: list[Work], out: Path, **options: Any) -> Tally:
 def main(out: str, log: str, seconds: str) -> int:
     with open(log, "a", encoding="utf-8", buffering=1) as made:
 
-        def make(batch: list[tuple[Work, int]]) -> list[int]:
+        def make(batch: list[tuple[ImageTask, int]]) -> list[int]:
             for work, index in batch:
                 assert work.row.index == index
                 made.write(f"{work.picture}\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ipadapter_jax.batch.plan import Work, batches, by_images, plan
+from ipadapter_jax.batch.plan import ImageTask, batches, by_images, plan
 from ipadapter_jax.batch.rows import Row
 
 
@@ -18,7 +18,7 @@ ROWS = [row(i, images=i % 3, seed=i if i % 5 == 0 else None) for i in range(40)]
 OPTIONS = {"num_images": 3, "seed": 11, "scale": 0.5}
 
 
-def seeds(works: list[Work]) -> dict[str, int]:
+def seeds(works: list[ImageTask]) -> dict[str, int]:
     assert len({work.picture for work in works}) == len(works)
     return {work.picture: work.seed for work in works}
 
@@ -61,8 +61,8 @@ def test_batches_are_uniform_and_keep_the_order(size):
     for kind in range(3):
         sizes = [len(batch) for batch, own in zip(found, kinds, strict=True) if own == {kind}]
         assert all(count == size for count in sizes[:-1]) and sizes[-1] <= size
-        in_order = [work for batch, own in zip(found, kinds, strict=True) if own == {kind} for work, _ in batch]
-        assert in_order == [work for work in works if len(work.row.images) == kind]
+        ordered_map = [work for batch, own in zip(found, kinds, strict=True) if own == {kind} for work, _ in batch]
+        assert ordered_map == [work for work in works if len(work.row.images) == kind]
     assert all(work.picture == content for batch in found for work, content in batch)
 
 

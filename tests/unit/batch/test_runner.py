@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ipadapter_jax.batch.rows import BadRow, Row
-from ipadapter_jax.errors import InputError, PictureError, argument, said_in_options
+from ipadapter_jax.errors import InputError, NonFiniteImageError, argument, said_in_options
 from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.storage.file_lock import held
 
@@ -134,7 +134,7 @@ def test_rows_are_refused_and_images_written_in_the_words_of_the_command_line(tm
 def test_a_picture_that_is_none_costs_itself_alone(tmp_path):
     def make(batch):
         if any(work.picture == "row3-1.png" for work, _ in batch):
-            raise PictureError("the picture is not finite")
+            raise NonFiniteImageError("the picture is not finite")
         return [work.seed for work, _ in batch]
 
     tally = run(works(), tmp_path / "out", make=make)

@@ -12,7 +12,7 @@ from data_formats import add, jpeg, pictures, write_json, write_tar
 from helpers import TORCH_MODEL
 from PIL import Image
 
-from ipadapter_jax.batch.runner import Tally
+from ipadapter_jax.batch.runner import BatchProgress
 from ipadapter_jax.cli import main
 from ipadapter_jax.data.dataset import LiveSamples
 from ipadapter_jax.data.open_dataset import open_source
@@ -362,7 +362,7 @@ def test_a_run_says_what_is_not_used(tmp_path, caplog) -> None:
 
 def test_batch_says_what_is_not_used(tmp_path, monkeypatch, capsys) -> None:
     data, out = some(tmp_path / "data"), tmp_path / "out"
-    for name, stand_in in {"load": None, "settings": {}, "make_pictures": Tally(1, 0, [])}.items():
+    for name, stand_in in {"load": None, "settings": {}, "make_pictures": BatchProgress(1, 0, [])}.items():
         monkeypatch.setattr(f"ipadapter_jax.cli.run.batch.{name}", lambda *_, found=stand_in, **__: found)
     assert main(["batch", str(data), "--out", str(out)]) == 0
     assert f"{data}: {SAID}\n" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 from helpers import load_case
 
 from ipadapter_jax.diffusion.guidance import guide
-from ipadapter_jax.diffusion.sampler_table import BASIS, HISTORY, M0, OUTPUT, X, advance, begin
+from ipadapter_jax.diffusion.sampler_table import BASIS, HISTORY, M0, OUTPUT, X, init_state, sampler_step
 from ipadapter_jax.diffusion.samplers import SAMPLERS, sample_table
 from ipadapter_jax.diffusion.samplers_alpha import clean, epsilon
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
@@ -35,11 +35,11 @@ def test_steps_equal_diffusers(name):
         outputs = case.outputs[f"{run}/model_out"]
         first, last = case.meta["noise_used"][run]
         noise = iter([case.inputs[f"noise_{i}"] for i in range(first, last)])
-        state, inputs, after = begin(case.inputs["x0"] * np.float32(table.init_noise_sigma)), [], []
+        state, inputs, after = init_state(case.inputs["x0"] * np.float32(table.init_noise_sigma)), [], []
         for i, output in enumerate(outputs):
             step = jax.tree.map(lambda field, i=i: field[i], table.steps)
             inputs.append(np.asarray(state.x) * step.input_scale)
-            state = advance(step, state, output, next(noise, None) if first < last else None)
+            state = sampler_step(step, state, output, next(noise, None) if first < last else None)
             after.append(np.asarray(state.x))
         found = {"timesteps": table.steps.timestep, "model_in": np.stack(inputs), "prev": np.stack(after)}
         case.check(**{f"{run}/{name}": value for name, value in found.items()})
@@ -119,8 +119,8 @@ def test_one_step_of_a_perfect_model_lands_on_the_schedule():
     steps, alphas = sample_table("ddim", schedule, 10).steps, schedule.alphas_cumprod
     a, b = (alphas[int(steps.timestep[i])] for i in (3, 4))
     x0, noise = np.float32([1.0, -2.0]), np.float32([0.5, 0.25])
-    state = begin(np.sqrt(a) * x0 + np.sqrt(1 - a) * noise)
-    found = advance(jax.tree.map(lambda field: field[3], steps), state, noise).x
+    state = init_state(np.sqrt(a) * x0 + np.sqrt(1 - a) * noise)
+    found = sampler_step(jax.tree.map(lambda field: field[3], steps), state, noise).x
     np.testing.assert_allclose(found, np.sqrt(b) * x0 + np.sqrt(1 - b) * noise, rtol=1e-5)
 
 
@@ -130,7 +130,7 @@ def test_clipping_is_for_the_samplers_that_know_it(sampler):
     table = sample_table(sampler, schedule, 4)
     assert np.all(table.steps.clip == (np.inf if sampler == "euler" else 0.5))
     step = jax.tree.map(lambda field: field[0], table.steps)._replace(weights=np.stack([M0, M0]), noise=np.float32(0))
-    found = advance(step, begin(np.float32([100.0])), np.float32([0.0])).x
+    found = sampler_step(step, init_state(np.float32([100.0])), np.float32([0.0])).x
     assert abs(found[0]) == (pytest.approx(0.5) if sampler != "euler" else pytest.approx(100.0))
 
 
@@ -251,7 +251,9 @@ def test_a_table_that_looks_far_back_runs_in_the_same_step():
     x = np.float32([0.3, -1.2])
     length = steps.weights.shape[-1]
     assert length == 16 > len(BASIS)
-    state, _ = jax.lax.scan(lambda state, step: (advance(step, state, jnp.sin(state.x)), None), begin(x, length), steps)
+    state, _ = jax.lax.scan(
+        lambda state, step: (sampler_step(step, state, jnp.sin(state.x)), None), init_state(x, length), steps
+    )
     found, kept, memory = x.astype(np.float64), np.zeros(2), [np.zeros(2)] * (length - 4)
     for weights in steps.weights.astype(np.float64):
         output = np.sin(found)

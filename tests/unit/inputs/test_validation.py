@@ -11,11 +11,11 @@ import pytest
 from helpers import ORACLES, forbid_sampling
 
 from ipadapter_jax import InputError, Scale
-from ipadapter_jax.errors import PictureError
+from ipadapter_jax.errors import NonFiniteImageError
 from ipadapter_jax.images.preprocess import load_image
 from ipadapter_jax.inputs.arrays import plain
 from ipadapter_jax.inputs.validation import check_dtype, given_latents, seeds_of
-from ipadapter_jax.models.unet_config import cross_attention_sites
+from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.image_prompts import Controls, entries_of
 from ipadapter_jax.pipelines.outputs import check_finite
@@ -42,7 +42,7 @@ def test_controls_of_no_image_prompt_are_refused(base, control, name, monkeypatc
 
 
 def test_all_images_for_every_prompt_are_said_by_a_list_in_the_list(pipe):
-    controls, sites = Controls(images=[[CAT, CAT]]), cross_attention_sites(pipe.unet.config)
+    controls, sites = Controls(images=[[CAT, CAT]]), cross_attention_layers(pipe.unet.config)
     [entry] = entries_of(controls, pipe.adapters, sites, 2, True, (64, 64), 2)
     assert entry.picture_weight.shape == (1, 2)
 
@@ -74,7 +74,7 @@ def test_tensors_of_any_kind_are_arguments(pipe):
     torch = pytest.importorskip("torch")
     given = torch.ones((2, 1, 40), dtype=torch.bfloat16, requires_grad=True)
     for embeds in ([given], [jnp.ones((2, 1, 40), jnp.bfloat16)], [[[[1.0] * 40]] * 2]):
-        sites = cross_attention_sites(pipe.unet.config)
+        sites = cross_attention_layers(pipe.unet.config)
         [entry] = entries_of(Controls(embeds=embeds), pipe.adapters, sites, 2, True, (64, 64), 1)
         np.testing.assert_array_equal(entry.features(), np.ones((1, 2, 1, 40)))
     with pytest.raises(InputError, match="latents could not be read as an array .*Sparse"):
@@ -126,14 +126,14 @@ def test_what_is_not_finite_is_named(form):
     rows = np.zeros((3, 2, 2, 4), np.float32)
     check_finite(rows, form)
     rows[0, 1, 1, 0], rows[2, 0, 0, 3] = np.nan, np.inf
-    with pytest.raises(PictureError, match=f"^{form} 0, 2 of 3, counted from 0, is not finite"):
+    with pytest.raises(NonFiniteImageError, match=f"^{form} 0, 2 of 3, counted from 0, is not finite"):
         check_finite(rows, form)
 
 
 def test_latents_that_are_not_finite_are_refused(pipe, monkeypatch):
     shape = (pipe.mesh.size, 8, 8, 4)
     monkeypatch.setattr(sampling, "run_steps", lambda *_: (jnp.full(shape, jnp.nan), None))
-    with pytest.raises(PictureError, match="latents of image 0 of 1"):
+    with pytest.raises(NonFiniteImageError, match="latents of image 0 of 1"):
         pipe("a cat", ip_adapter_image=CAT, **SMALL)
 
 
@@ -148,7 +148,7 @@ def test_words_are_words(pipe, name, monkeypatch):
 def test_numbers_may_be_tensors(pipe):
     torch = pytest.importorskip("torch")
     short = torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)
-    sites = cross_attention_sites(pipe.unet.config)
+    sites = cross_attention_layers(pipe.unet.config)
     for scale in (short, [short], [[short]], short[None], [[jnp.float32(0.5)]], np.array([[0.5]])):
         [entry] = entries_of(Controls(images=CAT, scale=scale), pipe.adapters, sites, 2, True, (64, 64), 1)
         np.testing.assert_array_equal(entry.weight * entry.picture_weight[0, 0], np.full((2, 2, len(sites)), 0.5))

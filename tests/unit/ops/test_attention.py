@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.ops import attention, attention_xla
 from ipadapter_jax.ops.attention import attend
-from ipadapter_jax.ops.batch_sharding import rows_over
+from ipadapter_jax.ops.batch_sharding import batch_sharded
 
 FORMS = ("dense", "per head", "chunked")
 
@@ -81,7 +81,7 @@ def test_on_a_mesh_every_device_walks_its_own_rows(monkeypatch):
     q, k, v = (jax.device_put(random(8, 20, 24, seed=i), NamedSharding(mesh, P(("data", "fsdp")))) for i in range(3))
 
     def spread(q, k, v):
-        with rows_over(mesh):
+        with batch_sharded(mesh):
             return attend(q, [(k, v, 1.0), (k, v, jnp.float32(0.5))], 3)
 
     compiled = jax.jit(spread).lower(q, k, v).compile()

@@ -13,7 +13,7 @@ from ipadapter_jax import InputError, Scale
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.models.transformer import Attention
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import Site, cross_attention_sites, site_grids
+from ipadapter_jax.models.unet_config import CrossAttentionLayer, cross_attention_layers, site_grids
 from ipadapter_jax.ops.attention import attention_map
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
@@ -87,7 +87,7 @@ def test_looking_does_not_change_the_pictures(pipe, recorded):
 def test_there_is_a_map_for_every_step_picture_query_and_token(pipe, recorded):
     maps = recorded[1]
     assert isinstance(maps, AttentionMaps) and maps.count == 2
-    assert maps.sites == cross_attention_sites(pipe.unet.config)
+    assert maps.sites == cross_attention_layers(pipe.unet.config)
     assert list(maps.grids) == site_grids(pipe.unet.config, 8, 8)
     np.testing.assert_array_equal(maps.timesteps, [501, 1])
     [entry] = maps.maps
@@ -165,7 +165,7 @@ def test_maps_need_an_image_prompt(pipe):
 
 # --- heat ------------------------------------------------------------------------------------------------------------
 
-SITES = (Site("down_blocks_0", 0, 32, 0), Site("mid_block", 0, 32, 1))
+SITES = (CrossAttentionLayer("down_blocks_0", 0, 32, 0), CrossAttentionLayer("mid_block", 0, 32, 1))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.errors import said_in_options
 from ipadapter_jax.images.preprocess import CLIP_MEAN, CLIP_STD, clip_pixel_values
-from ipadapter_jax.models.unet_config import cross_attention_sites, site_grids
+from ipadapter_jax.models.unet_config import cross_attention_layers, site_grids
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.image_prompts import Controls, entries_of, entry_weights
 from ipadapter_jax.weights.image_embeds import save_image_embeds
@@ -47,7 +47,7 @@ def features(pipe: StableDiffusion, *pictures) -> np.ndarray:
 
 
 def entries(pipe: StableDiffusion, guided: bool = True, steps: int = 2, size=(64, 64), prompts: int = 1, **controls):
-    sites = cross_attention_sites(pipe.unet.config)
+    sites = cross_attention_layers(pipe.unet.config)
     return entries_of(Controls(**controls), pipe.adapters, sites, steps, guided, size, prompts)
 
 

@@ -7,10 +7,10 @@ import pytest
 from helpers import TORCH_MODEL
 
 from ipadapter_jax import InputError, Scale
-from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.pipelines.scales import PRESETS, scale_table
 
-SITES = cross_attention_sites(UNetConfig())
+SITES = cross_attention_layers(UNetConfig())
 # The numbers of the layers in the order in which a picture passes them (down, mid, up), in file order: mid is last
 # in a file and the seventh to be passed.
 EXECUTED = [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 6]
@@ -171,7 +171,7 @@ def test_one_step_takes_the_first_factor():
 
 
 # As the model inside the package has them: down 0 and 1 of one layer each, up 0 and 1 of two, mid.
-TWO_LEVELS = cross_attention_sites(
+TWO_LEVELS = cross_attention_layers(
     UNetConfig(
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D",) * 2,

@@ -10,9 +10,9 @@ from ipadapter_jax.runtime.malloc import on_cpu_alone
 PROGRAM = """
 import resource, sys, threading
 import numpy as np
-from ipadapter_jax.runtime.malloc import keep_freed_memory
+from ipadapter_jax.runtime.malloc import disable_trim
 if sys.argv[1] == "keep":
-    keep_freed_memory()
+    disable_trim()
 
 def use():
     np.empty(2**28, np.uint8)[:] = 1
@@ -43,14 +43,14 @@ def test_the_same_pages_serve_again():
 GIVEN_BACK = """
 import resource
 import numpy as np
-from ipadapter_jax.runtime.malloc import give_back, keep_freed_memory
-keep_freed_memory()
+from ipadapter_jax.runtime.malloc import trim, disable_trim
+disable_trim()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 before = resident()
 np.empty(2**28, np.uint8)[:] = 1
 kept = resident() - before
-give_back()
+trim()
 print(kept, resident() - before)
 """
 

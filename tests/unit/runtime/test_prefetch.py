@@ -7,7 +7,7 @@ import time
 import pytest
 
 from ipadapter_jax.errors import argument, said_in_options
-from ipadapter_jax.runtime.prefetch import in_order
+from ipadapter_jax.runtime.prefetch import ordered_map
 
 
 def test_results_are_in_order_and_few_are_ahead() -> None:
@@ -18,7 +18,7 @@ def test_results_are_in_order_and_few_are_ahead() -> None:
         time.sleep(0.01 * (item % 3))
         return item * item
 
-    with contextlib.closing(in_order(slow, range(40), threads=4, ahead=6)) as results:
+    with contextlib.closing(ordered_map(slow, range(40), threads=4, ahead=6)) as results:
         assert [next(results) for _ in range(10)] == [item * item for item in range(10)]
         assert len(begun) <= 17
     assert threading.active_count() < 10 and len(begun) < 40
@@ -28,13 +28,13 @@ def test_threads_say_options_where_their_caller_does() -> None:
     def said(item: int) -> str:
         return argument("fit", item)
 
-    assert [*in_order(said, range(2), threads=2, ahead=2)] == ["fit=0", "fit=1"]
+    assert [*ordered_map(said, range(2), threads=2, ahead=2)] == ["fit=0", "fit=1"]
     with said_in_options({"fit": "--fit"}):
-        assert [*in_order(said, range(5), threads=2, ahead=2)] == [f"--fit {item}" for item in range(5)]
+        assert [*ordered_map(said, range(5), threads=2, ahead=2)] == [f"--fit {item}" for item in range(5)]
 
 
 def test_what_a_function_raises_comes_in_its_turn() -> None:
-    results = in_order(lambda item: 1 // item, [1, 0, 1], threads=2, ahead=3)
+    results = ordered_map(lambda item: 1 // item, [1, 0, 1], threads=2, ahead=3)
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)

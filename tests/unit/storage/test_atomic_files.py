@@ -15,7 +15,7 @@ import pytest
 from helpers import ADAPTERS, TORCH_MODEL
 from weight_files import refused
 
-from ipadapter_jax.runtime.preemption import Stopping
+from ipadapter_jax.runtime.preemption import GracefulShutdown
 from ipadapter_jax.storage.atomic_files import _is_local, check_writable, remove_leftovers, replacing, write_whole
 from ipadapter_jax.storage.cleanup import unwinding
 from ipadapter_jax.train.run_dir import run_lock
@@ -133,7 +133,7 @@ def test_a_signal_at_any_time(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("block", [lambda: unwinding(lambda: None, lambda _: None), Stopping])
+@pytest.mark.parametrize("block", [lambda: unwinding(lambda: None, lambda _: None), GracefulShutdown])
 def test_a_handler_is_given_back_while_its_signal_waits(monkeypatch, block):
     """CPython drops a signal that comes inside of `signal.signal`."""
     real, waiting = signal.signal, []

@@ -18,16 +18,16 @@ from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.models.image_projections import ImageProjConfig
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.train.init import initial_adapter, load_initial, projection_config
 from ipadapter_jax.weights import components
-from ipadapter_jax.weights.components import load_component, read_blueprint, template_of
+from ipadapter_jax.weights.components import load_component, read_component_config, template_of
 from ipadapter_jax.weights.ip_adapter_export import save_ip_adapter
 from ipadapter_jax.weights.ip_adapter_file import load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.load_tree import leaves
 
-VISION = read_blueprint(components.IMAGE_ENCODER, IMAGE_ENCODER / "config.json").config
-TINY_UNET = read_blueprint(components.UNET, TORCH_MODEL / "unet" / "config.json").config
+VISION = read_component_config(components.IMAGE_ENCODER, IMAGE_ENCODER / "config.json").config
+TINY_UNET = read_component_config(components.UNET, TORCH_MODEL / "unet" / "config.json").config
 CONFIGS = {variant: projection_config(variant, VISION, 32, heads=2) for variant in ("base", "plus", "full")}
 FILES = {"base": "ip-adapter_tiny.bin", "plus": "ip-adapter-plus_tiny.bin", "full": "ip-adapter-full-face_tiny.bin"}
 
@@ -81,7 +81,7 @@ def test_keys_and_values_begin_as_copies_of_those_of_the_text(dtype):
     """In file order: down, up, mid. From a bfloat16 UNet they are its weights, exactly."""
     params = jax.tree.map(lambda x: x.astype(dtype), unet_params())
     found = initial_adapter(params, TINY_UNET, CONFIGS["base"], 0)["ip_adapter"]
-    sites = cross_attention_sites(TINY_UNET)
+    sites = cross_attention_layers(TINY_UNET)
     assert list(found) == [str(2 * i + 1) for i in range(len(sites))]
     for number, site in zip(found, sites, strict=True):
         attention = params[site.block][f"attentions_{site.index}"]["transformer_blocks_0"]["attn2"]
@@ -169,7 +169,7 @@ def test_one_device_draws_what_four_draw():
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_a_released_file_to_begin_with(variant):
     path = ADAPTERS / FILES[variant]
-    widths = tuple(site.width for site in cross_attention_sites(TINY_UNET))
+    widths = tuple(site.width for site in cross_attention_layers(TINY_UNET))
     found = load_initial(path, TINY_UNET, CONFIGS[variant])
     assert_same_tree(found, load_ip_adapter(open_ip_adapter(path), widths, np.dtype("float32")))
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from training import LIGHT, PLUS, begun, micro, recorded_batch, recorded_draws, tiny
 
 from ipadapter_jax.train import step as step_module
-from ipadapter_jax.train.networks import Loaded, load_networks
+from ipadapter_jax.train.networks import LoadedNetworks, load_networks
 from ipadapter_jax.train.optim import LossScale, fill, trainable, view
 from ipadapter_jax.train.sharding import AXES, global_batch, local_rows, make_mesh
 from ipadapter_jax.train.step import draw, encode, row_losses
@@ -32,7 +32,7 @@ def in_torch_names(params) -> dict[str, np.ndarray]:
     }
 
 
-def loss_and_gradients(loaded: Loaded, config, case: Case):
+def loss_and_gradients(loaded: LoadedNetworks, config, case: Case):
     mask = trainable(config.model)
     learnt = view(loaded.frozen | loaded.params, mask)
 

@@ -20,7 +20,7 @@ from ipadapter_jax import StableDiffusion
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.images.preprocess import load_image, to_uint8
 from ipadapter_jax.models.image_projections import ImageProjConfig
-from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.train.init import initial_adapter
 from ipadapter_jax.weights import verified_write
 from ipadapter_jax.weights.components import read_json
@@ -34,7 +34,7 @@ FILES = {
     for variant, mark in (("base", ""), ("plus", "-plus"), ("full", "-full-face"))
 }
 UNET_CONFIG = UNetConfig.from_json(read_json(TORCH_MODEL / "unet" / "config.json"))
-WIDTHS = tuple(site.width for site in cross_attention_sites(UNET_CONFIG))
+WIDTHS = tuple(site.width for site in cross_attention_layers(UNET_CONFIG))
 METADATA = {"variant": "base", "step": "3"}
 
 
@@ -113,7 +113,7 @@ def test_names_shapes_and_bytes_are_those_of_the_published_files(data, tmp_path,
 def text_projections(config: UNetConfig) -> dict:
     """The part of a UNet's tree that the adapter copies, zeros."""
     tree: dict = {}
-    for site in cross_attention_sites(config):
+    for site in cross_attention_layers(config):
         kernel = {"kernel": jnp.zeros((config.cross_attention_dim, site.width))}
         blocks = tree.setdefault(site.block, {})
         blocks[f"attentions_{site.index}"] = {"transformer_blocks_0": {"attn2": {"to_k": kernel, "to_v": kernel}}}

@@ -13,7 +13,7 @@ from weight_files import assert_same_tree, refused, write_bin
 
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.models.image_projections import ImageProjConfig
-from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.weights.components import read_json
 from ipadapter_jax.weights.ip_adapter_file import check_base, check_encoder, load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.load_tree import leaves
@@ -21,7 +21,7 @@ from ipadapter_jax.weights.load_tree import leaves
 FLOAT32 = np.dtype("float32")
 BASE, PLUS, FULL = (f"ip-adapter{kind}_tiny" for kind in ("", "-plus", "-full-face"))
 UNET = UNetConfig.from_json(read_json(TORCH_MODEL / "unet" / "config.json"))
-WIDTHS = tuple(site.width for site in cross_attention_sites(UNET))
+WIDTHS = tuple(site.width for site in cross_attention_layers(UNET))
 
 
 @functools.cache

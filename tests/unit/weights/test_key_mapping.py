@@ -12,7 +12,7 @@ from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIP
 from ipadapter_jax.models.image_projections import ImageProjConfig, example_features, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_sites
+from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, template_of
 from ipadapter_jax.weights.key_mapping import VAE_RENAMES, from_torch, to_torch, torch_key, torch_shape
@@ -32,7 +32,7 @@ def shapes(part: str) -> dict[tuple[str, ...], tuple[int, ...]]:
         config = PROJECTIONS[part]
         tree = jax.eval_shape(image_projection(config).init, jax.random.key(0), example_features(config))["params"]
     elif part == "ip_adapter":
-        widths = tuple(site.width for site in cross_attention_sites(UNetConfig()))
+        widths = tuple(site.width for site in cross_attention_layers(UNetConfig()))
         tokens = jax.ShapeDtypeStruct((1, 4, 768), np.float32)
         tree = jax.eval_shape(IPAdapter(widths).init, jax.random.key(0), tokens)["params"]
     else:

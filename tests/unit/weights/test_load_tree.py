@@ -11,7 +11,7 @@ from weight_files import refused
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.weights import load_tree as tree_module
 from ipadapter_jax.weights.dtype_cast import all_finite
-from ipadapter_jax.weights.key_mapping import FLAX, torch_spelling
+from ipadapter_jax.weights.key_mapping import FLAX, torch_layout
 from ipadapter_jax.weights.load_tree import leaves, load_tree, nest
 
 FLOATS = [np.dtype(kind) for kind in ("float32", "float16", "bfloat16")]
@@ -57,7 +57,7 @@ def template():
 
 def file(dtype=FLOAT32, **changes) -> tuple[dict[str, Tensor], list]:
     """All tensors of a fitting PyTorch file but for the changes (dots written __; None leaves out), and the reads."""
-    rng, reads, spelling = np.random.default_rng(0), [], torch_spelling()
+    rng, reads, spelling = np.random.default_rng(0), [], torch_layout()
     arrays = {
         spelling.key(path): rng.standard_normal(spelling.shape(path, leaf.shape)).astype(dtype)
         for path, leaf in leaves(template()).items()
@@ -67,7 +67,7 @@ def file(dtype=FLOAT32, **changes) -> tuple[dict[str, Tensor], list]:
 
 
 def load(tensors, dtype=FLOAT32, **options):
-    return load_tree(tensors, template(), torch_spelling(), source="a.bin", dtype=dtype, **options)
+    return load_tree(tensors, template(), torch_layout(), source="a.bin", dtype=dtype, **options)
 
 
 def test_leaves_and_nest():
@@ -84,7 +84,7 @@ def test_every_number_is_cast_as_numpy_does(stored, target):
     assert len(reads) == len(tensors)  # each once
     transposed = {2: (1, 0), 4: (2, 3, 1, 0)}
     for path, array in leaves(tree).items():
-        expected = tensors[torch_spelling().key(path)].array
+        expected = tensors[torch_layout().key(path)].array
         if path[-1] == "kernel":
             expected = expected.transpose(transposed[expected.ndim])
         expected = expected.astype(target)
