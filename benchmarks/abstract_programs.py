@@ -173,7 +173,7 @@ def abstract_step(
     state = jax.eval_shape(functools.partial(initial_state, optimizer=optimizer, config=config), learnt)
     state = jax.tree.map(lambda x, sharding: given(x.shape, x.dtype, sharding), state, state_shardings(mesh, state))
     rows = functools.partial(given, sharding=by_row(mesh))
-    pictures = {
+    images = {
         "pixels": rows((batch, 8 * latent, 8 * latent, 3), jnp.uint8),
         "clip_pixels": rows((batch, sizes.image_encoder.image_size, sizes.image_encoder.image_size, 3), jnp.uint8),
     }
@@ -182,6 +182,6 @@ def abstract_step(
         "logvar": rows((batch, latent, latent, 4), compute),
         "features": rows((batch, sizes.image_encoder.projection_dim), compute),
     }
-    given_batch = (pictures if live else cached) | {"input_ids": rows((batch, 77), jnp.int32)}
+    given_batch = (images if live else cached) | {"input_ids": rows((batch, 77), jnp.int32)}
     make = functools.partial(make_step, networks, optimizer, config)
     return Step(make, mesh, (state, frozen, given_batch), config)

@@ -32,7 +32,7 @@ class Settings:
     """Prints one table."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    batch: Annotated[int, tyro.conf.arg(help="rows; guidance makes two of a picture")] = 2
+    batch: Annotated[int, tyro.conf.arg(help="rows; guidance makes two of an image")] = 2
     backward: Annotated[bool, tyro.conf.arg(help="time the gradients for all inputs, too")] = False
     rounds: int = 7
 

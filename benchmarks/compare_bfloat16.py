@@ -4,7 +4,7 @@
     python -m benchmarks.compare_bfloat16 --weights weights/full                            NVIDIA GPU: 512 px, 50 steps
     python -m benchmarks.compare_bfloat16 --weights weights/full --height 64 --width 64     CPU: half an hour
 
-Both sides sample the same picture in float32 and in --dtype, one process after the other. The error of a side is that
+Both sides sample the same image in float32 and in --dtype, one process after the other. The error of a side is that
 of its half precision against its own float32, relative, in the 2-norm. Exit code 1 when ours is larger than --limit
 times PyTorch's. Needs the extra `torch`.
 """
@@ -44,7 +44,7 @@ def latents(side: str, settings: Settings) -> np.ndarray:
     runner.load()
     if side == "PyTorch":
         return runner.latents()
-    prompts = {"ip_adapter_image": runner.picture, "ip_adapter_scale": settings.scale, **settings.words}
+    prompts = {"ip_adapter_image": runner.reference, "ip_adapter_scale": settings.scale, **settings.words}
     ours = {"output_type": "latent", "progress_bar": False, **settings.call}
     return runner.pipe(**prompts, latents=settings.noise, **ours)
 
@@ -71,9 +71,9 @@ def compare(settings: Comparison) -> dict[str, float]:
 def main(settings: Comparison) -> int:
     require_peers()
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder, "image.png")
-        photograph(settings.image).save(picture)
-        errors = compare(dataclasses.replace(settings, image=picture))
+        image = Path(folder, "image.png")
+        photograph(settings.image).save(image)
+        errors = compare(dataclasses.replace(settings, image=image))
     ratio = errors["ours"] / errors["PyTorch"]
     what = f"{settings.dtype} against float32, relative error"
     lines = [

@@ -1,4 +1,4 @@
-"""Samples the same picture with this project and with PyTorch diffusers, and says how far apart they are.
+"""Samples the same image with this project and with PyTorch diffusers, and says how far apart they are.
 
     python -m ipadapter_jax.testing.random_weights --size full --out weights/full
     python -m benchmarks.compare_with_diffusers --weights weights/full --out out/compare.png
@@ -126,8 +126,8 @@ def _sample_theirs(
     latents = pipe(**call, latents=torch.from_numpy(noise.transpose(2, 0, 1)[None].copy())).images
     with torch.no_grad():
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
-    picture = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
-    return latents[0].permute(1, 2, 0).numpy(), np.asarray(picture)
+    image = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
+    return latents[0].permute(1, 2, 0).numpy(), np.asarray(image)
 
 
 def load_ours(weights: Path, dtype: str, adapter: Path | None = ADAPTER) -> Any:
@@ -170,7 +170,7 @@ def peers() -> tuple[Any, Any]:
 
 
 def photograph(path: Path | None = None) -> Image.Image:
-    """The picture in this file; by default the photograph of an astronaut that comes with scikit-image."""
+    """The image in this file; by default the photograph of an astronaut that comes with scikit-image."""
     from ipadapter_jax.images.preprocess import load_image
 
     if path is not None:
@@ -207,7 +207,7 @@ def side_by_side(result: Comparison) -> Image.Image:
 
 def main(
     weights: Annotated[Path, tyro.conf.arg(help="a folder of random_weights.py, or laid out like one")],
-    out: Annotated[Path, tyro.conf.arg(help="both pictures and their difference")] = Path("out/compare.png"),
+    out: Annotated[Path, tyro.conf.arg(help="both images and their difference")] = Path("out/compare.png"),
     adapter: Annotated[Path | None, tyro.conf.arg(help="below that folder, image_encoder beside it")] = ADAPTER,
     image: Annotated[Path | None, tyro.conf.arg(help="the image prompt; by default an astronaut")] = None,
     prompt: str = "a photo",
@@ -241,7 +241,7 @@ def main(
     print(f"latents, relative L2 error         {result.latents_error_l2:9.2e}")
     print(f"pixels within 1 level              {result.share_within_1:9.4%}  {MIN_SHARE_WITHIN_1:9.1%} at least")
     print(f"pixels, largest difference         {result.pixel_differences.max():9d}")
-    print(f"{out}: both pictures and their difference")
+    print(f"{out}: both images and their difference")
     return 0 if result.good else 1
 
 

@@ -97,7 +97,7 @@ def table(text: str, device: str) -> str:
 def main(
     what: tyro.conf.Positional[Literal["sampler", "step"]],
     device: Literal["H200", "A100", "v5e"] = "H200",
-    batch: Annotated[int, tyro.conf.arg(help="pictures on each device")] = 1,
+    batch: Annotated[int, tyro.conf.arg(help="images on each device")] = 1,
     devices_: Annotated[int, tyro.conf.arg(name="devices")] = 1,
     flags: Annotated[tuple[str, ...], tyro.conf.arg(help="such as xla_gpu_dot_merger_threshold_mb=0")] = (),
 ) -> None:

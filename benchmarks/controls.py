@@ -26,7 +26,7 @@ GOAL = 1.10
 
 def main(
     weights: Annotated[Path, tyro.conf.arg(help="a folder of random_weights.py")],
-    size: Annotated[int, tyro.conf.arg(help="side of the picture in pixels")] = 512,
+    size: Annotated[int, tyro.conf.arg(help="side of the image in pixels")] = 512,
     dtype: str = "float32",
     runs: Annotated[int, tyro.conf.arg(help="of which the median is shown")] = 5,
 ) -> int:
@@ -38,13 +38,13 @@ def main(
     layers = np.linspace(0.1, 1, len(cross_attention_layers(pipe.unet.config))).tolist()
     left = np.zeros((size, size))
     left[:, : size // 2] = 1
-    picture = np.zeros((224, 224, 3))
+    image = np.zeros((224, 224, 3))
     scales, masks = [Scale(0.6, layers), Scale(0.8, layers[::-1])], [[left], [1 - left]]
     settings: dict[str, Any] = {"height": size, "width": size, "num_inference_steps": 1, "output_type": "latent"}
     calls = {
-        "one adapter, one scale": _step(one, ip_adapter_image=picture, ip_adapter_scale=0.6, **settings),
+        "one adapter, one scale": _step(one, ip_adapter_image=image, ip_adapter_scale=0.6, **settings),
         "two adapters, masks, scales by layer": _step(
-            two, ip_adapter_image=[picture, picture], ip_adapter_scale=scales, ip_adapter_masks=masks, **settings
+            two, ip_adapter_image=[image, image], ip_adapter_scale=scales, ip_adapter_masks=masks, **settings
         ),
     }
     medians = [statistics.median(seconds) for seconds in seconds_in_turns(calls, runs).values()]

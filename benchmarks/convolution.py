@@ -1,5 +1,5 @@
 """3x3 convolutions here, in XLA's own way and in PyTorch, for what Stable Diffusion 1.5 has at 512 px. Last come those
-of pictures that are doubled by nearest neighbours before.
+of images that are doubled by nearest neighbours before.
 
     python -m benchmarks.convolution --backward                     CPU, as in a training step of one sample
     python -m benchmarks.convolution --batch 2                      CPU, as in a guided denoising step
@@ -36,7 +36,7 @@ TOLERANCE = 1e-4  # of outputs with a standard deviation of 1
 class Settings:
     """Prints one table."""
 
-    batch: Annotated[int, tyro.conf.arg(help="rows; guidance makes two of a picture")] = 1
+    batch: Annotated[int, tyro.conf.arg(help="rows; guidance makes two of an image")] = 1
     backward: Annotated[bool, tyro.conf.arg(help="the gradient by the input alone, as for frozen weights")] = False
     rounds: int = 7
 

@@ -57,11 +57,11 @@ def read_config(weights: Path) -> UNetConfig:
 
 def main(
     weights: Annotated[Path | None, tyro.conf.arg(help="a base model in diffusers' layout; else SD 1.5")] = None,
-    height: Annotated[int, tyro.conf.arg(help="of the picture, in pixels")] = 512,
+    height: Annotated[int, tyro.conf.arg(help="of the image, in pixels")] = 512,
     width: int = 512,
     image_tokens: Annotated[int, tyro.conf.arg(help="4 for base adapters, 16 for plus, 257 for full, 0 for none")] = 4,
 ) -> None:
-    """Prints the FLOP of one UNet call for one picture; a step with guidance makes two calls."""
+    """Prints the FLOP of one UNet call for one image; a step with guidance makes two calls."""
     config = UNetConfig() if weights is None else read_config(weights)
     counts = unet_flops(config, height // 8, width // 8, image_tokens=image_tokens)
     for kind, flops in (*sorted(counts.items()), ("total", counts.total())):

@@ -1,4 +1,4 @@
-"""How fast training gets its batches on this machine: pictures from tar shards, and encoded samples from a cache.
+"""How fast training gets its batches on this machine: images from tar shards, and encoded samples from a cache.
 
     python -m benchmarks.input
     python -m benchmarks.input --workers 2 --threads 2
@@ -45,7 +45,7 @@ class Settings:
     batch: int = 64
     """Rows of a batch."""
     records: int = 1024
-    """Pictures in the tars; the cache has four times as many samples."""
+    """Images in the tars; the cache has four times as many samples."""
     runs: int = 3
     """Of which the median is shown."""
 
@@ -64,7 +64,7 @@ def photograph(rng: np.random.Generator) -> Image.Image:
 
 
 def write_tars(folder: Path, records: int) -> float:
-    """Shards as of img2dataset; returns the mean size of a picture in kB."""
+    """Shards as of img2dataset; returns the mean size of an image in kB."""
     folder.mkdir()
     rng, total = np.random.default_rng(0), 0
     for shard in range(4):

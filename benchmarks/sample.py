@@ -10,7 +10,7 @@ a CPU at full size both together need 20 GB. On a busy machine believe the minim
 PyTorch's threads wait for one another, so whatever takes one processor away stops all of them.
 
 - A step is the denoising loop from encoded prompts to latents, divided by its number of steps.
-- An image goes from prompt and picture to 8-bit pixels, compiled programs at hand.
+- An image goes from prompt and image to 8-bit pixels, compiled programs at hand.
 - TFLOP/s come from the analytic count of the UNet (count_flops.py), the same for both sides.
 - Peak memory is the device's; on a CPU the largest resident set, which includes mapped pages of the weight files.
 
@@ -181,7 +181,7 @@ def rows(settings: Settings, results: Results, flops: int) -> Iterator[tuple[str
 
 
 def step_flops(settings: Settings) -> int:
-    """Both branches of guidance for every picture of the batch."""
+    """Both branches of guidance for every image of the batch."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # counting takes no memory of a device
@@ -218,9 +218,9 @@ def main(settings: Settings) -> int:
     require_peers()
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder, "image.png")
-        photograph(settings.image).save(picture)
-        results = measure(dataclasses.replace(settings, image=picture), Path(folder))
+        image = Path(folder, "image.png")
+        photograph(settings.image).save(image)
+        results = measure(dataclasses.replace(settings, image=image), Path(folder))
     text = report(settings, results, load)
     print(text, end="")
     if settings.out is not None:

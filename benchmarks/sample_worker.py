@@ -29,7 +29,7 @@ class Settings:
     scale: Annotated[float, tyro.conf.arg(help="of the image prompt")] = 0.7
     guidance_scale: Annotated[float, tyro.conf.arg(help="small: guidance magnifies roundings, not the work")] = 1.5
     steps: int = 50
-    batch: Annotated[int, tyro.conf.arg(help="pictures at a time; guidance doubles the UNet's batch")] = 1
+    batch: Annotated[int, tyro.conf.arg(help="images at a time; guidance doubles the UNet's batch")] = 1
     height: int = 512
     width: int = 512
     seed: int = 0
@@ -66,8 +66,8 @@ class Settings:
 class Ours:
     """This project."""
 
-    def __init__(self, settings: Settings, picture: Image.Image):
-        self.settings, self.picture = settings, picture
+    def __init__(self, settings: Settings, reference: Image.Image):
+        self.settings, self.reference = settings, reference
 
     def imports(self) -> None:
         import jax
@@ -90,7 +90,7 @@ class Ours:
         jax.block_until_ready((self.pipe.params, [adapter.params for adapter in self.pipe.adapters]))
 
     def image(self) -> None:
-        prompts = {"ip_adapter_image": self.picture, "ip_adapter_scale": self.settings.scale, **self.settings.words}
+        prompts = {"ip_adapter_image": self.reference, "ip_adapter_scale": self.settings.scale, **self.settings.words}
         self.pipe(**prompts, latents=self.settings.noise, progress_bar=False, **self.settings.call)
 
     def loop(self) -> Any:
@@ -112,8 +112,8 @@ class Ours:
 class Torch:
     """PyTorch diffusers."""
 
-    def __init__(self, settings: Settings, picture: Image.Image):
-        self.settings, self.picture = settings, picture
+    def __init__(self, settings: Settings, reference: Image.Image):
+        self.settings, self.reference = settings, reference
 
     def imports(self) -> None:
         import torch
@@ -140,7 +140,7 @@ class Torch:
             self.pipe.unet, self.pipe.vae.decode = compiled(self.pipe.unet), compiled(self.pipe.vae.decode)
 
     def image(self) -> None:
-        prompts = {"ip_adapter_image": self.picture, **self.settings.words}
+        prompts = {"ip_adapter_image": self.reference, **self.settings.words}
         self.pipe(**prompts, latents=self.noise, **self.settings.call)
 
     @functools.cached_property
@@ -151,7 +151,7 @@ class Torch:
         settings, device = self.settings, self.pipe.device
         with torch.no_grad():
             prompt, negative = self.pipe.encode_prompt(settings.prompt, device, 1, True, settings.negative_prompt)
-            image = self.pipe.prepare_ip_adapter_image_embeds(self.picture, None, device, 1, True)
+            image = self.pipe.prepare_ip_adapter_image_embeds(self.reference, None, device, 1, True)
         return {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "ip_adapter_image_embeds": image}
 
     def loop(self) -> Any:

@@ -100,7 +100,7 @@ def main(settings: Scaling) -> None:
         rounds = found[layout].get(what)
         return statistics.median(rounds[1:]) if rounds else None  # the first warms up
 
-    print("| processes x devices | training, samples/s | of one | sampling, picture steps/s | of one | MB in a step |")
+    print("| processes x devices | training, samples/s | of one | sampling, image steps/s | of one | MB in a step |")
     print("|---|---:|---:|---:|---:|---:|")
     for layout, answer in found.items():
         cells = []

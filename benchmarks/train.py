@@ -7,7 +7,7 @@
 Ours is the step of `ipadapter-jax train`; theirs does what tutorial_train.py does in every step, with diffusers'
 networks and IP-Adapter attention: a UNet of float32 weights under autocast, encoders in the compute dtype, AdamW, and
 the loss fetched at once. --compile adds a third: PyTorch with what makes it faster. A step begins with a batch in the
-host's memory; reading and decoding pictures is another benchmark. "Precomputed" starts from latents and image features.
+host's memory; reading and decoding images is another benchmark. "Precomputed" starts from latents and image features.
 
 Each side is a process of its own; they take turns on the same device, one idle while the other is timed, so both
 must fit into its memory. MFU counts convolutions and matrix products of our step once (runtime/flops.py), for

@@ -28,10 +28,10 @@ class Settings:
 
     weights: Annotated[Path, tyro.conf.arg(help="a folder of random_weights.py, or laid out like one")]
     batch_size: int = 8
-    size: Annotated[int, tyro.conf.arg(help="side of the training pictures, in pixels")] = 512
+    size: Annotated[int, tyro.conf.arg(help="side of the training images, in pixels")] = 512
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     inputs: Annotated[
-        Literal["both", "live", "precomputed"], tyro.conf.arg(help="pictures, or latents and image features")
+        Literal["both", "live", "precomputed"], tyro.conf.arg(help="images, or latents and image features")
     ] = "both"
     remat: Annotated[bool, tyro.conf.arg(help="ours: compute the UNet's blocks again in the backward pass")] = False
     compile: Annotated[bool, tyro.conf.arg(help="also a tuned PyTorch: torch.compile, no float32 weights")] = False
@@ -45,7 +45,7 @@ class Settings:
     out: Annotated[Path | None, tyro.conf.arg(help="a JSON file for all numbers")] = None
 
     def batch(self) -> dict[str, np.ndarray]:
-        """What the data side would hand over: pictures in squares of one colour, or encoded ones drawn at random."""
+        """What the data side would hand over: images in squares of one colour, or encoded ones drawn at random."""
         text, vision = (
             json.loads((self.weights / folder / "config.json").read_text(encoding="utf-8"))
             for folder in ("text_encoder", ADAPTER.parent / "image_encoder")
@@ -254,7 +254,7 @@ class Authors:
         return self.torch.optim.AdamW(self.learnt, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def _host_batch(self) -> dict[str, Any]:
-        """The batch as the authors' data set gives it: pictures in float32, normalised on the host, (B, C, H, W)."""
+        """The batch as the authors' data set gives it: images in float32, normalised on the host, (B, C, H, W)."""
         arrays = self.settings.batch()
         if "pixels" in arrays:
             from ipadapter_jax.images.preprocess import CLIP_TABLE
@@ -286,7 +286,7 @@ class Authors:
         return self.torch.where(drop.to(self.device)[:, None], 0, features)
 
     def _chance(self) -> dict[str, Any]:
-        """A step's draws: those of the pictures on the device, of what is dropped on the host."""
+        """A step's draws: those of the images on the device, of what is dropped on the host."""
         torch, rows, side = self.torch, self.settings.batch_size, self.settings.size // 8
         chance = torch.rand(rows)
         image, text, both = np.cumsum(DROP)

@@ -4,7 +4,7 @@
     ipadapter-jax train mini --data.path data/scenes/... --out runs/mini
 
 As sd15.py with what a small model and a short run ask for: a higher learning rate, and most captions left out, since
-these captions alone would give the picture away.
+these captions alone would give the image away.
 """
 
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train

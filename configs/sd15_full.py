@@ -3,7 +3,7 @@
     ipadapter-jax train sd15_full --data.path shards/ --out runs/sd15_full
 
 Everything else as in sd15.py. 257 image tokens make each cross-attention about four times as long. For faces, give
-crops of the face as image prompts (a column cond_image beside the picture).
+crops of the face as image prompts (a column cond_image beside the image).
 """
 
 from ipadapter_jax.train.config import Model, Train

@@ -3,7 +3,7 @@
     python -m examples.sample_sheet
     python -m examples.sample_sheet --image mine.jpg --prompt "a red circle" --out out/mine.png
 
-Above: the reference as the image encoder sees it, and four pictures with it as prompt. Below: one seed again, while the
+Above: the reference as the image encoder sees it, and four images with it as prompt. Below: one seed again, while the
 scale of the image prompt goes from 0 (the model without an adapter) to 1.
 """
 
@@ -26,15 +26,15 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 RESULTS = 4
 STEPS = 30
 WHAT_TO_SEE = (
-    "What to look for: above, the reference's colours, shape, texture and background in every picture; "
+    "What to look for: above, the reference's colours, shape, texture and background in every image; "
     "below, whether they come as the scale rises."
 )
 
 
 def main(
     image: Annotated[Path, tyro.conf.arg(help="the image prompt; its centre is used")] = REFERENCE,
-    prompt: Annotated[str, tyro.conf.arg(help="text prompt; empty, the picture is all that the model is told")] = "",
-    seed: Annotated[int, tyro.conf.arg(help="of the first picture; the others count on")] = 0,
+    prompt: Annotated[str, tyro.conf.arg(help="text prompt; empty, the image is all that the model is told")] = "",
+    seed: Annotated[int, tyro.conf.arg(help="of the first image; the others count on")] = 0,
     out: Annotated[Path, tyro.conf.arg(help="the PNG to write")] = Path("out/sample.png"),
 ) -> int:
     """Writes the sheet and returns the exit code: 2, with one line on standard error, for what cannot be used."""
@@ -43,8 +43,8 @@ def main(
             raise InputError(f"--out {out}: give a name that ends in .png")
         check_writable(out)
         above, below = sample(load_image(image), prompt, seed)
-        told = f'the picture and the words "{prompt}"' if prompt else "the picture alone, no words"
-        titles = f"The prompt: {told}; scale 1", f"The same prompt, seed {seed}, the scale of the picture from 0 to 1"
+        told = f'the image and the words "{prompt}"' if prompt else "the image alone, no words"
+        titles = f"The prompt: {told}; scale 1", f"The same prompt, seed {seed}, the scale of the image from 0 to 1"
         buffer = io.BytesIO()
         sheet(dict(zip(titles, (above, below), strict=True)), WHAT_TO_SEE).save(buffer, "PNG")
         write_whole(out, buffer.getvalue())
@@ -56,7 +56,7 @@ def main(
 
 
 def sample(reference: Image.Image, prompt: str, seed: int) -> tuple[Labelled, Labelled]:
-    """The row of results and that of scales. One picture a call: scales and seeds are data, so that the first call
+    """The row of results and that of scales. One image a call: scales and seeds are data, so that the first call
     compiles and the others run."""
     pipe = StableDiffusion.from_pretrained("mini").with_ip_adapter("mini")
 
@@ -71,7 +71,7 @@ def sample(reference: Image.Image, prompt: str, seed: int) -> tuple[Labelled, La
         )[0]
 
     wanted = [(1.0, number) for number in range(RESULTS)] + [(scale, 0) for scale in SCALES if scale != 1]
-    bar = tqdm.tqdm(wanted, desc="compiling, then sampling", unit="picture", disable=None)
+    bar = tqdm.tqdm(wanted, desc="compiling, then sampling", unit="image", disable=None)
     painted = {which: paint(*which) for which in bar}
     seen = Image.fromarray(clip_pixels(reference, pipe.adapters[0].encoder.module.config.image_size))
     results = [(f"seed {seed + number}", painted[1.0, number]) for number in range(RESULTS)]

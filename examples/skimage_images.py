@@ -33,9 +33,9 @@ def _scaled(image: Image.Image, side: int) -> Image.Image:
     return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BILINEAR)
 
 
-def records(pictures: dict[str, Image.Image]) -> list[Record]:
+def records(images: dict[str, Image.Image]) -> list[Record]:
     """PNG files with their names as captions."""
-    return [Record(name, png(np.asarray(picture)), name.replace("_", " ")) for name, picture in pictures.items()]
+    return [Record(name, png(np.asarray(image)), name.replace("_", " ")) for name, image in images.items()]
 
 
 # Every format keeps the order of the records, so that a seed gives the same batches from each.

@@ -1,4 +1,4 @@
-"""A small VAE fitted to a handful of pictures: latents for tests on real photographs, and for nothing else."""
+"""A small VAE fitted to a handful of images: latents for tests on real photographs, and for nothing else."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.weights.load_tree import Tree
 
 CONFIG = VAEConfig(block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=4)
-KL_WEIGHT = 1e-4  # per latent number: keeps the latents' scale and some room around each picture
+KL_WEIGHT = 1e-4  # per latent number: keeps the latents' scale and some room around each image
 
 
 def fit(pixels: np.ndarray, *, steps: int, learning_rate: float = 3e-3) -> tuple[VAE, Tree]:
@@ -49,11 +49,11 @@ def fit(pixels: np.ndarray, *, steps: int, learning_rate: float = 3e-3) -> tuple
 
 
 def through(vae: VAE, params: Tree, pixels: np.ndarray) -> np.ndarray:
-    """Pictures (B, H, W, 3) uint8 to latents and back."""
+    """Images (B, H, W, 3) uint8 to latents and back."""
     back = jax.jit(vae.apply)({"params": params}, jnp.asarray(pixels, jnp.float32) / 127.5 - 1)
     return np.asarray(jnp.round((jnp.clip(back, -1, 1) + 1) * 127.5)).astype(np.uint8)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of each picture (B, H, W, 3) uint8, in dB."""
+    """Of each image (B, H, W, 3) uint8, in dB."""
     return -10 * np.log10(np.mean((a.astype(float) - b) ** 2, axis=(1, 2, 3)) / 255**2)

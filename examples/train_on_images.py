@@ -1,17 +1,17 @@
 """The whole way on a CPU: small networks learn the photographs inside scikit-image, then an adapter learns to ask for
-one of them by its picture. Text and image encoder have random weights: what they give still tells 18 pictures apart.
+one of them by its image. Text and image encoder have random weights: what they give still tells 18 images apart.
 
     python -m examples.train_on_images --out runs/photographs        needs the extras dev and tfds; 15 to 25 minutes
 
 1. A small VAE is fitted to the photographs (small_vae.py): 64 x 64 px, latents of 8 x 8.
 2. `ipadapter-jax train` trains a small UNet on them, with captions and without image prompts.
 3. With both frozen, `ipadapter-jax train` trains the adapter alone, mostly without captions.
-4. Pictures are sampled from each image prompt, without text. At least 80 % must be nearest (RMSE at 32 x 32 px) to
+4. Images are sampled from each image prompt, without text. At least 80 % must be nearest (RMSE at 32 x 32 px) to
    their own photograph; where each place gets the prompt of another, hardly more than chance may be.
 5. Ten steps from each data format give the same losses to the last bit.
 
 What is there already is kept: an interrupted call goes on. OUT/samples.png has a row for each photograph: itself, what
-the VAE makes of it, and pictures sampled from it.
+the VAE makes of it, and images sampled from it.
 """
 
 import json
@@ -41,7 +41,7 @@ from ipadapter_jax.weights.component_export import save_component
 from ipadapter_jax.weights.components import UNET, VAE_COMPONENT, drawn_params
 
 SIDE = 64  # pixels
-COUNT = 4  # pictures sampled from each image prompt
+COUNT = 4  # images sampled from each image prompt
 UNET_CONFIG = UNetConfig(
     block_out_channels=(32, 64),
     down_block_types=("CrossAttnDownBlock2D",) * 2,
@@ -63,7 +63,7 @@ UNET_RUN = "--model.adapter none --model.train unet --data.drop-image 0 --data.d
 ADAPTER_RUN = "--data.drop-image 0.05 --data.drop-text 0.85 --data.drop-both 0.05"  # a caption would give it away
 ENCODER = Path("ip_adapter", "models", "image_encoder")  # in the folder of the base model
 
-Pictures = list[Image.Image]
+Images = list[Image.Image]
 
 
 def write_base(folder: Path, squares: np.ndarray, vae_steps: int) -> None:
@@ -88,8 +88,8 @@ def train(out: Path, options: str, data: Path, base: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def sample(pipe: StableDiffusion, prompts: Sequence[Image.Image]) -> list[Pictures]:
-    """COUNT pictures of each image prompt; the seeds follow its place in the list."""
+def sample(pipe: StableDiffusion, prompts: Sequence[Image.Image]) -> list[Images]:
+    """COUNT images of each image prompt; the seeds follow its place in the list."""
     return [
         pipe(
             ip_adapter_image=prompt,
@@ -103,19 +103,19 @@ def sample(pipe: StableDiffusion, prompts: Sequence[Image.Image]) -> list[Pictur
     ]
 
 
-def share_nearest_to_own(sampled: Sequence[Pictures], squares: Pictures) -> float:
-    """Of the pictures at place i, over all places, those that are nearest to photograph i."""
-    own = [nearest(picture, squares) == place for place, found in enumerate(sampled) for picture in found]
+def share_nearest_to_own(sampled: Sequence[Images], squares: Images) -> float:
+    """Of the images at place i, over all places, those that are nearest to photograph i."""
+    own = [nearest(image, squares) == place for place, found in enumerate(sampled) for image in found]
     return sum(own) / len(own)
 
 
-def nearest(picture: Image.Image, squares: Pictures) -> int:
+def nearest(sampled: Image.Image, squares: Images) -> int:
     """The photograph with the least RMSE at 32 x 32 px."""
-    small = [np.asarray(image.resize((32, 32), Image.Resampling.BOX), float) for image in (picture, *squares)]
+    small = [np.asarray(image.resize((32, 32), Image.Resampling.BOX), float) for image in (sampled, *squares)]
     return int(np.argmin([np.mean((small[0] - other) ** 2) for other in small[1:]]))
 
 
-def check_pictures(out: Path, base: Path, originals: Pictures, squares: np.ndarray) -> dict[str, Any]:
+def check_images(out: Path, base: Path, originals: Images, squares: np.ndarray) -> dict[str, Any]:
     """Samples from every photograph, writes OUT/samples.png and measures."""
     pipe = StableDiffusion.from_pretrained(base).with_ip_adapter(
         out / "adapter" / "adapter.safetensors", image_encoder=base / ENCODER
@@ -126,7 +126,7 @@ def check_pictures(out: Path, base: Path, originals: Pictures, squares: np.ndarr
     shuffled = sample(pipe, [originals[i] for i in order])
     targets = [Image.fromarray(square) for square in squares]
     rows = [[target, Image.fromarray(b), *found] for target, b, found in zip(targets, back, own, strict=True)]
-    image_grid([picture for row in rows for picture in row], columns=2 + COUNT).save(out / "samples.png")
+    image_grid([image for row in rows for image in row], columns=2 + COUNT).save(out / "samples.png")
     return {
         "photographs": len(originals),
         "vae_psnr_least": float(small_vae.psnr(back, squares).min()),
@@ -147,7 +147,7 @@ def main(out: Path, vae_steps: int = 1000, unet_steps: int = 3000, adapter_steps
     """Trains all of it in OUT, checks it, and writes OUT/results.json. Ends with an error where a goal is missed."""
     enable_compilation_cache()
     originals = photographs()
-    squares = np.stack([square_pixels(picture, SIDE) for picture in originals.values()])
+    squares = np.stack([square_pixels(image, SIDE) for image in originals.values()])
     shutil.rmtree(out / "data", ignore_errors=True)
     formats = write_formats(out / "data", records(originals))
     base, whole = out / "base", out / "base-with-unet"
@@ -158,7 +158,7 @@ def main(out: Path, vae_steps: int = 1000, unet_steps: int = 3000, adapter_steps
     shutil.copytree(base, whole, dirs_exist_ok=True)
     shutil.copytree(out / "unet" / "unet", whole / "unet", dirs_exist_ok=True)
     train(out / "adapter", f"{ADAPTER_RUN} --log.every 100 --steps {adapter_steps}", formats["json"], whole)
-    results = check_pictures(out, whole, list(originals.values()), squares)
+    results = check_images(out, whole, list(originals.values()), squares)
     losses = {
         name: train(out / "formats" / name, f"{ADAPTER_RUN} --log.every 1 --steps 10", data, whole)
         for name, data in formats.items()

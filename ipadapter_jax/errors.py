@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 
 class NonFiniteImageError(InputError):
-    """A picture came out that is none; others of its batch may be good."""
+    """An image came out that is none; others of its batch may be good."""
 
 
 class WeightFileError(InputError):

@@ -1,4 +1,4 @@
-"""Makes every picture of docs/guide.md: draws the references, then runs the commands that stand there.
+"""Makes every image of docs/guide.md: draws the references, then runs the commands that stand there.
 
 python -m scripts.make_guide_images
 """
@@ -49,7 +49,7 @@ def _on_cyan(shape: str, colour: str, texture: str) -> np.ndarray:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words after `ipadapter-jax` of every command that makes a picture of the guide."""
+    """The words after `ipadapter-jax` of every command that makes an image of the guide."""
     return [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("ipadapter-jax generate ")]
 
 

@@ -1,4 +1,4 @@
-"""Sampling with an image prompt, spelled out: from a picture and a prompt to pictures in one jitted call.
+"""Sampling with an image prompt, spelled out: from an image and a prompt to images in one jitted call.
 
     python -m ipadapter_jax.testing.random_weights --size tiny --out weights/tiny
     python -m scripts.sample --base weights/tiny --adapter weights/tiny/ip_adapter/models/ip-adapter_sd15.safetensors \
@@ -42,7 +42,7 @@ def main(
     seed: int = 0,
     out: Path = Path("out/sample.png"),
 ) -> None:
-    """Samples with a base adapter (4 tokens): square pictures of `size` pixels."""
+    """Samples with a base adapter (4 tokens): square images of `size` pixels."""
     pipe = StableDiffusion.from_pretrained(base).with_ip_adapter(adapter)
     unet, vae, text_encoder, schedule = pipe.unet, pipe.vae, pipe.text_encoder, pipe.schedule
     ip = pipe.adapters[0]
@@ -50,7 +50,7 @@ def main(
 
     @jax.jit
     def sample(params, ids, pixels, latents, scale, guidance_scale):
-        """ids (2, 77), negative first; pixels (1, 224, 224, 3); latents (B, h, w, 4) -> pictures (B, H, W, 3)."""
+        """ids (2, 77), negative first; pixels (1, 224, 224, 3); latents (B, h, w, 4) -> images (B, H, W, 3)."""
 
         def apply(module, part, *inputs, method=None) -> Any:
             return module.apply({"params": params[part]}, *inputs, method=method)
@@ -60,7 +60,7 @@ def main(
         embeds = apply(ip.encoder.module, "image_encoder", pixels).image_embeds
         tokens = apply(ip.projection, "image_proj", jnp.concatenate([jnp.zeros_like(embeds), embeds]))
 
-        # Keys and values of both branches, once: row 2 b + g of the network's batch is branch g of picture b.
+        # Keys and values of both branches, once: row 2 b + g of the network's batch is branch g of image b.
         text_kv, image_kv = jax.tree.map(
             lambda x: jnp.tile(x, (batch, 1, 1)),
             (apply(unet, "unet", text, method=UNet.text_kv), apply(ip.keys, "ip_adapter", tokens)),
@@ -82,9 +82,9 @@ def main(
     pixels = clip_pixel_values([load_image(image)], ip.encoder.module.config.image_size)
     side = size // vae.config.downscale
     latents = jax.random.normal(random_keys.key(seed), (num_images, side, side, unet.config.in_channels))
-    pictures = to_uint8(np.asarray(sample(params, ids, pixels, latents, scale, guidance_scale)))
+    images = to_uint8(np.asarray(sample(params, ids, pixels, latents, scale, guidance_scale)))
     out.parent.mkdir(parents=True, exist_ok=True)
-    image_grid([Image.fromarray(picture) for picture in pictures]).save(out)
+    image_grid([Image.fromarray(image) for image in images]).save(out)
     print(out)
 
 

@@ -1,4 +1,4 @@
-"""A tiny random CLIPModel of PyTorch, saved with a tokenizer, and pictures to score."""
+"""A tiny random CLIPModel of PyTorch, saved with a tokenizer, and images to score."""
 
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ def clip_model(folder: Path, *, safe: bool = True, eos: int = VOCABULARY - 1) ->
     return model
 
 
-def pictures(count: int, seed: int = 0) -> list[Image.Image]:
-    """Smooth random pictures of several shapes."""
+def images(count: int, seed: int = 0) -> list[Image.Image]:
+    """Smooth random images of several shapes."""
     rng = np.random.default_rng(seed)
     made = []
     for number in range(count):

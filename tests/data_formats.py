@@ -1,4 +1,4 @@
-"""The same few pictures written in every format of training data that is read."""
+"""The same few images written in every format of training data that is read."""
 
 import io
 import json
@@ -23,8 +23,8 @@ def jpeg(seed: int, size: tuple[int, int] = (24, 16)) -> bytes:
         return file.getvalue()
 
 
-def pictures(count: int = 6) -> list[Record]:
-    """Pictures and captions, each with an image prompt of its own; keys are stems."""
+def images(count: int = 6) -> list[Record]:
+    """Images and captions, each with an image prompt of its own; keys are stems."""
     return [Record(f"{i:09d}", jpeg(i), f"caption {i}, ein Füchslein", jpeg(100 + i)) for i in range(count)]
 
 
@@ -84,7 +84,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write_parquet(folder: Path, records: list[Record]) -> Path:
-    """Two files in row groups of 2, pictures as plain bytes."""
+    """Two files in row groups of 2, images as plain bytes."""
     folder.mkdir(parents=True)
     for part in range(2):
         few = records[part * 4 : part * 4 + 4]
@@ -97,11 +97,11 @@ def write_parquet(folder: Path, records: list[Record]) -> Path:
 
 
 def write_hugging_face(folder: Path, records: list[Record]) -> Path:
-    """As datasets.to_parquet does it: pictures are structs of bytes and path."""
+    """As datasets.to_parquet does it: images are structs of bytes and path."""
     folder.mkdir(parents=True)
-    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = {
-        name: pa.array([{"bytes": getattr(r, name), "path": f"{r.key}.jpg"} for r in records], picture)
+        name: pa.array([{"bytes": getattr(r, name), "path": f"{r.key}.jpg"} for r in records], image)
         for name in ("image", "cond_image")
     }
     pq.write_table(pa.table(table | {"text": [r.text for r in records]}), folder / "train.parquet")
@@ -122,7 +122,7 @@ def write_tfds(folder: Path, records: list[Record]) -> Path:
     """Stored in an order of its own, which a hash of the keys gives."""
     import tensorflow_datasets as tfds
 
-    class Pictures(tfds.core.GeneratorBasedBuilder):
+    class Images(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
@@ -139,8 +139,8 @@ def write_tfds(folder: Path, records: list[Record]) -> Path:
                 yield r.key, {"image": io.BytesIO(r.image), "caption": r.text, "cond_image": prompt}
 
     tfds.disable_progress_bar()
-    Pictures(data_dir=str(folder), file_format="array_record").download_and_prepare()
-    return folder / "pictures" / "1.0.0"
+    Images(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    return folder / "images" / "1.0.0"
 
 
 WRITERS: dict[str, Callable[[Path, list[Record]], Path]] = {

@@ -40,10 +40,10 @@ def tiny(**changes) -> Train:
 
 
 def recorded_batch(case: Case) -> dict[str, np.ndarray]:
-    pictures = [load_image(ORACLES / "assets" / f"{name}.png") for name in case.meta["images"]["clip_images"]]
+    images = [load_image(ORACLES / "assets" / f"{name}.png") for name in case.meta["images"]["clip_images"]]
     return {
         "pixels": nhwc(case.inputs["images"]),
-        "clip_pixels": np.stack([clip_pixels(picture, 224) for picture in pictures]),
+        "clip_pixels": np.stack([clip_pixels(image, 224) for image in images]),
         "input_ids": case.inputs["text_input_ids"],
     }
 
@@ -114,12 +114,12 @@ def micro(levels: int = 2, **changes) -> Train:
 
 
 def photographs(folder: Path, count: int = 12) -> Path:
-    """A folder of small pictures with captions: crops of real photographs."""
+    """A folder of small images with captions: crops of real photographs."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = [skimage.data.chelsea(), skimage.data.coffee(), skimage.data.astronaut(), skimage.data.rocket()]
+    images = [skimage.data.chelsea(), skimage.data.coffee(), skimage.data.astronaut(), skimage.data.rocket()]
     for i in range(count):
-        picture = pictures[i % len(pictures)]
-        y, x = (37 * i) % (picture.shape[0] - 160), (53 * i) % (picture.shape[1] - 160)
-        Image.fromarray(picture[y : y + 160, x : x + 160]).resize((48, 40)).save(folder / f"{i:03d}.png")
+        image = images[i % len(images)]
+        y, x = (37 * i) % (image.shape[0] - 160), (53 * i) % (image.shape[1] - 160)
+        Image.fromarray(image[y : y + 160, x : x + 160]).resize((48, 40)).save(folder / f"{i:03d}.png")
         (folder / f"{i:03d}.txt").write_text(f"photograph number {i}")
     return folder

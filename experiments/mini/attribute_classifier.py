@@ -1,4 +1,4 @@
-"""What a picture shows, read by classical means alone: no network judges the networks.
+"""What an image shows, read by classical means alone: no network judges the networks.
 
     verdicts = judge(pixels)  # (B, 64, 64, 3) uint8
     (verdicts.colour == "red").mean()
@@ -33,12 +33,12 @@ _SCALES = np.geomspace(0.36, 0.8, 9)  # radii of a texture in a deviation
 _SCALE_ERROR = 0.12  # of their logarithm, which the outline gives
 _HALF, _WHOLE = np.arange(0, 0.5, 0.1), np.arange(0, 0.76, 0.095)  # phases over the periods of the patterns
 _PHASES = {"plain": ((0,), (0,)), "striped": ((0,), _HALF), "dotted": (_HALF, _HALF), "checkered": (_WHOLE, _WHOLE[:4])}
-_LARGE = 0.265  # of the picture's side: the radius above which an object is large
+_LARGE = 0.265  # of the image's side: the radius above which an object is large
 _OFF_CENTRE = (0.0285, 0.09)  # of the side, from the middle: how far a large, a small object is off the centre
 
 
 class Verdicts(NamedTuple):
-    """Names of the attributes of each picture's largest object, and how many objects there are, each (B,). Where there
+    """Names of the attributes of each image's largest object, and how many objects there are, each (B,). Where there
     is none the count is 0, and only the background is not UNKNOWN."""
 
     background: np.ndarray
@@ -51,10 +51,10 @@ class Verdicts(NamedTuple):
 
 
 def judge(pixels: np.ndarray) -> Verdicts:
-    """Pictures (B, 64, 64, 3) uint8 -> what they show."""
+    """Images (B, 64, 64, 3) uint8 -> what they show."""
     if pixels.ndim != 4 or pixels.shape[1:] != (SIDE, SIDE, 3) or pixels.dtype != np.uint8:
-        raise ValueError(f"judge reads pictures (B, {SIDE}, {SIDE}, 3) uint8, not {pixels.shape} {pixels.dtype}")
-    backgrounds, counts, things = zip(*(_see(picture.astype(np.float32)) for picture in pixels), strict=True)
+        raise ValueError(f"judge reads images (B, {SIDE}, {SIDE}, 3) uint8, not {pixels.shape} {pixels.dtype}")
+    backgrounds, counts, things = zip(*(_see(image.astype(np.float32)) for image in pixels), strict=True)
     found = [i for i, thing in enumerate(things) if thing is not None]
     names = {name: np.full(len(pixels), UNKNOWN, object) for name in ATTRIBUTES[1:]}
     if found:
@@ -72,7 +72,7 @@ def truth(scenes: Sequence[Scene]) -> Verdicts:
 
 
 class _Thing(NamedTuple):
-    """An object cut out of its picture; lengths in pixels."""
+    """An object cut out of its image; lengths in pixels."""
 
     colour: str
     centroid: tuple[float, float]  # x, y
@@ -82,17 +82,17 @@ class _Thing(NamedTuple):
     inside: np.ndarray  # (_GRID^2,) in [0, 1]: where the background does not mix with the tone
 
 
-def _see(picture: np.ndarray) -> tuple[str, int, _Thing | None]:
+def _see(image: np.ndarray) -> tuple[str, int, _Thing | None]:
     """The background, how many objects there are, and the largest."""
-    background, rgb = _background(picture)
-    labels, areas = _objects(_length(picture - rgb))
+    background, rgb = _background(image)
+    labels, areas = _objects(_length(image - rgb))
     if not len(areas):
         return background, 0, None
     whole: Any = ndimage.binary_fill_holes(labels == 1 + int(np.argmax(areas)))
     inside: Any = ndimage.binary_erosion(whole, iterations=2)
-    colour = _colour(picture[inside if inside.any() else whole])
+    colour = _colour(image[inside if inside.any() else whole])
     primary = np.asarray(COLOURS[colour], np.float32)
-    tone = np.clip((1 - picture @ primary / (primary @ primary)) / (1 - SHADE), 0, 1)
+    tone = np.clip((1 - image @ primary / (primary @ primary)) / (1 - SHADE), 0, 1)
     rows, columns = np.nonzero(whole)
     x, y = float(columns.mean()), float(rows.mean())
     deviation = float(np.sqrt(columns.var() + rows.var()))
@@ -104,9 +104,9 @@ def _length(difference: np.ndarray) -> np.ndarray:
     return np.sqrt(np.einsum("...c,...c->...", difference, difference))
 
 
-def _background(picture: np.ndarray) -> tuple[str, np.ndarray]:
+def _background(image: np.ndarray) -> tuple[str, np.ndarray]:
     """The name of most of the border's colour, and the colour itself (3,)."""
-    ring = np.concatenate([picture[:_RING], picture[-_RING:], *np.split(picture, [_RING, -_RING], axis=1)[::2]], None)
+    ring = np.concatenate([image[:_RING], image[-_RING:], *np.split(image, [_RING, -_RING], axis=1)[::2]], None)
     ring, palette = ring.reshape(-1, 3), np.array(list(BACKGROUNDS.values()), np.float32)
     nearest = ((palette**2).sum(1) - 2 * ring @ palette.T).argmin(axis=1)
     most = int(np.bincount(nearest).argmax())
@@ -153,8 +153,8 @@ def _outlines() -> _Outlines:
     covers, shapes, radii, offsets = [], [], [], []
     for shape, radius, angle, blur in itertools.product(SHAPES, (0.155, 0.21, 0.33), _ANGLES, (0.0, 1.0)):
         thing = Thing(shape, "red", "plain", "", "centre", 0.5, 0.5, radius, angle, COLOURS["red"])
-        picture = render(Scene((thing,), "white", BACKGROUNDS["white"])).astype(np.float32)
-        _, _, seen = _see(ndimage.gaussian_filter(picture, (blur, blur, 0)) if blur else picture)
+        image = render(Scene((thing,), "white", BACKGROUNDS["white"])).astype(np.float32)
+        _, _, seen = _see(ndimage.gaussian_filter(image, (blur, blur, 0)) if blur else image)
         assert seen is not None
         covers.append(seen.cover)
         shapes.append(shape)
@@ -214,7 +214,7 @@ def _texture(things: Sequence[_Thing], scale: np.ndarray) -> np.ndarray:
 
 
 def _place(offset: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """offset (n, 2) of the object's centre from the picture's, x to the right, y downwards, in sides."""
+    """offset (n, 2) of the object's centre from the image's, x to the right, y downwards, in sides."""
     sideways = np.abs(offset[:, 0]) > np.abs(offset[:, 1])
     across = np.where(offset[:, 0] > 0, "right", "left")
     along = np.where(offset[:, 1] > 0, "bottom", "top")

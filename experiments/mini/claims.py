@@ -30,7 +30,7 @@ Verdict = Literal["holds", "does not hold", "undecided", "not measured"]
 
 COMPARABLE = 0.02  # of CLIP-I, or of a share: less than this below is comparable
 BARS = {"colour": 0.90, "shape": 0.80, "background": 0.80}  # agreement of mini's adapter at scale 1, without text
-BOTH = 0.60  # of the pictures at some scale: the reference's colour and the asked-for shape
+BOTH = 0.60  # of the images at some scale: the reference's colour and the asked-for shape
 JUDGE = 0.98  # of clean renders
 NEAR_CHANCE = 0.10  # above a guess
 KEPT = 0.75  # of mini's own agreement, by the same adapter on another model
@@ -49,7 +49,7 @@ class Claim(NamedTuple):
 
 class Measured(NamedTuple):
     rows: Mapping[Row, Values]
-    judged: Mapping[str, Values]  # pictures that show the prompts exactly, by how these were made
+    judged: Mapping[str, Values]  # images that show the prompts exactly, by how these were made
     pixels_unlike_base: int  # values of pixels at scale 0 that are not those of the base model
     adapter_parameters: int
     unet_parameters: int
@@ -109,7 +109,7 @@ def claims(measured: Measured) -> list[Claim]:
             f"its UNet's {measured.unet_parameters:,}",
         ),
         Claim(
-            "A picture as prompt says more than words: its images follow it better than those of its caption",
+            "An image as prompt says more than words: its images follow it better than those of its caption",
             together(above(to_text), above(all_to_text)),
             f"mini's adapter less caption: CLIP-I {signed(to_text)}, all three {points(all_to_text)}",
         ),
@@ -136,7 +136,7 @@ def claims(measured: Measured) -> list[Claim]:
 def _finer(rows: Mapping[Row, Values]) -> Claim:
     nearer, less = (difference(rows, name, PLUS, DECOUPLED) for name in ("CLIP-I", "diversity, RMSE"))
     return Claim(
-        "Features of the grid (plus) follow the image more closely, and their pictures are less diverse",
+        "Features of the grid (plus) follow the image more closely, and their images are less diverse",
         together(above(nearer), above(_negative(less))),
         f"plus less base: CLIP-I {signed(nearer)}, diversity (RMSE) {signed(less)}",
     )

@@ -1,9 +1,9 @@
-"""The CLIP pair of mini (arXiv 2103.00020): pictures and captions that belong together get embeddings that are near.
+"""The CLIP pair of mini (arXiv 2103.00020): images and captions that belong together get embeddings that are near.
 
 The text encoder has no projection: its pooled state is the embedding, so that the pair is whole with the two networks
 that mini needs anyway. So few pairs teach colours and textures and hardly shapes and places, so a second stage has
 linear heads beside, which name every attribute from an embedding and are thrown away. In the third only the vision
-encoder learns on, and the heads name all but the colours of pictures without colour too: shapes are then known in
+encoder learns on, and the heads name all but the colours of images without colour too: shapes are then known in
 combinations that were never seen.
 """
 
@@ -58,11 +58,11 @@ class CLIP(NamedTuple):
     vision: CLIPVision
 
     def embeddings(self, params: Tree, pixels: Any, ids: Any) -> tuple[jax.Array, jax.Array]:
-        """pixels (B, S, S, 3) uint8, ids (B, T) -> embeddings of pictures and of captions, each (B, 128)."""
+        """pixels (B, S, S, 3) uint8, ids (B, T) -> embeddings of images and of captions, each (B, 128)."""
         text: Any = self.text.apply({"params": params["text"]}, ids)
-        return self.pictures(params, pixels), text.pooled
+        return self.images(params, pixels), text.pooled
 
-    def pictures(self, params: Tree, pixels: Any) -> jax.Array:
+    def images(self, params: Tree, pixels: Any) -> jax.Array:
         image: Any = self.vision.apply({"params": params["vision"]}, jnp.asarray(CLIP_TABLE)[pixels, jnp.arange(3)])
         return image.image_embeds
 
@@ -114,7 +114,7 @@ def _contrast(images: jax.Array, texts: jax.Array, scale: jax.Array, input_ids: 
 
 
 def loss_with_heads(clip: CLIP, fixed: Tree, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-    """`loss`, and the mean cross-entropy of the attributes, read from pictures and from captions that say them all."""
+    """`loss`, and the mean cross-entropy of the attributes, read from images and from captions that say them all."""
     images, texts = clip.embeddings(params, batch["pixels"], batch["input_ids"])
     named = _naming(params["heads"], images, batch["labels"])
     said = _naming(params["heads"], texts, jnp.where(batch["whole"][:, None], batch["labels"], -1))
@@ -122,11 +122,11 @@ def loss_with_heads(clip: CLIP, fixed: Tree, params: Tree, batch: dict[str, jax.
 
 
 def loss_of_vision(clip: CLIP, fixed: Tree, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-    """`loss_with_heads` without the captions' attributes, and with the pictures of the groups in grey beside."""
+    """`loss_with_heads` without the captions' attributes, and with the images of the groups in grey beside."""
     images, texts = clip.embeddings(params | fixed, batch["pixels"], batch["input_ids"])
     pixels = batch["pixels"][: GROUPS * ALIKE]
     brightness = jnp.round(pixels @ jnp.array([0.299, 0.587, 0.114])).astype(jnp.uint8)
-    grey = clip.pictures(params, jnp.broadcast_to(brightness[..., None], pixels.shape))
+    grey = clip.images(params, jnp.broadcast_to(brightness[..., None], pixels.shape))
     uncoloured = jnp.array([name not in ("colour", "background") for name in NAMES])
     labels = jnp.where(uncoloured, batch["labels"][: len(pixels)], -1)
     named = _naming(params["heads"], images, batch["labels"]) + _naming(params["heads"], grey, labels)

@@ -4,7 +4,7 @@
     python -m experiments.mini.evaluate --prompts 20 --steps 4 --kills 1
 
 The scenes lie there as COCO's validation set does; they are scored with mini's own CLIP, its two encoders joined into
-one CLIPModel. `ipadapter-jax evaluate` is killed (kill -9) while it makes pictures and while it scores them; numbers
+one CLIPModel. `ipadapter-jax evaluate` is killed (kill -9) while it makes images and while it scores them; numbers
 and tables must be equal to the byte. The numbers are of mini's CLIP and compare with nothing but themselves.
 """
 
@@ -44,7 +44,7 @@ class Run:
     num_images: int = 4
     steps: int = 10
     kills: int = 2
-    """At even parts of the pictures; one more comes while they are scored."""
+    """At even parts of the images; one more comes while they are scored."""
 
 
 def write_clip(folder: Path) -> None:
@@ -69,14 +69,14 @@ def write_clip(folder: Path) -> None:
 
 def write_coco(folder: Path, count: int) -> Path:
     """Held-out scenes in COCO's layout, two captions of each, the whole one first. Returns the annotations."""
-    pictures, annotations = folder / "val2017", folder / "annotations" / "captions_val2017.json"
-    pictures.mkdir(parents=True, exist_ok=True)
+    image_folder, annotations = folder / "val2017", folder / "annotations" / "captions_val2017.json"
+    image_folder.mkdir(parents=True, exist_ok=True)
     annotations.parent.mkdir(exist_ok=True)
     images, captions = [], []
     for index in range(count):
         made = prompt(index)
         name = f"{index:012d}.png"
-        Image.fromarray(made.pixels).save(pictures / name)
+        Image.fromarray(made.pixels).save(image_folder / name)
         images.append({"id": index, "file_name": name, "height": 64, "width": 64})
         for text in (made.caption, caption(made.scene, generator("held_out", index, _WORDS))):
             captions.append({"id": len(captions), "image_id": index, "caption": text})
@@ -127,13 +127,13 @@ def main(args: Run) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     seconds = finished(command(args, annotations, clip, whole), env)
     words = command(args, annotations, clip, disturbed)
-    pictures = args.prompts * args.num_images
-    kills = [("images", "*.png", max(1, pictures * k // (args.kills + 1))) for k in range(1, args.kills + 1)]
+    images = args.prompts * args.num_images
+    kills = [("images", "*.png", max(1, images * k // (args.kills + 1))) for k in range(1, args.kills + 1)]
     kills.append(("scores", "*.safetensors", 1))
     died = [killed_when(words, env, disturbed / folder, pattern, count) for folder, pattern, count in kills]
     finished(words, env)
     equal = {name: (whole / name).read_bytes() == (disturbed / name).read_bytes() for name in TABLES}
-    print(f"{pictures} pictures of {args.steps} steps made and scored in {seconds:.0f} s; {sum(died)} kills")
+    print(f"{images} images of {args.steps} steps made and scored in {seconds:.0f} s; {sum(died)} kills")
     print(", ".join(f"{name}: {'equal' if same else 'DIFFERENT'}" for name, same in equal.items()))
     return 0 if all(equal.values()) and all(died) else 1
 

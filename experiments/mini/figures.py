@@ -1,4 +1,4 @@
-"""Curves with their intervals, and sheets of pictures, as PNG."""
+"""Curves with their intervals, and sheets of images, as PNG."""
 
 import io
 import textwrap
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.mini.metrics import share
 
-SIZE = 1.25  # inches of a picture in a sheet
+SIZE = 1.25  # inches of an image in a sheet
 
 
 def curves(
@@ -44,13 +44,13 @@ def _curve(ax: Axes, x: Sequence[float], values: Sequence[np.ndarray], name: str
 
 
 def sheet(columns: Mapping[str, np.ndarray], words: Sequence[str] | None = None) -> bytes:
-    """Pictures (P, 64, 64, 3) under the name of their column, a line for each of the P; `words` stand before it."""
-    pictures = list(columns.values())
-    count, side = pictures[0].shape[:2]
+    """Images (P, 64, 64, 3) under the name of their column, a line for each of the P; `words` stand before it."""
+    images = list(columns.values())
+    count, side = images[0].shape[:2]
     size = (SIZE * len(columns) + 0.9 * (words is not None), SIZE * count + 0.5)
     figure = Figure(figsize=size, layout="constrained")
     ax = figure.add_subplot()
-    ax.imshow(np.concatenate([np.concatenate(list(column)) for column in pictures], axis=1), interpolation="nearest")
+    ax.imshow(np.concatenate([np.concatenate(list(column)) for column in images], axis=1), interpolation="nearest")
     ax.set_xticks(side * (np.arange(len(columns)) + 0.5), [textwrap.fill(name, 14) for name in columns], fontsize=7)
     ax.xaxis.tick_top()
     ax.set_yticks(side * (np.arange(count) + 0.5), words or [""] * count, fontsize=8)

@@ -80,7 +80,7 @@ class _Networks(Networks):
 
 
 def with_image(pipe: StableDiffusion, how: Joined, image: np.ndarray, guided: bool) -> StableDiffusion:
-    """The pipeline with this picture (H, W, 3) uint8 among, or instead of, its text; of `pipe`'s adapter only the image
+    """The pipeline with this image (H, W, 3) uint8 among, or instead of, its text; of `pipe`'s adapter only the image
     projection is used."""
     adapter = pipe.adapters[0]
     encoder: Any = _TextAndImage(pipe.text_encoder, adapter.projection, how)

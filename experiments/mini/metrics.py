@@ -1,4 +1,4 @@
-"""What is measured on pictures, one number per image prompt, and how sure the means are."""
+"""What is measured on images, one number per image prompt, and how sure the means are."""
 
 import functools
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from ipadapter_jax.weights.tokenizer import tokenize
 
 SEED, DRAWS = 0, 2000  # of the bootstrap
 _INK, _CHALK = 60, 195  # of 255: all channels of ink are darker, those of chalk brighter, and of no tone of a colour
-_BATCH = 200  # pictures that a network reads at once
+_BATCH = 200  # images that a network reads at once
 
 Values = dict[str, np.ndarray]
-"""Measures by name, each (P,): the mean over the pictures of each prompt."""
+"""Measures by name, each (P,): the mean over the images of each prompt."""
 
 
 class Interval(NamedTuple):
@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: np.ndarray) -> Interval:
-    """The mean over prompts and its 95 % bootstrap interval: prompts are drawn with replacement, all pictures of a
+    """The mean over prompts and its 95 % bootstrap interval: prompts are drawn with replacement, all images of a
     prompt together. Of differences between two rows of the same prompts it is the paired interval."""
     drawn = np.random.default_rng(SEED).integers(0, len(values), (DRAWS, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
@@ -47,13 +47,13 @@ def share(values: np.ndarray) -> Interval:
 
 
 class Eyes:
-    """The networks of a pipeline that look at pictures: its VAE, its text encoder, the image encoder of its adapter."""
+    """The networks of a pipeline that look at images: its VAE, its text encoder, the image encoder of its adapter."""
 
     def __init__(self, pipe: StableDiffusion):
         self._pipe, self._encoder = pipe, pipe.adapters[0].encoder
 
-    def pictures(self, pixels: np.ndarray) -> np.ndarray:
-        """Unit embeddings (B, D) of pictures (B, 64, 64, 3) uint8."""
+    def images(self, pixels: np.ndarray) -> np.ndarray:
+        """Unit embeddings (B, D) of images (B, 64, 64, 3) uint8."""
 
         def run(batch: np.ndarray) -> Any:
             return sampling.encode_image(self._encoder.module, False, self._encoder.params, batch)
@@ -68,7 +68,7 @@ class Eyes:
         return _unit(np.asarray(jax.jit(encoder.apply)({"params": params}, jnp.asarray(ids)).pooled))
 
     def reconstructions(self, pixels: np.ndarray) -> np.ndarray:
-        """What the VAE makes of pictures (B, 64, 64, 3) uint8."""
+        """What the VAE makes of images (B, 64, 64, 3) uint8."""
         params = {"params": self._pipe.params["vae"]}
         run = jax.jit(functools.partial(self._pipe.vae.apply, params))
         decoded = _in_batches(lambda x: run(x.astype(np.float32) / 127.5 - 1), pixels)
@@ -76,16 +76,16 @@ class Eyes:
 
 
 class Measures:
-    """Measures of pictures that were painted for these prompts."""
+    """Measures of images that were painted for these prompts."""
 
     def __init__(self, eyes: Eyes, prompts: Sequence[Prompt]):
         self._eyes, self._truth = eyes, truth([prompt.scene for prompt in prompts])
         self._asked = np.array([prompt.other_shape for prompt in prompts])[:, None]
-        self._references = eyes.pictures(np.stack([prompt.pixels for prompt in prompts]))
+        self._references = eyes.images(np.stack([prompt.pixels for prompt in prompts]))
         self._captions = eyes.texts([prompt.caption for prompt in prompts])
 
     def agreement(self, pixels: np.ndarray) -> Values:
-        """The share of pictures (P, K, 64, 64, 3) uint8 that have an attribute of their prompt, and of their ink."""
+        """The share of images (P, K, 64, 64, 3) uint8 that have an attribute of their prompt, and of their ink."""
         found = judge(pixels.reshape(-1, *pixels.shape[2:]))
         right, shape = {}, found.shape.reshape(pixels.shape[:2])
         for name in ATTRIBUTES:
@@ -100,9 +100,9 @@ class Measures:
         return {name: array.mean(axis=1) for name, array in right.items()}
 
     def of(self, pixels: np.ndarray) -> Values:
-        """All measures of pictures (P, K, 64, 64, 3) uint8."""
+        """All measures of images (P, K, 64, 64, 3) uint8."""
         count, each = pixels.shape[:2]
-        embedded = self._eyes.pictures(pixels.reshape(-1, *pixels.shape[2:])).reshape(count, each, -1)
+        embedded = self._eyes.images(pixels.reshape(-1, *pixels.shape[2:])).reshape(count, each, -1)
         clip = {
             "CLIP-I": np.einsum("pkd,pd->p", embedded, self._references) / each,
             "CLIP-T": np.einsum("pkd,pd->p", embedded, self._captions) / each,
@@ -117,7 +117,7 @@ class Measures:
 
 
 def diversity(pixels: np.ndarray, embedded: np.ndarray) -> Values:
-    """How far the pictures of a prompt are from one another, over all pairs: RMSE of pixels in [0, 1], and 1 - cosine
+    """How far the images of a prompt are from one another, over all pairs: RMSE of pixels in [0, 1], and 1 - cosine
     of embeddings."""
     first, second = np.triu_indices(pixels.shape[1], 1)
     shown = pixels.astype(np.float32) / 255

@@ -15,7 +15,7 @@ PROBES = 3000  # scenes of the training split that the probes learn from
 
 
 class Distances(NamedTuple):
-    """How far painted pictures are from a picture, each (P,), the mean over the pictures of a prompt."""
+    """How far painted images are from an image, each (P,), the mean over the images of a prompt."""
 
     colour: np.ndarray  # RMSE of the mean colours, in [0, 1]
     detail: np.ndarray  # of the logarithms, to base 2, of the strength of detail
@@ -23,7 +23,7 @@ class Distances(NamedTuple):
 
 
 def psnr(eyes: Eyes, pixels: np.ndarray) -> np.ndarray:
-    """Of what the VAE makes of pictures (P, 64, 64, 3) uint8, in dB, (P,)."""
+    """Of what the VAE makes of images (P, 64, 64, 3) uint8, in dB, (P,)."""
     error = eyes.reconstructions(pixels).astype(np.float32) - pixels
     return 10 * np.log10(255**2 / (error**2).mean(axis=(1, 2, 3)))
 
@@ -32,7 +32,7 @@ def probes(eyes: Eyes, scenes: list[Scene]) -> Values:
     """Whether linear classifiers of the image embedding, fitted on scenes of the training split, name the attributes
     of these scenes of one object."""
     known = [make_scene("train", index, 1) for index in range(PROBES)]
-    learnt, asked = (eyes.pictures(np.stack([render(scene) for scene in some])) for some in (known, scenes))
+    learnt, asked = (eyes.images(np.stack([render(scene) for scene in some])) for some in (known, scenes))
     mean, deviation = learnt.mean(axis=0), learnt.std(axis=0)
     right = {}
     for name in ATTRIBUTES:
@@ -42,18 +42,18 @@ def probes(eyes: Eyes, scenes: list[Scene]) -> Values:
 
 
 def distances(eyes: Eyes, prompts: np.ndarray, painted: np.ndarray) -> Distances:
-    """Of pictures (P, K, 64, 64, 3) from pictures (P, 64, 64, 3), uint8."""
+    """Of images (P, K, 64, 64, 3) from images (P, 64, 64, 3), uint8."""
     flat = painted.reshape(-1, *painted.shape[2:])
     colours = flat.mean(axis=(1, 2)).reshape(*painted.shape[:2], 3) - prompts.mean(axis=(1, 2))[:, None]
     details = np.log2(_detail(flat)).reshape(painted.shape[:2]) - np.log2(_detail(prompts))[:, None]
-    embedded = eyes.pictures(flat).reshape(*painted.shape[:2], -1)
-    cosine = np.einsum("pkd,pd->pk", embedded, eyes.pictures(prompts))
+    embedded = eyes.images(flat).reshape(*painted.shape[:2], -1)
+    cosine = np.einsum("pkd,pd->pk", embedded, eyes.images(prompts))
     colour = np.sqrt((colours**2).mean(axis=-1)) / 255
     return Distances(colour.mean(axis=1), np.abs(details).mean(axis=1), 1 - cosine.mean(axis=1))
 
 
 def _detail(pixels: np.ndarray) -> np.ndarray:
-    """The strength of detail of pictures (B, 64, 64, 3), (B,): the deviation of the brightness from its blur by 2
-    pixels, and 1 level more, so that flat pictures have a logarithm."""
+    """The strength of detail of images (B, 64, 64, 3), (B,): the deviation of the brightness from its blur by 2
+    pixels, and 1 level more, so that flat images have a logarithm."""
     grey = pixels.astype(np.float32).mean(axis=-1)
     return 1 + (grey - ndimage.gaussian_filter(grey, (0, 2, 2))).std(axis=(1, 2))

@@ -19,7 +19,7 @@ from ipadapter_jax.testing.random_weights import write_json
 TARGET = Path(__file__).parents[2] / "ipadapter_jax" / "mini"
 LOGS = {  # by stage, where its losses are
     "VAE, crops of 32 px": "vae-crops/log.jsonl",
-    "VAE, whole pictures": "vae-whole/log.jsonl",
+    "VAE, whole images": "vae-whole/log.jsonl",
     "CLIP pair, contrast": "clip/log.jsonl",
     "CLIP pair, with heads": "clip-attributes/log.jsonl",
     "CLIP vision alone": "clip-vision/log.jsonl",

@@ -51,19 +51,19 @@ def render_scenes(out: Path, counts: Mapping[Split, int], *, side: int = SIDE, p
 
 def first_examples(side: int = SIDE, photographs: float = SHARE) -> Image.Image:
     """SHOWN of each split, ten in a row."""
-    pictures = [
+    images = [
         Image.fromarray(example(split, index, side=side, photographs=photographs).pixels)
         for split, count in SHOWN.items()
         for index in range(count)
     ]
-    return image_grid(pictures, columns=10)
+    return image_grid(images, columns=10)
 
 
 def main(
     out: Annotated[Path, tyro.conf.arg(help="folder of the data set")],
     train: Annotated[int, tyro.conf.arg(help="examples to train on")] = COUNTS["train"],
     held_out: Annotated[int, tyro.conf.arg(help="examples of combinations not in train")] = COUNTS["held_out"],
-    side: Annotated[int, tyro.conf.arg(help="of a picture, in pixels")] = SIDE,
+    side: Annotated[int, tyro.conf.arg(help="of an image, in pixels")] = SIDE,
     photographs: Annotated[float, tyro.conf.arg(help="share of the examples that are photographs")] = SHARE,
 ) -> int:
     """Writes the data set and prints its place; the exit code is 2, with one line, for what cannot be used."""

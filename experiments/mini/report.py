@@ -1,4 +1,4 @@
-"""docs/results.md: the laboratory's numbers as tables, plots and pictures. Nobody writes there by hand."""
+"""docs/results.md: the laboratory's numbers as tables, plots and images. Nobody writes there by hand."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +45,7 @@ NAMES = {
     MINI: "mini's own base adapter",
     MINI_PLUS: "mini's own plus adapter",
 }
-SHOWN = 6  # prompts of the sheets of pictures
+SHOWN = 6  # prompts of the sheets of images
 _SCORES = ("CLIP-I", "CLIP-T", "diversity, RMSE", "diversity, CLIP")
 
 
@@ -68,15 +68,15 @@ class Networks(NamedTuple):
 
     psnr: Mapping[str, np.ndarray]  # of the VAE, by what it is shown
     probes: Values
-    photographs: Mapping[str, Distances]  # by which prompt the painted pictures are compared with
+    photographs: Mapping[str, Distances]  # by which prompt the painted images are compared with
 
 
 class Report:
-    """Writes `path` and the folder of pictures beside it."""
+    """Writes `path` and the folder of images beside it."""
 
-    def __init__(self, path: Path, setting: Setting, measured: Measured, pictures: Mapping[Row, np.ndarray]):
-        """`pictures`: of each row and PHOTOGRAPHS those of the first SHOWN prompts, (SHOWN, COUNT, 64, 64, 3)."""
-        self._path, self._setting, self._pictures = path, setting, pictures
+    def __init__(self, path: Path, setting: Setting, measured: Measured, images: Mapping[Row, np.ndarray]):
+        """`images`: of each row and PHOTOGRAPHS those of the first SHOWN prompts, (SHOWN, COUNT, 64, 64, 3)."""
+        self._path, self._setting, self._images = path, setting, images
         self._measured, self._rows = measured, measured.rows
 
     def write(self, networks: Networks) -> None:
@@ -111,12 +111,12 @@ In brackets: 95 % intervals over prompts (bootstrap of {DRAWS:,} draws, seed {SE
 Clopper and Pearson's). Those of differences are paired. They are of these weights: each training was done once, and
 what another seed or learning rate would change is not in them.
 
-- CLIP-I, CLIP-T: cosine of a picture's embedding with that of the image prompt, and of its caption, by mini's CLIP,
+- CLIP-I, CLIP-T: cosine of an image's embedding with that of the image prompt, and of its caption, by mini's CLIP,
   whose image encoder is also what the adapters see
-- agreement: the share of pictures, in %, whose attribute, as
+- agreement: the share of images, in %, whose attribute, as
   `experiments/mini/attribute_classifier.py` reads it without any network, is that
   of the image prompt; all three: colour, shape and background
-- diversity among the {COUNT} pictures of a prompt: mean RMSE of pixels in [0, 1], and mean 1 - cosine of embeddings
+- diversity among the {COUNT} images of a prompt: mean RMSE of pixels in [0, 1], and mean 1 - cosine of embeddings
 - training: seed {s.seed}, {s.compared_steps:,} steps of {s.batch_size} samples out of {s.scenes:,} of the split
   `train`; the adapters that come with mini: {shipped} steps
 - weights of the base model: sha256 `{s.base_digest[:16]}`; {s.versions}"""
@@ -135,7 +135,7 @@ what another seed or learning rate would change is not in them.
                 "frozen. Full: image tokens in place of the text's, and the whole UNet learns.",
                 _table(rows, _SCORES),
                 f"{agreement}\n| a guess | {guess} | | |",
-                "The first picture of each of some prompts:",
+                "The first image of each of some prompts:",
                 self._image("rows"),
             ]
         )
@@ -144,30 +144,30 @@ what another seed or learning rate would change is not in them.
         names = ("background", "colour", "shape", "texture", "all three")
         self._by_scale("scale", BY_SCALE, names, "agreement with the image prompt, %")
         rows = [(f"scale {row.scale:g}", self._rows[row]) for row in BY_SCALE]
-        self._sheet("scale-pictures", {row: f"scale {row.scale:g}" for row in BY_SCALE})
+        self._sheet("scale-images", {row: f"scale {row.scale:g}" for row in BY_SCALE})
         return "\n\n".join(
             [
                 "## The scale of the image prompt",
                 "mini's base adapter, empty text.",
                 _table(rows, (*names, "CLIP-I")),
                 self._image("scale"),
-                self._image("scale-pictures"),
+                self._image("scale-images"),
             ]
         )
 
     def _other_shape(self) -> str:
         names = ("colour", "texture", "background", "shape", "asked shape", "asked shape and colour")
-        self._by_scale("other-shape", OTHER_SHAPE, names, "share of the pictures, %", bar=BOTH)
+        self._by_scale("other-shape", OTHER_SHAPE, names, "share of the images, %", bar=BOTH)
         rows = [(f"scale {row.scale:g}", self._rows[row]) for row in OTHER_SHAPE]
         words = [prompt(index).other_caption for index in range(self._shown)]
-        self._sheet("other-shape-pictures", {row: f"scale {row.scale:g}" for row in OTHER_SHAPE}, words)
+        self._sheet("other-shape-images", {row: f"scale {row.scale:g}" for row in OTHER_SHAPE}, words)
         return "\n\n".join(
             [
                 "## An image and a text that asks for another shape",
                 'mini\'s base adapter; the text is "a" and the name of a shape that the image does not have.',
                 _table(rows, names),
                 self._image("other-shape"),
-                self._image("other-shape-pictures"),
+                self._image("other-shape-images"),
             ]
         )
 
@@ -182,7 +182,7 @@ what another seed or learning rate would change is not in them.
                 f"The UNet was fine-tuned by `ipadapter-jax train`, for {self._setting.compared_steps:,} steps, on "
                 "scenes whose objects have an outline of black ink, on black of white chalk. Ink: the share of nearly "
                 "black pixels, where the image prompt's background is black that of nearly white ones; none in "
-                "pictures with another background.",
+                "images with another background.",
                 _table(rows, ("ink", *ATTRIBUTES, "all three")),
                 self._image("inked"),
             ]
@@ -206,9 +206,9 @@ what another seed or learning rate would change is not in them.
         )
 
     def _photographs(self, distances: Mapping[str, Distances]) -> str:
-        painted = self._pictures[PHOTOGRAPHS]
+        painted = self._images[PHOTOGRAPHS]
         shown = {"image prompt": np.stack([photograph(index).pixels for index in range(self._shown)])}
-        shown |= {f"picture {number + 1}": painted[: self._shown, number] for number in range(COUNT)}
+        shown |= {f"image {number + 1}": painted[: self._shown, number] for number in range(COUNT)}
         self._save("photographs", sheet(shown))
         lines = [f"| {name} | " + " | ".join(number(interval(x)) for x in found) for name, found in distances.items()]
         head = "| | mean colour (RMSE) | strength of detail (octaves) | 1 - CLIP-I |\n|---|---|---|---|"
@@ -216,7 +216,7 @@ what another seed or learning rate would change is not in them.
             [
                 "## Photographs as image prompts",
                 f"mini's base adapter, empty text, {self._setting.prompts} crops of the photographs that are in the "
-                "training data. How far the painted pictures are from their own prompt, and from that of their "
+                "training data. How far the painted images are from their own prompt, and from that of their "
                 "neighbour:",
                 "\n".join([head, *(f"{line} |" for line in lines)]),
                 self._image("photographs"),
@@ -229,8 +229,8 @@ what another seed or learning rate would change is not in them.
         return "\n\n".join(
             [
                 "## The judge, and mini's networks",
-                f"The judge's agreement on pictures that show the image prompts:\n\n{table}",
-                "PSNR of what the VAE makes of pictures:\n\n" + "\n".join(noise),
+                f"The judge's agreement on images that show the image prompts:\n\n{table}",
+                "PSNR of what the VAE makes of images:\n\n" + "\n".join(noise),
                 f"Linear classifiers of the CLIP image embedding, fitted on {PROBES:,} scenes of the split `train`, "
                 "name of the image prompts: "
                 + ", ".join(f"{name} {percent(share(values))}" for name, values in networks.probes.items()),
@@ -246,9 +246,9 @@ what another seed or learning rate would change is not in them.
         self._save(name, curves(SCALES, {"": lines}, "scale of the image prompt", y, bar))
 
     def _sheet(self, name: str, rows: Mapping[Row, str], words: Sequence[str] | None = None) -> None:
-        """The reference and the first picture of each row, a line for each of the first prompts."""
+        """The reference and the first image of each row, a line for each of the first prompts."""
         columns = {"image prompt": np.stack([prompt(index).pixels for index in range(self._shown)])}
-        columns |= {name.split(" (")[0]: self._pictures[row][: self._shown, 0] for row, name in rows.items()}
+        columns |= {name.split(" (")[0]: self._images[row][: self._shown, 0] for row, name in rows.items()}
         self._save(name, sheet(columns, words))
 
     def _save(self, name: str, content: bytes) -> None:

@@ -2,7 +2,7 @@
 
     python -m experiments.mini.reproduce --out runs/lab
 
-Trains what is compared, paints every row of pictures, measures and writes the report. Everything lies in OUT as soon as
+Trains what is compared, paints every row of images, measures and writes the report. Everything lies in OUT as soon as
 it is made, so the same command goes on where one was stopped. Needs the extra scenes.
 """
 
@@ -33,9 +33,7 @@ from ipadapter_jax.weights.bundled import FOLDER
 
 def main(
     out: Annotated[Path, tyro.conf.arg(help="folder of everything that is made on the way")],
-    report: Annotated[Path, tyro.conf.arg(help="the file to write; its pictures go beside it")] = Path(
-        "docs/results.md"
-    ),
+    report: Annotated[Path, tyro.conf.arg(help="the file to write; its images go beside it")] = Path("docs/results.md"),
     base: Annotated[Path, tyro.conf.arg(help="base model with image_encoder and adapters, laid out as mini")] = FOLDER,
     prompts: Annotated[int, tyro.conf.arg(help="held-out image prompts of every row")] = 500,
     sampling_steps: int = 15,
@@ -68,12 +66,12 @@ def _write(report: Path, workshop: Workshop, painter: Painter, prompts: int) -> 
     sizes = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (own.adapters[0].params, own.params["unet"]))
     unlike = int((painted[BY_SCALE[0]] != painted[CHANCE]).sum())
     measured = Measured(rows, _judged(eyes, measures, prompts), unlike, *sizes)
-    shown = {row: pictures[:SHOWN] for row, pictures in painted.items()}
+    shown = {row: images[:SHOWN] for row, images in painted.items()}
     Report(report, _setting(workshop, painter, prompts), measured, shown).write(_networks(eyes, painted, prompts))
 
 
 def _judged(eyes: Eyes, measures: Measures, prompts: int) -> dict[str, Values]:
-    """What the judge says of pictures that show the prompts exactly, by how these were made."""
+    """What the judge says of images that show the prompts exactly, by how these were made."""
     scenes = [prompt(index).scene for index in range(prompts)]
     plain, inks = (np.stack([render(style(scene)) for scene in scenes]) for style in (lambda scene: scene, inked))
     made = {"renders": plain, "after mini's VAE": eyes.reconstructions(plain), "renders in ink": inks}

@@ -1,5 +1,5 @@
-"""Rows of pictures: which model paints, told what, at which scale and guidance. Every row of the laboratory has the
-same image prompts and, picture for picture, the same noise."""
+"""Rows of images: which model paints, told what, at which scale and guidance. Every row of the laboratory has the
+same image prompts and, image for image, the same noise."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from ipadapter_jax.storage.atomic_files import sha256, write_whole
 from ipadapter_jax.weights.bundled import GUIDANCE_SCALE
 from ipadapter_jax.weights.components import UNET, load_component
 
-COUNT = 4  # pictures of each prompt
+COUNT = 4  # images of each prompt
 _CHUNK = 25  # prompts in a file
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 GUIDANCES = (1.0, GUIDANCE_SCALE, 7.5)
@@ -71,7 +71,7 @@ class Painter:
         self._workshop = workshop
 
     def paint(self, row: Row, prompts: int) -> np.ndarray:
-        """The pictures of the first `prompts` prompts, (prompts, COUNT, 64, 64, 3) uint8."""
+        """The images of the first `prompts` prompts, (prompts, COUNT, 64, 64, 3) uint8."""
         folder = self._workshop.out / "rows" / row.folder
         given = photograph if row.prompts == "photographs" else prompt
         check_same(folder / "settings.json", self._settings(row))
@@ -80,9 +80,9 @@ class Painter:
         missing = [i for i, file in enumerate(files) if not file.exists()]
         pipe = self.pipeline(row) if missing else self.base
         for i in tqdm.tqdm(missing, desc=row.folder, unit=f" x {_CHUNK} prompts", disable=None):
-            pictures = np.stack([self._one(pipe, row, given(index)) for index in parts[i]])
+            images = np.stack([self._one(pipe, row, given(index)) for index in parts[i]])
             with io.BytesIO() as file:
-                np.savez_compressed(file, pixels=pictures)
+                np.savez_compressed(file, pixels=images)
                 write_whole(files[i], file.getvalue())
         return np.concatenate([np.load(file)["pixels"] for file in files])
 
@@ -97,7 +97,7 @@ class Painter:
         return pipe.with_ip_adapter(self._workshop.adapter(row.adapter), image_encoder=self._workshop.base / ENCODER)
 
     def _one(self, pipe: StableDiffusion, row: Row, given: Prompt | Photograph) -> np.ndarray:
-        """COUNT pictures (COUNT, 64, 64, 3) uint8, of the same seeds in every row."""
+        """COUNT images (COUNT, 64, 64, 3) uint8, of the same seeds in every row."""
         told: dict[str, Any] = {}
         joined = TRAININGS[row.adapter].joined if row.adapter in TRAININGS else None
         if joined is not None:
@@ -117,7 +117,7 @@ class Painter:
         return to_uint8(painted)
 
     def _settings(self, row: Row) -> dict[str, Any]:
-        """What decides the pictures of a row."""
+        """What decides the images of a row."""
         weights = {"base": self._workshop.base_digest}
         if row.unet is not None:
             weights["unet"] = sha256(self._unet(row.unet))

@@ -17,7 +17,7 @@ from experiments.mini.scenes.render import render
 from experiments.mini.scenes.scene import SHAPES, Scene, generator, make_scene
 
 INK, CHALK = (18, 18, 18), (242, 242, 242)  # the latter on black backgrounds
-LINE = 0.035  # width of an ink line, of the picture's side
+LINE = 0.035  # width of an ink line, of the image's side
 _WORDS = 16  # a stream of random numbers that no data set uses
 
 
@@ -75,7 +75,7 @@ def inked_example(index: int) -> Example:
 
 
 def write_examples(path: Path, draw: Callable[[int], Example], count: int) -> None:
-    """Examples 0 to `count` as Parquet, pictures and captions: a whole file or none."""
+    """Examples 0 to `count` as Parquet, images and captions: a whole file or none."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -96,10 +96,10 @@ class Workshop:
     def _encoded(self, data: str, features: str) -> Path:
         """A data set through VAE and image encoder, by `ipadapter-jax encode`, which goes on where it was stopped."""
         folder = self.out / "data"
-        pictures, out = folder / f"{data}-{self.scenes}.parquet", folder / f"{data}-{self.scenes}-{features}"
+        images, out = folder / f"{data}-{self.scenes}.parquet", folder / f"{data}-{self.scenes}-{features}"
         if out not in self._ready:
-            write_examples(pictures, _DRAWN[data], self.scenes)
-            words = ["encode", "--data", str(pictures), "--out", str(out), "--features", features]
+            write_examples(images, _DRAWN[data], self.scenes)
+            words = ["encode", "--data", str(images), "--out", str(out), "--features", features]
             _run([*words, *self._places("--"), "--resolution", "64", "--dtype", "float32"])
             self._ready.add(out)
         return out

@@ -17,9 +17,9 @@ from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.weights.load_tree import Tree
 
-KL_WEIGHT = 1e-4  # per latent number: some room around each picture, so that latents near a picture's decode to it
+KL_WEIGHT = 1e-4  # per latent number: some room around each image, so that latents near an image's decode to it
 OBJECT_WEIGHT = 4.0  # of pixels of objects above those of backgrounds, which are learnt first and at once
-CROP = 32  # pixels: a quarter of the work, around an object; the whole picture comes at the end
+CROP = 32  # pixels: a quarter of the work, around an object; the whole image comes at the end
 PHOTOGRAPHS = 0.2
 
 
@@ -60,7 +60,7 @@ def wholes(number: int, size: int = 16) -> dict[str, np.ndarray]:
 
 
 def crops(number: int, size: int = 32) -> dict[str, np.ndarray]:
-    """A CROP x CROP part of each picture, around a pixel of an object."""
+    """A CROP x CROP part of each image, around a pixel of an object."""
     whole, rng = wholes(number, size), np.random.default_rng([1, number])
     cut: dict[str, list[np.ndarray]] = {name: [] for name in whole}
     for i in range(size):

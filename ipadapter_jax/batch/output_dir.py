@@ -1,8 +1,8 @@
-"""The folder of a job: its pictures are the truth, all other files say something about them.
+"""The folder of a job: its images are the truth, all other files say something about them.
 
-    fox.png, ...      pictures, there when they are whole
+    fox.png, ...      images, there when they are whole
     job.json          the settings that the job was begun with
-    job.jsonl         a line for each picture, there before the picture is: what it was made from
+    job.jsonl         a line for each image, there before the image is: what it was made from
     bad_rows.jsonl    rows that cannot be used, and why
     lock              held while a process is at work
 
@@ -36,7 +36,7 @@ _THREADS = 4  # that read image prompts
 
 
 class JobFolder:
-    """Opened by `job_folder`. `pending` are the works whose picture is not there yet."""
+    """Opened by `job_folder`. `pending` are the works whose image is not there yet."""
 
     def __init__(
         self,
@@ -51,21 +51,21 @@ class JobFolder:
         self._digests: dict[int, Digests] = {}  # by the row's index
         self._bad_rows, manifest = out / f"bad_rows{own}.jsonl", out / f"job{own}.jsonl"
         there = set(os.listdir(out))
-        self.pending = [work for work in works if work.picture not in there]
-        self._done = [work for work in works if work.picture in there]
+        self.pending = [work for work in works if work.image not in there]
+        self._done = [work for work in works if work.image in there]
         # Nobody else is at work in it, and nothing is made: settings that made nothing may be mended.
         begun = shard[1] > 1 or any(name.endswith(".png") for name in there)
         self._agree(settings, begun)
-        self._remove_leftovers({*(work.picture for work in works), manifest.name, self._bad_rows.name}, shard)
+        self._remove_leftovers({*(work.image for work in works), manifest.name, self._bad_rows.name}, shard)
         self._listed = self._listed_elsewhere(manifest, there)
         self._manifest = JsonlAppender(manifest, lambda line: _is_first(line, there, self._listed))
 
     def compare(self) -> None:
-        """Gives pictures that are there their lines, where they were lost. Raises InputError when pictures were made
+        """Gives images that are there their lines, where they were lost. Raises InputError when images were made
         from rows or image prompts that have changed since: nobody would notice."""
         listed: list[ImageTask] = []
         for work in self._done:
-            if work.picture in self._listed:
+            if work.image in self._listed:
                 listed.append(work)
             else:
                 self.note(work)
@@ -75,15 +75,15 @@ class JobFolder:
             changed = [*itertools.chain.from_iterable(found)]
         if changed:
             raise InputError(
-                f"{self._out}: {len(changed)} pictures there were made from other rows, {changed[0]}; remove these "
-                "pictures to have them made again, or choose another --out"
+                f"{self._out}: {len(changed)} images there were made from other rows, {changed[0]}; remove these "
+                "images to have them made again, or choose another --out"
             )
 
     def _changes(self, works: Sequence[ImageTask]) -> list[str]:
-        """Of the works of one row those whose picture was made from something else, each with what is different."""
+        """Of the works of one row those whose image was made from something else, each with what is different."""
         changed = []
         for work in works:
-            line = self._listed[work.picture]
+            line = self._listed[work.image]
             old, new, before = _comparable(line), _comparable(_facts(work)), of_line(line)
             if old != new:
                 how = differences(old, new)
@@ -91,7 +91,7 @@ class JobFolder:
                 names = replaced([path.name for path in work.row.images], before, self._now(work.row, before))
                 how = [f"image {name} has been replaced by another" for name in names]
             if how:
-                changed.append(f"{work.picture} for one ({'; '.join(how)[:500]})")
+                changed.append(f"{work.image} for one ({'; '.join(how)[:500]})")
         return changed
 
     def _now(self, row: Row, before: Digests) -> Digests:
@@ -102,12 +102,12 @@ class JobFolder:
         self._digests[row.index] = self._identify(row, ())
 
     def write(self, work: ImageTask, png: bytes) -> None:
-        """The picture, under its name when it is whole. Safe in threads."""
-        write_whole(self._out / work.picture, png)
+        """The image, under its name when it is whole. Safe in threads."""
+        write_whole(self._out / work.image, png)
 
     def note(self, work: ImageTask) -> None:
-        """The line of a picture that is about to be written. A kill may come between the two: a line without its
-        picture is dropped by the next process, and a picture without its line would not say what it was made from."""
+        """The line of an image that is about to be written. A kill may come between the two: a line without its
+        image is dropped by the next process, and an image without its line would not say what it was made from."""
         self._manifest.add(_facts(work) | to_line(self._digests.get(work.row.index, ())))
 
     def sync(self) -> None:
@@ -136,7 +136,7 @@ class JobFolder:
         if not begun or not path.exists():
             if self._done:
                 raise InputError(
-                    f"{self._out} holds {self._done[0].picture}, which no job has made there; choose another --out"
+                    f"{self._out} holds {self._done[0].image}, which no job has made there; choose another --out"
                 )
             write_whole(path, json.dumps(settings, indent=2).encode() + b"\n")
             return
@@ -157,7 +157,7 @@ class JobFolder:
         remove_leftovers(self._out, mine=lambda name: name in own or shard[1] == 1)
 
     def _listed_elsewhere(self, manifest: Path, there: set[str]) -> dict[str, dict]:
-        """The lines of pictures in other manifests, of a job that had other processes, by picture."""
+        """The lines of images in other manifests, of a job that had other processes, by image."""
         listed: dict[str, dict] = {}
         for path in sorted(self._out.glob("job*.jsonl")):
             if path != manifest:
@@ -180,7 +180,7 @@ def job_folder(
 def _facts(work: ImageTask) -> dict[str, Any]:
     row = work.row
     return {
-        "picture": work.picture,
+        "picture": work.image,
         "name": row.name,
         "prompt": row.prompt,
         "negative_prompt": row.negative_prompt,
@@ -198,9 +198,9 @@ def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_first(line: dict, there: set[str], listed: dict[str, dict]) -> bool:
-    """Whether this is the first line of a picture that is there; then it is added to `listed`."""
-    picture = line.get("picture")
-    if not isinstance(picture, str) or picture not in there or picture in listed:
+    """Whether this is the first line of an image that is there; then it is added to `listed`."""
+    image = line.get("picture")
+    if not isinstance(image, str) or image not in there or image in listed:
         return False
-    listed[picture] = line
+    listed[image] = line
     return True

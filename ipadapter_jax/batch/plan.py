@@ -1,4 +1,4 @@
-"""Which pictures a job makes, and in which batches. A picture depends on its row alone, so that a job that goes on, is
+"""Which images a job makes, and in which batches. An image depends on its row alone, so that a job that goes on, is
 reordered or is split among processes makes the same ones."""
 
 import hashlib
@@ -13,10 +13,10 @@ Content = TypeVar("Content")
 
 @dataclass(frozen=True, slots=True)
 class ImageTask:
-    """One picture to make: `picture` is its file in the folder of the job, seed and scale are those to use."""
+    """One image to make: `image` is its file in the folder of the job, seed and scale are those to use."""
 
     row: Row
-    picture: str
+    image: str
     seed: int
     scale: float
 
@@ -24,9 +24,9 @@ class ImageTask:
 def plan(
     rows: Sequence[Row], *, num_images: int, seed: int, scale: float, shard: tuple[int, int] = (0, 1)
 ) -> list[ImageTask]:
-    """All pictures of the rows: NAME.png or, with several to a row, NAME-0.png, NAME-1.png and so on.
+    """All images of the rows: NAME.png or, with several to a row, NAME-0.png, NAME-1.png and so on.
 
-    Picture k of a row has the row's seed + k. A row without one has `seed` + a number that comes from its name; one
+    Image k of a row has the row's seed + k. A row without one has `seed` + a number that comes from its name; one
     without a scale has `scale`. shard: (process, processes) leaves the rows of this process: index mod processes.
     """
     process, processes = shard
@@ -36,8 +36,8 @@ def plan(
             continue
         first = seed + _number_of(row.name) if row.seed is None else row.seed
         for k in range(num_images):
-            picture = f"{row.name}.png" if num_images == 1 else f"{row.name}-{k}.png"
-            works.append(ImageTask(row, picture, (first + k) % 2**32, scale if row.scale is None else row.scale))
+            image = f"{row.name}.png" if num_images == 1 else f"{row.name}-{k}.png"
+            works.append(ImageTask(row, image, (first + k) % 2**32, scale if row.scale is None else row.scale))
     return works
 
 

@@ -1,4 +1,4 @@
-"""What a job is read from, record by record: a folder of pictures, a CSV file, or JSON objects, one to a line."""
+"""What a job is read from, record by record: a folder of images, a CSV file, or JSON objects, one to a line."""
 
 import contextlib
 import itertools
@@ -134,11 +134,11 @@ def _images(folder: Path, images: list[_Image]) -> Iterator[Record]:
 
 
 def _text(source: Path) -> str:
-    content = read_bytes(source, LIST_BYTES, "give a folder of pictures, a CSV or a JSONL file", pipes=True)
+    content = read_bytes(source, LIST_BYTES, "give a folder of images, a CSV or a JSONL file", pipes=True)
     if (encoding := byte_order_mark(content)) is not None:
         raise InputError(f"{source} is {encoding}: save it as UTF-8")
     if b"\0" in content[:4096]:
-        raise InputError(f"{source} is not a text; give a folder of pictures, a CSV or a JSONL file")
+        raise InputError(f"{source} is not a text; give a folder of images, a CSV or a JSONL file")
     return content.decode("utf-8-sig", "surrogateescape")
 
 

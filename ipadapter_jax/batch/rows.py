@@ -22,7 +22,7 @@ _UNSAFE = frozenset('/\\:*?"<>|')
 @dataclass(frozen=True, slots=True)
 class Row:
     """A prompt, image prompts or both. `index` counts the source's records from 0, bad ones too; `line` is where it
-    stands. `name` is the stem of its pictures' files and differs from all others by more than case. None: the
+    stands. `name` is the stem of its images' files and differs from all others by more than case. None: the
     command's value."""
 
     index: int
@@ -36,7 +36,7 @@ class Row:
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be used: the number of its line (of the picture, in a folder) and why."""
+    """A row that cannot be used: the number of its line (of the image, in a folder) and why."""
 
     line: int
     reason: str
@@ -78,7 +78,7 @@ def read_rows(source: Path) -> Rows:
             unused.add(BAD_ROW, place)
             first = first or (str(error) if source.is_dir() else f"{place}: {error}")  # those of images name them
     if not rows:
-        reason = first or "it is empty; give pictures, or rows below a header"
+        reason = first or "it is empty; give images, or rows below a header"
         raise InputError(f"{source} holds no row that can be used; {reason}")
     return Rows(rows, bad, unused)
 
@@ -140,7 +140,7 @@ def _images(value: Any, folder: str) -> tuple[Path, ...]:
 def _image(name: str, folder: str) -> Path:
     path = os.path.join(folder, expanded(name))
     if not os.path.isfile(path):
-        what = "is a folder, not a picture" if os.path.isdir(path) else "does not exist"
+        what = "is a folder, not an image" if os.path.isdir(path) else "does not exist"
         raise InputError(f"image {_shown(name)} {what}; paths are relative to {folder}")
     return Path(path)
 

@@ -1,4 +1,4 @@
-"""A job, from its rows to its pictures: rows are loaded ahead, batch after batch is made, and what was made is written
+"""A job, from its rows to its images: rows are loaded ahead, batch after batch is made, and what was made is written
 meanwhile. It may be killed at any moment; the same call goes on from there."""
 
 import contextlib
@@ -19,16 +19,16 @@ from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED, GracefulShutdown
 from ipadapter_jax.runtime.prefetch import ordered_map, submit
 
 Content = TypeVar("Content")
-Picture = TypeVar("Picture")
+Generated = TypeVar("Generated")
 
-_THREADS = 4  # that load, and as many that write: decoding and encoding a picture take about as long
+_THREADS = 4  # that load, and as many that write: decoding and encoding an image take about as long
 _IN_FLIGHT = 2  # batches that may be unwritten when another is begun: the device never waits for the disk
 
 
 @dataclasses.dataclass
 class BatchProgress:
-    """Of one process: pictures in all, those that were there before, bad rows so far (whose pictures count in all the
-    same), pictures made now, and whether it was stopped before the end."""
+    """Of one process: images in all, those that were there before, bad rows so far (whose images count in all the
+    same), images made now, and whether it was stopped before the end."""
 
     total: int
     before: int
@@ -49,25 +49,25 @@ def run_job(
     settings: Mapping[str, Any],
     batch_size: int,
     load: Callable[[Row], Content],
-    make: Callable[[list[tuple[ImageTask, Content]]], Sequence[Picture]],
-    encode: Callable[[ImageTask, Picture], bytes],
+    make: Callable[[list[tuple[ImageTask, Content]]], Sequence[Generated]],
+    encode: Callable[[ImageTask, Generated], bytes],
     bad: Sequence[BadRow] = (),
     shard: tuple[int, int] = (0, 1),
     kind: Callable[[ImageTask, Content], Hashable] = by_images,
     identify: Identify | None = None,
     on_progress: Callable[[BatchProgress], None] = lambda tally: None,
 ) -> BatchProgress:
-    """Makes the works whose picture is not in `out` yet, or those until SIGTERM or Ctrl-C. `folder` says what else is
+    """Makes the works whose image is not in `out` yet, or those until SIGTERM or Ctrl-C. `folder` says what else is
     left there. For the main thread.
 
-    works, shard: from `plan`, with the same shard. settings: JSON; all that pictures depend on beside the rows.
+    works, shard: from `plan`, with the same shard. settings: JSON; all that images depend on beside the rows.
     load: what is needed of a row's files, called once a row, ahead of time, in threads; an InputError makes it a bad
       row, which the next one replaces. A few batches of what it returns are in memory.
-    make: the pictures of a batch, all of one `kind`, by default that of the number of image prompts; the last ones of a
-      kind are smaller. They need not be computed when it returns. A NonFiniteImageError costs the picture alone.
-    encode: a picture as PNG, in threads, while the next batch is made.
+    make: the images of a batch, all of one `kind`, by default that of the number of image prompts; the last ones of a
+      kind are smaller. They need not be computed when it returns. A NonFiniteImageError costs the image alone.
+    encode: an image as PNG, in threads, while the next batch is made.
     bad: rows that cannot be used, as `read_rows` found; process 0 reports them.
-    identify: what a row's image prompts hold, in threads; by default digests of its files. Pictures whose image prompts
+    identify: what a row's image prompts hold, in threads; by default digests of its files. Images whose image prompts
       hold something else by now are refused.
     on_progress: called when a batch is written.
     Raises InputError when the folder cannot be used, and what `make` and `encode` raise; what was made is kept.
@@ -87,8 +87,8 @@ def run_job(
         items = stack.enter_context(contextlib.closing(_loaded(folder.pending, look_and_load, 2 * batch_size, found)))
         writing: deque[list[Future[None]]] = deque()
 
-        def write(work: ImageTask, picture: Picture) -> None:
-            folder.write(work, encode(work, picture))
+        def write(work: ImageTask, image: Generated) -> None:
+            folder.write(work, encode(work, image))
 
         def finish(most: int) -> None:
             """Waits until at most `most` batches are unwritten."""
@@ -106,7 +106,7 @@ def run_job(
             for work, _ in pairs:
                 folder.note(work)
             folder.sync()
-            writing.append([submit(writers, write, work, picture) for work, picture in pairs])
+            writing.append([submit(writers, write, work, image) for work, image in pairs])
             finish(_IN_FLIGHT)
         finish(0)
         folder.report(found)
@@ -115,10 +115,10 @@ def run_job(
 
 def _made(
     batch: list[tuple[ImageTask, Content]],
-    make: Callable[[list[tuple[ImageTask, Content]]], Sequence[Picture]],
+    make: Callable[[list[tuple[ImageTask, Content]]], Sequence[Generated]],
     bad: list[BadRow],
-) -> list[tuple[ImageTask, Picture]]:
-    """The works of a batch with their pictures; those that come out as none, which only single ones tell, are left out
+) -> list[tuple[ImageTask, Generated]]:
+    """The works of a batch with their images; those that come out as none, which only single ones tell, are left out
     and added to `bad`."""
     try:
         return list(zip((work for work, _ in batch), make(batch), strict=True))

@@ -1,4 +1,4 @@
-"""What all commands that make thousands of pictures are told."""
+"""What all commands that make thousands of images are told."""
 
 import dataclasses
 
@@ -11,14 +11,14 @@ HELP_JOB = ("batch_size", "process", "processes")
 
 @dataclasses.dataclass(kw_only=True)
 class BatchOptions(Sampling):
-    """Options of every command that makes many pictures."""
+    """Options of every command that makes many images."""
 
     num_images: int = 1
-    """Pictures of each row."""
+    """Images of each row."""
     seed: int = 0
     """Of rows that have none: this + a number made of the row's name."""
     batch_size: int = 8
-    """Pictures made at once, on all devices together."""
+    """Images made at once, on all devices together."""
     process: int = 0
     """Which of several processes this is, on this machine or others that share the folder; each takes its rows."""
     processes: int = 1

@@ -15,7 +15,7 @@ from ipadapter_jax.weights import bundled
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluate(BatchOptions):
-    """Makes pictures from image prompts as the paper does (empty text, 4 each, 50 steps of DDIM, guidance 7.5) and
+    """Makes images from image prompts as the paper does (empty text, 4 each, 50 steps of DDIM, guidance 7.5) and
     scores them: CLIP-I, CLIP-T, diversity, CLIP-FID. With --images-from it scores what other programs have made.
 
     The same command goes on after any stop, kill -9 included, and ends with the same numbers.
@@ -25,9 +25,9 @@ class Evaluate(BatchOptions):
     """captions_val2017.json of COCO, or data as for training: a folder, a JSON list, Parquet, tar or ArrayRecord."""
     out: Path
     """The folder for images/ (always kept), scores/ (embeddings), report.html, evaluation.json and the tables prompts
-    and pictures, each as .csv and .parquet."""
+    and images, each as .csv and .parquet."""
     image_root: Path | None = None
-    """The folder of the pictures that a JSON file names; by default its own. For COCO: val2017."""
+    """The folder of the images that a JSON file names; by default its own. For COCO: val2017."""
     image_column: str | None = None
     """For Parquet and TensorFlow Datasets, where the name is not a usual one."""
     text_column: str | None = None
@@ -35,12 +35,12 @@ class Evaluate(BatchOptions):
     limit: int | None = None
     """Only the first so many image prompts."""
     num_images: int = 4
-    """Pictures of each image prompt."""
+    """Images of each image prompt."""
     with_caption: bool = False
     """Give the first caption as text prompt, too; the paper leaves the text empty."""
     images_from: Path | None = None
-    """Score these pictures and make none: a folder (name.png, or name-0.png and so on, where the image prompt is
-    name.jpg) or a CSV file with the columns name and picture."""
+    """Score these images and make none: a folder (name.png, or name-0.png and so on, where the image prompt is
+    name.jpg) or a CSV file with the columns name and image."""
     clip: Place = SCORER
     """The CLIP that scores: a folder or a Hub id of a whole CLIPModel of transformers."""
     caption: Choice = "first"
@@ -48,7 +48,7 @@ class Evaluate(BatchOptions):
     caption_prefix: str = ""
     """Put before each caption when it is scored; CLIPScore's authors take "A photo depicts "."""
     fid_features: tuple[Path, Path] | None = None
-    """Two .npy or .safetensors files with Inception's features (N, F) of real and of made pictures: adds their FID."""
+    """Two .npy or .safetensors files with Inception's features (N, F) of real and of made images: adds their FID."""
 
     help_groups: ClassVar = {
         "what to score": ("data", "out", "adapter", "images_from", "limit", "num_images", "with_caption"),
@@ -71,7 +71,7 @@ class Evaluate(BatchOptions):
             raise InputError(f"--limit {self.limit} must be at least 1")
         source, out = self.data.absolute(), self.out.absolute()
         if source == out or source in out.parents:
-            raise InputError(f"--out {self.out} lies in {self.data}, whose pictures are prompts; give another folder")
+            raise InputError(f"--out {self.out} lies in {self.data}, whose images are prompts; give another folder")
         if self.images_from is not None:
             painting = [
                 field.name for field in dataclasses.fields(BatchOptions) if field.name not in ("process", "processes")
@@ -79,5 +79,5 @@ class Evaluate(BatchOptions):
             refuse(self, (*painting, "with_caption"), "on the images of --images-from", "leave --images-from out")
         elif self.adapter is None:
             raise InputError(
-                "name the IP-Adapter to evaluate with --adapter, or pictures of another program with --images-from"
+                "name the IP-Adapter to evaluate with --adapter, or images of another program with --images-from"
             )

@@ -14,18 +14,18 @@ from ipadapter_jax.weights import bundled
 
 @dataclasses.dataclass(kw_only=True)
 class Generate(Sampling):
-    """Samples pictures from a base model, with an image prompt when --adapter and --image are given; by default from
+    """Samples images from a base model, with an image prompt when --adapter and --image are given; by default from
     mini, the small model inside this package, which has adapters of its own: --image is all it needs.
 
     Every PNG carries the settings, versions and weight digests in its text chunk "ipadapter_jax".
     """
 
     out: Path
-    """The PNG to write. With several pictures this is their grid, and the single ones lie beside it, numbered."""
+    """The PNG to write. With several images this is their grid, and the single ones lie beside it, numbered."""
     prompt: str = ""
     """What to paint; may be empty with an image prompt."""
     image: tuple[Place, ...] = ()
-    """Reference pictures; several share the one image prompt."""
+    """Reference images; several share the one image prompt."""
     image_weights: tuple[float, ...] = ()
     """A weight for each reference, times --scale."""
     masks: tuple[Place, ...] = ()
@@ -36,7 +36,7 @@ class Generate(Sampling):
     save_embeds: Path | None = None
     """Also writes the embeddings of --image into this .safetensors file."""
     init_image: Place | None = None
-    """A picture to paint over (image-to-image)."""
+    """An image to paint over (image-to-image)."""
     mask_image: Place | None = None
     """White where to paint over --init-image (inpainting)."""
     strength: float | None = None
@@ -44,11 +44,11 @@ class Generate(Sampling):
     exact_outside_mask: bool = False
     """Keep the pixels of --init-image where the mask is black."""
     num_images: int = 1
-    """Pictures to make, picture i with seed + i."""
+    """Images to make, image i with seed + i."""
     seed: int = 0
-    """Seed of the first picture."""
+    """Seed of the first image."""
     attention_maps: Path | None = None
-    """Also writes a figure of where each image token was looked at, over the first picture."""
+    """Also writes a figure of where each image token was looked at, over the first image."""
     explore: Literal["scales", "presets"] | None = None
     """Writes one labelled figure instead: a row for each seed over scales from 0 to 1, or a row for each reference over
     all presets."""
@@ -78,14 +78,14 @@ def _check(args: Generate) -> None:
             raise InputError(f"--{option} {path}: give a name that ends in .png, which can carry the settings")
     prompted = bool(args.image) or args.embeds is not None
     if args.image and args.embeds:
-        raise InputError("--image and --embeds are both given; embeddings stand in the place of pictures")
+        raise InputError("--image and --embeds are both given; embeddings stand in the place of images")
     if args.adapter is None and (prompted or args.image_encoder):
         what = "--embeds needs" if args.embeds else "--image and --image-encoder need"
-        raise InputError(f"{what} --adapter, the IP-Adapter file that reads the picture")
+        raise InputError(f"{what} --adapter, the IP-Adapter file that reads the image")
     if args.save_embeds is not None and args.save_embeds.suffix != ".safetensors":
         raise InputError(f"--save-embeds {args.save_embeds}: give a name that ends in .safetensors")
     if args.adapter is not None and not prompted:
-        raise InputError("--adapter needs --image, the picture to use as prompt")
+        raise InputError("--adapter needs --image, the image to use as prompt")
     if args.embeds is not None:
         refuse(args, ("fit", "negative_image"), "on --embeds, which are encoded already", "give --image")
     if not prompted:
@@ -96,11 +96,11 @@ def _check(args: Generate) -> None:
             raise InputError(f"--{option} needs --{needs.replace('_', '-')}")
     for option, values in (("image-weights", args.image_weights), ("masks", args.masks)):
         if values and args.image and len(values) != len(args.image):
-            raise InputError(f"--{option}: {len(values)} for {len(args.image)} pictures; give one for each")
+            raise InputError(f"--{option}: {len(values)} for {len(args.image)} images; give one for each")
     if args.num_images < 1:
         raise InputError(f"--num-images {args.num_images} must be at least 1")
     if (args.num_images > 1 and not 0 <= args.seed <= 2**32 - args.num_images) or not 0 <= args.seed < 2**32:
-        raise InputError(f"--seed {args.seed}: seeds of all pictures must lie between 0 and 2^32 - 1")
+        raise InputError(f"--seed {args.seed}: seeds of all images must lie between 0 and 2^32 - 1")
     fewer = "make fewer, or use ipadapter-jax batch"
     check_memory(args.num_images * _SMALL, f"{args.num_images:,} images", fewer)
     if args.explore is not None:
@@ -139,7 +139,7 @@ _NOT_EXPLORED = {
 
 
 def targets(args: Generate) -> list[Path]:
-    """The single pictures in order; with several, their grid last: where the named file exists, all is done."""
+    """The single images in order; with several, their grid last: where the named file exists, all is done."""
     if args.num_images == 1 or args.explore is not None:
         return [args.out]
     digits = len(str(args.num_images - 1))

@@ -66,7 +66,7 @@ class Sampling:
     image_encoder: Place | None = None
     """Folder, file or Hub place of the CLIP vision model; by default image_encoder beside the adapter."""
     scale: float = 1.0
-    """Weight of the image prompt: 0 is the base model, 0.5 to 0.7 balances with the text, 1 follows the picture."""
+    """Weight of the image prompt: 0 is the base model, 0.5 to 0.7 balances with the text, 1 follows the image."""
     layers: str = "linear"
     """Where the image prompt acts: a preset ("ease out", "style", "composition", "strong style" ...), or as JSON
     diffusers' dictionary {"up": {"block_1": [0, 1, 0]}}, a sum of presets {"style": 1, "composition": 0.5}, or a list
@@ -80,7 +80,7 @@ class Sampling:
     fit: Literal["crop", "resize", "pad", "tile"] = "crop"
     """How a reference that is not square becomes so; tile makes several squares of it."""
     negative_image: Place | None = None
-    """A picture to keep away from: what the unconditional branch of guidance sees."""
+    """An image to keep away from: what the unconditional branch of guidance sees."""
     uncond: Uncond = "default"
     """What that branch sees without one: zeros (features), "zero pixels", black or noise. The default is what the
     adapter was trained with."""
@@ -104,7 +104,7 @@ class Sampling:
     eta: float = 0.0
     """Fresh noise in every step, from 0 (none) to 1 (as DDPM)."""
     height: int | None = None
-    """Height in pixels, a multiple of 8; by default the model's own size, or that of a picture to paint over."""
+    """Height in pixels, a multiple of 8; by default the model's own size, or that of an image to paint over."""
     width: int | None = None
     """Width in pixels."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -155,7 +155,7 @@ class Sampling:
         return Scale(self.scale if value is None else value, given, self.scale_start, self.scale_end, self.scale_steps)
 
     def arguments(self, negative: Any) -> dict[str, Any]:
-        """For the call of a pipeline: all that does not differ from picture to picture. `negative`: the image of
+        """For the call of a pipeline: all that does not differ from image to image. `negative`: the image of
         --negative-image, or its path."""
         return {
             "negative_ip_adapter_image": negative,

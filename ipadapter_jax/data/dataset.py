@@ -54,15 +54,15 @@ class LiveSamples:
         Raises InputError naming the record's key when it cannot be read, or is not what it should be.
         """
         record = self.source[index]
-        picture = decode_image(record.image, record.key)
+        image = decode_image(record.image, record.key)
         sample = {
-            "pixels": square_pixels(picture, self.resolution),
+            "pixels": square_pixels(image, self.resolution),
             "input_ids": self._ids(record.text, record.key),
         }
         if self.clip_size is not None:
             if record.cond_image is not None:
-                picture = decode_image(record.cond_image, f"{record.key} (its image prompt)")
-            sample["clip_pixels"] = clip_pixels(picture, self.clip_size)
+                image = decode_image(record.cond_image, f"{record.key} (its image prompt)")
+            sample["clip_pixels"] = clip_pixels(image, self.clip_size)
         return sample
 
     def identity(self) -> dict[str, Any]:

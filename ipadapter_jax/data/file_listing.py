@@ -17,7 +17,7 @@ from ipadapter_jax.storage.paths import expanded
 from ipadapter_jax.storage.text_files import read_bytes
 
 MAX_TEXT = 16 << 20  # bytes of a caption
-MAX_BYTES = 256 << 20  # no encoded picture needs more; a wrong file must not fill the memory of every worker
+MAX_BYTES = 256 << 20  # no encoded image needs more; a wrong file must not fill the memory of every worker
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def find_files(path: str) -> Files:
             f"{path}: no such file or folder; check the spelling, or give the data's full path{nearby(path)}"
         )
     if not names:
-        raise InputError(f"{path}: no files here; give a folder of pictures or shards")
+        raise InputError(f"{path}: no files here; give a folder of images or shards")
     return Files(Path(root), PackedStrings(sorted(names)))
 
 
@@ -86,7 +86,7 @@ def read_file(path: str, key: str, is_text: bool = False) -> bytes:
 
 
 def check_size(size: int, key: str, is_text: bool = False) -> None:
-    most, what = (MAX_TEXT, "caption") if is_text else (MAX_BYTES, "picture")
+    most, what = (MAX_TEXT, "caption") if is_text else (MAX_BYTES, "image")
     if size > most:
         raise InputError(f"{key}: {size >> 20} MiB are far too many for a {what}; at most {most >> 20}")
 

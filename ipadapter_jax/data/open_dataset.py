@@ -19,21 +19,21 @@ from ipadapter_jax.data.packed_strings import printable
 from ipadapter_jax.data.types import Source
 from ipadapter_jax.data.unused_files import OTHER
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.images.formats import SUFFIXES as PICTURES
+from ipadapter_jax.images.formats import SUFFIXES as IMAGES
 from ipadapter_jax.images.formats import unread_format
 from ipadapter_jax.storage.nearby_paths import nearby
 from ipadapter_jax.storage.paths import expanded
 
-# What a folder may hold, by preference: img2dataset leaves .parquet files beside its shards and pictures.
+# What a folder may hold, by preference: img2dataset leaves .parquet files beside its shards and images.
 SUFFIXES = {
     "tar": re.compile(r"\.tar$", re.IGNORECASE),
     "array_record": re.compile(r"\.array_?record(-\d+-of-\d+)?$", re.IGNORECASE),
-    "folder": re.compile(rf"\.({'|'.join(suffix[1:] for suffix in sorted(PICTURES))})$", re.IGNORECASE),
+    "folder": re.compile(rf"\.({'|'.join(suffix[1:] for suffix in sorted(IMAGES))})$", re.IGNORECASE),
     "parquet": re.compile(r"\.parquet$", re.IGNORECASE),
 }
 MAGIC = {b"PAR1": "parquet", bytes.fromhex("83af70d10d884a3f"): "array_record"}  # the latter begins Riegeli files
 FORMATS = (
-    f"give a JSON list like {EXAMPLE}, a folder of pictures with a .txt caption beside each, img2dataset's .tar, "
+    f"give a JSON list like {EXAMPLE}, a folder of images with a .txt caption beside each, img2dataset's .tar, "
     "Parquet or ArrayRecord files, or a folder of TensorFlow Datasets"
 )
 HINTS = {
@@ -128,7 +128,7 @@ def _kind(path: str, files: Files) -> str:
     if kind is None:
         raise _unknown(path, list(suffixes))
     if kind == "folder" and not folder.is_dir():
-        raise InputError(f"{path}: give the folder of the pictures, so that their captions are found")
+        raise InputError(f"{path}: give the folder of the images, so that their captions are found")
     if beside := {other: count for other, count in found.items() if other not in (kind, "parquet")}:
         unused = ", ".join(f"{count} of {other}" for other, count in beside.items())
         warnings.warn(f"{path}: {found[kind]} files of {kind} are read; beside them, not read: {unused}", stacklevel=3)

@@ -8,7 +8,7 @@ from ipadapter_jax.data.unused_files import Unused
 
 @dataclass(frozen=True)
 class Record:
-    """A picture, its caption, and the image prompt where that is another picture. Pictures stay encoded."""
+    """An image, its caption, and the image prompt where that is another image. Images stay encoded."""
 
     key: str  # names it for a person: "images/1.png", "00003.tar:000031234", "part-0.parquet:17"
     image: bytes

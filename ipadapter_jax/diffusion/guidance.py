@@ -6,7 +6,7 @@ from jax import Array
 
 def guide(output: Array, scale: Array | float, rescale: Array | float = 0.0) -> Array:
     """Outputs of both branches, (B, 2, ...) with the unconditional one first -> (B, ...): g = u + scale (c - u), then
-    rescale g std(c) / std(g) + (1 - rescale) g, each picture by itself (arXiv 2305.08891, equations 15 and 16)."""
+    rescale g std(c) / std(g) + (1 - rescale) g, each image by itself (arXiv 2305.08891, equations 15 and 16)."""
     unconditional, conditional = output[:, 0], output[:, 1]
     guided = unconditional + scale * (conditional - unconditional)
     axes = tuple(range(1, guided.ndim))

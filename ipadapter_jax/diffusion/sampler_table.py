@@ -25,7 +25,7 @@ class SamplerTable(NamedTuple):
     clip: np.ndarray | Array  # the largest |m0|; infinity does not clip
     weights: np.ndarray | Array  # (2, len(BASIS)), or longer for who looks further back: x and kept at the next step
     noise: np.ndarray | Array  # standard deviation of the fresh noise in x
-    level: np.ndarray | Array  # (2,): x after the step is level[0] of the picture and level[1] of standard noise
+    level: np.ndarray | Array  # (2,): x after the step is level[0] of the image and level[1] of standard noise
 
 
 X, KEPT, OUTPUT, M0, M1, M2, M3, M4 = np.eye(len(BASIS))  # a weighted sum of the basis, as a row of weights

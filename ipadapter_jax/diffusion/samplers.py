@@ -26,7 +26,7 @@ SAMPLERS: Mapping[str, Callable[..., tuple[list[SamplerStep], float]]] = {
 
 
 class Run(NamedTuple):
-    """The steps of a run; what standard normal latents are multiplied with before the first one; and, where a picture
+    """The steps of a run; what standard normal latents are multiplied with before the first one; and, where an image
     is painted over, how much of it and of the noise there is then, (2,)."""
 
     steps: SamplerTable
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
 def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: float = 0.0, strength: float = 1.0) -> Run:
     """The table of a sampler of SAMPLERS. With a `strength` below 1 only the last int(num_steps strength) steps are
-    made, of a picture under noise (SDEdit, arXiv 2108.01073). Raises InputError for an unknown sampler or steps that it
+    made, of an image under noise (SDEdit, arXiv 2108.01073). Raises InputError for an unknown sampler or steps that it
     cannot make."""
     if sampler not in SAMPLERS:
         raise InputError(f"{argument('scheduler')} {sampler!r} is not known{meant(sampler, SAMPLERS)}")

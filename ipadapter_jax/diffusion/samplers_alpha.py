@@ -23,7 +23,7 @@ def clean(schedule: NoiseSchedule, a: float) -> tuple[float, float]:
 
 
 def level(a: float) -> tuple[float, float]:
-    """Picture and noise in x."""
+    """Image and noise in x."""
     return float(np.sqrt(a)), float(np.sqrt(1 - a))
 
 

@@ -1,4 +1,4 @@
-"""The CLIP that scores: pictures and captions to embeddings, on all devices of the process."""
+"""The CLIP that scores: images and captions to embeddings, on all devices of the process."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ _REFERENCE_CONFIG = CLIPConfig(
     CLIPTextConfig(eos_token_id=None), CLIPVisionConfig(1024, 4096, 768, 24, 16, hidden_act="quick_gelu")
 )
 _PREPROCESSOR = "preprocessor_config.json"
-_BATCH = 64  # pictures or captions that the networks read at once, on all devices together
+_BATCH = 64  # images or captions that the networks read at once, on all devices together
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -80,10 +80,10 @@ class Scorer:
         """Of the squares that it sees, in pixels."""
         return self.clip.config.vision.image_size
 
-    def pictures(self, squares: Iterable[np.ndarray]) -> np.ndarray:
+    def images(self, squares: Iterable[np.ndarray]) -> np.ndarray:
         """Squares of `preprocess.clip_pixels` (side, side, 3) uint8, B of them -> embeddings (B, D) float32. They are
         taken batch by batch."""
-        return self._in_batches(embed_pictures, squares)
+        return self._in_batches(embed_images, squares)
 
     def captions(self, texts: Sequence[str]) -> np.ndarray:
         """B captions -> embeddings (B, D) float32. What is longer than the model reads is cut, with a warning."""
@@ -106,7 +106,7 @@ class Scorer:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def embed_pictures(clip: CLIP, mesh: Mesh, params: Tree, pixels: Array) -> Array:
+def embed_images(clip: CLIP, mesh: Mesh, params: Tree, pixels: Array) -> Array:
     """Squares (B, S, S, 3) uint8 -> embeddings (B, D)."""
     values = jnp.asarray(CLIP_TABLE)[pixels, jnp.arange(3)]
     return _spread(functools.partial(clip.apply, method=CLIP.images), mesh, params, values)
@@ -157,7 +157,7 @@ def open_scorer(place: str | os.PathLike, revision: str | None = None) -> Opened
 
 
 def _check_preprocessing(folder: Path, side: int) -> None:
-    """Raises InputError where the model wants its pictures otherwise than CLIP does: scores would be wrong."""
+    """Raises InputError where the model wants its images otherwise than CLIP does: scores would be wrong."""
     if not (folder / _PREPROCESSOR).is_file():
         return
     found = read_json(folder / _PREPROCESSOR)

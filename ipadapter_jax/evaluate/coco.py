@@ -1,4 +1,4 @@
-"""COCO's captions (arXiv 1504.00325), as captions_val2017.json has them: which picture has which captions."""
+"""COCO's captions (arXiv 1504.00325), as captions_val2017.json has them: which image has which captions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +11,17 @@ _EXAMPLE = "captions_val2017.json of COCO's annotations_trainval2017.zip"
 
 
 class Entry(NamedTuple):
-    """A picture's file, relative to the folder of pictures, and its captions, both in the order of the annotations."""
+    """An image's file, relative to the folder of images, and its captions, both in the order of the annotations."""
 
     file: str
     captions: tuple[str, ...]
 
 
 def read_coco(path: Path) -> list[Entry] | None:
-    """All pictures of the annotations at `path`; None for what is no JSON object with images or annotations, which
+    """All images of the annotations at `path`; None for what is no JSON object with images or annotations, which
     another reader may know.
 
-    Raises InputError naming the picture or caption at fault: a picture has captions, and a caption a picture.
+    Raises InputError naming the image or caption at fault: an image has captions, and a caption an image.
     """
     found = _object(path)
     if found is None:
@@ -32,7 +32,7 @@ def read_coco(path: Path) -> list[Entry] | None:
     for number, image in enumerate(images):
         file, key = (_get(image, name) for name in ("file_name", "id"))
         if not isinstance(file, str) or not isinstance(key, int | str) or key in captions:
-            raise InputError(f"{path}: picture {number} has no file_name or no id of its own; give {_EXAMPLE}")
+            raise InputError(f"{path}: image {number} has no file_name or no id of its own; give {_EXAMPLE}")
         files[key], captions[key] = file, []
     for number, annotation in enumerate(annotations):
         caption, key = (_get(annotation, name) for name in ("caption", "image_id"))
@@ -41,12 +41,12 @@ def read_coco(path: Path) -> list[Entry] | None:
                 f"{path}: annotation {number} is no caption; give {_EXAMPLE}, rather than instances or key points"
             )
         if not isinstance(key, int | str) or key not in captions:
-            raise InputError(f"{path}: caption {number} is of picture {key!r}, which is not among its images")
+            raise InputError(f"{path}: caption {number} is of image {key!r}, which is not among its images")
         captions[key].append(caption.strip())
     without = [files[key] for key in captions if not any(captions[key])]
     if without:
         raise InputError(
-            f"{path}: {len(without)} pictures, {without[0]} the first, have no captions, which CLIP-T needs; leave "
+            f"{path}: {len(without)} images, {without[0]} the first, have no captions, which CLIP-T needs; leave "
             "them out of its images, or caption them"
         )
     return [Entry(files[key], tuple(filter(None, captions[key]))) for key in captions]

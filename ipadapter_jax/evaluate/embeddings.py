@@ -25,31 +25,29 @@ from ipadapter_jax.weights.formats.tensor_files import open_file
 from ipadapter_jax.weights.lazy import held
 
 CHUNK = 32  # image prompts to a file
-_THREADS = 4  # that read pictures
+_THREADS = 4  # that read images
 _ARRAYS = ("images", "texts")
 _INPUTS, _CAPTIONS, _CONTENT = "inputs", "captions", "content"  # in a file's metadata
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Some image prompts with the pictures that were made for them, and the file of their embeddings."""
+    """Some image prompts with the images that were made for them, and the file of their embeddings."""
 
     file: Path
     references: Sequence[Reference]
-    pictures: Sequence[Sequence[Path]]
+    images: Sequence[Sequence[Path]]
     prefix: str  # of every caption
 
 
-def chunks(
-    folder: Path, references: Sequence[Reference], pictures: Sequence[Sequence[Path]], prefix: str
-) -> list[Chunk]:
+def chunks(folder: Path, references: Sequence[Reference], images: Sequence[Sequence[Path]], prefix: str) -> list[Chunk]:
     """All of an evaluation; which prompts go together does not depend on how many processes there are."""
     parts = [slice(start, start + CHUNK) for start in range(0, len(references), CHUNK)]
-    return [Chunk(folder / f"{part.start:06d}.safetensors", references[part], pictures[part], prefix) for part in parts]
+    return [Chunk(folder / f"{part.start:06d}.safetensors", references[part], images[part], prefix) for part in parts]
 
 
 def is_there(chunk: Chunk, clip: dict[str, Any]) -> bool:
-    """Whether its embeddings were made, from these pictures and captions by this CLIP (`OpenedScorer.identity`)."""
+    """Whether its embeddings were made, from these images and captions by this CLIP (`OpenedScorer.identity`)."""
     try:
         _, tensors, metadata = open_file(chunk.file)
         if metadata.get(_INPUTS) != _inputs(chunk, clip):
@@ -60,11 +58,11 @@ def is_there(chunk: Chunk, clip: dict[str, Any]) -> bool:
 
 
 def make(chunk: Chunk, scorer: Scorer, clip: dict[str, Any]) -> None:
-    """Embeds and writes. Raises InputError naming a picture that cannot be read."""
+    """Embeds and writes. Raises InputError naming an image that cannot be read."""
     metadata = {_INPUTS: _inputs(chunk, clip)}
-    images = scorer.pictures(_squares(chunk, scorer.side))
+    images = scorer.images(_squares(chunk, scorer.side))
     texts = scorer.captions([chunk.prefix + text for reference in chunk.references for text in reference.captions])
-    for name, rows in (("picture", images), ("caption", texts)):
+    for name, rows in (("image", images), ("caption", texts)):
         if not np.isfinite(rows).all():
             raise InputError(f"the embedding of a {name} is not finite: the weights of the scoring CLIP are damaged")
     metadata[_CAPTIONS] = json.dumps([len(reference.captions) for reference in chunk.references])
@@ -81,21 +79,21 @@ def read(chunk: Chunk) -> Embedded:
 
 
 def _squares(chunk: Chunk, side: int) -> Iterator[np.ndarray]:
-    """What the scorer sees of the image prompts, then of their pictures."""
-    every: list[Reference | Path] = [*chunk.references, *(path for paths in chunk.pictures for path in paths)]
+    """What the scorer sees of the image prompts, then of their images."""
+    every: list[Reference | Path] = [*chunk.references, *(path for paths in chunk.images for path in paths)]
 
     def square(item: Reference | Path) -> np.ndarray:
-        picture: Image.Image = item.picture() if isinstance(item, Reference) else load_image(item)
-        return clip_pixels(picture, side)
+        image: Image.Image = item.image() if isinstance(item, Reference) else load_image(item)
+        return clip_pixels(image, side)
 
     return ordered_map(square, every, threads=_THREADS, ahead=2 * _THREADS)
 
 
 def _inputs(chunk: Chunk, clip: dict[str, Any]) -> str:
-    """A digest of all that the embeddings depend on. Raises FileNotFoundError where a picture is not there yet."""
-    pictures = [[_stamp(path) for path in paths] for paths in chunk.pictures]
+    """A digest of all that the embeddings depend on. Raises FileNotFoundError where an image is not there yet."""
+    images = [[_stamp(path) for path in paths] for paths in chunk.images]
     references = [[reference.name, reference.stamp, reference.captions] for reference in chunk.references]
-    return hashlib.sha256(json.dumps([clip, chunk.prefix, references, pictures]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([clip, chunk.prefix, references, images]).encode()).hexdigest()
 
 
 def _content(*arrays: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.nearby_paths import nearby
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 
-_MAX_NUMBERS = 1 << 14  # of a picture: their covariances take 2 GiB
+_MAX_NUMBERS = 1 << 14  # of an image: their covariances take 2 GiB
 _BLOCK = 4096  # rows of a file in memory at once
 
 
@@ -91,11 +91,11 @@ def moments_of_file(path: Path) -> Moments:
     array = _array(path)
     if array.ndim != 2 or array.dtype.kind != "f" or len(array) < 2 or not array.shape[1]:
         raise InputError(
-            f"{path} holds an array {array.shape} of {array.dtype}; give float features (pictures, numbers) of at "
-            "least 2 pictures"
+            f"{path} holds an array {array.shape} of {array.dtype}; give float features (images, numbers) of at "
+            "least 2 images"
         )
     if array.shape[1] > _MAX_NUMBERS:
-        raise InputError(f"{path} holds {array.shape[1]:,} numbers of each picture; give at most {_MAX_NUMBERS:,}")
+        raise InputError(f"{path} holds {array.shape[1]:,} numbers of each image; give at most {_MAX_NUMBERS:,}")
     moments = Moments(array.shape[1])
     for rows in _blocks(array):
         if not np.isfinite(rows).all():

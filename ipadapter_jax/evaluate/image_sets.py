@@ -1,4 +1,4 @@
-"""Which picture was made for which image prompt, where another program has made them."""
+"""Which image was made for which image prompt, where another program has made them."""
 
 import os
 import re
@@ -18,11 +18,11 @@ from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, read_bytes
 COLUMNS = ("name", "picture")
 
 
-def find_pictures(place: Path, references: Sequence[Reference]) -> list[list[Path]]:
-    """The pictures of every image prompt, equally many of each, from a folder (name.png, or name-0.png, name-1.png and
-    so on, in any format) or a CSV file with the columns name and picture (relative to it).
+def find_images(place: Path, references: Sequence[Reference]) -> list[list[Path]]:
+    """The images of every image prompt, equally many of each, from a folder (name.png, or name-0.png, name-1.png and
+    so on, in any format) or a CSV file with the columns name and image (relative to it).
 
-    Pictures of no image prompt are left out with a warning. Raises InputError naming the prompt that has none, or
+    Images of no image prompt are left out with a warning. Raises InputError naming the prompt that has none, or
     another number of them than the others.
     """
     if place.is_dir() and (unread := [name for name in sorted(os.listdir(place)) if unread_format(name)]):
@@ -39,16 +39,14 @@ def find_pictures(place: Path, references: Sequence[Reference]) -> list[list[Pat
     _check(place, references, [len(paths) for paths in found])
     if strangers:
         first = sorted(strangers)[0]
-        warnings.warn(
-            f"{place}: {len(strangers)} pictures, {first} the first, are of no image prompt here", stacklevel=2
-        )
+        warnings.warn(f"{place}: {len(strangers)} images, {first} the first, are of no image prompt here", stacklevel=2)
     return found
 
 
 def _in_folder(folder: Path, names: set[str]) -> Iterator[tuple[int, str, Path]]:
-    """The number of each picture, the image prompt that it is called by, and where it lies."""
+    """The number of each image, the image prompt that it is called by, and where it lies."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder or CSV file of pictures; check the spelling{nearby(folder)}")
+        raise InputError(f"{folder}: no such folder or CSV file of images; check the spelling{nearby(folder)}")
     for file in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(file)
         if suffix.lower() not in SUFFIXES or file.startswith("."):
@@ -66,14 +64,14 @@ def _listed(path: Path) -> Iterator[tuple[int, str, Path]]:
     for number, row in table.rows:
         if isinstance(row, InputError):
             raise InputError(f"{path}, line {number}: {row}")
-        name, picture = (row.get(column, "") for column in COLUMNS)
-        if not name or not picture:
+        name, image = (row.get(column, "") for column in COLUMNS)
+        if not name or not image:
             raise InputError(
                 f"{path}, line {number}: no {' or '.join(COLUMNS)}; the first line has to name both columns"
             )
-        place = path.parent / expanded(picture)
+        place = path.parent / expanded(image)
         if not os.path.isfile(place):
-            raise InputError(f"{path}, line {number}: there is no picture {place}; correct its name")
+            raise InputError(f"{path}, line {number}: there is no image {place}; correct its name")
         stem, suffix = os.path.splitext(name)
         yield number, stem if suffix.lower() in SUFFIXES else name, place
 
@@ -82,19 +80,19 @@ def _check(place: Path, references: Sequence[Reference], counts: Sequence[int]) 
     empty = [reference.name for reference, count in zip(references, counts, strict=True) if not count]
     if empty:
         raise InputError(
-            f"{place}: {len(empty)} of {len(references)} image prompts, {empty[0]} the first, have no picture there; "
+            f"{place}: {len(empty)} of {len(references)} image prompts, {empty[0]} the first, have no image there; "
             f"call theirs {empty[0]}.png, or {empty[0]}-0.png and so on, or list them in a CSV file"
         )
     for reference, count in zip(references, counts, strict=True):
         if count != counts[0]:
             raise InputError(
-                f"{place}: {count} pictures of {reference.name} and {counts[0]} of {references[0].name}; all image "
+                f"{place}: {count} images of {reference.name} and {counts[0]} of {references[0].name}; all image "
                 "prompts need equally many"
             )
 
 
 def settings_beside(folder: Path) -> dict[str, Any] | None:
-    """What the folder of a job of ours says that its pictures were made with."""
+    """What the folder of a job of ours says that its images were made with."""
     path = folder / "job.json"
     try:
         return read_json_object(path)

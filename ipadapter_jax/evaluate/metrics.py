@@ -1,4 +1,4 @@
-"""What is measured on embeddings, and how sure the means are. Shapes: P image prompts, n pictures of each, D numbers of
+"""What is measured on embeddings, and how sure the means are. Shapes: P image prompts, n images of each, D numbers of
 an embedding, C captions."""
 
 from collections.abc import Sequence
@@ -16,26 +16,26 @@ SEED, DRAWS = 0, 2000  # of the bootstrap
 CLIP_SCORE = 2.5  # the factor w of CLIPScore
 _BLOCK = 50  # draws in memory at once
 
-"""Of several captions of an image prompt CLIP-T takes the first, the mean over all, or the best for each picture."""
+"""Of several captions of an image prompt CLIP-T takes the first, the mean over all, or the best for each image."""
 
 
 class Embedded(NamedTuple):
-    """Embeddings of any length: pictures (P, n, D), image prompts (P, D), and for each prompt its captions (C, D)."""
+    """Embeddings of any length: images (P, n, D), image prompts (P, D), and for each prompt its captions (C, D)."""
 
-    pictures: np.ndarray
+    images: np.ndarray
     references: np.ndarray
     captions: Sequence[np.ndarray]
 
 
 class Scores(NamedTuple):
-    """clip_i and clip_t (P, n), one for each picture; diversity (P,), NaN where there is one picture alone."""
+    """clip_i and clip_t (P, n), one for each image; diversity (P,), NaN where there is one image alone."""
 
     clip_i: np.ndarray
     clip_t: np.ndarray
     diversity: np.ndarray
 
     def of_prompts(self) -> dict[str, np.ndarray]:
-        """Each measure (P,), the mean over the pictures of a prompt, leaving out a diversity that there is none of."""
+        """Each measure (P,), the mean over the images of a prompt, leaving out a diversity that there is none of."""
         means = {"clip_i": self.clip_i.mean(axis=1), "clip_t": self.clip_t.mean(axis=1)}
         return means if self.clip_i.shape[1] == 1 else means | {"diversity": self.diversity}
 
@@ -50,56 +50,56 @@ class Interval(NamedTuple):
 
 def score(
     scorer: Scorer,
-    pictures: Sequence[Sequence[Image.Image | np.ndarray]],
+    images: Sequence[Sequence[Image.Image | np.ndarray]],
     references: Sequence[Image.Image | np.ndarray],
     captions: Sequence[Sequence[str]],
     choice: Choice = "first",
 ) -> Scores:
-    """Scores n pictures for each of P image prompts with their captions, all in memory. Pictures are whatever
+    """Scores n images for each of P image prompts with their captions, all in memory. Images are whatever
     `load_image` takes. Raises InputError as that does."""
-    every = [*references, *(picture for group in pictures for picture in group)]
-    embedded = scorer.pictures(clip_pixels(load_image(picture), scorer.side) for picture in every)
+    every = [*references, *(image for group in images for image in group)]
+    embedded = scorer.images(clip_pixels(load_image(image), scorer.side) for image in every)
     texts = scorer.captions([text for group in captions for text in group])
     return measure(embedded_of(embedded, texts, [len(group) for group in captions]), choice)
 
 
-def embedded_of(pictures: np.ndarray, texts: np.ndarray, captions: Sequence[int]) -> Embedded:
-    """From rows in the order that they are embedded in: the P image prompts, then their pictures, prompt by prompt; and
+def embedded_of(images: np.ndarray, texts: np.ndarray, captions: Sequence[int]) -> Embedded:
+    """From rows in the order that they are embedded in: the P image prompts, then their images, prompt by prompt; and
     the texts, of which prompt p has captions[p]."""
     prompts = len(captions)
-    made = pictures[prompts:].reshape(prompts, -1, pictures.shape[-1])
-    return Embedded(made, pictures[:prompts], np.split(texts, np.cumsum(captions)[:-1]))
+    made = images[prompts:].reshape(prompts, -1, images.shape[-1])
+    return Embedded(made, images[:prompts], np.split(texts, np.cumsum(captions)[:-1]))
 
 
 def measure(embedded: Embedded, choice: Choice = "first") -> Scores:
-    """CLIP-I: the cosine of a picture's embedding with that of its image prompt. CLIP-T: CLIPScore (arXiv 2104.08718),
-    2.5 max(cos, 0) with the caption. Diversity: the mean of 1 - cos over all pairs of pictures of a prompt."""
-    pictures, references = _unit(embedded.pictures), _unit(embedded.references)
-    clip_i = np.einsum("pnd,pd->pn", pictures, references)
+    """CLIP-I: the cosine of an image's embedding with that of its image prompt. CLIP-T: CLIPScore (arXiv 2104.08718),
+    2.5 max(cos, 0) with the caption. Diversity: the mean of 1 - cos over all pairs of images of a prompt."""
+    images, references = _unit(embedded.images), _unit(embedded.references)
+    clip_i = np.einsum("pnd,pd->pn", images, references)
     texts = (
-        _clip_scores(own, _unit(captions), choice) for own, captions in zip(pictures, embedded.captions, strict=True)
+        _clip_scores(own, _unit(captions), choice) for own, captions in zip(images, embedded.captions, strict=True)
     )
-    return Scores(clip_i, np.stack([*texts]), _diversity(pictures))
+    return Scores(clip_i, np.stack([*texts]), _diversity(images))
 
 
-def _clip_scores(pictures: np.ndarray, captions: np.ndarray, choice: Choice) -> np.ndarray:
+def _clip_scores(images: np.ndarray, captions: np.ndarray, choice: Choice) -> np.ndarray:
     """Unit embeddings (n, D) and (C, D) -> (n,)."""
-    scores = CLIP_SCORE * np.maximum(pictures @ captions.T, 0)
+    scores = CLIP_SCORE * np.maximum(images @ captions.T, 0)
     if choice == "first":
         return scores[:, 0]
     return scores.mean(axis=1) if choice == "all" else scores.max(axis=1)
 
 
-def _diversity(pictures: np.ndarray) -> np.ndarray:
+def _diversity(images: np.ndarray) -> np.ndarray:
     """Unit embeddings (P, n, D) -> (P,)."""
-    first, second = np.triu_indices(pictures.shape[1], 1)
+    first, second = np.triu_indices(images.shape[1], 1)
     if not len(first):
-        return np.full(len(pictures), np.nan)
-    return 1 - np.einsum("pkd,pkd->pk", pictures[:, first], pictures[:, second]).mean(axis=1)
+        return np.full(len(images), np.nan)
+    return 1 - np.einsum("pkd,pkd->pk", images[:, first], images[:, second]).mean(axis=1)
 
 
 def interval(values: np.ndarray) -> Interval:
-    """Of values (P,): prompts are drawn with replacement, all pictures of a prompt together, DRAWS times with a fixed
+    """Of values (P,): prompts are drawn with replacement, all images of a prompt together, DRAWS times with a fixed
     seed. Of differences between two methods on the same prompts it is the paired interval."""
     rng = np.random.default_rng(SEED)
     draws = (rng.integers(0, len(values), (_BLOCK, len(values))) for _ in range(DRAWS // _BLOCK))

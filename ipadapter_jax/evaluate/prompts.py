@@ -28,8 +28,8 @@ _SAFE = re.compile(r"\w[\w .+=@-]{0,149}")  # of a file name
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """An image prompt: `name` is the stem of its pictures' files, `key` what a person knows it by. Another `stamp` says
-    that the picture has changed."""
+    """An image prompt: `name` is the stem of its images' files, `key` what a person knows it by. Another `stamp` says
+    that the image has changed."""
 
     index: int
     name: str
@@ -42,7 +42,7 @@ class Reference:
         """Of what it holds now. Safe in threads."""
         return hashlib.sha256(self.read()).hexdigest()
 
-    def picture(self) -> Image.Image:
+    def image(self) -> Image.Image:
         """As RGB. Raises InputError naming it when it cannot be read. Safe in threads."""
         return decode_image(self.read(), self.key)
 
@@ -64,7 +64,7 @@ def open_references(
     say: Callable[[str], object] = log.info,
 ) -> References:
     """The first `limit` image prompts at `path`, or all: a JSON file of COCO captions, else what `open_source` knows,
-    as its arguments say. Pictures stay where they are until they are asked for. `say` is given one line: how many
+    as its arguments say. Images stay where they are until they are asked for. `say` is given one line: how many
     records there are, and what is not used.
 
     Raises InputError naming what is wrong: a mean over fewer prompts than were meant is no number to publish.
@@ -84,7 +84,7 @@ def open_references(
     missing = [entry.file for entry in chosen if not os.path.isfile(root / entry.file)]
     if missing:
         raise InputError(
-            f"{path}: {len(missing)} of {len(chosen)} pictures, {missing[0]} the first, are not in {root}; name their "
+            f"{path}: {len(missing)} of {len(chosen)} images, {missing[0]} the first, are not in {root}; name their "
             f"folder with {argument('image_root')}, or download them again"
         )
     say(f"{path}: {summary(len(chosen), Unused())}")
@@ -99,7 +99,7 @@ def open_references(
 
 
 def _of_source(source: Source, limit: int | None) -> References:
-    """Reads every record once, for its caption. The image prompt is its own picture where it has one."""
+    """Reads every record once, for its caption. The image prompt is its own image where it has one."""
     count = len(source) if limit is None else min(limit, len(source))
     names, found = _names([source.key(index) for index in range(count)]), []
     for index, name in enumerate(names):

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 Choice = Literal["first", "all", "best"]  # of several captions
 SCORER = "openai/clip-vit-large-patch14"
-PROMPTS, PICTURES = 5000, 4  # image prompts, and pictures of each
+PROMPTS, IMAGES = 5000, 4  # image prompts, and images of each
 DATA = "captions_val2017.json"
 SETTINGS = {"scheduler": "ddim", "steps": 50, "guidance_scale": 7.5, "scale": 1.0}
 # What the paper says nothing of, and a reader would expect to be left alone.
@@ -38,7 +38,7 @@ TABLE = (
 
 
 def protocol_deviations(
-    *, data: Mapping[str, Any], pictures: int, is_reference: bool, prefix: str, made: Mapping[str, Any] | None
+    *, data: Mapping[str, Any], images: int, is_reference: bool, prefix: str, made: Mapping[str, Any] | None
 ) -> list[str]:
     """Each thing that was done otherwise than in the paper, in a line. data: `References.identity`; made: settings of
     the sampler and whether the text prompt was the caption ("with_caption"), None where nobody knows them."""
@@ -47,12 +47,12 @@ def protocol_deviations(
         found.append("the scoring CLIP is not OpenAI's ViT-L/14")
     if data.get("file") != DATA or data["prompts"] != PROMPTS:
         found.append(f"{data['prompts']:,} image prompts of another data set or of a part of it, not COCO 2017 val")
-    if pictures != PICTURES:
-        found.append(f"pictures of each image prompt: {pictures}, not {PICTURES}")
+    if images != IMAGES:
+        found.append(f"images of each image prompt: {images}, not {IMAGES}")
     if prefix:
         found.append(f"captions were scored with {prefix!r} before them")
     if made is None:
-        return [*found, "how the pictures were made is not known here"]
+        return [*found, "how the images were made is not known here"]
     for name, value in (SETTINGS | PLAIN).items():
         if made.get(name) != value:
             found.append(f"{name.replace('_', ' ')}: {made.get(name)}, not {value if value != '' else 'empty'}")

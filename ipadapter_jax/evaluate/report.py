@@ -17,7 +17,7 @@ from ipadapter_jax.evaluate.protocol import TABLE
 from ipadapter_jax.evaluate.results import TITLES, Results
 from ipadapter_jax.images.preprocess import load_image
 
-_EXAMPLES, _SHOWN, _SIDE = 4, 4, 112  # best and worst prompts, pictures of each, their pixels
+_EXAMPLES, _SHOWN, _SIDE = 4, 4, 112  # best and worst prompts, images of each, their pixels
 _BINS, _WIDTH, _HEIGHT = 40, 360, 140  # of a histogram
 _STYLE = """
 body { font: 15px/1.45 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -33,7 +33,7 @@ def page(results: Results, about: Mapping[str, Any], protocol_deviations: Sequen
     parts = [
         "" if is_reference else _warning(),
         "<h1>CLIP-I and CLIP-T</h1>",
-        f"<p>{prompts:,} image prompts, {each} pictures of each.</p>",
+        f"<p>{prompts:,} image prompts, {each} images of each.</p>",
         _table(results),
         f"<p>In brackets: 95 % intervals over image prompts (bootstrap of {DRAWS:,} draws, seed {SEED}). Rows of the "
         "paper: arXiv 2308.06721, Table 1, which has no intervals.</p>",
@@ -105,11 +105,11 @@ def _histogram(title: str, values: np.ndarray) -> str:
 
 
 def _examples(results: Results) -> Iterator[str]:
-    """The prompts that the pictures follow best, and least, by CLIP-I."""
+    """The prompts that the images follow best, and least, by CLIP-I."""
     order = np.argsort(-results.scores.clip_i.mean(axis=1), kind="stable")
     best = order[: min(_EXAMPLES, (len(order) + 1) // 2)]
     worst = order[len(best) :][::-1][:_EXAMPLES]  # none is both
-    yield "<h2>Best by CLIP-I: image prompt, then pictures</h2>"
+    yield "<h2>Best by CLIP-I: image prompt, then images</h2>"
     yield from (_example(results, int(index)) for index in best)
     if len(worst):
         yield "<h2>Worst by CLIP-I</h2>"
@@ -117,16 +117,16 @@ def _examples(results: Results) -> Iterator[str]:
 
 
 def _example(results: Results, index: int) -> str:
-    reference, paths = results.references[index], results.pictures[index][:_SHOWN]
+    reference, paths = results.references[index], results.images[index][:_SHOWN]
     scores = ", ".join(f"{TITLES[name]} {values[index]:.3f}" for name, values in results.scores.of_prompts().items())
     caption = escape(f"{reference.name}: {reference.captions[0]} ({scores})")
-    pictures = "".join(_inline(load_image(path)) for path in paths)
-    return f"<figure>{_inline(reference.picture())} &nbsp; {pictures}<figcaption>{caption}</figcaption></figure>"
+    images = "".join(_inline(load_image(path)) for path in paths)
+    return f"<figure>{_inline(reference.image())} &nbsp; {images}<figcaption>{caption}</figcaption></figure>"
 
 
-def _inline(picture: Image.Image) -> str:
-    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+def _inline(image: Image.Image) -> str:
+    image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
     with io.BytesIO() as file:
-        picture.save(file, "JPEG", quality=80)
+        image.save(file, "JPEG", quality=80)
         content = base64.b64encode(file.getvalue()).decode()
     return f'<img src="data:image/jpeg;base64,{content}" alt="">'

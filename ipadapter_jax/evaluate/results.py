@@ -1,4 +1,4 @@
-"""From embeddings on disk to results: scores of all pictures, means with intervals, distances, and tables of them."""
+"""From embeddings on disk to results: scores of all images, means with intervals, distances, and tables of them."""
 
 import dataclasses
 import io
@@ -25,10 +25,10 @@ TITLES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "diversity": "diversity"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Results:
-    """Of P image prompts with n pictures each. intervals: by the names in TITLES; distances: Frechet's, by name."""
+    """Of P image prompts with n images each. intervals: by the names in TITLES; distances: Frechet's, by name."""
 
     references: Sequence[Reference]
-    pictures: Sequence[Sequence[Path]]
+    images: Sequence[Sequence[Path]]
     scores: Scores
     intervals: dict[str, Interval]
     distances: dict[str, Distance]
@@ -42,13 +42,13 @@ class Results:
         return {name: found.caveat for name, found in self.distances.items() if found.caveat}
 
     def files(self) -> dict[str, Any]:
-        """What tells these pictures from others, as JSON: how many, and a sha256 over their names and sizes."""
-        sizes = [(path.name, size(str(path))) for paths in self.pictures for path in paths]
+        """What tells these images from others, as JSON: how many, and a sha256 over their names and sizes."""
+        sizes = [(path.name, size(str(path))) for paths in self.images for path in paths]
         return {"files": len(sizes), "digest": digest(sizes)}
 
 
 def compute(chunks: Sequence[Chunk], choice: Choice) -> Results:
-    """Reads one chunk after the other. CLIP-FID: the Frechet distance between all pictures and all image prompts in the
+    """Reads one chunk after the other. CLIP-FID: the Frechet distance between all images and all image prompts in the
     features of the scoring CLIP, its embeddings as they are."""
     parts: list[Scores] = []
     sums: list[Moments] = []
@@ -57,11 +57,11 @@ def compute(chunks: Sequence[Chunk], choice: Choice) -> Results:
         parts.append(measure(embedded, choice))
         sums = sums or [Moments(embedded.references.shape[-1]) for _ in range(2)]
         sums[0].add(embedded.references)
-        sums[1].add(embedded.pictures.reshape(-1, embedded.pictures.shape[-1]))
+        sums[1].add(embedded.images.reshape(-1, embedded.images.shape[-1]))
     scores = Scores(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
     return Results(
         references=[reference for chunk in chunks for reference in chunk.references],
-        pictures=[paths for chunk in chunks for paths in chunk.pictures],
+        images=[paths for chunk in chunks for paths in chunk.images],
         scores=scores,
         intervals={name: interval(values) for name, values in scores.of_prompts().items()},
         distances={"clip_fid": Distance.between(*sums)},
@@ -69,7 +69,7 @@ def compute(chunks: Sequence[Chunk], choice: Choice) -> Results:
 
 
 def write_tables(results: Results, folder: Path) -> None:
-    """prompts and pictures, each as .csv and .parquet: a row for each image prompt, and for each picture."""
+    """prompts and images, each as .csv and .parquet: a row for each image prompt, and for each image."""
     names = [reference.name for reference in results.references]
     each = results.scores.clip_i.shape[1]
     prompts = {
@@ -78,13 +78,13 @@ def write_tables(results: Results, folder: Path) -> None:
         "caption": [reference.captions[0] for reference in results.references],
         **results.scores.of_prompts(),
     }
-    pictures = {
+    images = {
         "name": [name for name in names for _ in range(each)],
-        "picture": [path.name for paths in results.pictures for path in paths],
+        "picture": [path.name for paths in results.images for path in paths],
         "clip_i": results.scores.clip_i.reshape(-1),
         "clip_t": results.scores.clip_t.reshape(-1),
     }
-    for title, columns in (("prompts", prompts), ("pictures", pictures)):
+    for title, columns in (("prompts", prompts), ("pictures", images)):
         table = pa.table({name: _as_text(column) for name, column in columns.items()})
         for suffix, write in (("csv", pyarrow.csv.write_csv), ("parquet", pyarrow.parquet.write_table)):
             with io.BytesIO() as file:

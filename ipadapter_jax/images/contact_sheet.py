@@ -1,4 +1,4 @@
-"""Figures: pictures in rows with labels, and heat over a picture."""
+"""Figures: images in rows with labels, and heat over an image."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ Labelled = Sequence[tuple[str, Image.Image]]
 
 
 def sheet(rows: Mapping[str, Labelled], note: str = "", side: int = 256) -> Image.Image:
-    """The rows, each under its title, with a note below; every picture fitted into `side` by what the last one then has
+    """The rows, each under its title, with a note below; every image fitted into `side` by what the last one then has
     in height. Text that is wider than its place is cut."""
     *_, (_, last) = (cell for row in rows.values() for cell in row)
     width, height = side, round(side * last.height / last.width)
@@ -44,11 +44,11 @@ def _cut(text: str, font: Font, width: float) -> str:
     return f"{text.rstrip()} ..."
 
 
-def overlay_heatmap(picture: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The picture in grey under its heat (H, W): from blue, the least of the map, over white to red, the most."""
+def overlay_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """The image in grey under its heat (H, W): from blue, the least of the map, over white to red, the most."""
     low, high = float(heat.min()), float(heat.max())
     share = (heat - low) / (high - low) if high > low else np.full_like(heat, 0.5)
     cold, warm = np.clip(1 - 2 * share, 0, 1), np.clip(2 * share - 1, 0, 1)
     colour = np.stack([1 - cold, 1 - np.maximum(cold, warm), 1 - warm], axis=-1)
-    grey = np.asarray(picture.convert("L"), np.float32)[:, :, None] / 255
+    grey = np.asarray(image.convert("L"), np.float32)[:, :, None] / 255
     return Image.fromarray(np.uint8(np.rint(255 * (0.35 + 0.65 * grey) * colour)))

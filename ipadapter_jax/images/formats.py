@@ -105,14 +105,14 @@ def _what_else(head: bytes) -> str:
     if not head.strip(b"\0"):
         return "is empty or all zeros: download or export it again"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!", b"<html", b"<head", b"<?xml", b"<svg")):
-        return "is a web page or an SVG drawing (HTML/XML), not a picture: download the picture itself or export a PNG"
+        return "is a web page or an SVG drawing (HTML/XML), not an image: download the image itself or export a PNG"
     found = "HEIC" if head[4:8] == b"ftyp" and head[8:12] in _BRANDS else None
     found = found or next((kind for magic, kind in _UNREAD_CONTENT.items() if head.startswith(magic)), None)
     if found is not None:
         return f"is an image of a kind that is not read ({found}): convert it to JPEG or PNG"
     if head.isascii() and b"\0" not in head:
-        return "is a text file, not a picture: check the path or download it again"
-    return "is not a picture, or damaged at its beginning: convert it to PNG or JPEG, or download it again"
+        return "is a text file, not an image: check the path or download it again"
+    return "is not an image, or damaged at its beginning: convert it to PNG or JPEG, or download it again"
 
 
 def _webp_size(head: bytes) -> tuple[int, int] | None:

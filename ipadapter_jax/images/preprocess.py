@@ -1,7 +1,7 @@
-"""Pictures in and out: any picture file becomes plain RGB; RGB becomes the squares that the networks see.
+"""Images in and out: any image file becomes plain RGB; RGB becomes the squares that the networks see.
 
 Shapes: B batch, H and W pixels, C channels. Nothing here changes the settings of PIL or the warning filters, not even
-for a moment: data loaders read pictures in threads, and both are shared by all threads.
+for a moment: data loaders read images in threads, and both are shared by all threads.
 """
 
 import io
@@ -28,20 +28,20 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FITS = ("crop", "resize", "pad")
 MAX_TILES = 8
-_WHOLE_LIMIT = 1 << 24  # a scaled picture of up to so many pixels (64 MiB in PIL) is made whole before it is cropped
+_WHOLE_LIMIT = 1 << 24  # a scaled image of up to so many pixels (64 MiB in PIL) is made whole before it is cropped
 # For EXIF orientations 2 to 8:
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
 
 def load_image(source: Any, background: str = "white") -> Image.Image:
-    """Any picture as a new, upright, opaque PIL picture of mode RGB.
+    """Any image as a new, upright, opaque PIL image of mode RGB.
 
-    source: a file; an https URL, where the network is allowed; a PIL picture; or an array (H, W) or (H, W, 1 | 3 | 4)
+    source: a file; an https URL, where the network is allowed; a PIL image; or an array (H, W) or (H, W, 1 | 3 | 4)
     of uint8, uint16 or floats in [0, 1], of numpy, jax or torch, whose tensors may have their channels first.
     EXIF orientation is applied, the first frame of an animation taken, transparency composited on white (as in
     transformers 5) or another `background`, 16 bits are scaled to 8, CMYK is converted without a profile. Warns when a
     side is 1 pixel long.
-    Raises InputError: no such file, damaged, not a picture, above the limits (checked undecoded), bad values, a URL.
+    Raises InputError: no such file, damaged, not an image, above the limits (checked undecoded), bad values, a URL.
     """
     return _loaded(source, lambda image, name: _to_rgb(image, name, background))
 
@@ -54,7 +54,7 @@ def load_upright(source: Any) -> Image.Image:
 def _loaded(source: Any, prepare: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
     path = expanded(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
     shown = path or (getattr(source, "filename", None) if isinstance(source, Image.Image) else None)
-    name = repr(shown)[:500] if shown else "the image array" if is_array(source) else "the picture"
+    name = repr(shown)[:500] if shown else "the image array" if is_array(source) else "the image"
 
     def read() -> Image.Image:
         if isinstance(source, Image.Image):
@@ -72,9 +72,9 @@ def _loaded(source: Any, prepare: Callable[[Image.Image, str], Image.Image]) -> 
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """`load_image` for the bytes of a picture file, which messages call `name`; a side of 1 pixel is no warning here.
+    """`load_image` for the bytes of an image file, which messages call `name`; a side of 1 pixel is no warning here.
 
-    Safe in threads. Raises InputError: damaged, not a picture, above the limits (checked undecoded).
+    Safe in threads. Raises InputError: damaged, not an image, above the limits (checked undecoded).
     """
     name = repr(name)[:500]
 
@@ -90,19 +90,19 @@ def clip_pixel_values(
 ) -> np.ndarray:
     """Pixel values for the CLIP image encoder, (B, size, size, 3) float32.
 
-    images: B pictures, or anything else that `load_image` takes. fit, always bicubic in uint8:
+    images: B images, or anything else that `load_image` takes. fit, always bicubic in uint8:
     - "crop": the shortest edge becomes `size`, then the centre is cut out. Equal to CLIPImageProcessorPil of
       transformers; above an aspect of 1:334 (at size 224) one value in a thousand may differ by a grey level or two.
     - "resize": stretched to the square; nothing is lost, but the aspect ratio changes.
     - "pad": the longest edge becomes `size`; the borders get the mean colour, exactly 0 after normalisation. Zeros add
       nothing in the encoder's bias-free patch convolution and are what IP-Adapter plus feeds for a dropped image; a
-      black or white border would be picture content, for the adapter to imitate.
-    Raises InputError for an unknown fit, a size below 1, a bare picture in place of a list, and as `load_image` does.
+      black or white border would be image content, for the adapter to imitate.
+    Raises InputError for an unknown fit, a size below 1, a bare image in place of a list, and as `load_image` does.
     """
     if fit not in FITS or size < 1:
         raise InputError(f"fit={fit!r}, size={size}: choose fit from {', '.join(FITS)} and a size of at least 1")
     if isinstance(images, str | os.PathLike | Image.Image) or is_array(images):
-        raise InputError(f"images is a single {type(images).__name__}: put the pictures in a list")
+        raise InputError(f"images is a single {type(images).__name__}: put the images in a list")
     table = _normalisation(mean, std)
     values = np.zeros((len(images), size, size, 3), np.float32)  # zero is the pad colour
     for out, source in zip(values, images, strict=True):
@@ -118,13 +118,13 @@ def clip_pixel_values(
 
 
 def square_tiles(image: Image.Image) -> list[Image.Image]:
-    """As few squares as cover a picture along its longer side, evenly spread: so nothing of it is cropped away. Raises
+    """As few squares as cover an image along its longer side, evenly spread: so nothing of it is cropped away. Raises
     InputError above MAX_TILES."""
     short, long = sorted(image.size)
     count = -(-long // short)
     if count > MAX_TILES:
         raise InputError(
-            f"a picture of {image.width} x {image.height} would be {count} tiles, at most {MAX_TILES}: crop it"
+            f"an image of {image.width} x {image.height} would be {count} tiles, at most {MAX_TILES}: crop it"
         )
     starts = [round(i * (long - short) / max(1, count - 1)) for i in range(count)]
     wide = image.width > image.height
@@ -143,7 +143,7 @@ def clip_pixels(image: Image.Image, size: int = 224) -> np.ndarray:
 def square_pixels(image: Image.Image, size: int) -> np.ndarray:
     """What the authors of IP-Adapter train on: the shortest side to `size`, then the centre, (size, size, 3) uint8.
 
-    `image`: RGB. As Resize(size, BILINEAR) and CenterCrop(size) of torchvision on PIL pictures, which smooth what they
+    `image`: RGB. As Resize(size, BILINEAR) and CenterCrop(size) of torchvision on PIL images, which smooth what they
     shrink; no pixel is touched where the shortest side is `size` already.
     """
     # CenterCrop rounds half to even; CLIP's crop rounds down.
@@ -160,18 +160,18 @@ CLIP_TABLE = _normalisation(CLIP_MEAN, CLIP_STD)
 
 
 def image_grid(images: Sequence[Image.Image] | np.ndarray, columns: int | None = None) -> Image.Image:
-    """One RGB picture of all `images` (pictures or (B, H, W, 3) uint8), row by row on white; near square by default.
+    """One RGB image of all `images` (images or (B, H, W, 3) uint8), row by row on white; near square by default.
 
-    Every cell is as large as the largest picture. Raises InputError without pictures or with columns < 1.
+    Every cell is as large as the largest image. Raises InputError without images or with columns < 1.
     """
-    pictures = [load_image(image) for image in images]
-    columns = math.ceil(math.sqrt(len(pictures))) if columns is None else min(columns, len(pictures))
-    if not pictures or columns < 1:
-        raise InputError(f"an image grid of {len(pictures)} pictures in {columns} columns: give at least 1 of each")
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    grid = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
-    for i, picture in enumerate(pictures):
-        grid.paste(picture, (i % columns * width, i // columns * height))
+    cells = [load_image(image) for image in images]
+    columns = math.ceil(math.sqrt(len(cells))) if columns is None else min(columns, len(cells))
+    if not cells or columns < 1:
+        raise InputError(f"an image grid of {len(cells)} images in {columns} columns: give at least 1 of each")
+    width, height = max(p.width for p in cells), max(p.height for p in cells)
+    grid = Image.new("RGB", (columns * width, math.ceil(len(cells) / columns) * height), "white")
+    for i, cell in enumerate(cells):
+        grid.paste(cell, (i % columns * width, i // columns * height))
     return grid
 
 
@@ -190,13 +190,13 @@ def _named_errors(read: Callable[[], Image.Image], name: str) -> Image.Image:
 
 def _checked_path(path: object, name: str) -> str:
     if not isinstance(path, str):
-        raise InputError(f"{name} is of an unknown type: give a path (str), a PIL picture or an array")
+        raise InputError(f"{name} is of an unknown type: give a path (str), a PIL image or an array")
     if re.match(r"(https?|ftp|s3|gs|file):/|data:", path, re.IGNORECASE):
         raise InputError(f"{name} is a URL, not a file: download it first, then give the path of the file")
     if not os.path.isfile(path):  # a pipe, for one, would be waited for without end
         if os.path.exists(path):
-            raise InputError(f"{name} is a folder or device: give the path of a picture file")
-        raise InputError(f"{name} does not exist: give the path of a picture file{nearby(path)}")
+            raise InputError(f"{name} is a folder or device: give the path of an image file")
+        raise InputError(f"{name} does not exist: give the path of an image file{nearby(path)}")
     return path
 
 
@@ -207,7 +207,7 @@ def _to_rgb(image: Image.Image, name: str, background: str = "white") -> Image.I
         behind = Image.new("RGBA", image.size, background)
         image = Image.alpha_composite(behind, image.convert("RGBA"))
     image = image.convert("RGB")
-    image.info.clear()  # else a second call would turn the picture again
+    image.info.clear()  # else a second call would turn the image again
     return image
 
 
@@ -217,7 +217,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     image.load()
     try:  # not ImageOps.exif_transpose: that writes the tags back, which fails for many a camera's odd tags
         orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # unreadable tags say nothing about the orientation; the picture itself is fine
+    except Exception:  # unreadable tags say nothing about the orientation; the image itself is fine
         orientation = 1
     if orientation in range(2, 9):
         turned = image.transpose(Image.Transpose[_TURNS[orientation - 2]])

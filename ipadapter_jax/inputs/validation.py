@@ -105,8 +105,8 @@ def check_guided(guidance_scale: float, negatives: Sequence[str], guidance_resca
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int, used: bool = True) -> np.ndarray:
-    """One seed per picture, (count,) uint32: seed + i, or those given. Of none one is drawn, and said on standard
-    error, so that the pictures can be made again. Where no noise is drawn (not `used`), another than 0 is warned of."""
+    """One seed per image, (count,) uint32: seed + i, or those given. Of none one is drawn, and said on standard
+    error, so that the images can be made again. Where no noise is drawn (not `used`), another than 0 is warned of."""
     if not used and seed is None:
         seed = 0
     elif not used and np.any(np.asarray(seed) != 0):
@@ -123,10 +123,10 @@ def seeds_of(seed: int | Sequence[int] | None, count: int, used: bool = True) ->
     if np.ndim(seed) == 0:
         seeds = [seeds[0] + i for i in range(count)]
     if len(seeds) != count:
-        raise InputError(f"{len(seeds)} seeds for {count} pictures; give one number, or one for each picture")
+        raise InputError(f"{len(seeds)} seeds for {count} images; give one number, or one for each image")
     if max(seeds) >= 2**32:
         raise InputError(
-            f"{argument('seed')} {seed} is too large for {count} pictures: seed + {count - 1} must stay below 2^32"
+            f"{argument('seed')} {seed} is too large for {count} images: seed + {count - 1} must stay below 2^32"
         )
     return np.asarray(seeds, np.uint32)
 

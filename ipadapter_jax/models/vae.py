@@ -1,4 +1,4 @@
-"""The KL autoencoder between pictures and latents (diffusers' AutoencoderKL), channels-last."""
+"""The KL autoencoder between images and latents (diffusers' AutoencoderKL), channels-last."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
-"""Nearest neighbours and a 3x3 convolution of what they give, without making it where a picture is doubled.
+"""Nearest neighbours and a 3x3 convolution of what they give, without making it where an image is doubled.
 
-Three neighbouring rows of a doubled picture hold two rows of the picture: an even row sees one of them through the
+Three neighbouring rows of a doubled image hold two rows of the image: an even row sees one of them through the
 first row of the kernel and the next through the sum of the other two, an odd row the other way round. The same holds of
-columns, so each of the four kinds of positions is a 2x2 convolution of the picture itself: 4 products where the formula
+columns, so each of the four kinds of positions is a 2x2 convolution of the image itself: 4 products where the formula
 has 9.
 """
 
@@ -16,9 +16,9 @@ from jax import Array
 from ipadapter_jax.ops.batch_sharding import batch_shards
 from ipadapter_jax.ops.convolution import convolve
 
-# Of the picture, on each accelerator: with fewer, forming the sums of the kernel takes longer than they save
+# Of the image, on each accelerator: with fewer, forming the sums of the kernel takes longer than they save
 # (benchmarks/compile_ahead.py: at 8x8 and two rows four times as long). On a CPU tiles (winograd.py) save as much of
-# the doubled picture, and the gradient of a 2x2 convolution is slow there (benchmarks/convolution.py).
+# the doubled image, and the gradient of a 2x2 convolution is slow there (benchmarks/convolution.py).
 _FEWEST_POSITIONS = 1024
 
 

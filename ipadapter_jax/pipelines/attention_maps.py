@@ -1,4 +1,4 @@
-"""What the UNet looked at: its attention to the tokens of image prompts, as heat over the picture."""
+"""What the UNet looked at: its attention to the tokens of image prompts, as heat over the image."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class AttentionMaps:
     """softmax(q k'^T / sqrt(d)) of the conditional branch, the mean over the heads, before any scale or mask.
 
     maps[entry][site] is (steps, B, L, N): for every query of a site (L of `grids[site]`, row by row) the attention to
-    each of N image tokens, which adds up to 1. An entry is an adapter, or with masks one of its pictures. `timesteps`
+    each of N image tokens, which adds up to 1. An entry is an adapter, or with masks one of its images. `timesteps`
     are those of the steps, `sites` in file order.
     """
 
@@ -34,9 +34,9 @@ class AttentionMaps:
         steps: slice = slice(None),
         sites: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """The mean over steps and sites for one picture, (N, height, width) of `size`: where each token is seen.
+        """The mean over steps and sites for one image, (N, height, width) of `size`: where each token is seen.
 
-        Raises InputError for a picture, entry or site that is not there, and where no step or site is chosen.
+        Raises InputError for an image, entry or site that is not there, and where no step or site is chosen.
         """
         known = range(len(self.sites))
         chosen = known if sites is None else sites
@@ -47,7 +47,7 @@ class AttentionMaps:
             or not len(self.timesteps[steps])
         ):
             raise InputError(
-                f"attention maps: there are {len(self.timesteps)} steps, {self.count} pictures, {len(self.maps)} "
+                f"attention maps: there are {len(self.timesteps)} steps, {self.count} images, {len(self.maps)} "
                 f"entries, {len(self.sites)} sites; choose among them"
             )
         height, width = size

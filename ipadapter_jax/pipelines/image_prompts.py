@@ -15,12 +15,12 @@ from ipadapter_jax.inputs.arrays import is_array, plain
 from ipadapter_jax.inputs.validation import Uncond, check_range
 from ipadapter_jax.models.unet import KeyValue
 from ipadapter_jax.models.unet_config import CrossAttentionLayer
-from ipadapter_jax.pipelines.ip_adapter import Adapter, Picture, Prepared
+from ipadapter_jax.pipelines.ip_adapter import Adapter, ImageLike, Prepared
 from ipadapter_jax.pipelines.masks import check_inside, load_mask
 from ipadapter_jax.pipelines.sampling import Conditions
 from ipadapter_jax.pipelines.scales import Scale, scale_table
 
-ImagePrompt = Picture | Sequence[Picture]
+ImagePrompt = ImageLike | Sequence[ImageLike]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,25 +32,25 @@ class PerPrompt:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Entry:
-    """One attention of every site beside the text's: an adapter's pictures, or one of them with a mask.
+    """One attention of every site beside the text's: an adapter's images, or one of them with a mask.
 
-    `features` encodes the pictures (Q, G, n, ...); of these `pictures` are used, each times `picture_weight` (Q or 1,
+    `features` encodes the images (Q, G, n, ...); of these `images` are used, each times `image_weight` (Q or 1,
     n), with `crossed` the two branches of guidance exchanged. `weight` (steps, G, sites) and `mask` (H, W) say where it
     acts.
     """
 
     adapter: Adapter
     features: Callable[[], Array]
-    pictures: slice
-    picture_weight: np.ndarray
+    images: slice
+    image_weight: np.ndarray
     weight: np.ndarray
     mask: np.ndarray | None
     crossed: bool = False
 
     def keys_values(self) -> list[KeyValue]:
         """Per site (Q, G, n N, C)."""
-        features = self.features()[:, :, self.pictures]
-        return self.adapter.keys_values(features[:, ::-1] if self.crossed else features, self.picture_weight)
+        features = self.features()[:, :, self.images]
+        return self.adapter.keys_values(features[:, ::-1] if self.crossed else features, self.image_weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def entries_of(
     num_prompts: int,
     multiple: int = 8,
 ) -> list[Entry]:
-    """All image entries of a call for pictures of `size` (height, width), one adapter after the other. multiple: pixels
+    """All image entries of a call for images of `size` (height, width), one adapter after the other. multiple: pixels
     along each side of a latent.
 
     Reads and checks what was given; encoders run when an entry is asked for keys and values. Raises InputError.
@@ -108,11 +108,11 @@ def entries_of(
     masks = _masks(controls.masks, len(adapters))
     negatives = _negatives(controls.negative, len(adapters))
     entries = []
-    for adapter, prompt, negative, scale, of_pictures in zip(adapters, given, negatives, scales, masks, strict=True):
+    for adapter, prompt, negative, scale, of_images in zip(adapters, given, negatives, scales, masks, strict=True):
         if controls.embeds is not None:
             features, count = adapter.from_embeds(prompt, guided, controls.uncond)
         else:
-            prompts = [_pictures(p) for p in (prompt.items if isinstance(prompt, PerPrompt) else [prompt])]
+            prompts = [_images(p) for p in (prompt.items if isinstance(prompt, PerPrompt) else [prompt])]
             if len(prompts) not in (1, num_prompts):
                 raise InputError(
                     f"{argument('ip_adapter_image')} has {len(prompts)} image prompts for {num_prompts} prompts; "
@@ -121,16 +121,16 @@ def entries_of(
             features, count = adapter.from_images(prompts, controls.fit, guided, negative, controls.uncond)
         plan = _Plan(adapter, functools.cache(features), count, sites, num_steps, 2 if guided else 1, num_prompts)
         made = len(entries)
-        if of_pictures is None:
+        if of_images is None:
             entries += plan.together(scale)
         else:
-            loaded = [load_mask(mask, *size, what=f"mask {i + 1}") for i, mask in enumerate(of_pictures)]
+            loaded = [load_mask(mask, *size, what=f"mask {i + 1}") for i, mask in enumerate(of_images)]
             for i, mask in enumerate(loaded):
                 check_inside(mask, f"mask {i + 1}", multiple)
             entries += plan.apart(scale, loaded)
         for entry in entries[made:]:
             check_range(entry.weight, "ip_adapter_scale", adapter.projection.dtype)
-            check_range(entry.picture_weight, "ip_adapter_scale", adapter.projection.dtype)
+            check_range(entry.image_weight, "ip_adapter_scale", adapter.projection.dtype)
     return entries
 
 
@@ -143,7 +143,7 @@ def entry_weights(entries: Sequence[Entry], conditions: Conditions, num_steps: i
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """From one adapter's pictures to its entries."""
+    """From one adapter's images to its entries."""
 
     adapter: Adapter
     features: Callable[[], Array]
@@ -154,28 +154,28 @@ class _Plan:
     num_prompts: int
 
     def together(self, scale: Any) -> list[Entry]:
-        """All pictures in one softmax; a list of numbers weighs each."""
+        """All images in one softmax; a list of numbers weighs each."""
         weight = np.ones((1, self.count), np.float32)
         if isinstance(scale, PerPrompt):
             weight, scale = self._by_prompt(scale)
         elif isinstance(scale, list | tuple):
             if any(not isinstance(s, Real) for s in scale):
                 raise InputError(
-                    f"{argument('ip_adapter_scale')}: several pictures without masks take one number each, or one scale"
+                    f"{argument('ip_adapter_scale')}: several images without masks take one number each, or one scale"
                 )
             tables = [scale_table(s, self.sites, 1).own[0, 0] for s in self._each(scale)]
             weight, scale = np.asarray([tables], np.float32), 1.0
         return self._entries(slice(None), weight, scale, None)
 
     def apart(self, scale: Any, masks: Sequence[np.ndarray]) -> list[Entry]:
-        """Every picture in a softmax of its own, where its mask is."""
+        """Every image in a softmax of its own, where its mask is."""
         if len(masks) != self.count:
             raise InputError(
                 f"{argument('ip_adapter_masks')}: {len(masks)} masks for {self.count} {_SQUARES}; give one for each"
             )
         if isinstance(scale, PerPrompt):
             raise InputError(
-                f"{argument('ip_adapter_scale')}: PerPrompt goes without masks; with them give a scale for each picture"
+                f"{argument('ip_adapter_scale')}: PerPrompt goes without masks; with them give a scale for each image"
             )
         scales = self._each(scale) if isinstance(scale, list | tuple) else [scale] * self.count
         made = [
@@ -185,7 +185,7 @@ class _Plan:
         return [entry for entries in made for entry in entries]
 
     def _by_prompt(self, scales: "PerPrompt") -> tuple[np.ndarray, Scale]:
-        """A weight for each prompt's pictures (Q, n), and the scale that they have in common."""
+        """A weight for each prompt's images (Q, n), and the scale that they have in common."""
         full = [s if isinstance(s, Scale) else Scale(s) for s in scales.items]
         common = [dataclasses.replace(s, value=1.0) for s in full]
         if len(full) != self.num_prompts or any(s != common[0] for s in common):
@@ -204,20 +204,20 @@ class _Plan:
             )
         return scales
 
-    def _entries(self, pictures: slice, weight: np.ndarray, scale: Any, mask: np.ndarray | None) -> list[Entry]:
+    def _entries(self, images: slice, weight: np.ndarray, scale: Any, mask: np.ndarray | None) -> list[Entry]:
         table = scale_table(scale, self.sites, self.num_steps)
         own = np.repeat(table.own[:, None], self.branches, axis=1)
-        entries = [Entry(self.adapter, self.features, pictures, weight, own, mask)]
+        entries = [Entry(self.adapter, self.features, images, weight, own, mask)]
         if table.crossed.any() and self.branches == 2:
             crossed = np.stack([table.crossed, np.zeros_like(table.crossed)], axis=1)
-            entries.append(Entry(self.adapter, self.features, pictures, weight, crossed, mask, crossed=True))
+            entries.append(Entry(self.adapter, self.features, images, weight, crossed, mask, crossed=True))
         return entries
 
 
-_SQUARES = 'pictures (of fit="tile" every square)'
+_SQUARES = 'images (of fit="tile" every square)'
 
 
-def _pictures(prompt: Any) -> Any:
+def _images(prompt: Any) -> Any:
     if isinstance(prompt, Prepared):
         return prompt
     return list(prompt) if isinstance(prompt, list | tuple) else [prompt]
@@ -226,7 +226,7 @@ def _pictures(prompt: Any) -> Any:
 def _per_adapter(controls: Controls, adapters: int, num_prompts: int) -> Sequence[Any]:
     """One image prompt (or one array of embeddings) per adapter.
 
-    With a single adapter a flat list is one prompt of several pictures; diffusers wants it nested, which works too. As
+    With a single adapter a flat list is one prompt of several images; diffusers wants it nested, which works too. As
     many as there are text prompts may be meant otherwise: then it must be nested, or `PerPrompt`.
     """
     images, embeds = controls.images, controls.embeds
@@ -283,20 +283,20 @@ def _scales(scale: Any, adapters: int) -> list[Any]:
     if len(scales) != adapters:
         raise InputError(
             f"{argument('ip_adapter_scale')} has {len(scales)} values for {adapters} adapters; give one for each, and "
-            "for several pictures of one adapter a list in the list, [[0.7, 0.3]]"
+            "for several images of one adapter a list in the list, [[0.7, 0.3]]"
         )
     return scales
 
 
 def _masks(masks: Any, adapters: int) -> list[Sequence[Any] | None]:
-    """Per adapter a mask for each picture, or none."""
+    """Per adapter a mask for each image, or none."""
     if masks is None:
         return [None] * adapters
     if is_array(masks) and masks.ndim in (3, 4):  # (n, H, W), or (n, 1, H, W) as diffusers' processor makes them
         masks = list(masks[0] if masks.ndim == 4 and len(masks) == 1 else masks)
     if not isinstance(masks, list | tuple):
         raise InputError(
-            f"{argument('ip_adapter_masks')} is a list with one mask for each picture, for several adapters a list of "
+            f"{argument('ip_adapter_masks')} is a list with one mask for each image, for several adapters a list of "
             "these"
         )
     nested = [list(m[0]) if is_array(m) and m.ndim == 4 and len(m) == 1 else m for m in masks]  # (1, n, H, W) too
@@ -309,11 +309,11 @@ def _masks(masks: Any, adapters: int) -> list[Sequence[Any] | None]:
     return [m if m is None or isinstance(m, list | tuple) else [m] for m in nested]
 
 
-def _negatives(negative: Any, adapters: int) -> list[list[Picture] | None]:
+def _negatives(negative: Any, adapters: int) -> list[list[ImageLike] | None]:
     if negative is None or adapters < 2:
-        return [None if negative is None else _pictures(negative)] * adapters
+        return [None if negative is None else _images(negative)] * adapters
     if not isinstance(negative, list | tuple) or len(negative) != adapters:
         raise InputError(
-            f"{argument('negative_ip_adapter_image')}: give a list with one picture for each of the {adapters} adapters"
+            f"{argument('negative_ip_adapter_image')}: give a list with one image for each of the {adapters} adapters"
         )
-    return [None if picture is None else _pictures(picture) for picture in negative]
+    return [None if image is None else _images(image) for image in negative]

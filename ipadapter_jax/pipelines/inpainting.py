@@ -1,4 +1,4 @@
-"""Image-to-image and inpainting: a picture as the start of a run (SDEdit, arXiv 2108.01073), and what is kept of it."""
+"""Image-to-image and inpainting: an image as the start of a run (SDEdit, arXiv 2108.01073), and what is kept of it."""
 
 import dataclasses
 from typing import Any
@@ -20,14 +20,14 @@ from ipadapter_jax.weights.load_tree import Tree
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Canvas:
-    """The picture to paint over, (H, W, 3) uint8, and with inpainting the mask (H, W) in [0, 1], 1 where to paint."""
+    """The image to paint over, (H, W, 3) uint8, and with inpainting the mask (H, W) in [0, 1], 1 where to paint."""
 
-    picture: np.ndarray
+    image: np.ndarray
     mask: np.ndarray | None
 
     @classmethod
     def load(cls, image: Any, mask: Any, height: int | None, width: int | None, multiple: int) -> "Canvas":
-        """Picture and mask in this size, by default the picture's own rounded down to a `multiple`. Raises
+        """Image and mask in this size, by default the image's own rounded down to a `multiple`. Raises
         InputError."""
         if image is None:
             raise InputError(
@@ -50,7 +50,7 @@ class Canvas:
     @property
     def pixels(self) -> np.ndarray:
         """(1, H, W, 3) float32 in [-1, 1]."""
-        return self.picture[None].astype(np.float32) / 127.5 - 1
+        return self.image[None].astype(np.float32) / 127.5 - 1
 
     @property
     def masked_pixels(self) -> np.ndarray:
@@ -58,12 +58,12 @@ class Canvas:
         assert self.mask is not None
         return self.pixels * (self.mask < 0.5)[None, :, :, None]
 
-    def restored(self, pictures: np.ndarray) -> np.ndarray:
-        """Pictures (B, H, W, 3) in [0, 1] with the very pixels of this one where the mask is black, up to 1 % of white,
+    def restored(self, images: np.ndarray) -> np.ndarray:
+        """Images (B, H, W, 3) in [0, 1] with the very pixels of this one where the mask is black, up to 1 % of white,
         which is how far JPEG strays."""
         assert self.mask is not None
         mask = np.where(self.mask < 0.01, 0, self.mask)[:, :, None]
-        return mask * pictures + (1 - mask) * (self.picture.astype(np.float32) / 255)
+        return mask * images + (1 - mask) * (self.image.astype(np.float32) / 255)
 
 
 def open_canvas(
@@ -76,12 +76,12 @@ def open_canvas(
     *,
     sees_mask: bool,
 ) -> Canvas | None:
-    """What a call says of painting over a picture; None where it does not. `sees_mask`: the UNet is an inpainting one.
+    """What a call says of painting over an image; None where it does not. `sees_mask`: the UNet is an inpainting one.
     Raises InputError, also for what would have no effect."""
     if image is None and mask is None:
         for name, given in (("strength", strength is not None), ("exact_outside_mask", exact)):
             if given:
-                raise InputError(f"{argument(name)} is for painting over a picture: give {argument('image')}")
+                raise InputError(f"{argument(name)} is for painting over an image: give {argument('image')}")
         return None
     if exact and mask is None:
         raise InputError(f"{argument('exact_outside_mask')} needs {argument('mask_image')}, which says what is outside")
@@ -92,7 +92,7 @@ def open_canvas(
 
 
 def strength_of(strength: float | None, image: Any, mask: Any) -> float:
-    """The part of the steps that is made: all without a picture, and by default with a mask; 0.8 of a picture's."""
+    """The part of the steps that is made: all without an image, and by default with a mask; 0.8 of an image's."""
     if strength is not None:
         return strength
     return 1.0 if image is None or mask is not None else 0.8
@@ -129,12 +129,12 @@ def start(
         inside = np.broadcast_to(latent_mask(canvas.mask, h, w)[:, :, None], (batch.count, h, w, 1))
         mask = batch.spread(inside)
     if POSTERIOR in encoded:
-        clean = sampling.encode_picture(vae, params, canvas.pixels, batch.noise(shape, POSTERIOR))
+        clean = sampling.encode_image(vae, params, canvas.pixels, batch.noise(shape, POSTERIOR))
         if mask is None or strength < 1:
             latents = run.level[0] * clean + run.level[1] * noise
         if mask is not None and MASKED_POSTERIOR not in encoded:
             kept = sampling.Kept(mask, clean, noise)
     if mask is not None and MASKED_POSTERIOR in encoded:
-        seen = sampling.encode_picture(vae, params, canvas.masked_pixels, batch.noise(shape, MASKED_POSTERIOR))
+        seen = sampling.encode_image(vae, params, canvas.masked_pixels, batch.noise(shape, MASKED_POSTERIOR))
         more_channels = jnp.concatenate([mask, seen], axis=-1)
     return sampling.Start(latents, kept, more_channels)

@@ -35,13 +35,13 @@ from ipadapter_jax.weights.ip_adapter_file import (
 )
 from ipadapter_jax.weights.load_tree import Tree
 
-Picture = Any
+ImageLike = Any
 """A path, a PIL image, or an array of numpy, jax or torch."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-    """Pictures of one image prompt as the image encoder sees them, (n, side, side, 3)."""
+    """Images of one image prompt as the image encoder sees them, (n, side, side, 3)."""
 
     pixels: np.ndarray
 
@@ -57,32 +57,31 @@ class Adapter:
     source: Path
 
     def keys_values(self, features: Array, weight: np.ndarray) -> list[KeyValue]:
-        """Features (Q, G, n, ...), weights of the pictures (Q or 1, n) -> per site keys and values (Q, G, n N, C)."""
+        """Features (Q, G, n, ...), weights of the images (Q or 1, n) -> per site keys and values (Q, G, n N, C)."""
         return sampling.image_keys_values(self.projection, self.keys, self.params, features, weight)
 
     def from_images(
         self,
-        prompts: Sequence[Sequence[Picture] | Prepared],
+        prompts: Sequence[Sequence[ImageLike] | Prepared],
         fit: str,
         guided: bool,
-        negative: Sequence[Picture] | None = None,
+        negative: Sequence[ImageLike] | None = None,
         uncond: Uncond = "default",
     ) -> tuple[Callable[[], Array], int]:
-        """Reads the pictures of Q prompts now and returns what encodes them, (Q, G, n, ...), without guidance G = 1;
-        and n, the pictures of a prompt."""
+        """Reads the images of Q prompts now and returns what encodes them, (Q, G, n, ...), without guidance G = 1;
+        and n, the images of a prompt."""
         encoder, patches = self.encoder, self.projection.config.uses_patches
         side = encoder.module.config.image_size
         pixels = [_pixels(prompt, side, fit) for prompt in prompts]
         count = len(pixels[0])
         if any(len(prompt) != count for prompt in pixels):
             raise InputError(
-                f"{argument('ip_adapter_image')}: all image prompts of one call must have the same number of pictures"
+                f"{argument('ip_adapter_image')}: all image prompts of one call must have the same number of images"
             )
         dark = None if negative is None else _pixels(negative, side, "crop" if fit == "tile" else fit)
         if dark is not None and len(dark) not in (1, count):
             raise InputError(
-                f"{argument('negative_ip_adapter_image')} has {len(dark)} pictures for {count}; give one, "
-                "or one for each"
+                f"{argument('negative_ip_adapter_image')} has {len(dark)} images for {count}; give one, or one for each"
             )
         _check_uncond(uncond)
 
@@ -99,9 +98,9 @@ class Adapter:
 
         return features, count
 
-    def prepare(self, pictures: Sequence[Picture], fit: str) -> Prepared:
-        """Reads pictures once, for a prompt that is used again or later. Raises InputError naming what cannot be."""
-        return Prepared(_pixels(pictures, self.encoder.module.config.image_size, fit))
+    def prepare(self, images: Sequence[ImageLike], fit: str) -> Prepared:
+        """Reads images once, for a prompt that is used again or later. Raises InputError naming what cannot be."""
+        return Prepared(_pixels(images, self.encoder.module.config.image_size, fit))
 
     def from_embeds(self, embeds: Any, guided: bool, uncond: Uncond = "default") -> tuple[Callable[[], Array], int]:
         """Features (G, n, F) or, for plus and full, (G, n, L, F), or a file of them, as `from_images` returns them.
@@ -124,7 +123,7 @@ class Adapter:
         if len(shape) != axes or shape[-1] != config.feature_dim or shape[0] not in (1, 2) or 0 in shape:
             positions = "positions, " if config.uses_patches else ""
             raise InputError(
-                f"{argument(name)} of shape {shape}: this adapter needs ({branches}, pictures, "
+                f"{argument(name)} of shape {shape}: this adapter needs ({branches}, images, "
                 f"{positions}{config.feature_dim}), "
                 "the negative branch first"
             )
@@ -154,7 +153,7 @@ class Adapter:
         return features, array.shape[1]
 
     def _negative(self, uncond: Uncond, like: Array) -> Array:
-        """What `uncond` says in place of features (..., n, F) or (..., n, L, F): the same for every picture."""
+        """What `uncond` says in place of features (..., n, F) or (..., n, L, F): the same for every image."""
         patches = self.projection.config.uses_patches
         if uncond == "zeros" or (uncond == "default" and not patches):
             return jnp.zeros_like(like)
@@ -186,17 +185,17 @@ def _check_uncond(uncond: str) -> None:
         )
 
 
-def _pixels(pictures: Sequence[Picture] | Prepared, side: int, fit: str) -> np.ndarray:
-    """Pictures -> what the encoder sees of them (n, side, side, 3), with fit "tile" several squares of each."""
-    if isinstance(pictures, Prepared):
-        return pictures.pixels
+def _pixels(images: Sequence[ImageLike] | Prepared, side: int, fit: str) -> np.ndarray:
+    """Images -> what the encoder sees of them (n, side, side, 3), with fit "tile" several squares of each."""
+    if isinstance(images, Prepared):
+        return images.pixels
     if fit not in (*FITS, "tile"):
         raise InputError(f"{argument('fit', repr(fit))}: choose {', '.join(FITS)} or tile")
-    loaded = [load_image(picture) for picture in pictures]
+    loaded = [load_image(image) for image in images]
     if not loaded:
-        raise InputError("an image prompt is an empty list; give at least one picture")
+        raise InputError("an image prompt is an empty list; give at least one image")
     if fit == "tile":
-        return clip_pixel_values([tile for picture in loaded for tile in square_tiles(picture)], side)
+        return clip_pixel_values([tile for image in loaded for tile in square_tiles(image)], side)
     return clip_pixel_values(loaded, side, fit)
 
 

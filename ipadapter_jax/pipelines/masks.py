@@ -1,4 +1,4 @@
-"""Where in the picture an image prompt acts: masks in pixels as weights of every cross-attention's queries."""
+"""Where in the image an image prompt acts: masks in pixels as weights of every cross-attention's queries."""
 
 import warnings
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from ipadapter_jax.inputs.arrays import image_array, is_array
 def load_mask(
     source: Any, height: int, width: int, what: str = "mask", shape: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """A picture file, a PIL picture or an array as a mask (height, width) float32 in [0, 1], 1 being inside. One rule
+    """An image file, a PIL image or an array as a mask (height, width) float32 in [0, 1], 1 being inside. One rule
     for all of them:
 
     - a layer painted in one color on a transparent ground is inside where it is painted, whatever the color;
-    - whole numbers 0 and 1, in an array of one channel, a grey picture or a palette, are outside and inside, unless the
-      picture comes from a JPEG or the like, which makes such numbers of black;
+    - whole numbers 0 and 1, in an array of one channel, a grey image or a palette, are outside and inside, unless the
+      image comes from a JPEG or the like, which makes such numbers of black;
     - one color on black is inside as far as it is painted;
     - all else counts by its brightness: white inside, black and transparent outside, grey in between.
 
@@ -30,16 +30,16 @@ def load_mask(
     proportions. Whether anything is inside, `check_inside` says.
     """
     levels = _levels_of_array(source, what) if is_array(source) else _levels(load_upright(source), what)
-    picture = Image.fromarray(levels)
+    image = Image.fromarray(levels)
     rows, columns = shape or (height, width)
-    if abs(picture.width * rows - picture.height * columns) > 0.02 * picture.width * rows:
+    if abs(image.width * rows - image.height * columns) > 0.02 * image.width * rows:
         raise InputError(
-            f"the {what} is {picture.width} x {picture.height} pixels, the picture {columns} x {rows}: give a mask of "
+            f"the {what} is {image.width} x {image.height} pixels, the image {columns} x {rows}: give a mask of "
             "the same shape"
         )
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(picture, np.float32) / 255
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(image, np.float32) / 255
 
 
 _NEARLY_BLACK = 0.1

@@ -27,4 +27,4 @@ def images_of(decoded: np.ndarray, output_type: str, canvas: Canvas | None) -> A
     pixels = np.clip(decoded / 2 + 0.5, 0.0, 1.0)
     if canvas is not None:
         pixels = canvas.restored(pixels)
-    return pixels if output_type == "np" else [Image.fromarray(picture) for picture in to_uint8(pixels)]
+    return pixels if output_type == "np" else [Image.fromarray(image) for image in to_uint8(pixels)]

@@ -1,6 +1,6 @@
 """The jitted functions behind `StableDiffusion`: conditions once, the denoising loop as one scan, the decoder.
 
-All are pure: networks and schedule are static, weights and everything a person may change (prompts, pictures, scales,
+All are pure: networks and schedule are static, weights and everything a person may change (prompts, images, scales,
 guidance, seeds) are arguments, so only a new shape compiles again. B images have G branches each: one, or with
 classifier-free guidance two, the unconditional first; row b * G + g of a network's batch is branch g of image b.
 """
@@ -97,8 +97,8 @@ def encode_image(encoder: CLIPVision, patches: bool, params: Tree, pixel_values:
 def image_keys_values(
     projection: Projection, adapter: IPAdapter, params: Tree, features: Array, weight: Array
 ) -> list[KeyValue]:
-    """Features (Q, G, n, ...) of Q prompts of n pictures -> per site keys and values (Q, G, n N, C), the tokens of a
-    prompt in one row, the values of each picture times its weight (Q or 1, n)."""
+    """Features (Q, G, n, ...) of Q prompts of n images -> per site keys and values (Q, G, n N, C), the tokens of a
+    prompt in one row, the values of each image times its weight (Q or 1, n)."""
     prompts, branches, _, *rest = features.shape
     tokens = _apply(projection, params["image_proj"], features.reshape(-1, *rest))
     rows = _apply(adapter, params["ip_adapter"], tokens.reshape(prompts * branches, -1, tokens.shape[-1]))
@@ -120,13 +120,13 @@ def text_keys_values(unet: UNet, params: Tree, text: Array) -> list[KeyValue]:
 
 class Conditions(NamedTuple):
     """What the denoising of B images is told, beside the step: P text prompts, E image entries (an adapter, or one of
-    its pictures with a mask) of Q image prompts, s sites."""
+    its images with a mask) of Q image prompts, s sites."""
 
     prompt_of_image: Array  # (B,), a row of text_kv
     reference_of_image: Array  # (B,), a row of image_kv
     text_kv: list[KeyValue]  # per site (P, G, S, C)
     image_kv: Sequence[list[KeyValue]]  # per entry and site (Q, G, N, C)
-    image_masks: Sequence[ArrayLike]  # per site (E, L): where in the picture an entry acts
+    image_masks: Sequence[ArrayLike]  # per site (E, L): where in the image an entry acts
     guidance_scale: ArrayLike
     guidance_rescale: ArrayLike
 
@@ -141,7 +141,7 @@ class Kept(NamedTuple):
 
 class Start(NamedTuple):
     """What a run begins with: latents (B, h, w, 4); what a UNet of 4 channels gets back after every step; what an
-    inpainting one of 9 is shown beside the latents, mask and masked picture (B, h, w, 5)."""
+    inpainting one of 9 is shown beside the latents, mask and masked image (B, h, w, 5)."""
 
     latents: Array
     kept: Kept | None = None
@@ -183,7 +183,7 @@ def denoise(
 ) -> tuple[State, Any]:
     """Latents (B, h, w, 4) and what the sampler keeps of them through the given steps: one scan.
 
-    kept: for inpainting with a UNet of 4 channels; more_channels (B, h, w, 5): for one of 9, mask and masked picture.
+    kept: for inpainting with a UNet of 4 channels; more_channels (B, h, w, 5): for one of 9, mask and masked image.
     With `maps` also the attention of every step to the image tokens, per entry and site (n, B, L, N), else None.
     """
 
@@ -274,16 +274,16 @@ def run_steps(
 
 
 @export_cached(1)
-def encode_picture(vae: VAE, params: Tree, images: Array, noise: Array) -> Array:
-    """Pictures (n, H, W, 3) in [-1, 1] and standard normal noise (B, h, w, 4) -> latents (B, h, w, 4), drawn from the
-    posterior of picture 0, or each of its own."""
+def encode_init_image(vae: VAE, params: Tree, images: Array, noise: Array) -> Array:
+    """Images (n, H, W, 3) in [-1, 1] and standard normal noise (B, h, w, 4) -> latents (B, h, w, 4), drawn from the
+    posterior of image 0, or each of its own."""
     mean, logvar = _apply(vae, params, images, method=VAE.encode)
     return vae.config.scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
 
 
 @export_cached(2)
 def decode(vae: VAE, mesh: Mesh, params: Tree, latents: Array) -> Array:
-    """Latents (B, h, w, 4) -> pictures (B, H, W, 3) float32 about [-1, 1], one at a time to bound the memory."""
+    """Latents (B, h, w, 4) -> images (B, H, W, 3) float32 about [-1, 1], one at a time to bound the memory."""
 
     def run(latents, params):
         def one(row):

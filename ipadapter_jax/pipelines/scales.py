@@ -21,7 +21,7 @@ class Scale:
 
     layers: a preset's name (PRESETS); a mapping of preset names to factors, which are added; diffusers' dictionary
     ({"down": {"block_2": [0, 1]}, "mid": 1, "up": ...}, what is not named is 0); or one factor for each layer in the
-    order in which a picture passes them (down, mid, up: as ComfyUI numbers them).
+    order in which an image passes them (down, mid, up: as ComfyUI numbers them).
     start, end: the part of the steps in which the prompt acts, as diffusers' control_guidance_start and _end.
     steps: factors spread evenly over all steps, linear between them: (1, 0) fades out, (0, 1) in, (1,) is constant.
     """

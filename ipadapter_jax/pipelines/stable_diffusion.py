@@ -36,7 +36,7 @@ from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
 from ipadapter_jax.pipelines.image_prompts import Controls, Entry, ImagePrompt, PerPrompt, entries_of, entry_weights
 from ipadapter_jax.pipelines.inpainting import Canvas, encoded_posteriors, open_canvas, start, strength_of
-from ipadapter_jax.pipelines.ip_adapter import Adapter, OpenedAdapter, Picture, open_adapter
+from ipadapter_jax.pipelines.ip_adapter import Adapter, ImageLike, OpenedAdapter, open_adapter
 from ipadapter_jax.pipelines.masks import site_masks
 from ipadapter_jax.pipelines.noise import INITIAL, taken_noise
 from ipadapter_jax.pipelines.outputs import check_finite, images_of
@@ -148,8 +148,8 @@ class StableDiffusion:
         ip_adapter_scale: Any = 1.0,
         ip_adapter_masks: Sequence[Any] | None = None,
         fit: str = "crop",
-        image: Picture | None = None,
-        mask_image: Picture | None = None,
+        image: ImageLike | None = None,
+        mask_image: ImageLike | None = None,
         strength: float | None = None,
         exact_outside_mask: bool = False,
         negative_prompt: str | Sequence[str] | None = "",
@@ -170,22 +170,22 @@ class StableDiffusion:
         callback: sampling.OnStep | None = None,
         progress_bar: bool = True,
     ) -> Any:
-        """Pictures for every prompt, prompt-major.
+        """Images for every prompt, prompt-major.
 
-        ip_adapter_image: one picture, several for one adapter (their tokens share one softmax), or with several
+        ip_adapter_image: one image, several for one adapter (their tokens share one softmax), or with several
         adapters a list of these, one per adapter; each a PIL image, an array (of numpy, jax or torch) or a path,
         brought to a square by `fit` ("crop", "resize", "pad", or "tile": several squares). `PerPrompt` holds one for
-        each prompt; a flat list of as many pictures as prompts is refused, as both may be meant.
+        each prompt; a flat list of as many images as prompts is refused, as both may be meant.
         ip_adapter_image_embeds instead: per adapter the encoder's features (G, n, ...), the negative branch first when
         guidance_scale > 1 (G = 2), or a file of them. negative_ip_adapter_image: what the unconditional branch sees,
         by default what `ip_adapter_uncond` says.
         ip_adapter_scale: lambda of the paper, one or one per adapter: a number, a preset's name, diffusers' dictionary
-        or a `Scale`; in a list in the list one for each picture. ip_adapter_masks: where each picture acts.
-        image: a picture to paint over, by the last `strength` (0.8; with a mask 1) of the steps, in its own size unless
+        or a `Scale`; in a list in the list one for each image. ip_adapter_masks: where each image acts.
+        image: an image to paint over, by the last `strength` (0.8; with a mask 1) of the steps, in its own size unless
         height and width are given; mask_image: white where to paint; exact_outside_mask: its own pixels elsewhere.
         scheduler: ddim, ddpm, pndm, dpmsolver++, euler, euler_a, unipc or lcm; scheduler_config changes settings of
         the model's scheduler_config.json, such as {"use_karras_sigmas": True, "timestep_spacing": "trailing",
-        "rescale_betas_zero_snr": True}. seed: picture i uses seed + i, or seed[i], and nothing else; None draws one and
+        "rescale_betas_zero_snr": True}. seed: image i uses seed + i, or seed[i], and nothing else; None draws one and
         prints it. latents (B, h, w, 4): standard normal. guidance_scale: by default the pipeline's own; <= 1 leaves the
         unconditional branch out. clip_skip: layers of the text encoder to leave out for the prompt. callback(step,
         timestep, latents) is called after every step, and progress_bar shows them in a terminal or a notebook; with
@@ -206,12 +206,12 @@ class StableDiffusion:
         check_guided(guidance_scale, negatives, guidance_rescale)
         warn_of_syntax({"prompt": prompts, "negative_prompt": negatives})
         if exact_outside_mask and output_type == "latent":
-            raise InputError(f"{argument('exact_outside_mask')} is for pictures; latents hold no pixels to keep")
+            raise InputError(f"{argument('exact_outside_mask')} is for images; latents hold no pixels to keep")
         canvas = self._canvas(image, mask_image, strength, exact_outside_mask, height, width)
         strength = strength_of(strength, image, mask_image)
         schedule = self.schedule.changed(scheduler_config or {}, scheduler)
         run = sample_table(scheduler, schedule, num_inference_steps, eta, strength)
-        shape = self._latent_shape(*((height, width) if canvas is None else canvas.picture.shape[:2]))
+        shape = self._latent_shape(*((height, width) if canvas is None else canvas.image.shape[:2]))
         count = len(prompts) * num_images_per_prompt
         check_room(self.unet, self.vae, count, shape[:2], run, self.mesh.devices.flat, guided=guidance_scale > 1)
         given = {} if latents is None else {INITIAL: given_latents(latents, (count, *shape), self.unet.dtype)}
@@ -256,7 +256,7 @@ class StableDiffusion:
     def _canvas(
         self, image: Any, mask: Any, strength: float | None, exact: bool, height: int | None, width: int | None
     ) -> Canvas | None:
-        """The picture to paint over, if there is one. Raises InputError when the model cannot, or has to."""
+        """The image to paint over, if there is one. Raises InputError when the model cannot, or has to."""
         if mask is None:
             check_text_to_image(str(self.sources.get("unet", "of this pipeline")), self.unet.config)
         size, sees_mask = (height, width), self.unet.config.in_channels != self.unet.config.out_channels

@@ -51,15 +51,15 @@ class Data:
     image_root: Place | None = None
     """Folder that the file names of a JSON list are relative to; by default the list's own."""
     image_column: str | None = None
-    """Column of the pictures, where its name is not a usual one."""
+    """Column of the images, where its name is not a usual one."""
     text_column: str | None = None
     """Column of the captions."""
     cond_image_column: str | None = None
-    """Column of the image prompts, where these differ from the pictures."""
+    """Column of the image prompts, where these differ from the images."""
     batch_size: int = 64
     """Samples in a step, over all devices and processes."""
     resolution: int = 512
-    """Side of the square training pictures, in pixels."""
+    """Side of the square training images, in pixels."""
     drop_image: float = 0.05
     """Share of samples that lose their image prompt (for classifier-free guidance)."""
     drop_text: float = 0.05
@@ -67,7 +67,7 @@ class Data:
     drop_both: float = 0.05
     """Share that loses both."""
     workers: int = 0
-    """Processes that decode pictures; 0 decodes in threads of the main process."""
+    """Processes that decode images; 0 decodes in threads of the main process."""
     threads: int = 16
     """Threads that read and decode, in each of these processes."""
     max_bad_share: float = 0.1
@@ -114,7 +114,7 @@ class Log:
     sample_steps: int = 30
     """Denoising steps of the sample grid; 0 for no grid."""
     clip: Place | None = None
-    """A whole CLIP, folder or Hub id such as openai/clip-vit-large-patch14, that scores the pictures of the grid:
+    """A whole CLIP, folder or Hub id such as openai/clip-vit-large-patch14, that scores the images of the grid:
     CLIP-I, CLIP-T and diversity as curves. They are few: a trend, not a result."""
     guidance_scale: float = 7.5
 

@@ -1,4 +1,4 @@
-"""The samples of a run: pictures that are encoded at every step, or what `ipadapter-jax encode` made of them."""
+"""The samples of a run: images that are encoded at every step, or what `ipadapter-jax encode` made of them."""
 
 import logging
 from pathlib import Path
@@ -60,7 +60,7 @@ def list_unused(folder: Path, samples: Samples) -> None:
 
 
 def encoded_by(samples: Samples) -> Encoded | None:
-    """What a run needs to know of the encoder behind precomputed features; None where it encodes pictures itself."""
+    """What a run needs to know of the encoder behind precomputed features; None where it encodes images itself."""
     if isinstance(samples, LiveSamples):
         return None
     config: CLIPVisionConfig = typed(
@@ -75,7 +75,7 @@ def check_fits(samples: Samples, config: Train, loaded: LoadedNetworks) -> None:
     if isinstance(samples, LiveSamples):
         if loaded.networks.projection is not None and "image_encoder" not in loaded.frozen:
             raise InputError(
-                "the training data are precomputed, the validation data are pictures: encode those as well "
+                "the training data are precomputed, the validation data are images: encode those as well "
                 "(ipadapter-jax encode)"
             )
         return

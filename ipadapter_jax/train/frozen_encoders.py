@@ -1,4 +1,4 @@
-"""The frozen networks that see pictures, VAE and image encoder, on all devices of this process."""
+"""The frozen networks that see images, VAE and image encoder, on all devices of this process."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ class Encoders:
     mesh: jax.sharding.Mesh
     tokenizer: Path
     text_length: int  # tokens of a caption, as many as the base model's text encoder reads
-    pixel_step: int  # pictures must be a multiple of it: VAE and UNet halve them so often
+    pixel_step: int  # images must be a multiple of it: VAE and UNet halve them so often
 
     @property
     def clip_size(self) -> int:

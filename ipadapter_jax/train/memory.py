@@ -86,7 +86,7 @@ def available() -> int | None:
 
 
 def remedies(config: Train, mesh: Mesh, *, live: bool) -> str:
-    """What takes less memory than these settings, the cheapest first. `live`: pictures are encoded in every step."""
+    """What takes less memory than these settings, the cheapest first. `live`: images are encoded in every step."""
     accumulate = config.optim.accumulate
     rows = config.data.batch_size // (mesh.size * accumulate)
     ways = {

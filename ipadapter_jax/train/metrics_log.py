@@ -47,7 +47,7 @@ class RunLog:
             self._wandb.write(step, numbers)
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
-        """A picture, such as a grid of samples: also samples/NAME-STEP.png."""
+        """An image, such as a grid of samples: also samples/NAME-STEP.png."""
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         remove_leftovers(self._folder / "samples")

@@ -38,7 +38,7 @@ pipeline_tag: text-to-image
 ---
 # {title}
 
-An [IP-Adapter](https://arxiv.org/abs/2308.06721): it lets a picture be the prompt, alone or together with text, and
+An [IP-Adapter](https://arxiv.org/abs/2308.06721): it lets an image be the prompt, alone or together with text, and
 leaves the base model as it is. {variant} Trained with ipadapter_jax.
 
 | | |
@@ -101,7 +101,7 @@ with `ip-adapter` and choose {preprocessor}; the automatic one knows only the pu
 ## Limits
 
 It inherits what the base model, the image encoder and the training data are biased to, and their licences. An image
-prompt can show a person: use pictures of people only with their consent.
+prompt can show a person: use images of people only with their consent.
 """
 
 

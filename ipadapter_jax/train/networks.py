@@ -38,7 +38,7 @@ def _apply(module: Any, params: Tree, *inputs: Any, method: Callable | None = No
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Networks:
     """What a step calls. `frozen` holds the weights of whatever does not learn, under these names, `empty_ids` (77,),
-    the tokens of no text, and with precomputed patches `zero_features` (L, F), those of a zero picture."""
+    the tokens of no text, and with precomputed patches `zero_features` (L, F), those of a zero image."""
 
     unet: UNet
     vae: VAE
@@ -98,7 +98,7 @@ class Encoded:
     """What training from precomputed features needs to know of the encoder that made them."""
 
     encoder: CLIPVisionConfig
-    zero_features: np.ndarray | None  # of a zero picture, where the variant reads patches
+    zero_features: np.ndarray | None  # of a zero image, where the variant reads patches
 
 
 def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> LoadedNetworks:

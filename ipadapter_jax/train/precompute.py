@@ -108,7 +108,7 @@ def check_cache(
     features: str | None,
     image_encoder: Path | None,
 ) -> None:
-    """Holds a cache against what a run needs: its VAE's weight file, its tokenizer's folder, the side of its pictures,
+    """Holds a cache against what a run needs: its VAE's weight file, its tokenizer's folder, the side of its images,
     "pooled" or "penultimate", None where it reads no features, and its image encoder's weight file, None where that is
     not here. Raises InputError listing what differs."""
     made = dict(cache.plan.made_from)
@@ -264,6 +264,6 @@ def _check(config: Encode) -> None:
     check_utf8(config.out, "the format of the features")
     data = Path(expanded(config.data))
     if is_cache(data):
-        raise InputError(f"--data {data} is encoded already; name the pictures")
+        raise InputError(f"--data {data} is encoded already; name the images")
     if config.out.resolve().is_relative_to(data.resolve()):
         raise InputError(f"--out {config.out} lies in the data: choose a folder outside of {data}")

@@ -26,23 +26,23 @@ class Encode:
     features: Literal["pooled", "penultimate"] = "pooled"
     """Of the image encoder: pooled for base adapters, penultimate (all patches, 320 times larger) for plus and full."""
     resolution: int = 512
-    """Side of the square training pictures, in pixels."""
+    """Side of the square training images, in pixels."""
     dtype: Dtype = "bfloat16"
     """Of the computation, and of what is stored."""
     batch_size: int = 8
-    """Pictures that a device encodes at once."""
+    """Images that a device encodes at once."""
     image_root: Place | None = None
     """Folder that the file names of a JSON list are relative to; by default the list's own."""
     image_column: str | None = None
-    """Column of the pictures, where its name is not a usual one."""
+    """Column of the images, where its name is not a usual one."""
     text_column: str | None = None
     """Column of the captions."""
     cond_image_column: str | None = None
-    """Column of the image prompts, where these differ from the pictures."""
+    """Column of the image prompts, where these differ from the images."""
     variant: str | None = None
     """Which weight files of the base model to prefer, such as fp16."""
     threads: int = 16
-    """Threads that read and decode pictures."""
+    """Threads that read and decode images."""
     shard_records: int = 4096
     """Records in a file; a run that is stopped loses the one it is at."""
     max_bad_share: float = 0.1

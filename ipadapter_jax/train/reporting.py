@@ -1,4 +1,4 @@
-"""What process 0 does for the person who watches: numbers, curves, pictures, and the adapter file."""
+"""What process 0 does for the person who watches: numbers, curves, images, and the adapter file."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the training loss does not say: the loss on a fixed batch with fixed noise, by timestep, and pictures.
+"""What the training loss does not say: the loss on a fixed batch with fixed noise, by timestep, and images.
 
 The loss of a training step depends mostly on the timesteps that it drew; here they are the same at every call, so that
 a difference is one of the weights.
@@ -33,12 +33,12 @@ from ipadapter_jax.train.networks import LoadedNetworks, Networks
 from ipadapter_jax.train.optim import fill
 from ipadapter_jax.train.sharding import by_row, global_batch, local_rows, replicated, whole
 from ipadapter_jax.train.step import Batch, draw, encode, gathered, image_features, in_parts, posterior, row_losses
-from ipadapter_jax.weights.components import LoadedNetworks as Encoder
+from ipadapter_jax.weights.components import LoadedComponent
 
 BUCKETS = 4  # quarters of the timesteps, the first being the least noisy
 _SEED, _STEP = 0, 2**32 - 1  # of noise that no training step draws
-_PICTURES = 4  # image prompts of the sample grid
-_COLUMNS = 2  # pictures for each
+_IMAGES = 4  # image prompts of the sample grid
+_COLUMNS = 2  # images for each
 _LEAST_SIDE = 192  # of an image in the grid, in pixels: labels need room
 
 
@@ -82,25 +82,25 @@ class Validation:
             return None, {}
         groups = samples_of(pipeline_of(loaded, params, local), self._prompts, self._log)
         captions = [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in self._prompts.input_ids]
-        picture = grid_sheet(self._prompts, captions, groups, self._log, step)
+        image = grid_sheet(self._prompts, captions, groups, self._log, step)
         if self._scorer is None:
-            return picture, {}
+            return image, {}
         scores = score(self._scorer, groups, self._prompts.references, [[caption] for caption in captions])
-        return picture, {name: float(values.mean()) for name, values in scores.of_prompts().items()}
+        return image, {name: float(values.mean()) for name, values in scores.of_prompts().items()}
 
     def _image_prompts(self) -> "ImagePrompts":
         vae, params = self._loaded.networks.vae, self._loaded.frozen["vae"]
 
         def head(params: Any, batch: Batch) -> tuple[Array, Array, Any]:
-            decoded: Any = vae.apply({"params": params}, batch["mean"][:_PICTURES], method=VAE.decode)
-            features = batch["features"][:_PICTURES] if "features" in batch else None
-            return decoded, batch["input_ids"][:_PICTURES], features
+            decoded: Any = vae.apply({"params": params}, batch["mean"][:_IMAGES], method=VAE.decode)
+            features = batch["features"][:_IMAGES] if "features" in batch else None
+            return decoded, batch["input_ids"][:_IMAGES], features
 
         decoded, input_ids, positive = jax.tree.map(
             lambda x: np.asarray(x.addressable_data(0)),
             jax.jit(head, out_shardings=replicated(self._mesh))(params, self._batch),
         )
-        references = [Image.fromarray(picture) for picture in to_uint8(np.clip(decoded / 2 + 0.5, 0, 1))]
+        references = [Image.fromarray(image) for image in to_uint8(np.clip(decoded / 2 + 0.5, 0, 1))]
         if positive is None:
             return ImagePrompts(references, input_ids, None)
         negative = np.zeros_like(positive)
@@ -166,7 +166,7 @@ def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, dic
 
 
 def samples_of(pipe: StableDiffusion, prompts: ImagePrompts, log: Log) -> list[list[Image.Image]]:
-    """Pictures of fixed seeds for each prompt."""
+    """Images of fixed seeds for each prompt."""
     groups, side = [], prompts.references[0].width
     for i in range(len(prompts.references)):
         embeds = None
@@ -208,7 +208,7 @@ def pipeline_of(loaded: LoadedNetworks, params: dict[str, Any], mesh: Mesh) -> S
     networks, adapters = loaded.networks, ()
     if networks.projection is not None and networks.adapter is not None:
         own = {part: params[part] for part in ("image_proj", "ip_adapter")}
-        encoder = Encoder(networks.image_encoder, {}, Path())
+        encoder = LoadedComponent(networks.image_encoder, {}, Path())
         adapters = (Adapter(networks.projection, networks.adapter, own, encoder, Path()),)
     return StableDiffusion(
         unet=networks.unet,

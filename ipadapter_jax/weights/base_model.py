@@ -304,6 +304,6 @@ def check_text_to_image(reference: str, unet: UNetConfig) -> None:
     """Raises InputError for a UNet that reads more than the noisy latents."""
     if unet.in_channels != unet.out_channels:
         raise InputError(
-            f"base model {reference}: an inpainting model ({unet.in_channels} channels), which needs a picture and a "
+            f"base model {reference}: an inpainting model ({unet.in_channels} channels), which needs an image and a "
             f"mask: give {argument('image')} and {argument('mask_image')}, or take the ordinary model of 4 channels"
         )

@@ -77,7 +77,7 @@ _SIGNATURES: tuple[tuple[str, str, str], ...] = (
         "give it as the text encoder{text_encoder}, beside a base model",
     ),
     (r"emb_params$|string_to_(param|token)|clip_[lg]$", INVERSION, _NO_PLACE),
-    (r"(image_embeds|hidden_states)$", IMAGE_EMBEDS, "give it in place of pictures{ip_adapter_image_embeds}"),
+    (r"(image_embeds|hidden_states)$", IMAGE_EMBEDS, "give it in place of images{ip_adapter_image_embeds}"),
 )
 
 

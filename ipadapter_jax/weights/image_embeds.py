@@ -1,6 +1,6 @@
-"""Image embeddings as files: what the image encoder gives for pictures, kept so that they can be used without it.
+"""Image embeddings as files: what the image encoder gives for images, kept so that they can be used without it.
 
-G branches of guidance (2, the negative first; 1, the positive alone), n pictures, L positions, width F.
+G branches of guidance (2, the negative first; 1, the positive alone), n images, L positions, width F.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def load_image_embeds(path: Path, patches: bool | None = None) -> list[ImageEmbe
       each adapter. Named tensors, in safetensors or a pickle, are the same in the order of their names;
     - the node "Save IPAdapter Embeds" of ComfyUI: one tensor without a name, in its first layout the branches with the
       positive before the negative, later the positive alone, (n, F) or (n, L, F);
-    - numpy.save: the same, or the embedding of one picture, (F,).
+    - numpy.save: the same, or the embedding of one image, (F,).
 
     `patches` says whether the adapter reads hidden states (plus and full); it is asked only where the shape of a tensor
     without a name leaves it open. Whether kind, positions and width are those that the adapter reads, the caller must
@@ -105,8 +105,8 @@ def load_image_embeds(path: Path, patches: bool | None = None) -> list[ImageEmbe
 def _problem(shape: tuple[int, ...]) -> str:
     """What is wrong with the shape, and the remedy; empty when nothing is."""
     if len(shape) not in _KINDS or 0 in shape:
-        return f"shape {shape}; needed is (branches, pictures, width) or (branches, pictures, positions, width)"
-    if shape[0] > 2:  # diffusers repeats both branches for each picture to be made
+        return f"shape {shape}; needed is (branches, images, width) or (branches, images, positions, width)"
+    if shape[0] > 2:  # diffusers repeats both branches for each image to be made
         return f"{shape[0]} branches instead of 2, negative and positive, or 1; save them with num_images_per_prompt=1"
     return ""
 
@@ -122,13 +122,13 @@ def _read(path: Path, name: str, tensor: Tensor) -> np.ndarray:
 def _alone(path: Path, tensor: Tensor, patches: bool | None) -> np.ndarray:
     """A tensor that was saved without a name, with its branches in front, the negative first.
 
-    Whether the first axis is branches or pictures, and which of two branches is the negative one (the first for
-    diffusers, the second for ComfyUI), zeros tell: they are the negative of base adapters and never a picture.
+    Whether the first axis is branches or images, and which of two branches is the negative one (the first for
+    diffusers, the second for ComfyUI), zeros tell: they are the negative of base adapters and never an image.
     """
     shape = tensor.shape
     if not 2 <= len(shape) <= 4 or 0 in shape or (len(shape) == 4 and shape[0] > 2):
         raise WeightFileError(
-            f"{path}: a tensor of shape {shape}; image embeddings saved alone are (pictures, width), (pictures, "
+            f"{path}: a tensor of shape {shape}; image embeddings saved alone are (images, width), (images, "
             "positions, width), or these with one or two branches in front; save what the encoder gives"
         )
     array = _read(path, UNNAMED, tensor)
@@ -139,7 +139,7 @@ def _alone(path: Path, tensor: Tensor, patches: bool | None) -> np.ndarray:
         return array[None]
     if len(shape) == 3 and patches is None:
         raise WeightFileError(
-            f"{path}: a tensor of shape {shape} may be (branches, pictures, width) or (pictures, positions, width); "
+            f"{path}: a tensor of shape {shape} may be (branches, images, width) or (images, positions, width); "
             "say with patches whether the adapter reads hidden states, as plus and full do"
         )
     if len(array) == 2:

@@ -28,7 +28,7 @@ def adapter_metadata(config: ImageProjConfig, *, step: int | None = None) -> dic
     variant        base, plus or full
     image_encoder  the CLIP vision model that feeds it, such as ViT-H/14
     features       image_embeds (the projected embedding) or penultimate_states, and their width
-    num_tokens     image tokens per picture
+    num_tokens     image tokens per image
     base           the family of the base model: SD 1.x
     step           training steps behind these weights, where they are known
     ipadapter_jax  the version that wrote the file

@@ -45,7 +45,7 @@ def in_every(platform: str):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_work_of_a_guided_sampling_step(platform):
     """Twice 803.6 GFLOP without what both branches share (41.7), the keys and values, which are computed before (3.1
-    each), and what is saved where the last picture is doubled (15.9 each). The goal is at most 1.57 TFLOP."""
+    each), and what is saved where the last image is doubled (15.9 each). The goal is at most 1.57 TFLOP."""
     found = count_flops(traced(platform, "sampler").jaxpr).total() / STEPS
     assert found == pytest.approx(2 * 803.62e9 - 41.7e9 - 2 * (3.1e9 + 15.9e9), rel=1e-3)
     assert found < 1.57e12

@@ -14,7 +14,7 @@ COUNT = 1000
 
 @pytest.fixture(scope="module", params=["train", "held_out"])
 def scenes(request):
-    """A split's scenes of one object and their pictures."""
+    """A split's scenes of one object and their images."""
     made = [make_scene(request.param, index, 1) for index in range(COUNT)]
     return made, np.stack([render(scene) for scene in made])
 
@@ -48,14 +48,14 @@ def test_patterns_may_begin_anywhere(scenes, monkeypatch) -> None:
         return drawn(texture, u + offsets["u"], v + offsets["v"], pixels)
 
     monkeypatch.setitem(render.__globals__, "second_tone", shifted)
-    pictures = []
+    images = []
     for scene in made[:300]:
         offsets["u"], offsets["v"] = rng.uniform(-0.4, 0.4, 2)
-        pictures.append(render(scene))
-    assert accuracies(made[:300], np.stack(pictures))["texture"] >= 0.98  # 1.0 when measured
+        images.append(render(scene))
+    assert accuracies(made[:300], np.stack(images))["texture"] >= 0.98  # 1.0 when measured
 
 
-def test_pictures_without_an_object() -> None:
+def test_images_without_an_object() -> None:
     flat = np.stack([np.full((64, 64, 3), rgb, np.uint8) for rgb in BACKGROUNDS.values()])
     noise = np.random.default_rng(0).normal(0, 6, flat.shape)
     for pixels in (flat, np.clip(flat + noise, 0, 255).astype(np.uint8)):
@@ -81,12 +81,12 @@ def test_several_objects(count: int) -> None:
     assert np.mean([tuple(map(str, kind)) in {thing.kind for thing in scene.things} for scene, *kind in named]) >= 0.97
 
 
-def test_wrong_pictures() -> None:
+def test_wrong_images() -> None:
     with pytest.raises(ValueError, match=r"uint8, not \(64, 64, 3\) float64"):
         judge(np.zeros((64, 64, 3)))
 
 
 def test_speed(scenes) -> None:
     judge(scenes[1][:2])
-    with within(2):  # 0.3 s on a core of 2024: thousands of pictures are judged
+    with within(2):  # 0.3 s on a core of 2024: thousands of images are judged
         judge(scenes[1][:200])

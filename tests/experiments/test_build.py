@@ -74,7 +74,7 @@ def test_merges_are_those_of_the_paper() -> None:
     assert merges[:3] == [("e", "s"), ("es", "t</w>"), ("l", "o")]
 
 
-@pytest.mark.slow  # the whole VAE, in both directions, on 64 pictures
+@pytest.mark.slow  # the whole VAE, in both directions, on 64 images
 def test_latents_are_normalised_and_decode_to_the_same() -> None:
     vae = VAE(VAE_CONFIG)
     params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
@@ -83,7 +83,7 @@ def test_latents_are_normalised_and_decode_to_the_same() -> None:
     normalised = mini_vae.normalised(vae, params)
     pixels = jnp.asarray(mini_vae.wholes(0, 64)["pixels"], jnp.float32) / 127.5 - 1
     mean, _ = jax.jit(lambda p: vae.apply({"params": p}, pixels, method=VAE.encode))(normalised)
-    np.testing.assert_allclose(mean.std((0, 1, 2)), 1, atol=0.2)  # these pictures are others than those it measures on
+    np.testing.assert_allclose(mean.std((0, 1, 2)), 1, atol=0.2)  # these images are others than those it measures on
     np.testing.assert_allclose(mean.mean((0, 1, 2)), 0, atol=0.2)
     again = jax.jit(lambda p: vae.apply({"params": p}, pixels))
     np.testing.assert_allclose(again(normalised), again(params), atol=2e-5)
@@ -134,8 +134,8 @@ def test_equal_captions_are_equally_right() -> None:
     np.testing.assert_allclose(loss, (cross_entropy(logits) + cross_entropy(logits.T)) / 2, rtol=1e-5)
 
 
-def test_pictures_without_colour_are_named_by_the_rest() -> None:
-    """The colours of grey pictures count for nothing, their shapes do; captions' weights are no part of it."""
+def test_images_without_colour_are_named_by_the_rest() -> None:
+    """The colours of grey images count for nothing, their shapes do; captions' weights are no part of it."""
     clip, keys = mini_clip.networks(), jax.random.split(jax.random.key(0))
     ids = np.asarray(tokenize_plain([5, 6]))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
@@ -176,7 +176,7 @@ def test_all_stages_in_pieces(tmp_path) -> None:
     subprocess.run(packed, check=True)
     pipe = StableDiffusion.from_pretrained(target)
     for adapter in ("ip-adapter_mini.safetensors", "ip-adapter-plus_mini.safetensors"):
-        (picture,) = pipe.with_ip_adapter(target / adapter)(
+        (image,) = pipe.with_ip_adapter(target / adapter)(
             "a star", ip_adapter_image=target / "reference.png", num_inference_steps=2
         )
-        assert picture.size == (64, 64)
+        assert image.size == (64, 64)

@@ -113,18 +113,18 @@ def test_from_data_to_report(base, tmp_path, monkeypatch) -> None:
     assert run(base, tmp_path, steps=1) == 2  # and trained for 2
 
 
-def clip_values(picture: np.ndarray) -> np.ndarray:
-    return CLIP_TABLE[picture, np.arange(3)][None]
+def clip_values(image: np.ndarray) -> np.ndarray:
+    return CLIP_TABLE[image, np.arange(3)][None]
 
 
 def check_report(path: Path, text: str) -> None:
     assert all(f"| {name} | " in text for name in NAMES.values())
     assert "at scale 0 0 values of pixels differ" in text
     assert len(re.findall(r"^\| .* \| (holds|does not hold|undecided|not measured) \|", text, re.MULTILINE)) == 15
-    pictures = re.findall(r"\]\((results/[a-z-]+\.png)\)", text)
-    assert len(pictures) == 8
-    for picture in pictures:
-        Image.open(path.parent / picture).verify()
+    images = re.findall(r"\]\((results/[a-z-]+\.png)\)", text)
+    assert len(images) == 8
+    for image in images:
+        Image.open(path.parent / image).verify()
     assert "nan" not in text
 
 
@@ -192,7 +192,7 @@ def test_a_claim_can_fail(place, changed, others) -> None:
 
 
 def test_diversity_and_ink() -> None:
-    """Of pictures of one colour each: RMSE over the pairs; and pixels that are black where the background is right."""
+    """Of images of one colour each: RMSE over the pairs; and pixels that are black where the background is right."""
     pixels = np.zeros((1, 3, 64, 64, 3), np.uint8) + np.array([0, 51, 102], np.uint8)[None, :, None, None, None]
     embedded = np.array([[[1.0, 0], [1, 0], [0, 1]]])
     found = diversity(pixels, embedded)
@@ -221,17 +221,17 @@ def test_measures_know_the_prompts_themselves(base) -> None:
 
 @pytest.mark.parametrize("how", ["simple", "full"])
 def test_joined_tokens_are_sampled_as_they_were_trained(base, how) -> None:
-    """What the UNet reads of a picture and a text in sampling, for both branches, is what training's `join` gives."""
+    """What the UNet reads of an image and a text in sampling, for both branches, is what training's `join` gives."""
     pipe = StableDiffusion.from_pretrained(base)
     pipe = pipe.with_ip_adapter(base / SHIPPED["mini"], image_encoder=base / "image_encoder")
-    picture, ids = prompt(0).pixels, np.array([[0, 5, 513], [0, 513, 513]])
+    image, ids = prompt(0).pixels, np.array([[0, 5, 513], [0, 513, 513]])
     adapter: Any = pipe.adapters[0]
-    seen = sampling.encode_image(adapter.encoder.module, False, adapter.encoder.params, clip_values(picture))
+    seen = sampling.encode_image(adapter.encoder.module, False, adapter.encoder.params, clip_values(image))
     features = jnp.concatenate([jnp.zeros_like(seen), seen])
     tokens = adapter.projection.apply({"params": adapter.params["image_proj"]}, features)
     encoder: Any = pipe.text_encoder
     text = encoder.apply({"params": pipe.params["text_encoder"]}, ids).last_hidden_state
-    told = with_image(pipe, how, picture, guided=True)
+    told = with_image(pipe, how, image, guided=True)
     both: Any = told.text_encoder
     found = both.apply({"params": told.params["text_encoder"]}, ids, method=None).last_hidden_state
     np.testing.assert_allclose(found, join(how, text, tokens), atol=1e-5)

@@ -19,7 +19,7 @@ from tests.fault_injection.batch_jobs import Jobs
 from tests.fault_injection.damage import Damage
 from tests.fault_injection.disk import Disk
 from tests.fault_injection.endurance import Endurance
-from tests.fault_injection.images import Pictures
+from tests.fault_injection.images import Images
 from tests.fault_injection.kill import Kill
 from tests.fault_injection.layouts import Layouts
 from tests.fault_injection.numerics import Numbers
@@ -34,7 +34,7 @@ FAULTS = {
     "layouts": Layouts,
     "damage": Damage,
     "disk": Disk,
-    "pictures": Pictures,
+    "images": Images,
     "numbers": Numbers,
     "refuse": Refuse,
     "jobs": Jobs,

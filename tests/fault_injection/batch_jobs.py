@@ -1,4 +1,4 @@
-"""kill -9 while data are encoded, pictures made from a list, and an adapter evaluated."""
+"""kill -9 while data are encoded, images made from a list, and an adapter evaluated."""
 
 import dataclasses
 import random
@@ -80,24 +80,24 @@ class Jobs:
         return alive
 
     def _commands(self, work: Path) -> list[Command]:
-        model, pictures, annotations = work / "model", work / "pictures", write_coco(work / "coco", self.records // 4)
+        model, images, annotations = work / "model", work / "images", write_coco(work / "coco", self.records // 4)
         write_clip(work / "clip")
         models = work / "model" / "ip_adapter" / "models"
-        encoding = {"base": model, "image-encoder": models / "image_encoder", "data": pictures, "resolution": SIDE}
+        encoding = {"base": model, "image-encoder": models / "image_encoder", "data": images, "resolution": SIDE}
         encoding |= {"shard-records": 8, "batch-size": 4}
         sampling = {"base": model, "adapter": models / "ip-adapter_sd15.safetensors", "height": SIDE, "width": SIDE}
         sampling |= {"steps": 2, "batch-size": 4}
         scoring = {"image-root": work / "coco" / "val2017", "clip": work / "clip", "num-images": 1, "steps": 2}
         return [
             Command("encode", [], encoding, ("shard-*",)),
-            Command("batch", [pictures], sampling, ("*.png",)),
+            Command("batch", [images], sampling, ("*.png",)),
             Command("evaluate", [annotations], scoring, ("images/*.png", "scores/*.safetensors")),
         ]
 
 
 def _contents(out: Path) -> dict[str, str | list[str]]:
-    """Every file below the folder; the lines of a list in order, as pictures are made in another one after a kill; no
-    embeddings, which name the time stamps of their pictures, and whose numbers are in the tables."""
+    """Every file below the folder; the lines of a list in order, as images are made in another one after a kill; no
+    embeddings, which name the time stamps of their images, and whose numbers are in the tables."""
     lists = {str(path.relative_to(out)): sorted(path.read_text().splitlines()) for path in out.rglob("job*.jsonl")}
     files = {name: digest for name, digest in contents(out).items() if not name.startswith("scores/")}
     return files | lists

@@ -1,4 +1,4 @@
-"""Pictures as the web has them, some of them none, among those of a data set."""
+"""Images as the web has them, some of them none, among those of a data set."""
 
 import dataclasses
 import io
@@ -16,14 +16,14 @@ from ipadapter_jax.train.metrics_log import Skips
 from tests.fault_injection.runs import changed, hold, logged, outcome, prepare, refusal, run_here
 
 
-def _picture() -> Image.Image:
+def _image() -> Image.Image:
     colours = np.random.default_rng(1).integers(0, 256, (6, 6, 3), np.uint8)
     return Image.fromarray(colours).resize((48, 40), Image.Resampling.BICUBIC)
 
 
-def _saved(picture: Image.Image, kind: str, **options: object) -> bytes:
+def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -32,7 +32,7 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def _corrupt() -> bytes:
-    content = _saved(_picture(), "PNG")
+    content = _saved(_image(), "PNG")
     middle = len(content) // 2
     return content[:middle] + bytes(b ^ 0xFF for b in content[middle : middle + 64]) + content[middle + 64 :]
 
@@ -47,11 +47,11 @@ def _bomb() -> bytes:
 def _rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: a quarter turn
-    return _saved(_picture(), "JPEG", exif=exif)
+    return _saved(_image(), "JPEG", exif=exif)
 
 
 def _animated() -> bytes:
-    frames = [_picture().rotate(angle) for angle in (0, 90, 180)]
+    frames = [_image().rotate(angle) for angle in (0, 90, 180)]
     return _saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
@@ -60,28 +60,28 @@ def _wide() -> bytes:
 
 
 def _palette() -> bytes:
-    return _saved(_picture().quantize(16), "PNG", transparency=bytes(range(0, 256, 16)))
+    return _saved(_image().quantize(16), "PNG", transparency=bytes(range(0, 256, 16)))
 
 
 UNUSABLE: dict[str, Callable[[], bytes]] = {
     "corrupt": _corrupt,
-    "truncated": lambda: _saved(_picture(), "JPEG")[:-200],
+    "truncated": lambda: _saved(_image(), "JPEG")[:-200],
     "bomb": _bomb,
     "empty": lambda: b"",
     "page": lambda: b"<!DOCTYPE html><html><body>404 not found</body></html>",
 }
 ODD: dict[str, Callable[[], bytes]] = {
-    "cmyk": lambda: _saved(_picture().convert("CMYK"), "JPEG"),
+    "cmyk": lambda: _saved(_image().convert("CMYK"), "JPEG"),
     "sixteen-bit": _wide,
     "palette-alpha": _palette,
     "rotated": _rotated,
-    "pixel": lambda: _saved(_picture().resize((1, 1)), "PNG"),
+    "pixel": lambda: _saved(_image().resize((1, 1)), "PNG"),
     "animated": _animated,
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
+class Images:
     """Corrupt, truncated and empty files, bombs and web pages named .jpg in 5 % and in 50 % of a data set, the rest of
     CMYK, 16 bits, palettes with alpha, EXIF rotation, 1 pixel, animations.
 
@@ -95,7 +95,7 @@ class Pictures:
     def __call__(self, work: Path) -> str:
         config, told = prepare(work, steps=0, save_every=10**6), []
         for percent in self.percents:
-            data = work / f"pictures-{percent}"
+            data = work / f"images-{percent}"
             unusable = self._write(data, percent)
             steps = -(-self.records // config.data.batch_size)  # all are read
             own = changed(
@@ -116,7 +116,7 @@ class Pictures:
         seen = strict.data.batch_size * (max(logged(Path(strict.out))) + 3)  # steps in flight
         hold(seen <= Skips.ENOUGH + 3 * strict.data.batch_size, f"it stopped only after {seen} records")
         return (
-            f"{' and '.join(told)} pictures unusable ({', '.join(UNUSABLE)}): exactly these replaced, counted, listed; "
+            f"{' and '.join(told)} images unusable ({', '.join(UNUSABLE)}): exactly these replaced, counted, listed; "
             f"{len(ODD)} odd kinds read; going on equal to the bit; {percent} % where 10 % is allowed stops with advice"
         )
 
@@ -130,7 +130,7 @@ class Pictures:
             kind, make = bad[len(unusable) % len(bad)] if is_bad else odd[number % len(odd)]
             name = f"{number:03}-{kind}.jpg"  # whatever is inside
             (folder / name).write_bytes(make())
-            (folder / name).with_suffix(".txt").write_text(f"picture {number}")
+            (folder / name).with_suffix(".txt").write_text(f"image {number}")
             unusable |= {name} if is_bad else set()
         return unusable
 

@@ -38,7 +38,7 @@ class Stop:
         hold(logged(out) == logged(Path(whole.out)), "other losses than those of the undisturbed run")
         hold(outcome(out) == outcome(Path(whole.out)), "other weights than those of the undisturbed run")
         return (
-            f"{self.times} SIGTERMs to one of {self.processes}: exit code {EXIT_PREEMPTED} and one step saved everywhere, "
+            f"{self.times} SIGTERMs to one of {self.processes}: exit code {EXIT_PREEMPTED}, one step saved everywhere, "
             f"{max(late)} steps at most after the newest in the log when it was noticed ({_IN_FLIGHT} are in flight); "
             "equal to the bit"
         )

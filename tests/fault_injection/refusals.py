@@ -13,7 +13,7 @@ from tests.fault_injection.runs import (
     contents,
     hold,
     logged,
-    make_pictures,
+    make_images,
     outcome,
     prepare,
     refusal,
@@ -53,7 +53,7 @@ class Refuse:
         """Settings, and what the refusal has to name."""
         fewer, base = work / "fewer", work / "other-model"
         if not fewer.exists():
-            make_pictures(fewer, 20)
+            make_images(fewer, 20)
             shutil.copytree(work / "model", base)
             with open(base / "unet" / "diffusion_pytorch_model.safetensors", "r+b") as file:
                 file.seek(-2, os.SEEK_END)  # the low byte of the last number

@@ -26,7 +26,7 @@ from ipadapter_jax.train.config import Checkpoint, Data, Log, Mesh, Model, Optim
 from ipadapter_jax.train.export import ADAPTER
 from ipadapter_jax.train.trainer import CHECKPOINTS, train
 
-SIDE = 8  # of the training pictures, in pixels
+SIDE = 8  # of the training images, in pixels
 HEARTBEAT = 10  # seconds; less than the default, so that a lost process is noticed within the patience of a test
 
 
@@ -50,10 +50,10 @@ def changed(config: Train, **changes: Any) -> Train:
     return config
 
 
-def prepare(work: Path, steps: int, save_every: int, pictures: int = 24) -> Train:
-    """A model, pictures with captions, and a run of them that logs every step and shows nothing."""
+def prepare(work: Path, steps: int, save_every: int, images: int = 24) -> Train:
+    """A model, images with captions, and a run of them that logs every step and shows nothing."""
     write_model(work / "model", NANO)
-    make_pictures(work / "pictures", pictures)
+    make_images(work / "images", images)
     return Train(
         out=str(work / "run"),
         steps=steps,
@@ -62,21 +62,21 @@ def prepare(work: Path, steps: int, save_every: int, pictures: int = 24) -> Trai
             image_encoder=str(work / "model" / "ip_adapter" / "models" / "image_encoder"),
             dtype="float32",
         ),
-        data=Data(path=str(work / "pictures"), batch_size=8, resolution=SIDE, threads=2),
+        data=Data(path=str(work / "images"), batch_size=8, resolution=SIDE, threads=2),
         optim=Optim(learning_rate=1e-3),
         log=Log(every=1, validate_every=0, validation_size=4, sample_steps=2, tensorboard=False),
         checkpoint=Checkpoint(every=save_every, export_dtype="float32"),
     )
 
 
-def make_pictures(folder: Path, count: int) -> None:
-    """Smooth random pictures with captions."""
+def make_images(folder: Path, count: int) -> None:
+    """Smooth random images with captions."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for i in range(count):
         colours = rng.integers(0, 256, (4, 4, 3), np.uint8)
         Image.fromarray(colours).resize((40, 48), Image.Resampling.BICUBIC).save(folder / f"{i:03}.png")
-        (folder / f"{i:03}.txt").write_text(f"picture {i}")
+        (folder / f"{i:03}.txt").write_text(f"image {i}")
 
 
 # --- processes

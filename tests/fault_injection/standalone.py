@@ -65,9 +65,9 @@ class Alone:
         recipe.write_text(f"from ipadapter_jax.train.config import *\n\nconfig = {config!r}\n")
         annotations = write_coco(work / "coco", 2)
         write_clip(work / "clip")
-        adapter, picture, size = (
+        adapter, image, size = (
             work / "run" / ADAPTER,
-            work / "pictures" / "000.png",
+            work / "images" / "000.png",
             ["--height", "8", "--width", "8"],
         )
         encoder = ["--image-encoder", config.model.image_encoder]
@@ -75,7 +75,7 @@ class Alone:
         return [
             ["train", recipe, "--steps", "2"],
             ["train", recipe],
-            ["generate", "--base", config.model.base, "--adapter", adapter, *encoder, "--image", picture, *size]
+            ["generate", "--base", config.model.base, "--adapter", adapter, *encoder, "--image", image, *size]
             + ["--steps", "2", "--out", work / "fox.png"],
             ["convert", adapter, work / "other.bin"],
             ["evaluate", annotations, *scoring, "--steps", "2", "--out", work / "evaluation"],

@@ -7,7 +7,7 @@ from tests.fault_injection.batch_jobs import Jobs
 from tests.fault_injection.damage import Damage
 from tests.fault_injection.disk import Disk
 from tests.fault_injection.endurance import Endurance, Sample
-from tests.fault_injection.images import Pictures
+from tests.fault_injection.images import Images
 from tests.fault_injection.kill import Kill
 from tests.fault_injection.layouts import Layouts
 from tests.fault_injection.numerics import Numbers
@@ -27,7 +27,7 @@ SLOW = [
     Stop(times=1, steps=60),
     Layouts(steps=6, others=0),
     Damage(trials=24),
-    Pictures(records=40, percents=(50,)),
+    Images(records=40, percents=(50,)),
     Numbers(steps=7, rates=(1e39,)),
     Refuse(),
     Jobs(times=1, commands=("batch",)),

@@ -1,4 +1,4 @@
-"""The command line: pictures that carry their settings, and one line and exit code 2 for every bad input."""
+"""The command line: images that carry their settings, and one line and exit code 2 for every bad input."""
 
 import json
 import subprocess
@@ -35,11 +35,11 @@ def arguments(target: Path, **changes) -> list[str]:
 
 
 def settings(path: Path) -> dict:
-    with Image.open(path) as picture:
-        return json.loads(picture.text["ipadapter_jax"])  # type: ignore[attr-defined]
+    with Image.open(path) as image:
+        return json.loads(image.text["ipadapter_jax"])  # type: ignore[attr-defined]
 
 
-def test_generate_writes_a_grid_and_single_pictures_with_their_settings(tmp_path, capsys):
+def test_generate_writes_a_grid_and_single_images_with_their_settings(tmp_path, capsys):
     out = tmp_path / "new folder" / "cats.png"
     assert main(arguments(out, num_images=3, seed=5, scale=0.6)) == 0
     assert capsys.readouterr().out == f"{out}\n"
@@ -55,7 +55,7 @@ def test_generate_writes_a_grid_and_single_pictures_with_their_settings(tmp_path
     assert any((np.asarray(Image.open(out))[:64, :64] == single).all() for single in singles)
 
 
-def test_several_reference_pictures_and_no_adapter(tmp_path):
+def test_several_reference_images_and_no_adapter(tmp_path):
     both = arguments(tmp_path / "both.png", image=None)
     assert main([*both, "--image", str(CAT), str(ORACLES / "assets" / "img_rgba.png"), "--fit", "pad"]) == 0
     assert main(arguments(tmp_path / "plain.png", adapter=None, image=None)) == 0
@@ -107,10 +107,10 @@ WRONG = [
     ({"steps": "many"}, "many"),
     ({"stpes": 4}, "--steps"),
     ({"out": None}, "--out"),
-    ({"out": "{bad}/picture.jpg"}, "ends in .png"),
+    ({"out": "{bad}/image.jpg"}, "ends in .png"),
     ({"out": "{bad}/folder.png"}, "is a folder"),
     ({"out": "{bad}/single.png", "num_images": 3}, "single-1.png is a folder"),
-    ({"out": "{bad}/file/picture.png"}, "cannot write there"),
+    ({"out": "{bad}/file/image.png"}, "cannot write there"),
 ]
 
 

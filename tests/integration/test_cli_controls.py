@@ -27,7 +27,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def test_embeddings_stand_in_for_the_picture_and_its_encoder(tmp_path):
+def test_embeddings_stand_in_for_the_image_and_its_encoder(tmp_path):
     saved, maps = tmp_path / "cat.safetensors", tmp_path / "maps.png"
     assert main(arguments(tmp_path / "a.png", save_embeds=saved, attention_maps=maps)) == 0
     again = arguments(tmp_path / "b.png", image=None, embeds=saved, image_encoder=None)
@@ -35,7 +35,7 @@ def test_embeddings_stand_in_for_the_picture_and_its_encoder(tmp_path):
     np.testing.assert_array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
     assert "image_encoder" not in settings(tmp_path / "b.png")["sha256"]
     with Image.open(maps) as figure:
-        assert figure.width > 5 * 192  # the picture and four tokens
+        assert figure.width > 5 * 192  # the image and four tokens
 
 
 def test_every_control_at_once(tmp_path):
@@ -77,8 +77,8 @@ def test_explore(tmp_path, what, columns, rows):
 
 WRONG = [
     (["--embeds", "a.safetensors"], "--image and --embeds are both given"),
-    (["--masks", "a.png", "b.png"], "--masks: 2 for 1 pictures"),
-    (["--image-weights", "1", "2"], "--image-weights: 2 for 1 pictures"),
+    (["--masks", "a.png", "b.png"], "--masks: 2 for 1 images"),
+    (["--image-weights", "1", "2"], "--image-weights: 2 for 1 images"),
     (["--mask-image", "m.png"], "--mask-image needs --init-image"),
     (["--strength", "0.5"], "--strength needs --init-image"),
     (["--exact-outside-mask"], "--exact-outside-mask needs --mask-image"),

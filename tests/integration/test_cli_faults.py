@@ -158,7 +158,7 @@ OPTIONS = {
     "--num-images 0": "--num-images 0 must be at least 1",
     "--karras": "--karras has no meaning for --scheduler ddim; it is for dpmsolver++, euler, unipc",
     "--eta 2": "--eta 2.0 must lie between 0 and 1",
-    "--seed -1": "--seed -1: seeds of all pictures must lie between 0 and 2^32 - 1",
+    "--seed -1": "--seed -1: seeds of all images must lie between 0 and 2^32 - 1",
     "--mask-image m.png": "--mask-image needs --init-image",
     "--scale nan --image a.png": "--scale nan is not a finite number",
     "--scale-steps 1 nan --image a.png": "--scale-steps nan is not a finite number",

@@ -1,4 +1,4 @@
-"""The whole command on mini and held-out scenes in COCO's layout: killed, split, resumed, and on pictures of others."""
+"""The whole command on mini and held-out scenes in COCO's layout: killed, split, resumed, and on images of others."""
 
 import csv
 import json
@@ -55,16 +55,16 @@ def tables(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in TABLES}
 
 
-def test_the_numbers_are_those_of_the_pictures(place):
+def test_the_numbers_are_those_of_the_images(place):
     """Scored again from the files, by the functions on arrays."""
     out = place / "whole"
     prompts = [*csv.DictReader((out / "prompts.csv").open(encoding="utf-8"))]
     names = [row["name"] for row in prompts]
     assert names == [f"{index:012d}" for index in range(PROMPTS)]
     references = [Image.open(place / "coco" / "val2017" / row["image"]) for row in prompts]
-    pictures = [[Image.open(out / "images" / f"{name}-{k}.png") for k in range(EACH)] for name in names]
+    images = [[Image.open(out / "images" / f"{name}-{k}.png") for k in range(EACH)] for name in names]
     scorer = open_scorer(place / "clip").load()
-    found = score(scorer, pictures, references, [[row["caption"]] for row in prompts])
+    found = score(scorer, images, references, [[row["caption"]] for row in prompts])
     means = found.of_prompts()
     for name, values in means.items():
         np.testing.assert_allclose([float(row[name]) for row in prompts], values, atol=1e-6)
@@ -72,10 +72,8 @@ def test_the_numbers_are_those_of_the_pictures(place):
     expected = interval(np.array([float(row["clip_i"]) for row in prompts]))
     assert summary["clip_i"] == pytest.approx(expected._asdict())
     assert summary["clip_i"]["mean"] > 0.8 and summary["clip_t"]["mean"] > 1.2  # mini follows its prompts
-    squares = [
-        np.asarray(picture.convert("RGB")) for picture in [*references, *(p for group in pictures for p in group)]
-    ]
-    rows, sums = scorer.pictures(squares), [Moments(128), Moments(128)]
+    squares = [np.asarray(image.convert("RGB")) for image in [*references, *(p for group in images for p in group)]]
+    rows, sums = scorer.images(squares), [Moments(128), Moments(128)]
     sums[0].add(rows[:PROMPTS])
     sums[1].add(rows[PROMPTS:])
     assert summary["clip_fid"] == pytest.approx(frechet_distance(*sums), rel=1e-4)
@@ -99,7 +97,7 @@ def test_the_report_says_what_was_done(place):
     assert about["otherwise than in the paper"] == [
         "the scoring CLIP is not OpenAI's ViT-L/14",
         "6 image prompts of another data set or of a part of it, not COCO 2017 val",
-        "pictures of each image prompt: 2, not 4",
+        "images of each image prompt: 2, not 4",
         "steps: 4, not 50",
         "guidance scale: 4.0, not 7.5",
     ]
@@ -158,7 +156,7 @@ def test_what_is_there_is_not_made_again_and_what_has_changed_is(place, tmp_path
 
 
 def test_an_image_prompt_that_was_replaced_is_refused(place, tmp_path, monkeypatch, capsys):
-    """Under its name, and as large as before: its pictures are of another one."""
+    """Under its name, and as large as before: its images are of another one."""
     forbid_sampling(monkeypatch)
     shutil.copytree(place / "coco", tmp_path / "coco")
     shutil.copytree(place / "clip", tmp_path / "clip")
@@ -168,7 +166,7 @@ def test_an_image_prompt_that_was_replaced_is_refused(place, tmp_path, monkeypat
     image.write_bytes(image.read_bytes() + b"\0")
     assert main(words(tmp_path, tmp_path / "out")) == 2
     said = capsys.readouterr().err
-    assert "2 pictures there were made from other rows, 000000000002-0.png" in said
+    assert "2 images there were made from other rows, 000000000002-0.png" in said
     assert "image 000000000002.png has been replaced by another" in said
 
 
@@ -181,8 +179,8 @@ def test_processes_that_split_the_work_otherwise_are_refused(place, tmp_path, mo
     assert "with another number of processes" in capsys.readouterr().err
 
 
-def test_pictures_of_another_program(place, tmp_path, monkeypatch):
-    """The same pictures by name and by a list, in a folder that knows nothing of them: the same numbers."""
+def test_images_of_another_program(place, tmp_path, monkeypatch):
+    """The same images by name and by a list, in a folder that knows nothing of them: the same numbers."""
     forbid_sampling(monkeypatch)
     monkeypatch.setattr("ipadapter_jax.pipelines.sampling.draw_noise", None)
     monkeypatch.setattr("ipadapter_jax.pipelines.stable_diffusion.StableDiffusion.from_opened", None)
@@ -197,8 +195,8 @@ def test_pictures_of_another_program(place, tmp_path, monkeypatch):
         for table in ("prompts.csv", "pictures.csv"):
             assert tables(tmp_path / folder)[table] == tables(place / "whole")[table]
         about = json.loads((tmp_path / folder / "evaluation.json").read_text())
-        assert "how the pictures were made is not known here" in about["otherwise than in the paper"]
-    (theirs / "000000000002-1.png").write_bytes(b"no picture")
+        assert "how the images were made is not known here" in about["otherwise than in the paper"]
+    (theirs / "000000000002-1.png").write_bytes(b"no image")
     with pytest.raises(Exception, match="000000000002-1.png"):
         main([*words(place, tmp_path / "damaged", **more), "--debug"])
 
@@ -218,17 +216,17 @@ def test_more_measures(place, tmp_path, capsys):
     said = {line.split()[0]: line for line in output.out.splitlines()}
     assert "biased: 2 and 2 images for 128 features" in said["CLIP-FID"] and "biased" not in said["FID"]
     assert "the text prompt was the caption, not empty" in about["otherwise than in the paper"]
-    with Image.open(tmp_path / "out" / "images" / "000000000000.png") as picture:
-        assert json.loads(picture.text["ipadapter_jax"])["prompt"].startswith("a large red dotted heart")
+    with Image.open(tmp_path / "out" / "images" / "000000000000.png") as image:
+        assert json.loads(image.text["ipadapter_jax"])["prompt"].startswith("a large red dotted heart")
 
 
 WRONG = [
-    ({"image_root": "{tmp}"}, "6 of 6 pictures, 000000000000.png the first, are not in"),
+    ({"image_root": "{tmp}"}, "6 of 6 images, 000000000000.png the first, are not in"),
     ({"clip": str(TORCH_MODEL / "text_encoder")}, "no whole CLIP model"),
     ({"clip": "{tmp}/nowhere"}, "nowhere"),
     (
         {"images_from": "{tmp}", "num_images": None, "steps": None, "batch_size": None},
-        "6 of 6 image prompts, 000000000000 the first, have no picture there",
+        "6 of 6 image prompts, 000000000000 the first, have no image there",
     ),
     (
         {"images_from": "{tmp}", "adapter": "mini"},

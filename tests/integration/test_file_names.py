@@ -32,7 +32,7 @@ ODD = "b\udcff\u00e9"  # a byte that is not UTF-8, and a letter that is
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """A home folder with a picture and its caption in ~/photos, a model and a recipe."""
+    """A home folder with an image and its caption in ~/photos, a model and a recipe."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / "a.png")
@@ -123,7 +123,7 @@ def test_names_in_what_is_written(tmp_path):
         assert file.metadata()["image_encoder"] == "b\\udcff\u00e9"
 
 
-def test_pictures_and_models_of_such_names(tmp_path):
+def test_images_and_models_of_such_names(tmp_path):
     folder = tmp_path / ODD
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "a\udcfe.png")

@@ -20,9 +20,9 @@ def test_commands(words, monkeypatch):
     assert (command.attention_maps or command.out).name in shown(TEXT)
 
 
-def test_pictures():
+def test_images():
     files = {path.name for path in (ROOT / "docs" / "guide").iterdir()}
     assert files == shown(TEXT) and len(files) > 18
     for name in files:
-        with Image.open(ROOT / "docs" / "guide" / name) as picture:
-            assert min(picture.size) >= 64
+        with Image.open(ROOT / "docs" / "guide" / name) as image:
+            assert min(image.size) >= 64

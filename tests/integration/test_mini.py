@@ -38,12 +38,12 @@ def test_the_folder_is_small_and_whole():
 
 
 def test_the_reference_is_a_square_that_the_encoder_can_shrink():
-    with Image.open(REFERENCE) as picture:
-        assert picture.mode == "RGB" and picture.width == picture.height and picture.width % 64 == 0
+    with Image.open(REFERENCE) as image:
+        assert image.mode == "RGB" and image.width == image.height and image.width % 64 == 0
 
 
 @pytest.mark.parametrize(("name", "file", "tokens"), [("mini", BASE, 4), ("mini-plus", PLUS, 16)])
-def test_pictures_by_name(pipe, name, file, tokens):
+def test_images_by_name(pipe, name, file, tokens):
     own = pipe.with_ip_adapter(name)
     assert own.adapters[0].source == FOLDER / file
     assert own.adapters[0].encoder.source.parent == FOLDER / "image_encoder"
@@ -88,14 +88,14 @@ def test_generate_uses_it_by_default(tmp_path):
     def settings(*options: str) -> dict:
         out = tmp_path / "out.png"
         assert main(["generate", "--out", str(out), "--steps", "2", *options]) == 0
-        with Image.open(out) as picture:
-            assert picture.size == (64, 64)
-            return json.loads(picture.text["ipadapter_jax"])  # type: ignore[attr-defined]
+        with Image.open(out) as image:
+            assert image.size == (64, 64)
+            return json.loads(image.text["ipadapter_jax"])  # type: ignore[attr-defined]
 
-    words, picture = settings("--prompt", "a red circle"), settings("--image", str(CAT))
+    words, image = settings("--prompt", "a red circle"), settings("--image", str(CAT))
     assert (words["base"], words["adapter"], words["guidance_scale"]) == ("mini", None, GUIDANCE_SCALE)
-    assert (picture["base"], picture["adapter"]) == ("mini", "mini")
-    assert picture["sha256"]["ip_adapter"] == {BASE.name: sha256(FOLDER / BASE)}
+    assert (image["base"], image["adapter"]) == ("mini", "mini")
+    assert image["sha256"]["ip_adapter"] == {BASE.name: sha256(FOLDER / BASE)}
     plus = settings("--image", str(CAT), "--adapter", "mini-plus", "--guidance-scale", "3")
     assert (plus["adapter"], plus["guidance_scale"]) == ("mini-plus", 3.0)
 
@@ -110,7 +110,7 @@ def test_the_sample_sheet(tmp_path, monkeypatch, capsys):
     above, below = sample_sheet.sample(Image.open(CAT).convert("RGB"), "", seed=3)
     assert [label for label, _ in above] == ["reference", "seed 3", "seed 4", "seed 5", "seed 6"]
     assert [label for label, _ in below] == ["scale 0", "scale 0.25", "scale 0.5", "scale 0.75", "scale 1"]
-    assert above[1][1] == below[-1][1] and len({picture.tobytes() for _, picture in above + below}) == 9
+    assert above[1][1] == below[-1][1] and len({image.tobytes() for _, image in above + below}) == 9
     out = tmp_path / "new folder" / "sheet.png"
     assert sample_sheet.main(image=CAT, prompt="a red circle", out=out) == 0
     assert capsys.readouterr().out.startswith(f"{out}\n")
@@ -132,7 +132,7 @@ def test_a_sheet_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, wrong
 
 @pytest.mark.torch
 @pytest.mark.parametrize("adapter", [BASE, *slow(None, PLUS)], ids=["base", "text", "plus"])
-def test_diffusers_reads_the_folder_and_gives_the_same_picture(adapter):
+def test_diffusers_reads_the_folder_and_gives_the_same_image(adapter):
     """Each in its own size, from the same noise. Measured: 7e-6 at most, with random weights 9e-6."""
     result = compare(
         FOLDER,

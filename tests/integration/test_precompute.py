@@ -45,29 +45,29 @@ def load_once():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """11 pictures with captions; one of them is a web page."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> Path:
+    """11 images with captions; one of them is a web page."""
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for i in range(11):
         Image.fromarray(rng.integers(0, 256, (40 + i, 70, 3), np.uint8)).save(folder / f"{i:02}.png")
-        (folder / f"{i:02}.txt").write_text(f"the picture number {i}")
+        (folder / f"{i:02}.txt").write_text(f"the image number {i}")
     (folder / f"{BAD:02}.png").write_text("<!DOCTYPE html><html>not found</html>")
     return folder
 
 
-def settings(pictures: Path, out: Path, **changes) -> Encode:
+def settings(images: Path, out: Path, **changes) -> Encode:
     """Shards of 4 records, batches of one row per device of 4 at the tests."""
-    names = {"base": str(TORCH_MODEL), "image_encoder": str(IMAGE_ENCODER), "data": str(pictures), "out": out}
+    names = {"base": str(TORCH_MODEL), "image_encoder": str(IMAGE_ENCODER), "data": str(images), "out": out}
     sizes = {"resolution": 64, "dtype": "float32", "batch_size": 1, "shard_records": 4, "threads": 2}
     return Encode(**names | sizes | changes)
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, tmp_path_factory) -> Path:
+def whole(images, tmp_path_factory) -> Path:
     """What one uninterrupted run writes."""
     out = tmp_path_factory.mktemp("whole") / "cache"
-    assert encode(settings(pictures, out)) == 1
+    assert encode(settings(images, out)) == 1
     return out
 
 
@@ -76,19 +76,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("adapter", ["base", *slow("plus")])
-def test_training_sees_the_same_from_the_cache_as_live(pictures, whole, tmp_path, adapter):
+def test_training_sees_the_same_from_the_cache_as_live(images, whole, tmp_path, adapter):
     """With one row per device in both. What the encoders give is the same to the bit; noisy latents, text states, and
     features of kept and dropped images are to 1e-6 (measured 2.4e-7: another program rounds x * y + z elsewhere)."""
     out = whole
     if adapter == "plus":
         out = tmp_path / "cache"
-        encode(settings(pictures, out, features="penultimate"))
+        encode(settings(images, out, features="penultimate"))
     cache, mesh = CachedSamples(out), make_mesh()
     loaded = load_networks(tiny(model__adapter=adapter, data__resolution=64), mesh, None)
     networks, frozen = loaded.networks, loaded.frozen
     vision = networks.image_encoder.config
     assert CLIPVisionConfig(**cache.plan.made_from["image_encoder"]["config"]) == vision
-    samples = LiveSamples(open_source(str(pictures)), TORCH_MODEL / "tokenizer", 64, vision.image_size)
+    samples = LiveSamples(open_source(str(images)), TORCH_MODEL / "tokenizer", 64, vision.image_size)
     assert len(cache) == len(samples) == 11
 
     def batch(source):
@@ -118,12 +118,12 @@ def test_training_sees_the_same_from_the_cache_as_live(pictures, whole, tmp_path
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-6, err_msg=name)
 
 
-def test_captions_are_as_long_as_the_text_encoder_reads(pictures, tmp_path):
+def test_captions_are_as_long_as_the_text_encoder_reads(images, tmp_path):
     """Of Stable Diffusion 77 tokens, of other models what their text encoder says."""
     base = shutil.copytree(TORCH_MODEL, tmp_path / "base")
     path = base / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 40}))
-    encode(settings(pictures, tmp_path / "cache", base=str(base)))
+    encode(settings(images, tmp_path / "cache", base=str(base)))
     assert CachedSamples(tmp_path / "cache")[0]["input_ids"].shape == (40,)
 
 
@@ -147,40 +147,40 @@ def last_add(self, sample):
         os.kill(os.getpid(), signal.SIGKILL)
     add(self, sample)
 encoded_shards.ShardWriter.add = last_add
-pictures, out, base, image_encoder = sys.argv[2:]
-encode(Encode(base, image_encoder, pictures, Path(out), resolution=64, dtype="float32", batch_size=1, shard_records=4))
+images, out, base, image_encoder = sys.argv[2:]
+encode(Encode(base, image_encoder, images, Path(out), resolution=64, dtype="float32", batch_size=1, shard_records=4))
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(pictures, whole, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bytes(images, whole, tmp_path):
     out = tmp_path / "cache"
-    words = [sys.executable, "-c", KILLED, "7", str(pictures), str(out), str(TORCH_MODEL), str(IMAGE_ENCODER)]
+    words = [sys.executable, "-c", KILLED, "7", str(images), str(out), str(TORCH_MODEL), str(IMAGE_ENCODER)]
     assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
     first = out / "shard-00000-of-00003.array_record"
     written = first.stat().st_mtime_ns
     refused(lambda: CachedSamples(out), "not complete")
-    assert encode(settings(pictures, out)) == 1
+    assert encode(settings(images, out)) == 1
     assert first.stat().st_mtime_ns == written  # it was not made again
     assert contents(out) == contents(whole)
 
 
-def test_two_processes_write_what_one_writes(pictures, whole, tmp_path):
-    config = settings(pictures, tmp_path / "cache")
+def test_two_processes_write_what_one_writes(images, whole, tmp_path):
+    config = settings(images, tmp_path / "cache")
     assert encode_part(config, 0, 2) is None
     assert encode_part(config, 1, 2) == 1
     assert contents(config.out) == contents(whole)
 
 
-def test_a_lost_shard_is_made_again(pictures, whole, tmp_path):
+def test_a_lost_shard_is_made_again(images, whole, tmp_path):
     out = tmp_path / "cache"
     shutil.copytree(whole, out)
     os.truncate(out / "shard-00001-of-00003.array_record", 70_000)
-    assert encode(settings(pictures, out)) == 1
+    assert encode(settings(images, out)) == 1
     assert contents(out) == contents(whole)
 
 
-def test_a_full_disk_keeps_whole_shards(pictures, whole, tmp_path, monkeypatch):
-    config = settings(pictures, tmp_path / "cache")
+def test_a_full_disk_keeps_whole_shards(images, whole, tmp_path, monkeypatch):
+    config = settings(images, tmp_path / "cache")
 
     class Full(feature_shards.ArrayRecordWriter):
         def close(self):
@@ -203,12 +203,12 @@ def test_a_full_disk_keeps_whole_shards(pictures, whole, tmp_path, monkeypatch):
     assert contents(config.out) == contents(whole)
 
 
-def test_other_settings_and_other_data_are_refused(pictures, whole, tmp_path):
+def test_other_settings_and_other_data_are_refused(images, whole, tmp_path):
     before = contents(whole)
-    message = refused(lambda: encode(settings(pictures, whole, features="penultimate")), str(whole))
+    message = refused(lambda: encode(settings(images, whole, features="penultimate")), str(whole))
     assert 'made_from.features: "pooled" -> "penultimate"' in message
-    other = tmp_path / "pictures"
-    shutil.copytree(pictures, other)
+    other = tmp_path / "images"
+    shutil.copytree(images, other)
     (other / "00.png").unlink()
     refused(lambda: encode(settings(other, whole)), "records: 11 -> 10")
     assert contents(whole) == before
@@ -237,8 +237,8 @@ def test_a_run_is_held_against_the_cache(whole, tmp_path):
         refused(lambda change=change: check_cache(CachedSamples(whole), **needed | change), str(whole), *change)
 
 
-def test_too_many_bad_records_stop_with_advice(pictures, tmp_path, monkeypatch):
-    config = settings(pictures, tmp_path / "cache", max_bad_share=0.05)
+def test_too_many_bad_records_stop_with_advice(images, tmp_path, monkeypatch):
+    config = settings(images, tmp_path / "cache", max_bad_share=0.05)
     refused(lambda: encode(config), "1 of 11", "05.png", "web page", "--max-bad-share")
     assert encode(dataclasses.replace(config, max_bad_share=0.1)) == 1
 
@@ -248,7 +248,7 @@ def test_too_many_bad_records_stop_with_advice(pictures, tmp_path, monkeypatch):
         return dataclasses.replace(encoders, vae=dataclasses.replace(encoders.vae, params=params))
 
     monkeypatch.setattr(encode_module, "load_encoders", overflowing)
-    config = settings(pictures, tmp_path / "other")
+    config = settings(images, tmp_path / "other")
     refused(lambda: encode(config), "11 of 11", "10.png", "not finite")
 
 
@@ -258,26 +258,26 @@ WRONG = [
     ({"shard_records": 0}, "--shard-records 0"),
     ({"max_bad_share": 2}, "--max-bad-share 2"),
     ({"data": "{whole}"}, "encoded already"),
-    ({"out": "{pictures}/cache"}, "lies in the data"),
-    ({"image_encoder": "{pictures}"}, "no image encoder weights"),
+    ({"out": "{images}/cache"}, "lies in the data"),
+    ({"image_encoder": "{images}"}, "no image encoder weights"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[str(changes) for changes, _ in WRONG])
-def test_bad_settings_are_refused(pictures, whole, tmp_path, changes, message):
-    places = {"pictures": pictures, "whole": whole}
+def test_bad_settings_are_refused(images, whole, tmp_path, changes, message):
+    places = {"images": images, "whole": whole}
     changes = {name: value.format(**places) if isinstance(value, str) else value for name, value in changes.items()}
     if "out" in changes:
         changes["out"] = Path(changes["out"])
-    refused(lambda: encode(dataclasses.replace(settings(pictures, tmp_path / "cache"), **changes)), message)
+    refused(lambda: encode(dataclasses.replace(settings(images, tmp_path / "cache"), **changes)), message)
 
 
-def test_the_command(pictures, tmp_path):
-    words = ["encode", "--base", TORCH_MODEL, "--image-encoder", IMAGE_ENCODER, "--data", pictures]
+def test_the_command(images, tmp_path):
+    words = ["encode", "--base", TORCH_MODEL, "--image-encoder", IMAGE_ENCODER, "--data", images]
     words += ["--out", tmp_path / "cache", "--resolution", 64, "--batch-size", 1]
     done = subprocess.run([sys.executable, "-m", "ipadapter_jax.cli", *map(str, words)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'cache'}: 10 samples, 1 records skipped\n"), done.stderr
     cache = CachedSamples(tmp_path / "cache")
     assert cache[0]["features"].dtype == jnp.bfloat16
-    assert f"{pictures}: 11 records, 0 files not used\n" in done.stderr
+    assert f"{images}: 11 records, 0 files not used\n" in done.stderr
     assert cache.account().startswith("10 records, 0 files not used; 1 more could not be encoded, see ")

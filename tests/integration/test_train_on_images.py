@@ -22,10 +22,10 @@ def test_every_format_gives_the_same_records_in_the_same_order(tmp_path):
 
 
 def test_a_coarse_photograph_is_nearest_to_itself():
-    pictures = list(photographs(side=64).values())
-    squares = [picture.crop((0, 0, 64, 64)) for picture in pictures]
+    images = list(photographs(side=64).values())
+    squares = [image.crop((0, 0, 64, 64)) for image in images]
     coarse = [square.resize((16, 16)).resize((64, 64)) for square in squares]
-    assert [nearest(picture, squares) for picture in coarse] == list(range(len(squares)))
+    assert [nearest(image, squares) for image in coarse] == list(range(len(squares)))
 
 
 @pytest.mark.slow

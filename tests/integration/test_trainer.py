@@ -86,7 +86,7 @@ def test_what_a_run_leaves(done) -> None:
 
 @pytest.mark.torch
 def test_a_scoring_clip_draws_curves(run, tmp_path) -> None:
-    """Of the pictures of the sample grid, whose captions are those of the data."""
+    """Of the images of the sample grid, whose captions are those of the data."""
     from clip_models import clip_model  # writes a tiny CLIPModel of transformers
 
     clip_model(tmp_path / "clip")
@@ -101,8 +101,8 @@ def test_the_adapter_is_used_by_the_sampler(done, run, data) -> None:
     pipe = StableDiffusion.from_pretrained(run.model.base)
     pipe = pipe.with_ip_adapter(done / "adapter.safetensors", image_encoder=run.model.image_encoder)
     options = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
-    pictures = [pipe("", ip_adapter_image=data / "000.png", ip_adapter_scale=scale, **options) for scale in (0.0, 1.0)]
-    assert np.abs(pictures[0] - pictures[1]).max() > 1e-3
+    images = [pipe("", ip_adapter_image=data / "000.png", ip_adapter_scale=scale, **options) for scale in (0.0, 1.0)]
+    assert np.abs(images[0] - images[1]).max() > 1e-3
 
 
 def test_it_goes_on_to_the_bit(done, run, tmp_path, caplog) -> None:
@@ -185,7 +185,7 @@ def test_moved_data_are_not(done, run, tmp_path) -> None:
 
 def test_bad_records_are_replaced_and_listed(run, tmp_path) -> None:
     data = photographs(tmp_path / "photos")
-    (data / "003.png").write_bytes(b"no picture")
+    (data / "003.png").write_bytes(b"no image")
     config = changed(run, data__path=str(data), out=str(tmp_path / "run"), data__max_bad_share=1.0)
     assert train(config) == 0
     (skipped,) = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
@@ -195,14 +195,14 @@ def test_bad_records_are_replaced_and_listed(run, tmp_path) -> None:
     assert digest(tmp_path / "again") == first
 
 
-def test_precomputed_features_give_the_losses_of_pictures(done, run, data, tmp_path) -> None:
+def test_precomputed_features_give_the_losses_of_images(done, run, data, tmp_path) -> None:
     cache = encoded(run, tmp_path / "cache")
     config = changed(run, data__path=str(cache), out=str(tmp_path / "run"), log__validate_every=STEPS)
     assert train(config) == 0
     for name in ("loss", "validation_loss"):
         live, cached = logged(done, name), logged(tmp_path / "run", name)
         np.testing.assert_allclose([cached[i] for i in cached], [live[i] for i in cached], rtol=1e-5)
-    with pytest.raises(InputError, match="the validation data are pictures"):
+    with pytest.raises(InputError, match="the validation data are images"):
         train(changed(config, out=str(tmp_path / "mixed"), log__validation_path=str(data)))
     with pytest.raises(InputError, match=r"image_encoder.*encode the data again"):
         train(changed(config, out=str(tmp_path / "other"), model__image_encoder=str(IMAGE_ENCODER)))
@@ -228,8 +228,8 @@ def test_float16_scales_its_loss_and_samples(run, data, tmp_path) -> None:
     assert set(logged(tmp_path / "run", "loss_scale").values()) == {2.0**15}
     pipe = StableDiffusion.from_pretrained(run.model.base, dtype="float16")
     pipe = pipe.with_ip_adapter(tmp_path / "run" / "adapter.safetensors", image_encoder=run.model.image_encoder)
-    (picture,) = pipe("", ip_adapter_image=data / "000.png", num_inference_steps=2, output_type="np")
-    assert np.isfinite(picture).all()
+    (image,) = pipe("", ip_adapter_image=data / "000.png", num_inference_steps=2, output_type="np")
+    assert np.isfinite(image).all()
 
 
 def test_a_run_that_diverges_stops_with_advice(run, tmp_path) -> None:

@@ -70,7 +70,7 @@ def test_adapter_counts(config, parameters):
 
 def test_flops_are_those_of_a_count_in_pytorch():
     """torch's FlopCounter on diffusers' UNet: 803.27 GFLOP; with an adapter of 4 tokens and its projection 803.62. Ours
-    doubles its last picture, of 32x32 positions and 640 channels, with 4 products in place of 9."""
+    doubles its last image, of 32x32 positions and 640 channels, with 4 products in place of 9."""
     saved = 2 * 640**2 * (9 * 64**2 - 4 * 4 * 33**2)
     assert unet_flops(UNetConfig(), 64, 64, image_tokens=0).total() == pytest.approx(803.273e9 - saved, rel=1e-6)
     assert unet_flops(UNetConfig(), 64, 64).total() == pytest.approx(803.62e9 - saved, rel=1e-4)
@@ -126,7 +126,7 @@ def tiny_size(tmp_path_factory) -> Path:
 
 
 @pytest.mark.torch
-def test_a_photograph_gives_the_picture_of_diffusers(tiny_size):
+def test_a_photograph_gives_the_image_of_diffusers(tiny_size):
     """The noise in the last digits is 2e-5 of the latents; a scale of 0.7001 in place of 0.7 is 3e-4 away."""
     result = compare(tiny_size, photograph(), height=128, width=96)
     assert result.good
@@ -135,7 +135,7 @@ def test_a_photograph_gives_the_picture_of_diffusers(tiny_size):
 
 @pytest.mark.slow
 @pytest.mark.torch
-def test_a_photograph_gives_the_picture_of_diffusers_at_full_size(full_size, tmp_path):
+def test_a_photograph_gives_the_image_of_diffusers_at_full_size(full_size, tmp_path):
     """In a process of its own with one device: the four virtual ones of the tests would hold the weights four times."""
     out = tmp_path / "compare.png"
     command = [

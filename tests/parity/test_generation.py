@@ -1,4 +1,4 @@
-"""Whole generations against PyTorch diffusers on the same tiny random weights, latents, pictures and noise."""
+"""Whole generations against PyTorch diffusers on the same tiny random weights, latents, images and noise."""
 
 import contextlib
 import dataclasses
@@ -42,8 +42,8 @@ CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """Compiles in three quarters of the time of four, which would make the same picture each; test_pipeline.py holds
-    that a picture does not depend on their number."""
+    """Compiles in three quarters of the time of four, which would make the same image each; test_pipeline.py holds
+    that an image does not depend on their number."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ipadapter_jax.pipelines.sampling, "device_mesh", lambda: mesh)
@@ -55,9 +55,9 @@ def base(one_device) -> StableDiffusion:
     return StableDiffusion.from_pretrained(TORCH_MODEL)
 
 
-def picture(name):
+def image(name):
     if isinstance(name, list):
-        return [picture(inner) for inner in name]
+        return [image(inner) for inner in name]
     return ORACLES / "assets" / f"{name.removeprefix('assets/').removesuffix('.png')}.png"
 
 
@@ -70,15 +70,15 @@ def adapter(place: Path, first: Path, folder: Path) -> Path:
 
 
 def generate(base: StableDiffusion, case: Case, folder: Path):
-    """Runs a recorded call and returns (timesteps, latents after every step, final latents, raw picture)."""
+    """Runs a recorded call and returns (timesteps, latents after every step, final latents, raw image)."""
     meta, kwargs, pipe = case.meta, dict(case.meta["call"]["kwargs"]), base
     files = [ADAPTERS / file.rsplit("/", 1)[-1] for file in meta.get("ip_adapter") or []]
     for i, file in enumerate(files):
         file = file if i == 0 else adapter(file, files[0], folder)
         pipe = pipe.with_ip_adapter(file, image_encoder=IMAGE_ENCODER)
-    images = {name: picture(value) for name, value in meta.get("images", {}).items()}
+    images = {name: image(value) for name, value in meta.get("images", {}).items()}
     if "strength" in kwargs and "image" not in images:
-        images["image"] = picture("init")
+        images["image"] = image("init")
     if pipe.adapters:
         kwargs["ip_adapter_scale"] = meta["ip_adapter_scale"]
     if "ip_adapter_image_embeds" in case.inputs:
@@ -141,7 +141,7 @@ def test_generation_equals_the_authors_code(base, variant):
         ADAPTERS / case.meta["ip_adapter"][0].rsplit("/", 1)[-1], image_encoder=IMAGE_ENCODER
     )
     final = pipe(
-        ip_adapter_image=picture(case.meta["images"]["pil_image"]),
+        ip_adapter_image=image(case.meta["images"]["pil_image"]),
         ip_adapter_scale=kwargs.pop("scale"),
         num_images_per_prompt=kwargs.pop("num_samples"),
         **kwargs,

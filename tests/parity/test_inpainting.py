@@ -1,4 +1,4 @@
-"""Painting over pictures: what is kept to the byte, and the same runs in diffusers on the same random weights."""
+"""Painting over images: what is kept to the byte, and the same runs in diffusers on the same random weights."""
 
 import dataclasses
 import json
@@ -77,34 +77,34 @@ def test_grey_parts_of_a_mask_mix(pipe, original):
     np.testing.assert_allclose(exact, share * found + (1 - share) * original / 255, atol=1e-6)
 
 
-def test_latents_outside_of_the_mask_are_those_of_the_picture(pipe, original):
-    """The posterior of the picture, without the noise of any step."""
+def test_latents_outside_of_the_mask_are_those_of_the_image(pipe, original):
+    """The posterior of the image, without the noise of any step."""
     noise = np.random.default_rng(0).standard_normal((1, 8, 8, 4), np.float32)
     with given_noise(posterior=noise):
         found = pipe("a cat", image=original, mask_image=half_mask(), **SMALL | {"output_type": "latent"})
     pixels = np.asarray(original, np.float32)[None] / 127.5 - 1
-    clean = ipadapter_jax.pipelines.sampling.encode_picture(pipe.vae, pipe.params["vae"], pixels, noise)
+    clean = ipadapter_jax.pipelines.sampling.encode_image(pipe.vae, pipe.params["vae"], pixels, noise)
     np.testing.assert_allclose(found[:, :, :4], clean[:, :, :4], atol=1e-5)
     assert np.abs(found - clean)[:, :, 4:].min(axis=-1).max() > 0.01
 
 
 @pytest.mark.parametrize(("size", "expected"), [((70, 65), (64, 64)), ((64, 64), (64, 64)), ((135, 64), (128, 64))])
-def test_the_size_of_a_picture_is_rounded_down(size, expected):
-    picture = Image.open(CAT).convert("RGB").resize(size)
-    canvas = Canvas.load(picture, None, None, None, 8)
-    assert canvas.picture.shape == (*expected[::-1], 3) and canvas.mask is None
-    resized = picture if size == expected else picture.resize(expected, Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(canvas.picture, resized)
+def test_the_size_of_a_image_is_rounded_down(size, expected):
+    image = Image.open(CAT).convert("RGB").resize(size)
+    canvas = Canvas.load(image, None, None, None, 8)
+    assert canvas.image.shape == (*expected[::-1], 3) and canvas.mask is None
+    resized = image if size == expected else image.resize(expected, Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(canvas.image, resized)
     np.testing.assert_allclose(canvas.pixels, np.asarray(resized, np.float32)[None] / 127.5 - 1)
 
 
-def test_a_picture_is_brought_to_height_and_width(pipe, original):
+def test_a_image_is_brought_to_height_and_width(pipe, original):
     odd = Image.fromarray(original).resize((70, 67))
     own = pipe("a cat", image=odd, **{k: v for k, v in SMALL.items() if k not in ("height", "width")})
     assert own.shape == (1, 64, 64, 3)
     np.testing.assert_array_equal(pipe("a cat", image=odd, **SMALL), own)
     mask = np.zeros((67, 70))
-    assert Canvas.load(odd, mask, 64, 64, 8).mask.shape == (64, 64)  # held against the picture, not the size
+    assert Canvas.load(odd, mask, 64, 64, 8).mask.shape == (64, 64)  # held against the image, not the size
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_picture_is_brought_to_height_and_width(pipe, original):
         ({"strength": [0.5]}, "strength="),
         ({"image": "nowhere.png"}, "nowhere.png"),
         ({"mask_image": "nowhere.png"}, "nowhere.png"),
-        ({"mask_image": np.zeros((64, 128))}, "the mask_image is 128 x 64 pixels, the picture 64 x 64"),
+        ({"mask_image": np.zeros((64, 128))}, "the mask_image is 128 x 64 pixels, the image 64 x 64"),
         ({"image": None}, "give both|give image"),
         ({"mask_image": np.zeros((64, 64))}, "the mask_image has nothing inside .* nothing would be painted"),
         ({"mask_image": np.eye(64) * 0.4}, "the mask_image has nothing inside"),
@@ -141,8 +141,8 @@ def test_what_cannot_be_painted_is_refused_by_name(pipe, original, wrong, messag
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_paints_over_a_picture(pipe, original, sampler):
-    """The same again for the same seed; another seed is another picture."""
+def test_every_sampler_paints_over_a_image(pipe, original, sampler):
+    """The same again for the same seed; another seed is another image."""
 
     def run(seed=0):
         return pipe("a cat", image=original, **SMALL, scheduler=sampler, seed=seed)[0]
@@ -163,7 +163,7 @@ def test_less_strength_is_fewer_steps_from_less_noise(pipe, sampler):
     assert all(made == timesteps[0][: len(made)] for made in timesteps)
 
 
-def test_no_change_of_picture_mask_or_seed_compiles_again(pipe, original):
+def test_no_change_of_image_mask_or_seed_compiles_again(pipe, original):
     for mask in ({}, {"mask_image": half_mask()}):
         pipe("a cat", image=original, **mask, **SMALL)
         for change in (
@@ -251,8 +251,8 @@ PEERS = {
 def test_image_to_image_equals_diffusers(peers, sampler, original):
     """PNDM does not: there diffusers begins with the outputs of steps that were not made."""
     _, pipe, root = peers
-    picture = Image.fromarray(original)
-    expected, peer, drawn = theirs(root, "Img2Img", PEERS[sampler], image=picture, strength=0.6, **CALL)
+    image = Image.fromarray(original)
+    expected, peer, drawn = theirs(root, "Img2Img", PEERS[sampler], image=image, strength=0.6, **CALL)
     given = {"image": original, "strength": 0.6, "scheduler": sampler, **CALL}
     found = ours(pipe, peer, drawn, ["posterior", "initial"], **given)
     check(found, expected)
@@ -279,8 +279,8 @@ def test_inpainting_equals_diffusers(peers, sampler, strength, original):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("peers", [9], indirect=True)
-def test_an_inpainting_model_needs_picture_and_mask(peers, original):
+def test_an_inpainting_model_needs_image_and_mask(peers, original):
     _, pipe, _ = peers
     for given in ({}, {"image": original}):
-        with pytest.raises(InputError, match="inpainting model .* needs a picture and a mask: .*mask_image"):
+        with pytest.raises(InputError, match="inpainting model .* needs an image and a mask: .*mask_image"):
             pipe("a cat", **given)

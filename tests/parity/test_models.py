@@ -77,8 +77,8 @@ def test_text_encoder():
 
 def test_image_encoder():
     case = load_case("vision_encoder")
-    pictures = [load_image(ORACLES / "assets" / name) for name in ("img_a.png", "img_b.png")]
-    output = apply(component("image_encoder"), clip_pixel_values(pictures))
+    images = [load_image(ORACLES / "assets" / name) for name in ("img_a.png", "img_b.png")]
+    output = apply(component("image_encoder"), clip_pixel_values(images))
     zeros = apply(component("image_encoder"), jnp.zeros((1, 224, 224, 3)))
     case.check(
         image_embeds=output.image_embeds,
@@ -212,25 +212,25 @@ def entries_of(case, masks):
         features = case.inputs[f"image_features_{number}"][:, None]  # (B, G, n, ...): rows as prompts of one branch
         params = {"image_proj": projection.params, "ip_adapter": keys.params}
         count = features.shape[2]
-        for pictures in [slice(i, i + 1) for i in range(count)] if masks is not None else [slice(None)]:
-            chosen = features[:, :, pictures]
+        for images in [slice(i, i + 1) for i in range(count)] if masks is not None else [slice(None)]:
+            chosen = features[:, :, images]
             weight = np.ones((1, chosen.shape[2]), np.float32)
             rows = sampling.image_keys_values(projection.module, keys.module, params, chosen, weight)
             image_kv.append([(k[:, 0], v[:, 0]) for k, v in rows])
-            scales.append(lambda scale, n=number, i=pictures.start: nested(scale, n, i))
+            scales.append(lambda scale, n=number, i=images.start: nested(scale, n, i))
             of_entries.append(None if masks is None else masks[len(of_entries)])
     return image_kv, scales, of_entries
 
 
-def nested(scale, adapter: int, picture: int | None):
-    """One scale of a number for all, a list with one for each adapter, or a list of these with one for each picture."""
+def nested(scale, adapter: int, image: int | None):
+    """One scale of a number for all, a list with one for each adapter, or a list of these with one for each image."""
     scale = scale[adapter] if isinstance(scale, list) else scale
-    return scale[picture] if isinstance(scale, list) else scale
+    return scale[image] if isinstance(scale, list) else scale
 
 
 @pytest.mark.parametrize("name", slow("masks_two_adapters", "instantstyle", "masks", "two_adapters", "two_images"))
 def test_unet_with_controls(name):
-    """Dictionaries of scales, masks, several pictures, several adapters: as tables, through the product's functions."""
+    """Dictionaries of scales, masks, several images, several adapters: as tables, through the product's functions."""
     case = load_case(f"unet_ip_{name}")
     unet = component("unet")
     masks = case.inputs.get("ip_adapter_masks")

@@ -73,7 +73,7 @@ class Scenes:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """The file of a picture (H, W, 3) uint8."""
+    """The file of an image (H, W, 3) uint8."""
     with io.BytesIO() as file:
         Image.fromarray(pixels).save(file, "PNG")
         return file.getvalue()

@@ -55,11 +55,11 @@ def photograph(name: str) -> Image.Image:
 def crop(rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
     """A random square of a random photograph, (side, side, 3) uint8, and a caption."""
     name = NAMES[int(rng.integers(len(NAMES)))]
-    picture = _reduced(name, 2 * side)
-    width = rng.uniform(side, min(picture.size))
-    left, top = (rng.uniform(0, length - width) for length in picture.size)
+    image = _reduced(name, 2 * side)
+    width = rng.uniform(side, min(image.size))
+    left, top = (rng.uniform(0, length - width) for length in image.size)
     box = (left, top, left + width, top + width)
-    square = picture.resize((side, side), Image.Resampling.BILINEAR, box=box, reducing_gap=None)
+    square = image.resize((side, side), Image.Resampling.BILINEAR, box=box, reducing_gap=None)
     if rng.random() < 0.5:
         square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(square), str(rng.choice(_BEGINNINGS)) + CAPTIONS[name]
@@ -68,7 +68,7 @@ def crop(rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
 @functools.lru_cache(maxsize=64)
 def _reduced(name: str, side: int) -> Image.Image:
     """The photograph with `side` pixels along its shorter side."""
-    picture = photograph(name)
-    factor = side / min(picture.size)
-    size = (round(picture.width * factor), round(picture.height * factor))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    image = photograph(name)
+    factor = side / min(image.size)
+    size = (round(image.width * factor), round(image.height * factor))
+    return image.resize(size, Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Scenes to pixels: shapes as signed distances, so that edges are smooth at any size of the picture."""
+"""Scenes to pixels: shapes as signed distances, so that edges are smooth at any size of the image."""
 
 import functools
 
@@ -14,14 +14,14 @@ COARSE = 0.24  # textures of smaller objects are as wide as those of this radius
 
 
 def render(scene: Scene, side: int = SIDE) -> np.ndarray:
-    """The picture, (side, side, 3) uint8."""
-    picture = np.empty((side, side, 3))
-    picture[:] = scene.rgb
+    """The image, (side, side, 3) uint8."""
+    image = np.empty((side, side, 3))
+    image[:] = scene.rgb
     for thing in scene.things:
         cover, tone = _cover_and_tone(thing, side)
         paint = np.asarray(thing.rgb, float) * (1 - (1 - SHADE) * tone[..., None])
-        picture += cover[..., None] * (paint - picture)
-    return (picture + 0.5).astype(np.uint8)
+        image += cover[..., None] * (paint - image)
+    return (image + 0.5).astype(np.uint8)
 
 
 def mask(scene: Scene, side: int = SIDE) -> np.ndarray:

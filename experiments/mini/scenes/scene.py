@@ -37,7 +37,7 @@ Split = Literal["train", "held_out"]
 Kind = tuple[str, str, str]  # shape, colour, texture
 
 _JITTER = 8  # a colour's channels differ from its name's by at most this
-_RADII = {"small": (0.19, 0.23), "large": (0.30, 0.36)}  # of the side of the picture
+_RADII = {"small": (0.19, 0.23), "large": (0.30, 0.36)}  # of the side of the image
 _SEVERAL = {2: (0.17, 0.20), 3: (0.145, 0.165)}
 _TWO = ((("left", "right"), ((0.27, 0.5), (0.73, 0.5))), (("top", "bottom"), ((0.5, 0.27), (0.5, 0.73))))
 _THREE = (("left", "right", "bottom"), ((0.25, 0.29), (0.75, 0.29), (0.5, 0.72)))
@@ -45,7 +45,7 @@ _THREE = (("left", "right", "bottom"), ((0.25, 0.29), (0.75, 0.29), (0.5, 0.72))
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One object. Lengths are shares of the picture's side, from its top left corner."""
+    """One object. Lengths are shares of the image's side, from its top left corner."""
 
     shape: str
     colour: str

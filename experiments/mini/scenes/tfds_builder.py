@@ -3,7 +3,7 @@
     import experiments.mini.scenes.tfds_builder
     tfds.data_source("scenes/64px")        or 128px; experiments/mini/render_scenes.py writes other numbers of examples
 
-Record i of a split is example i of the scenes. Beside picture and caption it holds all that is drawn; a photograph has
+Record i of a split is example i of the scenes. Beside image and caption it holds all that is drawn; a photograph has
 no `things` and the background -1.
 """
 
@@ -38,7 +38,7 @@ class ScenesConfig(tfds.core.BuilderConfig):
 
 
 class Scenes(tfds.core.GeneratorBasedBuilder):
-    """Small pictures of one to three objects, with captions and all that is drawn; photographs among them."""
+    """Small images of one to three objects, with captions and all that is drawn; photographs among them."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar[list[ScenesConfig]] = [ScenesConfig(name="64px"), ScenesConfig(name="128px", side=128)]

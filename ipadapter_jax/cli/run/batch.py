@@ -1,4 +1,4 @@
-"""`ipadapter-jax batch`, done: thousands of pictures from a folder or a list."""
+"""`ipadapter-jax batch`, done: thousands of images from a folder or a list."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from ipadapter_jax.batch.plan import plan
 from ipadapter_jax.batch.rows import Row, read_rows
 from ipadapter_jax.cli.batch import Batch
 from ipadapter_jax.cli.options import OF_IMAGE_PROMPTS, refuse
-from ipadapter_jax.cli.run.image_batches import make_pictures, settings
+from ipadapter_jax.cli.run.image_batches import make_images, settings
 from ipadapter_jax.cli.run.sampling import load
 from ipadapter_jax.data.unused_files import summary, write_report
 from ipadapter_jax.errors import InputError
@@ -34,7 +34,7 @@ def batch(args: Batch) -> int:
     print(f"{args.source}: {summary(len(rows), left_out)}", file=sys.stderr)
     works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)
     prepare = functools.partial(_load, pipe, args.fit)
-    tally = make_pictures(pipe, args, works, args.out, settings(args, pipe), prepare, bad)
+    tally = make_images(pipe, args, works, args.out, settings(args, pipe), prepare, bad)
     if args.process == 0:
         write_report(args.out, left_out)
     if tally.bad:
@@ -72,5 +72,5 @@ def check_effects(args: Batch, rows: Sequence[Row]) -> None:
 
 
 def _load(pipe: StableDiffusion, fit: str, row: Row) -> Prepared | None:
-    """What the image encoder sees of a row's pictures."""
+    """What the image encoder sees of a row's images."""
     return pipe.adapters[0].prepare([str(path) for path in row.images], fit) if row.images else None

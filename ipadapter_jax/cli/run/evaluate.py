@@ -14,14 +14,14 @@ from ipadapter_jax.batch.plan import plan
 from ipadapter_jax.batch.reference_digests import Digests, ImageDigest
 from ipadapter_jax.batch.rows import Row
 from ipadapter_jax.cli.evaluate import Evaluate
-from ipadapter_jax.cli.run.image_batches import make_pictures, settings
+from ipadapter_jax.cli.run.image_batches import make_images, settings
 from ipadapter_jax.cli.run.sampling import load, versions
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate import embeddings
 from ipadapter_jax.evaluate.clip_scorer import OpenedScorer, open_scorer
 from ipadapter_jax.evaluate.embeddings import Chunk
 from ipadapter_jax.evaluate.frechet import Distance, distance_of_files
-from ipadapter_jax.evaluate.image_sets import find_pictures, settings_beside
+from ipadapter_jax.evaluate.image_sets import find_images, settings_beside
 from ipadapter_jax.evaluate.prompts import Reference, References, open_references
 from ipadapter_jax.evaluate.protocol import protocol_deviations
 from ipadapter_jax.evaluate.report import page
@@ -35,7 +35,7 @@ from ipadapter_jax.storage.text_files import utf8
 
 
 def evaluate(args: Evaluate) -> int:
-    """Makes the pictures that are missing, scores them, and writes the report when all processes are through.
+    """Makes the images that are missing, scores them, and writes the report when all processes are through.
     Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
     account: list[str] = []  # is said once all is known to be usable: an error is to stand alone
     references = open_references(
@@ -49,26 +49,26 @@ def evaluate(args: Evaluate) -> int:
     clip = open_scorer(args.clip)
     fid = {} if args.fid_features is None else {"fid": distance_of_files(*args.fid_features)}
     if args.images_from is not None:
-        pictures = find_pictures(args.images_from, references.found)
+        images = find_images(args.images_from, references.found)
         print(*account, file=sys.stderr)
     else:
-        pictures, code = _paint(args, references, account)
+        images, code = _paint(args, references, account)
         if code:
             return code
     with held_shard(args.out, args.shard):
-        return _score(args, references, pictures, clip, fid)
+        return _score(args, references, images, clip, fid)
 
 
 def _score(
     args: Evaluate,
     references: References,
-    pictures: Sequence[Sequence[Path]],
+    images: Sequence[Sequence[Path]],
     clip: OpenedScorer,
     fid: dict[str, Distance],
 ) -> int:
-    """Embeds this process's share of the pictures; the process that ends last writes the report. Returns the exit
+    """Embeds this process's share of the images; the process that ends last writes the report. Returns the exit
     code."""
-    chunks = embeddings.chunks(args.out / "scores", references.found, pictures, args.caption_prefix)
+    chunks = embeddings.chunks(args.out / "scores", references.found, images, args.caption_prefix)
     if _embed(args, chunks, clip):
         print("stopped while scoring; the same command goes on", file=sys.stderr)
         return EXIT_PREEMPTED
@@ -84,7 +84,7 @@ def _score(
 
 
 def _paint(args: Evaluate, references: References, account: Sequence[str]) -> tuple[list[list[Path]], int]:
-    """The places of all pictures, those of other processes too, and an exit code, 0 when this process has made its
+    """The places of all images, those of other processes too, and an exit code, 0 when this process has made its
     own. Raises InputError for image prompts that cannot be read: a mean over the others would be another number."""
     folder = args.out / "images"
     rows = [_row(args, reference) for reference in references.found]
@@ -95,14 +95,14 @@ def _paint(args: Evaluate, references: References, account: Sequence[str]) -> tu
     print(*account, file=sys.stderr)
 
     def prepare(row: Row) -> Prepared:
-        return pipe.adapters[0].prepare([references.found[row.index].picture()], args.fit)
+        return pipe.adapters[0].prepare([references.found[row.index].image()], args.fit)
 
     def identify(row: Row, before: Digests) -> Digests:
         return (ImageDigest(references.found[row.index].digest()),)
 
     data = {name: value for name, value in references.identity.items() if name != "prompts"}  # --limit may grow
     facts = settings(args, pipe) | {"with_caption": args.with_caption, "data": data}
-    tally = make_pictures(pipe, args, mine, folder, facts, prepare, identify=identify)
+    tally = make_images(pipe, args, mine, folder, facts, prepare, identify=identify)
     if tally.bad:
         raise InputError(
             f"{len(tally.bad)} image prompts cannot be used, among them {tally.bad[0].reason}; bad_rows*.jsonl in "
@@ -110,7 +110,7 @@ def _paint(args: Evaluate, references: References, account: Sequence[str]) -> tu
         )
     places: list[list[Path]] = [[] for _ in references.found]
     for work in works:
-        places[work.row.index].append(folder / work.picture)
+        places[work.row.index].append(folder / work.image)
     return places, tally.code
 
 
@@ -149,7 +149,7 @@ def _write(args: Evaluate, references: References, clip: OpenedScorer, results: 
     made = settings_beside(args.out / "images" if args.images_from is None else args.images_from)
     apart = protocol_deviations(
         data=references.identity,
-        pictures=results.scores.clip_i.shape[1],
+        images=results.scores.clip_i.shape[1],
         is_reference=clip.is_reference,
         prefix=args.caption_prefix,
         made=made,

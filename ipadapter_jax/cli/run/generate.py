@@ -1,4 +1,4 @@
-"""`ipadapter-jax generate`, done: pictures from a picture and a prompt."""
+"""`ipadapter-jax generate`, done: images from an image and a prompt."""
 
 import concurrent.futures
 import dataclasses
@@ -81,7 +81,7 @@ def _needs_encoder(pipe: StableDiffusion, args: Generate) -> bool:
 def _sample(
     pipe: StableDiffusion, args: Generate, given: Given
 ) -> tuple[list[Image.Image], AttentionMaps | None, dict[str, dict[str, str]]]:
-    """The pictures, one step per call so that the bar moves with the work, and the digests of the weights, made
+    """The images, one step per call so that the bar moves with the work, and the digests of the weights, made
     meanwhile. There is no bar where nobody watches."""
     sums: concurrent.futures.Future = concurrent.futures.Future()
     strength = strength_of(args.strength, args.init_image, args.mask_image)
@@ -148,18 +148,18 @@ def _save_embeds(path: Path, pipe: StableDiffusion, args: Generate, given: Given
 _MOST_TOKENS = 16  # of a figure
 
 
-def _heat_figure(picture: Image.Image, maps: AttentionMaps) -> Image.Image:
-    """For every entry the picture and the heat of its tokens, those that differ most over the picture first."""
+def _heat_figure(image: Image.Image, maps: AttentionMaps) -> Image.Image:
+    """For every entry the image and the heat of its tokens, those that differ most over the image first."""
     rows = {}
     for entry in range(len(maps.maps)):
-        heat = maps.heat((picture.height, picture.width), entry=entry)
+        heat = maps.heat((image.height, image.width), entry=entry)
         chosen = sorted(np.argsort(-heat.std(axis=(1, 2)))[:_MOST_TOKENS].tolist())
-        cells = [(f"token {token}", overlay_heatmap(picture, heat[token])) for token in chosen]
+        cells = [(f"token {token}", overlay_heatmap(image, heat[token])) for token in chosen]
         rows[f"image prompt {entry + 1}: attention to its tokens, the mean of all steps and layers"] = [
-            ("picture", picture),
+            ("image", image),
             *cells,
         ]
-    return sheet(rows, side=max(192, picture.width))
+    return sheet(rows, side=max(192, image.width))
 
 
 def _metadata(args: Generate, pipe: StableDiffusion, sums: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -170,10 +170,10 @@ def _metadata(args: Generate, pipe: StableDiffusion, sums: dict[str, dict[str, s
     return {**settings, "image": list(args.image), "sha256": sums, "versions": versions()}
 
 
-def _write(pictures: Sequence[Image.Image], args: Generate, metadata: dict[str, Any]) -> None:
-    contents = [png(picture, metadata | {"seed": args.seed + i}) for i, picture in enumerate(pictures)]
-    if len(pictures) > 1:
-        contents.append(png(image_grid(pictures), metadata | {"num_images": len(pictures)}))
+def _write(images: Sequence[Image.Image], args: Generate, metadata: dict[str, Any]) -> None:
+    contents = [png(image, metadata | {"seed": args.seed + i}) for i, image in enumerate(images)]
+    if len(images) > 1:
+        contents.append(png(image_grid(images), metadata | {"num_images": len(images)}))
     for path, content in zip(targets(args), contents, strict=True):
         write_whole(path, content)
     print(args.out)

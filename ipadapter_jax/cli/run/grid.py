@@ -21,17 +21,17 @@ def figure(
     pipe: StableDiffusion,
     args: Generate,
     what: Literal["scales", "presets"],
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     negative: Image.Image | None,
 ) -> Image.Image:
-    """Seeds by scales, or references by presets (those that the UNet's layers allow). One picture a call, so
+    """Seeds by scales, or references by presets (those that the UNet's layers allow). One image a call, so
     that the first compiles and all others run."""
     presets = [name for name in PRESETS if _possible(pipe, name)]
-    count = args.num_images * len(SCALES) if what == "scales" else len(pictures) * len(presets)
-    with tqdm.tqdm(total=count, desc="compiling, then sampling", unit="picture", disable=None) as bar:
+    count = args.num_images * len(SCALES) if what == "scales" else len(images) * len(presets)
+    with tqdm.tqdm(total=count, desc="compiling, then sampling", unit="image", disable=None) as bar:
 
         def paint(references: Sequence[Image.Image], scale: Scale, seed: int) -> Image.Image:
-            [picture] = pipe(
+            [image] = pipe(
                 args.prompt,
                 negative_prompt=args.negative_prompt,
                 ip_adapter_image=list(references),
@@ -40,15 +40,15 @@ def figure(
                 **args.arguments(negative),
             )
             bar.update()
-            return picture
+            return image
 
         rows: dict[str, Labelled] = {}
         if what == "scales":
             for seed in range(args.seed, args.seed + args.num_images):
-                cells = [(f"scale {value:g}", paint(pictures, args.scale_of(value), seed)) for value in SCALES]
+                cells = [(f"scale {value:g}", paint(images, args.scale_of(value), seed)) for value in SCALES]
                 rows[f"seed {seed}"] = cells
         else:
-            for number, reference in enumerate(pictures):
+            for number, reference in enumerate(images):
                 cells = [(name, paint([reference], args.scale_of(layers=name), args.seed)) for name in presets]
                 title = f"{args.image[number]}, scale {args.scale:g}, seed {args.seed}"
                 rows[title] = [("reference", Image.fromarray(clip_pixels(reference))), *cells]

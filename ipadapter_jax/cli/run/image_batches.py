@@ -1,4 +1,4 @@
-"""How all commands that make thousands of pictures make them: as a job."""
+"""How all commands that make thousands of images make them: as a job."""
 
 import dataclasses
 import functools
@@ -28,8 +28,8 @@ from ipadapter_jax.storage.atomic_files import sha256
 
 
 def settings(args: BatchOptions, pipe: StableDiffusion) -> dict[str, Any]:
-    """All that the pictures depend on beside the rows, as JSON has it."""
-    apart = ("batch_size", "process", "processes")  # a picture is the same in any batch
+    """All that the images depend on beside the rows, as JSON has it."""
+    apart = ("batch_size", "process", "processes")  # an image is the same in any batch
     names = [field.name for field in dataclasses.fields(BatchOptions) if field.name not in apart]
     settings = {name: getattr(args, name) for name in names}
     settings["guidance_scale"] = pipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
@@ -40,7 +40,7 @@ def settings(args: BatchOptions, pipe: StableDiffusion) -> dict[str, Any]:
     return json.loads(json.dumps(settings | facts))
 
 
-def make_pictures(
+def make_images(
     pipe: StableDiffusion,
     args: BatchOptions,
     works: Sequence[ImageTask],
@@ -52,11 +52,11 @@ def make_pictures(
 ) -> BatchProgress:
     """The works of this process as a job into `out`, with a bar where somebody watches.
 
-    settings: those of `settings`, with all else that the pictures depend on beside the rows. load: what the image
-    encoder sees of a row's pictures. identify: what those hold. Raises InputError as `run_job`.
+    settings: those of `settings`, with all else that the images depend on beside the rows. load: what the image
+    encoder sees of a row's images. identify: what those hold. Raises InputError as `run_job`.
     """
     _warn_of_syntax(args, works)
-    bar = tqdm.tqdm(total=len(works), desc="pictures", unit="picture", disable=None)
+    bar = tqdm.tqdm(total=len(works), desc="images", unit="image", disable=None)
     with bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptSyntaxWarning)  # said once, for all rows
 
@@ -71,7 +71,7 @@ def make_pictures(
             batch_size=args.batch_size,
             load=load,
             make=functools.partial(_make, pipe, args),
-            encode=lambda work, picture: png(picture, _metadata(settings, work)),
+            encode=lambda work, image: png(image, _metadata(settings, work)),
             bad=bad,
             shard=args.shard,
             kind=lambda work, content: 0 if content is None else len(content.pixels),
@@ -105,7 +105,7 @@ def _warn_of_syntax(args: BatchOptions, works: Sequence[ImageTask]) -> None:
 def _make(
     pipe: StableDiffusion, args: BatchOptions, given: list[tuple[ImageTask, Prepared | None]]
 ) -> Sequence[Image.Image]:
-    """The pictures of a batch; a short one is filled up with its last, so that all are one program."""
+    """The images of a batch; a short one is filled up with its last, so that all are one program."""
     filled = given + given[-1:] * (args.batch_size - len(given))
     works, prompts = zip(*filled, strict=True)
     arguments = args.arguments(args.negative_image)
@@ -125,7 +125,7 @@ def _make(
 
 
 def _metadata(settings: Mapping[str, Any], work: ImageTask) -> dict[str, Any]:
-    """What stands in a picture's file."""
+    """What stands in an image's file."""
     row = work.row
     own = {"prompt": row.prompt, "image": [str(path) for path in row.images], "seed": work.seed, "scale": work.scale}
     own["negative_prompt"] = row.negative_prompt or settings["negative_prompt"]

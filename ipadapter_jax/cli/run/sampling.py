@@ -1,4 +1,4 @@
-"""What all commands that sample have in common: opening the models, and what a picture's file says of them."""
+"""What all commands that sample have in common: opening the models, and what an image's file says of them."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ def load(
     inpainting: bool = False,
 ) -> StableDiffusion:
     """Opens all that is needed, so that what does not fit is said at once, then reads it. `images`: how many are made
-    at once; `size`: height and width of a picture to paint over."""
+    at once; `size`: height and width of an image to paint over."""
     base = open_base(
         args.base,
         variant=args.variant,
@@ -106,14 +106,14 @@ def configurations(pipe: StableDiffusion) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what a picture looks like."""
+    """Of the packages that decide what an image looks like."""
     return {name: importlib.metadata.version(name) for name in ("ipadapter-jax", "jax", "jaxlib", "flax")}
 
 
-def png(picture: Image.Image, metadata: dict[str, Any]) -> bytes:
-    """The picture as PNG, with the metadata in its text chunk "ipadapter_jax"."""
+def png(image: Image.Image, metadata: dict[str, Any]) -> bytes:
+    """The image as PNG, with the metadata in its text chunk "ipadapter_jax"."""
     text = PngImagePlugin.PngInfo()
     text.add_itxt("ipadapter_jax", json.dumps(metadata))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=text)
+    image.save(buffer, "PNG", pnginfo=text)
     return buffer.getvalue()

@@ -1,18 +1,18 @@
-"""Which columns of a table are the picture, its caption and the image prompt."""
+"""Which columns of a table are the image, its caption and the image prompt."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from ipadapter_jax.errors import InputError, argument
 
-PICTURE, TEXT = "pictures as bytes", "text"
+IMAGE, TEXT = "images as bytes", "text"
 
 # Role -> what its column holds, and its usual names by preference. `conditioning_image` is left out on purpose: in
 # published sets it holds edges or poses, not an image prompt.
 ROLES = {
-    "image": (PICTURE, ("image", "jpg", "jpeg", "png", "webp")),
+    "image": (IMAGE, ("image", "jpg", "jpeg", "png", "webp")),
     "text": (TEXT, ("text", "caption", "txt", "prompt")),
-    "cond_image": (PICTURE, ("cond_image",)),
+    "cond_image": (IMAGE, ("cond_image",)),
 }
 
 
@@ -27,7 +27,7 @@ class Columns(NamedTuple):
 def choose(given: Columns, kinds: Mapping[str, str], where: str) -> Columns:
     """The given columns, and those with usual names for what was not given; only cond_image may stay None.
 
-    kinds: PICTURE, TEXT, or another type in words of every column there is.
+    kinds: IMAGE, TEXT, or another type in words of every column there is.
     Raises InputError that lists them when a column is missing or of another kind.
     """
     chosen = {}

@@ -1,4 +1,4 @@
-"""The authors' list of pictures and captions, `[{"image_file": "1.png", "text": "A dog"}, ...]` (tutorial_train.py)."""
+"""The authors' list of images and captions, `[{"image_file": "1.png", "text": "A dog"}, ...]` (tutorial_train.py)."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ EXAMPLE = '[{"image_file": "1.png", "text": "A dog"}, ...]'
 class JsonListSource:
     """Records in the order of the list; `cond_image_file` is optional. One object per line, without brackets, is fine.
 
-    image_root: what the names of pictures are relative to; the folder of the list by default.
+    image_root: what the names of images are relative to; the folder of the list by default.
     Raises InputError naming the entry when the list is not of this form.
     """
 
@@ -77,7 +77,7 @@ def _parsed(text: str, place: str) -> Any:
 
 
 def _checked(entry: Any, number: int, path: Path) -> tuple[str, str, str]:
-    """Picture, caption and image prompt of one entry, "" for what is absent."""
+    """Image, caption and image prompt of one entry, "" for what is absent."""
     if not isinstance(entry, dict) or not entry.get("image_file"):
         found = f"has the keys {', '.join(map(repr, entry))}" if isinstance(entry, dict) else f"is {str(entry)[:40]!r}"
         listed = isinstance(entry, dict) and "file_name" in entry

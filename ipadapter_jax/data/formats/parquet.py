@@ -1,6 +1,6 @@
-"""Parquet with the bytes of pictures in a column, as Hugging Face's datasets and img2dataset write it.
+"""Parquet with the bytes of images in a column, as Hugging Face's datasets and img2dataset write it.
 
-Parquet is read by row groups: a record that is drawn at random costs its whole group. Of pictures of 60 kB in groups of
+Parquet is read by row groups: a record that is drawn at random costs its whole group. Of images of 60 kB in groups of
 10, 100 and 1000 rows, 3400, 530 and 29 records a second were read in that way on one core. 100 rows are what Hugging
 Face writes; larger groups are better rewritten: `pyarrow.parquet.write_table(table, file, row_group_size=100)`.
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ipadapter_jax.data.file_listing import Files
-from ipadapter_jax.data.formats.column_names import PICTURE, TEXT, Columns, choose
+from ipadapter_jax.data.formats.column_names import IMAGE, TEXT, Columns, choose
 from ipadapter_jax.data.formats.parquet_pages import Damaged, unpacked_bytes
 from ipadapter_jax.data.packed_strings import printable
 from ipadapter_jax.data.types import Record
@@ -33,7 +33,7 @@ KEPT_GROUPS = 4  # so that reading in order, by a few threads, reads each group 
 
 
 class ParquetSource:
-    """Rows in the order of their files' names. A picture is binary, or a struct with a binary field `bytes`.
+    """Rows in the order of their files' names. An image is binary, or a struct with a binary field `bytes`.
 
     columns: their names, where they are not the usual ones.
     Raises InputError: damaged, not Parquet, or no such column, listing those that there are.
@@ -73,7 +73,7 @@ class ParquetSource:
         except (OSError, ValueError, IndexError, pa.ArrowException) as error:  # ValueError: a text that is not UTF-8
             raise InputError(f"{key}: the file is damaged ({_short(error)}); download it again") from None
         if image is None:
-            raise InputError(f"{key}: no bytes under {self._columns.image!r}; store pictures in the file, not paths")
+            raise InputError(f"{key}: no bytes under {self._columns.image!r}; store images in the file, not paths")
         return Record(key, image, text or "", cond_image)
 
     def key(self, index: int) -> str:
@@ -115,16 +115,16 @@ def _short(error: Exception) -> str:
 
 def _kinds(schema: pa.Schema) -> dict[str, str]:
     def kind(of: pa.DataType) -> str:
-        return PICTURE if _is_picture(of) else TEXT if _is_text(of) else str(of)
+        return IMAGE if _is_image(of) else TEXT if _is_text(of) else str(of)
 
     return {field.name: kind(field.type) for field in schema}
 
 
-def _is_picture(kind: pa.DataType) -> bool:
+def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _is_picture(kind.field("bytes").type)
+        return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
     if pa.types.is_dictionary(kind):
-        return _is_picture(kind.value_type)
+        return _is_image(kind.value_type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
@@ -178,7 +178,7 @@ def _check_group(group: pq.RowGroupMetaData, read: list[str], where: str) -> Non
 
 def _warn_of_large_groups(groups: list[pq.RowGroupMetaData], where: str) -> None:
     if not sum(group.num_rows for group in groups):
-        raise InputError(f"{where}: no rows; give Parquet files with one row per picture")
+        raise InputError(f"{where}: no rows; give Parquet files with one row per image")
     if (size := max(group.total_byte_size for group in groups)) > LARGE_GROUP:
         warnings.warn(
             f"{where}: row groups of up to {size >> 20} MiB make reading at random slow; rewrite it with "

@@ -61,7 +61,7 @@ class TarSource:
                     f"a WebDataset key ends at the first dot, and {dotted} has another: write the shards again with no "
                     "dots in the keys"
                 )
-            raise InputError(f"{printable(files.path(0))}: no pictures in these tar files; {why}")
+            raise InputError(f"{printable(files.path(0))}: no images in these tar files; {why}")
 
     def __len__(self) -> int:
         return len(self._entries)

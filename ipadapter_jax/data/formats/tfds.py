@@ -5,7 +5,7 @@ from typing import Any
 
 from ipadapter_jax.data.file_listing import Files
 from ipadapter_jax.data.formats.array_record import ArrayRecords
-from ipadapter_jax.data.formats.column_names import PICTURE, TEXT, Columns, choose
+from ipadapter_jax.data.formats.column_names import IMAGE, TEXT, Columns, choose
 from ipadapter_jax.data.packed_strings import PackedStrings
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.data.unused_files import Unused
@@ -37,7 +37,7 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Record:
         key, payload = self.key(index), self._records.read(index)
         try:
-            fields = self._features.deserialize_example_np(payload, decoders=_encoded_pictures(self._features))
+            fields = self._features.deserialize_example_np(payload, decoders=_encoded_images(self._features))
             text = fields[self._columns.text].decode("utf-8")
             image, cond_image = fields[self._columns.image], fields.get(self._columns.cond_image)
         except Exception as error:  # the library raises many kinds
@@ -87,13 +87,13 @@ def _open(folder: Path) -> tuple[Any, list[Path]]:
 def _kinds(features: Any) -> dict[str, str]:
     import tensorflow_datasets as tfds
 
-    known = {tfds.features.Image: PICTURE, tfds.features.Text: TEXT}
+    known = {tfds.features.Image: IMAGE, tfds.features.Text: TEXT}
     return {name: known.get(type(feature), type(feature).__name__) for name, feature in features.items()}
 
 
-def _encoded_pictures(features: Any) -> dict[str, Any]:
-    """Decoders that leave pictures as they were stored."""
+def _encoded_images(features: Any) -> dict[str, Any]:
+    """Decoders that leave images as they were stored."""
     import tensorflow_datasets as tfds
 
-    pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
-    return {name: tfds.decode.SkipDecoding() for name in pictures}
+    images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    return {name: tfds.decode.SkipDecoding() for name in images}

@@ -54,7 +54,7 @@ def _by_kernel(x: Array, kernel: Array, by_output: Array) -> Array:
 
 
 def _correlate(x: Array, kernel_tile: Grid) -> Array:
-    """Band by band, since the tiles of a whole picture would need four times its memory, twice."""
+    """Band by band, since the tiles of a whole image would need four times its memory, twice."""
     batch, height, width, _ = x.shape
     bands = -(-batch * height * width // _BAND)
     rows = 2 * -(-height // (2 * bands))

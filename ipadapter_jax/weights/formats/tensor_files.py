@@ -106,7 +106,7 @@ _STRANGERS = {
     b"\x1f\x8b": "a gzip archive; unpack it first",
     b"7z\xbc\xaf": "a 7z archive; unpack it first",
     b"rar!": "a RAR archive; unpack it first",
-    **dict.fromkeys((b"\x89png", b"\xff\xd8\xff", b"riff", b"gif8"), "a picture, not weights"),
+    **dict.fromkeys((b"\x89png", b"\xff\xd8\xff", b"riff", b"gif8"), "an image, not weights"),
 }
 
 

@@ -21,7 +21,7 @@ WORDS["texture"] |= {"stripes": "striped", "dots": "dotted", "spots": "dotted", 
 WORDS["texture"] |= {"checks": "checkered", "checked": "checkered", "one colour": "plain"}
 BACKGROUND_WORDS = {name: name for name in BACKGROUNDS} | {"gray": "grey"}
 ENDING = re.compile(r" on an? (\w+) background$|, the background is (\w+)$")
-BEGINNING = re.compile(r"^((a picture|a drawing|an image) of )?((two|three) shapes: )?")
+BEGINNING = re.compile(r"^((an image|a drawing|an image) of )?((two|three) shapes: )?")
 
 
 def said(phrase: str) -> dict[str, set[str]]:

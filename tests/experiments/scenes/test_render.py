@@ -1,4 +1,4 @@
-"""Pictures show the colours and the areas of their scenes, at every size."""
+"""Images show the colours and the areas of their scenes, at every size."""
 
 import dataclasses
 import math
@@ -23,20 +23,20 @@ def alone(scene: Scene, thing: Thing) -> Scene:
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_pictures_and_masks_are_of_the_side_asked_for(side):
+def test_images_and_masks_are_of_the_side_asked_for(side):
     for scene in SCENES[:5]:
-        picture, cover = render(scene, side), mask(scene, side)
-        assert picture.shape == (side, side, 3) and picture.dtype == np.uint8
+        image, cover = render(scene, side), mask(scene, side)
+        assert image.shape == (side, side, 3) and image.dtype == np.uint8
         assert cover.shape == (side, side) and cover.min() == 0 and cover.max() == 1
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_colours_are_those_of_the_scene(side):
     for scene in SCENES:
-        picture, cover = render(scene, side), mask(scene, side)
-        assert (picture[cover == 0] == scene.rgb).all()
+        image, cover = render(scene, side), mask(scene, side)
+        assert (image[cover == 0] == scene.rgb).all()
         for thing in scene.things:
-            inside = picture[mask(alone(scene, thing), side) == 1].astype(int)
+            inside = image[mask(alone(scene, thing), side) == 1].astype(int)
             rgb, low = np.array(thing.rgb), 0.4 * np.array(thing.rgb)
             if thing.texture == "plain":
                 assert (inside == rgb).all()
@@ -48,7 +48,7 @@ def test_colours_are_those_of_the_scene(side):
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_mask_is_what_the_picture_shows(shape, side):
+def test_the_mask_is_what_the_image_shows(shape, side):
     scene = scene_of(shape)
     background, colour = np.array(scene.rgb, float), np.array(scene.things[0].rgb, float)
     shown = ((render(scene, side) - background) @ (colour - background)) / np.sum((colour - background) ** 2)
@@ -78,7 +78,7 @@ def test_textures_change_no_mask(texture):
     np.testing.assert_array_equal(mask(scene_of("heart", texture), 64), mask(scene_of("heart"), 64))
 
 
-def test_twice_the_side_is_the_same_picture():
+def test_twice_the_side_is_the_same_image():
     for scene in SCENES:
         fine, coarse = render(scene, 128), render(scene, 64)
         halved = fine.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))

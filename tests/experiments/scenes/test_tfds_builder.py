@@ -145,7 +145,7 @@ def test_without_the_library_that_writes(monkeypatch):
         importlib.import_module(module)
 
 
-def test_the_picture_in_the_documents_shows_the_first_examples():
+def test_the_image_in_the_documents_shows_the_first_examples():
     """Also that no scene has ever been drawn otherwise: what mini has learnt from."""
     shown, drawn = (np.asarray(image, int) for image in (Image.open(ASSETS / "scenes.png"), first_examples()))
     assert np.abs(shown - drawn).max() <= 1  # the last digit of a cosine may round a pixel otherwise

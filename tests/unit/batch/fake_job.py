@@ -1,7 +1,7 @@
-"""A job whose pictures are 2 x 2 pixels that say the seed; as a program, one that tests kill. Knows nothing of jax.
+"""A job whose images are 2 x 2 pixels that say the seed; as a program, one that tests kill. Knows nothing of jax.
 
 python fake_job.py OUT LOG SECONDS: makes 40 rows x 2 in batches of 4 that take SECONDS each, and writes the name of
-every picture that it makes to LOG.
+every image that it makes to LOG.
 """
 
 import io
@@ -28,8 +28,8 @@ BATCH = 4
 
 def rows(count: int) -> list[Row]:
     """Every third has an image prompt, which nobody reads."""
-    pictures = [(Path(f"pictures/{i}.png"),) if i % 3 == 0 else () for i in range(count)]
-    return [Row(i, i + 2, f"row{i}", f"a fox, number {i}", "", pictures[i], None, None) for i in range(count)]
+    images = [(Path(f"images/{i}.png"),) if i % 3 == 0 else () for i in range(count)]
+    return [Row(i, i + 2, f"row{i}", f"a fox, number {i}", "", images[i], None, None) for i in range(count)]
 
 
 def works(count: int = 10, num_images: int = 2, shard: tuple[int, int] = (0, 1)) -> list[ImageTask]:
@@ -59,7 +59,7 @@ def main(out: str, log: str, seconds: str) -> int:
         def make(batch: list[tuple[ImageTask, int]]) -> list[int]:
             for work, index in batch:
                 assert work.row.index == index
-                made.write(f"{work.picture}\n")
+                made.write(f"{work.image}\n")
             time.sleep(float(seconds))
             return [work.seed for work, _ in batch]
 

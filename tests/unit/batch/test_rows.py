@@ -13,11 +13,11 @@ from ipadapter_jax.errors import InputError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With pictures; rows only look whether they are there."""
+    """With images; rows only look whether they are there."""
     for name in ("fox.png", "owl.jpg", "deep/hen.webp"):
-        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "pictures" / name).write_bytes(b"")
-    return tmp_path / "pictures"
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(b"")
+    return tmp_path / "images"
 
 
 def read(folder: Path, content: str | bytes, name: str = "rows") -> Rows:
@@ -46,10 +46,10 @@ def test_csv(folder):
         f",,{folder}/owl.jpg,,,\r\n"
     )
     rows, bad, _ = read(folder, content)
-    pictures = (folder / "fox.png", folder / "deep/hen.webp")
+    images = (folder / "fox.png", folder / "deep/hen.webp")
     assert bad == []
     assert rows == [
-        Row(0, 2, "one", "a fox, red", "blurry", pictures, 7, 0.5),
+        Row(0, 2, "one", "a fox, red", "blurry", images, 7, 0.5),
         Row(1, 5, "000001", "two\nlines", "", (), 3, None),
         Row(2, 7, "000002", "", "", (folder / "owl.jpg",), None, None),
     ]
@@ -153,7 +153,7 @@ def test_prompts_in_utf_16_are_refused(folder, content):
     assert [row.prompt for row in rows] == ["fine"] and "holds NUL characters, as UTF-16 does" in bad[0].reason
 
 
-def test_bad_pictures_of_a_folder(folder):
+def test_bad_images_of_a_folder(folder):
     (folder / "owl.txt").write_bytes(b"F\xfc\xdfe")
     (folder / "what?.png").write_bytes(b"")
     rows, bad, _ = read_rows(folder)
@@ -223,7 +223,7 @@ BAD_CSV = [
     ("a,,,,,\nb", "1 values for 6 columns"),
     (",,blurry,1,1,x", "neither prompt nor image; give one of them or both"),
     ("a,gone.png,,,,", "image 'gone.png' does not exist; paths are relative to "),
-    ("a,deep,,,,", "image 'deep' is a folder, not a picture"),
+    ("a,deep,,,,", "image 'deep' is a folder, not an image"),
     ("a,fox.png;gone.png,,,,", "image 'gone.png' does not exist"),
     ("a,,,-1,,", "seed '-1' must be a whole number between 0 and 2^32 - 1"),
     ("a,,,4294967296,,", "seed '4294967296' must be"),
@@ -309,7 +309,7 @@ def test_bad_lines_of_a_jsonl_file(folder, line, message):
         (b'{"promt": "a"}\n{"promt": "b"}', "line 1: unknown column 'promt' (did you mean 'prompt'?)"),
         (b'"prompt\na', "line 2: unexpected end of data"),
         ("prompt\na".encode("utf-16"), "is UTF-16: save it as UTF-8"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is not a text; give a folder of pictures, a CSV or a JSONL file"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is not a text; give a folder of images, a CSV or a JSONL file"),
     ],
 )
 def test_what_cannot_be_used_as_a_whole(folder, content, message):
@@ -321,12 +321,12 @@ def test_what_cannot_be_used_as_a_whole(folder, content, message):
 def test_no_source(tmp_path):
     with pytest.raises(InputError, match="gone.csv cannot be read .No such file or directory.; give a folder"):
         read_rows(tmp_path / "gone.csv")
-    with pytest.raises(InputError, match="holds no row that can be used; it is empty; give pictures"):
+    with pytest.raises(InputError, match="holds no row that can be used; it is empty; give images"):
         read_rows(tmp_path)
 
 
 def test_a_relative_source_means_the_same_from_elsewhere(folder, monkeypatch):
     read(folder, "image\nfox.png\n", "rows.csv")
     monkeypatch.chdir(folder.parent)
-    assert read_rows(Path("pictures/rows.csv"))[:2] == read_rows(folder / "rows.csv")[:2]
-    assert read_rows(Path("pictures"))[:2] == read_rows(folder)[:2]
+    assert read_rows(Path("images/rows.csv"))[:2] == read_rows(folder / "rows.csv")[:2]
+    assert read_rows(Path("images"))[:2] == read_rows(folder)[:2]

@@ -1,4 +1,4 @@
-"""Jobs with a fake device: all pictures are there, once, whatever happens meanwhile."""
+"""Jobs with a fake device: all images are there, once, whatever happens meanwhile."""
 
 import dataclasses
 import importlib.util
@@ -33,11 +33,11 @@ def objects(path: Path) -> list[dict]:
 
 
 def check_whole(out: Path, planned: list, manifests: tuple[str, ...] = ("job.jsonl",)) -> None:
-    """Every picture, with its content, and a line for each; no more and no less."""
-    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == {w.picture: png(w.seed) for w in planned}
+    """Every image, with its content, and a line for each; no more and no less."""
+    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == {w.image: png(w.seed) for w in planned}
     lines = [line for name in manifests for line in objects(out / name)]
-    assert sorted(line["picture"] for line in lines) == sorted(work.picture for work in planned)
-    seeds = {work.picture: work.seed for work in planned}
+    assert sorted(line["picture"] for line in lines) == sorted(work.image for work in planned)
+    seeds = {work.image: work.seed for work in planned}
     assert all(line["seed"] == seeds[line["picture"]] for line in lines)
     assert not list(out.glob(".part-*"))
 
@@ -63,12 +63,12 @@ def test_a_job(tmp_path):
     assert told == [(4, 0, 20), (8, 0, 20), (12, 0, 20), (16, 0, 20), (20, 0, 20)]
     assert all(len({kind for kind, _ in batch}) == 1 for batch in sizes)
     assert sorted(index for batch in sizes for _, index in batch) == sorted([*range(10)] * 2)
-    names = {path.name for path in (tmp_path / "new/out").iterdir()} - {work.picture for work in works()}
+    names = {path.name for path in (tmp_path / "new/out").iterdir()} - {work.image for work in works()}
     assert names == {"job.json", "job.jsonl", "lock"}
     assert json.loads((tmp_path / "new/out/job.json").read_text()) == fake_job.SETTINGS
     line = next(line for line in objects(tmp_path / "new/out/job.jsonl") if line["picture"] == "row3-1.png")
-    seed = next(work.seed for work in works() if work.picture == "row3-1.png")
-    expected = {"name": "row3", "prompt": "a fox, number 3", "negative_prompt": "", "images": ["pictures/3.png"]}
+    seed = next(work.seed for work in works() if work.image == "row3-1.png")
+    expected = {"name": "row3", "prompt": "a fox, number 3", "negative_prompt": "", "images": ["images/3.png"]}
     assert line == {"picture": "row3-1.png", **expected, "seed": seed, "scale": 0.5}
 
 
@@ -81,7 +81,7 @@ def test_what_is_done_is_left_alone(tmp_path):
     check_whole(tmp_path, works(9))
 
 
-def test_a_load_serves_all_pictures_of_a_row_and_no_more_are_loaded_than_needed(tmp_path):
+def test_a_load_serves_all_images_of_a_row_and_no_more_are_loaded_than_needed(tmp_path):
     loaded, made = [], []
 
     def make(batch):
@@ -105,7 +105,7 @@ def test_bad_rows_are_reported_and_replaced(tmp_path):
         sizes.append(len(batch))
         return [work.seed for work, _ in batch]
 
-    found = [BadRow(400, "no text"), BadRow(1, "no picture")]
+    found = [BadRow(400, "no text"), BadRow(1, "no image")]
     planned = [work for work in works(12) if work.row.index not in (1, 4, 5)]
     tally = run(works(12), tmp_path, load=load, make=make, bad=found)
     check_whole(tmp_path, planned)
@@ -131,15 +131,15 @@ def test_rows_are_refused_and_images_written_in_the_words_of_the_command_line(tm
     assert said == ["--fit"] * 4
 
 
-def test_a_picture_that_is_none_costs_itself_alone(tmp_path):
+def test_a_image_that_is_none_costs_itself_alone(tmp_path):
     def make(batch):
-        if any(work.picture == "row3-1.png" for work, _ in batch):
-            raise NonFiniteImageError("the picture is not finite")
+        if any(work.image == "row3-1.png" for work, _ in batch):
+            raise NonFiniteImageError("the image is not finite")
         return [work.seed for work, _ in batch]
 
     tally = run(works(), tmp_path / "out", make=make)
-    check_whole(tmp_path / "out", [work for work in works() if work.picture != "row3-1.png"])
-    assert (tally.made, tally.bad) == (19, [BadRow(5, "the picture is not finite")])
+    check_whole(tmp_path / "out", [work for work in works() if work.image != "row3-1.png"])
+    assert (tally.made, tally.bad) == (19, [BadRow(5, "the image is not finite")])
 
 
 def test_a_job_that_made_nothing_may_be_begun_again(tmp_path):
@@ -211,9 +211,7 @@ def test_settings_of_the_model_that_have_changed_are_refused(tmp_path):
 def test_rows_that_have_changed_are_refused(tmp_path):
     run(works(), tmp_path)
     planned = fake_job.plan(fake_job.rows(10), num_images=2, seed=7, scale=0.75)
-    with pytest.raises(
-        InputError, match=r"20 pictures there were made from other rows, row0-0.png .*scale: 0.5 -> 0.75"
-    ):
+    with pytest.raises(InputError, match=r"20 images there were made from other rows, row0-0.png .*scale: 0.5 -> 0.75"):
         run(planned, tmp_path)
     for path in tmp_path.glob("*.png"):
         path.unlink()
@@ -225,10 +223,10 @@ def test_rows_that_have_changed_are_refused(tmp_path):
 def test_image_prompts_may_have_moved(tmp_path):
     run(works(), tmp_path)
     manifest = tmp_path / "job.jsonl"
-    manifest.write_text(manifest.read_text().replace("pictures/", "/somewhere/else/"))
+    manifest.write_text(manifest.read_text().replace("images/", "/somewhere/else/"))
     assert run(works(), tmp_path).before == 20
     manifest.write_text(manifest.read_text().replace("/0.png", "/1.png"))
-    with pytest.raises(InputError, match="2 pictures there were made from other rows, row0-0.png"):
+    with pytest.raises(InputError, match="2 images there were made from other rows, row0-0.png"):
         run(works(), tmp_path)
 
 
@@ -250,22 +248,22 @@ def test_a_replaced_image_prompt_is_refused(tmp_path, references):
     """After a kill and after the end; also one of the same size and time."""
     out, image = tmp_path / "out", tmp_path / "row1.jpg"
     run(references, out)
-    for picture in ("row0-1.png", "row2-0.png"):  # not made yet
-        (out / picture).unlink()
+    for name in ("row0-1.png", "row2-0.png"):  # not made yet
+        (out / name).unlink()
     before = image.stat()
     image.write_bytes(b"ROW1.jpg")
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(InputError) as caught:
         run(references, out, make=pytest.fail)
     assert str(caught.value) == (
-        f"{out}: 2 pictures there were made from other rows, row1-0.png for one (image row1.jpg has been replaced by "
-        "another); remove these pictures to have them made again, or choose another --out"
+        f"{out}: 2 images there were made from other rows, row1-0.png for one (image row1.jpg has been replaced by "
+        "another); remove these images to have them made again, or choose another --out"
     )
-    for picture in ("row1-0.png", "row1-1.png"):
-        (out / picture).unlink()
+    for image in ("row1-0.png", "row1-1.png"):
+        (out / image).unlink()
     assert run(references, out).made == 4
     (tmp_path / "shared.jpg").write_bytes(b"another")
-    with pytest.raises(InputError, match=r"6 pictures there .*image shared.jpg has been replaced by another"):
+    with pytest.raises(InputError, match=r"6 images there .*image shared.jpg has been replaced by another"):
         run(references, out, make=pytest.fail)
 
 
@@ -296,7 +294,7 @@ def test_image_prompts_that_have_not_changed_are_not_read_again(tmp_path, refere
     time.sleep(0.05)
     image.write_bytes(b"ROW1.jpg")
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(InputError, match=r"2 pictures there .*\(image row1.jpg has been replaced"):
+    with pytest.raises(InputError, match=r"2 images there .*\(image row1.jpg has been replaced"):
         run(references, out, make=pytest.fail)
 
 
@@ -307,7 +305,7 @@ def test_another_file_of_the_same_size_and_time_is_noticed(tmp_path, references,
     (tmp_path / "new").write_bytes(b"ROW1.jpg")
     os.utime(tmp_path / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
     (tmp_path / "new").rename(image)
-    with pytest.raises(InputError, match=r"2 pictures there .*\(image row1.jpg has been replaced"):
+    with pytest.raises(InputError, match=r"2 images there .*\(image row1.jpg has been replaced"):
         run(references, out, make=pytest.fail)
 
 
@@ -329,14 +327,14 @@ def test_a_line_that_was_damaged_by_hand_is_no_state(tmp_path, references, read)
 
 
 def test_image_prompts_are_looked_at_when_they_are_read(tmp_path, references):
-    """What replaces one while its picture is being made is another image at the next start."""
+    """What replaces one while its image is being made is another image at the next start."""
 
     def make(batch):
         (tmp_path / "row0.jpg").write_bytes(b"too late")
         return [work.seed for work, _ in batch]
 
     run(references, tmp_path / "out", make=make, batch_size=6)
-    with pytest.raises(InputError, match=r"2 pictures there .*row0-0.png for one \(image row0.jpg has been replaced"):
+    with pytest.raises(InputError, match=r"2 images there .*row0-0.png for one \(image row0.jpg has been replaced"):
         run(references, tmp_path / "out")
 
 
@@ -350,11 +348,11 @@ def test_jobs_of_older_releases_go_on(tmp_path, references):
     assert run(references, out, make=pytest.fail).before == 6
 
 
-def test_no_picture_without_its_line(tmp_path, references):
+def test_no_image_without_its_line(tmp_path, references):
     """A kill may come at any moment, and the line alone says what an image prompt held."""
 
     def encode(work, seed):
-        assert work.picture in {line["picture"] for line in objects(tmp_path / "out/job.jsonl")}
+        assert work.image in {line["picture"] for line in objects(tmp_path / "out/job.jsonl")}
         return png(seed)
 
     assert run(references, tmp_path / "out", encode=encode).made == 6
@@ -379,7 +377,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
     ("working", "another"), [((1, 2), (0, 1)), ((0, 2), (0, 1)), ((0, 1), (1, 2)), ((2, 3), (0, 2))]
 )
 def test_processes_that_split_the_work_otherwise_are_refused(tmp_path, working, another):
-    """They would make pictures twice."""
+    """They would make images twice."""
 
     def make(batch):
         with pytest.raises(InputError, match=rf"is in use by process {os.getpid()} on .*, with another number of"):
@@ -410,7 +408,7 @@ def test_what_a_kill_leaves_is_put_right(tmp_path):
     lines = manifest.read_text().splitlines(keepends=True)
     (tmp_path / json.loads(lines[0])["picture"]).unlink()  # its line stays
     manifest.write_text("".join([*lines[:5], lines[3], *lines[6:-1], lines[-1][:20]]))
-    (tmp_path / f".part-{works()[0].picture}-abc_1234").write_bytes(b"\x89PNG")
+    (tmp_path / f".part-{works()[0].image}-abc_1234").write_bytes(b"\x89PNG")
     (tmp_path / ".part-job.jsonl-abc_1234").write_bytes(b"")
     assert run(works(), tmp_path).made == 1
     check_whole(tmp_path, works())
@@ -460,7 +458,7 @@ def test_told_to_stop(tmp_path, number):
     assert process.wait(timeout=60) == 75
     made = logged(log)
     assert 9 <= len(made) < 80
-    check_whole(out, [work for work in works(40) if work.picture in made])
+    check_whole(out, [work for work in works(40) if work.image in made])
     assert start(out, log, 0).wait(timeout=60) == 0
     check_whole(out, works(40))
     assert max(Counter(logged(log)).values()) == 1
@@ -479,16 +477,16 @@ def test_a_stop_during_the_last_batch_is_no_stop(tmp_path):
 
 
 def test_processes_share_a_folder(tmp_path):
-    bad = [BadRow(9, "no picture")]
+    bad = [BadRow(9, "no image")]
     for process in range(3):
         part = works(shard=(process, 3))
-        theirs = tmp_path / f".part-{works(shard=((process + 1) % 3, 3))[0].picture}-abc_1234"
+        theirs = tmp_path / f".part-{works(shard=((process + 1) % 3, 3))[0].image}-abc_1234"
         theirs.write_bytes(b"")  # another process is at it
         assert run(part, tmp_path, shard=(process, 3), bad=bad).made == len(part)
         assert theirs.exists()
         theirs.unlink()
     check_whole(tmp_path, works(), ("job.jsonl", "job-1.jsonl", "job-2.jsonl"))
-    assert objects(tmp_path / "bad_rows.jsonl") == [{"line": 9, "reason": "no picture"}]
+    assert objects(tmp_path / "bad_rows.jsonl") == [{"line": 9, "reason": "no image"}]
     assert not (tmp_path / "bad_rows-1.jsonl").exists()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_formats import jpeg, pictures, write_parquet, write_tar
+from data_formats import images, jpeg, write_parquet, write_tar
 from memory import peak_growth
 
 from ipadapter_jax.data.formats.parquet_pages import Damaged, unpacked_bytes
@@ -22,7 +22,7 @@ REFUSED = "try: open_source(sys.argv[1]); assert False\nexcept ValueError: pass"
 
 def growth(code: str, path: Path) -> int:
     """MiB that the code takes beyond what reading good data does."""
-    write_parquet(path.parent / "good", pictures())
+    write_parquet(path.parent / "good", images())
     return peak_growth(OPEN, code, path, path.parent / "good")
 
 
@@ -95,7 +95,7 @@ def header(kind: bytes, size: int) -> bytes:
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
 def test_a_long_header_of_a_tar_is_not_read(tmp_path, kind) -> None:
     """The file takes no room on disk behind its first record."""
-    path = write_tar(tmp_path / "tars", pictures()) / "00000.tar"
+    path = write_tar(tmp_path / "tars", images()) / "00000.tar"
     with tarfile.open(path) as tar:
         end = tar.getmember("000000000.txt")
     with open(path, "r+b") as file:
@@ -105,12 +105,12 @@ def test_a_long_header_of_a_tar_is_not_read(tmp_path, kind) -> None:
         file.truncate(5 << 30)
     with pytest.warns(UserWarning, match="only the whole records of this tar are used .a header of 4294967296 bytes"):
         source = open_source(str(path))
-    assert len(source) == 1 and source[0].image == pictures()[0].image
+    assert len(source) == 1 and source[0].image == images()[0].image
     assert growth(READ, path) < 200
 
 
 def test_headers_of_a_tar_that_follow_one_another_without_end(tmp_path) -> None:
-    path = write_tar(tmp_path / "tars", pictures()) / "00000.tar"
+    path = write_tar(tmp_path / "tars", images()) / "00000.tar"
     chained = header(tarfile.XHDTYPE, 0) * 5000
     path.write_bytes(path.read_bytes().rstrip(b"\0") + bytes(-len(path.read_bytes().rstrip(b"\0")) % 512) + chained)
     with pytest.warns(UserWarning, match="00000.tar: only the whole records of this tar are used"):

@@ -41,7 +41,7 @@ class Listed:
         return {"kind": "listed", "records": len(self)}
 
 
-def picture(seed, width=90, height=70):
+def image(seed, width=90, height=70):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -57,10 +57,10 @@ def live(*records, clip_size: int | None = 24):
 
 def test_a_sample():
     text = "a red house by the sea, " * 3
-    sample = live(Record("a.png", png(picture(0)), text))[0]
+    sample = live(Record("a.png", png(image(0)), text))[0]
     assert sample.keys() == {"pixels", "clip_pixels", "input_ids"}
-    np.testing.assert_array_equal(sample["pixels"], square_pixels(picture(0), 64))
-    np.testing.assert_array_equal(sample["clip_pixels"], clip_pixels(picture(0), 24))
+    np.testing.assert_array_equal(sample["pixels"], square_pixels(image(0), 64))
+    np.testing.assert_array_equal(sample["clip_pixels"], clip_pixels(image(0), 24))
     np.testing.assert_array_equal(sample["input_ids"], tokenize(load_tokenizer(TOKENIZER), [text], 77)[0])
     assert {name: (array.dtype, array.shape) for name, array in sample.items()} == {
         "pixels": (np.uint8, (64, 64, 3)),
@@ -71,17 +71,17 @@ def test_a_sample():
 
 @pytest.mark.filterwarnings("error")
 def test_a_long_caption_loses_its_end_in_silence():
-    sample = live(Record("a.png", png(picture(0)), "word " * 500))[0]
+    sample = live(Record("a.png", png(image(0)), "word " * 500))[0]
     tokenizer = load_tokenizer(TOKENIZER)
     assert sample["input_ids"].shape == (77,)
     assert sample["input_ids"][[0, -1]].tolist() == [tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
-def test_the_image_prompt_may_be_another_picture():
-    record = Record("a.png", png(picture(0)), "", png(picture(1)))
+def test_the_image_prompt_may_be_another_image():
+    record = Record("a.png", png(image(0)), "", png(image(1)))
     sample = live(record)[0]
-    np.testing.assert_array_equal(sample["pixels"], square_pixels(picture(0), 64))
-    np.testing.assert_array_equal(sample["clip_pixels"], clip_pixels(picture(1), 24))
+    np.testing.assert_array_equal(sample["pixels"], square_pixels(image(0), 64))
+    np.testing.assert_array_equal(sample["clip_pixels"], clip_pixels(image(1), 24))
     without = live(record, clip_size=None)[0]
     assert without.keys() == {"pixels", "input_ids"}
 
@@ -90,10 +90,10 @@ def test_the_image_prompt_may_be_another_picture():
     "record, words",
     [
         (Record("3.tar:7", b"", ""), "'3.tar:7' is empty"),
-        (Record("3.tar:7", png(picture(0))[:900], ""), "'3.tar:7' cannot be read"),
-        (Record("3.tar:7", png(picture(0)), "", b"<html>"), r"'3.tar:7 \(its image prompt\)' is a web page"),
-        (Record("3.tar:7", png(picture(0)), "half a pair \ud83d"), "'3.tar:7': its caption is not text"),
-        (Record("3.tar:7", png(picture(0)), None), "'3.tar:7': its caption is not text"),  # type: ignore
+        (Record("3.tar:7", png(image(0))[:900], ""), "'3.tar:7' cannot be read"),
+        (Record("3.tar:7", png(image(0)), "", b"<html>"), r"'3.tar:7 \(its image prompt\)' is a web page"),
+        (Record("3.tar:7", png(image(0)), "half a pair \ud83d"), "'3.tar:7': its caption is not text"),
+        (Record("3.tar:7", png(image(0)), None), "'3.tar:7': its caption is not text"),  # type: ignore
     ],
 )
 def test_bad_records_are_named(record, words):
@@ -107,7 +107,7 @@ def test_without_a_tokenizer_nothing_is_read(tmp_path):
 
 
 def test_threads_and_pickles_give_the_same():
-    records = [Record(f"{i}.png", png(picture(i)), f"picture {'of ' * i}") for i in range(24)]
+    records = [Record(f"{i}.png", png(image(i)), f"image {'of ' * i}") for i in range(24)]
     samples = live(*records)
     alone = [samples[i] for i in range(24)]
     size = len(pickle.dumps(samples)) - len(pickle.dumps(samples.source))

@@ -45,7 +45,7 @@ def write(folder: Path, plan: Plan = PLAN, shards=None) -> None:
         with ShardWriter(folder, plan, shard) as writer:
             for index in plan.shard_records(shard):
                 if index == SKIPPED:
-                    writer.skip(index, "pictures/12.png", "is a web page")
+                    writer.skip(index, "images/12.png", "is a web page")
                 else:
                     writer.add(sample(index))
 
@@ -84,7 +84,7 @@ def test_a_skipped_record_keeps_its_place(folder):
     refused(lambda: CachedSamples(folder)[SKIPPED], "shard-00001-of-00003.array_record:2", "skipped.jsonl")
     assert json.loads((folder / "manifest.json").read_text())["skipped"] == 1
     (line,) = (folder / "skipped.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"index": 12, "key": "pictures/12.png", "reason": "is a web page"}
+    assert json.loads(line) == {"index": 12, "key": "images/12.png", "reason": "is a web page"}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -15,13 +15,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_formats import WRITERS, add, jpeg, members, pictures, write_folder, write_parquet, write_tar
+from data_formats import WRITERS, add, images, jpeg, members, write_folder, write_parquet, write_tar
 
 from ipadapter_jax.data.formats.array_record import unpack
 from ipadapter_jax.data.open_dataset import open_source
 from ipadapter_jax.errors import InputError
 
-RECORDS = pictures()
+RECORDS = images()
 every_format = pytest.mark.parametrize("kind", WRITERS)
 
 
@@ -71,7 +71,7 @@ def test_keys_name_the_place(written) -> None:
         "parquet": "part-1.parquet:1",
         "hugging face": "train.parquet:5",
         "array_record": "train-00001.array_record:1",
-        "tfds": "pictures-train.array_record-00000-of-00001:5",
+        "tfds": "images-train.array_record-00000-of-00001:5",
     }
 
 
@@ -117,7 +117,7 @@ def test_a_pattern_and_a_single_file(written, monkeypatch) -> None:
     assert len(open_quietly("~/tar")) == 6
 
 
-def test_pictures_elsewhere_than_their_list(written, tmp_path) -> None:
+def test_images_elsewhere_than_their_list(written, tmp_path) -> None:
     shutil.copy(written["json"], tmp_path / "other.json")
     source = open_quietly(tmp_path / "other.json", image_root=str(written["json"].parent))
     assert source[2].image == RECORDS[2].image
@@ -169,14 +169,14 @@ def test_tars_in_any_order_with_long_names_and_repeated_stems(tmp_path, format) 
     assert records[1].key == f"a.tar:{long}000000000" and records[1].cond_image == RECORDS[0].cond_image
 
 
-@pytest.mark.parametrize("keep", ["in a picture", "in a header", "after a record", "damaged header", "compressed", ""])
+@pytest.mark.parametrize("keep", ["in an image", "in a header", "after a record", "damaged header", "compressed", ""])
 def test_a_tar_that_is_not_whole_keeps_its_good_records(tmp_path, keep) -> None:
     tars = write_tar(tmp_path / "tars", RECORDS)
     with tarfile.open(tars / "00000.tar") as tar:
         third = tar.getmember("000000002.jpg")
     content = (tars / "00000.tar").read_bytes()
     contents = {
-        "in a picture": content[: third.offset_data + 100],
+        "in an image": content[: third.offset_data + 100],
         "in a header": content[: third.offset + 100],
         "after a record": content[: third.offset],
         "damaged header": content[: third.offset + 3] + b"!" + content[third.offset + 4 :],
@@ -295,7 +295,7 @@ def test_wrong_paths(tmp_path, written) -> None:
     (folder / "1.jpg").write_bytes(jpeg(1))
     says("1.jpg: no caption; put a .txt .*; or give a JSON list like", str(folder))
     (folder / "2.jpg").write_bytes(jpeg(2))
-    says("give the folder of the pictures", str(folder / "*.jpg"))
+    says("give the folder of the images", str(folder / "*.jpg"))
     (folder / "2.jpg").unlink()
     says("no training data is known in files of .jpg; give a JSON list", str(folder / "1.jpg"))
     (folder / "1.jpg").rename(folder / "data.arrow")
@@ -305,7 +305,7 @@ def test_wrong_paths(tmp_path, written) -> None:
     (folder / "list.json").rename(folder / "0.tar.gz")
     says("unpack it first", str(folder / "0.tar.gz"))
     (folder / "0.tar.gz").rename(folder / "0.tar")
-    says("no pictures in these tar files", str(folder / "0.tar"))
+    says("no images in these tar files", str(folder / "0.tar"))
     says("give the version of the data set: ", str(written["tfds"].parent))
 
 
@@ -314,14 +314,14 @@ def test_wrong_options(written, tmp_path) -> None:
     says("none of 6 records can be used. images/000000000.jpg: ", str(written["json"]), image_root=str(tmp_path))
     says("image_root=x is for JSON lists", str(written["tar"]), image_root="x")
     says("has no columns; leave 'jpg' out", str(written["tar"]), image_column="jpg")
-    found = "there are jpg (pictures as bytes), caption (text), cond_image (pictures as bytes), width (int64)"
+    found = "there are jpg (images as bytes), caption (text), cond_image (images as bytes), width (int64)"
     says(
-        f"no column photo that holds pictures as bytes; {found}; give image_column",
+        f"no column photo that holds images as bytes; {found}; give image_column",
         str(written["parquet"]),
         image_column="photo",
     )
     says(f"no column width that holds text; {found}", str(written["parquet"]), text_column="width")
-    says("no column x that holds pictures", str(written["tfds"]), cond_image_column="x")
+    says("no column x that holds images", str(written["tfds"]), cond_image_column="x")
 
 
 def test_wrong_parquet(tmp_path) -> None:

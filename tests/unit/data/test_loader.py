@@ -32,7 +32,7 @@ def samples_of(records, bad=(), side=40, seen=None):
             if seen is not None:
                 seen.append(index)
             if index in bad:
-                raise InputError(f"shard.tar:{index} is no picture") if index % 2 else OSError("cut\noff")
+                raise InputError(f"shard.tar:{index} is no image") if index % 2 else OSError("cut\noff")
             rng = np.random.default_rng(index)
             return {"pixels": rng.integers(0, 256, (side, side, 3), np.uint8), "index": np.int32(index)}
 
@@ -123,9 +123,9 @@ def test_the_next_record_stands_in():
     stand_in = {3: 5, 4: 5, 9: 0}
     assert batch.arrays["index"].tolist() == [stand_in.get(i, i) for i in order]
     assert sorted(set(batch.skipped)) == [
-        (3, "shard.tar:3", "shard.tar:3 is no picture"),
+        (3, "shard.tar:3", "shard.tar:3 is no image"),
         (4, "shard.tar:4", "OSError: cut off"),
-        (9, "shard.tar:9", "shard.tar:9 is no picture"),
+        (9, "shard.tar:9", "shard.tar:9 is no image"),
     ]
     assert len(batch.skipped) == 4  # 4 once for itself and once after 3
 

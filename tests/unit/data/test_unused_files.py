@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_formats import add, jpeg, pictures, write_json, write_tar
+from data_formats import add, images, jpeg, write_json, write_tar
 from helpers import TORCH_MODEL
 from PIL import Image
 
@@ -137,7 +137,7 @@ def test_a_shard_whose_keys_all_have_dots_says_so(tmp_path) -> None:
 
 
 def test_files_beside_shards_and_missing_images_of_a_list(tmp_path) -> None:
-    records = pictures()
+    records = images()
     assert said(write_tar(tmp_path / "tars", records)).startswith(
         "6 records, 4 files not used: other files (4: 00000.par"
     )
@@ -147,11 +147,11 @@ def test_files_beside_shards_and_missing_images_of_a_list(tmp_path) -> None:
 
 
 def test_rows_without_an_image_and_image_prompts_that_are_not_there(tmp_path) -> None:
-    images = [{"bytes": jpeg(i) if i % 3 else None, "path": "a"} for i in range(7)]
-    pq.write_table(pa.table({"image": images, "text": ["a"] * 7}), tmp_path / "a.parquet", row_group_size=2)
+    column = [{"bytes": jpeg(i) if i % 3 else None, "path": "a"} for i in range(7)]
+    pq.write_table(pa.table({"image": column, "text": ["a"] * 7}), tmp_path / "a.parquet", row_group_size=2)
     groups = ", ".join(f"a.parquet: row group {group}" for group in (0, 1, 3))
     assert said(tmp_path) == f"4 records, 3 files not used: rows without the bytes of an image (3: {groups})"
-    path = write_json(tmp_path / "list", pictures())
+    path = write_json(tmp_path / "list", images())
     (tmp_path / "list/images/000000004_prompt.jpg").unlink()
     assert said(path).startswith("5 records, 1 files not used: entries whose image does not exist (1: images/0000000")
 
@@ -362,7 +362,7 @@ def test_a_run_says_what_is_not_used(tmp_path, caplog) -> None:
 
 def test_batch_says_what_is_not_used(tmp_path, monkeypatch, capsys) -> None:
     data, out = some(tmp_path / "data"), tmp_path / "out"
-    for name, stand_in in {"load": None, "settings": {}, "make_pictures": BatchProgress(1, 0, [])}.items():
+    for name, stand_in in {"load": None, "settings": {}, "make_images": BatchProgress(1, 0, [])}.items():
         monkeypatch.setattr(f"ipadapter_jax.cli.run.batch.{name}", lambda *_, found=stand_in, **__: found)
     assert main(["batch", str(data), "--out", str(out)]) == 0
     assert f"{data}: {SAID}\n" in capsys.readouterr().err

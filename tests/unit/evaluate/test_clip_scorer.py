@@ -45,7 +45,7 @@ def theirs(model, folder: Path, images, texts) -> tuple[np.ndarray, np.ndarray]:
 def test_scores_are_those_of_pytorch(tmp_path, safe, eos):
     """Either file, and either way that published configs name the end of a text."""
     model = clip_models.clip_model(tmp_path, safe=safe, eos=eos)
-    references, made = clip_models.pictures(3), clip_models.pictures(6, seed=1)
+    references, made = clip_models.images(3), clip_models.images(6, seed=1)
     images, texts = theirs(model, tmp_path, references + made, [text for group in CAPTIONS for text in group])
     opened = open_scorer(tmp_path)
     scorer = opened.load()
@@ -82,9 +82,9 @@ def test_a_batch_of_any_size_gives_the_same(folder):
     """As many as the networks read at once and one more."""
     scorer = open_scorer(folder).load()
     squares = np.random.default_rng(0).integers(0, 256, (65, SIDE, SIDE, 3), np.uint8)
-    whole = scorer.pictures(squares)
+    whole = scorer.images(squares)
     assert whole.shape == (65, 24)
-    np.testing.assert_allclose(scorer.pictures(squares[64:]), whole[64:], atol=1e-5)
+    np.testing.assert_allclose(scorer.images(squares[64:]), whole[64:], atol=1e-5)
     with pytest.warns(UserWarning, match="longer than 24 tokens"):
         assert scorer.captions(["word " * 40, "word"]).shape == (2, 24)
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from benchmarks.count_flops import unet_flops
-from ipadapter_jax.evaluate.clip_scorer import _REFERENCE_CONFIG, embed_captions, embed_pictures
+from ipadapter_jax.evaluate.clip_scorer import _REFERENCE_CONFIG, embed_captions, embed_images
 from ipadapter_jax.models.clip import CLIP
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.pipelines.sampling import device_mesh
@@ -12,7 +12,7 @@ from ipadapter_jax.runtime.flops import count_flops
 from ipadapter_jax.weights.components import template_of
 from ipadapter_jax.weights.whole_clip import WHOLE_CLIP
 
-STEPS, BRANCHES, PICTURES, CAPTIONS = 50, 2, 4, 5  # of COCO's captions; the paper's sampler
+STEPS, BRANCHES, IMAGES, CAPTIONS = 50, 2, 4, 5  # of COCO's captions; the paper's sampler
 
 
 def example(*shape: int, dtype: type) -> jax.ShapeDtypeStruct:
@@ -20,7 +20,7 @@ def example(*shape: int, dtype: type) -> jax.ShapeDtypeStruct:
 
 
 def test_scoring_is_a_small_part_of_the_work():
-    """One image prompt: its picture, its 4 pictures and 5 captions, against 4 runs of the sampler without the VAE."""
+    """One image prompt: its image, its 4 images and 5 captions, against 4 runs of the sampler without the VAE."""
     clip, mesh = CLIP(_REFERENCE_CONFIG), device_mesh()
     params = template_of(WHOLE_CLIP, clip)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 427_616_513 - 1  # without the logit's scale
@@ -29,9 +29,9 @@ def test_scoring_is_a_small_part_of_the_work():
         program = jax.make_jaxpr(function, static_argnums=(0, 1))(clip, mesh, params, rows)
         return count_flops(program).total() / rows.shape[0]
 
-    picture = flops(embed_pictures, example(4 * mesh.size, 224, 224, 3, dtype=np.uint8))
+    image = flops(embed_images, example(4 * mesh.size, 224, 224, 3, dtype=np.uint8))
     caption = flops(embed_captions, example(4 * mesh.size, 77, dtype=np.int32))
-    assert 155e9 < picture < 170e9  # twice the published 81 billion multiplications
-    scoring = (1 + PICTURES) * picture + CAPTIONS * caption
-    sampling = PICTURES * STEPS * BRANCHES * unet_flops(UNetConfig(), 64, 64).total()
+    assert 155e9 < image < 170e9  # twice the published 81 billion multiplications
+    scoring = (1 + IMAGES) * image + CAPTIONS * caption
+    sampling = IMAGES * STEPS * BRANCHES * unet_flops(UNetConfig(), 64, 64).total()
     assert scoring / sampling < 0.005  # 0.3 %; the aim was 5 %

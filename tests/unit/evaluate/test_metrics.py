@@ -6,15 +6,15 @@ import pytest
 from ipadapter_jax import InputError
 from ipadapter_jax.evaluate.metrics import Embedded, embedded_of, interval, measure
 
-# Two prompts in the plane, two pictures of each: along the axes and the diagonal, of any length.
-PICTURES = np.array([[[2.0, 0.0], [0.0, 3.0]], [[1.0, 1.0], [1.0, -1.0]]])
+# Two prompts in the plane, two images of each: along the axes and the diagonal, of any length.
+IMAGES = np.array([[[2.0, 0.0], [0.0, 3.0]], [[1.0, 1.0], [1.0, -1.0]]])
 REFERENCES = np.array([[5.0, 0.0], [0.0, 0.5]])
 CAPTIONS = (np.array([[0.0, 1.0], [4.0, 4.0]]), np.array([[-1.0, 0.0]]))
 HALF = np.sqrt(0.5)
 
 
 def test_by_hand():
-    scores = measure(Embedded(PICTURES, REFERENCES, CAPTIONS))
+    scores = measure(Embedded(IMAGES, REFERENCES, CAPTIONS))
     np.testing.assert_allclose(scores.clip_i, [[1, 0], [HALF, -HALF]], atol=1e-12)
     np.testing.assert_allclose(scores.clip_t, [[0, 2.5], [0, 0]], atol=1e-12)  # cosines below 0 count as 0
     np.testing.assert_allclose(scores.diversity, [1, 1], atol=1e-12)
@@ -28,7 +28,7 @@ def test_by_hand():
     [("first", [0, 2.5]), ("all", [1.25 * HALF, 1.25 * (1 + HALF)]), ("best", [2.5 * HALF, 2.5])],
 )
 def test_which_caption(choice, first):
-    scores = measure(Embedded(PICTURES, REFERENCES, CAPTIONS), choice)
+    scores = measure(Embedded(IMAGES, REFERENCES, CAPTIONS), choice)
     np.testing.assert_allclose(scores.clip_t[0], first, atol=1e-12)
 
 
@@ -40,9 +40,9 @@ def test_diversity_is_the_mean_over_pairs():
 
 
 def test_rows_in_the_order_of_embedding():
-    rows = np.concatenate([REFERENCES, PICTURES.reshape(4, 2)])
+    rows = np.concatenate([REFERENCES, IMAGES.reshape(4, 2)])
     found = embedded_of(rows, np.concatenate(CAPTIONS), [2, 1])
-    assert (found.pictures == PICTURES).all() and (found.references == REFERENCES).all()
+    assert (found.images == IMAGES).all() and (found.references == REFERENCES).all()
     assert all((a == b).all() for a, b in zip(found.captions, CAPTIONS, strict=True))
 
 

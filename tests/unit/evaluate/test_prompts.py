@@ -19,7 +19,7 @@ ANNOTATIONS = [
 
 
 def coco(folder: Path, **changes) -> Path:
-    """Annotations, and a picture for each of IMAGES."""
+    """Annotations, and an image for each of IMAGES."""
     for image in IMAGES:
         Image.new("RGB", (8, 8)).save(folder / image["file_name"])
     path = folder / "captions_val2017.json"
@@ -32,7 +32,7 @@ def test_coco_in_the_order_of_the_file(tmp_path):
     found, identity = open_references(path)
     assert [reference.name for reference in found] == ["000000000007", "000000000003"]
     assert [reference.captions for reference in found] == [("a cat",), ("a dog", "an animal")]
-    assert found[1].picture().size == (8, 8)
+    assert found[1].image().size == (8, 8)
     assert identity["prompts"] == 2 and identity["kind"] == "COCO captions"
     again = open_references(path).found[0]
     (tmp_path / again.key).unlink()
@@ -55,13 +55,13 @@ def test_coco_in_the_order_of_the_file(tmp_path):
                 "images": [*IMAGES, {"id": 9, "file_name": "gone.jpg"}],
                 "annotations": [*ANNOTATIONS, {"image_id": 9, "caption": "x"}],
             },
-            "1 of 3 pictures, gone.jpg the first, are not in",
+            "1 of 3 images, gone.jpg the first, are not in",
         ),
-        ({"images": IMAGES[1:]}, "caption 1 is of picture 7, which is not among its images"),
-        ({"annotations": ANNOTATIONS[1:2]}, "1 pictures, 000000000003.jpg the first, have no captions"),
+        ({"images": IMAGES[1:]}, "caption 1 is of image 7, which is not among its images"),
+        ({"annotations": ANNOTATIONS[1:2]}, "1 images, 000000000003.jpg the first, have no captions"),
         ({"annotations": [{"image_id": 3, "bbox": [0, 0, 1, 1]}]}, "annotation 0 is no caption"),
-        ({"images": [IMAGES[0], IMAGES[0]]}, "picture 1 has no file_name or no id of its own"),
-        ({"images": [{"id": 3}]}, "picture 0 has no file_name"),
+        ({"images": [IMAGES[0], IMAGES[0]]}, "image 1 has no file_name or no id of its own"),
+        ({"images": [{"id": 3}]}, "image 0 has no file_name"),
         ({"images": []}, "its images are no list, or an empty one"),
         ({"annotations": {"3": "a dog"}}, "its annotations are no list"),
     ],
@@ -91,7 +91,7 @@ def test_data_of_the_trainer(tmp_path):
     assert [(one.name, one.captions) for one in found] == [
         (name, (f"caption of {name}",)) for name in ("000000000003", "000000000007")
     ]
-    assert identity["kind"] == "folder" and identity["prompts"] == 2 and found[0].picture().size == (8, 8)
+    assert identity["kind"] == "folder" and identity["prompts"] == 2 and found[0].image().size == (8, 8)
     lines = [{"image_file": "000000000003.jpg", "text": text} for text in ("one", "two")]
     (tmp_path / "list.json").write_text("\n".join(map(json.dumps, lines)))
     found, _ = open_references(tmp_path / "list.json")

@@ -1,4 +1,4 @@
-"""Pictures of every kind in, and the pixel values of the CLIP image encoder out."""
+"""Images of every kind in, and the pixel values of the CLIP image encoder out."""
 
 import io
 import os
@@ -122,7 +122,7 @@ def test_slivers_take_little_memory(width, height, fit, monkeypatch):
         return resize(self, size, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "resize", watched)
-    tracemalloc.start()  # sees numpy's memory; PIL's is that of the pictures it makes
+    tracemalloc.start()  # sees numpy's memory; PIL's is that of the images it makes
     values = clip_pixel_values([image], fit=fit)
     assert tracemalloc.get_traced_memory()[1] < 16 << 20
     tracemalloc.stop()
@@ -131,7 +131,7 @@ def test_slivers_take_little_memory(width, height, fit, monkeypatch):
 
 
 def test_sliver_over_the_limit_is_refused():
-    refused(Image.new("RGB", (1, 20000)), "the picture", "1 x 20000", "16384")
+    refused(Image.new("RGB", (1, 20000)), "the image", "1 x 20000", "16384")
 
 
 def test_resize_stretches_and_pad_pads():
@@ -145,7 +145,7 @@ def test_resize_stretches_and_pad_pads():
     np.testing.assert_array_equal(tall, padded.swapaxes(0, 1))
 
 
-def test_square_pictures_fit_alike_and_batches_are_stacked():
+def test_square_images_fit_alike_and_batches_are_stacked():
     images = [noise(64, 64, seed) for seed in range(3)]
     batch = clip_pixel_values(images, 32)
     assert batch.shape == (3, 32, 32, 3) and batch.dtype == np.float32
@@ -163,11 +163,11 @@ def test_bad_arguments_of_clip_pixel_values():
     with pytest.raises(InputError, match=r"size=0.*at least 1"):
         clip_pixel_values([image], 0)
     for single in (image, np.asarray(image), "a.png"):
-        with pytest.raises(InputError, match="put the pictures in a list"):
+        with pytest.raises(InputError, match="put the images in a list"):
             clip_pixel_values(single)
 
 
-# --- Picture modes
+# --- Image modes
 
 
 def saved(tmp_path, image: Image.Image, name: str, **options):
@@ -177,23 +177,23 @@ def saved(tmp_path, image: Image.Image, name: str, **options):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tiff", "ppm", "jp2"])
 def test_formats(tmp_path, suffix):
-    path = saved(tmp_path, QUARTERS, f"picture.{suffix}")
+    path = saved(tmp_path, QUARTERS, f"image.{suffix}")
     for source in (path, str(path)):
         assert_quarters(load_image(source))
 
 
-def test_a_picture_outlives_its_file_and_stays_equal(tmp_path):
+def test_a_image_outlives_its_file_and_stays_equal(tmp_path):
     image = load_image(saved(tmp_path, QUARTERS, "a.png"))
     (tmp_path / "a.png").unlink()
     np.testing.assert_array_equal(pixels(load_image(image)), pixels(QUARTERS))
     source = QUARTERS.copy()
     load_image(source).putpixel((0, 0), (1, 2, 3))
-    assert source.getpixel((0, 0)) == (255, 0, 0)  # a new picture, not the caller's
+    assert source.getpixel((0, 0)) == (255, 0, 0)  # a new image, not the caller's
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation):
-    undo = [None, None, 0, 3, 1, 5, 2, 6, 4][orientation]  # Image.Transpose that makes the stored picture
+    undo = [None, None, 0, 3, 1, 5, 2, 6, 4][orientation]  # Image.Transpose that makes the stored image
     stored = QUARTERS if undo is None else QUARTERS.transpose(Image.Transpose(undo))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -266,8 +266,8 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
         np.testing.assert_array_equal(pixels(load_image(source)), np.repeat(expected[..., None], 3, 2))
     keyed = pixels(load_image(saved(tmp_path, grey, "b.png", transparency=int(ramp[0, 9]))))
     assert (keyed[0, 9] == 255).all() and (keyed[0, 8] == expected[0, 8]).all()
-    refused(Image.fromarray(ramp.astype(np.int32) * 9), "the picture", "16 bits")
-    refused(Image.fromarray(ramp.astype(np.int32) - 9), "the picture", "16 bits")
+    refused(Image.fromarray(ramp.astype(np.int32) * 9), "the image", "16 bits")
+    refused(Image.fromarray(ramp.astype(np.int32) - 9), "the image", "16 bits")
 
 
 def test_sixteen_bit_colour_png(tmp_path):
@@ -276,7 +276,7 @@ def test_sixteen_bit_colour_png(tmp_path):
     assert np.abs(pixels(load_image(tmp_path / "a.png")) - colours / 257).max() <= 1
 
 
-def test_floating_point_pictures(tmp_path):
+def test_floating_point_images(tmp_path):
     unit = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     expected = np.repeat(np.round(unit * 255).astype(int)[..., None], 3, 2)
     for values in (unit, unit * 255):
@@ -301,7 +301,7 @@ def test_other_modes(mode):
 
 
 @pytest.mark.parametrize("width, height", [(1, 1), (1, 50), (50, 1)])
-def test_one_pixel_pictures_work_and_warn(tmp_path, width, height):
+def test_one_pixel_images_work_and_warn(tmp_path, width, height):
     path = saved(tmp_path, Image.new("RGB", (width, height), (9, 99, 199)), "a.png")
     with pytest.warns(UserWarning, match=re.escape(str(path)) + ".*no shape is left.*use a larger"):
         image = load_image(path)
@@ -348,7 +348,7 @@ def test_the_table_is_the_arithmetic_of_transformers():
     ],
 )
 def test_squares_are_those_of_torchvision(width, height, size, crc):
-    """crc32 of CenterCrop(size)(Resize(size, BILINEAR)(picture)) by torchvision 0.29.1 with Pillow 13.0.0."""
+    """crc32 of CenterCrop(size)(Resize(size, BILINEAR)(image)) by torchvision 0.29.1 with Pillow 13.0.0."""
     image = noise(width, height)
     found = square_pixels(image, size)
     assert found.shape == (size, size, 3) and found.dtype == np.uint8
@@ -378,7 +378,7 @@ def test_decoding_is_loading(tmp_path):
     orientation[0x0112] = 6
     for suffix, options in [("PNG", {}), ("JPEG", {"exif": orientation}), ("WEBP", {}), ("GIF", {})]:
         data = encoded(QUARTERS, suffix, **options)
-        path = tmp_path / f"picture.{suffix}"
+        path = tmp_path / f"image.{suffix}"
         path.write_bytes(data)
         np.testing.assert_array_equal(pixels(decode_image(data, "a")), pixels(load_image(path)))
     transparent = encoded(noise(8, 8).convert("LA").convert("RGBA"))
@@ -451,7 +451,7 @@ def test_bad_arrays():
     refused(np.zeros((1, 20000), np.uint8), "the image array", "20000 x 1", "16384")
 
 
-# --- Files that are no pictures
+# --- Files that are no images
 
 
 def test_missing_folder_empty_and_wrong_type(tmp_path):
@@ -465,7 +465,7 @@ def test_missing_folder_empty_and_wrong_type(tmp_path):
     refused("nul\0.png", r"nul\x00.png", "does not exist")
     refused("x" * 5000, "xxx", "does not exist")
     for source in (None, 3, b"a.png", [noise(2, 2)], io.BytesIO(), zipfile.ZipInfo("a.png")):
-        refused(source, "the picture", "give a path")
+        refused(source, "the image", "give a path")
     os.mkfifo(tmp_path / "pipe")
     refused(tmp_path / "pipe", "pipe", "device")
 
@@ -489,8 +489,8 @@ def test_no_permission(tmp_path):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "text file"),  # never handed to Ghostscript
     ],
 )
-def test_not_a_picture(tmp_path, content, words):
-    path = tmp_path / "picture.jpg"
+def test_not_a_image(tmp_path, content, words):
+    path = tmp_path / "image.jpg"
     path.write_bytes(content)
     refused(path, str(path), words)
 
@@ -503,7 +503,7 @@ def test_urls_are_refused(url):
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tiff", "ppm"])
 def test_truncated_and_damaged_files(tmp_path, suffix):
-    """Cut or changed anywhere: a picture or one line of InputError, never another exception."""
+    """Cut or changed anywhere: an image or one line of InputError, never another exception."""
     data = saved(tmp_path, noise(64, 64), f"whole.{suffix}").read_bytes()
     path = tmp_path / f"cut.{suffix}"
     path.write_bytes(data[: len(data) * 2 // 3])
@@ -520,7 +520,7 @@ def test_truncated_and_damaged_files(tmp_path, suffix):
             assert str(path) in str(error) and "\n" not in str(error)
 
 
-def test_a_lazily_opened_damaged_picture(tmp_path):
+def test_a_lazily_opened_damaged_image(tmp_path):
     path = saved(tmp_path, noise(64, 64), "a.jpg")
     path.write_bytes(path.read_bytes()[:2000])
     with Image.open(path) as image:
@@ -553,7 +553,7 @@ def test_a_lower_limit_of_pil_counts(tmp_path, monkeypatch):
 def test_nothing_global_changes(tmp_path):
     before = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters))
     load_image(saved(tmp_path, noise(4, 4), "a.png"))
-    refused(Image.new("RGB", (20000, 1)), "the picture")
+    refused(Image.new("RGB", (20000, 1)), "the image")
     assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters)) == before
 
 

@@ -44,7 +44,7 @@ def test_controls_of_no_image_prompt_are_refused(base, control, name, monkeypatc
 def test_all_images_for_every_prompt_are_said_by_a_list_in_the_list(pipe):
     controls, sites = Controls(images=[[CAT, CAT]]), cross_attention_layers(pipe.unet.config)
     [entry] = entries_of(controls, pipe.adapters, sites, 2, True, (64, 64), 2)
-    assert entry.picture_weight.shape == (1, 2)
+    assert entry.image_weight.shape == (1, 2)
 
 
 FLOAT16 = {"latents": np.full((1, 8, 8, 4), 7e4), "ip_adapter_scale": 7e4, **EMBEDS}
@@ -151,7 +151,7 @@ def test_numbers_may_be_tensors(pipe):
     sites = cross_attention_layers(pipe.unet.config)
     for scale in (short, [short], [[short]], short[None], [[jnp.float32(0.5)]], np.array([[0.5]])):
         [entry] = entries_of(Controls(images=CAT, scale=scale), pipe.adapters, sites, 2, True, (64, 64), 1)
-        np.testing.assert_array_equal(entry.weight * entry.picture_weight[0, 0], np.full((2, 2, len(sites)), 0.5))
+        np.testing.assert_array_equal(entry.weight * entry.image_weight[0, 0], np.full((2, 2, len(sites)), 0.5))
     assert plain((torch.tensor(3), [np.float32(0.5)], None, "a")) == (3, [0.5], None, "a")
     masks = torch.stack([torch.eye(64), 1 - torch.eye(64)])
     for given in (masks, masks[None], masks[:, None], [masks[None]]):

@@ -1,4 +1,4 @@
-"""A picture that is doubled and convolved, in one go, is the picture doubled and then convolved."""
+"""An image that is doubled and convolved, in one go, is the image doubled and then convolved."""
 
 import functools
 

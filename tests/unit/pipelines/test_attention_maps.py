@@ -1,4 +1,4 @@
-"""Attention to image tokens: what is recorded, against the softmax written out, and heat over the picture."""
+"""Attention to image tokens: what is recorded, against the softmax written out, and heat over the image."""
 
 import dataclasses
 
@@ -70,21 +70,21 @@ def _all_parameters(module: Attention, x, entries):
     return module(x, entries)
 
 
-# --- of whole pictures -----------------------------------------------------------------------------------------------
+# --- of whole images -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def recorded(pipe):
-    """Latents and maps of two pictures."""
+    """Latents and maps of two images."""
     return pipe("a cat", ip_adapter_image=CAT, num_images_per_prompt=2, return_attention_maps=True, **SMALL)
 
 
-def test_looking_does_not_change_the_pictures(pipe, recorded):
+def test_looking_does_not_change_the_images(pipe, recorded):
     plain = pipe("a cat", ip_adapter_image=CAT, num_images_per_prompt=2, **SMALL)
     np.testing.assert_allclose(recorded[0], plain, atol=1e-5)  # measured 0; a compiler may fuse otherwise
 
 
-def test_there_is_a_map_for_every_step_picture_query_and_token(pipe, recorded):
+def test_there_is_a_map_for_every_step_image_query_and_token(pipe, recorded):
     maps = recorded[1]
     assert isinstance(maps, AttentionMaps) and maps.count == 2
     assert maps.sites == cross_attention_layers(pipe.unet.config)
@@ -98,7 +98,7 @@ def test_there_is_a_map_for_every_step_picture_query_and_token(pipe, recorded):
 
 
 def test_the_first_steps_maps_are_those_of_the_network_on_the_initial_latents(pipe, recorded):
-    """Of the conditional branch: the very prompt and picture, with guidance left out."""
+    """Of the conditional branch: the very prompt and image, with guidance left out."""
     [adapter] = pipe.adapters
     features, _ = adapter.from_images([[CAT]], "crop", guided=False)
     image_kv = [(k[0], v[0]) for k, v in adapter.keys_values(features(), np.ones((1, 1), np.float32))]
@@ -114,10 +114,10 @@ def test_the_first_steps_maps_are_those_of_the_network_on_the_initial_latents(pi
         inputs = latents, np.full(1, 501.0, np.float32), text_kv, [image_kv], weight
         return UNet.maps_of(unet.apply({"params": params}, *inputs, mutable=["maps"])[1]["maps"], unet.config)
 
-    for picture, latents in enumerate((noise, noise[:, ::-1])):
+    for image, latents in enumerate((noise, noise[:, ::-1])):
         [expected] = run(latents)
         for seen, one in zip(found.maps[0], expected, strict=True):
-            np.testing.assert_allclose(seen[0, picture], one[0], atol=1e-5)
+            np.testing.assert_allclose(seen[0, image], one[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("on_step", [None, lambda *_: None], ids=["at once", "step by step"])
@@ -137,7 +137,7 @@ def test_maps_of_all_steps_are_one_array_without_the_rows_that_fill_up_devices(p
 
 
 def test_scale_and_mask_do_not_enter_the_first_maps(pipe, recorded):
-    """At the first step's first site: later ones see what the picture did before."""
+    """At the first step's first site: later ones see what the image did before."""
     given = {"ip_adapter_image": CAT, "num_images_per_prompt": 2, "return_attention_maps": True, **SMALL}
     _, found = pipe("a cat", ip_adapter_scale=Scale(0.1), ip_adapter_masks=[np.eye(64)], **given)
     np.testing.assert_allclose(found.maps[0][0][0], recorded[1].maps[0][0][0], atol=1e-6)
@@ -170,13 +170,13 @@ SITES = (CrossAttentionLayer("down_blocks_0", 0, 32, 0), CrossAttentionLayer("mi
 
 @pytest.fixture(scope="module")
 def maps() -> AttentionMaps:
-    """Three steps, two pictures, two entries of 4 and 5 tokens, sites of 4 x 6 and 2 x 3 queries."""
+    """Three steps, two images, two entries of 4 and 5 tokens, sites of 4 x 6 and 2 x 3 queries."""
     return AttentionMaps(
         [[drawn(3, 2, 24, n), drawn(3, 2, 6, n)] for n in (4, 5)], SITES, [(4, 6), (2, 3)], np.array([9.0, 5.0, 1.0]), 2
     )
 
 
-def test_heat_has_a_picture_for_each_token(maps, recorded):
+def test_heat_has_a_image_for_each_token(maps, recorded):
     assert maps.heat((32, 48)).shape == (4, 32, 48)
     assert maps.heat((32, 48), entry=1).shape == (5, 32, 48)
     np.testing.assert_allclose(recorded[1].heat((64, 64), image=1).sum(0), 1, atol=1e-5)  # shares of attention
@@ -232,11 +232,11 @@ def test_heat_lies_where_the_attention_is():
     ],
 )
 def test_heat_of_what_is_not_there_is_refused(maps, wrong):
-    with pytest.raises(InputError, match="there are 3 steps, 2 pictures, 2 entries, 2 sites"):
+    with pytest.raises(InputError, match="there are 3 steps, 2 images, 2 entries, 2 sites"):
         maps.heat((8, 8), **wrong)
 
 
 def test_maps_can_be_shown(recorded):
-    """As a picture: a float array in [0, 1] for each token."""
+    """As an image: a float array in [0, 1] for each token."""
     heat = recorded[1].heat((64, 64))
     assert Image.fromarray((heat[0] * 255).astype(np.uint8)).size == (64, 64)

@@ -1,4 +1,4 @@
-"""Image prompts and their controls against the same said by hand: in pictures, or in tokens that are attended to."""
+"""Image prompts and their controls against the same said by hand: in images, or in tokens that are attended to."""
 
 import dataclasses
 import functools
@@ -42,8 +42,8 @@ def encoded(pipe: StableDiffusion, pixels: np.ndarray) -> np.ndarray:
     return np.asarray(sampling.encode_image(encoder.module, patches, encoder.params, pixels))
 
 
-def features(pipe: StableDiffusion, *pictures) -> np.ndarray:
-    return encoded(pipe, clip_pixel_values(list(pictures)))
+def features(pipe: StableDiffusion, *images) -> np.ndarray:
+    return encoded(pipe, clip_pixel_values(list(images)))
 
 
 def entries(pipe: StableDiffusion, guided: bool = True, steps: int = 2, size=(64, 64), prompts: int = 1, **controls):
@@ -55,21 +55,21 @@ def same(found, expected) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-# --- which picture goes where ----------------------------------------------------------------------------------------
+# --- which image goes where ----------------------------------------------------------------------------------------
 
 
-def test_a_picture_for_each_prompt_is_as_calls_for_each(pipe):
+def test_a_image_for_each_prompt_is_as_calls_for_each(pipe):
     prompts = ["a cat", "a dog"]
     both = pipe(prompts, ip_adapter_image=PerPrompt([CAT, DOG]), num_images_per_prompt=2, seed=5, **SMALL)
-    for i, (prompt, picture) in enumerate(zip(prompts, (CAT, DOG), strict=True)):
-        alone = pipe(prompt, ip_adapter_image=picture, num_images_per_prompt=2, seed=5 + 2 * i, **SMALL)
+    for i, (prompt, image) in enumerate(zip(prompts, (CAT, DOG), strict=True)):
+        alone = pipe(prompt, ip_adapter_image=image, num_images_per_prompt=2, seed=5 + 2 * i, **SMALL)
         # Other shapes, other order of sums: measured 8e-5, of latents up to 6 after guidance of 7.5.
         np.testing.assert_allclose(both[2 * i : 2 * i + 2], alone, atol=3e-4)
     swapped = pipe(prompts, ip_adapter_image=PerPrompt([DOG, CAT]), num_images_per_prompt=2, seed=5, **SMALL)
     assert np.abs(swapped - both).max(axis=(1, 2, 3)).min() > 0.01
 
 
-def test_each_prompt_may_have_several_pictures(pipe):
+def test_each_prompt_may_have_several_images(pipe):
     [entry] = entries(pipe, images=PerPrompt([[CAT, DOG], [DOG, DOG]]), prompts=2, scale=[[0.5, 2.0]])
     [first] = entries(pipe, images=[CAT, DOG], scale=[[0.5, 2.0]])
     for (k, v), (k1, v1) in zip(entry.keys_values(), first.keys_values(), strict=True):
@@ -79,8 +79,8 @@ def test_each_prompt_may_have_several_pictures(pipe):
         assert np.abs(k[1] - k[0]).max() > 0.01
 
 
-def test_prompts_must_have_as_many_pictures_each(pipe):
-    with pytest.raises(InputError, match="must have the same number of pictures"):
+def test_prompts_must_have_as_many_images_each(pipe):
+    with pytest.raises(InputError, match="must have the same number of images"):
         entries(pipe, images=PerPrompt([[CAT, DOG], [DOG]]), prompts=2)
 
 
@@ -98,7 +98,7 @@ def test_a_list_for_several_adapters_goes_to_them_in_order(pipe):
 
 
 def test_per_prompt_for_several_adapters(pipe):
-    """Either adapter may take one picture for all prompts, or one for each."""
+    """Either adapter may take one image for all prompts, or one for each."""
     two = pipe.with_ip_adapter(small_adapter(BASE), image_encoder=IMAGE_ENCODER)
     shared, own = entries(two, images=[CAT, PerPrompt([CAT, DOG])], prompts=2)
     assert (shared.keys_values()[0][0].shape[0], own.keys_values()[0][0].shape[0]) == (1, 2)
@@ -107,7 +107,7 @@ def test_per_prompt_for_several_adapters(pipe):
 # --- weights and masks -----------------------------------------------------------------------------------------------
 
 
-def test_weights_of_pictures_scale_their_values_alone(pipe):
+def test_weights_of_images_scale_their_values_alone(pipe):
     """The tokens share one softmax: keys stay as they are."""
     [adapter] = pipe.adapters
     given = features(pipe, CAT, DOG)
@@ -116,10 +116,10 @@ def test_weights_of_pictures_scale_their_values_alone(pipe):
             adapter.projection,
             adapter.keys,
             adapter.params,
-            np.stack([np.zeros_like(picture), picture])[None, :, None],
+            np.stack([np.zeros_like(image), image])[None, :, None],
             np.ones((1, 1), np.float32),
         )
-        for picture in given
+        for image in given
     ]
     [entry] = entries(pipe, images=[CAT, DOG], scale=[[0.7, 0.2]])
     assert entry.weight.shape == (2, 2, 4) and (entry.weight == 1).all()
@@ -128,7 +128,7 @@ def test_weights_of_pictures_scale_their_values_alone(pipe):
         np.testing.assert_allclose(v, np.concatenate([0.7 * v1, 0.2 * v2], axis=2), atol=1e-5)
 
 
-def test_a_weight_of_zero_is_not_leaving_a_picture_out(pipe):
+def test_a_weight_of_zero_is_not_leaving_a_image_out(pipe):
     run = functools.partial(pipe, "a cat", **SMALL)
     both = run(ip_adapter_image=[CAT, DOG])
     np.testing.assert_array_equal(run(ip_adapter_image=[CAT, DOG], ip_adapter_scale=[[1.0, 1.0]]), both)
@@ -141,7 +141,7 @@ def test_a_weight_of_zero_is_not_leaving_a_picture_out(pipe):
 
 def test_weights_may_be_numbers_of_numpy(pipe):
     [entry] = entries(pipe, images=[CAT, DOG], scale=[[np.float32(0.5), np.int64(2)]])
-    np.testing.assert_array_equal(entry.picture_weight, [[0.5, 2]])
+    np.testing.assert_array_equal(entry.image_weight, [[0.5, 2]])
 
 
 def test_a_mask_of_everything_is_no_mask(pipe):
@@ -166,13 +166,13 @@ def test_a_mask_of_nearly_nothing_is_a_warning(pipe):
         entries(pipe, images=CAT, masks=[dot])
 
 
-def test_masked_pictures_are_entries_of_their_own(recorded):
+def test_masked_images_are_entries_of_their_own(recorded):
     left = np.zeros((64, 64), np.uint8)
     left[:, :32] = 1
     found = entries(recorded, images=[CAT, DOG], masks=[left, 1 - left], scale=[[0.3, "style"]])
     assert len(found) == 2
-    for entry, picture, scale, mask in zip(found, (CAT, DOG), (0.3, "style"), (left, 1 - left), strict=True):
-        [alone] = entries(recorded, images=picture, scale=scale)
+    for entry, image, scale, mask in zip(found, (CAT, DOG), (0.3, "style"), (left, 1 - left), strict=True):
+        [alone] = entries(recorded, images=image, scale=scale)
         np.testing.assert_array_equal(entry.weight, alone.weight)
         np.testing.assert_array_equal(entry.mask, mask)
         for (k, v), (k1, v1) in zip(entry.keys_values(), alone.keys_values(), strict=True):
@@ -191,24 +191,24 @@ def test_masks_may_be_nested_as_diffusers_has_them(pipe, nest):
     same([entry.mask for entry in found], masks)
 
 
-def test_masks_are_for_pictures_of_another_shape_too(pipe):
+def test_masks_are_for_images_of_another_shape_too(pipe):
     [entry] = entries(pipe, images=CAT, masks=[np.eye(32, 48)], size=(64, 96))
     assert entry.mask.shape == (64, 96)
-    with pytest.raises(InputError, match="mask 1 is 64 x 64 pixels, the picture 96 x 64"):
+    with pytest.raises(InputError, match="mask 1 is 64 x 64 pixels, the image 96 x 64"):
         entries(pipe, images=CAT, masks=[np.eye(64)], size=(64, 96))
 
 
 # --- the unconditional branch ----------------------------------------------------------------------------------------
 
 
-def test_a_negative_picture_is_its_features_as_the_negative_branch(pipe):
+def test_a_negative_image_is_its_features_as_the_negative_branch(pipe):
     given = np.stack([features(pipe, DOG), features(pipe, CAT)])
     found = pipe("a cat", ip_adapter_image=CAT, negative_ip_adapter_image=DOG, **SMALL)
     np.testing.assert_array_equal(found, pipe("a cat", ip_adapter_image_embeds=[given], **SMALL))
     assert np.abs(found - pipe("a cat", ip_adapter_image=CAT, **SMALL)).max() > 0.01
 
 
-def test_one_negative_picture_serves_all_or_each_has_its_own(pipe):
+def test_one_negative_image_serves_all_or_each_has_its_own(pipe):
     one = features(pipe, DOG)
     [entry] = entries(pipe, images=[CAT, DOG], negative=DOG)
     np.testing.assert_allclose(entry.features()[0, 0], np.concatenate([one, one]), atol=1e-5)
@@ -290,7 +290,7 @@ WRONG = [
     ({"images": PerPrompt([CAT, DOG, CAT])}, 1, "ip_adapter_image", "has 3 image prompts for 2 prompts"),
     ({"images": CAT, "scale": PerPrompt([1])}, 1, "ip_adapter_scale", "PerPrompt takes one for each"),
     ({"images": CAT, "scale": [1, 2]}, 1, "ip_adapter_scale", "has 2 values for 1 adapters"),
-    ({"images": CAT, "masks": CAT}, 1, "ip_adapter_masks", "is a list with one mask for each picture"),
+    ({"images": CAT, "masks": CAT}, 1, "ip_adapter_masks", "is a list with one mask for each image"),
     ({"embeds": [PerPrompt([1, 2])]}, 1, "ip_adapter_image_embeds", "PerPrompt goes with ip_adapter_image"),
     ({"images": [CAT]}, 2, "ip_adapter_image", "need as many image prompts"),
     ({"embeds": [1]}, 2, "ip_adapter_image_embeds", "need as many image prompts"),
@@ -316,7 +316,7 @@ def test_arguments_are_named_as_options_on_a_command_line(pipe, controls, adapte
 # --- tiles and files -------------------------------------------------------------------------------------------------
 
 
-def test_tiles_are_squares_of_one_picture(pipe):
+def test_tiles_are_squares_of_one_image(pipe):
     wide = np.concatenate([np.asarray(Image.open(path).convert("RGB").resize((60, 60))) for path in (CAT, DOG)], axis=1)
     found = pipe("a cat", ip_adapter_image=wide, fit="tile", **SMALL)
     halves = pipe("a cat", ip_adapter_image=[wide[:, :60], wide[:, 60:]], **SMALL)
@@ -324,7 +324,7 @@ def test_tiles_are_squares_of_one_picture(pipe):
 
 
 def test_embeddings_in_a_file_need_no_encoder(base, pipe, tmp_path):
-    """The very same picture; where the file holds the positive branch alone, a base adapter's negative is zeros."""
+    """The very same image; where the file holds the positive branch alone, a base adapter's negative is zeros."""
     expected = pipe("a cat", ip_adapter_image=CAT, **SMALL)
     positive = features(pipe, CAT)
     without = base.with_ip_adapter(small_adapter(BASE), image_encoder=False)
@@ -354,7 +354,7 @@ def test_plus_adapters_need_both_branches_or_the_encoder(base, plus, tmp_path):
 def test_a_file_of_another_adapters_embeddings_is_refused(pipe, tmp_path):
     path = tmp_path / "plus.safetensors"
     save_image_embeds(path, np.ones((2, 1, 50, 48)), {})
-    with pytest.raises(InputError, match=r"plus.safetensors of shape \(2, 1, 50, 48\): .* needs \(2, pictures, 40\)"):
+    with pytest.raises(InputError, match=r"plus.safetensors of shape \(2, 1, 50, 48\): .* needs \(2, images, 40\)"):
         entries(pipe, embeds=[path])
 
 
@@ -413,7 +413,7 @@ def test_weights_of_no_entries_have_their_shape(base):
 
 
 def test_no_control_compiles_again(recorded):
-    """Of one picture; the first call brings the shapes, the rest are other numbers."""
+    """Of one image; the first call brings the shapes, the rest are other numbers."""
     recorded("a cat", ip_adapter_image=CAT, **SMALL)
     half = np.zeros((64, 64), np.uint8)
     half[:20] = 255
@@ -439,7 +439,7 @@ def test_no_control_compiles_again(recorded):
         assert count() == 0, change
 
 
-def test_no_control_of_several_pictures_compiles_again(pipe):
+def test_no_control_of_several_images_compiles_again(pipe):
     pipe("a cat", ip_adapter_image=[CAT, DOG], **SMALL)
     for change in (
         {"ip_adapter_scale": [[0.3, 0.9]]},

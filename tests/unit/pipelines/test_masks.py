@@ -38,7 +38,7 @@ def test_overshoot_is_kept():
     assert found.min() < -0.01 and found.max() > 1.01
 
 
-# Pixels of a picture, and so of its masks: sides that are, and are not, divisible by all levels of SD 1.5.
+# Pixels of an image, and so of its masks: sides that are, and are not, divisible by all levels of SD 1.5.
 @pytest.mark.torch
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (128, 64), (64, 96), (192, 320), (128, 256)])
 def test_masks_at_every_site_equal_diffusers(height, width):
@@ -291,8 +291,8 @@ def test_a_mask_may_be_a_file():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (np.zeros((48, 48)), "the mask 3 is 48 x 48 pixels, the picture 64 x 48: give a mask of the same shape"),
-        (np.zeros((64, 48)), "48 x 64 pixels, the picture 64 x 48"),
+        (np.zeros((48, 48)), "the mask 3 is 48 x 48 pixels, the image 64 x 48: give a mask of the same shape"),
+        (np.zeros((64, 48)), "48 x 64 pixels, the image 64 x 48"),
         (np.full((48, 64), 1.5), "the mask 3, an image array, has values from 1.5 to 1.5: scale them"),
         (np.full((48, 64), -1), "mask 3, an image array, has values from -1 to -1"),
         (np.full((48, 64), 70000), "has values from 70000 to 70000: scale them to 0..255"),

@@ -11,7 +11,7 @@ from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.pipelines.scales import PRESETS, scale_table
 
 SITES = cross_attention_layers(UNetConfig())
-# The numbers of the layers in the order in which a picture passes them (down, mid, up), in file order: mid is last
+# The numbers of the layers in the order in which an image passes them (down, mid, up), in file order: mid is last
 # in a file and the seventh to be passed.
 EXECUTED = [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 6]
 STYLE = {0, 1, 2, 3, 9, 10, 11, 12, 13, 14, 15}

@@ -1,4 +1,4 @@
-"""What `StableDiffusion` promises: nothing recompiles, pictures depend on their own seed, scale 0 is the base model."""
+"""What `StableDiffusion` promises: nothing recompiles, images depend on their own seed, scale 0 is the base model."""
 
 import functools
 import json
@@ -46,8 +46,8 @@ def test_threads_share_a_pipeline(pipe):
     states = {prompt: np.asarray(pipe._text([prompt], 0)) for prompt in prompts}
     with ThreadPoolExecutor(8) as pool:
         texts = pool.map(lambda prompt: (prompt, np.asarray(pipe._text([prompt], 0))), prompts * 40)
-        pictures = pool.map(lambda prompt: (prompt, call(prompt)), prompts * 2)
-        for wanted, pairs in ((states, texts), (alone, pictures)):
+        images = pool.map(lambda prompt: (prompt, call(prompt)), prompts * 2)
+        for wanted, pairs in ((states, texts), (alone, images)):
             for prompt, found in pairs:
                 np.testing.assert_array_equal(found, wanted[prompt])
 
@@ -89,7 +89,7 @@ def test_scale_zero_is_the_base_model_bit_for_bit(base, pipe):
     assert np.abs(pipe("a cat", ip_adapter_image=CAT, ip_adapter_scale=1.0, **SMALL) - plain).max() > 0.01
 
 
-def test_a_picture_depends_on_its_own_seed_only(pipe):
+def test_a_image_depends_on_its_own_seed_only(pipe):
     """Not on the size of the batch nor on its place there: within one level of 255."""
     batch = pipe("a cat", ip_adapter_image=CAT, num_images_per_prompt=5, seed=10, **SMALL)
     alone = pipe("a cat", ip_adapter_image=CAT, seed=13, **SMALL)
@@ -104,8 +104,8 @@ def levels(a, b) -> int:
     return int(np.abs(np.rint(a * 255) - np.rint(b * 255)).max())
 
 
-def test_a_picture_does_not_depend_on_the_number_of_devices(pipe, monkeypatch):
-    """Its noise bit for bit, its picture within one level."""
+def test_a_image_does_not_depend_on_the_number_of_devices(pipe, monkeypatch):
+    """Its noise bit for bit, its image within one level."""
     one = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     monkeypatch.setattr(sampling, "device_mesh", lambda: one)
     alone = StableDiffusion.from_pretrained(small_model())
@@ -117,8 +117,8 @@ def test_a_picture_does_not_depend_on_the_number_of_devices(pipe, monkeypatch):
         for mesh in (alone.mesh, pipe.mesh)
     ]
     np.testing.assert_array_equal(*noise)
-    pictures = [own("a cat", ip_adapter_image=CAT, num_images_per_prompt=3, seed=12, **SMALL) for own in (alone, pipe)]
-    assert levels(*pictures) <= 1
+    images = [own("a cat", ip_adapter_image=CAT, num_images_per_prompt=3, seed=12, **SMALL) for own in (alone, pipe)]
+    assert levels(*images) <= 1
 
 
 def test_prompts_are_independent_and_prompt_major(pipe):
@@ -130,8 +130,8 @@ def test_prompts_are_independent_and_prompt_major(pipe):
     assert levels(both[3], dog[0]) <= 1
 
 
-def test_the_same_picture_twice_is_that_picture_once(pipe):
-    """Tokens of several pictures share one softmax, and doubled tokens leave a softmax attention as it is."""
+def test_the_same_image_twice_is_that_image_once(pipe):
+    """Tokens of several images share one softmax, and doubled tokens leave a softmax attention as it is."""
     once = pipe("a cat", ip_adapter_image=CAT, **SMALL)
     np.testing.assert_allclose(pipe("a cat", ip_adapter_image=[CAT, CAT], **SMALL), once, atol=2e-4)
     assert np.abs(pipe("a cat", ip_adapter_image=[CAT, DOG], **SMALL) - once).max() > 1e-3
@@ -144,7 +144,7 @@ def test_two_adapters_at_weight_zero_and_one(base, pipe):
     np.testing.assert_allclose(found, pipe("a cat", ip_adapter_image=CAT, **SMALL), atol=2e-5)
 
 
-def test_given_embeddings_replace_the_picture(pipe):
+def test_given_embeddings_replace_the_image(pipe):
     adapter = pipe.adapters[0]
     features = np.asarray(adapter.from_images([[CAT]], "crop", guided=True)[0]())[0]
     expected = pipe("a cat", ip_adapter_image=CAT, **SMALL)
@@ -167,7 +167,7 @@ def test_step_by_step_gives_the_same_latents(pipe):
 
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.06), ("float16", 0.02)])
 def test_half_precision_stays_near_float32(pipe, dtype, error):
-    """Mean difference of pictures in [0, 1]; 8 and 11 bits of mantissa through two steps with guidance 7.5."""
+    """Mean difference of images in [0, 1]; 8 and 11 bits of mantissa through two steps with guidance 7.5."""
     half = StableDiffusion.from_pretrained(small_model(), dtype=dtype)
     half = half.with_ip_adapter(small_adapter("ip-adapter_tiny"), image_encoder=IMAGE_ENCODER)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {dtype}
@@ -176,7 +176,7 @@ def test_half_precision_stays_near_float32(pipe, dtype, error):
     assert np.abs(found - pipe("a cat", ip_adapter_image=CAT, **SMALL)).mean() < error
 
 
-def test_a_flax_repository_gives_the_same_pictures(base, tmp_path):
+def test_a_flax_repository_gives_the_same_images(base, tmp_path):
     folder, unet = flax_folder(tmp_path), small_model() / "unet"
     shutil.copy(unet / "config.json", folder / "unet")
     weights = legacy_msgpack(unet / "diffusion_pytorch_model.safetensors")
@@ -186,10 +186,10 @@ def test_a_flax_repository_gives_the_same_pictures(base, tmp_path):
 
 
 def test_pil_output(pipe):
-    [picture] = pipe("a cat", ip_adapter_image=Image.open(CAT), **SMALL | {"output_type": "pil"})
-    assert (picture.size, picture.mode) == ((64, 64), "RGB")
+    [image] = pipe("a cat", ip_adapter_image=Image.open(CAT), **SMALL | {"output_type": "pil"})
+    assert (image.size, image.mode) == ((64, 64), "RGB")
     expected = pipe("a cat", ip_adapter_image=CAT, **SMALL)[0]
-    np.testing.assert_array_equal(np.asarray(picture), np.rint(expected * 255))
+    np.testing.assert_array_equal(np.asarray(image), np.rint(expected * 255))
 
 
 def test_a_long_prompt_works_and_says_what_is_lost(pipe):
@@ -214,7 +214,7 @@ WRONG = [
     ({"guidance_scale": 10**400}, "guidance_scale=1000"),
     ({"ip_adapter_scale": 10**400}, "ip_adapter_scale=1000"),
     ({"seed": 1.5}, "seed 1.5 must be a whole number"),
-    ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, "too large for 2 pictures"),
+    ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, "too large for 2 images"),
     ({"latents": "abc"}, "latents must be an array of numbers"),
     ({"callback": 5}, "callback must be a function"),
     ({"ip_adapter_image": None, "ip_adapter_image_embeds": 5}, "ip_adapter_image_embeds of shape"),
@@ -229,7 +229,7 @@ WRONG = [
     ({"prompt": []}, "prompt"),
     ({"prompt": [3]}, "prompt"),
     ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
-    ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
+    ({"seed": [1, 2]}, "2 seeds for 1 images"),
     ({"seed": -1}, "seed -1 must be a whole number between 0"),
     ({"fit": "zoom"}, "zoom"),
     ({"latents": np.zeros((1, 4, 8, 8))}, r"latents have shape \(1, 4, 8, 8\), these settings need \(1, 8, 8, 4\)"),
@@ -245,16 +245,16 @@ WRONG = [
     ({"ip_adapter_scale": Scale(start=0.5, end=0.5)}, "0 <= start < end <= 1"),
     ({"ip_adapter_scale": Scale(steps=())}, "steps is empty"),
     ({"ip_adapter_scale": Scale(steps="linear")}, "no list of numbers"),
-    ({"ip_adapter_scale": [[1.0, 1.0]]}, "2 scales for 1 pictures"),
+    ({"ip_adapter_scale": [[1.0, 1.0]]}, "2 scales for 1 images"),
     ({"ip_adapter_scale": [["linear"]]}, "take one number each"),
-    ({"ip_adapter_masks": CAT}, "is a list with one mask for each picture"),
-    ({"ip_adapter_masks": [CAT, CAT]}, "2 masks for 1 pictures"),
-    ({"ip_adapter_masks": [np.zeros((64, 128))]}, "mask 1 is 128 x 64 pixels, the picture 64 x 64"),
-    ({"negative_ip_adapter_image": [CAT, CAT]}, "2 pictures for 1; give one"),
+    ({"ip_adapter_masks": CAT}, "is a list with one mask for each image"),
+    ({"ip_adapter_masks": [CAT, CAT]}, "2 masks for 1 images"),
+    ({"ip_adapter_masks": [np.zeros((64, 128))]}, "mask 1 is 128 x 64 pixels, the image 64 x 64"),
+    ({"negative_ip_adapter_image": [CAT, CAT]}, "2 images for 1; give one"),
     ({"ip_adapter_uncond": "none"}, "ip_adapter_uncond 'none' is not known; choose default"),
     ({"ip_adapter_image": PerPrompt([CAT, CAT])}, "2 image prompts for 1 prompts"),
     ({"fit": "tile", "ip_adapter_image": np.zeros((9, 90, 3))}, "would be 10 tiles, at most 8"),
-    ({"strength": 0.5}, "strength is for painting over a picture: give image"),
+    ({"strength": 0.5}, "strength is for painting over an image: give image"),
     ({"image": CAT, "strength": 0.1}, "leaves no step to make"),
     ({"image": CAT, "strength": 1.5}, "leaves no step to make: give at most 1"),
     ({"mask_image": CAT}, "give both"),
@@ -270,7 +270,7 @@ WRONG = [
         "negative_prompt has no effect without guidance, guidance_scale=1",
     ),
     ({"guidance_rescale": 0.5, "guidance_scale": 0.5}, "guidance_rescale has no effect without guidance"),
-    ({"strength": 0.0}, "strength is for painting over a picture: give image"),
+    ({"strength": 0.0}, "strength is for painting over an image: give image"),
     ({"width": 10**8}, r"an image of 100000000 x 64 pixels would need at least .* GB of memory \([\d,]+ bytes\)"),
     (
         {"num_images_per_prompt": 10**9},
@@ -278,7 +278,7 @@ WRONG = [
     ),
     ({"guidance_rescale": 2.0}, "guidance_rescale=2.0 must lie between 0"),
     ({"clip_skip": 9}, "clip_skip=9 must be a whole number of layers to leave out, 0 to"),
-    ({"ip_adapter_image": None, "ip_adapter_image_embeds": [np.zeros((3, 1, 40))]}, r"needs \(2, pictures, 40\)"),
+    ({"ip_adapter_image": None, "ip_adapter_image_embeds": [np.zeros((3, 1, 40))]}, r"needs \(2, images, 40\)"),
 ]
 
 
@@ -309,7 +309,7 @@ def test_wrong_models_are_refused_by_name(base, tmp_path):
         base.with_ip_adapter(ADAPTERS)
 
 
-def test_a_picture_that_is_not_finite_is_an_error():
+def test_a_image_that_is_not_finite_is_an_error():
     with pytest.raises(InputError, match="not finite: .* try bfloat16 or float32"):
         images_of(np.full((1, 8, 8, 3), np.nan, np.float32), "np", None)
 

@@ -49,8 +49,8 @@ def test_a_chain_that_is_read_again_later_is_computed_again():
 
 
 def test_a_kernel_is_copied_and_the_copy_kept_for_the_backward_pass():
-    """Both the kernel and the pictures are as large as X."""
-    pictures, kernel = jnp.ones((1, 8, 8, 64)), jnp.ones((1, 1, 64, 64))
+    """Both the kernel and the images are as large as X."""
+    images, kernel = jnp.ones((1, 8, 8, 64)), jnp.ones((1, 1, 64, 64))
 
     def conv(x):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -58,9 +58,9 @@ def test_a_kernel_is_copied_and_the_copy_kept_for_the_backward_pass():
     def gradient(linear):
         return jax.grad(lambda x: (jnp.sin(linear(x)) @ W @ W @ W).sum())
 
-    assert peak(conv, pictures) == 2
-    assert peak(gradient(conv), pictures) == peak(gradient(lambda x: x @ W), pictures) + 1
-    assert peak(gradient(jax.checkpoint(conv)), pictures) == peak(gradient(lambda x: x @ W), pictures)  # copied twice
+    assert peak(conv, images) == 2
+    assert peak(gradient(conv), images) == peak(gradient(lambda x: x @ W), images) + 1
+    assert peak(gradient(jax.checkpoint(conv)), images) == peak(gradient(lambda x: x @ W), images)  # copied twice
 
 
 def test_a_backward_pass_keeps_the_inside_of_a_chain_and_remat_does_not():

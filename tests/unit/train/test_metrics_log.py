@@ -1,4 +1,4 @@
-"""Metrics, pictures and skipped records of a run on disk, and what a resumed run does with them."""
+"""Metrics, images and skipped records of a run on disk, and what a resumed run does with them."""
 
 import contextlib
 import json
@@ -109,7 +109,7 @@ def test_a_full_disk_is_said(tmp_path):
 # --- TensorBoard
 
 
-def test_tensorboard_has_numbers_picture_and_config(tmp_path):
+def test_tensorboard_has_numbers_image_and_config(tmp_path):
     with run_log(tmp_path, tensorboard=True) as log:
         log.write(50, {"loss": 0.25})
         log.image(50, "grid", Image.new("RGB", (4, 2), "red"))
@@ -199,18 +199,18 @@ def test_a_record_is_listed_once_over_epochs_and_resumes(tmp_path):
     path = tmp_path / "skipped.jsonl"
     skips = Skips(path, max_share=0.5)
     skips.add(8, [Skipped(3, "a/3.png", "truncated")])
-    skips.add(8, [Skipped(3, "a/3.png", "truncated"), Skipped(5, "ü.png", "no picture")])
+    skips.add(8, [Skipped(3, "a/3.png", "truncated"), Skipped(5, "ü.png", "no image")])
     skips.close()
     assert (skips.seen, skips.bad) == (16, 3)
     with open(path, "a") as file:
         file.write('{"index": 9, "ke')  # a kill while writing
 
     resumed = Skips(path, max_share=0.5)
-    resumed.add(8, [Skipped(5, "ü.png", "no picture"), Skipped(7, "b.png", "too large")])
+    resumed.add(8, [Skipped(5, "ü.png", "no image"), Skipped(7, "b.png", "too large")])
     resumed.close()
     assert lines(path) == [
         {"index": 3, "key": "a/3.png", "reason": "truncated"},
-        {"index": 5, "key": "ü.png", "reason": "no picture"},
+        {"index": 5, "key": "ü.png", "reason": "no image"},
         {"index": 7, "key": "b.png", "reason": "too large"},
     ]
     assert (resumed.seen, resumed.bad) == (8, 2)
@@ -218,7 +218,7 @@ def test_a_record_is_listed_once_over_epochs_and_resumes(tmp_path):
 
 def test_too_large_a_share_stops_the_run_once_enough_was_seen(tmp_path):
     skips = Skips(tmp_path / "skipped.jsonl", max_share=0.1)
-    bad = [Skipped(i, f"{i}.png", "no picture") for i in range(21)]
+    bad = [Skipped(i, f"{i}.png", "no image") for i in range(21)]
     skips.add(100, bad[:10])
     skips.add(99, bad[10:20])  # 20 of 199: more than allowed, too few rows to tell
     skips.add(1, [])  # 20 of 200: as much as is allowed

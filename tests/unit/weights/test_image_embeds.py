@@ -94,7 +94,7 @@ def test_a_file_cut_short(tmp_path):
         ("a.safetensors", np.full((2, 1, 8), np.nan), ["not finite"]),
         ("a.safetensors", np.full((2, 1, 8), 1e300), ["1e+300", "the largest number of float32"]),
         ("a.safetensors", np.array("text"), ["must be an array of numbers"]),
-        ("a.safetensors", drawn(1, 8), ["shape (1, 8)", "(branches, pictures, width)"]),
+        ("a.safetensors", drawn(1, 8), ["shape (1, 8)", "(branches, images, width)"]),
         ("a.safetensors", drawn(2, 0, 8), ["shape (2, 0, 8)"]),
         ("a.safetensors", drawn(1, 1, 1, 1, 8), ["shape (1, 1, 1, 1, 8)"]),
         ("a.safetensors", drawn(3, 1, 8), ["3 branches instead of 2"]),
@@ -294,7 +294,7 @@ def test_other_weights(path, words):
     ("content", "words"),
     [
         (b"<!DOCTYPE html><html>", ["a web page"]),
-        (b"\x89PNG\r\n", ["a picture"]),
+        (b"\x89PNG\r\n", ["an image"]),
         (b"version https://git-lfs.github.com/spec/v1", ["git-lfs"]),
         (b"", ["empty"]),
         (json.dumps([1.0]).encode(), ["no file of weights"]),
@@ -308,9 +308,7 @@ def test_what_lies_under_such_a_name(tmp_path, content, words):
 
 def test_embeddings_given_as_an_adapter_are_named(tmp_path):
     path = ours(tmp_path, drawn(2, 1, 8))
-    refused(
-        lambda: open_ip_adapter(path), "a set of image embeddings", "give it in place of pictures", error=InputError
-    )
+    refused(lambda: open_ip_adapter(path), "a set of image embeddings", "give it in place of images", error=InputError)
 
 
 # --- arrays of NumPy ---------------------------------------------------------------------------------------------
@@ -324,7 +322,7 @@ def saved(path: Path, array: np.ndarray) -> Path:
 @pytest.mark.parametrize(
     ("array", "patches", "expected"),
     [
-        (drawn(8), None, drawn(8)[None, None]),  # the embedding of one picture
+        (drawn(8), None, drawn(8)[None, None]),  # the embedding of one image
         (drawn(3, 8), None, drawn(3, 8)[None]),
         (drawn(3, 5, 8), True, drawn(3, 5, 8)[None]),
         (guided(3, 8), None, guided(3, 8)),

@@ -1,4 +1,4 @@
-"""Exported adapters: the authors' names, shapes and sizes in bytes; our own reader; the same picture in diffusers."""
+"""Exported adapters: the authors' names, shapes and sizes in bytes; our own reader; the same image in diffusers."""
 
 import collections
 import functools
@@ -246,7 +246,7 @@ def base() -> StableDiffusion:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("variant", ["base", *slow("plus", "full")])
-def test_diffusers_makes_our_picture_from_the_exported_file(base, tmp_path, variant):
+def test_diffusers_makes_our_image_from_the_exported_file(base, tmp_path, variant):
     """1 level of 255 on 99.9 % of the pixels, from the same latents, in float32, of weights rounded to float16."""
     import torch
 
@@ -261,7 +261,7 @@ def test_diffusers_makes_our_picture_from_the_exported_file(base, tmp_path, vari
     # One step a call, as in test_generation_parity.py: the same compiled program.
     pipe = base.with_ip_adapter(path, image_encoder=IMAGE_ENCODER)
     ours = functools.partial(pipe, "a photo", latents=latents, callback=lambda *_: None, **call)
-    picture = ours()
+    image = ours()
 
     diffusers, transformers = compare_with_diffusers.peers()
     encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(IMAGE_ENCODER, dtype=torch.float32)
@@ -274,6 +274,6 @@ def test_diffusers_makes_our_picture_from_the_exported_file(base, tmp_path, vari
     theirs.set_progress_bar_config(disable=True)
     reference = theirs("a photo", latents=torch.from_numpy(np.moveaxis(latents, -1, 1).copy()), **call).images
 
-    levels = np.abs(to_uint8(picture).astype(int) - to_uint8(reference)).max(axis=-1)
+    levels = np.abs(to_uint8(image).astype(int) - to_uint8(reference)).max(axis=-1)
     assert (levels <= 1).mean() >= 0.999, f"{(levels <= 1).mean():.4%} of the pixels, the worst by {levels.max()}"
-    assert np.abs(ours(ip_adapter_scale=0.0) - picture).max() > 0.05  # the adapter takes part in it
+    assert np.abs(ours(ip_adapter_scale=0.0) - image).max() > 0.05  # the adapter takes part in it

@@ -150,7 +150,7 @@ def test_the_content_decides_and_not_the_name(tmp_path, suffix):
         (b"\x1f\x8b\x08", "gzip"),
         (b"7z\xbc\xaf'\x1c", "7z"),
         (b"Rar!\x1a\x07", "RAR"),
-        (b"\x89PNG\r\n\x1a\n", "picture"),
+        (b"\x89PNG\r\n\x1a\n", "image"),
     ],
 )
 def test_files_of_other_programs_are_named(tmp_path, head, words):

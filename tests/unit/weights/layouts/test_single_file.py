@@ -99,14 +99,14 @@ def test_other_spellings(tmp_path, tensors, expected, old, new):
     assert_same_tree(loaded(path), expected)
 
 
-def test_the_recorded_picture_from_flax_files_and_from_one_file(ldm, tmp_path):
-    """PyTorch diffusers' picture; the genuine legacy Flax pipeline is 3e-4 away from it."""
+def test_the_recorded_image_from_flax_files_and_from_one_file(ldm, tmp_path):
+    """PyTorch diffusers' image; the genuine legacy Flax pipeline is 3e-4 away from it."""
     case = load_case("flax_pipeline_ddim")
     call = case.meta["call"]
     (tmp_path / "flax").mkdir()
     flax = StableDiffusion.from_pretrained(flax_folder(tmp_path / "flax"))
     for pipe in (flax, StableDiffusion.from_pretrained(ldm, config=TORCH_MODEL)):
-        picture = pipe(
+        image = pipe(
             call["prompt"][0],
             negative_prompt=call["negative_prompt"][0],
             num_inference_steps=call["num_inference_steps"],
@@ -116,7 +116,7 @@ def test_the_recorded_picture_from_flax_files_and_from_one_file(ldm, tmp_path):
             latents=nhwc(case.inputs["latents"]),
             output_type="np",
         )
-        case.check(image__torch=picture)
+        case.check(image__torch=image)
 
 
 def test_names_and_shapes_at_full_size(data):
