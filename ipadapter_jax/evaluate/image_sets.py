@@ -15,8 +15,6 @@ from ipadapter_jax.storage.nearby_paths import nearby
 from ipadapter_jax.storage.paths import expanded
 from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, read_bytes, read_json_object
 
-COLUMNS = ("name", "picture")
-
 
 def find_images(place: Path, references: Sequence[Reference]) -> list[list[Path]]:
     """The images of every image prompt, equally many of each, from a folder (name.png, or name-0.png, name-1.png and
@@ -64,11 +62,9 @@ def _listed(path: Path) -> Iterator[tuple[int, str, Path]]:
     for number, row in table.rows:
         if isinstance(row, InputError):
             raise InputError(f"{path}, line {number}: {row}")
-        name, image = (row.get(column, "") for column in COLUMNS)
+        name, image = row.get("name", ""), row.get("image") or row.get("picture", "")  # picture: in older lists
         if not name or not image:
-            raise InputError(
-                f"{path}, line {number}: no {' or '.join(COLUMNS)}; the first line has to name both columns"
-            )
+            raise InputError(f"{path}, line {number}: no name or image; the first line has to name both columns")
         place = path.parent / expanded(image)
         if not os.path.isfile(place):
             raise InputError(f"{path}, line {number}: there is no image {place}; correct its name")

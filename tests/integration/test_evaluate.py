@@ -189,7 +189,7 @@ def test_images_of_another_program(place, tmp_path, monkeypatch):
     more = {"images_from": theirs, "num_images": None, "steps": None, "batch_size": None}
     assert main(words(place, tmp_path / "by name", **more)) == 0
     rows = [f"{path.stem[:-2]}.png,{path.name}" for path in sorted(theirs.iterdir())]
-    (theirs / "list.csv").write_text("\n".join(["name,picture", *rows]))
+    (theirs / "list.csv").write_text("\n".join(["name,image", *rows]))
     assert main(words(place, tmp_path / "by list", **more | {"images_from": theirs / "list.csv"})) == 0
     for folder in ("by name", "by list"):
         for table in ("prompts.csv", "pictures.csv"):

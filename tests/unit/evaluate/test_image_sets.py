@@ -53,6 +53,8 @@ def test_a_list(tmp_path):
     files(tmp_path / "made", "a.png", "b.png")
     (tmp_path / "list.csv").write_text("image,name\nmade/b.png,fox.jpg\nmade/a.png,fox\n")
     assert named(find_images(tmp_path / "list.csv", references("fox"))) == [["b.png", "a.png"]]
+    (tmp_path / "list.csv").write_text("name,picture\nfox,made/a.png\n")  # as the column was called once
+    assert named(find_images(tmp_path / "list.csv", references("fox"))) == [["a.png"]]
 
 
 @pytest.mark.parametrize(
@@ -60,9 +62,9 @@ def test_a_list(tmp_path):
     [
         ("fox,made/a.png\n", "have no image there"),
         ("name\nfox\n", "line 2: no name or image"),
-        ("name,picture\nfox\n", "line 2: 1 values for 2 columns"),
-        ("name,picture\nfox,made/a.png,with a hat\n", "line 2: 3 values for 2 columns; put text that has commas"),
-        ("name,picture\nfox,made/c.png\n", "line 2: there is no image"),
+        ("name,image\nfox\n", "line 2: 1 values for 2 columns"),
+        ("name,image\nfox,made/a.png,with a hat\n", "line 2: 3 values for 2 columns; put text that has commas"),
+        ("name,image\nfox,made/c.png\n", "line 2: there is no image"),
         ('name,image\n"fox,made/a.png\n', r"line 2: not CSV \(unexpected end of data\)"),
     ],
 )
