@@ -129,12 +129,12 @@ def start(
         inside = np.broadcast_to(latent_mask(canvas.mask, h, w)[:, :, None], (batch.count, h, w, 1))
         mask = batch.spread(inside)
     if POSTERIOR in encoded:
-        clean = sampling.encode_image(vae, params, canvas.pixels, batch.noise(shape, POSTERIOR))
+        clean = sampling.encode_init_image(vae, params, canvas.pixels, batch.noise(shape, POSTERIOR))
         if mask is None or strength < 1:
             latents = run.level[0] * clean + run.level[1] * noise
         if mask is not None and MASKED_POSTERIOR not in encoded:
             kept = sampling.Kept(mask, clean, noise)
     if mask is not None and MASKED_POSTERIOR in encoded:
-        seen = sampling.encode_image(vae, params, canvas.masked_pixels, batch.noise(shape, MASKED_POSTERIOR))
+        seen = sampling.encode_init_image(vae, params, canvas.masked_pixels, batch.noise(shape, MASKED_POSTERIOR))
         more_channels = jnp.concatenate([mask, seen], axis=-1)
     return sampling.Start(latents, kept, more_channels)

@@ -83,7 +83,7 @@ def test_latents_outside_of_the_mask_are_those_of_the_image(pipe, original):
     with given_noise(posterior=noise):
         found = pipe("a cat", image=original, mask_image=half_mask(), **SMALL | {"output_type": "latent"})
     pixels = np.asarray(original, np.float32)[None] / 127.5 - 1
-    clean = ipadapter_jax.pipelines.sampling.encode_image(pipe.vae, pipe.params["vae"], pixels, noise)
+    clean = ipadapter_jax.pipelines.sampling.encode_init_image(pipe.vae, pipe.params["vae"], pixels, noise)
     np.testing.assert_allclose(found[:, :, :4], clean[:, :, :4], atol=1e-5)
     assert np.abs(found - clean)[:, :, 4:].min(axis=-1).max() > 0.01
 
