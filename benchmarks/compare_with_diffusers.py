@@ -102,6 +102,7 @@ def _sample_ours(
     import jax
 
     from ipadapter_jax.images.preprocess import to_uint8
+    from ipadapter_jax.models.vae import denormalize
     from ipadapter_jax.pipelines import sampling
 
     with jax.default_matmul_precision("highest"):
@@ -110,7 +111,7 @@ def _sample_ours(
         batch = sampling.Batch(pipe.mesh, np.asarray([seed], np.uint32), np.zeros(1, int))
         noise = batch.noise(latents.shape[1:], 0)
         decoded = sampling.decode(pipe.vae, pipe.mesh, pipe.params["vae"], batch.spread(latents))
-    pixels = np.clip(np.asarray(decoded)[0] / 2 + 0.5, 0, 1)
+    pixels = denormalize(np.asarray(decoded)[0])
     return np.asarray(noise)[0], latents[0], to_uint8(pixels)
 
 

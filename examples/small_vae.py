@@ -10,27 +10,28 @@ import numpy as np
 import optax
 import tqdm
 
-from ipadapter_jax.models.vae import VAE, VAEConfig
+from ipadapter_jax.models.vae import VAE, VAEConfig, normalize
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.weights.load_tree import Tree
 
-CONFIG = VAEConfig(block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=4)
+CONFIG = VAEConfig(block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0)
 KL_WEIGHT = 1e-4  # per latent number: keeps the latents' scale and some room around each image
 
 
 def fit(pixels: np.ndarray, *, steps: int, learning_rate: float = 3e-3) -> tuple[VAE, Tree]:
     """pixels (B, H, W, 3) uint8, the whole training set -> the network and its weights; `scaling_factor` is 1 / the
     standard deviation of the latents."""
-    images = jnp.asarray(pixels, jnp.float32) / 127.5 - 1
+    images = normalize(jnp.asarray(pixels))
     vae = VAE(CONFIG)
-    encode: Any = functools.partial(vae.apply, method=VAE.encode)
+    encode: Any = functools.partial(vae.apply, method=VAE.posterior)
     decode: Any = functools.partial(vae.apply, method=VAE.decode)
     params = jax.jit(vae.init)(random_keys.key(0), images[:1])["params"]
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     def loss(params: Tree, key: jax.Array) -> jax.Array:
-        mean, log_variance = encode({"params": params}, images)
-        latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        posterior = encode({"params": params}, images)
+        mean, log_variance = posterior
+        latents = vae.sample(posterior, jax.random.normal(key, mean.shape))
         error = decode({"params": params}, latents) - images
         kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance)
         return jnp.mean(error**2) + KL_WEIGHT * jnp.mean(kl)
@@ -44,13 +45,13 @@ def fit(pixels: np.ndarray, *, steps: int, learning_rate: float = 3e-3) -> tuple
     state = optimizer.init(params)
     for number in tqdm.trange(steps, desc="VAE", disable=None):
         params, state = step(params, state, number)
-    spread = np.std(jax.jit(encode)({"params": params}, images)[0])
+    spread = np.std(jax.jit(encode)({"params": params}, images).mean)
     return VAE(dataclasses.replace(CONFIG, scaling_factor=1 / float(spread))), params
 
 
 def through(vae: VAE, params: Tree, pixels: np.ndarray) -> np.ndarray:
     """Images (B, H, W, 3) uint8 to latents and back."""
-    back = jax.jit(vae.apply)({"params": params}, jnp.asarray(pixels, jnp.float32) / 127.5 - 1)
+    back = jax.jit(vae.apply)({"params": params}, normalize(jnp.asarray(pixels)))
     return np.asarray(jnp.round((jnp.clip(back, -1, 1) + 1) * 127.5)).astype(np.uint8)
 
 

@@ -23,7 +23,7 @@ from ipadapter_jax.diffusion.sampler_table import init_state, sampler_step
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.images.preprocess import clip_pixel_values, image_grid, load_image, to_uint8
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.models.vae import VAE, denormalize
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.weights.tokenizer import tokenize
 
@@ -75,8 +75,8 @@ def main(
 
         table, sigma, _ = sample_table("ddim", schedule, steps)  # or another one without fresh noise: euler, unipc
         state, _ = jax.lax.scan(body, init_state(latents * sigma), table)
-        decoded = apply(vae, "vae", state.x / vae.config.scaling_factor, method=VAE.decode)
-        return jnp.clip(decoded / 2 + 0.5, 0, 1)
+        decoded = apply(vae, "vae", state.x, method=VAE.decode)
+        return denormalize(decoded)
 
     ids = tokenize(pipe.tokenizer, [negative_prompt, prompt], text_encoder.config.max_position_embeddings)
     pixels = clip_pixel_values([load_image(image)], ip.encoder.module.config.image_size)

@@ -12,6 +12,7 @@ from experiments.mini.attribute_classifier import ATTRIBUTES, judge, truth
 from experiments.mini.test_scenes import Prompt
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.images.preprocess import CLIP_TABLE
+from ipadapter_jax.models.vae import normalize
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.weights.tokenizer import tokenize
 
@@ -71,7 +72,7 @@ class Eyes:
         """What the VAE makes of images (B, 64, 64, 3) uint8."""
         params = {"params": self._pipe.params["vae"]}
         run = jax.jit(functools.partial(self._pipe.vae.apply, params))
-        decoded = _in_batches(lambda x: run(x.astype(np.float32) / 127.5 - 1), pixels)
+        decoded = _in_batches(lambda x: run(normalize(x)), pixels)
         return np.clip((decoded + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
 
 

@@ -13,7 +13,7 @@ from experiments.mini.networks import VAE_CONFIG
 from experiments.mini.scenes.examples import example
 from experiments.mini.scenes.render import mask
 from experiments.mini.simple_trainer import fit
-from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.models.vae import VAE, normalize
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.weights.load_tree import Tree
 
@@ -38,10 +38,10 @@ def train(folder: Path, steps: Mapping[str, int], deadline: float) -> tuple[VAE,
 
 
 def loss(vae: VAE, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-    images = batch["pixels"].astype(jnp.float32) / 127.5 - 1
-    posterior: Any = vae.apply({"params": params}, images, method=VAE.encode)
+    images = normalize(batch["pixels"])
+    posterior: Any = vae.apply({"params": params}, images, method=VAE.posterior)
     mean, log_variance = posterior
-    latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+    latents = vae.sample(posterior, jax.random.normal(key, mean.shape))
     decoded: Any = vae.apply({"params": params}, latents, method=VAE.decode)
     error = decoded - images
     weight = 1 + OBJECT_WEIGHT * batch["object"].astype(jnp.float32)[..., None] / 255
@@ -77,8 +77,8 @@ def normalised(vae: VAE, params: Tree) -> Tree:
     """The same network with latents of mean 0 and deviation 1 in every channel: one scaling_factor could not do that,
     but the 1x1 convolutions around the latents can."""
     pixels = np.concatenate([wholes(10**6 + i)["pixels"] for i in range(32)])
-    encode = jax.jit(functools.partial(vae.apply, method=VAE.encode))
-    mean = np.asarray(encode({"params": params}, jnp.asarray(pixels, jnp.float32) / 127.5 - 1)[0])
+    encode = jax.jit(functools.partial(vae.apply, method=VAE.posterior))
+    mean = np.asarray(encode({"params": params}, normalize(jnp.asarray(pixels))).mean)
     centre, spread = mean.mean((0, 1, 2)), mean.std((0, 1, 2))
     params = jax.tree.map(np.array, params)
     before, after = params["quant_conv"], params["post_quant_conv"]

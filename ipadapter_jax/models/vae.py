@@ -1,11 +1,16 @@
-"""The KL autoencoder between images and latents (diffusers' AutoencoderKL), channels-last."""
+"""The KL autoencoder between images and latents (diffusers' AutoencoderKL), channels-last.
+
+Latents in and latents out are those that the sampler uses: `scaling_factor` is applied here and nowhere else. Only a
+`Posterior` is unscaled.
+"""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ipadapter_jax.errors import InputError
@@ -14,6 +19,7 @@ from ipadapter_jax.models.layers import Dense, Downsample, ResnetBlock, Upsample
 from ipadapter_jax.ops.attention import attend
 
 _EPSILON = 1e-6  # of every norm in the VAE
+_Images = TypeVar("_Images", np.ndarray, Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +59,26 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+def normalize(pixels: _Images) -> _Images:
+    """Pixels of any shape, 0 to 255, to float32 in [-1, 1], as the VAE takes them."""
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def denormalize(images: _Images) -> _Images:
+    """Images as the VAE gives them, about [-1, 1], clipped to [0, 1]."""
+    return (images / 2 + 0.5).clip(0, 1)
+
+
+class Posterior(NamedTuple):
+    """The normal distribution of each image's latents, before scaling: what the encoder gives, and what caches of
+    encoded images hold. Both (B, h, w, C) float32."""
+
+    mean: Array
+    log_variance: Array
+
+
 class VAE(nn.Module):
-    """`decode` and `encode` work on unscaled latents: the caller applies `config.scaling_factor`."""
+    """Images (B, H, W, 3) in [-1, 1] to scaled latents (B, h, w, C) and back."""
 
     config: VAEConfig
     dtype: jnp.dtype = jnp.float32
@@ -66,19 +90,32 @@ class VAE(nn.Module):
         self.quant_conv = conv(2 * latent, 1, self.dtype)
         self.post_quant_conv = conv(latent, 1, self.dtype)
 
-    def encode(self, images: Array) -> tuple[Array, Array]:
-        """images (B, H, W, 3) in [-1, 1] -> mean and log-variance of the posterior, each (B, h, w, 4) float32."""
+    def encode(self, images: Array, noise: Array) -> Array:
+        """Latents (B, h, w, C) float32, one sample of each image's posterior; noise (B, h, w, C) is standard normal.
+        One image broadcasts against noise for several."""
+        return self.sample(self.posterior(images), noise)
+
+    def posterior(self, images: Array) -> Posterior:
+        """The posterior of each image, unscaled."""
         moments = self.quant_conv(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
-        return mean, jnp.clip(log_variance, -30.0, 20.0)
+        return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
+
+    @nn.nowrap
+    def sample(self, posterior: Posterior, noise: Array | float) -> Array:
+        """Latents of a posterior for standard normal noise (B, h, w, C), or of its mean for noise 0. Needs no
+        parameters, so it is called on the module itself."""
+        mean, log_variance = posterior
+        return self.config.scaling_factor * (mean + jnp.exp(0.5 * log_variance) * noise)
 
     def decode(self, latents: Array) -> Array:
-        """latents (B, h, w, 4) -> images (B, H, W, 3) float32, about [-1, 1] and not clipped."""
+        """latents (B, h, w, C) -> images (B, H, W, 3) float32, about [-1, 1] and not clipped."""
+        latents = latents / self.config.scaling_factor
         return self.decoder(self.post_quant_conv(latents.astype(self.dtype))).astype(jnp.float32)
 
     def __call__(self, images: Array) -> Array:
-        """Through the mean of the posterior and back: touches every parameter, so it also initialises."""
-        return self.decode(self.encode(images)[0])
+        """Reconstructs images from the means of their posteriors: touches every parameter, so it also initializes."""
+        return self.decode(self.sample(self.posterior(images), 0.0))
 
 
 class Encoder(nn.Module):

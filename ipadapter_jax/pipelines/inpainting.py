@@ -11,7 +11,7 @@ from ipadapter_jax.diffusion.samplers import Run
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.images.preprocess import load_image
 from ipadapter_jax.inputs.validation import latent_shape
-from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.models.vae import VAE, normalize
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.masks import check_latent_mask, latent_mask, load_mask
 from ipadapter_jax.pipelines.noise import INITIAL, MASKED_POSTERIOR, POSTERIOR
@@ -50,7 +50,7 @@ class Canvas:
     @property
     def pixels(self) -> np.ndarray:
         """(1, H, W, 3) float32 in [-1, 1]."""
-        return self.image[None].astype(np.float32) / 127.5 - 1
+        return normalize(self.image[None])
 
     @property
     def masked_pixels(self) -> np.ndarray:

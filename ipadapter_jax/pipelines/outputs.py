@@ -7,6 +7,7 @@ from PIL import Image
 
 from ipadapter_jax.errors import NonFiniteImageError
 from ipadapter_jax.images.preprocess import to_uint8
+from ipadapter_jax.models.vae import denormalize
 from ipadapter_jax.pipelines.inpainting import Canvas
 
 
@@ -24,7 +25,7 @@ def images_of(decoded: np.ndarray, output_type: str, canvas: Canvas | None) -> A
     """What the decoder gives (B, H, W, 3), about [-1, 1], as "np" or "pil", with the pixels of a canvas outside of its
     mask. Raises NonFiniteImageError as `check_finite`."""
     check_finite(decoded, "image")
-    pixels = np.clip(decoded / 2 + 0.5, 0.0, 1.0)
+    pixels = denormalize(decoded)
     if canvas is not None:
         pixels = canvas.restored(pixels)
     return pixels if output_type == "np" else [Image.fromarray(image) for image in to_uint8(pixels)]

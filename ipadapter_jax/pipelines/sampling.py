@@ -277,8 +277,7 @@ def run_steps(
 def encode_init_image(vae: VAE, params: Tree, images: Array, noise: Array) -> Array:
     """Images (n, H, W, 3) in [-1, 1] and standard normal noise (B, h, w, 4) -> latents (B, h, w, 4), drawn from the
     posterior of image 0, or each of its own."""
-    mean, logvar = _apply(vae, params, images, method=VAE.encode)
-    return vae.config.scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
+    return _apply(vae, params, images, noise, method=VAE.encode)
 
 
 @export_cached(2)
@@ -287,7 +286,7 @@ def decode(vae: VAE, mesh: Mesh, params: Tree, latents: Array) -> Array:
 
     def run(latents, params):
         def one(row):
-            return _apply(vae, params, row[None] / vae.config.scaling_factor, method=VAE.decode)[0]
+            return _apply(vae, params, row[None], method=VAE.decode)[0]
 
         return jax.lax.map(one, latents)
 

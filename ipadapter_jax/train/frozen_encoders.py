@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.images.preprocess import CLIP_TABLE
-from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.models.vae import VAE, normalize
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.weights.base_model import open_base_folder
 from ipadapter_jax.weights.components import LoadedComponent
@@ -66,10 +66,9 @@ def _encode(
     """ "mean" and "logvar" (B, h, w, 4), "features" (B, F) or (B, L, F), all in the networks' dtype, "finite" (B,)."""
 
     def run(params, pixels, clip_pixels):
-        images = pixels.astype(jnp.float32) / 127.5 - 1
-        moments: Any = vae.apply({"params": params[0]}, images, method=VAE.encode)
+        posterior: Any = vae.apply({"params": params[0]}, normalize(pixels), method=VAE.posterior)
         normalised = jnp.asarray(CLIP_TABLE)[clip_pixels, jnp.arange(3)]
-        found = {name: moment.astype(vae.dtype) for name, moment in zip(("mean", "logvar"), moments, strict=True)}
+        found = {name: moment.astype(vae.dtype) for name, moment in zip(("mean", "logvar"), posterior, strict=True)}
         found["features"] = sampling.encode_image(image_encoder, patches, params[1], normalised)
         finite = [jnp.isfinite(x).all(axis=range(1, x.ndim)) for x in found.values()]
         return found | {"finite": functools.reduce(jnp.logical_and, finite)}

@@ -19,7 +19,7 @@ from ipadapter_jax.models.image_projections import Projection, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_layers
-from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.models.vae import VAE, Posterior, normalize
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.init import initial_adapter, load_initial, projection_config
 from ipadapter_jax.train.optim import trainable
@@ -55,9 +55,9 @@ class Networks:
         vision = [] if self.image_encoder is None else [self.image_encoder.config]
         return *self.unet.config.head_depths, *(config.hidden_size // config.num_attention_heads for config in vision)
 
-    def moments(self, frozen: dict[str, Any], images: Array) -> tuple[Array, Array]:
-        """images (B, H, W, 3) in [-1, 1] -> mean and log-variance (B, h, w, C) of the latents' posterior."""
-        return _apply(self.vae, frozen["vae"], images, method=VAE.encode)
+    def posterior(self, frozen: dict[str, Any], pixels: Array) -> Posterior:
+        """pixels (B, H, W, 3) uint8 -> the unscaled posterior of their latents (B, h, w, C)."""
+        return _apply(self.vae, frozen["vae"], normalize(pixels), method=VAE.posterior)
 
     def text_states(self, frozen: dict[str, Any], ids: Array) -> Array:
         return _apply(self.text_encoder, frozen["text_encoder"], ids).last_hidden_state

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from ipadapter_jax.images.preprocess import CLIP_TABLE
+from ipadapter_jax.models.vae import Posterior
 from ipadapter_jax.ops.batch_sharding import batch_sharded
 from ipadapter_jax.runtime.random_keys import key
 from ipadapter_jax.train.config import Train
@@ -75,8 +76,7 @@ class Inputs(NamedTuple):
 
 def encode(networks: Networks, frozen: dict[str, Any], batch: Batch, draws: Draws) -> Inputs:
     """Latents with noise, text states and image features, dropped where the draws say so."""
-    mean, log_variance = posterior(networks, frozen, batch)
-    latents = (mean + jnp.exp(0.5 * log_variance) * draws.posterior_noise) * networks.vae.config.scaling_factor
+    latents = networks.vae.sample(posterior(networks, frozen, batch), draws.posterior_noise)
     signal = jnp.asarray(networks.schedule.alphas_cumprod)[draws.timestep][:, None, None, None]
     noisy = jnp.sqrt(signal) * latents + jnp.sqrt(1 - signal) * draws.noise
     target = {
@@ -89,11 +89,11 @@ def encode(networks: Networks, frozen: dict[str, Any], batch: Batch, draws: Draw
     return Inputs(noisy, draws.timestep, target, text, image_features(networks, frozen, batch, draws.drop_image))
 
 
-def posterior(networks: Networks, frozen: dict[str, Any], batch: Batch) -> tuple[Array, Array]:
-    """Mean and log-variance (B, h, w, 4) float32 of the latents, as the VAE gives them."""
+def posterior(networks: Networks, frozen: dict[str, Any], batch: Batch) -> Posterior:
+    """The unscaled posterior of the latents, float32: cached, or made from the pixels."""
     if "mean" in batch:
-        return batch["mean"].astype(jnp.float32), batch["logvar"].astype(jnp.float32)
-    return networks.moments(frozen, batch["pixels"].astype(jnp.float32) / 127.5 - 1)
+        return Posterior(batch["mean"].astype(jnp.float32), batch["logvar"].astype(jnp.float32))
+    return networks.posterior(frozen, batch["pixels"])
 
 
 def image_features(networks: Networks, frozen: dict[str, Any], batch: Batch, drop: Array) -> Array | None:

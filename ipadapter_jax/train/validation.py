@@ -22,7 +22,7 @@ from ipadapter_jax.evaluate.clip_scorer import open_scorer
 from ipadapter_jax.evaluate.metrics import score
 from ipadapter_jax.images.contact_sheet import sheet
 from ipadapter_jax.images.preprocess import to_uint8
-from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.models.vae import VAE, Posterior, denormalize
 from ipadapter_jax.ops.batch_sharding import batch_sharded
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.ip_adapter import Adapter
@@ -92,7 +92,8 @@ class Validation:
         vae, params = self._loaded.networks.vae, self._loaded.frozen["vae"]
 
         def head(params: Any, batch: Batch) -> tuple[Array, Array, Any]:
-            decoded: Any = vae.apply({"params": params}, batch["mean"][:_IMAGES], method=VAE.decode)
+            posterior = Posterior(batch["mean"][:_IMAGES], batch["logvar"][:_IMAGES])
+            decoded: Any = vae.apply({"params": params}, vae.sample(posterior, 0.0), method=VAE.decode)
             features = batch["features"][:_IMAGES] if "features" in batch else None
             return decoded, batch["input_ids"][:_IMAGES], features
 
@@ -100,7 +101,7 @@ class Validation:
             lambda x: np.asarray(x.addressable_data(0)),
             jax.jit(head, out_shardings=replicated(self._mesh))(params, self._batch),
         )
-        references = [Image.fromarray(image) for image in to_uint8(np.clip(decoded / 2 + 0.5, 0, 1))]
+        references = [Image.fromarray(image) for image in to_uint8(denormalize(decoded))]
         if positive is None:
             return ImagePrompts(references, input_ids, None)
         negative = np.zeros_like(positive)

@@ -92,8 +92,9 @@ def test_image_encoder():
 def test_vae():
     case = load_case("vae")
     images = nhwc(case.inputs["image_64x64"]).astype(np.float32) / 127.5 - 1
-    mean, log_variance = apply(component("vae"), images, method=VAE.encode)
-    decoded = apply(component("vae"), nhwc(case.inputs["latents_64x64"]), method=VAE.decode)
+    mean, log_variance = apply(component("vae"), images, method=VAE.posterior)
+    scale = component("vae").module.config.scaling_factor
+    decoded = apply(component("vae"), scale * nhwc(case.inputs["latents_64x64"]), method=VAE.decode)
     case.check(mean_64x64=nchw(mean), logvar_64x64=nchw(log_variance), decoded_64x64=nchw(decoded))
 
 
@@ -263,8 +264,9 @@ def test_flax_unet(flax_model):
 def test_flax_vae(flax_model):
     case = load_case("flax_vae")
     loaded = load_component(VAE_COMPONENT, flax_model / "vae", FLOAT32)
-    mean, log_variance = apply(loaded, nhwc(case.inputs["image"]), method=VAE.encode)
-    decoded = apply(loaded, nhwc(case.inputs["latents"]), method=VAE.decode)
+    mean, log_variance = apply(loaded, nhwc(case.inputs["image"]), method=VAE.posterior)
+    scale = loaded.module.config.scaling_factor
+    decoded = apply(loaded, scale * nhwc(case.inputs["latents"]), method=VAE.decode)
     case.check(mean__torch=nchw(mean), logvar__torch=nchw(log_variance), decoded__torch=nchw(decoded))
 
 
