@@ -108,9 +108,9 @@ def _sample_ours(
     with jax.default_matmul_precision("highest"):
         pipe = load_ours(weights, "float32", adapter)
         latents = pipe(**call, ip_adapter_scale=scale, seed=seed, progress_bar=False)
-        batch = sampling.Batch(pipe.mesh, np.asarray([seed], np.uint32), np.zeros(1, int))
+        batch = sampling.SampleBatch(pipe.mesh, np.asarray([seed], np.uint32), np.zeros(1, int))
         noise = batch.noise(latents.shape[1:], 0)
-        decoded = sampling.decode(pipe.vae, pipe.mesh, pipe.params["vae"], batch.spread(latents))
+        decoded = sampling.decode(pipe.vae, pipe.mesh, pipe.params["vae"], batch.sharded(latents))
     pixels = denormalize(np.asarray(decoded)[0])
     return np.asarray(noise)[0], latents[0], to_uint8(pixels)
 

@@ -31,11 +31,11 @@ class PerPrompt:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Entry:
+class PlannedImageBranch:
     """One attention of every site beside the text's: an adapter's images, or one of them with a mask.
 
     `features` encodes the images (Q, G, n, ...); of these `images` are used, each times `image_weight` (Q or 1,
-    n), with `crossed` the two branches of guidance exchanged. `weight` (steps, G, sites) and `mask` (H, W) say where it
+    n), with `swapped` the two branches of guidance exchanged. `weight` (steps, G, sites) and `mask` (H, W) say where it
     acts.
     """
 
@@ -45,16 +45,16 @@ class Entry:
     image_weight: np.ndarray
     weight: np.ndarray
     mask: np.ndarray | None
-    crossed: bool = False
+    swapped: bool = False
 
     def keys_values(self) -> list[KeyValue]:
         """Per site (Q, G, n N, C)."""
         features = self.features()[:, :, self.images]
-        return self.adapter.keys_values(features[:, ::-1] if self.crossed else features, self.image_weight)
+        return self.adapter.keys_values(features[:, ::-1] if self.swapped else features, self.image_weight)
 
 
 @dataclasses.dataclass(frozen=True)
-class Controls:
+class ImagePromptSettings:
     """What a call says of its image prompts, as `StableDiffusion.__call__` describes it."""
 
     images: Any = None
@@ -66,51 +66,33 @@ class Controls:
     fit: str = "crop"
 
 
-def entries_of(
-    controls: Controls,
+def plan_image_branches(
+    settings: ImagePromptSettings,
     adapters: Sequence[Adapter],
-    sites: Sequence[CrossAttentionLayer],
+    layers: Sequence[CrossAttentionLayer],
     num_steps: int,
     guided: bool,
     size: tuple[int, int],
     num_prompts: int,
     multiple: int = 8,
-) -> list[Entry]:
-    """All image entries of a call for images of `size` (height, width), one adapter after the other. multiple: pixels
+) -> list[PlannedImageBranch]:
+    """All image branches of a call for images of `size` (height, width), one adapter after the other. multiple: pixels
     along each side of a latent.
 
-    Reads and checks what was given; encoders run when an entry is asked for keys and values. Raises InputError.
+    Reads and checks what was given; encoders run when a branch is asked for its keys and values. Raises InputError.
     """
-    for name, word in (("fit", controls.fit), ("ip_adapter_uncond", controls.uncond)):
+    for name, word in (("fit", settings.fit), ("ip_adapter_uncond", settings.uncond)):
         if not isinstance(word, str):
             raise InputError(f"{argument(name)} is {type(word).__name__}; give one of its words")
-    given = _per_adapter(controls, len(adapters), num_prompts)
-    if controls.embeds is not None and controls.negative is not None:
-        raise InputError(
-            f"{argument('negative_ip_adapter_image')} goes with {argument('ip_adapter_image')}; embeddings "
-            "hold their negative branch"
-        )
-    if controls.embeds is not None and controls.fit != "crop":
-        raise InputError(
-            f"{argument('fit', controls.fit)} is for images; {argument('ip_adapter_image_embeds')} are encoded already"
-        )
-    if controls.negative is not None and controls.uncond != "default":
-        raise InputError(
-            f"{argument('negative_ip_adapter_image')} and {argument('ip_adapter_uncond')} say the same; give one of "
-            "them"
-        )
-    if not guided and (controls.negative is not None or controls.uncond != "default"):
-        raise InputError(
-            f"{argument('negative_ip_adapter_image')} and {argument('ip_adapter_uncond')} need guidance: "
-            f"{argument('guidance_scale')} above 1"
-        )
-    scales = _scales(controls.scale, len(adapters))
-    masks = _masks(controls.masks, len(adapters))
-    negatives = _negatives(controls.negative, len(adapters))
-    entries = []
-    for adapter, prompt, negative, scale, of_images in zip(adapters, given, negatives, scales, masks, strict=True):
-        if controls.embeds is not None:
-            features, count = adapter.from_embeds(prompt, guided, controls.uncond)
+    given = _per_adapter(settings, len(adapters), num_prompts)
+    _check_combination(settings, guided)
+    scales = _scales(settings.scale, len(adapters))
+    masks = _masks(settings.masks, len(adapters))
+    negatives = _negatives(settings.negative, len(adapters))
+    found = []
+    for adapter, prompt, negative, scale, its_masks in zip(adapters, given, negatives, scales, masks, strict=True):
+        if settings.embeds is not None:
+            features, count = adapter.from_embeds(prompt, guided, settings.uncond)
         else:
             prompts = [_images(p) for p in (prompt.items if isinstance(prompt, PerPrompt) else [prompt])]
             if len(prompts) not in (1, num_prompts):
@@ -118,23 +100,49 @@ def entries_of(
                     f"{argument('ip_adapter_image')} has {len(prompts)} image prompts for {num_prompts} prompts; "
                     "PerPrompt takes one for each"
                 )
-            features, count = adapter.from_images(prompts, controls.fit, guided, negative, controls.uncond)
-        plan = _Plan(adapter, functools.cache(features), count, sites, num_steps, 2 if guided else 1, num_prompts)
-        made = len(entries)
-        if of_images is None:
-            entries += plan.together(scale)
+            features, count = adapter.from_images(prompts, settings.fit, guided, negative, settings.uncond)
+        guidance_branches = 2 if guided else 1
+        plan = _AdapterPlan(
+            adapter, functools.cache(features), count, layers, num_steps, guidance_branches, num_prompts
+        )
+        if its_masks is None:
+            planned = plan.together(scale)
         else:
-            loaded = [load_mask(mask, *size, what=f"mask {i + 1}") for i, mask in enumerate(of_images)]
+            loaded = [load_mask(mask, *size, what=f"mask {i + 1}") for i, mask in enumerate(its_masks)]
             for i, mask in enumerate(loaded):
                 check_inside(mask, f"mask {i + 1}", multiple)
-            entries += plan.apart(scale, loaded)
-        for entry in entries[made:]:
-            check_range(entry.weight, "ip_adapter_scale", adapter.projection.dtype)
-            check_range(entry.image_weight, "ip_adapter_scale", adapter.projection.dtype)
-    return entries
+            planned = plan.apart(scale, loaded)
+        for branch in planned:
+            check_range(branch.weight, "ip_adapter_scale", adapter.projection.dtype)
+            check_range(branch.image_weight, "ip_adapter_scale", adapter.projection.dtype)
+        found += planned
+    return found
 
 
-def entry_weights(entries: Sequence[Entry], conditions: Conditions, num_steps: int) -> np.ndarray:
+def _check_combination(settings: ImagePromptSettings, guided: bool) -> None:
+    """Raises InputError for settings that contradict each other or have no effect."""
+    if settings.embeds is not None and settings.negative is not None:
+        raise InputError(
+            f"{argument('negative_ip_adapter_image')} goes with {argument('ip_adapter_image')}; embeddings "
+            "hold their negative branch"
+        )
+    if settings.embeds is not None and settings.fit != "crop":
+        raise InputError(
+            f"{argument('fit', settings.fit)} is for images; {argument('ip_adapter_image_embeds')} are encoded already"
+        )
+    if settings.negative is not None and settings.uncond != "default":
+        raise InputError(
+            f"{argument('negative_ip_adapter_image')} and {argument('ip_adapter_uncond')} say the same; give one of "
+            "them"
+        )
+    if not guided and (settings.negative is not None or settings.uncond != "default"):
+        raise InputError(
+            f"{argument('negative_ip_adapter_image')} and {argument('ip_adapter_uncond')} need guidance: "
+            f"{argument('guidance_scale')} above 1"
+        )
+
+
+def entry_weights(entries: Sequence[PlannedImageBranch], conditions: Conditions, num_steps: int) -> np.ndarray:
     """The weights of all entries (steps, E, G, sites) for a run under these conditions."""
     if entries:
         return np.stack([entry.weight for entry in entries], axis=1)
@@ -142,18 +150,18 @@ def entry_weights(entries: Sequence[Entry], conditions: Conditions, num_steps: i
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """From one adapter's images to its entries."""
+class _AdapterPlan:
+    """From one adapter's images to its image branches."""
 
     adapter: Adapter
     features: Callable[[], Array]
     count: int
-    sites: Sequence[CrossAttentionLayer]
+    layers: Sequence[CrossAttentionLayer]
     num_steps: int
-    branches: int
+    guidance_branches: int
     num_prompts: int
 
-    def together(self, scale: Any) -> list[Entry]:
+    def together(self, scale: Any) -> list[PlannedImageBranch]:
         """All images in one softmax; a list of numbers weighs each."""
         weight = np.ones((1, self.count), np.float32)
         if isinstance(scale, PerPrompt):
@@ -163,11 +171,11 @@ class _Plan:
                 raise InputError(
                     f"{argument('ip_adapter_scale')}: several images without masks take one number each, or one scale"
                 )
-            tables = [scale_table(s, self.sites, 1).own[0, 0] for s in self._each(scale)]
+            tables = [scale_table(s, self.layers, 1).weight[0, 0] for s in self._each(scale)]
             weight, scale = np.asarray([tables], np.float32), 1.0
-        return self._entries(slice(None), weight, scale, None)
+        return self._planned(slice(None), weight, scale, None)
 
-    def apart(self, scale: Any, masks: Sequence[np.ndarray]) -> list[Entry]:
+    def apart(self, scale: Any, masks: Sequence[np.ndarray]) -> list[PlannedImageBranch]:
         """Every image in a softmax of its own, where its mask is."""
         if len(masks) != self.count:
             raise InputError(
@@ -179,10 +187,10 @@ class _Plan:
             )
         scales = self._each(scale) if isinstance(scale, list | tuple) else [scale] * self.count
         made = [
-            self._entries(slice(i, i + 1), np.ones((1, 1), np.float32), s, mask)
+            self._planned(slice(i, i + 1), np.ones((1, 1), np.float32), s, mask)
             for i, (s, mask) in enumerate(zip(scales, masks, strict=True))
         ]
-        return [entry for entries in made for entry in entries]
+        return [branch for branches in made for branch in branches]
 
     def _by_prompt(self, scales: "PerPrompt") -> tuple[np.ndarray, Scale]:
         """A weight for each prompt's images (Q, n), and the scale that they have in common."""
@@ -194,7 +202,7 @@ class _Plan:
                 "may differ in their value alone"
             )
         for s in full:  # a number: presets belong into Scale(layers=...)
-            scale_table(Scale(s.value), self.sites, 1)
+            scale_table(Scale(s.value), self.layers, 1)
         return np.repeat(np.asarray([s.value for s in full], np.float32)[:, None], self.count, axis=1), common[0]
 
     def _each(self, scales: Sequence[Any]) -> Sequence[Any]:
@@ -204,14 +212,17 @@ class _Plan:
             )
         return scales
 
-    def _entries(self, images: slice, weight: np.ndarray, scale: Any, mask: np.ndarray | None) -> list[Entry]:
-        table = scale_table(scale, self.sites, self.num_steps)
-        own = np.repeat(table.own[:, None], self.branches, axis=1)
-        entries = [Entry(self.adapter, self.features, images, weight, own, mask)]
-        if table.crossed.any() and self.branches == 2:
-            crossed = np.stack([table.crossed, np.zeros_like(table.crossed)], axis=1)
-            entries.append(Entry(self.adapter, self.features, images, weight, crossed, mask, crossed=True))
-        return entries
+    def _planned(
+        self, images: slice, image_weight: np.ndarray, scale: Any, mask: np.ndarray | None
+    ) -> list[PlannedImageBranch]:
+        """One branch, and with a precise preset under guidance a second one whose guidance branches are swapped."""
+        table = scale_table(scale, self.layers, self.num_steps)
+        plan = functools.partial(PlannedImageBranch, self.adapter, self.features, images, image_weight)
+        found = [plan(np.repeat(table.weight[:, None], self.guidance_branches, axis=1), mask)]
+        if table.swapped.any() and self.guidance_branches == 2:
+            weight = np.stack([table.swapped, np.zeros_like(table.swapped)], axis=1)
+            found.append(plan(weight, mask, swapped=True))
+        return found
 
 
 _SQUARES = 'images (of fit="tile" every square)'
@@ -223,22 +234,22 @@ def _images(prompt: Any) -> Any:
     return list(prompt) if isinstance(prompt, list | tuple) else [prompt]
 
 
-def _per_adapter(controls: Controls, adapters: int, num_prompts: int) -> Sequence[Any]:
+def _per_adapter(settings: ImagePromptSettings, adapters: int, num_prompts: int) -> Sequence[Any]:
     """One image prompt (or one array of embeddings) per adapter.
 
     With a single adapter a flat list is one prompt of several images; diffusers wants it nested, which works too. As
     many as there are text prompts may be meant otherwise: then it must be nested, or `PerPrompt`.
     """
-    images, embeds = controls.images, controls.embeds
+    images, embeds = settings.images, settings.embeds
     if images is not None and embeds is not None:
         raise InputError(
             f"{argument('ip_adapter_image')} and {argument('ip_adapter_image_embeds')} are both given; give one of them"
         )
     if not adapters:
-        needing = (images, embeds, controls.negative, controls.masks)
-        if any(value is not None for value in needing) or controls.uncond != "default":
+        needing = (images, embeds, settings.negative, settings.masks)
+        if any(value is not None for value in needing) or settings.uncond != "default":
             raise InputError("an image prompt, negative or with masks, needs an adapter: call with_ip_adapter first")
-        for name, given in (("ip_adapter_scale", not _is_one(controls.scale)), ("fit", controls.fit != "crop")):
+        for name, given in (("ip_adapter_scale", not _is_one(settings.scale)), ("fit", settings.fit != "crop")):
             if given:
                 raise InputError(
                     f"{argument(name)} has no effect without an image prompt: leave it out, or call with_ip_adapter"
@@ -254,7 +265,7 @@ def _per_adapter(controls: Controls, adapters: int, num_prompts: int) -> Sequenc
             )
     elif isinstance(images, list | tuple) and (adapters > 1 or any(isinstance(i, list | tuple) for i in images)):
         given = list(images)
-    merged = images if isinstance(images, list | tuple) and given[0] is images and controls.masks is None else ()
+    merged = images if isinstance(images, list | tuple) and given[0] is images and settings.masks is None else ()
     if len(merged) == num_prompts > 1:  # with masks it is one for each mask
         raise InputError(
             f"{argument('ip_adapter_image')} is a list of {num_prompts} images for {num_prompts} prompts: give "

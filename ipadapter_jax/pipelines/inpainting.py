@@ -19,14 +19,14 @@ from ipadapter_jax.weights.load_tree import Tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Canvas:
+class InitImage:
     """The image to paint over, (H, W, 3) uint8, and with inpainting the mask (H, W) in [0, 1], 1 where to paint."""
 
     image: np.ndarray
     mask: np.ndarray | None
 
     @classmethod
-    def load(cls, image: Any, mask: Any, height: int | None, width: int | None, multiple: int) -> "Canvas":
+    def load(cls, image: Any, mask: Any, height: int | None, width: int | None, multiple: int) -> "InitImage":
         """Image and mask in this size, by default the image's own rounded down to a `multiple`. Raises
         InputError."""
         if image is None:
@@ -66,7 +66,7 @@ class Canvas:
         return mask * images + (1 - mask) * (self.image.astype(np.float32) / 255)
 
 
-def open_canvas(
+def open_init_image(
     image: Any,
     mask: Any,
     strength: float | None,
@@ -75,7 +75,7 @@ def open_canvas(
     multiple: int,
     *,
     sees_mask: bool,
-) -> Canvas | None:
+) -> InitImage | None:
     """What a call says of painting over an image; None where it does not. `sees_mask`: the UNet is an inpainting one.
     Raises InputError, also for what would have no effect."""
     if image is None and mask is None:
@@ -85,10 +85,10 @@ def open_canvas(
         return None
     if exact and mask is None:
         raise InputError(f"{argument('exact_outside_mask')} needs {argument('mask_image')}, which says what is outside")
-    canvas = Canvas.load(image, mask, *size, multiple)
-    if canvas.mask is not None:
-        check_latent_mask(canvas.mask, multiple, sees_mask=sees_mask)
-    return canvas
+    init_image = InitImage.load(image, mask, *size, multiple)
+    if init_image.mask is not None:
+        check_latent_mask(init_image.mask, multiple, sees_mask=sees_mask)
+    return init_image
 
 
 def strength_of(strength: float | None, image: Any, mask: Any) -> float:
@@ -98,43 +98,43 @@ def strength_of(strength: float | None, image: Any, mask: Any) -> float:
     return 1.0 if image is None or mask is not None else 0.8
 
 
-def encoded_posteriors(canvas: Canvas | None, strength: float, *, shown: bool) -> frozenset[int]:
+def encoded_posteriors(init_image: InitImage | None, strength: float, *, inpaint_unet: bool) -> frozenset[int]:
     """The draws of posteriors that `start` makes. An inpainting model of full strength does not begin with the image
     itself, and is shown only the masked one."""
-    if canvas is None:
+    if init_image is None:
         return frozenset()
-    if canvas.mask is None or not shown:
+    if init_image.mask is None or not inpaint_unet:
         return frozenset({POSTERIOR})
     return frozenset({MASKED_POSTERIOR} if strength == 1 else {POSTERIOR, MASKED_POSTERIOR})
 
 
 def start(
-    canvas: Canvas | None,
+    init_image: InitImage | None,
     vae: VAE,
     params: Tree,
-    batch: sampling.Batch,
+    batch: sampling.SampleBatch,
     run: Run,
     encoded: frozenset[int],
     shape: tuple[int, ...],
     strength: float,
 ) -> sampling.Start:
-    """What a run of B images begins with: noise (B, *shape), or the canvas under noise, but for inpainting of full
-    strength. `encoded` is what `encoded_posteriors` gives for the canvas."""
+    """What a run of B images starts from: noise (B, *shape), or with less than full strength, or without a mask, the
+    initial image under noise. `encoded` is what `encoded_posteriors` gives for the initial image."""
     noise = batch.noise(shape, INITIAL)
     latents, mask, kept, more_channels = noise * np.float32(run.init_noise_sigma), None, None, None
-    if canvas is None:
+    if init_image is None:
         return sampling.Start(latents)
-    if canvas.mask is not None:
+    if init_image.mask is not None:
         h, w, _ = shape
-        inside = np.broadcast_to(latent_mask(canvas.mask, h, w)[:, :, None], (batch.count, h, w, 1))
-        mask = batch.spread(inside)
+        inside = np.broadcast_to(latent_mask(init_image.mask, h, w)[:, :, None], (batch.count, h, w, 1))
+        mask = batch.sharded(inside)
     if POSTERIOR in encoded:
-        clean = sampling.encode_init_image(vae, params, canvas.pixels, batch.noise(shape, POSTERIOR))
+        clean = sampling.encode_init_image(vae, params, init_image.pixels, batch.noise(shape, POSTERIOR))
         if mask is None or strength < 1:
             latents = run.level[0] * clean + run.level[1] * noise
         if mask is not None and MASKED_POSTERIOR not in encoded:
             kept = sampling.Kept(mask, clean, noise)
     if mask is not None and MASKED_POSTERIOR in encoded:
-        seen = sampling.encode_init_image(vae, params, canvas.masked_pixels, batch.noise(shape, MASKED_POSTERIOR))
+        seen = sampling.encode_init_image(vae, params, init_image.masked_pixels, batch.noise(shape, MASKED_POSTERIOR))
         more_channels = jnp.concatenate([mask, seen], axis=-1)
     return sampling.Start(latents, kept, more_channels)

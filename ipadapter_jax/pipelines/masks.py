@@ -124,7 +124,7 @@ def _is_grey(colors: np.ndarray) -> bool:
     return bool((colors.max(axis=-1).astype(int) - colors.min(axis=-1)).max() <= _FUZZ)
 
 
-def site_masks(masks: Sequence[np.ndarray | None], grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+def layer_masks(masks: Sequence[np.ndarray | None], grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
     """Masks (H, W) of E entries, or None for everywhere -> per site their values at its queries, (E, L)."""
     made = {grid: [np.ones(grid) if mask is None else _bicubic(mask, *grid) for mask in masks] for grid in set(grids)}
     return [np.reshape(made[h, w], (len(masks), h * w)).astype(np.float32) for h, w in grids]

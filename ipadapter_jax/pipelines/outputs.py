@@ -8,7 +8,7 @@ from PIL import Image
 from ipadapter_jax.errors import NonFiniteImageError
 from ipadapter_jax.images.preprocess import to_uint8
 from ipadapter_jax.models.vae import denormalize
-from ipadapter_jax.pipelines.inpainting import Canvas
+from ipadapter_jax.pipelines.inpainting import InitImage
 
 
 def check_finite(rows: np.ndarray, what: str) -> None:
@@ -21,11 +21,11 @@ def check_finite(rows: np.ndarray, what: str) -> None:
         )
 
 
-def images_of(decoded: np.ndarray, output_type: str, canvas: Canvas | None) -> Any:
-    """What the decoder gives (B, H, W, 3), about [-1, 1], as "np" or "pil", with the pixels of a canvas outside of its
-    mask. Raises NonFiniteImageError as `check_finite`."""
+def images_of(decoded: np.ndarray, output_type: str, init_image: InitImage | None) -> Any:
+    """What the decoder gives (B, H, W, 3), about [-1, 1], as "np" or "pil", outside of its mask with the pixels of the
+    initial image. Raises NonFiniteImageError as `check_finite`."""
     check_finite(decoded, "image")
     pixels = denormalize(decoded)
-    if canvas is not None:
-        pixels = canvas.restored(pixels)
+    if init_image is not None:
+        pixels = init_image.restored(pixels)
     return pixels if output_type == "np" else [Image.fromarray(image) for image in to_uint8(pixels)]

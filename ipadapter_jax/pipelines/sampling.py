@@ -57,7 +57,7 @@ def draw_noise(shape: tuple[int, ...], seeds: Array, step: Array, mesh: Mesh) ->
     return jax.lax.with_sharding_constraint(jax.vmap(draw)(seeds), by_image(mesh))
 
 
-class Batch:
+class SampleBatch:
     """The B images of one call, filled up to a multiple of the devices by repeating the last one."""
 
     def __init__(
@@ -65,18 +65,18 @@ class Batch:
     ):
         """`given` holds noise by number (`noise.py`), which is used instead of draws from the seeds."""
         self.mesh, self.count, self._given = mesh, len(seeds), given or {}
-        self._seeds = self.spread(seeds)
-        self.prompt_of_image = self.spread(prompt_of_image)
+        self._seeds = self.sharded(seeds)
+        self.prompt_of_image = self.sharded(prompt_of_image)
 
-    def spread(self, rows: np.ndarray) -> Array:
-        """Rows (B, ...) over the devices."""
-        filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % self.mesh.size, axis=0)])
+    def sharded(self, samples: np.ndarray) -> Array:
+        """Samples (B, ...) sharded over the devices, filled up."""
+        filled = np.concatenate([samples, np.repeat(samples[-1:], -len(samples) % self.mesh.size, axis=0)])
         return jax.device_put(filled, by_image(self.mesh))
 
     def noise(self, shape: tuple[int, ...], step: int) -> Array:
         """Standard normal (B, *shape), the draw of this number (see `noise.py`)."""
         if step in self._given:
-            return self.spread(self._given[step])
+            return self.sharded(self._given[step])
         return draw_noise(shape, self._seeds, np.uint32(step), self.mesh)
 
 
@@ -252,7 +252,7 @@ def run_steps(
     steps: SamplerTable,
     image_weight: np.ndarray,
     conditions: Conditions,
-    batch: Batch,
+    batch: SampleBatch,
     start: Start,
     on_step: OnStep | None,
 ) -> tuple[Array, Any]:

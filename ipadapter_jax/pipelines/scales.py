@@ -41,13 +41,13 @@ class Scale:
 class ScaleTable(NamedTuple):
     """Weights of one image prompt for a run of n steps over s sites in file order, both (n, s).
 
-    own: of both branches' own tokens. crossed: where a precise preset takes the prompt away from layers, the weight
+    own: of both branches' own tokens. swapped: where a precise preset takes the prompt away from layers, the weight
     with which the unconditional branch sees the conditional one's tokens there instead, so that guidance steers these
-    layers away from it; `own` is 0 there.
+    layers away from it; `weight` is 0 there.
     """
 
-    own: np.ndarray
-    crossed: np.ndarray
+    weight: np.ndarray
+    swapped: np.ndarray
 
 
 class Place(NamedTuple):
@@ -88,7 +88,7 @@ PRESETS: Mapping[str, Callable[[Place], float] | Mapping[int, float]] = {
     "precise style": _STYLE,
     "precise composition": _COMPOSITION,
 }
-_CROSSED: Mapping[str, Mapping[int, float]] = {
+_SWAPPED: Mapping[str, Mapping[int, float]] = {
     "precise style": _COMPOSITION,
     "precise composition": _STYLE | dict.fromkeys((6, 7, 8), 0.1),
 }
@@ -103,10 +103,10 @@ def scale_table(scale: Any, sites: Sequence[CrossAttentionLayer], num_steps: int
     value = _number(scale.value, "ip_adapter_scale")
     steps = value * _step_factors(scale, num_steps)[:, None]
     layers = _layer_factors(scale.layers, sites)
-    own, crossed = steps * layers, np.zeros((num_steps, len(sites)))
-    if isinstance(scale.layers, str) and scale.layers in _CROSSED:
-        crossed = steps * np.array([_CROSSED[scale.layers].get(place.t, 0.0) for place in _places(sites)])
-    return ScaleTable(own.astype(np.float32), crossed.astype(np.float32))
+    weight, swapped = steps * layers, np.zeros((num_steps, len(sites)))
+    if isinstance(scale.layers, str) and scale.layers in _SWAPPED:
+        swapped = steps * np.array([_SWAPPED[scale.layers].get(place.t, 0.0) for place in _places(sites)])
+    return ScaleTable(weight.astype(np.float32), swapped.astype(np.float32))
 
 
 def _step_factors(scale: Scale, num_steps: int) -> np.ndarray:
@@ -140,7 +140,7 @@ def _layer_factors(layers: Any, sites: Sequence[CrossAttentionLayer]) -> np.ndar
     if isinstance(layers, Mapping):
         if layers.keys() <= {"down", "mid", "up"}:
             return _blocks(layers, sites)
-        if precise := _CROSSED.keys() & layers.keys():
+        if precise := _SWAPPED.keys() & layers.keys():
             raise InputError(
                 f"{argument('ip_adapter_scale', part='layers')}: {min(precise)!r} cannot be a part of a "
                 "sum; give it alone"

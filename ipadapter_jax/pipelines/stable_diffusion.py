@@ -34,10 +34,17 @@ from ipadapter_jax.models.unet_config import cross_attention_layers, site_grids
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
-from ipadapter_jax.pipelines.image_prompts import Controls, Entry, ImagePrompt, PerPrompt, entries_of, entry_weights
-from ipadapter_jax.pipelines.inpainting import Canvas, encoded_posteriors, open_canvas, start, strength_of
+from ipadapter_jax.pipelines.image_prompts import (
+    ImagePrompt,
+    ImagePromptSettings,
+    PerPrompt,
+    PlannedImageBranch,
+    entry_weights,
+    plan_image_branches,
+)
+from ipadapter_jax.pipelines.inpainting import InitImage, encoded_posteriors, open_init_image, start, strength_of
 from ipadapter_jax.pipelines.ip_adapter import Adapter, ImageLike, OpenedAdapter, open_adapter
-from ipadapter_jax.pipelines.masks import site_masks
+from ipadapter_jax.pipelines.masks import layer_masks
 from ipadapter_jax.pipelines.noise import INITIAL, taken_noise
 from ipadapter_jax.pipelines.outputs import check_finite, images_of
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
@@ -207,15 +214,15 @@ class StableDiffusion:
         warn_of_syntax({"prompt": prompts, "negative_prompt": negatives})
         if exact_outside_mask and output_type == "latent":
             raise InputError(f"{argument('exact_outside_mask')} is for images; latents hold no pixels to keep")
-        canvas = self._canvas(image, mask_image, strength, exact_outside_mask, height, width)
+        init_image = self._init_image(image, mask_image, strength, exact_outside_mask, height, width)
         strength = strength_of(strength, image, mask_image)
         schedule = self.schedule.changed(scheduler_config or {}, scheduler)
         run = sample_table(scheduler, schedule, num_inference_steps, eta, strength)
-        shape = self._latent_shape(*((height, width) if canvas is None else canvas.image.shape[:2]))
+        shape = self._latent_shape(*((height, width) if init_image is None else init_image.image.shape[:2]))
         count = len(prompts) * num_images_per_prompt
         check_room(self.unet, self.vae, count, shape[:2], run, self.mesh.devices.flat, guided=guidance_scale > 1)
         given = {} if latents is None else {INITIAL: given_latents(latents, (count, *shape), self.unet.dtype)}
-        controls = Controls(
+        controls = ImagePromptSettings(
             images=ip_adapter_image,
             embeds=ip_adapter_image_embeds,
             negative=negative_ip_adapter_image,
@@ -227,13 +234,13 @@ class StableDiffusion:
         entries = self._entries(controls, run, guidance_scale, shape, len(prompts))
         if return_attention_maps and not entries:
             raise InputError(f"{argument('return_attention_maps')} needs an image prompt to look at")
-        seeds = seeds_of(seed, count, used=not given or canvas is not None or bool(np.any(run.steps.noise)))
-        shown = self.unet.config.in_channels != shape[-1]
-        encoded = encoded_posteriors(canvas, strength, shown=shown)
+        seeds = seeds_of(seed, count, used=not given or init_image is not None or bool(np.any(run.steps.noise)))
+        inpaint_unet = self.unet.config.in_channels != shape[-1]
+        encoded = encoded_posteriors(init_image, strength, inpaint_unet=inpaint_unet)
         given |= taken_noise().by_number(encoded, not given, np.asarray(run.steps.noise), (count, *shape))
 
-        batch = sampling.Batch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt), given)
-        began = start(canvas, self.vae, self.params["vae"], batch, run, encoded, shape, strength)
+        batch = sampling.SampleBatch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt), given)
+        began = start(init_image, self.vae, self.params["vae"], batch, run, encoded, shape, strength)
         conditions = self._conditions(
             prompts, negatives, clip_skip, guidance_scale, guidance_rescale, entries, shape, batch
         )
@@ -246,28 +253,28 @@ class StableDiffusion:
             check_finite(found, "latents of image")
         else:
             decoded = np.asarray(sampling.decode(self.vae, self.mesh, self.params["vae"], final))[:count]
-            found = images_of(decoded, output_type, canvas if exact_outside_mask else None)
+            found = images_of(decoded, output_type, init_image if exact_outside_mask else None)
         if maps is None:
             return found
-        maps = [seen for seen, entry in zip(maps, entries, strict=True) if not entry.crossed]
+        maps = [seen for seen, entry in zip(maps, entries, strict=True) if not entry.swapped]
         sites, grids = cross_attention_layers(self.unet.config), site_grids(self.unet.config, *shape[:2])
         return found, AttentionMaps(maps, sites, grids, np.asarray(run.steps.timestep), count)
 
-    def _canvas(
+    def _init_image(
         self, image: Any, mask: Any, strength: float | None, exact: bool, height: int | None, width: int | None
-    ) -> Canvas | None:
+    ) -> InitImage | None:
         """The image to paint over, if there is one. Raises InputError when the model cannot, or has to."""
         if mask is None:
             check_text_to_image(str(self.sources.get("unet", "of this pipeline")), self.unet.config)
         size, sees_mask = (height, width), self.unet.config.in_channels != self.unet.config.out_channels
-        return open_canvas(image, mask, strength, exact, size, self.vae.config.downscale, sees_mask=sees_mask)
+        return open_init_image(image, mask, strength, exact, size, self.vae.config.downscale, sees_mask=sees_mask)
 
     def _entries(
-        self, controls: Controls, run: Run, guidance_scale: float, shape: tuple[int, ...], prompts: int
-    ) -> list[Entry]:
+        self, controls: ImagePromptSettings, run: Run, guidance_scale: float, shape: tuple[int, ...], prompts: int
+    ) -> list[PlannedImageBranch]:
         scale, steps = self.vae.config.downscale, len(run.steps.timestep)
         sites, size = cross_attention_layers(self.unet.config), (shape[0] * scale, shape[1] * scale)
-        return entries_of(controls, self.adapters, sites, steps, guidance_scale > 1, size, prompts, scale)
+        return plan_image_branches(controls, self.adapters, sites, steps, guidance_scale > 1, size, prompts, scale)
 
     def _conditions(
         self,
@@ -276,9 +283,9 @@ class StableDiffusion:
         clip_skip: int,
         guidance_scale: float,
         guidance_rescale: float,
-        entries: Sequence[Entry],
+        entries: Sequence[PlannedImageBranch],
         shape: tuple[int, ...],
-        batch: sampling.Batch,
+        batch: sampling.SampleBatch,
     ) -> sampling.Conditions:
         """Runs the encoders: all that a network sees beside latents and time."""
         branches = [self._text(prompts, clip_skip)]
@@ -291,7 +298,7 @@ class StableDiffusion:
             reference_of_image=batch.prompt_of_image if several else jnp.zeros_like(batch.prompt_of_image),
             text_kv=sampling.text_keys_values(self.unet, self.params["unet"], jnp.stack(branches, axis=1)),
             image_kv=image_kv,
-            image_masks=site_masks([entry.mask for entry in entries], site_grids(self.unet.config, *shape[:2])),
+            image_masks=layer_masks([entry.mask for entry in entries], site_grids(self.unet.config, *shape[:2])),
             guidance_scale=np.float32(guidance_scale),
             guidance_rescale=np.float32(guidance_rescale),
         )

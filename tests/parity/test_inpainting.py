@@ -16,7 +16,7 @@ from ipadapter_jax.diffusion.samplers import SAMPLERS, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
-from ipadapter_jax.pipelines.inpainting import Canvas
+from ipadapter_jax.pipelines.inpainting import InitImage
 from ipadapter_jax.testing import given_noise
 
 CAT, MASK = (ORACLES / "assets" / f"{name}.png" for name in ("init", "mask"))
@@ -91,11 +91,11 @@ def test_latents_outside_of_the_mask_are_those_of_the_image(pipe, original):
 @pytest.mark.parametrize(("size", "expected"), [((70, 65), (64, 64)), ((64, 64), (64, 64)), ((135, 64), (128, 64))])
 def test_the_size_of_a_image_is_rounded_down(size, expected):
     image = Image.open(CAT).convert("RGB").resize(size)
-    canvas = Canvas.load(image, None, None, None, 8)
-    assert canvas.image.shape == (*expected[::-1], 3) and canvas.mask is None
+    init_image = InitImage.load(image, None, None, None, 8)
+    assert init_image.image.shape == (*expected[::-1], 3) and init_image.mask is None
     resized = image if size == expected else image.resize(expected, Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(canvas.image, resized)
-    np.testing.assert_allclose(canvas.pixels, np.asarray(resized, np.float32)[None] / 127.5 - 1)
+    np.testing.assert_array_equal(init_image.image, resized)
+    np.testing.assert_allclose(init_image.pixels, np.asarray(resized, np.float32)[None] / 127.5 - 1)
 
 
 def test_a_image_is_brought_to_height_and_width(pipe, original):
@@ -104,7 +104,7 @@ def test_a_image_is_brought_to_height_and_width(pipe, original):
     assert own.shape == (1, 64, 64, 3)
     np.testing.assert_array_equal(pipe("a cat", image=odd, **SMALL), own)
     mask = np.zeros((67, 70))
-    assert Canvas.load(odd, mask, 64, 64, 8).mask.shape == (64, 64)  # held against the image, not the size
+    assert InitImage.load(odd, mask, 64, 64, 8).mask.shape == (64, 64)  # held against the image, not the size
 
 
 @pytest.mark.parametrize(

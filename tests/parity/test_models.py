@@ -19,7 +19,7 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_layers, site_grids
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipelines import sampling
-from ipadapter_jax.pipelines.masks import load_mask, site_masks
+from ipadapter_jax.pipelines.masks import layer_masks, load_mask
 from ipadapter_jax.pipelines.scales import scale_table
 from ipadapter_jax.weights.components import IMAGE_ENCODER as IMAGE_ENCODER_COMPONENT
 from ipadapter_jax.weights.components import TEXT_ENCODER, UNET, VAE_COMPONENT, LoadedComponent, load_component
@@ -241,9 +241,9 @@ def test_unet_with_controls(name):
     x, times = nhwc(case.inputs["sample"]), case.inputs["timesteps"]
     config = unet.module.config
     sites = cross_attention_layers(config)
-    at_sites = site_masks(of_entries, site_grids(config, *x.shape[1:3]))
+    at_sites = layer_masks(of_entries, site_grids(config, *x.shape[1:3]))
     for output, scale in case.meta["scales"].items():
-        weight = np.stack([scale_table(one(scale), sites, 1).own for one in scales])  # (E, 1, s): one branch
+        weight = np.stack([scale_table(one(scale), sites, 1).weight for one in scales])  # (E, 1, s): one branch
         weights = sampling._site_weights(weight, at_sites, len(x))
         case.check(**{output: nchw(unet_output(unet.module, unet.params, x, times, text_kv, image_kv, weights))})
 

@@ -152,7 +152,7 @@ def _heat_figure(image: Image.Image, maps: AttentionMaps) -> Image.Image:
     """For every entry the image and the heat of its tokens, those that differ most over the image first."""
     rows = {}
     for entry in range(len(maps.maps)):
-        heat = maps.heat((image.height, image.width), entry=entry)
+        heat = maps.heat((image.height, image.width), branch=entry)
         chosen = sorted(np.argsort(-heat.std(axis=(1, 2)))[:_MOST_TOKENS].tolist())
         cells = [(f"token {token}", overlay_heatmap(image, heat[token])) for token in chosen]
         rows[f"image prompt {entry + 1}: attention to its tokens, the mean of all steps and layers"] = [

@@ -17,7 +17,7 @@ from ipadapter_jax.inputs.arrays import plain
 from ipadapter_jax.inputs.validation import check_dtype, given_latents, seeds_of
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.pipelines import sampling
-from ipadapter_jax.pipelines.image_prompts import Controls, entries_of
+from ipadapter_jax.pipelines.image_prompts import ImagePromptSettings, plan_image_branches
 from ipadapter_jax.pipelines.outputs import check_finite
 from ipadapter_jax.runtime.progress_bar import step_bar
 
@@ -42,8 +42,8 @@ def test_controls_of_no_image_prompt_are_refused(base, control, name, monkeypatc
 
 
 def test_all_images_for_every_prompt_are_said_by_a_list_in_the_list(pipe):
-    controls, sites = Controls(images=[[CAT, CAT]]), cross_attention_layers(pipe.unet.config)
-    [entry] = entries_of(controls, pipe.adapters, sites, 2, True, (64, 64), 2)
+    controls, sites = ImagePromptSettings(images=[[CAT, CAT]]), cross_attention_layers(pipe.unet.config)
+    [entry] = plan_image_branches(controls, pipe.adapters, sites, 2, True, (64, 64), 2)
     assert entry.image_weight.shape == (1, 2)
 
 
@@ -75,7 +75,7 @@ def test_tensors_of_any_kind_are_arguments(pipe):
     given = torch.ones((2, 1, 40), dtype=torch.bfloat16, requires_grad=True)
     for embeds in ([given], [jnp.ones((2, 1, 40), jnp.bfloat16)], [[[[1.0] * 40]] * 2]):
         sites = cross_attention_layers(pipe.unet.config)
-        [entry] = entries_of(Controls(embeds=embeds), pipe.adapters, sites, 2, True, (64, 64), 1)
+        [entry] = plan_image_branches(ImagePromptSettings(embeds=embeds), pipe.adapters, sites, 2, True, (64, 64), 1)
         np.testing.assert_array_equal(entry.features(), np.ones((1, 2, 1, 40)))
     with pytest.raises(InputError, match="latents could not be read as an array .*Sparse"):
         given_latents(torch.ones(2, 2).to_sparse(), (2, 2))
@@ -150,13 +150,15 @@ def test_numbers_may_be_tensors(pipe):
     short = torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)
     sites = cross_attention_layers(pipe.unet.config)
     for scale in (short, [short], [[short]], short[None], [[jnp.float32(0.5)]], np.array([[0.5]])):
-        [entry] = entries_of(Controls(images=CAT, scale=scale), pipe.adapters, sites, 2, True, (64, 64), 1)
+        [entry] = plan_image_branches(
+            ImagePromptSettings(images=CAT, scale=scale), pipe.adapters, sites, 2, True, (64, 64), 1
+        )
         np.testing.assert_array_equal(entry.weight * entry.image_weight[0, 0], np.full((2, 2, len(sites)), 0.5))
     assert plain((torch.tensor(3), [np.float32(0.5)], None, "a")) == (3, [0.5], None, "a")
     masks = torch.stack([torch.eye(64), 1 - torch.eye(64)])
     for given in (masks, masks[None], masks[:, None], [masks[None]]):
-        controls = Controls(images=[[CAT, CAT]], masks=given)
-        assert len(entries_of(controls, pipe.adapters, sites, 2, True, (64, 64), 1)) == 2
+        controls = ImagePromptSettings(images=[[CAT, CAT]], masks=given)
+        assert len(plan_image_branches(controls, pipe.adapters, sites, 2, True, (64, 64), 1)) == 2
 
 
 @pytest.mark.torch

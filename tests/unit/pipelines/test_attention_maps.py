@@ -38,7 +38,7 @@ def by_hand(query, key, heads: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("heads", "tokens"), [(1, 4), (8, 4), (2, 50), (4, 1)])
-def test_a_map_is_the_mean_over_heads_of_their_softmax(heads, tokens):
+def test_a_map_is_the_softmax_averaged_over_heads(heads, tokens):
     query, key = 3 * drawn(2, 35, 16), drawn(2, tokens, 16)
     found = attention_map(query, key, heads)
     np.testing.assert_allclose(found, by_hand(query, key, heads), atol=1e-6)
@@ -52,8 +52,8 @@ def test_maps_of_half_precision_are_in_float32():
     np.testing.assert_allclose(found, by_hand(query, key, 2), atol=0.01)  # queries are scaled in 8 bits of mantissa
 
 
-def test_a_site_records_its_queries_against_the_keys_of_every_image_entry():
-    """Not the text's, and whatever the entry weighs; without the collection nothing is recorded."""
+def test_a_layer_records_its_attention_to_the_tokens_of_every_image_branch():
+    """Not to those of the text, whatever the weight of the branch; without the collection nothing is recorded."""
     x, text, images = drawn(2, 12, 16), (drawn(2, 7, 16), drawn(2, 7, 16)), [drawn(2, 4, 16), drawn(2, 9, 16)]
     entries = [(*text, 1.0), (images[0], images[0], 0.0), (images[1], images[1], 2.0)]
     layer = Attention(16, 2, jnp.float32)
@@ -79,7 +79,7 @@ def recorded(pipe):
     return pipe("a cat", ip_adapter_image=CAT, num_images_per_prompt=2, return_attention_maps=True, **SMALL)
 
 
-def test_looking_does_not_change_the_images(pipe, recorded):
+def test_recording_maps_does_not_change_the_images(pipe, recorded):
     plain = pipe("a cat", ip_adapter_image=CAT, num_images_per_prompt=2, **SMALL)
     np.testing.assert_allclose(recorded[0], plain, atol=1e-5)  # measured 0; a compiler may fuse otherwise
 
@@ -87,7 +87,7 @@ def test_looking_does_not_change_the_images(pipe, recorded):
 def test_there_is_a_map_for_every_step_image_query_and_token(pipe, recorded):
     maps = recorded[1]
     assert isinstance(maps, AttentionMaps) and maps.count == 2
-    assert maps.sites == cross_attention_layers(pipe.unet.config)
+    assert maps.layers == cross_attention_layers(pipe.unet.config)
     assert list(maps.grids) == site_grids(pipe.unet.config, 8, 8)
     np.testing.assert_array_equal(maps.timesteps, [501, 1])
     [entry] = maps.maps
@@ -120,9 +120,9 @@ def test_the_first_steps_maps_are_those_of_the_network_on_the_initial_latents(pi
             np.testing.assert_allclose(seen[0, image], one[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("on_step", [None, lambda *_: None], ids=["at once", "step by step"])
-def test_maps_of_all_steps_are_one_array_without_the_rows_that_fill_up_devices(pipe, on_step):
-    batch = sampling.Batch(pipe.mesh, np.zeros(3, np.uint32), np.zeros(3, np.int64))
+@pytest.mark.parametrize("on_step", [None, lambda *_: None], ids=["one call", "one call a step"])
+def test_maps_of_all_steps_are_one_array_without_padding_samples(pipe, on_step):
+    batch = sampling.SampleBatch(pipe.mesh, np.zeros(3, np.uint32), np.zeros(3, np.int64))
     run = sample_table("ddim", pipe.schedule, 5)
     whole = drawn(5, 4, 6, 2)
 
@@ -137,15 +137,15 @@ def test_maps_of_all_steps_are_one_array_without_the_rows_that_fill_up_devices(p
 
 
 def test_scale_and_mask_do_not_enter_the_first_maps(pipe, recorded):
-    """At the first step's first site: later ones see what the image did before."""
+    """At the first layer of the first step: later ones see what the image did before."""
     given = {"ip_adapter_image": CAT, "num_images_per_prompt": 2, "return_attention_maps": True, **SMALL}
     _, found = pipe("a cat", ip_adapter_scale=Scale(0.1), ip_adapter_masks=[np.eye(64)], **given)
     np.testing.assert_allclose(found.maps[0][0][0], recorded[1].maps[0][0][0], atol=1e-6)
     assert np.abs(found.maps[0][0][1] - recorded[1].maps[0][0][1]).max() > 1e-6
 
 
-def test_a_precise_preset_has_no_maps_of_its_exchanged_branches(monkeypatch):
-    """Which are a second entry of the same adapter: the conditional branch gives it no weight."""
+def test_a_precise_preset_gives_no_maps_of_its_swapped_branch(monkeypatch):
+    """Which is a second image branch of the same adapter, without weight in the conditional branch of guidance."""
 
     def run_steps(_denoise, _steps, weight, _conditions, batch, *_):
         return batch.noise((8, 8, 4), 0), [[np.full(1, entry)] for entry in range(weight.shape[1])]
@@ -165,25 +165,29 @@ def test_maps_need_an_image_prompt(pipe):
 
 # --- heat ------------------------------------------------------------------------------------------------------------
 
-SITES = (CrossAttentionLayer("down_blocks_0", 0, 32, 0), CrossAttentionLayer("mid_block", 0, 32, 1))
+LAYERS = (CrossAttentionLayer("down_blocks_0", 0, 32, 0), CrossAttentionLayer("mid_block", 0, 32, 1))
 
 
 @pytest.fixture(scope="module")
 def maps() -> AttentionMaps:
-    """Three steps, two images, two entries of 4 and 5 tokens, sites of 4 x 6 and 2 x 3 queries."""
+    """Three steps, two images, two image branches of 4 and 5 tokens, layers of 4 x 6 and 2 x 3 queries."""
     return AttentionMaps(
-        [[drawn(3, 2, 24, n), drawn(3, 2, 6, n)] for n in (4, 5)], SITES, [(4, 6), (2, 3)], np.array([9.0, 5.0, 1.0]), 2
+        [[drawn(3, 2, 24, n), drawn(3, 2, 6, n)] for n in (4, 5)],
+        LAYERS,
+        [(4, 6), (2, 3)],
+        np.array([9.0, 5.0, 1.0]),
+        2,
     )
 
 
 def test_heat_has_a_image_for_each_token(maps, recorded):
     assert maps.heat((32, 48)).shape == (4, 32, 48)
-    assert maps.heat((32, 48), entry=1).shape == (5, 32, 48)
+    assert maps.heat((32, 48), branch=1).shape == (5, 32, 48)
     np.testing.assert_allclose(recorded[1].heat((64, 64), image=1).sum(0), 1, atol=1e-5)  # shares of attention
 
 
 def test_heat_of_the_own_grid_is_the_mean_over_steps(maps):
-    found = maps.heat((4, 6), image=1, sites=[0])
+    found = maps.heat((4, 6), image=1, layers=[0])
     expected = maps.maps[0][0][:, 1].mean(0).T.reshape(4, 4, 6)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -192,18 +196,18 @@ def test_heat_of_the_own_grid_is_the_mean_over_steps(maps):
     ("steps", "chosen"), [(slice(None), [0, 1, 2]), (slice(1), [0]), (slice(1, None), [1, 2]), (slice(-1, None), [2])]
 )
 def test_heat_of_chosen_steps(maps, steps, chosen):
-    found = maps.heat((2, 3), entry=1, steps=steps, sites=[1])
+    found = maps.heat((2, 3), branch=1, steps=steps, layers=[1])
     expected = np.mean([maps.maps[1][1][step, 0] for step in chosen], axis=0).T.reshape(5, 2, 3)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_heat_is_the_mean_over_sites_of_one_size(maps):
+def test_heat_is_the_mean_over_layers_resized_to_one_size(maps):
     """Each is enlarged between its own pixels, whose values stay between the least and the greatest."""
-    each = [maps.heat((32, 48), sites=[site]) for site in (0, 1)]
+    each = [maps.heat((32, 48), layers=[layer]) for layer in (0, 1)]
     np.testing.assert_allclose(maps.heat((32, 48)), np.mean(each, axis=0), atol=1e-6)
-    np.testing.assert_allclose(maps.heat((32, 48), sites=[1, 0]), maps.heat((32, 48)), atol=1e-6)
-    for site, heat in enumerate(each):
-        seen = maps.maps[0][site][:, 0].mean(0)
+    np.testing.assert_allclose(maps.heat((32, 48), layers=[1, 0]), maps.heat((32, 48)), atol=1e-6)
+    for layer, heat in enumerate(each):
+        seen = maps.maps[0][layer][:, 0].mean(0)
         assert seen.min() - 1e-6 <= heat.min() and heat.max() <= seen.max() + 1e-6
 
 
@@ -212,7 +216,7 @@ def test_heat_lies_where_the_attention_is():
     seen = np.zeros((1, 1, 6, 2), np.float32)
     seen[..., 0] = 1
     seen[0, 0, 2] = 0, 1
-    heat = AttentionMaps([[seen]], SITES[:1], [(2, 3)], np.zeros(1), 1).heat((20, 30))
+    heat = AttentionMaps([[seen]], LAYERS[:1], [(2, 3)], np.zeros(1), 1).heat((20, 30))
     assert np.unravel_index(heat[1].argmax(), (20, 30))[0] < 5 and heat[1][:5, 25:].min() > 0.9
     assert heat[1][11:, :20].max() < 0.5 and heat[0][15:, :15].min() == 1
 
@@ -222,17 +226,17 @@ def test_heat_lies_where_the_attention_is():
     [
         {"image": 2},
         {"image": -1},
-        {"entry": 2},
-        {"entry": -1},
-        {"sites": [2]},
-        {"sites": [-1]},
-        {"sites": [0.5]},
-        {"sites": []},
+        {"branch": 2},
+        {"branch": -1},
+        {"layers": [2]},
+        {"layers": [-1]},
+        {"layers": [0.5]},
+        {"layers": []},
         {"steps": slice(3, None)},
     ],
 )
 def test_heat_of_what_is_not_there_is_refused(maps, wrong):
-    with pytest.raises(InputError, match="there are 3 steps, 2 images, 2 entries, 2 sites"):
+    with pytest.raises(InputError, match="there are 3 steps, 2 images, 2 image branches, 2 layers"):
         maps.heat((8, 8), **wrong)
 
 

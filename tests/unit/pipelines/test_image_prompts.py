@@ -17,7 +17,7 @@ from ipadapter_jax.errors import said_in_options
 from ipadapter_jax.images.preprocess import CLIP_MEAN, CLIP_STD, clip_pixel_values
 from ipadapter_jax.models.unet_config import cross_attention_layers, site_grids
 from ipadapter_jax.pipelines import sampling
-from ipadapter_jax.pipelines.image_prompts import Controls, entries_of, entry_weights
+from ipadapter_jax.pipelines.image_prompts import ImagePromptSettings, entry_weights, plan_image_branches
 from ipadapter_jax.weights.image_embeds import save_image_embeds
 
 CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
@@ -48,7 +48,7 @@ def features(pipe: StableDiffusion, *images) -> np.ndarray:
 
 def entries(pipe: StableDiffusion, guided: bool = True, steps: int = 2, size=(64, 64), prompts: int = 1, **controls):
     sites = cross_attention_layers(pipe.unet.config)
-    return entries_of(Controls(**controls), pipe.adapters, sites, steps, guided, size, prompts)
+    return plan_image_branches(ImagePromptSettings(**controls), pipe.adapters, sites, steps, guided, size, prompts)
 
 
 def same(found, expected) -> None:
@@ -376,7 +376,7 @@ def test_a_precise_preset_shows_the_other_layers_to_the_unconditional_branch_alo
     weight[:, 1, 0] = 0.8 * np.array([{4: 0.25, 5: 1.0}.get(t, 0) for t in (*range(6), *range(7, 16), 6)])
 
     shape = (8, 8, 4)
-    batch = sampling.Batch(recorded.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
+    batch = sampling.SampleBatch(recorded.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
     conditions = recorded._conditions(["a cat"], [""], 0, 7.5, 0.0, [], shape, batch)
     masks = [np.ones((2, h * w), np.float32) for h, w in site_grids(recorded.unet.config, 8, 8)]
     run = sample_table("ddim", recorded.schedule, 2)
@@ -404,7 +404,7 @@ def test_a_precise_preset_without_guidance_is_the_plain_one(recorded):
 
 
 def test_weights_of_no_entries_have_their_shape(base):
-    batch = sampling.Batch(base.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
+    batch = sampling.SampleBatch(base.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
     conditions = base._conditions(["a cat"], [""], 0, 7.5, 0.0, [], (8, 8, 4), batch)
     assert entry_weights([], conditions, 3).shape == (3, 0, 2, 4)
 

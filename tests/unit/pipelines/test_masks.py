@@ -12,8 +12,8 @@ from ipadapter_jax import InputError
 from ipadapter_jax.errors import said_in_options
 from ipadapter_jax.images.preprocess import load_upright
 from ipadapter_jax.models.unet_config import UNetConfig, site_grids
-from ipadapter_jax.pipelines.inpainting import Canvas
-from ipadapter_jax.pipelines.masks import check_inside, check_latent_mask, latent_mask, load_mask, site_masks
+from ipadapter_jax.pipelines.inpainting import InitImage
+from ipadapter_jax.pipelines.masks import check_inside, check_latent_mask, latent_mask, layer_masks, load_mask
 
 RANDOM = np.random.default_rng(7).random((96, 120)).astype(np.float32)  # not symmetric in any way
 CIRCLE = (np.hypot(*np.mgrid[-1:1:96j, -1:1:120j]) < 0.7).astype(np.float32)
@@ -28,13 +28,13 @@ def test_masks_shrink_as_pytorchs_bicubic_interpolation_does(mask, grid):
     expected = torch.nn.functional.interpolate(
         torch.tensor(mask, dtype=torch.float64)[None, None], grid, mode="bicubic"
     )
-    [found] = site_masks([mask], [grid])
+    [found] = layer_masks([mask], [grid])
     assert found.shape == (1, grid[0] * grid[1]) and found.dtype == np.float32
     np.testing.assert_allclose(found[0], expected.numpy().ravel(), atol=1e-6)  # float32's rounding of numbers up to 1.3
 
 
 def test_overshoot_is_kept():
-    [found] = site_masks([CIRCLE], [(31, 33)])
+    [found] = layer_masks([CIRCLE], [(31, 33)])
     assert found.min() < -0.01 and found.max() > 1.01
 
 
@@ -46,7 +46,7 @@ def test_masks_at_every_site_equal_diffusers(height, width):
     image_processor = pytest.importorskip("diffusers.image_processor")
     masks = np.random.default_rng(height).random((2, height, width)).astype(np.float32)
     grids = site_grids(UNetConfig(), height // 8, width // 8)
-    for found, (h, w) in zip(site_masks(list(masks), grids), grids, strict=True):
+    for found, (h, w) in zip(layer_masks(list(masks), grids), grids, strict=True):
         for mask, row in zip(masks, found, strict=True):
             given = torch.from_numpy(mask)[None]
             expected = image_processor.IPAdapterMaskProcessor.downsample(given, 1, h * w, 1)
@@ -59,7 +59,7 @@ def test_odd_latents_have_masks_of_the_grids_that_the_network_has():
     assert sorted(set(grids)) == [(2, 2), (3, 4), (5, 7), (9, 13)]
     mask = np.zeros((72, 104))
     mask[:, 52:] = 1
-    for found, (h, w) in zip(site_masks([mask], grids), grids, strict=True):
+    for found, (h, w) in zip(layer_masks([mask], grids), grids, strict=True):
         rows = found.reshape(h, w)
         np.testing.assert_array_equal(rows, np.repeat(rows[:1], h, 0))  # nothing differs from top to bottom
         assert rows[0, 0] < 0.1 and rows[0, -1] > 0.9
@@ -67,10 +67,10 @@ def test_odd_latents_have_masks_of_the_grids_that_the_network_has():
 
 def test_no_mask_is_everywhere():
     grids = [(4, 6), (2, 3)]
-    for found, (h, w) in zip(site_masks([None, np.ones((32, 48)), None], grids), grids, strict=True):
+    for found, (h, w) in zip(layer_masks([None, np.ones((32, 48)), None], grids), grids, strict=True):
         np.testing.assert_array_equal(found[[0, 2]], np.ones((2, h * w)))
         np.testing.assert_allclose(found[1], 1, rtol=1e-7)  # the four weights sum to 1 but for rounding
-    assert [mask.shape for mask in site_masks([], grids)] == [(0, 24), (0, 6)]
+    assert [mask.shape for mask in layer_masks([], grids)] == [(0, 24), (0, 6)]
 
 
 HALVES = np.zeros((48, 64), np.float32)
@@ -244,14 +244,14 @@ def test_an_inpainting_mask_of_nearly_nothing_is_a_warning():
 
 
 def test_an_inpainting_mask_is_called_as_whoever_gives_it_calls_it():
-    canvas = np.zeros((64, 64, 3), np.uint8)
+    init_image = np.zeros((64, 64, 3), np.uint8)
     dot = np.zeros((64, 64), np.float32)
     dot[24:28, 24:28] = 1
     with said_in_options({"mask_image": "--mask-image"}):
         with pytest.warns(UserWarning, match="the --mask-image has about 16 pixels"):
             check_latent_mask(dot, 8, sees_mask=False)
         with pytest.raises(InputError, match="the --mask-image is 20 x 64 pixels"):
-            Canvas.load(canvas, dot[:, :20], 64, 64, 8)
+            InitImage.load(init_image, dot[:, :20], 64, 64, 8)
 
 
 @pytest.mark.torch

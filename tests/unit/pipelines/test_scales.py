@@ -39,8 +39,8 @@ def executed(factors) -> np.ndarray:
     return np.array([factors(t) if callable(factors) else factors[t] for t in EXECUTED], np.float32)
 
 
-def own(scale, steps: int = 1, sites=SITES) -> np.ndarray:
-    return scale_table(scale, sites, steps).own
+def weight(scale, steps: int = 1, sites=SITES) -> np.ndarray:
+    return scale_table(scale, sites, steps).weight
 
 
 def test_there_is_a_formula_for_every_preset():
@@ -50,7 +50,7 @@ def test_there_is_a_formula_for_every_preset():
 @pytest.mark.parametrize("name", FORMULAS)
 def test_presets_by_their_formulas(name):
     for scale, value in ((name, 1.0), (Scale(0.6, name), 0.6)):
-        found = own(scale, 3)
+        found = weight(scale, 3)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, value * np.tile(executed(FORMULAS[name]), (3, 1)), rtol=1e-6)
 
@@ -69,38 +69,38 @@ def test_precise_presets_exchange_the_branches_where_they_do_not_act(name, spare
     """With the factors that ComfyUI has there."""
     table = scale_table(Scale(0.5, name, end=0.5), SITES, 4)
     expected = np.tile(executed(lambda t: 0.5 * spared.get(t, 0)), (2, 1))
-    np.testing.assert_allclose(table.crossed[:2], expected, rtol=1e-6)
-    assert not table.crossed[2:].any() and not table.own[2:].any()
-    assert not (table.own * table.crossed).any()
+    np.testing.assert_allclose(table.swapped[:2], expected, rtol=1e-6)
+    assert not table.swapped[2:].any() and not table.weight[2:].any()
+    assert not (table.weight * table.swapped).any()
 
 
 @pytest.mark.parametrize("scale", [0.7, "style", "ease in"])
 def test_nothing_else_exchanges_them(scale):
-    assert not scale_table(scale, SITES, 2).crossed.any()
+    assert not scale_table(scale, SITES, 2).swapped.any()
 
 
 def test_precise_presets_are_no_part_of_a_sum():
     with pytest.raises(InputError, match="'precise style' cannot be a part of a sum; give it alone"):
-        own({"precise style": 1.0, "linear": 0.1})
+        weight({"precise style": 1.0, "linear": 0.1})
 
 
 def test_numbers_act_everywhere():
     for one in (0.7, np.float32(0.7), Scale(0.7)):
-        np.testing.assert_array_equal(own(one, 2), np.full((2, 16), np.float32(0.7)))
-    assert not own(0).any() and own(-1).min() == -1
+        np.testing.assert_array_equal(weight(one, 2), np.full((2, 16), np.float32(0.7)))
+    assert not weight(0).any() and weight(-1).min() == -1
 
 
 def test_a_factor_for_each_layer_is_in_the_order_of_execution():
     factors = np.arange(16) / 10
     for given in (factors, list(factors), tuple(factors)):
-        np.testing.assert_array_equal(own(Scale(2.0, given))[0], executed(2 * factors))
+        np.testing.assert_array_equal(weight(Scale(2.0, given))[0], executed(2 * factors))
 
 
 def test_presets_add_up_with_factors():
-    found = own(Scale(0.5, {"style": 1.0, "composition": 0.4, "linear": 0.1}))[0]
+    found = weight(Scale(0.5, {"style": 1.0, "composition": 0.4, "linear": 0.1}))[0]
     style, composition = FORMULAS["style"], FORMULAS["composition"]
     np.testing.assert_allclose(found, executed(lambda t: 0.5 * (style(t) + 0.4 * composition(t) + 0.1)), rtol=1e-6)
-    np.testing.assert_array_equal(own({"style": 1, "composition": 1}), own("style+composition"))
+    np.testing.assert_array_equal(weight({"style": 1, "composition": 1}), weight("style+composition"))
 
 
 DICTIONARIES = [
@@ -122,8 +122,8 @@ def test_dictionaries_mean_what_they_mean_to_diffusers(tree, peer):
     [expanded] = _maybe_expand_lora_scales(peer, [tree], default_scale=0.0)
     sites = [name for name in peer.attn_processors if "attn2" in name]  # in the order of a file
     expected = [next(value for key, value in expanded.items() if name.startswith(key)) for name in sites]
-    np.testing.assert_array_equal(own(tree)[0], np.float32(expected))
-    np.testing.assert_allclose(own(Scale(0.5, tree))[0], 0.5 * np.float32(expected))
+    np.testing.assert_array_equal(weight(tree)[0], np.float32(expected))
+    np.testing.assert_allclose(weight(Scale(0.5, tree))[0], 0.5 * np.float32(expected))
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +139,9 @@ def test_start_and_end_are_parts_of_the_run(start, end, steps):
     expected = [0.0 if i / steps < start or (i + 1) / steps > end else 1.0 for i in range(steps)]
     if not any(expected):
         with pytest.raises(InputError, match=f"no whole step of {steps} lies between start={start} and end={end}"):
-            own(Scale(start=start, end=end), steps)
+            weight(Scale(start=start, end=end), steps)
         return
-    np.testing.assert_array_equal(own(Scale(start=start, end=end), steps), np.tile(np.c_[expected], 16))
+    np.testing.assert_array_equal(weight(Scale(start=start, end=end), steps), np.tile(np.c_[expected], 16))
 
 
 @pytest.mark.parametrize(
@@ -156,18 +156,18 @@ def test_start_and_end_are_parts_of_the_run(start, end, steps):
     ],
 )
 def test_steps_spread_their_factors_evenly(curve, expected):
-    found = own(Scale(2.0, "ease out", steps=curve), 5)
+    found = weight(Scale(2.0, "ease out", steps=curve), 5)
     np.testing.assert_allclose(found, 2 * np.outer(expected, executed(FORMULAS["ease out"])), rtol=1e-6)
 
 
 def test_the_steps_of_a_curve_go_on_outside_of_start_and_end():
     """They belong to the whole run; start and end only cut."""
-    found = own(Scale(start=0.5, steps=(1, 0)), 4)[:, 0]
+    found = weight(Scale(start=0.5, steps=(1, 0)), 4)[:, 0]
     np.testing.assert_allclose(found, [0, 0, 1 / 3, 0], rtol=1e-6)
 
 
 def test_one_step_takes_the_first_factor():
-    assert own(Scale(steps=(0.3, 0.9)), 1)[0, 0] == np.float32(0.3)
+    assert weight(Scale(steps=(0.3, 0.9)), 1)[0, 0] == np.float32(0.3)
 
 
 # As the model inside the package has them: down 0 and 1 of one layer each, up 0 and 1 of two, mid.
@@ -186,17 +186,17 @@ def test_presets_of_sd15s_layers_are_refused_elsewhere():
     for name in ("style", "composition", "strong style", "style+composition", "precise style", "precise composition"):
         words = re.escape(f"the preset '{name}' is for the 16 layers")
         with pytest.raises(InputError, match=f"{words} .* this UNet has 7; give factors for its layers"):
-            own(name, sites=TWO_LEVELS)
+            weight(name, sites=TWO_LEVELS)
         with pytest.raises(InputError, match="part of a sum" if "precise" in name else words):
-            own({name: 1.0, "linear": 1.0}, sites=TWO_LEVELS)
+            weight({name: 1.0, "linear": 1.0}, sites=TWO_LEVELS)
 
 
 def test_other_presets_follow_the_number_of_layers():
     """Down 0 and 1, mid 2, up 3 to 6; in file order mid comes last."""
-    np.testing.assert_array_equal(own("weak output", sites=TWO_LEVELS), np.float32([[1, 1, 0.2, 0.2, 0.2, 0.2, 1]]))
+    np.testing.assert_array_equal(weight("weak output", sites=TWO_LEVELS), np.float32([[1, 1, 0.2, 0.2, 0.2, 0.2, 1]]))
     expected = [0.05 + 0.95 * t / 7 for t in (0, 1, 3, 4, 5, 6, 2)]
-    np.testing.assert_allclose(own("ease out", sites=TWO_LEVELS), [expected], rtol=1e-6)
-    np.testing.assert_array_equal(own({"up": {"block_1": [2, 3]}}, sites=TWO_LEVELS), [[0, 0, 0, 0, 2, 3, 0]])
+    np.testing.assert_allclose(weight("ease out", sites=TWO_LEVELS), [expected], rtol=1e-6)
+    np.testing.assert_array_equal(weight({"up": {"block_1": [2, 3]}}, sites=TWO_LEVELS), [[0, 0, 0, 0, 2, 3, 0]])
 
 
 @pytest.mark.parametrize(
@@ -226,5 +226,5 @@ def test_other_presets_follow_the_number_of_layers():
 )
 def test_what_is_no_scale_is_refused_by_name(scale, message):
     with pytest.raises(InputError, match=message) as caught:
-        own(scale, 4)
+        weight(scale, 4)
     assert "\n" not in str(caught.value)

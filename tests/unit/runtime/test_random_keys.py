@@ -53,7 +53,7 @@ def test_draws_are_those_of_jax_as_it_comes(seed):
 
 
 def noise(seeds: list[int], step: int) -> np.ndarray:
-    batch = sampling.Batch(sampling.device_mesh(), np.asarray(seeds, np.uint32), np.zeros(len(seeds), int))
+    batch = sampling.SampleBatch(sampling.device_mesh(), np.asarray(seeds, np.uint32), np.zeros(len(seeds), int))
     return np.asarray(batch.noise((8, 8, 4), step))[: len(seeds)]
 
 

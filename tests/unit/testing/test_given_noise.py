@@ -36,7 +36,7 @@ def inpainting() -> StableDiffusion:
 
 def drawn(pipe: StableDiffusion, number: int) -> np.ndarray:
     """What a call of the seeds 7 and 8 draws."""
-    batch = sampling.Batch(pipe.mesh, np.uint32([7, 8]), np.zeros(2, np.int64))
+    batch = sampling.SampleBatch(pipe.mesh, np.uint32([7, 8]), np.zeros(2, np.int64))
     return np.asarray(batch.noise(SHAPE[1:], number))[:2]
 
 
