@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 from ipadapter_jax.errors import InputError, WeightFileError
 
 if TYPE_CHECKING:
-    from ipadapter_jax.pipelines.image_prompts import PerPrompt
+    from ipadapter_jax.pipelines.image_prompt_settings import PerPrompt
     from ipadapter_jax.pipelines.scales import Scale
     from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "PerPrompt", "Scale", "StableDiffusion", "WeightFileError"]
 
-_HOMES = {"PerPrompt": "image_prompts", "Scale": "scales", "StableDiffusion": "stable_diffusion"}
+_HOMES = {"PerPrompt": "image_prompt_settings", "Scale": "scales", "StableDiffusion": "stable_diffusion"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,4 @@
-"""Image prompts as a person gives them, with scales and masks, and what becomes of them: entries of every
-cross-attention (`sampling.Conditions`)."""
+"""From the image prompts of a call to image branches of every cross-attention layer."""
 
 import dataclasses
 import functools
@@ -11,32 +10,32 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.inputs.arrays import is_array, plain
-from ipadapter_jax.inputs.validation import Uncond, check_range
+from ipadapter_jax.inputs.validation import check_range
 from ipadapter_jax.models.unet import KeyValue
 from ipadapter_jax.models.unet_config import CrossAttentionLayer
-from ipadapter_jax.pipelines.ip_adapter import Adapter, ImageLike, Prepared
+from ipadapter_jax.pipelines.image_prompt_settings import (
+    ImagePromptSettings,
+    PerPrompt,
+    check_combination,
+    images_of_prompt,
+    masks_by_adapter,
+    negatives_by_adapter,
+    prompts_by_adapter,
+    scales_by_adapter,
+)
+from ipadapter_jax.pipelines.ip_adapter import Adapter
 from ipadapter_jax.pipelines.masks import check_inside, load_mask
 from ipadapter_jax.pipelines.sampling import Conditions
 from ipadapter_jax.pipelines.scales import Scale, scale_table
 
-ImagePrompt = ImageLike | Sequence[ImageLike]
-
-
-@dataclasses.dataclass(frozen=True)
-class PerPrompt:
-    """One image prompt, or one scale, for each text prompt: PerPrompt([cat, dog]) goes with two prompts."""
-
-    items: Sequence[Any]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PlannedImageBranch:
-    """One attention of every site beside the text's: an adapter's images, or one of them with a mask.
+    """One attention of every layer next to that of the text: to an adapter's images, or to one of them with a mask.
 
-    `features` encodes the images (Q, G, n, ...); of these `images` are used, each times `image_weight` (Q or 1,
-    n), with `swapped` the two branches of guidance exchanged. `weight` (steps, G, sites) and `mask` (H, W) say where it
-    acts.
+    `features` encodes the images, (Q, G, n, ...). `images` selects those of this branch, and `image_weight` (Q or 1, n)
+    scales the values of each. `weight` (steps, G, layers) and `mask` (H, W) say where the branch acts. With `swapped`
+    each branch of guidance sees the images of the other one.
     """
 
     adapter: Adapter
@@ -48,22 +47,9 @@ class PlannedImageBranch:
     swapped: bool = False
 
     def keys_values(self) -> list[KeyValue]:
-        """Per site (Q, G, n N, C)."""
+        """Per layer (Q, G, n N, C)."""
         features = self.features()[:, :, self.images]
         return self.adapter.keys_values(features[:, ::-1] if self.swapped else features, self.image_weight)
-
-
-@dataclasses.dataclass(frozen=True)
-class ImagePromptSettings:
-    """What a call says of its image prompts, as `StableDiffusion.__call__` describes it."""
-
-    images: Any = None
-    embeds: Any = None
-    negative: Any = None
-    uncond: Uncond = "default"
-    scale: Any = 1.0
-    masks: Any = None
-    fit: str = "crop"
 
 
 def plan_image_branches(
@@ -84,17 +70,17 @@ def plan_image_branches(
     for name, word in (("fit", settings.fit), ("ip_adapter_uncond", settings.uncond)):
         if not isinstance(word, str):
             raise InputError(f"{argument(name)} is {type(word).__name__}; give one of its words")
-    given = _per_adapter(settings, len(adapters), num_prompts)
-    _check_combination(settings, guided)
-    scales = _scales(settings.scale, len(adapters))
-    masks = _masks(settings.masks, len(adapters))
-    negatives = _negatives(settings.negative, len(adapters))
+    given = prompts_by_adapter(settings, len(adapters), num_prompts)
+    check_combination(settings, guided)
+    scales = scales_by_adapter(settings.scale, len(adapters))
+    masks = masks_by_adapter(settings.masks, len(adapters))
+    negatives = negatives_by_adapter(settings.negative, len(adapters))
     found = []
     for adapter, prompt, negative, scale, its_masks in zip(adapters, given, negatives, scales, masks, strict=True):
         if settings.embeds is not None:
             features, count = adapter.from_embeds(prompt, guided, settings.uncond)
         else:
-            prompts = [_images(p) for p in (prompt.items if isinstance(prompt, PerPrompt) else [prompt])]
+            prompts = [images_of_prompt(p) for p in (prompt.items if isinstance(prompt, PerPrompt) else [prompt])]
             if len(prompts) not in (1, num_prompts):
                 raise InputError(
                     f"{argument('ip_adapter_image')} has {len(prompts)} image prompts for {num_prompts} prompts; "
@@ -117,29 +103,6 @@ def plan_image_branches(
             check_range(branch.image_weight, "ip_adapter_scale", adapter.projection.dtype)
         found += planned
     return found
-
-
-def _check_combination(settings: ImagePromptSettings, guided: bool) -> None:
-    """Raises InputError for settings that contradict each other or have no effect."""
-    if settings.embeds is not None and settings.negative is not None:
-        raise InputError(
-            f"{argument('negative_ip_adapter_image')} goes with {argument('ip_adapter_image')}; embeddings "
-            "hold their negative branch"
-        )
-    if settings.embeds is not None and settings.fit != "crop":
-        raise InputError(
-            f"{argument('fit', settings.fit)} is for images; {argument('ip_adapter_image_embeds')} are encoded already"
-        )
-    if settings.negative is not None and settings.uncond != "default":
-        raise InputError(
-            f"{argument('negative_ip_adapter_image')} and {argument('ip_adapter_uncond')} say the same; give one of "
-            "them"
-        )
-    if not guided and (settings.negative is not None or settings.uncond != "default"):
-        raise InputError(
-            f"{argument('negative_ip_adapter_image')} and {argument('ip_adapter_uncond')} need guidance: "
-            f"{argument('guidance_scale')} above 1"
-        )
 
 
 def entry_weights(entries: Sequence[PlannedImageBranch], conditions: Conditions, num_steps: int) -> np.ndarray:
@@ -226,105 +189,3 @@ class _AdapterPlan:
 
 
 _SQUARES = 'images (of fit="tile" every square)'
-
-
-def _images(prompt: Any) -> Any:
-    if isinstance(prompt, Prepared):
-        return prompt
-    return list(prompt) if isinstance(prompt, list | tuple) else [prompt]
-
-
-def _per_adapter(settings: ImagePromptSettings, adapters: int, num_prompts: int) -> Sequence[Any]:
-    """One image prompt (or one array of embeddings) per adapter.
-
-    With a single adapter a flat list is one prompt of several images; diffusers wants it nested, which works too. As
-    many as there are text prompts may be meant otherwise: then it must be nested, or `PerPrompt`.
-    """
-    images, embeds = settings.images, settings.embeds
-    if images is not None and embeds is not None:
-        raise InputError(
-            f"{argument('ip_adapter_image')} and {argument('ip_adapter_image_embeds')} are both given; give one of them"
-        )
-    if not adapters:
-        needing = (images, embeds, settings.negative, settings.masks)
-        if any(value is not None for value in needing) or settings.uncond != "default":
-            raise InputError("an image prompt, negative or with masks, needs an adapter: call with_ip_adapter first")
-        for name, given in (("ip_adapter_scale", not _is_one(settings.scale)), ("fit", settings.fit != "crop")):
-            if given:
-                raise InputError(
-                    f"{argument(name)} has no effect without an image prompt: leave it out, or call with_ip_adapter"
-                )
-        return []
-    given = [images] * (adapters if isinstance(images, PerPrompt) else 1)
-    if embeds is not None:
-        given = list(embeds) if isinstance(embeds, list | tuple) else [embeds]
-        if any(isinstance(e, PerPrompt) for e in given):
-            raise InputError(
-                f"{argument('ip_adapter_image_embeds')} are the same for all prompts; PerPrompt goes with "
-                f"{argument('ip_adapter_image')}"
-            )
-    elif isinstance(images, list | tuple) and (adapters > 1 or any(isinstance(i, list | tuple) for i in images)):
-        given = list(images)
-    merged = images if isinstance(images, list | tuple) and given[0] is images and settings.masks is None else ()
-    if len(merged) == num_prompts > 1:  # with masks it is one for each mask
-        raise InputError(
-            f"{argument('ip_adapter_image')} is a list of {num_prompts} images for {num_prompts} prompts: give "
-            "PerPrompt([...]) for one image to each prompt, or a list in the list, [[...]], for all to every prompt"
-        )
-    if len(given) != adapters or any(prompt is None for prompt in given):
-        name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
-        for_texts = "; for one for each text prompt give PerPrompt([...])" if embeds is None else ""
-        raise InputError(
-            f"{adapters} adapter(s) need as many image prompts ({argument(name)}), one for each{for_texts}"
-        )
-    return given
-
-
-def _is_one(scale: Any) -> bool:
-    """Whether this is what is taken where no scale is given."""
-    if isinstance(scale, Scale):
-        return scale == Scale()
-    scale = plain(scale)
-    return isinstance(scale, Real) and scale == 1
-
-
-def _scales(scale: Any, adapters: int) -> list[Any]:
-    scale = scale.tolist() if is_array(scale) else plain(scale)
-    scales = list(scale) if isinstance(scale, list | tuple) else [scale] * adapters
-    if len(scales) != adapters:
-        raise InputError(
-            f"{argument('ip_adapter_scale')} has {len(scales)} values for {adapters} adapters; give one for each, and "
-            "for several images of one adapter a list in the list, [[0.7, 0.3]]"
-        )
-    return scales
-
-
-def _masks(masks: Any, adapters: int) -> list[Sequence[Any] | None]:
-    """Per adapter a mask for each image, or none."""
-    if masks is None:
-        return [None] * adapters
-    if is_array(masks) and masks.ndim in (3, 4):  # (n, H, W), or (n, 1, H, W) as diffusers' processor makes them
-        masks = list(masks[0] if masks.ndim == 4 and len(masks) == 1 else masks)
-    if not isinstance(masks, list | tuple):
-        raise InputError(
-            f"{argument('ip_adapter_masks')} is a list with one mask for each image, for several adapters a list of "
-            "these"
-        )
-    nested = [list(m[0]) if is_array(m) and m.ndim == 4 and len(m) == 1 else m for m in masks]  # (1, n, H, W) too
-    if adapters == 1 and not any(isinstance(mask, list | tuple) for mask in nested):
-        nested = [nested]
-    if len(nested) != adapters:
-        raise InputError(
-            f"{argument('ip_adapter_masks')} has {len(nested)} lists for {adapters} adapters; give one for each"
-        )
-    return [m if m is None or isinstance(m, list | tuple) else [m] for m in nested]
-
-
-def _negatives(negative: Any, adapters: int) -> list[list[ImageLike] | None]:
-    if negative is None or adapters < 2:
-        return [None if negative is None else _images(negative)] * adapters
-    if not isinstance(negative, list | tuple) or len(negative) != adapters:
-        raise InputError(
-            f"{argument('negative_ip_adapter_image')}: give a list with one image for each of the {adapters} adapters"
-        )
-    return [None if image is None else _images(image) for image in negative]

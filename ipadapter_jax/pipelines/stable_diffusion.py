@@ -34,14 +34,8 @@ from ipadapter_jax.models.unet_config import cross_attention_layers, site_grids
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
-from ipadapter_jax.pipelines.image_prompts import (
-    ImagePrompt,
-    ImagePromptSettings,
-    PerPrompt,
-    PlannedImageBranch,
-    entry_weights,
-    plan_image_branches,
-)
+from ipadapter_jax.pipelines.image_prompt_settings import ImagePrompt, ImagePromptSettings, PerPrompt
+from ipadapter_jax.pipelines.image_prompts import PlannedImageBranch, entry_weights, plan_image_branches
 from ipadapter_jax.pipelines.inpainting import InitImage, encoded_posteriors, open_init_image, start, strength_of
 from ipadapter_jax.pipelines.ip_adapter import Adapter, ImageLike, OpenedAdapter, open_adapter
 from ipadapter_jax.pipelines.masks import layer_masks

@@ -21,7 +21,7 @@ from ipadapter_jax.batch.runner import BatchProgress, run_job
 from ipadapter_jax.cli.batch_options import BatchOptions
 from ipadapter_jax.cli.run.sampling import configurations, digests, png, versions
 from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning, foreign_syntax, warn_of_syntax
-from ipadapter_jax.pipelines.image_prompts import PerPrompt
+from ipadapter_jax.pipelines.image_prompt_settings import PerPrompt
 from ipadapter_jax.pipelines.ip_adapter import Prepared
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.storage.atomic_files import sha256

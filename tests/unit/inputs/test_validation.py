@@ -17,7 +17,8 @@ from ipadapter_jax.inputs.arrays import plain
 from ipadapter_jax.inputs.validation import check_dtype, given_latents, seeds_of
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.pipelines import sampling
-from ipadapter_jax.pipelines.image_prompts import ImagePromptSettings, plan_image_branches
+from ipadapter_jax.pipelines.image_prompt_settings import ImagePromptSettings
+from ipadapter_jax.pipelines.image_prompts import plan_image_branches
 from ipadapter_jax.pipelines.outputs import check_finite
 from ipadapter_jax.runtime.progress_bar import step_bar
 

@@ -17,7 +17,8 @@ from ipadapter_jax.errors import said_in_options
 from ipadapter_jax.images.preprocess import CLIP_MEAN, CLIP_STD, clip_pixel_values
 from ipadapter_jax.models.unet_config import cross_attention_layers, site_grids
 from ipadapter_jax.pipelines import sampling
-from ipadapter_jax.pipelines.image_prompts import ImagePromptSettings, entry_weights, plan_image_branches
+from ipadapter_jax.pipelines.image_prompt_settings import ImagePromptSettings
+from ipadapter_jax.pipelines.image_prompts import entry_weights, plan_image_branches
 from ipadapter_jax.weights.image_embeds import save_image_embeds
 
 CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
