@@ -1,7 +1,8 @@
 # Needs Python 3.11 or later and make; everything else goes into .venv.
 #   make sample      set up, then make pictures from a picture: out/sample.png, with the model inside the package
-#   make test        set up with the PyTorch peers, then lint, types and all default tests
-#   make test-light  the same without PyTorch          make test-full   also the slow, full-size tests
+#   make test        set up with the PyTorch peers, then lint, types and the default tests: unit, parity, integration
+#   make test-light  the same without PyTorch          make test-full   also slow tests, experiments,
+#                    benchmarks and fault injection
 #   make lint, make format, make clean
 # Variables: PYTHON, PIP_FLAGS (extra flags for pip), ARGS (for what is run: make test ARGS="-k unet -x",
 # make sample ARGS="--image mine.jpg"), JOBS (processes of the tests; each takes up to 6 GB).
@@ -58,7 +59,7 @@ test-light: $(VENV)/installed-dev lint-light
 	$(PYTEST) -m "not slow and not gpu and not torch" $(ARGS)
 
 test-full: $(VENV)/installed-torch lint
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" tests $(ARGS)
 
 lint: $(VENV)/installed-torch style
 	$(PYRIGHT)

@@ -45,9 +45,7 @@ LONGEST_FIRST = (
     "parity/test_generation.py",
     "parity/test_models.py",
     "integration/test_layouts.py",
-    "fault_injection/test_fault_injection.py",
     "unit/train/test_step.py",
-    "fault_injection/test_fuzz_weights.py",
     "unit/pipelines/test_stable_diffusion.py",
     "parity/test_inpainting.py",
 )
