@@ -24,11 +24,11 @@ import tyro
 from PIL import Image
 
 from ipadapter_jax.data.dataset import LiveSamples
-from ipadapter_jax.data.feature_cache import CachedSamples, begin, finish
-from ipadapter_jax.data.feature_shards import Layout, Plan, ShardWriter
+from ipadapter_jax.data.feature_cache import CachedSamples, finish_cache, start_cache
+from ipadapter_jax.data.feature_shards import CachePlan, SampleLayout, ShardWriter
 from ipadapter_jax.data.file_listing import find_files
 from ipadapter_jax.data.formats.tar import TarSource
-from ipadapter_jax.data.loader import Samples, batches
+from ipadapter_jax.data.loader import SampleSource, load_batches
 from ipadapter_jax.testing.random_weights import write_tokenizer
 
 PHOTOGRAPHS = ("astronaut", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
@@ -83,24 +83,24 @@ def write_tars(folder: Path, records: int) -> float:
 
 def write_cache(folder: Path, records: int) -> None:
     arrays = {name: (np.dtype(np.float16), shape) for name, shape in ENCODED.items()}
-    layout = Layout(arrays | {"input_ids": (np.dtype(np.int32), (77,))})
-    plan = Plan(records, records_per_shard=max(1, records // 4), layout=layout, made_from={})
+    layout = SampleLayout(arrays | {"input_ids": (np.dtype(np.int32), (77,))})
+    plan = CachePlan(records, records_per_shard=max(1, records // 4), layout=layout, made_from={})
     folder.mkdir()
-    begin(folder, plan)
+    start_cache(folder, plan)
     rng = np.random.default_rng(0)
     for shard in range(plan.shards):
         with ShardWriter(folder, plan, shard) as writer:
             for _ in plan.shard_records(shard):
                 floats = {name: rng.integers(0, 99, shape).astype(np.float16) for name, shape in ENCODED.items()}
                 writer.add(floats | {"input_ids": np.zeros(77, np.int32)})
-    finish(folder, plan, None)
+    finish_cache(folder, plan, None)
 
 
-def rate(samples: Samples, settings: Settings, count: int) -> tuple[float, float]:
+def rate(samples: SampleSource, settings: Settings, count: int) -> tuple[float, float]:
     """Samples per second of `count` batches amid others: what is loaded ahead is so at the beginning and at the end.
     And the processor seconds that this process spends on a sample."""
     margin = 4 + 6 * settings.workers
-    loading = batches(
+    loading = load_batches(
         samples,
         seed=0,
         batch_size=settings.batch,
@@ -120,7 +120,7 @@ def rate(samples: Samples, settings: Settings, count: int) -> tuple[float, float
     return count * settings.batch / seconds, busy / count / settings.batch
 
 
-def show(what: str, samples: Samples, settings: Settings, count: int) -> None:
+def show(what: str, samples: SampleSource, settings: Settings, count: int) -> None:
     rates, busy = zip(*(rate(samples, settings, count) for _ in range(settings.runs)), strict=True)
     each = ", ".join(f"{r:,.0f}" for r in rates)
     print(f"{what}: {statistics.median(rates):,.0f} samples/s, the median of {each}", end="; ")

@@ -70,11 +70,11 @@ class Ours:
     def __init__(self, settings: Settings):
         import jax
 
-        from ipadapter_jax.runtime.malloc import disable_trim, on_cpu_alone
+        from ipadapter_jax.runtime.malloc import disable_trim, is_cpu_only
         from ipadapter_jax.train import config as recipe
 
         self.settings, self.dtype = settings, settings.dtype
-        if on_cpu_alone():
+        if is_cpu_only():
             disable_trim()  # as the trainer does
         if self.dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")

@@ -17,9 +17,9 @@ import tyro
 from PIL import Image
 
 from ipadapter_jax import InputError, StableDiffusion
-from ipadapter_jax.images.contact_sheet import Labelled, sheet
+from ipadapter_jax.images.contact_sheet import LabeledImages, contact_sheet
 from ipadapter_jax.images.preprocess import clip_pixels, load_image
-from ipadapter_jax.storage.atomic_files import check_writable, write_whole
+from ipadapter_jax.storage.atomic_files import check_writable, write_atomically
 from ipadapter_jax.weights.bundled import REFERENCE
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -46,8 +46,8 @@ def main(
         told = f'the image and the words "{prompt}"' if prompt else "the image alone, no words"
         titles = f"The prompt: {told}; scale 1", f"The same prompt, seed {seed}, the scale of the image from 0 to 1"
         buffer = io.BytesIO()
-        sheet(dict(zip(titles, (above, below), strict=True)), WHAT_TO_SEE).save(buffer, "PNG")
-        write_whole(out, buffer.getvalue())
+        contact_sheet(dict(zip(titles, (above, below), strict=True)), WHAT_TO_SEE).save(buffer, "PNG")
+        write_atomically(out, buffer.getvalue())
     except InputError as error:
         print(f"sample_sheet: {error}", file=sys.stderr)
         return 2
@@ -55,7 +55,7 @@ def main(
     return 0
 
 
-def sample(reference: Image.Image, prompt: str, seed: int) -> tuple[Labelled, Labelled]:
+def sample(reference: Image.Image, prompt: str, seed: int) -> tuple[LabeledImages, LabeledImages]:
     """The row of results and that of scales. One image a call: scales and seeds are data, so that the first call
     compiles and the others run."""
     pipe = StableDiffusion.from_pretrained("mini").with_ip_adapter("mini")

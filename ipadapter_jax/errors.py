@@ -36,7 +36,7 @@ def option(name: str) -> str:
 
 
 @contextlib.contextmanager
-def said_in_options(options: Mapping[str, str]) -> Iterator[None]:
+def errors_name_options(options: Mapping[str, str]) -> Iterator[None]:
     """While this lasts, errors name a command line's options in the place of arguments: {"width": "--width"}, and
     {"ip_adapter_scale/layers": "--layers"} for a part of one."""
     before = _OPTIONS.set(options)

@@ -18,7 +18,7 @@ def use_cores() -> None:
 
 def environment() -> dict[str, str]:
     """The same for a process that is begun with this environment."""
-    return os.environ | {"JAX_NUM_CPU_DEVICES": str(_devices())} | malloc.environment()
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(_devices())} | malloc.malloc_environment()
 
 
 def _devices() -> int:

@@ -33,7 +33,7 @@ from experiments.mini.rows import (
 )
 from experiments.mini.test_scenes import photograph, prompt
 from experiments.mini.trainings import drops
-from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.atomic_files import write_atomically
 
 NAMES = {
     CHANCE: "no image, no text",
@@ -92,7 +92,7 @@ class Report:
             self._photographs(networks.photographs),
             self._networks(networks),
         ]
-        write_whole(self._path, ("\n\n".join(parts) + "\n").encode())
+        write_atomically(self._path, ("\n\n".join(parts) + "\n").encode())
 
     def _head(self) -> str:
         s = self._setting
@@ -252,7 +252,7 @@ what another seed or learning rate would change is not in them.
         self._save(name, sheet(columns, words))
 
     def _save(self, name: str, content: bytes) -> None:
-        write_whole(self._path.with_suffix("") / f"{name}.png", content)
+        write_atomically(self._path.with_suffix("") / f"{name}.png", content)
 
     def _image(self, name: str) -> str:
         return f"![{name.replace('-', ' ')}]({self._path.stem}/{name}.png)"

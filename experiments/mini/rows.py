@@ -19,7 +19,7 @@ from experiments.mini.trainings import ENCODER, TRAININGS, Workshop
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.images.preprocess import to_uint8
 from ipadapter_jax.pipelines.sampling import replicated
-from ipadapter_jax.storage.atomic_files import sha256, write_whole
+from ipadapter_jax.storage.atomic_files import sha256, write_atomically
 from ipadapter_jax.weights.bundled import GUIDANCE_SCALE
 from ipadapter_jax.weights.components import UNET, load_component
 
@@ -83,7 +83,7 @@ class Painter:
             images = np.stack([self._one(pipe, row, given(index)) for index in parts[i]])
             with io.BytesIO() as file:
                 np.savez_compressed(file, pixels=images)
-                write_whole(files[i], file.getvalue())
+                write_atomically(files[i], file.getvalue())
         return np.concatenate([np.load(file)["pixels"] for file in files])
 
     def pipeline(self, row: Row) -> StableDiffusion:

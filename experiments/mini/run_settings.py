@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from ipadapter_jax import InputError
-from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.atomic_files import write_atomically
 
 
 def check_same(path: Path, settings: dict[str, Any]) -> None:
     """Writes the settings, which JSON can hold, to `path`, or raises InputError where others stand there already."""
     now = json.dumps(settings, indent=1)
     if not path.exists():
-        write_whole(path, now.encode())
+        write_atomically(path, now.encode())
     elif path.read_text() != now:
         before = json.loads(path.read_text())
         changed = [name for name in {**before, **settings} if before.get(name) != json.loads(now).get(name)]

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save
 from experiments.mini.run_settings import check_same
 from ipadapter_jax.pipelines.sampling import device_mesh, replicated
 from ipadapter_jax.runtime import random_keys
-from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.atomic_files import write_atomically
 from ipadapter_jax.weights.load_tree import Tree
 
 _SAVE_SECONDS = 120
@@ -115,13 +115,13 @@ def _log(path: Path, step: int, loss: float) -> None:
 def _cut_log(path: Path, step: int) -> None:
     """Removes what was logged after the state that is gone on with."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+    write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
 
 
 def _save(path: Path, step: int, state: _State) -> None:
     leaves = [np.ascontiguousarray(leaf) for leaf in jax.device_get(jax.tree.leaves(state))]
     tensors = {str(i): leaf for i, leaf in enumerate(leaves)}
-    write_whole(path, save(tensors, metadata={"step": str(step)}))
+    write_atomically(path, save(tensors, metadata={"step": str(step)}))
 
 
 def _restore(path: Path, state: _State) -> tuple[int, _State]:

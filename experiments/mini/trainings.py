@@ -15,7 +15,7 @@ from experiments.mini.run_settings import check_same
 from experiments.mini.test_scenes import inked_example, plain_example, write_examples
 from ipadapter_jax import cli
 from ipadapter_jax.cli.train import parse
-from ipadapter_jax.storage.atomic_files import sha256, write_whole
+from ipadapter_jax.storage.atomic_files import sha256, write_atomically
 from ipadapter_jax.train.config import identity
 from ipadapter_jax.train.export import ADAPTER
 
@@ -81,7 +81,7 @@ class Workshop:
         else:
             print("training", name, *words, flush=True)
             _check(train(parse(words), training.joined))
-        write_whole(mark, b"")
+        write_atomically(mark, b"")
         return folder
 
     def adapter(self, name: str) -> Path:

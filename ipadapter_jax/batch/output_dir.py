@@ -22,12 +22,12 @@ from ipadapter_jax.batch.plan import ImageTask
 from ipadapter_jax.batch.reference_digests import Digests, Identify, of_line, replaced, to_line, without_digests
 from ipadapter_jax.batch.rows import BadRow, Row
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.runtime.announcements import announced_if_long
+from ipadapter_jax.runtime.announcements import announce_if_slow
 from ipadapter_jax.runtime.prefetch import ordered_map
-from ipadapter_jax.storage.atomic_files import remove_leftovers, write_whole
-from ipadapter_jax.storage.config_diff import differences
-from ipadapter_jax.storage.file_lock import held_shard
-from ipadapter_jax.storage.jsonl import JsonlAppender, read_lines
+from ipadapter_jax.storage.atomic_files import remove_partial_files, write_atomically
+from ipadapter_jax.storage.config_diff import diff_configs
+from ipadapter_jax.storage.file_lock import shard_lock
+from ipadapter_jax.storage.jsonl import JsonlAppender, read_appended
 from ipadapter_jax.storage.text_files import read_json_object
 
 SETTINGS = "job.json"
@@ -71,7 +71,7 @@ class JobFolder:
                 self.note(work)
         groups = (list(group) for _, group in itertools.groupby(listed, key=lambda work: work.row.index))
         looking = ordered_map(self._changes, groups, threads=_THREADS, ahead=4 * _THREADS)
-        with announced_if_long("looking whether image prompts have changed"), contextlib.closing(looking) as found:
+        with announce_if_slow("looking whether image prompts have changed"), contextlib.closing(looking) as found:
             changed = [*itertools.chain.from_iterable(found)]
         if changed:
             raise InputError(
@@ -86,7 +86,7 @@ class JobFolder:
             line = self._listed[work.image]
             old, new, before = _comparable(line), _comparable(_facts(work)), of_line(line)
             if old != new:
-                how = differences(old, new)
+                how = diff_configs(old, new)
             else:
                 names = replaced([path.name for path in work.row.images], before, self._now(work.row, before))
                 how = [f"image {name} has been replaced by another" for name in names]
@@ -103,7 +103,7 @@ class JobFolder:
 
     def write(self, work: ImageTask, png: bytes) -> None:
         """The image, under its name when it is whole. Safe in threads."""
-        write_whole(self._out / work.image, png)
+        write_atomically(self._out / work.image, png)
 
     def note(self, work: ImageTask) -> None:
         """The line of an image that is about to be written. A kill may come between the two: a line without its
@@ -117,7 +117,7 @@ class JobFolder:
         """Replaces the list of bad rows; there is no file when there are none."""
         lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in sorted(bad)]
         if lines:
-            write_whole(self._bad_rows, "".join(lines).encode("utf-8", "replace"))
+            write_atomically(self._bad_rows, "".join(lines).encode("utf-8", "replace"))
         else:
             self._bad_rows.unlink(missing_ok=True)
 
@@ -138,12 +138,12 @@ class JobFolder:
                 raise InputError(
                     f"{self._out} holds {self._done[0].image}, which no job has made there; choose another --out"
                 )
-            write_whole(path, json.dumps(settings, indent=2).encode() + b"\n")
+            write_atomically(path, json.dumps(settings, indent=2).encode() + b"\n")
             return
         try:
             before = read_json_object(path)
             known = {name: settings[name] for name in settings if name != CONFIGURATIONS or name in before}
-            changed = differences(before, known)
+            changed = diff_configs(before, known)
         except InputError as error:
             raise InputError(f"{path} is damaged; choose another --out ({error})") from None
         if changed:
@@ -154,14 +154,14 @@ class JobFolder:
 
     def _remove_leftovers(self, own: set[str], shard: tuple[int, int]) -> None:
         """What a kill has left half written; other processes may be at the like."""
-        remove_leftovers(self._out, mine=lambda name: name in own or shard[1] == 1)
+        remove_partial_files(self._out, mine=lambda name: name in own or shard[1] == 1)
 
     def _listed_elsewhere(self, manifest: Path, there: set[str]) -> dict[str, dict]:
         """The lines of images in other manifests, of a job that had other processes, by image."""
         listed: dict[str, dict] = {}
         for path in sorted(self._out.glob("job*.jsonl")):
             if path != manifest:
-                for line in read_lines(path):
+                for line in read_appended(path):
                     _is_first(line, there, listed)
         return listed
 
@@ -172,7 +172,7 @@ def job_folder(
 ) -> Iterator[JobFolder]:
     """Opens the folder of a new job or of one to go on with, and puts right what a kill has left; `works` are all works
     of this process. Raises InputError: in use, begun with other settings, made from other rows, not a job's."""
-    with held_shard(out, shard), JobFolder(out, works, settings, shard, identify) as folder:
+    with shard_lock(out, shard), JobFolder(out, works, settings, shard, identify) as folder:
         folder.compare()
         yield folder
 

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ipadapter_jax.data.formats.caption_lists import Listed, is_metadata
-from ipadapter_jax.data.formats.file_groups import TEXTS, caption_of, grouped
+from ipadapter_jax.data.formats.caption_lists import CaptionLists, is_metadata
+from ipadapter_jax.data.formats.file_groups import TEXTS, caption_of, group_files
 from ipadapter_jax.data.packed_strings import printable
-from ipadapter_jax.data.unused_files import FOLDER, Unused
+from ipadapter_jax.data.unused_files import FOLDER, UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.formats import is_image_name
-from ipadapter_jax.inputs.suggestions import likeliest
+from ipadapter_jax.inputs.suggestions import closest_match
 from ipadapter_jax.storage.csv_files import read_csv
 from ipadapter_jax.storage.text_files import LIST_BYTES, byte_order_mark, parse_json, read_bytes
 
@@ -35,7 +35,7 @@ class Records(NamedTuple):
     """What a source holds: its records in order, read when it is their turn, and what is in none of them."""
 
     records: Iterator[Record]
-    unused: Unused
+    unused: UnusedFiles
 
 
 class _Image(NamedTuple):
@@ -62,14 +62,14 @@ def open_records(source: Path) -> Records:
     if source.is_dir():
         return _folder(source)
     text = _text(source)
-    return Records(_objects(text) if text.lstrip().startswith(("{", "[")) else _table(text, source), Unused())
+    return Records(_objects(text) if text.lstrip().startswith(("{", "[")) else _table(text, source), UnusedFiles())
 
 
 def _folder(folder: Path) -> Records:
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     folders = [name for name in names if (folder / name).is_dir()]
     files = [name for name in names if name not in {*folders} and not is_metadata(name)]
-    found, listed = grouped(files), Listed(folder, names)
+    found, listed = group_files(files), CaptionLists(folder, names)
     if not found.records:
         _check_deeper(folder, folders)
     by_image = sorted((members["image"], stem, members) for stem, members in found.records)
@@ -176,7 +176,7 @@ def _objects(text: str) -> Iterator[Record]:
 def _check_columns(names: Iterable[str]) -> None:
     for name in names:
         if name not in COLUMNS:
-            near = likeliest(name[:100], COLUMNS)
+            near = closest_match(name[:100], COLUMNS)
             hint = f" (did you mean {near!r}?)" if near else ""
             raise InputError(
                 f"unknown column {name[:100]!r}{hint}; the columns, separated by commas, are {', '.join(COLUMNS)}"

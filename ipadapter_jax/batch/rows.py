@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ipadapter_jax.batch.readers import open_records, spelling
-from ipadapter_jax.data.unused_files import BAD_ROW, Unused
+from ipadapter_jax.data.unused_files import INVALID_ROW, UnusedFiles
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.paths import expand_home
 
 MAX_NAME_BYTES = 150  # of the 255 that file systems allow: numbers, endings and temporary names come on top
 _UNDECODED = re.compile("[\udc80-\udcff]")  # bytes in the name of a file that are not UTF-8
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
     rows: list[Row]
     bad: list[BadRow]
-    unused: Unused
+    unused: UnusedFiles
 
 
 def read_rows(source: Path) -> Rows:
@@ -58,7 +58,7 @@ def read_rows(source: Path) -> Rows:
     index: 000017.
     Raises InputError when the source as a whole cannot be used, or no row of it.
     """
-    source = expanded(source)
+    source = expand_home(source)
     rows: list[Row] = []
     bad: list[BadRow] = []
     first = ""  # of what is wrong
@@ -75,7 +75,7 @@ def read_rows(source: Path) -> Rows:
             rows.append(row)
         except InputError as error:
             bad.append(BadRow(line, str(error)))
-            unused.add(BAD_ROW, place)
+            unused.add(INVALID_ROW, place)
             first = first or (str(error) if source.is_dir() else f"{place}: {error}")  # those of images name them
     if not rows:
         reason = first or "it is empty; give images, or rows below a header"
@@ -138,7 +138,7 @@ def _images(value: Any, folder: str) -> tuple[Path, ...]:
 
 
 def _image(name: str, folder: str) -> Path:
-    path = os.path.join(folder, expanded(name))
+    path = os.path.join(folder, expand_home(name))
     if not os.path.isfile(path):
         what = "is a folder, not an image" if os.path.isdir(path) else "does not exist"
         raise InputError(f"image {_shown(name)} {what}; paths are relative to {folder}")

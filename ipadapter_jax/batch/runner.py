@@ -99,7 +99,7 @@ def run_job(
                 on_progress(tally)
 
         for batch in batches(items, batch_size, kind):
-            if stop.asked:
+            if stop.requested:
                 tally.stopped = True
                 break
             pairs = _made(batch, make, found)

@@ -22,7 +22,7 @@ from ipadapter_jax.cli.parsing import parse_words, unknown_command
 from ipadapter_jax.cli.streams import print_every_name
 from ipadapter_jax.cli.train import help_of_train
 from ipadapter_jax.cli.train import parse as parse_train
-from ipadapter_jax.errors import InputError, said_in_options
+from ipadapter_jax.errors import InputError, errors_name_options
 from ipadapter_jax.train.config import Train, check
 from ipadapter_jax.weights.hub import found_place
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(arguments)
         command = COMMANDS[arguments[0]]
         names = names_of(type(options), ARGUMENTS if isinstance(options, Sampling) else {})
-        with _reports(command.reports_at_once), said_in_options(names):
+        with _reports(command.reports_at_once), errors_name_options(names):
             _check(options)
             return command.run()(options)
     except InputError as error:

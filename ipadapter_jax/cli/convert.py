@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ipadapter_jax.cli.option_types import Positional
-from ipadapter_jax.storage.paths import Place
+from ipadapter_jax.storage.paths import PathOrHubId
 
 
 @dataclasses.dataclass
@@ -18,7 +18,7 @@ class Convert:
     a CLIP image encoder (OpenCLIP or transformers) becomes the folder OUT.
     """
 
-    source: Positional[Place]
+    source: Positional[PathOrHubId]
     """File, folder or Hub place."""
     out: Positional[Path]
     """Name of the new file or folder, which must not exist."""
@@ -26,12 +26,12 @@ class Convert:
     """Round to this; by default every tensor stays as it is stored."""
     flax: bool = False
     """Write a folder of Flax msgpack files rather than PyTorch's safetensors."""
-    config: Place | None = None
+    config: PathOrHubId | None = None
     """For a single file: folder or Hub id of its family, for settings and tokenizer; by default Stable Diffusion
     1.5."""
-    vae: Place | None = None
+    vae: PathOrHubId | None = None
     """Another VAE than the base model's: a folder, a Hub id or a file."""
-    text_encoder: Place | None = None
+    text_encoder: PathOrHubId | None = None
     """Another text encoder than the base model's: a folder, a Hub id or a file."""
     extract_ema: bool = False
     """For a single file: take the moving average of its UNet."""

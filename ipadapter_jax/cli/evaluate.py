@@ -9,7 +9,7 @@ from ipadapter_jax.cli.option_types import Positional
 from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING, refuse
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.protocol import SCORER, Choice
-from ipadapter_jax.storage.paths import Place
+from ipadapter_jax.storage.paths import PathOrHubId
 from ipadapter_jax.weights import bundled
 
 
@@ -41,7 +41,7 @@ class Evaluate(BatchOptions):
     images_from: Path | None = None
     """Score these images and make none: a folder (name.png, or name-0.png and so on, where the image prompt is
     name.jpg) or a CSV file with the columns name and image."""
-    clip: Place = SCORER
+    clip: PathOrHubId = SCORER
     """The CLIP that scores: a folder or a Hub id of a whole CLIPModel of transformers."""
     caption: Choice = "first"
     """Which of several captions CLIP-T takes."""

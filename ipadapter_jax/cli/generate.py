@@ -8,7 +8,7 @@ from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLI
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.runtime.memory_limits import check_memory
 from ipadapter_jax.storage.atomic_files import check_writable
-from ipadapter_jax.storage.paths import Place
+from ipadapter_jax.storage.paths import PathOrHubId
 from ipadapter_jax.weights import bundled
 
 
@@ -24,20 +24,20 @@ class Generate(Sampling):
     """The PNG to write. With several images this is their grid, and the single ones lie beside it, numbered."""
     prompt: str = ""
     """What to paint; may be empty with an image prompt."""
-    image: tuple[Place, ...] = ()
+    image: tuple[PathOrHubId, ...] = ()
     """Reference images; several share the one image prompt."""
     image_weights: tuple[float, ...] = ()
     """A weight for each reference, times --scale."""
-    masks: tuple[Place, ...] = ()
+    masks: tuple[PathOrHubId, ...] = ()
     """A mask for each reference, white where it acts; each then acts by itself."""
-    embeds: Place | None = None
+    embeds: PathOrHubId | None = None
     """Image embeddings in place of --image: a file of --save-embeds, or what diffusers or ComfyUI saved. No image
     encoder is needed then."""
     save_embeds: Path | None = None
     """Also writes the embeddings of --image into this .safetensors file."""
-    init_image: Place | None = None
+    init_image: PathOrHubId | None = None
     """An image to paint over (image-to-image)."""
-    mask_image: Place | None = None
+    mask_image: PathOrHubId | None = None
     """White where to paint over --init-image (inpainting)."""
     strength: float | None = None
     """By which part of the steps --init-image is painted over: 0.8, with a mask 1."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ipadapter_jax.storage.paths import PLACE
+from ipadapter_jax.storage.paths import PATH_OR_HUB_ID
 
 _POSITIONAL = "positional"
 T = TypeVar("T")
@@ -108,7 +108,7 @@ def _option(field: dataclasses.Field, hint: Any, path: tuple[str, ...], about: s
         choices=get_args(hint) if get_origin(hint) is Literal else (),
         count=count,
         optional=optional,
-        is_place=hint is Path or PLACE in marks,
+        is_place=hint is Path or PATH_OR_HUB_ID in marks,
         positional=_POSITIONAL in marks,
         required=required,
         default=None if required else field.default,

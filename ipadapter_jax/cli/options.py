@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.validation import Uncond
 from ipadapter_jax.pipelines.scales import Scale
-from ipadapter_jax.storage.paths import Place
+from ipadapter_jax.storage.paths import PathOrHubId
 from ipadapter_jax.storage.text_files import parse_json
 from ipadapter_jax.weights import bundled
 from ipadapter_jax.weights.hub import found_place
@@ -46,24 +46,24 @@ class Sampling:
 
     help_groups: ClassVar[Mapping[str, tuple[str, ...]]]  # of --help, the most used first
 
-    base: Place = bundled.NAME
+    base: PathOrHubId = bundled.NAME
     """Base model: a folder in diffusers' layout (PyTorch or Flax weights), a single file (.safetensors or .ckpt), a
     Hub id such as owner/name, or mini, the model inside this package (./mini is a folder of that name)."""
-    config: Place | None = None
+    config: PathOrHubId | None = None
     """For a single file: folder or Hub id of its family, for settings and tokenizer; by default Stable Diffusion
     1.5."""
-    vae: Place | None = None
+    vae: PathOrHubId | None = None
     """Another VAE than the base model's: a folder, a Hub id or a file."""
-    text_encoder: Place | None = None
+    text_encoder: PathOrHubId | None = None
     """Another text encoder than the base model's: a folder, a Hub id or a file."""
     extract_ema: bool = False
     """For a single file: take the moving average of its UNet."""
     negative_prompt: str = ""
     """What to avoid."""
-    adapter: Place | None = None
+    adapter: PathOrHubId | None = None
     """IP-Adapter file (.safetensors or .bin), or a place on the Hub such as owner/name/folder/file.safetensors. The
     base model mini has two, mini and mini-plus; with an image prompt the first is its default."""
-    image_encoder: Place | None = None
+    image_encoder: PathOrHubId | None = None
     """Folder, file or Hub place of the CLIP vision model; by default image_encoder beside the adapter."""
     scale: float = 1.0
     """Weight of the image prompt: 0 is the base model, 0.5 to 0.7 balances with the text, 1 follows the image."""
@@ -79,7 +79,7 @@ class Sampling:
     """Factors of the scale spread over the steps, linear between: "1 0" fades out, "0 1" in."""
     fit: Literal["crop", "resize", "pad", "tile"] = "crop"
     """How a reference that is not square becomes so; tile makes several squares of it."""
-    negative_image: Place | None = None
+    negative_image: PathOrHubId | None = None
     """An image to keep away from: what the unconditional branch of guidance sees."""
     uncond: Uncond = "default"
     """What that branch sees without one: zeros (features), "zero pixels", black or noise. The default is what the

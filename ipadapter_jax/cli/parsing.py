@@ -10,8 +10,8 @@ from typing import Any
 from ipadapter_jax.cli.commands import COMMANDS
 from ipadapter_jax.cli.option_types import Option, options_of
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.inputs.suggestions import likeliest, meant, same
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.inputs.suggestions import closest_match, did_you_mean_or_choose, find_synonym
+from ipadapter_jax.storage.paths import expand_home
 
 _OPTION = re.compile(r"--?[^\W\d][\w.+-]*(=.*)?", re.DOTALL)  # -1 and "- a cat" are values
 
@@ -139,12 +139,12 @@ def _values(option: Option, words: Sequence[str]) -> Any:
 def _value(option: Option, word: str) -> Any:
     if option.choices:
         if word not in option.choices:
-            raise InputError(f"{option.name} {_shown(word)} is not known{meant(word, option.choices)}")
+            raise InputError(f"{option.name} {_shown(word)} is not known{did_you_mean_or_choose(word, option.choices)}")
         return word
     if option.is_place:
         if not word:
             raise InputError(f"{option.name} is empty; give a name, or leave it out")
-        word = expanded(word)
+        word = expand_home(word)
     try:
         value = option.kind(word)
     except ValueError:
@@ -161,13 +161,13 @@ def _shown(word: str) -> str:
 
 def unknown_command(word: str) -> str:
     """What is said of a first word that is no command."""
-    if word.startswith("-") and (option := likeliest(word.lstrip("-"), ("help", "version", "debug"))):
+    if word.startswith("-") and (option := closest_match(word.lstrip("-"), ("help", "version", "debug"))):
         return f"there is no option {_shown(word)}; did you mean --{option}?"
     if word == "help":
         return "there is no command help; ipadapter-jax --help shows all, ipadapter-jax COMMAND --help one"
     if word.startswith("-"):
         return f"{_shown(word)} stands before the command; name one first: {', '.join(COMMANDS)}"
-    return f"there is no command {_shown(word)}{meant(word, COMMANDS)}"
+    return f"there is no command {_shown(word)}{did_you_mean_or_choose(word, COMMANDS)}"
 
 
 def _unknown(command: str, name: str, options: Iterable[str]) -> str:
@@ -177,7 +177,7 @@ def _unknown(command: str, name: str, options: Iterable[str]) -> str:
     word = name.lstrip("-").lower().replace("_", "-")
     words = (word, word.rpartition(".")[2])  # --optim.lr is called otherwise in its last part alone
     owners = _owners(command)
-    for find in (same, likeliest):
+    for find in (find_synonym, closest_match):
         for known, of_others in ((_by_word(options), False), (_by_word(owners), True)):
             if found := next(filter(None, (find(one, known) for one in words)), None):
                 option = known[found]

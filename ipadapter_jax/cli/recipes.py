@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.suggestions import did_you_mean
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.train.config import Train
 
 _PACKAGE = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def recipes() -> dict[str, Path]:
 
 
 def _find(name: str) -> Path:
-    path = expanded(Path(name))
+    path = expand_home(Path(name))
     if path.is_file() and path.suffix == ".py":
         return path
     known = recipes()

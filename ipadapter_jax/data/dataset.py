@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ipadapter_jax.data.types import Record, Source
-from ipadapter_jax.data.unused_files import summary
+from ipadapter_jax.data.types import Record, RecordSource
+from ipadapter_jax.data.unused_files import summarize
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.preprocess import clip_pixels, decode_image, square_pixels
 from ipadapter_jax.storage.atomic_files import sha256
@@ -32,7 +32,7 @@ class LiveSamples:
     Raises InputError when `tokenizer_folder` holds no tokenizer.
     """
 
-    source: Source
+    source: RecordSource
     tokenizer_folder: Path
     resolution: int
     clip_size: int | None
@@ -81,7 +81,7 @@ class LiveSamples:
 
         Reads the first records for that: to count all captions would be to read all data.
         """
-        line, first = summary(len(self), self.source.unused), min(_CAPTIONS, len(self))
+        line, first = summarize(len(self), self.source.unused), min(_CAPTIONS, len(self))
         long = [record.key for record in map(self._readable, range(first)) if record and self._is_long(record)]
         if long:
             line += (

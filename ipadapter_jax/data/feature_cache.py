@@ -13,10 +13,10 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 from safetensors.numpy import save
 
-from ipadapter_jax.data.feature_shards import FORMAT, Plan, open_shard, shard_facts
+from ipadapter_jax.data.feature_shards import FORMAT, CachePlan, open_shard, read_shard_footer
 from ipadapter_jax.data.file_listing import allow_open_files
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.atomic_files import sha256, write_whole
+from ipadapter_jax.storage.atomic_files import sha256, write_atomically
 from ipadapter_jax.storage.paths import check_utf8
 from ipadapter_jax.storage.text_files import read_json_object
 from ipadapter_jax.weights.dtype_cast import all_finite
@@ -25,33 +25,33 @@ from ipadapter_jax.weights.formats.tensor_files import open_tensors
 _PLAN, _MANIFEST, _SKIPPED, _ZERO = "plan.json", "manifest.json", "skipped.jsonl", "zero_features.safetensors"
 
 
-def begin(folder: Path, plan: Plan) -> Plan:
+def start_cache(folder: Path, plan: CachePlan) -> CachePlan:
     """Writes the plan unless there is one, and returns what is there: another one if the folder was begun otherwise."""
     path = folder / _PLAN
     if not path.exists():
-        write_whole(path, _json(plan.to_json()))
+        write_atomically(path, _json(plan.to_json()))
     return _read_plan(path)
 
 
-def finish(folder: Path, plan: Plan, zero_features: np.ndarray | None) -> int | None:
+def finish_cache(folder: Path, plan: CachePlan, zero_features: np.ndarray | None) -> int | None:
     """Writes the manifest, which makes the cache complete, when all shards are there. zero_features (L, F): what the
     image encoder makes of zero pixels, where training needs it for dropped images.
 
     Returns how many records were skipped, None when shards are missing.
     """
-    facts = [shard_facts(folder, plan, shard) for shard in range(plan.shards)]
+    facts = [read_shard_footer(folder, plan, shard) for shard in range(plan.shards)]
     if any(found is None for found in facts):
         return None
     skipped = [entry for found in facts if found is not None for entry in found["skipped"]]
-    write_whole(folder / _SKIPPED, b"".join(json.dumps(entry).encode() + b"\n" for entry in skipped))
+    write_atomically(folder / _SKIPPED, b"".join(json.dumps(entry).encode() + b"\n" for entry in skipped))
     zero = None
     if zero_features is not None:
         content = save({"features": np.ascontiguousarray(zero_features)})
-        write_whole(folder / _ZERO, content)
+        write_atomically(folder / _ZERO, content)
         zero = hashlib.sha256(content).hexdigest()
     sizes = [(folder / plan.shard_name(shard)).stat().st_size for shard in range(plan.shards)]
     manifest = plan.to_json() | {"skipped": len(skipped), "zero_features": zero, "shard_bytes": sizes}
-    write_whole(folder / _MANIFEST, _json(manifest))
+    write_atomically(folder / _MANIFEST, _json(manifest))
     return len(skipped)
 
 
@@ -139,7 +139,7 @@ class CachedSamples:
         return open_tensors(path)["features"].read()
 
 
-def _read_manifest(folder: Path) -> tuple[Plan, dict[str, Any]]:
+def _read_manifest(folder: Path) -> tuple[CachePlan, dict[str, Any]]:
     path = folder / _MANIFEST
     if not path.is_file():
         if (folder / _PLAN).is_file():
@@ -155,11 +155,11 @@ def _read_manifest(folder: Path) -> tuple[Plan, dict[str, Any]]:
     return plan, {"zero_features": zero, "shard_bytes": sizes, "skipped": skipped}
 
 
-def _read_plan(path: Path) -> Plan:
+def _read_plan(path: Path) -> CachePlan:
     try:
         raw = read_json_object(path)
         found = raw["format"]
-        plan = Plan.from_json(raw) if found == FORMAT else None
+        plan = CachePlan.from_json(raw) if found == FORMAT else None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); copy it or encode again") from None
     if plan is None:

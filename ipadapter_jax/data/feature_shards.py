@@ -20,7 +20,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.atomic_files import replacing
+from ipadapter_jax.storage.atomic_files import atomic_replace
 from ipadapter_jax.storage.text_files import parse_json
 
 FORMAT = 1
@@ -31,13 +31,13 @@ _DTYPES = ("float32", "bfloat16", "float16", "int32")
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class SampleLayout:
     """How a sample lies in a record: its arrays one after the other, little-endian. Stated once for a whole cache."""
 
     arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "Layout":
+    def from_json(cls, raw: Mapping[str, Any]) -> "SampleLayout":
         if unknown := {entry["dtype"] for entry in raw.values()} - set(_DTYPES):
             raise ValueError(f"dtype {unknown}")
         if not all(isinstance(size, int) and size >= 0 for entry in raw.values() for size in entry["shape"]):
@@ -68,7 +68,7 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """What a cache holds: a pure function of the data, the encoders and the settings that matter to the result.
 
     made_from: JSON of whatever decides the content: "resolution", "features", "vae", "image_encoder", "data", ...
@@ -76,15 +76,15 @@ class Plan:
 
     records: int
     records_per_shard: int
-    layout: Layout
+    layout: SampleLayout
     made_from: Mapping[str, Any]
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "Plan":
+    def from_json(cls, raw: Mapping[str, Any]) -> "CachePlan":
         per_shard, records = int(raw["records_per_shard"]), int(raw["records"])
         if per_shard < 1 or records < 0:
             raise ValueError(f"{records} records, {per_shard} in a shard")
-        return cls(records, per_shard, Layout.from_json(raw["layout"]), dict(raw["made_from"]))
+        return cls(records, per_shard, SampleLayout.from_json(raw["layout"]), dict(raw["made_from"]))
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"format": FORMAT, "layout": self.layout.to_json()}
@@ -112,7 +112,7 @@ class ShardWriter:
     A part of it is never left behind. Raises InputError naming the file, when there is no room for instance.
     """
 
-    def __init__(self, folder: Path, plan: Plan, shard: int):
+    def __init__(self, folder: Path, plan: CachePlan, shard: int):
         self._plan, self._shard, self._path = plan, shard, folder / plan.shard_name(shard)
         self.skipped: list[dict[str, Any]] = []
 
@@ -133,7 +133,7 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         with contextlib.ExitStack() as stack:
-            temporary = stack.enter_context(replacing(self._path))
+            temporary = stack.enter_context(atomic_replace(self._path))
             self._writer = ArrayRecordWriter(str(temporary), _WRITE)
             self._replacing = stack.pop_all()
         return self
@@ -158,12 +158,12 @@ def _not_written(path: Path, error: Exception) -> InputError:
     )
 
 
-def open_shard(folder: Path, plan: Plan, shard: int) -> ArrayRecordReader:
+def open_shard(folder: Path, plan: CachePlan, shard: int) -> ArrayRecordReader:
     """A reader for all threads: `read([position])` gives [bytes], or raises RuntimeError with what is wrong."""
     return ArrayRecordReader(str(folder / plan.shard_name(shard)), _READ, file_reader_buffer_size=_BUFFER)
 
 
-def shard_facts(folder: Path, plan: Plan, shard: int) -> dict[str, Any] | None:
+def read_shard_footer(folder: Path, plan: CachePlan, shard: int) -> dict[str, Any] | None:
     """What a shard says of itself: {"plan", "shard", "skipped"}; None when missing, cut off or of another plan."""
     count = len(plan.shard_records(shard))
     try:

@@ -12,8 +12,8 @@ from typing import Any
 
 from ipadapter_jax.data.packed_strings import PackedStrings, printable
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.nearby_paths import nearby
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.nearby_paths import nearby_hint
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.storage.text_files import read_bytes
 
 MAX_TEXT = 16 << 20  # bytes of a caption
@@ -21,7 +21,7 @@ MAX_BYTES = 256 << 20  # no encoded image needs more; a wrong file must not fill
 
 
 @dataclass(frozen=True)
-class Files:
+class FileListing:
     """Files below a folder: `names` are relative to `root`, with forward slashes."""
 
     root: Path
@@ -33,8 +33,8 @@ class Files:
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.names[index])
 
-    def matching(self, pattern: re.Pattern[str]) -> "Files":
-        return Files(self.root, PackedStrings(name for name in self.names if pattern.search(name)))
+    def matching(self, pattern: re.Pattern[str]) -> "FileListing":
+        return FileListing(self.root, PackedStrings(name for name in self.names if pattern.search(name)))
 
     def identity(self, kind: str, records: int) -> dict[str, Any]:
         """What `Source.identity` promises."""
@@ -44,14 +44,14 @@ class Files:
         return ((name, size(os.path.join(self.root, name))) for name in self.names)
 
 
-def find_files(path: str) -> Files:
+def find_files(path: str) -> FileListing:
     """All files of a folder and its folders, one file, or those that a pattern such as "train/*.tar" matches; sorted.
 
     Hidden files are left out, links are followed. Raises InputError: a URL, nothing there, an empty folder.
     """
     if re.match(r"[A-Za-z][\w+.-]*://", path):
         raise InputError(f"{path} is a URL; download the data first and give the local path")
-    path = expanded(path)
+    path = expand_home(path)
     if os.path.isdir(path):
         root, names = path, _walk(path)
     elif os.path.exists(path):
@@ -63,16 +63,16 @@ def find_files(path: str) -> Files:
         names = [os.path.relpath(name, root or ".") for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
     else:
         raise InputError(
-            f"{path}: no such file or folder; check the spelling, or give the data's full path{nearby(path)}"
+            f"{path}: no such file or folder; check the spelling, or give the data's full path{nearby_hint(path)}"
         )
     if not names:
         raise InputError(f"{path}: no files here; give a folder of images or shards")
-    return Files(Path(root), PackedStrings(sorted(names)))
+    return FileListing(Path(root), PackedStrings(sorted(names)))
 
 
-def check_there(path: str) -> None:
+def check_exists(path: str) -> None:
     """Raises InputError, as `find_files` does, where nothing is; what is there is not looked through."""
-    place = expanded(path)
+    place = expand_home(path)
     if not os.path.exists(place) and not glob.has_magic(place):
         find_files(path)
 

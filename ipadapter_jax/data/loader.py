@@ -19,14 +19,14 @@ import grain
 import numpy as np
 
 from ipadapter_jax.data.shuffle import record_order
-from ipadapter_jax.data.workers import in_workers
+from ipadapter_jax.data.workers import load_in_workers
 from ipadapter_jax.errors import InputError
 
-MAX_BAD_IN_A_ROW = 64
+MAX_CONSECUTIVE_UNREADABLE = 64
 _AHEAD = 2  # batches that a process holds ready or is making: while one is finished, idle threads begin the next
 
 
-class Samples(Protocol):
+class SampleSource(Protocol):
     """Random access to arrays, for several threads at once; samples of one set have the same names and shapes."""
 
     def __len__(self) -> int: ...
@@ -36,7 +36,7 @@ class Samples(Protocol):
     def key(self, index: int) -> str: ...
 
 
-class Skipped(NamedTuple):
+class SkippedRecord(NamedTuple):
     """A record that could not be used, and why, in one line."""
 
     index: int
@@ -44,15 +44,15 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class Batch(NamedTuple):
+class LoadedBatch(NamedTuple):
     """Some rows of a global batch, arrays (rows, ...), and the records that were replaced in them."""
 
     arrays: dict[str, np.ndarray]
-    skipped: list[Skipped]
+    skipped: list[SkippedRecord]
 
 
-def batches(
-    samples: Samples,
+def load_batches(
+    samples: SampleSource,
     *,
     seed: int,
     batch_size: int,
@@ -61,7 +61,7 @@ def batches(
     count: int,
     workers: int = 0,
     threads: int = 8,
-) -> Generator[Batch, None, None]:
+) -> Generator[LoadedBatch, None, None]:
     """Global batches first, first + 1, ... first + count - 1, of each the given rows (0 <= row < batch_size).
 
     Row r of batch k is global row g = k batch_size + r and reads the record `record_order(seed, len(samples), g)`. A
@@ -80,13 +80,13 @@ def batches(
     loading = grain.MapDataset.source(source).to_iter_dataset(options)
     if workers:
         sample, _ = source.load(first * batch_size + rows[0])
-        loading = in_workers(loading, workers, len(rows) * sum(array.nbytes for array in sample.values()))
+        loading = load_in_workers(loading, workers, len(rows) * sum(array.nbytes for array in sample.values()))
     generator = _until_closed(loading)
     _open.add(generator)
     return generator
 
 
-def usable(samples: Samples, index: int) -> dict[str, np.ndarray] | Skipped:
+def load_or_skip(samples: SampleSource, index: int) -> dict[str, np.ndarray] | SkippedRecord:
     """Sample `index`, or why it cannot be used."""
     try:
         return samples[index]
@@ -94,7 +94,7 @@ def usable(samples: Samples, index: int) -> dict[str, np.ndarray] | Skipped:
         raise
     except Exception as error:  # InputError, or whatever else a damaged record brings a reader to raise
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        return Skipped(index, samples.key(index), " ".join(f"{kind}{error}".split())[:300])
+        return SkippedRecord(index, samples.key(index), " ".join(f"{kind}{error}".split())[:300])
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Batches:
     """The batches of this process, for grain to read at random. All threads load the rows of one batch together, so
     that memory does not grow with their number."""
 
-    samples: Samples
+    samples: SampleSource
     seed: int
     batch_size: int
     rows: Sequence[int]
@@ -113,20 +113,20 @@ class _Batches:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> LoadedBatch:
         places = [(self.first + index) * self.batch_size + row for row in self.rows]
         loaded = list(_pool(self.threads).map(self.load, places) if self.threads else map(self.load, places))
         arrays = {name: np.stack([sample[name] for sample, _ in loaded]) for name in loaded[0][0]}
-        return Batch(arrays, [entry for _, skipped in loaded for entry in skipped])
+        return LoadedBatch(arrays, [entry for _, skipped in loaded for entry in skipped])
 
-    def load(self, row: int) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+    def load(self, row: int) -> tuple[dict[str, np.ndarray], list[SkippedRecord]]:
         """The sample of a global row, and the records that it stands in for."""
         records = len(self.samples)
         start = record_order(self.seed, records, row)
-        skipped: list[Skipped] = []
-        for offset in range(min(MAX_BAD_IN_A_ROW, records)):
-            found = usable(self.samples, (start + offset) % records)
-            if not isinstance(found, Skipped):
+        skipped: list[SkippedRecord] = []
+        for offset in range(min(MAX_CONSECUTIVE_UNREADABLE, records)):
+            found = load_or_skip(self.samples, (start + offset) % records)
+            if not isinstance(found, SkippedRecord):
                 return found, skipped
             skipped.append(found)
         raise InputError(
@@ -140,7 +140,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="samples")
 
 
-def _until_closed(loading: grain.IterDataset) -> Generator[Batch, None, None]:
+def _until_closed(loading: grain.IterDataset) -> Generator[LoadedBatch, None, None]:
     with closing(iter(loading)) as iterator:
         yield from iterator
 

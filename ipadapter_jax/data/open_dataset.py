@@ -6,23 +6,23 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from ipadapter_jax.data.file_listing import Files, find_files
+from ipadapter_jax.data.file_listing import FileListing, find_files
 from ipadapter_jax.data.formats.array_record import ArrayRecordSource
 from ipadapter_jax.data.formats.caption_lists import is_metadata
-from ipadapter_jax.data.formats.column_names import Columns
+from ipadapter_jax.data.formats.column_names import ColumnNames
 from ipadapter_jax.data.formats.image_folder import FolderSource
 from ipadapter_jax.data.formats.json_list import EXAMPLE, JsonListSource
 from ipadapter_jax.data.formats.parquet import ParquetSource
 from ipadapter_jax.data.formats.tar import TarSource
 from ipadapter_jax.data.formats.tfds import FEATURES, INFO, TfdsSource
 from ipadapter_jax.data.packed_strings import printable
-from ipadapter_jax.data.types import Source
+from ipadapter_jax.data.types import RecordSource
 from ipadapter_jax.data.unused_files import OTHER
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.images.formats import SUFFIXES as IMAGES
 from ipadapter_jax.images.formats import unread_format
-from ipadapter_jax.storage.nearby_paths import nearby
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.nearby_paths import nearby_hint
+from ipadapter_jax.storage.paths import expand_home
 
 # What a folder may hold, by preference: img2dataset leaves .parquet files beside its shards and images.
 SUFFIXES = {
@@ -48,14 +48,14 @@ HINTS = {
 PROBES = 8
 
 
-def open_source(
+def open_dataset(
     path: str,
     *,
     image_root: str | None = None,
     image_column: str | None = None,
     text_column: str | None = None,
     cond_image_column: str | None = None,
-) -> Source:
+) -> RecordSource:
     """The data set at `path`: a file, a folder, or a pattern such as "shards/*.tar"; see FORMATS.
 
     image_root: what the names in a JSON list are relative to; the folder of the list by default.
@@ -64,7 +64,7 @@ def open_source(
     files and entries are in no record.
     Raises InputError naming what is wrong and what would be right, also when no record can be used.
     """
-    columns = Columns(image_column, text_column, cond_image_column)
+    columns = ColumnNames(image_column, text_column, cond_image_column)
     files = find_files(path)
     kind = _kind(path, files)
     if image_root is not None and kind != "json":
@@ -81,13 +81,13 @@ def open_source(
     return source
 
 
-def _open(kind: str, files: Files, image_root: str | None, columns: Columns) -> Source:
+def _open(kind: str, files: FileListing, image_root: str | None, columns: ColumnNames) -> RecordSource:
     if kind == "json":
-        root = None if image_root is None else Path(expanded(image_root))
+        root = None if image_root is None else Path(expand_home(image_root))
         if root is not None and not root.is_dir():
             raise InputError(
                 f"{argument('image_root', image_root)} is not a folder; give the one that 'image_file' is relative "
-                f"to{nearby(root)}"
+                f"to{nearby_hint(root)}"
             )
         return JsonListSource(Path(files.path(0)), root)
     if kind == "tfds":
@@ -107,9 +107,9 @@ def _open(kind: str, files: Files, image_root: str | None, columns: Columns) -> 
     return source
 
 
-def _kind(path: str, files: Files) -> str:
+def _kind(path: str, files: FileListing) -> str:
     """Which kind of data the files are. Raises InputError when it is none that is known, or not given as it should."""
-    folder = Path(expanded(path))
+    folder = Path(expand_home(path))
     if len(files) == 1 and not folder.is_dir():
         return _kind_of_file(files.path(0))
     if (folder / INFO).is_file() and (folder / FEATURES).is_file():
@@ -160,7 +160,7 @@ def _unknown(path: str, suffixes: list[str]) -> InputError:
     return InputError(f"{printable(path)}: no training data is known in files of {shown}; {remedy}")
 
 
-def _probe(path: str, source: Source) -> None:
+def _probe(path: str, source: RecordSource) -> None:
     """One bad record is left out later; when all of some that lie far apart are bad, the whole is not what it seems."""
     first = None
     for i in range(PROBES):

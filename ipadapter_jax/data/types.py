@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ipadapter_jax.data.unused_files import Unused
+from ipadapter_jax.data.unused_files import UnusedFiles
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,14 @@ class Record:
     cond_image: bytes | None = None
 
 
-class Source(Protocol):
+class RecordSource(Protocol):
     """Random access to records, in an order that depends on the data alone.
 
     Sources hold no open file that matters: they pickle into worker processes and are read from several threads at once.
     `unused` is what lies there and is in no record.
     """
 
-    unused: Unused
+    unused: UnusedFiles
 
     def __len__(self) -> int: ...
 

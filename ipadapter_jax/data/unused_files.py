@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipadapter_jax.data.packed_strings import printable
-from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.atomic_files import write_atomically
 
 # Reasons, as they are said of several files.
 NO_CAPTION = "images without a caption"
 NO_IMAGE = "captions without an image that is read"
 NO_BYTES = "rows without the bytes of an image"
-PROMPT_ALONE = "image prompts without an image"
-SECOND = "second captions of one image"
-NOT_THERE = "entries whose image does not exist"
-NO_CAPTIONS = "lists without captions"
-BAD_LIST = "lists that cannot be used, such as those without file_name, and are not needed"
+PROMPT_WITHOUT_IMAGE = "image prompts without an image"
+SECOND_CAPTION = "second captions of one image"
+MISSING_IMAGE = "entries whose image does not exist"
+LIST_WITHOUT_CAPTIONS = "lists without captions"
+UNUSABLE_LIST = "lists that cannot be used, such as those without file_name, and are not needed"
 SECOND_DOT = "names with a second dot, where a WebDataset key ends at the first: rename them to have them read"
-BAD_ROW = "rows that cannot be used, see bad_rows.jsonl"
+INVALID_ROW = "rows that cannot be used, see bad_rows.jsonl"
 FOLDER = "folders, whose images are not read"
 OTHER = "other files"
 REPORT = "unused_files.txt"
@@ -37,7 +37,7 @@ class Reason(NamedTuple):
     names: tuple[str, ...]
 
 
-class Unused:
+class UnusedFiles:
     """Files, members and entries that are in no record that can be used, by reason. `records` counts those among them
     that a source has as a record all the same, such as an image without a caption."""
 
@@ -53,7 +53,7 @@ class Unused:
         self._counts[reason] = self._counts.get(reason, 0) + count
         self.records += count if is_record else 0
 
-    def extend(self, other: "Unused", prefix: str = "") -> None:
+    def extend(self, other: "UnusedFiles", prefix: str = "") -> None:
         """Adds what another one has, with a prefix to its names."""
         self.records += other.records
         for reason, count, names in other:
@@ -83,16 +83,16 @@ class Unused:
         return "".join(f"{line}\n" for line in lines)
 
 
-def write_report(folder: Path, unused: Unused) -> None:
+def write_report(folder: Path, unused: UnusedFiles) -> None:
     """The whole list as a file in a folder; none when there is nothing to tell."""
     path = folder / REPORT
     if len(unused):
-        write_whole(path, unused.report().encode())
+        write_atomically(path, unused.report().encode())
     else:
         path.unlink(missing_ok=True)
 
 
-def summary(records: int, unused: Unused) -> str:
+def summarize(records: int, unused: UnusedFiles) -> str:
     """ "12 records, 3 files not used: HEIC images, ... (2: 1.heic, 2.HEIC); other files (1: notes.md)", in one line."""
     line = f"{records - unused.records} records, {len(unused)} files not used"
     parts = []

@@ -17,17 +17,19 @@ AHEAD = 3  # what waits outside a worker: one on its way, one in its queue, one 
 _SHARED_MEMORY = "/dev/shm"
 
 
-def in_workers(loading: grain.IterDataset, workers: int, element_bytes: int) -> grain.IterDataset:
+def load_in_workers(loading: grain.IterDataset, workers: int, element_bytes: int) -> grain.IterDataset:
     """The same elements (trees of arrays, together of about `element_bytes`) in the same order, loaded by processes:
     process i of n loads elements i, i + n, ... and up to AHEAD of them wait to be asked for."""
     if not absl.flags.FLAGS.is_parsed():  # grain reads flags, which only programs made with absl parse
         absl.flags.FLAGS.mark_as_parsed()
-    options = grain.experimental.DatasetOptions(min_shm_size=least_shared(element_bytes * (AHEAD * workers + 1)))
+    options = grain.experimental.DatasetOptions(
+        min_shm_size=shared_memory_threshold(element_bytes * (AHEAD * workers + 1))
+    )
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
     return grain.experimental.WithOptionsIterDataset(loading, options).mp_prefetch(processes, _begin).map(_own)
 
 
-def least_shared(needed: int) -> int:
+def shared_memory_threshold(needed: int) -> int:
     """From how many bytes on an array comes through shared memory, and not through a pipe, which takes 10 times the
     processor time.
 

@@ -11,7 +11,7 @@ from ipadapter_jax.diffusion.samplers_alpha import ddim, ddpm, lcm, pndm
 from ipadapter_jax.diffusion.samplers_sigma import dpm_solver_pp_2m, euler, euler_ancestral, unipc
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.inputs.suggestions import meant
+from ipadapter_jax.inputs.suggestions import did_you_mean_or_choose
 
 SAMPLERS: Mapping[str, Callable[..., tuple[list[SamplerStep], float]]] = {
     "ddim": ddim,
@@ -39,7 +39,7 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
     made, of an image under noise (SDEdit, arXiv 2108.01073). Raises InputError for an unknown sampler or steps that it
     cannot make."""
     if sampler not in SAMPLERS:
-        raise InputError(f"{argument('scheduler')} {sampler!r} is not known{meant(sampler, SAMPLERS)}")
+        raise InputError(f"{argument('scheduler')} {sampler!r} is not known{did_you_mean_or_choose(sampler, SAMPLERS)}")
     if eta and sampler != "ddim":
         raise InputError(f"{argument('eta', eta)} is for the scheduler ddim; {sampler} has none")
     schedule = schedule.for_sampler(sampler)

@@ -9,7 +9,7 @@ import numpy as np
 from ipadapter_jax.diffusion.sampler_table import KEPT, M0, M1, M2, M3, M4, OUTPUT, SamplerStep, X
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.inputs.config_fields import shown
+from ipadapter_jax.inputs.config_fields import short_repr
 
 
 def clean(schedule: NoiseSchedule, a: float) -> tuple[float, float]:
@@ -151,7 +151,7 @@ def lcm(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[S
     most, total = schedule.original_inference_steps, schedule.num_train_timesteps  # steps of its distillation
     if not 1 <= most <= total:
         raise InputError(
-            f"scheduler config: original_inference_steps={shown(most)} is not usable by lcm, at most {total} can "
+            f"scheduler config: original_inference_steps={short_repr(most)} is not usable by lcm, at most {total} can "
             "be, the training timesteps"
         )
     if num_steps > most:

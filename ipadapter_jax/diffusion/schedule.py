@@ -11,7 +11,7 @@ import numpy as np
 
 from ipadapter_jax.diffusion.scheduler_settings import FIXED, FOLLOWED, KNOWN, SHARED
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.inputs.config_fields import shown, typed
+from ipadapter_jax.inputs.config_fields import build_config, short_repr
 from ipadapter_jax.inputs.suggestions import did_you_mean
 
 _MOST_TIMESTEPS = 100_000  # a hundred times those of any published model: an array of them stays small
@@ -80,7 +80,7 @@ class NoiseSchedule:
         """Those of the settings that are fields, checked."""
         names = {field.name for field in dataclasses.fields(cls)}
         fields = {name: value for name, value in settings.items() if name in names and value is not None}
-        schedule: NoiseSchedule = typed(cls, {**fields, "given": ()}, "scheduler")
+        schedule: NoiseSchedule = build_config(cls, {**fields, "given": ()}, "scheduler")
         schedule = dataclasses.replace(schedule, given=tuple(given.items()))
         for name, choices in _CHOICES.items():
             if getattr(schedule, name) not in choices:
@@ -94,8 +94,8 @@ class NoiseSchedule:
         total = self.num_train_timesteps
         if not 1 <= total <= _MOST_TIMESTEPS:
             raise InputError(
-                f"scheduler config: num_train_timesteps={shown(total)} is not usable, at most {_MOST_TIMESTEPS} and at "
-                "least 1 can be"
+                f"scheduler config: num_train_timesteps={short_repr(total)} is not usable, at most {_MOST_TIMESTEPS} "
+                "and at least 1 can be"
             )
         if self.trained_betas is not None and len(self.trained_betas) != total:
             raise InputError(f"scheduler config: {len(self.trained_betas)} trained_betas for {total} timesteps")
@@ -106,8 +106,8 @@ class NoiseSchedule:
             )
         if self.steps_offset >= total:
             raise InputError(
-                f"scheduler config: steps_offset={shown(self.steps_offset)} exceeds the {total} training timesteps; "
-                "make it smaller"
+                f"scheduler config: steps_offset={short_repr(self.steps_offset)} exceeds the {total} training "
+                "timesteps; make it smaller"
             )
         for name in ("sigma_min", "sigma_max", "clip_sample_range", "timestep_scaling"):
             if (value := getattr(self, name)) is not None and value <= 0:
@@ -134,7 +134,7 @@ class NoiseSchedule:
         """The same with these settings of scheduler_config.json. Warns of those that change nothing for `sampler`, and
         raises InputError for one that is not known."""
         if not isinstance(settings, Mapping):
-            raise InputError(f"scheduler_config={shown(settings)} is not a dictionary of settings")
+            raise InputError(f"scheduler_config={short_repr(settings)} is not a dictionary of settings")
         for name, value in settings.items():
             if name not in KNOWN:
                 known = did_you_mean(name, KNOWN) or f"; choose among {', '.join(KNOWN)}"

@@ -18,7 +18,7 @@ from ipadapter_jax.evaluate.metrics import Embedded, embedded_of
 from ipadapter_jax.evaluate.prompts import Reference
 from ipadapter_jax.images.preprocess import clip_pixels, load_image
 from ipadapter_jax.runtime.prefetch import ordered_map
-from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.atomic_files import write_atomically
 from ipadapter_jax.storage.text_files import parse_json
 from ipadapter_jax.weights.formats.safetensors_writer import safetensors_chunks
 from ipadapter_jax.weights.formats.tensor_files import open_file
@@ -68,7 +68,7 @@ def make(chunk: Chunk, scorer: Scorer, clip: dict[str, Any]) -> None:
     metadata[_CAPTIONS] = json.dumps([len(reference.captions) for reference in chunk.references])
     metadata[_CONTENT] = _content(images, texts)
     tensors = {name: held(rows) for name, rows in zip(_ARRAYS, (images, texts), strict=True)}
-    write_whole(chunk.file, safetensors_chunks(tensors, metadata))
+    write_atomically(chunk.file, safetensors_chunks(tensors, metadata))
 
 
 def read(chunk: Chunk) -> Embedded:

@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.nearby_paths import nearby
+from ipadapter_jax.storage.nearby_paths import nearby_hint
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 
 _MAX_NUMBERS = 1 << 14  # of an image: their covariances take 2 GiB
@@ -117,7 +117,7 @@ def _array(path: Path) -> np.ndarray:
             raise ValueError("it is an archive of arrays")
         return found
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file{nearby(path)}") from None
+        raise InputError(f"{path}: there is no such file{nearby_hint(path)}") from None
     except (OSError, ValueError, OverflowError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be read as an array of numpy ({reason}); save it with numpy.save") from None

@@ -11,8 +11,8 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.prompts import Reference
 from ipadapter_jax.images.formats import SUFFIXES, unread_format
 from ipadapter_jax.storage.csv_files import read_csv
-from ipadapter_jax.storage.nearby_paths import nearby
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.nearby_paths import nearby_hint
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, read_bytes, read_json_object
 
 
@@ -44,7 +44,7 @@ def find_images(place: Path, references: Sequence[Reference]) -> list[list[Path]
 def _in_folder(folder: Path, names: set[str]) -> Iterator[tuple[int, str, Path]]:
     """The number of each image, the image prompt that it is called by, and where it lies."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder or CSV file of images; check the spelling{nearby(folder)}")
+        raise InputError(f"{folder}: no such folder or CSV file of images; check the spelling{nearby_hint(folder)}")
     for file in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(file)
         if suffix.lower() not in SUFFIXES or file.startswith("."):
@@ -65,7 +65,7 @@ def _listed(path: Path) -> Iterator[tuple[int, str, Path]]:
         name, image = row.get("name", ""), row.get("image") or row.get("picture", "")  # picture: in older lists
         if not name or not image:
             raise InputError(f"{path}, line {number}: no name or image; the first line has to name both columns")
-        place = path.parent / expanded(image)
+        place = path.parent / expand_home(image)
         if not os.path.isfile(place):
             raise InputError(f"{path}, line {number}: there is no image {place}; correct its name")
         stem, suffix = os.path.splitext(name)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ipadapter_jax.data.file_listing import read_file
-from ipadapter_jax.data.open_dataset import open_source
-from ipadapter_jax.data.types import Source
-from ipadapter_jax.data.unused_files import Unused, summary
+from ipadapter_jax.data.open_dataset import open_dataset
+from ipadapter_jax.data.types import RecordSource
+from ipadapter_jax.data.unused_files import UnusedFiles, summarize
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.evaluate.coco import read_coco
 from ipadapter_jax.images.preprocess import decode_image
@@ -63,7 +63,7 @@ def open_references(
     limit: int | None = None,
     say: Callable[[str], object] = log.info,
 ) -> References:
-    """The first `limit` image prompts at `path`, or all: a JSON file of COCO captions, else what `open_source` knows,
+    """The first `limit` image prompts at `path`, or all: a JSON file of COCO captions, else what `open_dataset` knows,
     as its arguments say. Images stay where they are until they are asked for. `say` is given one line: how many
     records there are, and what is not used.
 
@@ -72,9 +72,9 @@ def open_references(
     coco = read_coco(path)
     if coco is None:
         root = None if image_root is None else str(image_root)
-        source = open_source(str(path), image_root=root, image_column=image_column, text_column=text_column)
+        source = open_dataset(str(path), image_root=root, image_column=image_column, text_column=text_column)
         references = _of_source(source, limit)
-        say(f"{path}: {summary(len(references.found), source.unused)}")
+        say(f"{path}: {summarize(len(references.found), source.unused)}")
         return references
     for option, value in (("image-column", image_column), ("text-column", text_column)):
         if value is not None:
@@ -87,7 +87,7 @@ def open_references(
             f"{path}: {len(missing)} of {len(chosen)} images, {missing[0]} the first, are not in {root}; name their "
             f"folder with {argument('image_root')}, or download them again"
         )
-    say(f"{path}: {summary(len(chosen), Unused())}")
+    say(f"{path}: {summarize(len(chosen), UnusedFiles())}")
     names = _names([entry.file for entry in chosen])
     found = [
         Reference(i, name, entry.file, entry.captions, _stamp(root / entry.file), _file_reader(root, entry.file))
@@ -98,7 +98,7 @@ def open_references(
     )
 
 
-def _of_source(source: Source, limit: int | None) -> References:
+def _of_source(source: RecordSource, limit: int | None) -> References:
     """Reads every record once, for its caption. The image prompt is its own image where it has one."""
     count = len(source) if limit is None else min(limit, len(source))
     names, found = _names([source.key(index) for index in range(count)]), []
@@ -112,7 +112,7 @@ def _of_source(source: Source, limit: int | None) -> References:
     return References(found, {**source.identity(), "prompts": count})
 
 
-def _reader(source: Source, index: int) -> Callable[[], bytes]:
+def _reader(source: RecordSource, index: int) -> Callable[[], bytes]:
     def read() -> bytes:
         record = source[index]
         return record.cond_image or record.image

@@ -17,8 +17,8 @@ from ipadapter_jax.evaluate.frechet import Distance, Moments
 from ipadapter_jax.evaluate.metrics import Interval, Scores, interval, measure
 from ipadapter_jax.evaluate.prompts import Reference
 from ipadapter_jax.evaluate.protocol import Choice
-from ipadapter_jax.storage.atomic_files import write_whole
-from ipadapter_jax.storage.text_files import utf8
+from ipadapter_jax.storage.atomic_files import write_atomically
+from ipadapter_jax.storage.text_files import encode_utf8
 
 TITLES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "diversity": "diversity"}
 
@@ -89,9 +89,9 @@ def write_tables(results: Results, folder: Path) -> None:
         for suffix, write in (("csv", pyarrow.csv.write_csv), ("parquet", pyarrow.parquet.write_table)):
             with io.BytesIO() as file:
                 write(table, file)
-                write_whole(folder / f"{title}.{suffix}", file.getvalue())
+                write_atomically(folder / f"{title}.{suffix}", file.getvalue())
 
 
 def _as_text(column: Any) -> Any:
     """Names of files as any UTF-8 holds them, numbers as they are."""
-    return [utf8(value).decode() for value in column] if isinstance(column, list) else column
+    return [encode_utf8(value).decode() for value in column] if isinstance(column, list) else column

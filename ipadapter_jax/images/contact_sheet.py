@@ -9,11 +9,11 @@ LINE, GAP = 24, 8  # pixels
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-Labelled = Sequence[tuple[str, Image.Image]]
+LabeledImages = Sequence[tuple[str, Image.Image]]
 """Images of one size, each with its label."""
 
 
-def sheet(rows: Mapping[str, Labelled], note: str = "", side: int = 256) -> Image.Image:
+def contact_sheet(rows: Mapping[str, LabeledImages], note: str = "", side: int = 256) -> Image.Image:
     """The rows, each under its title, with a note below; every image fitted into `side` by what the last one then has
     in height. Text that is wider than its place is cut."""
     *_, (_, last) = (cell for row in rows.values() for cell in row)

@@ -21,8 +21,8 @@ from ipadapter_jax.images.levels import array_to_image, eight_bits
 from ipadapter_jax.images.levels import to_uint8 as to_uint8
 from ipadapter_jax.images.urls import fetch, is_url
 from ipadapter_jax.inputs.arrays import image_array, is_array
-from ipadapter_jax.storage.nearby_paths import nearby
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.nearby_paths import nearby_hint
+from ipadapter_jax.storage.paths import expand_home
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -52,7 +52,7 @@ def load_upright(source: Any) -> Image.Image:
 
 
 def _loaded(source: Any, prepare: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
-    path = expanded(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
+    path = expand_home(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
     shown = path or (getattr(source, "filename", None) if isinstance(source, Image.Image) else None)
     name = repr(shown)[:500] if shown else "the image array" if is_array(source) else "the image"
 
@@ -196,7 +196,7 @@ def _checked_path(path: object, name: str) -> str:
     if not os.path.isfile(path):  # a pipe, for one, would be waited for without end
         if os.path.exists(path):
             raise InputError(f"{name} is a folder or device: give the path of an image file")
-        raise InputError(f"{name} does not exist: give the path of an image file{nearby(path)}")
+        raise InputError(f"{name} does not exist: give the path of an image file{nearby_hint(path)}")
     return path
 
 

@@ -33,11 +33,11 @@ def to_numpy(value: Any, name: str) -> np.ndarray:
     return array.astype(np.float32) if _is_extended(array.dtype) else array
 
 
-def plain(value: Given) -> Given:
+def to_python_number(value: Given) -> Given:
     """A number of numpy, jax or torch as Python's own, in lists too; whatever else, as it is."""
     found: Any = value
     if type(found) in (list, tuple):
-        return type(found)(map(plain, found))
+        return type(found)(map(to_python_number, found))
     return found.tolist() if hasattr(found, "tolist") and getattr(found, "ndim", 1) == 0 else found
 
 

@@ -15,7 +15,7 @@ _LONGEST = 100  # list of whole numbers
 _MOST = {"layers_per_block": 16, "num_hidden_layers": 200}
 
 
-def typed(cls: type, values: Mapping[str, Any], what: str) -> Any:
+def build_config(cls: type, values: Mapping[str, Any], what: str) -> Any:
     """cls(**values) with lists as tuples, after holding every value against its field's annotation.
 
     Whole numbers must neither be negative nor larger than those of any model, so that nothing is made of a size that
@@ -26,10 +26,10 @@ def typed(cls: type, values: Mapping[str, Any], what: str) -> Any:
     for name, value in found.items():
         if not _fits(value, hints[name]):
             kind = getattr(hints[name], "__name__", str(hints[name]))
-            raise InputError(f"{what} config: {name}={shown(value)} is not usable, it must be of type {kind}")
+            raise InputError(f"{what} config: {name}={short_repr(value)} is not usable, it must be of type {kind}")
         numbers = [item for item in (value if isinstance(value, tuple) else [value]) if type(item) is int]
         if max(numbers, default=0) > _MOST.get(name, _LARGEST) or len(numbers) > _LONGEST:
-            raise InputError(f"{what} config: {name}={shown(value)} is not usable, it is larger than in any model")
+            raise InputError(f"{what} config: {name}={short_repr(value)} is not usable, it is larger than in any model")
         if name.endswith("_eps") and not (isinstance(value, float) and 0 < value < 1):
             raise InputError(f"{what} config: {name}={value} is not usable, it must lie between 0 and 1")
     return cls(**found)
@@ -47,7 +47,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def pick(
+def select_fields(
     cls: type, raw: Mapping[str, Any], *, what: str, fixed: Mapping[str, tuple], ignored: set[str]
 ) -> dict[str, Any]:
     """The values in `raw` for the fields of `cls`.
@@ -70,7 +70,7 @@ def pick(
     return {name: raw[name] for name in fields if name in raw}
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value in a message, at a length that can be read."""
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else f"{'-' * (value < 0)}(over 30 digits)"
     return text if len(text) <= 60 else f"{text[:57]}..."

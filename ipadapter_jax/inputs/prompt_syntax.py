@@ -10,7 +10,7 @@ class PromptSyntaxWarning(UserWarning):
     """A prompt is written in another program's syntax, which is read as plain text."""
 
 
-class Found(NamedTuple):
+class ForeignSyntax(NamedTuple):
     """A piece of a prompt, and what it means elsewhere, with the remedy."""
 
     piece: str
@@ -48,24 +48,24 @@ _SYNTAX = (
 _LENGTH = 2000  # characters that are looked at: many more than the 77 tokens that a model reads
 
 
-def foreign_syntax(prompt: str) -> list[Found]:
+def find_foreign_syntax(prompt: str) -> list[ForeignSyntax]:
     """The first piece of each syntax that this prompt has."""
     prompt = prompt[:_LENGTH]
     shouted, found = prompt == prompt.upper(), {}
     for syntax in _SYNTAX:
         piece = None if shouted and syntax.capitals else re.search(syntax.pattern, prompt)
         if piece is not None:
-            found.setdefault(syntax.meaning, Found(piece[0][:60], syntax.meaning))
+            found.setdefault(syntax.meaning, ForeignSyntax(piece[0][:60], syntax.meaning))
     return list(found.values())
 
 
-def warn_of_syntax(prompts: Mapping[str, Iterable[str]], stacklevel: int = 2) -> None:
+def warn_of_foreign_syntax(prompts: Mapping[str, Iterable[str]], stacklevel: int = 2) -> None:
     """Warns once for each syntax that the prompts have. `prompts`: by what they are called ("prompt",
     "negative_prompt")."""
     said = set()
     for name, texts in prompts.items():
         for text in dict.fromkeys(texts):
-            for piece, meaning in foreign_syntax(text):
+            for piece, meaning in find_foreign_syntax(text):
                 if meaning not in said:
                     said.add(meaning)
                     warnings.warn(

@@ -74,22 +74,22 @@ _SYNONYMS: Mapping[str, tuple[str, ...]] = {
 _LIKE = 0.6  # of 1: a likeness from which on a name may be a slip of another
 
 
-def same(word: str, known: Iterable[str]) -> str | None:
+def find_synonym(word: str, known: Iterable[str]) -> str | None:
     """The known name that is this one in another spelling (case, signs between words), or what this program calls what
     another calls `word`; or None."""
     given = _compact(word)
-    for meant in ({given}, {_compact(name) for name in _SYNONYMS.get(given, ())}):
+    for did_you_mean_or_choose in ({given}, {_compact(name) for name in _SYNONYMS.get(given, ())}):
         for name in known:
-            if given and _compact(name) in meant:
+            if given and _compact(name) in did_you_mean_or_choose:
                 return name
     return None
 
 
-def likeliest(word: str, known: Iterable[str]) -> str | None:
+def closest_match(word: str, known: Iterable[str]) -> str | None:
     """The one of the known names that was most likely meant, or None where none is near: the same in another spelling,
     one that begins so, or the one with the fewest slips of the keyboard; of equals the first known one."""
     names = list(known)
-    if found := same(word, names):
+    if found := find_synonym(word, names):
         return found
     given = _compact(word)
     if len(given) > 2 and (longer := [name for name in names if _compact(name).startswith(given)]):
@@ -107,23 +107,23 @@ def is_slip(word: str, name: str) -> bool:
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """'; did you mean NAME?', or nothing where no known name is near."""
-    name = likeliest(str(word), known)
+    name = closest_match(str(word), known)
     return f"; did you mean {name}?" if name else ""
 
 
-def meant(word: object, known: Collection[str]) -> str:
+def did_you_mean_or_choose(word: object, known: Collection[str]) -> str:
     """The same, or where none is near all names, which are few."""
     return did_you_mean(word, known) or f"; choose {', '.join(known)}"
 
 
-def closest_first(word: str, names: Iterable[str]) -> list[str]:
+def sort_by_similarity(word: str, names: Iterable[str]) -> list[str]:
     """The names, of files say, the likest to `word` first; equally like ones in their alphabetical order."""
     return sorted(sorted(names), key=lambda name: -_likeness(word, name))
 
 
-def close(word: str, names: Iterable[str]) -> list[str]:
+def close_matches(word: str, names: Iterable[str]) -> list[str]:
     """Those of the names that `word` may be a slip of, the likest first."""
-    return [name for name in closest_first(word, names) if _likeness(word, name) >= _LIKE]
+    return [name for name in sort_by_similarity(word, names) if _likeness(word, name) >= _LIKE]
 
 
 def _likeness(word: str, name: str) -> float:

@@ -104,7 +104,7 @@ def check_guided(guidance_scale: float, negatives: Sequence[str], guidance_resca
             )
 
 
-def seeds_of(seed: int | Sequence[int] | None, count: int, used: bool = True) -> np.ndarray:
+def resolve_seeds(seed: int | Sequence[int] | None, count: int, used: bool = True) -> np.ndarray:
     """One seed per image, (count,) uint32: seed + i, or those given. Of none one is drawn, and said on standard
     error, so that the images can be made again. Where no noise is drawn (not `used`), another than 0 is warned of."""
     if not used and seed is None:
@@ -131,15 +131,15 @@ def seeds_of(seed: int | Sequence[int] | None, count: int, used: bool = True) ->
     return np.asarray(seeds, np.uint32)
 
 
-def given_latents(latents: Any, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+def check_latents(latents: Any, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """The caller's initial latents as float32, for networks that compute in `dtype`."""
-    array = as_floats(latents, "latents", dtype)
+    array = to_float32(latents, "latents", dtype)
     if array.shape != shape:
         raise InputError(f"latents have shape {array.shape}, these settings need {shape} (channels last)")
     return array
 
 
-def as_floats(value: Any, name: str, dtype: Any = np.float32) -> np.ndarray:
+def to_float32(value: Any, name: str, dtype: Any = np.float32) -> np.ndarray:
     """A float32 array whose numbers are finite in `dtype` too, from an array of any library or lists of numbers. Raises
     InputError naming the argument."""
     array = to_numpy(value, name)
@@ -156,7 +156,7 @@ def as_floats(value: Any, name: str, dtype: Any = np.float32) -> np.ndarray:
 
 def check_range(numbers: np.ndarray, name: str, dtype: Any) -> None:
     """Raises InputError naming the argument when its numbers become infinite in `dtype`, the networks' own."""
-    most, dtype = largest(dtype), np.dtype(dtype)
+    most, dtype = largest_finite(dtype), np.dtype(dtype)
     found = float(np.abs(numbers).max(initial=0))
     if not found <= most:
         remedy = "load the model in bfloat16 or float32" if dtype == np.float16 else "scale them down"
@@ -165,7 +165,7 @@ def check_range(numbers: np.ndarray, name: str, dtype: Any) -> None:
         )
 
 
-def largest(dtype: Any) -> float:
+def largest_finite(dtype: Any) -> float:
     """The largest finite number of float32, bfloat16 or float16."""
     return {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}.get(np.dtype(dtype).name, 3.4028234663852886e38)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.inputs.config_fields import typed
+from ipadapter_jax.inputs.config_fields import build_config
 from ipadapter_jax.models.layers import ACTIVATIONS, Conv, Dense, Embed, layer_norm
 from ipadapter_jax.ops.attention import attend
 from ipadapter_jax.ops.fast_params import Parameters
@@ -96,7 +96,7 @@ _VISION_DEFAULTS = {
 
 def _from_json(cls: type, raw: Mapping[str, Any], defaults: Mapping[str, Any], what: str) -> Any:
     given = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
-    config = typed(cls, {**defaults, **given}, what)
+    config = build_config(cls, {**defaults, **given}, what)
     if config.hidden_act not in ACTIVATIONS:
         raise InputError(f"{what} config: hidden_act={config.hidden_act!r}, known are {', '.join(ACTIVATIONS)}")
     if not config.num_attention_heads or config.hidden_size % config.num_attention_heads:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.inputs.config_fields import pick, typed
+from ipadapter_jax.inputs.config_fields import build_config, select_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class UNetConfig:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "UNetConfig":
         """From diffusers' unet/config.json. Raises InputError for what this family does not have."""
-        found = pick(cls, raw, what="UNet", fixed=_FIXED, ignored=_IGNORED)
-        config: UNetConfig = typed(cls, {"sample_size": None} | found, "UNet")
+        found = select_fields(cls, raw, what="UNet", fixed=_FIXED, ignored=_IGNORED)
+        config: UNetConfig = build_config(cls, {"sample_size": None} | found, "UNet")
         levels = len(config.block_out_channels)
         if {len(config.down_block_types), len(config.up_block_types)} != {levels}:
             raise InputError(

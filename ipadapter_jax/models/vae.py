@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.inputs.config_fields import pick, typed
+from ipadapter_jax.inputs.config_fields import build_config, select_fields
 from ipadapter_jax.models.layers import Dense, Downsample, ResnetBlock, Upsample, conv, group_norm
 from ipadapter_jax.ops.attention import attend
 
@@ -38,7 +38,7 @@ class VAEConfig:
     def from_json(cls, raw: Mapping[str, Any]) -> "VAEConfig":
         """From diffusers' vae/config.json. Raises InputError for what this family does not have."""
         channels = {"block_out_channels": raw.get("block_out_channels", cls.block_out_channels)}
-        levels = len(typed(cls, channels, "VAE").block_out_channels)
+        levels = len(build_config(cls, channels, "VAE").block_out_channels)
         fixed = {
             "act_fn": ("silu",),
             "down_block_types": (("DownEncoderBlock2D",) * levels,),
@@ -47,8 +47,8 @@ class VAEConfig:
             "use_quant_conv": (True,),
             "use_post_quant_conv": (True,),
         }
-        found = pick(cls, raw, what="VAE", fixed=fixed, ignored={"sample_size", "force_upcast"})
-        config: VAEConfig = typed(cls, found, "VAE")
+        found = select_fields(cls, raw, what="VAE", fixed=fixed, ignored={"sample_size", "force_upcast"})
+        config: VAEConfig = build_config(cls, found, "VAE")
         if config.scaling_factor <= 0:
             raise InputError(f"VAE config: scaling_factor={config.scaling_factor} must be positive")
         return config

@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any
 
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.inputs.arrays import is_array, plain
+from ipadapter_jax.inputs.arrays import is_array, to_python_number
 from ipadapter_jax.inputs.validation import Uncond
 from ipadapter_jax.pipelines.ip_adapter import ImageLike, Prepared
 from ipadapter_jax.pipelines.scales import Scale
@@ -113,12 +113,12 @@ def _is_one(scale: Any) -> bool:
     """Whether this is what is taken where no scale is given."""
     if isinstance(scale, Scale):
         return scale == Scale()
-    scale = plain(scale)
+    scale = to_python_number(scale)
     return isinstance(scale, Real) and scale == 1
 
 
 def scales_by_adapter(scale: Any, adapters: int) -> list[Any]:
-    scale = scale.tolist() if is_array(scale) else plain(scale)
+    scale = scale.tolist() if is_array(scale) else to_python_number(scale)
     scales = list(scale) if isinstance(scale, list | tuple) else [scale] * adapters
     if len(scales) != adapters:
         raise InputError(

@@ -13,13 +13,13 @@ from PIL import Image
 
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.images.preprocess import FITS, clip_pixel_values, load_image, square_tiles
-from ipadapter_jax.inputs.validation import Uncond, as_floats
+from ipadapter_jax.inputs.validation import Uncond, to_float32
 from ipadapter_jax.models.image_projections import Projection, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import KeyValue
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.pipelines import sampling
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights.components import LazyComponent, LoadedComponent
 from ipadapter_jax.weights.hub import check_revision, path_here
 from ipadapter_jax.weights.image_embeds import load_image_embeds
@@ -111,13 +111,13 @@ class Adapter:
         config, name = self.projection.config, "ip_adapter_image_embeds"
         if isinstance(embeds, str | os.PathLike):
             name = str(embeds)
-            found = load_image_embeds(Path(expanded(os.fspath(embeds))), patches=config.uses_patches)
+            found = load_image_embeds(Path(expand_home(os.fspath(embeds))), patches=config.uses_patches)
             if len(found) != 1:
                 raise InputError(
                     f"{argument(name)} holds embeddings for {len(found)} adapters; give each adapter its own"
                 )
             embeds = found[0].features
-        array, branches = as_floats(embeds, name, self.projection.dtype), 2 if guided else 1
+        array, branches = to_float32(embeds, name, self.projection.dtype), 2 if guided else 1
         axes = 4 if config.uses_patches else 3
         shape = array.shape
         if len(shape) != axes or shape[-1] != config.feature_dim or shape[0] not in (1, 2) or 0 in shape:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.arrays import is_array, to_numpy
-from ipadapter_jax.inputs.suggestions import likeliest
+from ipadapter_jax.inputs.suggestions import closest_match
 from ipadapter_jax.inputs.validation import is_number
 from ipadapter_jax.models.unet_config import CrossAttentionLayer
 
@@ -165,7 +165,7 @@ def _places(sites: Sequence[CrossAttentionLayer]) -> list[Place]:
 
 def _preset(name: str, sites: Sequence[CrossAttentionLayer]) -> np.ndarray:
     if name not in PRESETS:
-        near = likeliest(str(name), PRESETS)
+        near = closest_match(str(name), PRESETS)
         meant = f"did you mean {near!r}?" if near else f"choose {', '.join(PRESETS)}"
         raise InputError(f"{argument('ip_adapter_scale', part='layers')}: no preset {name!r}; {meant}")
     preset = PRESETS[name]

@@ -16,17 +16,17 @@ from jax.sharding import Mesh
 from ipadapter_jax.diffusion.samplers import Run, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.inputs.arrays import plain
-from ipadapter_jax.inputs.prompt_syntax import warn_of_syntax
+from ipadapter_jax.inputs.arrays import to_python_number
+from ipadapter_jax.inputs.prompt_syntax import warn_of_foreign_syntax
 from ipadapter_jax.inputs.validation import (
     Uncond,
     check_choices,
     check_dtype,
     check_guided,
-    given_latents,
+    check_latents,
     latent_shape,
     prompt_pairs,
-    seeds_of,
+    resolve_seeds,
 )
 from ipadapter_jax.models.clip import CLIPText
 from ipadapter_jax.models.unet import UNet
@@ -42,7 +42,7 @@ from ipadapter_jax.pipelines.masks import layer_masks
 from ipadapter_jax.pipelines.noise import INITIAL, taken_noise
 from ipadapter_jax.pipelines.outputs import check_finite, images_of
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
-from ipadapter_jax.runtime.memory_limits import check_room
+from ipadapter_jax.runtime.memory_limits import check_sampling_memory
 from ipadapter_jax.runtime.progress_bar import step_bar
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base
 from ipadapter_jax.weights.load_tree import Tree
@@ -198,14 +198,14 @@ class StableDiffusion:
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         numbers = guidance_scale, guidance_rescale, eta, strength, height, width
-        guidance_scale, guidance_rescale, eta, strength, height, width = plain(numbers)
+        guidance_scale, guidance_rescale, eta, strength, height, width = to_python_number(numbers)
         prompts, negatives = prompt_pairs(prompt, negative_prompt)
         layers = self.text_encoder.config.num_hidden_layers
         check_choices(
             num_images_per_prompt, guidance_scale, guidance_rescale, clip_skip, layers, eta, output_type, callback
         )
         check_guided(guidance_scale, negatives, guidance_rescale)
-        warn_of_syntax({"prompt": prompts, "negative_prompt": negatives})
+        warn_of_foreign_syntax({"prompt": prompts, "negative_prompt": negatives})
         if exact_outside_mask and output_type == "latent":
             raise InputError(f"{argument('exact_outside_mask')} is for images; latents hold no pixels to keep")
         init_image = self._init_image(image, mask_image, strength, exact_outside_mask, height, width)
@@ -214,8 +214,10 @@ class StableDiffusion:
         run = sample_table(scheduler, schedule, num_inference_steps, eta, strength)
         shape = self._latent_shape(*((height, width) if init_image is None else init_image.image.shape[:2]))
         count = len(prompts) * num_images_per_prompt
-        check_room(self.unet, self.vae, count, shape[:2], run, self.mesh.devices.flat, guided=guidance_scale > 1)
-        given = {} if latents is None else {INITIAL: given_latents(latents, (count, *shape), self.unet.dtype)}
+        check_sampling_memory(
+            self.unet, self.vae, count, shape[:2], run, self.mesh.devices.flat, guided=guidance_scale > 1
+        )
+        given = {} if latents is None else {INITIAL: check_latents(latents, (count, *shape), self.unet.dtype)}
         controls = ImagePromptSettings(
             images=ip_adapter_image,
             embeds=ip_adapter_image_embeds,
@@ -228,7 +230,7 @@ class StableDiffusion:
         entries = self._entries(controls, run, guidance_scale, shape, len(prompts))
         if return_attention_maps and not entries:
             raise InputError(f"{argument('return_attention_maps')} needs an image prompt to look at")
-        seeds = seeds_of(seed, count, used=not given or init_image is not None or bool(np.any(run.steps.noise)))
+        seeds = resolve_seeds(seed, count, used=not given or init_image is not None or bool(np.any(run.steps.noise)))
         inpaint_unet = self.unet.config.in_channels != shape[-1]
         encoded = encoded_posteriors(init_image, strength, inpaint_unet=inpaint_unet)
         given |= taken_noise().by_number(encoded, not given, np.asarray(run.steps.noise), (count, *shape))

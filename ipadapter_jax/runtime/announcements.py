@@ -14,7 +14,7 @@ log = logging.getLogger("ipadapter_jax")
 
 
 @contextlib.contextmanager
-def announced(what: str, remark: str = "") -> Iterator[None]:
+def announce(what: str, remark: str = "") -> Iterator[None]:
     """Says what is done inside, and afterwards how long it took; not when it fails, which says something itself."""
     _say(f"{what}{remark and f' ({remark})'} ...")
     start = time.monotonic()
@@ -23,7 +23,7 @@ def announced(what: str, remark: str = "") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def announced_if_long(what: str, seconds: float = 2) -> Iterator[None]:
+def announce_if_slow(what: str, seconds: float = 2) -> Iterator[None]:
     """The same for what takes longer than that now and then, and is not worth a line otherwise."""
     start = time.monotonic()
     timer = threading.Timer(seconds, _say, [f"{what} ..."])
@@ -37,7 +37,7 @@ def announced_if_long(what: str, seconds: float = 2) -> Iterator[None]:
         _say(f"{what}: done in {took:.1f} s")
 
 
-class FirstTime:
+class AnnounceFirstCall:
     """Announces what takes long the first time alone, for then it is compiled."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class FirstTime:
         if what in self._done:
             return contextlib.nullcontext()
         self._done.add(what)
-        return announced(what, "may take minutes")
+        return announce(what, "may take minutes")
 
 
 def _say(line: str) -> None:

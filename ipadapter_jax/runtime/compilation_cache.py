@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.ownership import distrust, make_private_folder
+from ipadapter_jax.storage.ownership import make_private_folder, ownership_problem
 
 log = logging.getLogger("ipadapter_jax")
 _config: Any = jax.config  # its settings are made at run time, unknown to type checkers
@@ -51,7 +51,7 @@ def enable_compilation_cache() -> None:
         try:
             folder = cache_folder()
             make_private_folder(folder)
-            problem = distrust(folder)
+            problem = ownership_problem(folder)
         except (InputError, OSError) as error:
             problem = error.strerror if isinstance(error, OSError) else str(error)
         if problem is not None:
@@ -94,7 +94,7 @@ class _Read:
 
     def __call__(self, cache_key: str, *arguments: Any, **named: Any) -> Any:
         file = _entry(cache_key)
-        if file is not None and (problem := distrust(file)) is not None:
+        if file is not None and (problem := ownership_problem(file)) is not None:
             removed = _remove(file)
             self._tell(f"removed and compiled again: {problem.why}" if removed else f"not used: {problem}")
             return None, None

@@ -21,8 +21,8 @@ from jax import core, export
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.ops.attention_kernels import REFUSED
 from ipadapter_jax.runtime.compilation_cache import cache_folder, cache_is_local, cache_is_on
-from ipadapter_jax.storage.atomic_files import remove_leftovers, write_whole
-from ipadapter_jax.storage.ownership import distrust, make_private_folder
+from ipadapter_jax.storage.atomic_files import remove_partial_files, write_atomically
+from ipadapter_jax.storage.ownership import make_private_folder, ownership_problem
 
 log = logging.getLogger(__name__)
 _config: Any = jax.config  # its settings are made at run time, unknown to type checkers
@@ -83,8 +83,8 @@ class ExportedFunction:
                 if not REFUSED:  # else it lacks a kernel that this machine may have the next time
                     with contextlib.suppress(InputError, OSError):  # a full disk
                         make_private_folder(file.parent)
-                        remove_leftovers(file.parent)
-                        write_whole(file, hashlib.sha256(content).digest() + content)
+                        remove_partial_files(file.parent)
+                        write_atomically(file, hashlib.sha256(content).digest() + content)
                         file.chmod(0o600)
             program = export.deserialize(bytearray(content)).call
             return jax.jit(program).lower(*arguments[self._fixed :]).compile()
@@ -96,7 +96,7 @@ class ExportedFunction:
 def _safe_folder() -> Path:
     """The folder of programs. Raises InputError where others could have put some there: they are run."""
     folder = cache_folder()
-    if problem := distrust(folder):
+    if problem := ownership_problem(folder):
         log.warning("compiled programs are neither read nor kept: %s", problem)
         raise InputError(str(problem))
     return folder
@@ -104,7 +104,7 @@ def _safe_folder() -> Path:
 
 def _read(file: Path) -> bytes | None:
     """What was kept, unless it is not there, damaged or not ours."""
-    if problem := distrust(file):
+    if problem := ownership_problem(file):
         log.warning("a compiled program on disk is not used, but made again: %s", problem.why)
         return None
     try:

@@ -33,13 +33,13 @@ def trim() -> None:
         trim(0)
 
 
-def on_cpu_alone() -> bool:
+def is_cpu_only() -> bool:
     """Whether jax will find no accelerator, told without letting it look: it was told so, or no plugin is installed."""
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
     asked = os.environ.get("JAX_PLATFORMS", "")
     return asked == "cpu" or not (asked or any(map(importlib.util.find_spec, plugins)))
 
 
-def environment() -> dict[str, str]:
+def malloc_environment() -> dict[str, str]:
     """The same for a process that is begun with these variables."""
     return {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**48), "MALLOC_ARENA_MAX": "1"}

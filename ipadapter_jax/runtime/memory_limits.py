@@ -38,7 +38,7 @@ def machine_memory() -> int | None:
         return total
 
 
-def check_room(
+def check_sampling_memory(
     unet: Any, vae: Any, images: int, points: tuple[int, int], run: Any, devices: Iterable[Any], *, guided: bool
 ) -> None:
     """Raises InputError when sampling so many images of latents of (h, w) points takes more than there is.
@@ -71,7 +71,7 @@ def check_memory(needed: int, what: str, remedy: str, available: int | None = No
         )
 
 
-def check_job(rows: int, images: int) -> None:
+def check_job_memory(rows: int, images: int) -> None:
     """Raises InputError for a job of more images than can be planned in memory."""
     check_memory(rows * images * _WORK, f"a job of {rows * images:,} images", "give a smaller --num-images")
 

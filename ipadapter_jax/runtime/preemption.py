@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable
 from typing import Any, Self
 
-from ipadapter_jax.storage.cleanup import restore
+from ipadapter_jax.storage.cleanup import restore_handlers
 
 EXIT_PREEMPTED = 75  # the exit code that asks a scheduler to start the same command again
 
@@ -12,28 +12,28 @@ EXIT_PREEMPTED = 75  # the exit code that asks a scheduler to start the same com
 class GracefulShutdown:
     """Notices that this process is asked to stop, by SIGTERM (a scheduler's notice) or Ctrl-C.
 
-        with Stopping() as stop:
+        with GracefulShutdown() as stop:
             for batch in batches:
                 ...
-                if stop.asked:
+                if stop.requested:
                     break
 
     A second Ctrl-C ends the process at once. Only for the main thread, as all signal handlers.
     """
 
     def __enter__(self) -> Self:
-        self.asked = False
+        self.requested = False
         self._before = {number: signal.signal(number, handler) for number, handler in self._handlers().items()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        restore(self._before)
+        restore_handlers(self._before)
 
     def _handlers(self) -> dict[signal.Signals, Callable[..., Any]]:
         return {signal.SIGINT: self._interrupted, signal.SIGTERM: self._ask}
 
     def _ask(self, *_: object) -> None:
-        self.asked = True
+        self.requested = True
 
     def _interrupted(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])

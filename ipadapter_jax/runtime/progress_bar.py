@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
-def is_watched() -> bool:
+def is_interactive() -> bool:
     """Whether standard error is a terminal, or this is a notebook."""
     return bool(sys.stderr and sys.stderr.isatty()) or "ipykernel" in sys.modules
 
@@ -15,7 +15,7 @@ def is_watched() -> bool:
 def step_bar(wanted: bool, total: int, callback: Callable | None) -> Iterator[Callable | None]:
     """What is to be called after every step with its number, its timestep and the latents: `callback`, and what moves a
     bar if one is `wanted` and watched. None where neither is there, so that all steps can be one call."""
-    if not (wanted and is_watched()):
+    if not (wanted and is_interactive()):
         yield callback
         return
     import tqdm.auto

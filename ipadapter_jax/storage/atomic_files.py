@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.cleanup import unwinding
+from ipadapter_jax.storage.cleanup import cleanup_on_signal
 
 log = logging.getLogger("ipadapter_jax")
 
@@ -36,25 +36,25 @@ _LOCAL = frozenset({"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overla
 Which = Callable[[str], bool]  # of names of files
 
 
-def write_whole(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Writes through a temporary file beside `path`, making its folder: a reader sees the old file or the new one,
     never a part. `content` may come in pieces.
 
     Raises InputError naming the file when it cannot be written.
     """
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with atomic_replace(path) as temporary, open(temporary, "wb") as file:
         file.writelines([content] if isinstance(content, bytes) else content)
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
+def atomic_replace(path: Path, *, folder: bool = False) -> Iterator[Path]:
     """A new file, or with `folder` a new folder, beside `path`, whose own folder is made. It is renamed to `path` when
     the block ends, and removed when the block fails or the process is told to end meanwhile.
 
     Raises InputError naming `path` when it cannot be written. Other errors of the block, such as of a file that it
     reads, pass as they are.
     """
-    with unwinding(lambda: _begun(path, folder), _discard) as part:
+    with cleanup_on_signal(lambda: _begun(path, folder), _discard) as part:
         with _said_of(path, part.path):
             yield part.path
         with _said_of(path):
@@ -84,7 +84,7 @@ def _is_about(error: OSError, temporary: Path) -> bool:
     return error.errno in _OF_WRITING
 
 
-def remove_leftovers(folder: Path, mine: Which = lambda name: False, *, older: Which = lambda name: True) -> None:
+def remove_partial_files(folder: Path, mine: Which = lambda name: False, *, older: Which = lambda name: True) -> None:
     """Removes from `folder`, which is this package's own, what processes that were killed have left half written, never
     what one is writing.
 
@@ -109,14 +109,14 @@ def remove_leftovers(folder: Path, mine: Which = lambda name: False, *, older: W
                 _remove_if_nobody_writes(Path(entry.path), bool(settled) and (unproven is None or ended))
 
 
-def remove_leftovers_beside(path: Path) -> None:
+def remove_partial_files_of(path: Path) -> None:
     """The same in the folder of a file that is about to be written, which is a person's: what an earlier version has
     left there is removed only where it was to be this file."""
 
     def is_it(name: str) -> bool:
         return name in (path.name, _fitting(path.name))
 
-    remove_leftovers(path.parent, mine=is_it, older=is_it)
+    remove_partial_files(path.parent, mine=is_it, older=is_it)
 
 
 def check_writable(path: Path) -> None:
@@ -124,7 +124,7 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file in it")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    remove_leftovers_beside(path)
+    remove_partial_files_of(path)
     try:
         with tempfile.TemporaryFile(dir=folder):  # permission bits alone do not tell: read-only mounts, quotas
             pass

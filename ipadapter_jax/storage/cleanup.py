@@ -12,11 +12,11 @@ Begun = TypeVar("Begun")
 
 
 class _Told(BaseException):
-    """Raised in the main thread where a signal has asked for the end; nobody catches it but `unwinding`."""
+    """Raised in the main thread where a signal has asked for the end; nobody catches it but `cleanup_on_signal`."""
 
 
 @contextlib.contextmanager
-def unwinding(begin: Callable[[], Begun], undo: Callable[[Begun], None]) -> Iterator[Begun]:
+def cleanup_on_signal(begin: Callable[[], Begun], undo: Callable[[Begun], None]) -> Iterator[Begun]:
     """A block that is given what `begin` returns, and after which `undo` has had it, also where a SIGTERM or SIGHUP
     would end this process on the spot: the block is left as by an exception, and when all is done the signal ends the
     process. Neither `begin` nor `undo` is interrupted, so they are short.
@@ -53,12 +53,12 @@ def unwinding(begin: Callable[[], Begun], undo: Callable[[Begun], None]) -> Iter
         if not told:  # by whom this block stands in
             raise
     finally:
-        restore(dict.fromkeys(numbers, signal.SIG_DFL))
+        restore_handlers(dict.fromkeys(numbers, signal.SIG_DFL))
         if told:
             signal.raise_signal(told[0])
 
 
-def restore(handlers: Mapping[signal.Signals, Any]) -> None:
+def restore_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
     """Gives signals the handlers that they had before. CPython drops a signal that comes while its handler is taken
     away; blocked, it waits for the handler that is given back."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)

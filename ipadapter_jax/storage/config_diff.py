@@ -7,7 +7,7 @@ from typing import Any
 _ABSENT = object()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two nested JSON objects, a line each: `optim.learning_rate: 0.0001 -> 0.0002`."""
     before, after = (_flat(json.loads(json.dumps(side))) for side in (old, new))
     return [

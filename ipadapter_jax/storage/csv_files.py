@@ -8,22 +8,22 @@ from typing import NamedTuple
 from ipadapter_jax.errors import InputError
 
 
-class Row(NamedTuple):
+class CsvRow(NamedTuple):
     """The number of its first line, from 1, and its values by column, or why it cannot be used."""
 
     line: int
     values: dict[str, str] | InputError
 
 
-class Table(NamedTuple):
+class CsvTable(NamedTuple):
     """The columns that the header in `line` names, and the rows below it, read when it is their turn."""
 
     line: int
     columns: list[str]
-    rows: Iterator[Row]
+    rows: Iterator[CsvRow]
 
 
-def read_csv(text: str, place: object) -> Table:
+def read_csv(text: str, place: object) -> CsvTable:
     """Without spaces around values, and without empty rows. Raises InputError naming the place for a header that is
     not CSV or has a column twice."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
@@ -34,10 +34,10 @@ def read_csv(text: str, place: object) -> Table:
     twice = next((name for name in columns if name and columns.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"{place}, line {reader.line_num}: two columns are named {twice[:100]!r}; remove one of them")
-    return Table(reader.line_num, columns, _rows(reader, columns))
+    return CsvTable(reader.line_num, columns, _rows(reader, columns))
 
 
-def _rows(reader, columns: list[str]) -> Iterator[Row]:
+def _rows(reader, columns: list[str]) -> Iterator[CsvRow]:
     while True:
         first = reader.line_num + 1
         try:
@@ -47,11 +47,11 @@ def _rows(reader, columns: list[str]) -> Iterator[Row]:
         except csv.Error as error:  # an open quote may have taken many lines with it
             place = f"lines {first} to {reader.line_num}: " if reader.line_num > first else ""
             message = f'{place}not CSV ({error}); close every quote, and double those inside ("")'
-            yield Row(first, InputError(message))
+            yield CsvRow(first, InputError(message))
             continue
         if len(cells) == len(columns):
             if any(cells):
-                yield Row(first, dict(zip(columns, cells, strict=True)))
+                yield CsvRow(first, dict(zip(columns, cells, strict=True)))
         elif any(cells):
             message = f"{len(cells)} values for {len(columns)} columns; put text that has commas into quotes"
-            yield Row(first, InputError(message))
+            yield CsvRow(first, InputError(message))

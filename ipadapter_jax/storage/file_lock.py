@@ -15,14 +15,14 @@ log = logging.getLogger("ipadapter_jax")
 
 
 @contextlib.contextmanager
-def held_shard(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
+def shard_lock(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
     """Holds the work of process p of P, shard (p, P), in a folder, making the folder.
 
     Only processes of one job, with the same P, may be at work together: split in another way they would do the same
     work twice. Raises InputError naming the process that is.
     """
     process, processes = shard
-    with held(folder / _name(process, processes)):
+    with file_lock(folder / _name(process, processes)):
         allowed = {_name(other, processes) for other in range(processes)}
         for path in sorted(folder.glob("lock*")):  # after taking our own: of two that begin at once, one notices
             if path.name not in allowed and (holder := _holder(path)) is not None:
@@ -48,7 +48,7 @@ def _holder(path: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """Holds the lock `path`, making its folder.
 
     The kernel lets go of the lock when its process ends, however that ends; the file stays and means nothing.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.atomic_files import write_atomically
 from ipadapter_jax.storage.text_files import parse_json
 
 
@@ -21,32 +21,32 @@ class JsonlAppender:
 
     def __init__(self, path: Path, keep: Callable[[dict], bool]):
         self._path = path
-        with naming(path):
+        with errors_naming(path):
             content = path.read_bytes() if path.exists() else b""
             kept = [(line, value) for line, value in _objects(content) if keep(value)]
             self.found = [value for _, value in kept]
             cut = b"".join(line + b"\n" for line, _ in kept)
             if cut != content:
-                write_whole(path, cut)
+                write_atomically(path, cut)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 closed by close()
 
     def add(self, value: Mapping[str, Any]) -> None:
-        with naming(self._path):
+        with errors_naming(self._path):
             self._file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
             self._file.flush()
 
     def sync(self) -> None:
         """Waits until the disk has all lines: after that they outlive the machine, too."""
-        with naming(self._path):
+        with errors_naming(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with naming(self._path):  # closing writes what an earlier failure left
+        with errors_naming(self._path):  # closing writes what an earlier failure left
             self._file.close()
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_appended(path: Path) -> list[dict]:
     """The objects in a file of `JsonlAppender`, which another process may be writing: a line in part is left out."""
     return [value for _, value in _objects(path.read_bytes())]
 
@@ -62,7 +62,7 @@ def _objects(content: bytes) -> Iterator[tuple[bytes, dict]]:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def errors_naming(path: Path) -> Iterator[None]:
     """An OSError inside becomes an InputError that names `path`."""
     try:
         yield

@@ -4,8 +4,8 @@ import heapq
 import os
 from pathlib import Path
 
-from ipadapter_jax.inputs.suggestions import close, closest_first
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.inputs.suggestions import close_matches, sort_by_similarity
+from ipadapter_jax.storage.paths import expand_home
 
 _SHOWN, _COMPARED = 3, 2000  # names in a message; of a folder, those of about the length of the missing one
 
@@ -19,10 +19,10 @@ def names_in(folder: str | os.PathLike[str]) -> list[str]:
         return []
 
 
-def nearby(path: str | os.PathLike[str]) -> str:
+def nearby_hint(path: str | os.PathLike[str]) -> str:
     """What there is of a path that leads nowhere, to end a message of one line with: "; runs/mine exists and holds
     adapter.safetensors, README.md", the likest name first; empty where nothing of it is there, nor anything like it."""
-    wanted = Path(expanded(os.fspath(path)))
+    wanted = Path(expand_home(os.fspath(path)))
     try:
         folder = next((parent for parent in wanted.parents if os.path.exists(parent)), None)
         if folder is None:
@@ -36,7 +36,7 @@ def nearby(path: str | os.PathLike[str]) -> str:
     missing, held = wanted.relative_to(folder).parts[0], names_in(folder)
     names = heapq.nsmallest(_COMPARED, held, key=lambda name: (abs(len(name) - len(missing)), name))
     given = folder not in (Path(), Path(folder.anchor))  # by the person, who knows what else lies in the working folder
-    shown = closest_first(missing, names) if given else close(missing, names)
+    shown = sort_by_similarity(missing, names) if given else close_matches(missing, names)
     if not shown:
         return f"; {printable(str(folder))} exists and is empty" if given else ""
     more = f" and {len(held) - _SHOWN} more" if len(held) > _SHOWN else ""

@@ -14,7 +14,7 @@ _ENTER = stat.S_IXGRP | stat.S_IXOTH
 
 
 @dataclass(frozen=True)
-class Distrust:
+class OwnershipProblem:
     """Why somebody else may have put something there, and what to do about it."""
 
     why: str
@@ -24,7 +24,7 @@ class Distrust:
         return f"{self.why}; {self.remedy}"
 
 
-def distrust(path: Path) -> Distrust | None:
+def ownership_problem(path: Path) -> OwnershipProblem | None:
     """Why somebody else may have put there what lies at `path`, a file or a folder; None where only this user or the
     administrator can have. What does not exist yet is judged by where it would lie.
 
@@ -40,16 +40,16 @@ def distrust(path: Path) -> Distrust | None:
         except FileNotFoundError:
             return None
         except OSError as error:
-            return Distrust(f"{step} cannot be read ({error.strerror})", "choose another folder")
+            return OwnershipProblem(f"{step} cannot be read ({error.strerror})", "choose another folder")
         if found.st_uid not in trusted:
-            return Distrust(f"{step} belongs to {_user(found.st_uid)}", "choose a folder of your own")
+            return OwnershipProblem(f"{step} belongs to {_user(found.st_uid)}", "choose a folder of your own")
         if stat.S_ISLNK(found.st_mode):
             continue
         last = os.fspath(step) == end
         if _is_open(step, found) and (last or not found.st_mode & stat.S_ISVTX):
             change = "600" if stat.S_ISREG(found.st_mode) else "700" if last else "go-w"
             why = f"others can write to {step} (mode {stat.S_IMODE(found.st_mode):04o})"
-            return Distrust(why, f"run: chmod {change} {shlex.quote(str(step))}")
+            return OwnershipProblem(why, f"run: chmod {change} {shlex.quote(str(step))}")
     return None
 
 

@@ -6,13 +6,13 @@ from typing import Annotated, TypeVar
 
 from ipadapter_jax.errors import InputError
 
-PLACE = "place"
-Place = Annotated[str, PLACE]  # a setting that names a file or a folder, or something on the Hub
+PATH_OR_HUB_ID = "place"
+PathOrHubId = Annotated[str, PATH_OR_HUB_ID]  # a setting that names a file or a folder, or something on the Hub
 
 Given = TypeVar("Given", str, Path)
 
 
-def expanded(place: Given) -> Given:
+def expand_home(place: Given) -> Given:
     """With the home folder in the place of a `~` or `~user` at its beginning. A name that merely begins with `~` stays,
     where it is here. Raises InputError where there is no such home folder."""
     text = str(place)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.nearby_paths import nearby
+from ipadapter_jax.storage.nearby_paths import nearby_hint
 
 SETTINGS_BYTES = 16 << 20  # no file of settings is longer
 LIST_BYTES = 1 << 30  # a list of millions of records is; whoever has more can have it read line by line
@@ -32,7 +32,7 @@ def decode_text(content: bytes, place: object) -> str:
         raise InputError(f"{place} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
 
 
-def utf8(text: str) -> bytes:
+def encode_utf8(text: str) -> bytes:
     """Text, JSON or not, as bytes, whatever it holds. A byte of a file name that is not UTF-8, which arrives as a lone
     surrogate, is written as JSON writes it, \\udcff."""
     return text.encode("utf-8", "backslashreplace")
@@ -68,7 +68,7 @@ def read_bytes(
             raise
         why = error.strerror if isinstance(error, OSError) else error
         # Whoever has a name of its own for it reads thousands, and looks for none of them elsewhere.
-        there = nearby(path) if shown is None and isinstance(error, FileNotFoundError) else ""
+        there = nearby_hint(path) if shown is None and isinstance(error, FileNotFoundError) else ""
         raise InputError(f"{name} cannot be read ({why}); {remedy}{there}") from None
     if content is None:
         raise InputError(f"{name} is longer than {most >> 20} MiB, more than such a file needs; {remedy}")

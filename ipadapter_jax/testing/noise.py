@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.inputs.validation import as_floats
+from ipadapter_jax.inputs.validation import to_float32
 from ipadapter_jax.pipelines.noise import GivenNoise, offered
 
 
@@ -46,4 +46,4 @@ def given_noise(
 
 
 def _array(value: Any, name: str) -> Any:
-    return as_floats(value, f"given_noise: {name}")
+    return to_float32(value, f"given_noise: {name}")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.runtime.memory_limits import check_memory
-from ipadapter_jax.storage.paths import Place, check_utf8
+from ipadapter_jax.storage.paths import PathOrHubId, check_utf8
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -15,9 +15,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Model:
     """What is trained, and on which frozen networks."""
 
-    base: Place = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    base: PathOrHubId = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Base model: a folder in diffusers' layout or a Hub id."""
-    image_encoder: Place = "h94/IP-Adapter/models/image_encoder"
+    image_encoder: PathOrHubId = "h94/IP-Adapter/models/image_encoder"
     """Folder or Hub place of the CLIP vision model that reads the image prompts."""
     adapter: Literal["base", "plus", "full", "none"] = "base"
     """Variant of the image prompt: base (global embedding), plus (Resampler), full (all patches); none trains without
@@ -28,7 +28,7 @@ class Model:
     """Layers of the Resampler (plus)."""
     resampler_heads: int = 12
     """Attention heads of 64 channels of the Resampler (plus)."""
-    init_from: Place | None = None
+    init_from: PathOrHubId | None = None
     """Begin from this adapter (.safetensors, .bin, or a place on the Hub), not from the paper's initial weights."""
     train: tuple[Literal["unet", "image_proj", "ip_adapter"], ...] = ("image_proj", "ip_adapter")
     """The parts that learn; all others are frozen."""
@@ -46,9 +46,9 @@ class Model:
 class Data:
     """Where samples come from and how they are drawn."""
 
-    path: Place = ""
+    path: PathOrHubId = ""
     """JSON list, folder, tar shards, Parquet, ArrayRecord, a tfds directory, or what `ipadapter-jax encode` wrote."""
-    image_root: Place | None = None
+    image_root: PathOrHubId | None = None
     """Folder that the file names of a JSON list are relative to; by default the list's own."""
     image_column: str | None = None
     """Column of the images, where its name is not a usual one."""
@@ -107,13 +107,13 @@ class Log:
     """Project on Weights & Biases to log to as well."""
     validate_every: int = 5000
     """Steps between validation losses and sample grids; 0 for never."""
-    validation_path: Place | None = None
+    validation_path: PathOrHubId | None = None
     """Records to validate on, in any format of the training data; by default the first ones of the training data."""
     validation_size: int = 16
     """Samples in the fixed validation batch; the first 4 become the image prompts of the sample grid."""
     sample_steps: int = 30
     """Denoising steps of the sample grid; 0 for no grid."""
-    clip: Place | None = None
+    clip: PathOrHubId | None = None
     """A whole CLIP, folder or Hub id such as openai/clip-vit-large-patch14, that scores the images of the grid:
     CLIP-I, CLIP-T and diversity as curves. They are few: a trend, not a result."""
     guidance_scale: float = 7.5
@@ -152,7 +152,7 @@ class Mesh:
 class Train:
     """Trains an IP-Adapter. A run that was stopped goes on from its newest checkpoint in `out`."""
 
-    out: Place = "runs/adapter"
+    out: PathOrHubId = "runs/adapter"
     """Folder of the run: checkpoints, logs, adapter.safetensors."""
     steps: int = 1_000_000
     seed: int = 0

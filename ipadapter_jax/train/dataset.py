@@ -8,13 +8,13 @@ import numpy as np
 
 from ipadapter_jax.data.dataset import LiveSamples
 from ipadapter_jax.data.feature_cache import CachedSamples, is_cache
-from ipadapter_jax.data.loader import MAX_BAD_IN_A_ROW, Skipped, usable
-from ipadapter_jax.data.open_dataset import open_source
+from ipadapter_jax.data.loader import MAX_CONSECUTIVE_UNREADABLE, SkippedRecord, load_or_skip
+from ipadapter_jax.data.open_dataset import open_dataset
 from ipadapter_jax.data.unused_files import write_report
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.inputs.config_fields import typed
+from ipadapter_jax.inputs.config_fields import build_config
 from ipadapter_jax.models.clip import CLIPVisionConfig
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import Encoded, LoadedNetworks
 from ipadapter_jax.train.precompute import check_cache
@@ -31,7 +31,7 @@ Samples = LiveSamples | CachedSamples
 def open_samples(config: Train, path: str) -> Samples:
     """Opens data in any known format. Raises InputError naming the path and what is wrong with it."""
     data, model = config.data, config.model
-    place = Path(expanded(path))
+    place = Path(expand_home(path))
     names = ("image_root", "image_column", "text_column", "cond_image_column")
     named = {name: getattr(data, name) for name in names if path == data.path}  # validation data may be others
     if is_cache(place):
@@ -39,7 +39,7 @@ def open_samples(config: Train, path: str) -> Samples:
             if value is not None:
                 raise InputError(f"{argument(name, value)} has no effect: {path} is encoded already; leave it out")
         return CachedSamples(place)
-    source, base = open_source(path, **named), open_base_folder(model.base, model.variant)
+    source, base = open_dataset(path, **named), open_base_folder(model.base, model.variant)
     clip_size = None
     if model.adapter != "none":
         clip_size = open_image_encoder(model.image_encoder).config.image_size
@@ -63,7 +63,7 @@ def encoded_by(samples: Samples) -> Encoded | None:
     """What a run needs to know of the encoder behind precomputed features; None where it encodes images itself."""
     if isinstance(samples, LiveSamples):
         return None
-    config: CLIPVisionConfig = typed(
+    config: CLIPVisionConfig = build_config(
         CLIPVisionConfig, samples.plan.made_from["image_encoder"]["config"], f"{samples.folder}: image encoder"
     )
     return Encoded(config, samples.zero_features())
@@ -93,7 +93,7 @@ def check_fits(samples: Samples, config: Train, loaded: LoadedNetworks) -> None:
 
 def _encoder_here(place: str) -> Path | None:
     """The weight file of an image encoder on this machine; None for one on the Hub: it is not downloaded for this."""
-    folder = Path(expanded(place))
+    folder = Path(expand_home(place))
     if not folder.is_dir():
         return folder if folder.is_file() else None
     return folder / choose_weights(IMAGE_ENCODER, [path.name for path in folder.iterdir()], str(folder), None)
@@ -101,8 +101,8 @@ def _encoder_here(place: str) -> Path | None:
 
 def good_sample(samples: Samples, first: int, step: int = 1) -> dict[str, np.ndarray]:
     """The first usable one of the samples `first`, `first` + `step`, ... Raises InputError after 64 that are not."""
-    for index in range(first, first + MAX_BAD_IN_A_ROW * step, step):
-        found = usable(samples, index % len(samples))
-        if not isinstance(found, Skipped):
+    for index in range(first, first + MAX_CONSECUTIVE_UNREADABLE * step, step):
+        found = load_or_skip(samples, index % len(samples))
+        if not isinstance(found, SkippedRecord):
             return found
-    raise InputError(f"{MAX_BAD_IN_A_ROW} records cannot be read, {found.key} for one: {found.reason}")
+    raise InputError(f"{MAX_CONSECUTIVE_UNREADABLE} records cannot be read, {found.key} for one: {found.reason}")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import optax
 
-from ipadapter_jax.storage.atomic_files import write_whole
-from ipadapter_jax.storage.text_files import utf8
+from ipadapter_jax.storage.atomic_files import write_atomically
+from ipadapter_jax.storage.text_files import encode_utf8
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.model_card import model_card
 from ipadapter_jax.train.networks import LoadedNetworks
@@ -44,4 +44,4 @@ def export(folder: Path, learnt: Any, config: Train, loaded: LoadedNetworks, abo
         data=about["data"],
         settings=about["settings"],
     )
-    write_whole(folder / "README.md", utf8(card))
+    write_atomically(folder / "README.md", encode_utf8(card))

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.atomic_files import remove_leftovers, write_whole
-from ipadapter_jax.storage.jsonl import JsonlAppender, naming
-from ipadapter_jax.storage.text_files import decode_text, read_bytes, utf8
+from ipadapter_jax.storage.atomic_files import remove_partial_files, write_atomically
+from ipadapter_jax.storage.jsonl import JsonlAppender, errors_naming
+from ipadapter_jax.storage.text_files import decode_text, encode_utf8, read_bytes
 
 
 class RunLog:
@@ -50,8 +50,8 @@ class RunLog:
         """An image, such as a grid of samples: also samples/NAME-STEP.png."""
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        remove_leftovers(self._folder / "samples")
-        write_whole(self._folder / "samples" / f"{name}-{step:07d}.png", buffer.getvalue())
+        remove_partial_files(self._folder / "samples")
+        write_atomically(self._folder / "samples" / f"{name}-{step:07d}.png", buffer.getvalue())
         if self._tensorboard is not None:
             self._tensorboard.image(step, name, image)
         if self._wandb is not None:
@@ -126,13 +126,13 @@ class _TensorBoard:
 
         self._folder, self._summary = folder, tensorboardX.summary
         self._proto: Any = event_pb2  # its classes are made at run time, unknown to type checkers
-        with naming(folder):
+        with errors_naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
             # File names carry the second only: the process tells a quick restart from the run before it.
             self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
         # The session tells TensorBoard to forget what an earlier file says of this step and later ones.
         self._add(first_step + 1, session_log=self._proto.SessionLog(status=self._proto.SessionLog.START))
-        written = utf8(json.dumps(config, indent=2, ensure_ascii=False)).decode()
+        written = encode_utf8(json.dumps(config, indent=2, ensure_ascii=False)).decode()
         indented = written.replace("\n", "\n    ")  # 4 blanks: code in markdown
         self._add(first_step, summary=self._summary.text("config", f"    {indented}"))
 
@@ -145,11 +145,11 @@ class _TensorBoard:
         self._add(step, summary=self._summary.image(name, pixels, dataformats="HWC"))
 
     def close(self) -> None:
-        with naming(self._folder):
+        with errors_naming(self._folder):
             self._writer.close()
 
     def _add(self, step: int, **content: Any) -> None:
-        with naming(self._folder):
+        with errors_naming(self._folder):
             self._writer.write_event(self._proto.Event(step=step, wall_time=time.time(), **content))
             self._writer.flush()
 
@@ -164,7 +164,7 @@ class _WandB:
             raise InputError(f"wandb cannot be imported ({error}): pip install wandb, or do without it") from None
         identity = folder / "wandb-id.txt"
         if not identity.exists():
-            write_whole(identity, os.urandom(8).hex().encode())
+            write_atomically(identity, os.urandom(8).hex().encode())
         name = decode_text(read_bytes(identity, remedy="remove it to begin another run there"), identity)
         try:
             self._run = self._module.init(

@@ -20,20 +20,20 @@ import tqdm
 from jax import Array
 
 from ipadapter_jax.data.dataset import LiveSamples
-from ipadapter_jax.data.feature_cache import CachedSamples, begin, finish, is_cache
-from ipadapter_jax.data.feature_shards import Layout, Plan, ShardWriter, shard_facts
-from ipadapter_jax.data.file_listing import check_there
-from ipadapter_jax.data.loader import Skipped, usable
-from ipadapter_jax.data.open_dataset import open_source
+from ipadapter_jax.data.feature_cache import CachedSamples, finish_cache, is_cache, start_cache
+from ipadapter_jax.data.feature_shards import CachePlan, SampleLayout, ShardWriter, read_shard_footer
+from ipadapter_jax.data.file_listing import check_exists
+from ipadapter_jax.data.loader import SkippedRecord, load_or_skip
+from ipadapter_jax.data.open_dataset import open_dataset
 from ipadapter_jax.data.unused_files import write_report
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.runtime.announcements import FirstTime, announced
+from ipadapter_jax.runtime.announcements import AnnounceFirstCall, announce
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.memory_limits import check_memory
 from ipadapter_jax.runtime.prefetch import ordered_map
 from ipadapter_jax.storage.atomic_files import sha256
-from ipadapter_jax.storage.config_diff import differences
-from ipadapter_jax.storage.paths import check_utf8, expanded
+from ipadapter_jax.storage.config_diff import diff_configs
+from ipadapter_jax.storage.paths import check_utf8, expand_home
 from ipadapter_jax.train.config import Mesh
 from ipadapter_jax.train.frozen_encoders import Encoders, load_encoders
 from ipadapter_jax.train.multihost import barrier, initialize
@@ -48,7 +48,7 @@ log = logging.getLogger("ipadapter_jax")
 
 _ENOUGH = 200  # records before a share of them says something
 
-Row = dict[str, np.ndarray] | Skipped
+Row = dict[str, np.ndarray] | SkippedRecord
 
 
 def encode(config: Encode) -> int | None:
@@ -65,12 +65,12 @@ def encode_part(config: Encode, process: int, processes: int) -> int | None:
     """Writes the missing ones of the shards process, process + processes, ...; completes the folder if all are there,
     and then returns the number of skipped records."""
     job = _job(config)
-    if changed := differences(begin(config.out, job.plan).to_json(), job.plan.to_json()):
+    if changed := diff_configs(start_cache(config.out, job.plan).to_json(), job.plan.to_json()):
         raise InputError(
             f"{config.out} was begun with other settings or data ({'; '.join(changed[:8])}); go on with those, or "
             "choose another --out"
         )
-    facts = [shard_facts(config.out, job.plan, shard) for shard in range(job.plan.shards)]
+    facts = [read_shard_footer(config.out, job.plan, shard) for shard in range(job.plan.shards)]
     missing = [shard for shard, found in enumerate(facts) if found is None]
     _check_room(config.out, job.plan, missing)
     if process == 0:
@@ -83,7 +83,7 @@ def encode_part(config: Encode, process: int, processes: int) -> int | None:
         barrier("encoded")
     if jax.process_index():
         return None
-    count = finish(config.out, job.plan, _zero_features(job))
+    count = finish_cache(config.out, job.plan, _zero_features(job))
     if count is None and process == jax.process_index() and processes == jax.process_count():
         raise InputError(f"{config.out}: some shards are not to be seen here; run the same command on all hosts again")
     return count
@@ -127,7 +127,7 @@ def check_cache(
         "resolution": resolution,
         "features": features,
     }
-    if changed := differences({name: made[name] for name in names}, {name: needed[name] for name in names}):
+    if changed := diff_configs({name: made[name] for name in names}, {name: needed[name] for name in names}):
         raise InputError(
             f"{cache.folder} was encoded for another run than this ({'; '.join(changed)}): encode the data again, or "
             "change the run's settings"
@@ -144,20 +144,20 @@ class _Job:
     config: Encode
     encoders: Encoders
     samples: LiveSamples
-    plan: Plan
+    plan: CachePlan
 
     def write(self, shards: Sequence[int], done: int, skipped: list[dict]) -> None:
         """Writes shards. So many records are done by now, of which some were skipped."""
         config, parts = self.config, [self.plan.shard_records(shard) for shard in shards]
         ahead = 2 * config.batch_size * self.encoders.mesh.size
-        records, load = itertools.chain.from_iterable(parts), functools.partial(usable, self.samples)
+        records, load = itertools.chain.from_iterable(parts), functools.partial(load_or_skip, self.samples)
         rows = ordered_map(load, records, threads=config.threads, ahead=ahead)
-        total, first_time = sum(map(len, parts)), FirstTime()
+        total, first_time = sum(map(len, parts)), AnnounceFirstCall()
         with contextlib.closing(rows), tqdm.tqdm(total=total, desc="encoding", unit="sample", disable=None) as bar:
             for shard, part in zip(shards, parts, strict=True):
                 with ShardWriter(config.out, self.plan, shard) as writer:
                     for row in self._encoded(part, rows, first_time):
-                        if isinstance(row, Skipped):
+                        if isinstance(row, SkippedRecord):
                             writer.skip(*row)
                         else:
                             writer.add(row)
@@ -172,7 +172,7 @@ class _Job:
                 f"{skipped[-1]['reason']}; repair the data, or raise --max-bad-share and run the same command again"
             )
 
-    def _encoded(self, part: range, rows: Iterator[Row], first_time: FirstTime) -> Iterator[Row]:
+    def _encoded(self, part: range, rows: Iterator[Row], first_time: AnnounceFirstCall) -> Iterator[Row]:
         """What the encoders make of the records `part`, which come next in `rows`; a batch is computed while the one
         before it is written."""
         size, before = self.config.batch_size * self.encoders.mesh.size, None
@@ -193,11 +193,11 @@ class _Job:
         arrays = {name: np.asarray(array) for name, array in encoded.items()}
         finite = arrays.pop("finite")
         for i, (index, row) in enumerate(zip(indices, rows, strict=True)):
-            if isinstance(row, Skipped):
+            if isinstance(row, SkippedRecord):
                 yield row
             elif not finite[i]:
                 reason = f"its latents or features are not finite in {self.config.dtype}; try another --dtype"
-                yield Skipped(index, self.samples.key(index), reason)
+                yield SkippedRecord(index, self.samples.key(index), reason)
             else:
                 yield {name: array[i] for name, array in arrays.items()} | {"input_ids": row["input_ids"]}
 
@@ -205,12 +205,12 @@ class _Job:
 def _job(config: Encode) -> _Job:
     """Opens data and encoders, and says what is to be written."""
     patches = config.features == "penultimate"
-    with announced("reading the weights"):
+    with announce("reading the weights"):
         encoders = load_encoders(config.base, config.variant, config.image_encoder, config.dtype, patches)
     if config.resolution % encoders.pixel_step:
         raise InputError(f"--resolution {config.resolution} must be a multiple of {encoders.pixel_step} for this model")
     columns = {name: getattr(config, name) for name in ("image_root", "image_column", "text_column")}
-    source = open_source(config.data, cond_image_column=config.cond_image_column, **columns)
+    source = open_dataset(config.data, cond_image_column=config.cond_image_column, **columns)
     samples = LiveSamples(source, encoders.tokenizer, config.resolution, encoders.clip_size, encoders.text_length)
     shapes = encoders.shapes(config.resolution)
     arrays = {name: (np.dtype(x.dtype), x.shape[1:]) for name, x in shapes.items() if name != "finite"}
@@ -225,7 +225,7 @@ def _job(config: Encode) -> _Job:
             "config": dataclasses.asdict(vision.module.config),
         },
     }
-    plan = Plan(len(samples), config.shard_records, Layout(arrays), json.loads(json.dumps(made_from)))
+    plan = CachePlan(len(samples), config.shard_records, SampleLayout(arrays), json.loads(json.dumps(made_from)))
     return _Job(config, encoders, samples, plan)
 
 
@@ -233,12 +233,12 @@ def _stacked(rows: Sequence[Row], name: str, shape: tuple[int, ...]) -> np.ndarr
     """A batch, with zeros where a row is missing: every batch has one shape, so that one program serves all."""
     batch = np.zeros(shape, np.uint8)
     for place, row in zip(batch, rows, strict=False):
-        if not isinstance(row, Skipped):
+        if not isinstance(row, SkippedRecord):
             place[:] = row[name]
     return batch
 
 
-def _check_room(folder: Path, plan: Plan, shards: Sequence[int]) -> None:
+def _check_room(folder: Path, plan: CachePlan, shards: Sequence[int]) -> None:
     """Raises InputError when the shards that are missing will not fit."""
     records = sum(len(plan.shard_records(shard)) for shard in shards)
     needed = records * (plan.layout.size + 128) + len(shards) * (1 << 17)  # ArrayRecord's headers, index and footer
@@ -260,9 +260,9 @@ def _check(config: Encode) -> None:
     if not 0 <= config.max_bad_share <= 1:
         raise InputError(f"--max-bad-share {config.max_bad_share} must lie between 0 and 1")
     found_place(config.base, "base model")
-    check_there(config.data)
+    check_exists(config.data)
     check_utf8(config.out, "the format of the features")
-    data = Path(expanded(config.data))
+    data = Path(expand_home(config.data))
     if is_cache(data):
         raise InputError(f"--data {data} is encoded already; name the images")
     if config.out.resolve().is_relative_to(data.resolve()):

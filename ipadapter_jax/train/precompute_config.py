@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from ipadapter_jax.storage.paths import Place
+from ipadapter_jax.storage.paths import PathOrHubId
 from ipadapter_jax.train.config import Dtype
 
 
@@ -15,11 +15,11 @@ class Encode:
     A run that was stopped goes on with the same command. Several processes (SLURM, a TPU pod) share the work.
     """
 
-    base: Place
+    base: PathOrHubId
     """Base model, whose VAE and tokenizer are used: a folder in diffusers' layout or a Hub id."""
-    image_encoder: Place
+    image_encoder: PathOrHubId
     """Folder or Hub place of the CLIP vision model that reads the image prompts."""
-    data: Place
+    data: PathOrHubId
     """JSON list, folder, tar shards, Parquet, ArrayRecord, or a tfds directory."""
     out: Path
     """Folder to write to."""
@@ -31,7 +31,7 @@ class Encode:
     """Of the computation, and of what is stored."""
     batch_size: int = 8
     """Images that a device encodes at once."""
-    image_root: Place | None = None
+    image_root: PathOrHubId | None = None
     """Folder that the file names of a JSON list are relative to; by default the list's own."""
     image_column: str | None = None
     """Column of the images, where its name is not a usual one."""

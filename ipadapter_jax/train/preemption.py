@@ -16,16 +16,16 @@ class StopSignal(GracefulShutdown):
     with StopSignal() as stop:
         for step in steps:
             ...
-            if stop.requested(step):
+            if stop.should_stop(step):
                 break
     """
 
-    def requested(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether to stop after this step. Every process asks once after every step, with the step's number; all of
         them get True at the same one. Takes microseconds."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
-        return self.asked
+        return self.requested
 
     def _handlers(self) -> dict[signal.Signals, Callable[..., Any]]:
         handlers = super()._handlers()

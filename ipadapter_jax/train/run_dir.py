@@ -13,8 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.atomic_files import remove_leftovers
-from ipadapter_jax.storage.file_lock import held
+from ipadapter_jax.storage.atomic_files import remove_partial_files
+from ipadapter_jax.storage.file_lock import file_lock
 
 
 @contextlib.contextmanager
@@ -33,8 +33,8 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def _enter(folder: Path, stack: contextlib.ExitStack) -> None:
-    stack.enter_context(held(folder / "lock"))
-    remove_leftovers(folder)
+    stack.enter_context(file_lock(folder / "lock"))
+    remove_partial_files(folder)
 
 
 def together(job: Callable[[], Any]) -> Any:

@@ -13,17 +13,17 @@ import jax
 from jax import Array
 from jax.sharding import Mesh
 
-from ipadapter_jax.data.loader import Batch, Skipped, batches
+from ipadapter_jax.data.loader import LoadedBatch, SkippedRecord, load_batches
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.ops import attention_kernels
 from ipadapter_jax.runtime import malloc
-from ipadapter_jax.runtime.announcements import FirstTime, announced
+from ipadapter_jax.runtime.announcements import AnnounceFirstCall, announce
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.flops import count_flops
 from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED
 from ipadapter_jax.runtime.random_keys import GENERATOR, recorded_generator
-from ipadapter_jax.storage.config_diff import differences
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.config_diff import diff_configs
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.checksums import digests, fingerprint
 from ipadapter_jax.train.config import Train, check, check_batch_memory, identity
@@ -56,12 +56,12 @@ def train(config: Train) -> int:
     """
     check(config)
     warn_of_idle(config)
-    if malloc.on_cpu_alone():
+    if malloc.is_cpu_only():
         malloc.disable_trim()
     initialize(config.mesh)
     enable_compilation_cache()
     check_batch_memory(config, jax.process_count())
-    mesh, folder = make_mesh(config.mesh.fsdp), Path(expanded(config.out))
+    mesh, folder = make_mesh(config.mesh.fsdp), Path(expand_home(config.out))
     check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config, config.data.path)  # the likeliest mistake, found before there is a folder
     with run_lock(folder), StopSignal() as stop, contextlib.closing(Run(config, mesh, folder, samples)) as run:
@@ -76,8 +76,8 @@ class Run:
 
     def __init__(self, config: Train, mesh: Mesh, folder: Path, samples: Samples):
         self.config, self.mesh, self.folder, self.samples = config, mesh, folder, samples
-        self.first_time = FirstTime()
-        with announced("reading the weights"):
+        self.first_time = AnnounceFirstCall()
+        with announce("reading the weights"):
             self.loaded = load_networks(config, mesh, encoded_by(self.samples))
         check_fits(self.samples, config, self.loaded)
         tell(config.data.path, samples)  # now that nothing is wrong with it: an error is to stand alone
@@ -88,7 +88,7 @@ class Run:
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every)
         self._build_state()
         self.rows = local_rows(mesh, config.data.batch_size)
-        with announced("tracing the training step"):
+        with announce("tracing the training step"):
             flops = self._check_cost()
         self.validation = self._validation()
         self.skips = together(lambda: Skips(folder / _of_process("skipped", "jsonl"), config.data.max_bad_share))
@@ -166,7 +166,7 @@ class Run:
         before = self.checkpoints.about()
         if before is None:
             return None
-        changed = differences(before | {"generator": recorded_generator(before)}, self.about)
+        changed = diff_configs(before | {"generator": recorded_generator(before)}, self.about)
         if changed:
             raise InputError(
                 f"{self.folder} holds a run that began differently: {'; '.join(changed[:8])}; go on with what it began "
@@ -197,7 +197,7 @@ class Run:
             log.info("all %d steps are done", config.steps)
             self._export(self.first)  # which a kill may have cut off, or which is wanted in another dtype
             return 0
-        loading = batches(
+        loading = load_batches(
             self.samples,
             seed=config.seed,
             batch_size=config.data.batch_size,
@@ -212,7 +212,7 @@ class Run:
         with _collected_often():
             return self._steps(loading, stop)
 
-    def _steps(self, loading: Iterator[Batch], stop: StopSignal) -> int:
+    def _steps(self, loading: Iterator[LoadedBatch], stop: StopSignal) -> int:
         config = self.config
         for number, (arrays, skipped) in enumerate(loading, self.first + 1):
             self._count_bad(number, skipped)
@@ -221,7 +221,7 @@ class Run:
                 self.state, metrics = self.step(self.state, self.loaded.frozen, batch)
             self.pending.append((number, metrics))
             self._look(_IN_FLIGHT)
-            stopping, last = stop.requested(number), number == config.steps
+            stopping, last = stop.should_stop(number), number == config.steps
             if last or _due(number, config.log.validate_every):
                 self._validate(number)
             if last or stopping or _due(number, config.checkpoint.every):
@@ -260,7 +260,7 @@ class Run:
         self._look(0)
         together(lambda: self.checkpoints.save(number, self.state, self.about))
         self._export(number)
-        if malloc.on_cpu_alone():
+        if malloc.is_cpu_only():
             malloc.trim()
 
     def _export(self, number: int) -> None:
@@ -272,7 +272,7 @@ class Run:
         """What the job returns; None in other processes, which fail when it fails. All processes call this."""
         return together(job if jax.process_index() == 0 else lambda: None)
 
-    def _count_bad(self, number: int, skipped: list[Skipped]) -> None:
+    def _count_bad(self, number: int, skipped: list[SkippedRecord]) -> None:
         """Raises InputError when there are too many, in all processes at the same step."""
         try:
             self.skips.add(len(self.rows), skipped)

@@ -20,7 +20,7 @@ from PIL import Image
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.clip_scorer import open_scorer
 from ipadapter_jax.evaluate.metrics import score
-from ipadapter_jax.images.contact_sheet import sheet
+from ipadapter_jax.images.contact_sheet import contact_sheet
 from ipadapter_jax.images.preprocess import to_uint8
 from ipadapter_jax.models.vae import VAE, Posterior, denormalize
 from ipadapter_jax.ops.batch_sharding import batch_sharded
@@ -201,7 +201,7 @@ def grid_sheet(
         rows[f"{number + 1}: {caption or 'no caption'}"] = [("reference", reference), *samples]
     prompted = "no prompt" if prompts.features is None else "image prompt alone, no text"
     note = f"step {step}: {prompted}, {log.sample_steps} sampling steps, guidance {log.guidance_scale:g}"
-    return sheet(rows, note, side=max(_LEAST_SIDE, prompts.references[0].width))
+    return contact_sheet(rows, note, side=max(_LEAST_SIDE, prompts.references[0].width))
 
 
 def pipeline_of(loaded: LoadedNetworks, params: dict[str, Any], mesh: Mesh) -> StableDiffusion:

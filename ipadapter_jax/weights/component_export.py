@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.atomic_files import write_atomically
 from ipadapter_jax.weights.component import Component
 from ipadapter_jax.weights.components import LazyComponent
 from ipadapter_jax.weights.formats.msgpack_writer import msgpack_chunks
@@ -28,7 +28,7 @@ def save_component(component: Component, folder: Path, params: Tree, dtype: np.d
     """
     ours = {path: held(np.asarray(leaf)) for path, leaf in leaves(params).items()}
     _save(component, folder, ours, dtype, flax=False)
-    write_whole(folder / "config.json", config)
+    write_atomically(folder / "config.json", config)
 
 
 def save_opened(opened: LazyComponent, folder: Path, dtype: np.dtype | None, *, flax: bool) -> None:
@@ -38,7 +38,7 @@ def save_opened(opened: LazyComponent, folder: Path, dtype: np.dtype | None, *, 
     settings = dict(opened.blueprint.settings)
     if isinstance(name := settings.get("_class_name"), str):
         settings["_class_name"] = class_name(name, flax)
-    write_whole(folder / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
+    write_atomically(folder / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
 
 
 def class_name(name: str, flax: bool) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.inputs.suggestions import is_slip
 from ipadapter_jax.inputs.validation import check_dtype
-from ipadapter_jax.storage.atomic_files import remove_leftovers_beside, replacing, write_whole
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.atomic_files import atomic_replace, remove_partial_files_of, write_atomically
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights import identify
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, Reference, open_base, single_file_layout
 from ipadapter_jax.weights.component_export import class_name, our_tensors, save_opened, spelled
@@ -52,7 +52,7 @@ def convert(
     """
     if dtype is not None:
         dtype = check_dtype(dtype, DTYPES)
-    out = expanded(out)
+    out = expand_home(out)
     if out.exists():
         raise InputError(f"{out} exists; choose another name, or remove it first")
     _check_ending(out)
@@ -186,8 +186,8 @@ def _as_folder(out: Path, write: Callable[[Path], None]) -> None:
     """Has the folder written under another name beside `out`, and gives it its own when it is whole."""
     if out.suffix in _ENDINGS:
         raise InputError(f"{out}: this becomes a folder; give a name without {out.suffix}")
-    remove_leftovers_beside(out)
-    with replacing(out, folder=True) as folder:
+    remove_partial_files_of(out)
+    with atomic_replace(out, folder=True) as folder:
         write(folder)
 
 
@@ -196,7 +196,7 @@ def _save_base(base: BaseModel, folder: Path, dtype: Any, flax: bool) -> None:
         save_opened(base.part(name), folder / name, dtype, flax=flax)
     tokenizer = base.folder / "tokenizer"
     for file in sorted(path for path in tokenizer.rglob("*") if not path.is_dir()):
-        write_whole(folder / "tokenizer" / file.relative_to(tokenizer), _content(file))
+        write_atomically(folder / "tokenizer" / file.relative_to(tokenizer), _content(file))
     scheduler = dict(read_json(base.folder / "scheduler" / "scheduler_config.json"))
     name = str(scheduler.get("_class_name", "")).removeprefix("Flax")
     if not name.endswith("Scheduler") or (flax and name not in _FLAX_SCHEDULERS):
@@ -236,4 +236,4 @@ def _index(scheduler: str, flax: bool, inpainting: bool) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=2).encode() + b"\n")
+    write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")

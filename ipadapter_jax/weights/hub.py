@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.inputs.suggestions import close, is_slip
-from ipadapter_jax.storage.nearby_paths import names_in, nearby, printable
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.inputs.suggestions import close_matches, is_slip
+from ipadapter_jax.storage.nearby_paths import names_in, nearby_hint, printable
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights import bundled
 
 log = logging.getLogger("ipadapter_jax")
@@ -74,7 +74,7 @@ def check_revision(reference: str | os.PathLike, revision: str | None, what: str
 def path_here(reference: str | os.PathLike, what: str) -> Path | None:
     """The referenced folder or file where it needs no Hub: inside the package, else a path that exists; or None."""
     inside = bundled.embedded(reference, what) if isinstance(reference, str) else None
-    path = expanded(os.fspath(reference))
+    path = expand_home(os.fspath(reference))
     return inside or (Path(path) if os.path.exists(path) else None)
 
 
@@ -92,13 +92,13 @@ def _missing(reference: str, what: str, repo: str) -> InputError:
     about = f"{what} {printable(reference)}: there is no such file or folder here"
     if not repo:
         about += ", and it is no Hub id (owner/name)"
-        if meant := close(reference, bundled.names(what)):
+        if meant := close_matches(reference, bundled.names(what)):
             return InputError(f"{about}; did you mean {' or '.join(meant)}?")
     if PurePosixPath(reference).parts[:1] == (bundled.NAME,):
-        there = nearby(bundled.FOLDER.parent / reference).replace(str(bundled.FOLDER), bundled.NAME)
+        there = nearby_hint(bundled.FOLDER.parent / reference).replace(str(bundled.FOLDER), bundled.NAME)
         return InputError(about + there)
     elsewhere = repo and not repo.endswith(SUFFIXES) and not os.path.exists(repo)
-    return InputError(about + nearby(reference) + (f"; the Hub's repository is {repo}@main" if elsewhere else ""))
+    return InputError(about + nearby_hint(reference) + (f"; the Hub's repository is {repo}@main" if elsewhere else ""))
 
 
 class HubPlace(NamedTuple):
@@ -134,7 +134,7 @@ def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str |
         if cached is None or not (cached / inside).exists():
             raise InputError(
                 f"{what} {repo}: not a path on this machine, and not to be had from the Hugging Face Hub: "
-                f"{_reason(error)}{nearby(repo)}"
+                f"{_reason(error)}{nearby_hint(repo)}"
             ) from None
         log.warning("%s %s: using the copy downloaded earlier (%s)", what, repo, _reason(error))
         return cached / inside
@@ -144,7 +144,7 @@ def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str |
         here = f"{inside}/" if inside else ""
         below = [name.removeprefix(here) for name in names if name.startswith(here)]
         if not below:
-            here = nearby(PurePosixPath(repo, inside))
+            here = nearby_hint(PurePosixPath(repo, inside))
             raise InputError(f"{what} {repo}: the repository has no {inside or 'files'}{here}")
         wanted = [here + name for name in choose(below)]
     try:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ipadapter_jax.errors import InputError, WeightFileError
-from ipadapter_jax.inputs.validation import as_floats
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.inputs.validation import to_float32
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights.dtype_cast import converted
 from ipadapter_jax.weights.formats.safetensors_writer import digest, safetensors_chunks
 from ipadapter_jax.weights.formats.tensor_files import ARRAY, open_file
@@ -50,10 +50,10 @@ def save_image_embeds(path: Path, features: Any, metadata: Mapping[str, str]) ->
     Raises InputError naming the file for other shapes, numbers that are not finite, another ending than .safetensors,
     or a place that cannot be written.
     """
-    path = expanded(Path(path))
+    path = expand_home(Path(path))
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: image embeddings are saved as .safetensors; give it such a name")
-    array = as_floats(features, f"{path}: the image embeddings")
+    array = to_float32(features, f"{path}: the image embeddings")
     if problem := _problem(array.shape):
         raise InputError(f"{path}: the image embeddings have {problem}")
     kind = _KINDS[array.ndim]
@@ -78,7 +78,7 @@ def load_image_embeds(path: Path, patches: bool | None = None) -> list[ImageEmbe
 
     Raises WeightFileError naming the file for everything else, saying what it is and where it belongs.
     """
-    path = expanded(Path(path))
+    path = expand_home(Path(path))
     container, tensors, metadata = open_file(path)
     kind = identify(tensors)
     if kind.name not in (IMAGE_EMBEDS, UNKNOWN):

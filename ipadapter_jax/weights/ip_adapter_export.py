@@ -10,7 +10,7 @@ import numpy as np
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.suggestions import did_you_mean
 from ipadapter_jax.models.image_projections import ImageProjConfig
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights.component_export import spelled
 from ipadapter_jax.weights.formats.safetensors_writer import DTYPES, digest, safetensors_chunks
 from ipadapter_jax.weights.formats.torch_writer import torch_bytes
@@ -60,7 +60,7 @@ def save_ip_adapter(
     if dtype not in DTYPES:
         raise InputError(f"adapter dtype {dtype!r}: choose {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
     ours = {place: held(np.asarray(leaf)) for place, leaf in leaves(params).items()}
-    return _write(expanded(Path(path)), spelled(ours, torch_layout(), np.dtype(dtype), "adapter"), metadata)
+    return _write(expand_home(Path(path)), spelled(ours, torch_layout(), np.dtype(dtype), "adapter"), metadata)
 
 
 def save_adapter_tensors(

@@ -14,7 +14,7 @@ from ipadapter_jax.errors import InputError, WeightFileError, argument, option
 from ipadapter_jax.models.image_projections import HEAD_DIM, ImageProjConfig, example_features, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.ops.fast_params import parameter_shapes
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights.components import report_ignored
 from ipadapter_jax.weights.formats.safetensors_writer import digest
 from ipadapter_jax.weights.formats.tensor_files import open_file
@@ -66,7 +66,7 @@ def open_ip_adapter(path: Path) -> IPAdapterFile:
 
     Raises WeightFileError for other files, saying what was found, and for one of ours whose bytes have changed.
     """
-    path = expanded(Path(path))
+    path = expand_home(Path(path))
     _, tensors, metadata = open_file(path)
     adapter = to_adapter(path, tensors, metadata)
     if DIGEST in metadata and metadata[DIGEST] != digest(tensors):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.atomic_files import remove_leftovers_beside, replacing, sha256
+from ipadapter_jax.storage.atomic_files import atomic_replace, remove_partial_files_of, sha256
 from ipadapter_jax.weights.formats.safetensors_writer import raw
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.lazy import LazyTransform, Tensor
@@ -18,8 +18,8 @@ def write_verified(path: Path, chunks: Iterable[bytes | memoryview], tensors: Ma
     Until the file has been read back and compared with `tensors`, and when that fails, an older file of this name
     stays. Raises InputError naming the file that cannot be written or the tensor that comes back otherwise.
     """
-    remove_leftovers_beside(path)
-    with replacing(path) as unproven:
+    remove_partial_files_of(path)
+    with atomic_replace(path) as unproven:
         with open(unproven, "wb") as file:
             file.writelines(chunks)
         _verify(unproven, path, tensors)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from ipadapter_jax.errors import InputError, WeightFileError, argument
-from ipadapter_jax.inputs.suggestions import closest_first
+from ipadapter_jax.inputs.suggestions import sort_by_similarity
 from ipadapter_jax.weights.component import Component
 
 _SHARD = r"-\d+-of-\d+"
@@ -37,7 +37,7 @@ def pick_variants(parts: Mapping[str, tuple[Component, Collection[str]]], varian
     there = {part: variants(component, names) for part, (component, names) in parts.items()}
     if variant is None or any(variant in found for found in there.values()):
         return {part: variant if variant in found else None for part, found in there.items()}
-    known = closest_first(variant, {name for found in there.values() for name in found})
+    known = sort_by_similarity(variant, {name for found in there.values() for name in found})
     remedy = f"choose {' or '.join(known)}, or leave it out" if known else "it has no variants at all, so leave it out"
     raise InputError(f"{argument('variant', variant)}: no part of the model has it; {remedy}")
 

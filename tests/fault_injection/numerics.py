@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ipadapter_jax.data.feature_cache import CachedSamples, begin, finish
+from ipadapter_jax.data.feature_cache import CachedSamples, finish_cache, start_cache
 from ipadapter_jax.data.feature_shards import ShardWriter
 from ipadapter_jax.data.shuffle import record_order
 from ipadapter_jax.train.checkpoint import Checkpoints
@@ -90,14 +90,14 @@ def _encoded(config: Train, out: Path) -> Path:
 def _poisoned(cache: Path, out: Path, bad: dict[int, float]) -> Path:
     """A cache with other latents for some records."""
     samples = CachedSamples(cache)
-    begin(out, samples.plan)
+    start_cache(out, samples.plan)
     with ShardWriter(out, samples.plan, 0) as writer:
         for index in range(len(samples)):
             sample = dict(samples[index])
             if index in bad:
                 sample["mean"] = np.full_like(sample["mean"], bad[index])
             writer.add(sample)
-    finish(out, samples.plan, samples.zero_features())
+    finish_cache(out, samples.plan, samples.zero_features())
     return out
 
 

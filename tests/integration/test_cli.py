@@ -12,7 +12,7 @@ from PIL import Image
 from small_model import small_adapter, small_model
 
 from ipadapter_jax.cli import main
-from ipadapter_jax.storage.atomic_files import sha256, write_whole
+from ipadapter_jax.storage.atomic_files import sha256, write_atomically
 
 CAT = ORACLES / "assets" / "img_a.png"
 ADAPTER = ADAPTERS / "ip-adapter_tiny.safetensors"
@@ -133,7 +133,7 @@ def test_a_repeated_option_is_refused(tmp_path, capsys):
 
 def test_a_long_file_name_is_no_problem(tmp_path):
     out = tmp_path / ("a" * 250 + ".png")
-    write_whole(out, b"whole")
+    write_atomically(out, b"whole")
     assert out.read_bytes() == b"whole"
 
 

@@ -20,7 +20,7 @@ from ipadapter_jax.evaluate import embeddings
 from ipadapter_jax.evaluate.clip_scorer import open_scorer
 from ipadapter_jax.evaluate.frechet import Moments, frechet_distance
 from ipadapter_jax.evaluate.metrics import interval, score
-from ipadapter_jax.storage.file_lock import held_shard
+from ipadapter_jax.storage.file_lock import shard_lock
 
 PROMPTS, EACH = 6, 2
 TABLES = evaluate.TABLES
@@ -174,7 +174,7 @@ def test_processes_that_split_the_work_otherwise_are_refused(place, tmp_path, mo
     """They would score twice, and one would remove what the other is writing."""
     forbid_sampling(monkeypatch)
     more = {"images_from": place / "whole" / "images", "num_images": None, "steps": None, "batch_size": None}
-    with held_shard(tmp_path / "out", (1, 2)):
+    with shard_lock(tmp_path / "out", (1, 2)):
         assert main(words(place, tmp_path / "out", **more)) == 2
     assert "with another number of processes" in capsys.readouterr().err
 

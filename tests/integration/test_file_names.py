@@ -14,13 +14,13 @@ from safetensors import safe_open
 from ipadapter_jax.batch.rows import read_rows
 from ipadapter_jax.cli import main
 from ipadapter_jax.cli.recipes import load_recipe
-from ipadapter_jax.data.open_dataset import open_source
+from ipadapter_jax.data.open_dataset import open_dataset
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.results import _as_text
 from ipadapter_jax.images.preprocess import load_image
 from ipadapter_jax.storage.jsonl import JsonlAppender
-from ipadapter_jax.storage.paths import check_utf8, expanded
-from ipadapter_jax.storage.text_files import utf8
+from ipadapter_jax.storage.paths import check_utf8, expand_home
+from ipadapter_jax.storage.text_files import encode_utf8
 from ipadapter_jax.train.metrics_log import RunLog
 from ipadapter_jax.weights.base_model import open_base
 from ipadapter_jax.weights.image_embeds import load_image_embeds, save_image_embeds
@@ -46,13 +46,15 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def test_expanded(home, monkeypatch):
-    assert expanded("~/a") == f"{home}/a" and expanded(Path("~/a")) == home / "a" and expanded("~") == str(home)
-    assert expanded("a~") == "a~" and expanded("owner/~") == "owner/~"
+    assert (
+        expand_home("~/a") == f"{home}/a" and expand_home(Path("~/a")) == home / "a" and expand_home("~") == str(home)
+    )
+    assert expand_home("a~") == "a~" and expand_home("owner/~") == "owner/~"
     with pytest.raises(InputError, match="~nobody-here/a: there is no home folder of nobody-here; write the path"):
-        expanded("~nobody-here/a")
+        expand_home("~nobody-here/a")
     monkeypatch.chdir(home)
     (home / "~draft.png").touch()
-    assert expanded("~draft.png") == "~draft.png"  # a name, where there is a file of it
+    assert expand_home("~draft.png") == "~draft.png"  # a name, where there is a file of it
 
 
 def test_without_a_home_folder(monkeypatch):
@@ -62,14 +64,14 @@ def test_without_a_home_folder(monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", nobody)
     with pytest.raises(InputError, match=r"~/a: there is no home folder \(HOME is not set, and this user has none\)"):
-        expanded("~/a")
+        expand_home("~/a")
 
 
 def test_home_folders_in_python(home):
     assert load_image("~/photos/a.png").size == load_image(Path("~/photos/a.png")).size == (8, 8)
     assert open_base("~/sd").folder == home / "sd"
     assert describe(Path("~/adapter.safetensors"))["kind"] == "an IP-Adapter"
-    assert len(open_source("~/photos")) == 1
+    assert len(open_dataset("~/photos")) == 1
     assert read_rows(Path("~/photos"))[0][0].images == (home / "photos" / "a.png",)
     config, _ = load_recipe("~/mine.py")
     assert config.data.path == "~/x"  # expanded where it is opened
@@ -79,7 +81,7 @@ def test_home_folders_in_python(home):
 
 def test_home_folders_in_lists(home):
     (home / "list.json").write_text(json.dumps([{"image_file": "~/photos/a.png", "text": "a wall"}]))
-    assert open_source(str(home / "list.json"))[0].image == (home / "photos" / "a.png").read_bytes()
+    assert open_dataset(str(home / "list.json"))[0].image == (home / "photos" / "a.png").read_bytes()
     (home / "rows.csv").write_text("image\n~/photos/a.png\n~nobody-here/a.png\n")
     [row], [bad], _ = read_rows(home / "rows.csv")
     assert row.images == (home / "photos" / "a.png",) and "no home folder of nobody-here" in bad.reason
@@ -108,7 +110,7 @@ def test_every_name_is_printed(encoding, shown, tmp_path, monkeypatch):
 
 def test_names_in_what_is_written(tmp_path):
     """JSON gives the same name back; what has to be text has the byte spelled out."""
-    assert json.loads(utf8(json.dumps([ODD, "\u00e9"], ensure_ascii=False))) == [ODD, "\u00e9"]
+    assert json.loads(encode_utf8(json.dumps([ODD, "\u00e9"], ensure_ascii=False))) == [ODD, "\u00e9"]
     lines = JsonlAppender(tmp_path / "a.jsonl", keep=bool)
     lines.add({"picture": ODD})
     lines.close()
@@ -130,7 +132,7 @@ def test_images_and_models_of_such_names(tmp_path):
     (folder / "a\udcfe.txt").write_text("a wall")
     [row], bad, _ = read_rows(folder)
     assert (row.name, row.images, bad) == ("a\udcfe", (folder / "a\udcfe.png",), [])
-    assert open_source(str(folder))[0].text == "a wall"
+    assert open_dataset(str(folder))[0].text == "a wall"
     (tmp_path / f"sd{ODD}").symlink_to(TORCH_MODEL)
     assert len(open_base(tmp_path / f"sd{ODD}").tokenizer) > 0
 
@@ -141,7 +143,7 @@ def test_what_libraries_cannot_open_is_said(tmp_path, monkeypatch, capsys):
     check_utf8(tmp_path / "\u00e9", "nobody")
     with pytest.raises(InputError, match="the reader of Parquet needs a name in UTF-8"):
         (tmp_path / f"{ODD}.parquet").write_bytes(b"PAR1PAR1")
-        open_source(str(tmp_path / f"{ODD}.parquet"))
+        open_dataset(str(tmp_path / f"{ODD}.parquet"))
     for line in (["train", "sd15", "--data.path", "x"], ["encode", "--base", "mini", "--image-encoder", "mini"]):
         more = [] if line[0] == "train" else ["--data", "."]
         assert main([*line, *more, "--out", ODD]) == 2

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from training import begun, micro, micro_model, photographs
 
-from ipadapter_jax.data.loader import batches
+from ipadapter_jax.data.loader import load_batches
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.dataset import open_samples
 from ipadapter_jax.train.networks import load_networks
@@ -35,7 +35,7 @@ def losses(config: Train, mesh, steps: int = 10):
     rows = local_rows(mesh, size)
     state, step = begun(config, mesh, loaded)
     found = []
-    for batch in batches(samples, seed=0, batch_size=size, rows=rows, first=0, count=steps, threads=2):
+    for batch in load_batches(samples, seed=0, batch_size=size, rows=rows, first=0, count=steps, threads=2):
         state, metrics = step(state, loaded.frozen, global_batch(mesh, batch.arrays, rows, size))
         found.append(float(metrics["loss"]))
     return np.asarray(found), state, loaded

@@ -43,7 +43,7 @@ with StopSignal() as stop:
         if step == 20 and os.environ.get("DIE") == str(mine):
             os.kill(os.getpid(), 9)
         barrier("a step")
-        if stop.requested(step):
+        if stop.should_stop(step):
             break
     else:
         sys.exit("never stopped")

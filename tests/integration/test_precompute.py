@@ -22,7 +22,7 @@ from weight_files import refused
 from ipadapter_jax.data import feature_shards
 from ipadapter_jax.data.dataset import LiveSamples
 from ipadapter_jax.data.feature_cache import CachedSamples
-from ipadapter_jax.data.open_dataset import open_source
+from ipadapter_jax.data.open_dataset import open_dataset
 from ipadapter_jax.images.preprocess import CLIP_TABLE
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.train import precompute as encode_module
@@ -88,7 +88,7 @@ def test_training_sees_the_same_from_the_cache_as_live(images, whole, tmp_path, 
     networks, frozen = loaded.networks, loaded.frozen
     vision = networks.image_encoder.config
     assert CLIPVisionConfig(**cache.plan.made_from["image_encoder"]["config"]) == vision
-    samples = LiveSamples(open_source(str(images)), TORCH_MODEL / "tokenizer", 64, vision.image_size)
+    samples = LiveSamples(open_dataset(str(images)), TORCH_MODEL / "tokenizer", 64, vision.image_size)
     assert len(cache) == len(samples) == 11
 
     def batch(source):
@@ -137,16 +137,16 @@ def test_a_bad_record_keeps_its_place_and_is_listed(whole):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ipadapter_jax.data import encoded_shards
+from ipadapter_jax.data import feature_shards
 from ipadapter_jax.train.precompute import Encode, encode
 left = [int(sys.argv[1])]
-add = encoded_shards.ShardWriter.add
+add = feature_shards.ShardWriter.add
 def last_add(self, sample):
     left[0] -= 1
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     add(self, sample)
-encoded_shards.ShardWriter.add = last_add
+feature_shards.ShardWriter.add = last_add
 images, out, base, image_encoder = sys.argv[2:]
 encode(Encode(base, image_encoder, images, Path(out), resolution=64, dtype="float32", batch_size=1, shard_records=4))
 """

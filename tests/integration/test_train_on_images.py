@@ -9,14 +9,14 @@ import pytest
 
 from examples.skimage_images import NAMES, photographs, records, write_formats
 from examples.train_on_images import nearest
-from ipadapter_jax.data.open_dataset import open_source
+from ipadapter_jax.data.open_dataset import open_dataset
 
 
 def test_every_format_gives_the_same_records_in_the_same_order(tmp_path):
     written = records(photographs(side=16))
     assert [record.key for record in written] == NAMES
     for name, path in write_formats(tmp_path, written).items():
-        source = open_source(str(path))
+        source = open_dataset(str(path))
         read = [source[i] for i in range(len(source))]
         assert [(r.image, r.text) for r in read] == [(r.image, r.text) for r in written], name
 

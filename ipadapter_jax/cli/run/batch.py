@@ -12,11 +12,11 @@ from ipadapter_jax.cli.batch import Batch
 from ipadapter_jax.cli.options import OF_IMAGE_PROMPTS, refuse
 from ipadapter_jax.cli.run.image_batches import make_images, settings
 from ipadapter_jax.cli.run.sampling import load
-from ipadapter_jax.data.unused_files import summary, write_report
+from ipadapter_jax.data.unused_files import summarize, write_report
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.pipelines.ip_adapter import Prepared
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
-from ipadapter_jax.runtime.memory_limits import check_job
+from ipadapter_jax.runtime.memory_limits import check_job_memory
 from ipadapter_jax.weights import bundled
 
 
@@ -25,13 +25,13 @@ def batch(args: Batch) -> int:
     rows, bad, left_out = read_rows(args.source)
     has_references = any(row.images for row in rows)
     check_effects(args, rows)
-    check_job(len(rows), args.num_images)
+    check_job_memory(len(rows), args.num_images)
     if has_references and args.adapter is None:
         if args.base != bundled.NAME:
             raise InputError(f"{args.source} has image prompts: name the IP-Adapter that reads them with --adapter")
         args = dataclasses.replace(args, adapter=bundled.NAME)
     pipe = load(args, images=args.batch_size, with_encoder=has_references)
-    print(f"{args.source}: {summary(len(rows), left_out)}", file=sys.stderr)
+    print(f"{args.source}: {summarize(len(rows), left_out)}", file=sys.stderr)
     works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)
     prepare = functools.partial(_load, pipe, args.fit)
     tally = make_images(pipe, args, works, args.out, settings(args, pipe), prepare, bad)

@@ -12,7 +12,7 @@ from ipadapter_jax.cli.doctor import Doctor
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.ops.attention_kernels import named_kernel
 from ipadapter_jax.runtime.compilation_cache import cache_folder, cache_is_local, cache_is_on, enable_compilation_cache
-from ipadapter_jax.storage.ownership import distrust
+from ipadapter_jax.storage.ownership import ownership_problem
 from ipadapter_jax.weights import bundled
 
 _PACKAGES = (
@@ -99,7 +99,7 @@ def _compiled() -> str:
         folder = cache_folder()
     except InputError as error:
         return f"off, {error}"
-    problem = distrust(folder) if cache_is_local() else None
+    problem = ownership_problem(folder) if cache_is_local() else None
     return f"{'on' if problem is None else f'off, {problem}'}, {folder} ({_size(folder)})"
 
 

@@ -27,11 +27,11 @@ from ipadapter_jax.evaluate.protocol import protocol_deviations
 from ipadapter_jax.evaluate.report import page
 from ipadapter_jax.evaluate.results import TITLES, Results, compute, write_tables
 from ipadapter_jax.pipelines.ip_adapter import Prepared
-from ipadapter_jax.runtime.memory_limits import check_job
+from ipadapter_jax.runtime.memory_limits import check_job_memory
 from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED, GracefulShutdown
-from ipadapter_jax.storage.atomic_files import remove_leftovers, write_whole
-from ipadapter_jax.storage.file_lock import held_shard
-from ipadapter_jax.storage.text_files import utf8
+from ipadapter_jax.storage.atomic_files import remove_partial_files, write_atomically
+from ipadapter_jax.storage.file_lock import shard_lock
+from ipadapter_jax.storage.text_files import encode_utf8
 
 
 def evaluate(args: Evaluate) -> int:
@@ -55,7 +55,7 @@ def evaluate(args: Evaluate) -> int:
         images, code = _paint(args, references, account)
         if code:
             return code
-    with held_shard(args.out, args.shard):
+    with shard_lock(args.out, args.shard):
         return _score(args, references, images, clip, fid)
 
 
@@ -76,7 +76,7 @@ def _score(
         print(f"process {args.process} is through; the one that ends last writes {args.out / 'report.html'}")
         return 0
     for folder in (args.out, args.out / "scores"):
-        remove_leftovers(folder, mine=lambda name: True)  # nobody writes any more
+        remove_partial_files(folder, mine=lambda name: True)  # nobody writes any more
     results = compute(chunks, args.caption)
     results = dataclasses.replace(results, distances=results.distances | fid)
     _write(args, references, clip, results)
@@ -88,7 +88,7 @@ def _paint(args: Evaluate, references: References, account: Sequence[str]) -> tu
     own. Raises InputError for image prompts that cannot be read: a mean over the others would be another number."""
     folder = args.out / "images"
     rows = [_row(args, reference) for reference in references.found]
-    check_job(len(rows), args.num_images)
+    check_job_memory(len(rows), args.num_images)
     works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale)
     mine = [work for work in works if work.row.index // embeddings.CHUNK % args.processes == args.process]
     pipe = load(args, images=args.batch_size)
@@ -138,7 +138,7 @@ def _embed(args: Evaluate, chunks: Sequence[Chunk], clip: OpenedScorer) -> bool:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(GracefulShutdown())
         for chunk in stack.enter_context(tqdm.tqdm(missing, desc="scores", unit="chunk", disable=None)):
-            if stop.asked:
+            if stop.requested:
                 return True
             embeddings.make(chunk, scorer, clip.identity)
     return False
@@ -165,8 +165,8 @@ def _write(args: Evaluate, references: References, clip: OpenedScorer, results: 
     }
     about = json.loads(json.dumps(about))
     write_tables(results, args.out)
-    write_whole(args.out / "evaluation.json", utf8(json.dumps(about, indent=2, ensure_ascii=False)) + b"\n")
-    write_whole(args.out / "report.html", utf8(page(results, about, apart, clip.is_reference)))
+    write_atomically(args.out / "evaluation.json", encode_utf8(json.dumps(about, indent=2, ensure_ascii=False)) + b"\n")
+    write_atomically(args.out / "report.html", encode_utf8(page(results, about, apart, clip.is_reference)))
     if not clip.is_reference:
         print("warning: the scoring CLIP is not ViT-L/14: no comparison with the paper's numbers", file=sys.stderr)
     for name, found in results.intervals.items():

@@ -17,13 +17,13 @@ from ipadapter_jax.cli.run import grid
 from ipadapter_jax.cli.run.sampling import digests, load, png, versions
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.images.contact_sheet import overlay_heatmap, sheet
+from ipadapter_jax.images.contact_sheet import contact_sheet, overlay_heatmap
 from ipadapter_jax.images.preprocess import image_grid, load_image, load_upright
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
 from ipadapter_jax.pipelines.inpainting import strength_of
 from ipadapter_jax.pipelines.scales import Scale
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
-from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.atomic_files import write_atomically
 from ipadapter_jax.weights.image_embeds import save_image_embeds
 
 
@@ -60,7 +60,7 @@ def generate(args: Generate) -> int:
         warnings.warn("--image-encoder has no effect on these --embeds, whose negative branch is zeros", stacklevel=1)
     if args.explore is not None:
         drawn = grid.figure(pipe, args, args.explore, given.references, given.negative)
-        write_whole(args.out, png(drawn, {**_metadata(args, pipe, digests(pipe)), "explore": args.explore}))
+        write_atomically(args.out, png(drawn, {**_metadata(args, pipe, digests(pipe)), "explore": args.explore}))
         print(args.out)
         return 0
     found, maps, sums = _sample(pipe, args, given)
@@ -69,7 +69,7 @@ def generate(args: Generate) -> int:
     if args.save_embeds is not None:
         _save_embeds(args.save_embeds, pipe, args, given)
     if maps is not None and args.attention_maps is not None:
-        write_whole(args.attention_maps, png(_heat_figure(found[0], maps), metadata))
+        write_atomically(args.attention_maps, png(_heat_figure(found[0], maps), metadata))
     return 0
 
 
@@ -159,7 +159,7 @@ def _heat_figure(image: Image.Image, maps: AttentionMaps) -> Image.Image:
             ("image", image),
             *cells,
         ]
-    return sheet(rows, side=max(192, image.width))
+    return contact_sheet(rows, side=max(192, image.width))
 
 
 def _metadata(args: Generate, pipe: StableDiffusion, sums: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -175,5 +175,5 @@ def _write(images: Sequence[Image.Image], args: Generate, metadata: dict[str, An
     if len(images) > 1:
         contents.append(png(image_grid(images), metadata | {"num_images": len(images)}))
     for path, content in zip(targets(args), contents, strict=True):
-        write_whole(path, content)
+        write_atomically(path, content)
     print(args.out)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ipadapter_jax.cli.generate import Generate
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.images.contact_sheet import Labelled, sheet
+from ipadapter_jax.images.contact_sheet import LabeledImages, contact_sheet
 from ipadapter_jax.images.preprocess import clip_pixels
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.pipelines.scales import PRESETS, Scale, scale_table
@@ -42,7 +42,7 @@ def figure(
             bar.update()
             return image
 
-        rows: dict[str, Labelled] = {}
+        rows: dict[str, LabeledImages] = {}
         if what == "scales":
             for seed in range(args.seed, args.seed + args.num_images):
                 cells = [(f"scale {value:g}", paint(images, args.scale_of(value), seed)) for value in SCALES]
@@ -52,7 +52,7 @@ def figure(
                 cells = [(name, paint([reference], args.scale_of(layers=name), args.seed)) for name in presets]
                 title = f"{args.image[number]}, scale {args.scale:g}, seed {args.seed}"
                 rows[title] = [("reference", Image.fromarray(clip_pixels(reference))), *cells]
-    return sheet(rows, side=192)
+    return contact_sheet(rows, side=192)
 
 
 def _possible(pipe: StableDiffusion, preset: str) -> bool:

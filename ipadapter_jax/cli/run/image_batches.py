@@ -20,7 +20,7 @@ from ipadapter_jax.batch.rows import BadRow, Row
 from ipadapter_jax.batch.runner import BatchProgress, run_job
 from ipadapter_jax.cli.batch_options import BatchOptions
 from ipadapter_jax.cli.run.sampling import configurations, digests, png, versions
-from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning, foreign_syntax, warn_of_syntax
+from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning, find_foreign_syntax, warn_of_foreign_syntax
 from ipadapter_jax.pipelines.image_prompt_settings import PerPrompt
 from ipadapter_jax.pipelines.ip_adapter import Prepared
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
@@ -89,7 +89,7 @@ def _warn_of_syntax(args: BatchOptions, works: Sequence[ImageTask]) -> None:
     found: dict[str, list[tuple[str, str]]] = {}  # by what it means: what to call the row, and the piece
     for row in rows:
         for text in (row.prompt, row.negative_prompt):
-            for piece, meaning in foreign_syntax(text):
+            for piece, meaning in find_foreign_syntax(text):
                 found.setdefault(meaning, []).append((row.name, piece))
     for meaning, places in found.items():
         [name, piece], count = places[0], len({name for name, _ in places})
@@ -99,7 +99,7 @@ def _warn_of_syntax(args: BatchOptions, works: Sequence[ImageTask]) -> None:
             PromptSyntaxWarning,
             stacklevel=2,
         )
-    warn_of_syntax({"--negative-prompt": [args.negative_prompt]})
+    warn_of_foreign_syntax({"--negative-prompt": [args.negative_prompt]})
 
 
 def _make(

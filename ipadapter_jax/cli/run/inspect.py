@@ -8,7 +8,7 @@ from ipadapter_jax.cli.generate import Generate
 from ipadapter_jax.cli.inspect import Inspect
 from ipadapter_jax.cli.option_types import names_of
 from ipadapter_jax.cli.options import ARGUMENTS
-from ipadapter_jax.errors import said_in_options
+from ipadapter_jax.errors import errors_name_options
 from ipadapter_jax.weights.inspect import describe
 
 
@@ -17,7 +17,7 @@ def inspect(args: Inspect) -> int:
     if args.json:  # for programs, which have no options
         print(json.dumps(describe(args.file), indent=2))
         return 0
-    with said_in_options(names_of(Generate, ARGUMENTS)):  # what it is of use for
+    with errors_name_options(names_of(Generate, ARGUMENTS)):  # what it is of use for
         print("\n".join(_rows(describe(args.file))))
     return 0
 

@@ -19,7 +19,7 @@ from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.pipelines.ip_adapter import open_adapter
 from ipadapter_jax.pipelines.scales import scale_table
 from ipadapter_jax.pipelines.stable_diffusion import GUIDANCE_SCALE, StableDiffusion
-from ipadapter_jax.runtime.memory_limits import check_room
+from ipadapter_jax.runtime.memory_limits import check_sampling_memory
 from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.weights.base_model import BaseModel, check_text_to_image, open_base
 from ipadapter_jax.weights.formats.tensor_files import files_of
@@ -54,7 +54,7 @@ def load(
     points = _points(args, base, size)
     guided = (base.guidance_scale or GUIDANCE_SCALE) if args.guidance_scale is None else args.guidance_scale
     parts = _Sized(unet, args.dtype), _Sized(base.config("vae"), args.dtype)
-    check_room(parts[0], parts[1], images, points, run, jax.local_devices(), guided=guided > 1)
+    check_sampling_memory(parts[0], parts[1], images, points, run, jax.local_devices(), guided=guided > 1)
     scale_table(args.scale_of(), cross_attention_layers(unet), args.steps)
     encoder = args.image_encoder if with_encoder else False
     adapter = None if args.adapter is None else open_adapter(args.adapter, encoder, unet)
@@ -66,7 +66,7 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class _Sized:
-    """What `check_room` asks of a network that is not read yet."""
+    """What `check_sampling_memory` asks of a network that is not read yet."""
 
     config: Any
     dtype: str

@@ -14,10 +14,10 @@ import msgpack
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from ipadapter_jax.data.file_listing import Files, allow_open_files
+from ipadapter_jax.data.file_listing import FileListing, allow_open_files
 from ipadapter_jax.data.packed_strings import printable
 from ipadapter_jax.data.types import Record
-from ipadapter_jax.data.unused_files import Unused
+from ipadapter_jax.data.unused_files import UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.paths import check_utf8
 
@@ -79,8 +79,8 @@ class ArrayRecords:
 class ArrayRecordSource:
     """Records in the order of their files' names."""
 
-    def __init__(self, files: Files):
-        self._files, self.unused = files, Unused()
+    def __init__(self, files: FileListing):
+        self._files, self.unused = files, UnusedFiles()
         self._records = ArrayRecords([files.path(i) for i in range(len(files))], list(files.names))
 
     def __len__(self) -> int:

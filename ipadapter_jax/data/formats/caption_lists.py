@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 
 from ipadapter_jax.data.formats.column_names import ROLES
 from ipadapter_jax.data.packed_strings import printable
-from ipadapter_jax.data.unused_files import BAD_LIST, NO_CAPTIONS, NOT_THERE, SECOND, Unused
+from ipadapter_jax.data.unused_files import (
+    LIST_WITHOUT_CAPTIONS,
+    MISSING_IMAGE,
+    SECOND_CAPTION,
+    UNUSABLE_LIST,
+    UnusedFiles,
+)
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.storage.csv_files import read_csv
 from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, parse_json, read_bytes
@@ -21,7 +27,7 @@ NAMES = ("metadata.jsonl", "metadata.csv")
 EXAMPLE = '{"file_name": "1.jpg", "text": "a red fox"}'
 
 
-class Entry(NamedTuple):
+class ListedCaption(NamedTuple):
     """A caption for the file `name`, relative to the data set's folder; None where the list has no captions."""
 
     name: str
@@ -32,7 +38,7 @@ def is_metadata(name: str) -> bool:
     return posixpath.basename(name) in NAMES
 
 
-class Listed:
+class CaptionLists:
     """The captions that the lists among the names of files below a folder give, and which of them are needed. Where an
     image is in several lists, that in the deepest folder counts.
 
@@ -82,22 +88,22 @@ class Listed:
         if error := next(iter([*self._without.values(), *self._bad.values()]), None):
             raise error
 
-    def close(self, unused: Unused) -> list[str]:
+    def close(self, unused: UnusedFiles) -> list[str]:
         """Counts the entries and lists that nothing needs; returns the lists that are used."""
         for name, file in self._owners.items():
             if name not in self._seen:
-                unused.add(NOT_THERE, f"{file}: {name}")
+                unused.add(MISSING_IMAGE, f"{file}: {name}")
             elif not self._seen[name]:
-                unused.add(SECOND, f"{file}: {name}")
+                unused.add(SECOND_CAPTION, f"{file}: {name}")
         for name in self._again:
-            unused.add(SECOND, name)
+            unused.add(SECOND_CAPTION, name)
         for name in self._bad:
-            unused.add(BAD_LIST, name)
+            unused.add(UNUSABLE_LIST, name)
         for name in self._without:
-            unused.add(NO_CAPTIONS, name)
+            unused.add(LIST_WITHOUT_CAPTIONS, name)
         return sorted({self._owners[name] for name, needed in self._seen.items() if needed})
 
-    def _add(self, file: str, entries: list[Entry]) -> None:
+    def _add(self, file: str, entries: list[ListedCaption]) -> None:
         own: set[str] = set()
         for name, text in entries:
             if text is None:
@@ -111,7 +117,7 @@ class Listed:
 
 
 class _List(NamedTuple):
-    entries: list[Entry]
+    entries: list[ListedCaption]
     columns: list[str]
 
 
@@ -127,7 +133,7 @@ def _read(path: Path, folder: str, text_column: str | None) -> _List:
     return _List(entries, [*columns])
 
 
-def _entry(fields: Any, place: str, folder: str, usual: Iterable[str]) -> Entry:
+def _entry(fields: Any, place: str, folder: str, usual: Iterable[str]) -> ListedCaption:
     file = fields.get("file_name") if isinstance(fields, dict) else None
     if not isinstance(file, str) or not file:
         raise InputError(f"{place}: no file_name; a line should look like {EXAMPLE}, or remove the file")
@@ -138,7 +144,7 @@ def _entry(fields: Any, place: str, folder: str, usual: Iterable[str]) -> Entry:
     caption = fields[column] if column is not None else None
     if not isinstance(caption, str | None):
         raise InputError(f"{place}: {column} is not a text; a line should look like {EXAMPLE}")
-    return Entry(name, None if column is None else printable((caption or "").strip()))
+    return ListedCaption(name, None if column is None else printable((caption or "").strip()))
 
 
 def _no_captions(path: Path, columns: list[str], text_column: str | None) -> InputError:

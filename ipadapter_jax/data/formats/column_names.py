@@ -16,7 +16,7 @@ ROLES = {
 }
 
 
-class Columns(NamedTuple):
+class ColumnNames(NamedTuple):
     """Names of columns; None for one that was not given, or is not there."""
 
     image: str | None = None
@@ -24,7 +24,7 @@ class Columns(NamedTuple):
     cond_image: str | None = None
 
 
-def choose(given: Columns, kinds: Mapping[str, str], where: str) -> Columns:
+def choose_columns(given: ColumnNames, kinds: Mapping[str, str], where: str) -> ColumnNames:
     """The given columns, and those with usual names for what was not given; only cond_image may stay None.
 
     kinds: IMAGE, TEXT, or another type in words of every column there is.
@@ -40,4 +40,4 @@ def choose(given: Columns, kinds: Mapping[str, str], where: str) -> Columns:
                 f"{where}: no column {' or '.join(names)} that holds {wanted}; there are {found}; give "
                 f"{argument(f'{role}_column')}"
             )
-    return Columns(**chosen)
+    return ColumnNames(**chosen)

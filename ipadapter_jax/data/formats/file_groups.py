@@ -18,14 +18,22 @@ from typing import NamedTuple
 
 from ipadapter_jax.data.packed_strings import printable
 from ipadapter_jax.data.types import Record
-from ipadapter_jax.data.unused_files import NO_IMAGE, OTHER, PROMPT_ALONE, SECOND, SECOND_DOT, Unused, not_read
+from ipadapter_jax.data.unused_files import (
+    NO_IMAGE,
+    OTHER,
+    PROMPT_WITHOUT_IMAGE,
+    SECOND_CAPTION,
+    SECOND_DOT,
+    UnusedFiles,
+    not_read,
+)
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.formats import is_image_name, unread_format
 from ipadapter_jax.storage.text_files import decode_text, parse_json
 
 TEXTS = ("txt", "caption", "json")  # roles of captions, by preference
 ROLES = ("image", *TEXTS, "cond")
-_ALONE = {"txt": NO_IMAGE, "caption": NO_IMAGE, "json": OTHER, "cond": PROMPT_ALONE}
+_ALONE = {"txt": NO_IMAGE, "caption": NO_IMAGE, "json": OTHER, "cond": PROMPT_WITHOUT_IMAGE}
 
 
 class Member(NamedTuple):
@@ -40,7 +48,7 @@ class Grouped(NamedTuple):
     """Of every record its stem and the numbers of its files by role, in the order of their first files."""
 
     records: list[tuple[str, dict[str, int]]]
-    unused: Unused
+    unused: UnusedFiles
 
 
 @dataclass
@@ -78,7 +86,9 @@ def split_member(name: str) -> Member | None:
     return None
 
 
-def grouped(names: Iterable[str], split: Callable[[str], Member | None] = split_name, joined: bool = False) -> Grouped:
+def group_files(
+    names: Iterable[str], split: Callable[[str], Member | None] = split_name, joined: bool = False
+) -> Grouped:
     """Names, whose numbers count from 0, to records.
 
     joined: a role that comes again opens a new record, as in shards that were joined and count from zero twice; so
@@ -86,7 +96,7 @@ def grouped(names: Iterable[str], split: Callable[[str], Member | None] = split_
     """
     samples: dict[str, _Sample] = {}
     records: list[tuple[str, dict[str, int], _Sample]] = []
-    names, unused, last = list(names), Unused(), None
+    names, unused, last = list(names), UnusedFiles(), None
     for number, name in enumerate(names):
         if (member := split(name)) is None:
             _leave_out(name, unused)
@@ -100,7 +110,7 @@ def grouped(names: Iterable[str], split: Callable[[str], Member | None] = split_
             sample = samples[stem] = _Sample({role: number})
             records.append((stem, {}, sample))
         elif role in sample.shared:
-            unused.add(SECOND if role in TEXTS else OTHER, name)
+            unused.add(SECOND_CAPTION if role in TEXTS else OTHER, name)
             continue
         else:
             sample.shared[role] = number
@@ -110,7 +120,7 @@ def grouped(names: Iterable[str], split: Callable[[str], Member | None] = split_
     return Grouped([*_whole(records, names, unused)], unused)
 
 
-def _leave_out(name: str, unused: Unused) -> None:
+def _leave_out(name: str, unused: UnusedFiles) -> None:
     if not posixpath.basename(name).startswith("."):
         kind = unread_format(name)
         # Only members of shards can have a part by the rule for folders, and none by their own.
@@ -119,7 +129,7 @@ def _leave_out(name: str, unused: Unused) -> None:
 
 
 def _whole(
-    records: list[tuple[str, dict[str, int], _Sample]], names: list[str], unused: Unused
+    records: list[tuple[str, dict[str, int], _Sample]], names: list[str], unused: UnusedFiles
 ) -> Iterable[tuple[str, dict[str, int]]]:
     """The records that have an image, each with one caption at most."""
     for stem, own, sample in records:
@@ -132,11 +142,11 @@ def _whole(
         for role in texts[1:]:
             number = members.pop(role)
             if role != "json" and not own:  # a .json is there for its other entries
-                unused.add(SECOND, names[number])
+                unused.add(SECOND_CAPTION, names[number])
         yield stem, members
 
 
-def record_of(key: str, parts: dict[str, bytes], listed: str | None = None) -> Record:
+def make_record(key: str, parts: dict[str, bytes], listed: str | None = None) -> Record:
     """A record from the contents of its files by role, or with a caption from a list.
 
     Raises InputError naming the key where there is no caption, or one that is not text.

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from ipadapter_jax.data.file_listing import Files, read_file
-from ipadapter_jax.data.formats.caption_lists import Listed, is_metadata
-from ipadapter_jax.data.formats.file_groups import ROLES, TEXTS, grouped, record_of, split_name
+from ipadapter_jax.data.file_listing import FileListing, read_file
+from ipadapter_jax.data.formats.caption_lists import CaptionLists, is_metadata
+from ipadapter_jax.data.formats.file_groups import ROLES, TEXTS, group_files, make_record, split_name
 from ipadapter_jax.data.packed_strings import PackedStrings, printable
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.data.unused_files import NO_CAPTION
@@ -20,11 +20,11 @@ class FolderSource:
     for lists without captions where no image has one.
     """
 
-    def __init__(self, files: Files, text_column: str | None = None):
+    def __init__(self, files: FileListing, text_column: str | None = None):
         names = [name for name in files.names if not is_metadata(name)]
-        found = grouped(names)
+        found = group_files(names)
         self.unused = found.unused
-        listed = Listed(files.root, files.names, text_column)
+        listed = CaptionLists(files.root, files.names, text_column)
         self._texts = PackedStrings(listed.texts)
         records = []
         for _, members in found.records:
@@ -38,7 +38,7 @@ class FolderSource:
             listed.check_columns()
         # Whatever else lies there is no part of the data, nor of its identity.
         kept = [number for number, name in enumerate(names) if split_name(name)]
-        self._files = Files(
+        self._files = FileListing(
             files.root, PackedStrings([*(names[number] for number in kept), *listed.close(self.unused)])
         )
         numbers = np.full(len(names) + 1, -1, np.int32)
@@ -54,7 +54,7 @@ class FolderSource:
         numbers = zip(ROLES, self._members[index], strict=True)
         parts = {role: read_file(self._files.path(n), key, role in TEXTS) for role, n in numbers if n >= 0}
         text = self._listed[index]
-        return record_of(key, parts, self._texts[text] if text >= 0 else None)
+        return make_record(key, parts, self._texts[text] if text >= 0 else None)
 
     def key(self, index: int) -> str:
         return printable(self._files.names[self._members[index, 0]])

@@ -7,9 +7,9 @@ from typing import Any
 from ipadapter_jax.data.file_listing import digest, read_file, size
 from ipadapter_jax.data.packed_strings import PackedStrings, printable
 from ipadapter_jax.data.types import Record
-from ipadapter_jax.data.unused_files import NOT_THERE, Unused
+from ipadapter_jax.data.unused_files import MISSING_IMAGE, UnusedFiles
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, parse_json, read_bytes
 
 EXAMPLE = '[{"image_file": "1.png", "text": "A dog"}, ...]'
@@ -28,11 +28,11 @@ class JsonListSource:
         entries = _entries(path)
         images, texts, conds = zip(*(_checked(entry, i, path) for i, entry in enumerate(entries)), strict=True)
         self._images, self._texts, self._conds = PackedStrings(images), PackedStrings(texts), PackedStrings(conds)
-        self.unused = Unused()
+        self.unused = UnusedFiles()
         for names in zip(images, conds, strict=True):
             missing = next((name for name in names if name and size(self._path_of(name)) < 0), None)
             if missing is not None:
-                self.unused.add(NOT_THERE, missing, is_record=True)
+                self.unused.add(MISSING_IMAGE, missing, is_record=True)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -54,7 +54,7 @@ class JsonListSource:
         return {"kind": "json", "records": len(self), "files": len(sizes), "digest": digest(sizes)}
 
     def _path_of(self, name: str) -> str:
-        return os.path.join(self._root, expanded(name))
+        return os.path.join(self._root, expand_home(name))
 
     def _read(self, name: str, key: str) -> bytes:
         return read_file(self._path_of(name), key)

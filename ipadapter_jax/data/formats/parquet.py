@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ipadapter_jax.data.file_listing import Files
-from ipadapter_jax.data.formats.column_names import IMAGE, TEXT, Columns, choose
-from ipadapter_jax.data.formats.parquet_pages import Damaged, unpacked_bytes
+from ipadapter_jax.data.file_listing import FileListing
+from ipadapter_jax.data.formats.column_names import IMAGE, TEXT, ColumnNames, choose_columns
+from ipadapter_jax.data.formats.parquet_pages import DamagedPage, unpacked_bytes
 from ipadapter_jax.data.packed_strings import printable
 from ipadapter_jax.data.types import Record
-from ipadapter_jax.data.unused_files import NO_BYTES, Unused
+from ipadapter_jax.data.unused_files import NO_BYTES, UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.paths import check_utf8
 
@@ -29,7 +29,7 @@ LARGE_GROUP = 64 << 20  # bytes
 MAX_GROUP = 1 << 30  # bytes
 MAX_GROUP_ROWS = 1 << 20  # pyarrow's own choice when nobody says otherwise
 MAX_RATIO = 100  # of unpacked to packed bytes, in groups that are large: images and captions do not compress so far
-KEPT_GROUPS = 4  # so that reading in order, by a few threads, reads each group about once
+CACHED_GROUPS = 4  # so that reading in order, by a few threads, reads each group about once
 
 
 class ParquetSource:
@@ -39,12 +39,12 @@ class ParquetSource:
     Raises InputError: damaged, not Parquet, or no such column, listing those that there are.
     """
 
-    def __init__(self, files: Files, columns: Columns):
-        self._files, self.unused = files, Unused()
+    def __init__(self, files: FileListing, columns: ColumnNames):
+        self._files, self.unused = files, UnusedFiles()
         self._metadata = [_metadata(files.path(i)) for i in range(len(files))]
         schema = self._metadata[0].schema.to_arrow_schema()
         for i, metadata in enumerate(self._metadata):  # what is chosen in the first file must be there in all
-            columns = choose(columns, _kinds(metadata.schema.to_arrow_schema()), printable(files.path(i)))
+            columns = choose_columns(columns, _kinds(metadata.schema.to_arrow_schema()), printable(files.path(i)))
         self._columns = columns
         # Of a struct, only the bytes are read.
         self._read = [f"{n}.bytes" if pa.types.is_struct(schema.field(n).type) else n for n in columns if n]
@@ -52,7 +52,7 @@ class ParquetSource:
         self._groups = [(i, g) for i, g, _ in groups]
         self._group_starts = np.cumsum([0, *(group.num_rows for _, _, group in groups)])  # and the end of the last
         self._file_starts = np.cumsum([0, *(metadata.num_rows for metadata in self._metadata)])
-        self._cached = functools.lru_cache(KEPT_GROUPS)(self._read_group)
+        self._cached = functools.lru_cache(CACHED_GROUPS)(self._read_group)
         for file, number, group in groups:
             if empty := _without_bytes(group, self._read[0]):
                 place = f"{files.names[file]}: row group {number}"
@@ -90,7 +90,7 @@ class ParquetSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._cached = functools.lru_cache(KEPT_GROUPS)(self._read_group)
+        self._cached = functools.lru_cache(CACHED_GROUPS)(self._read_group)
 
     def _read_group(self, group: int) -> pa.Table:
         file, number = self._groups[group]
@@ -160,7 +160,7 @@ def _check_pages(path: str, columns: list[pq.ColumnChunkMetaData]) -> None:
                 start = min(start, column.dictionary_page_offset)
             found = unpacked_bytes(file.fileno(), start, column.total_compressed_size)
             if found > max(column.total_uncompressed_size, LARGE_GROUP):
-                raise Damaged(f"{column.path_in_schema} unpacks to {found:,} bytes, against its own list")
+                raise DamagedPage(f"{column.path_in_schema} unpacks to {found:,} bytes, against its own list")
 
 
 def _check_group(group: pq.RowGroupMetaData, read: list[str], where: str) -> None:

@@ -14,7 +14,7 @@ _FIXED = {_TRUE: 0, _FALSE: 0, _BYTE: 1, _DOUBLE: 8}
 _UNPACKED, _PACKED = 2, 3  # fields of a page header
 
 
-class Damaged(ValueError):
+class DamagedPage(ValueError):
     """Not the header of a page."""
 
 
@@ -25,7 +25,7 @@ def unpacked_bytes(file: int, start: int, size: int) -> int:
         fields, length = _header(file, place)
         unpacked, packed = fields.get(_UNPACKED, -1), fields.get(_PACKED, -1)
         if unpacked < 0 or packed < 0:
-            raise Damaged("a page without a size")
+            raise DamagedPage("a page without a size")
         total += unpacked
         place += length + packed
     return total
@@ -41,7 +41,7 @@ def _header(file: int, place: int) -> tuple[dict[int, int], int]:
             return struct.fields(), struct.place
         except IndexError:
             if len(content) < size or size >= _MOST:
-                raise Damaged("a page header that does not end") from None
+                raise DamagedPage("a page header that does not end") from None
             size *= 32
 
 
@@ -54,7 +54,7 @@ class _Compact:
     def fields(self, depth: int = 0) -> dict[int, int]:
         """Reads a struct; its fields of whole numbers by their ids."""
         if depth > _DEEPEST:
-            raise Damaged("a page header that is too deep")
+            raise DamagedPage("a page header that is too deep")
         found, field = {}, 0
         while (head := self._byte()) != 0:
             field = field + (head >> 4) if head >> 4 else self._number()
@@ -80,7 +80,7 @@ class _Compact:
             for _ in range(count):
                 self._skip(_BYTE if head & 15 in (_TRUE, _FALSE) else head & 15, depth + 1)
         else:
-            raise Damaged(f"a page header with a field of kind {kind}")
+            raise DamagedPage(f"a page header with a field of kind {kind}")
 
     def _number(self) -> int:
         value = self._varint()
@@ -93,7 +93,7 @@ class _Compact:
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-        raise Damaged("a page header with an endless number")
+        raise DamagedPage("a page header with an endless number")
 
     def _byte(self) -> int:
         self.place += 1

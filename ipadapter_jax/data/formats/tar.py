@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ipadapter_jax.data.file_listing import Files, check_size
-from ipadapter_jax.data.formats.file_groups import ROLES, TEXTS, grouped, record_of, split_member
+from ipadapter_jax.data.file_listing import FileListing, check_size
+from ipadapter_jax.data.formats.file_groups import ROLES, TEXTS, group_files, make_record, split_member
 from ipadapter_jax.data.packed_strings import PackedStrings, printable
 from ipadapter_jax.data.types import Record
-from ipadapter_jax.data.unused_files import NO_CAPTION, SECOND_DOT, Unused
+from ipadapter_jax.data.unused_files import NO_CAPTION, SECOND_DOT, UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.formats import is_image_name
 
@@ -42,9 +42,9 @@ class TarSource:
     Raises InputError when not one record is left.
     """
 
-    def __init__(self, files: Files):
+    def __init__(self, files: FileListing):
         self._files = files
-        self.unused = Unused()
+        self.unused = UnusedFiles()
         stems: list[str] = []
         tables = []
         for shard in range(len(files)):
@@ -72,7 +72,7 @@ class TarSource:
         try:
             with open(self._files.path(entry["shard"]), "rb", buffering=0) as file:
                 roles = [role for role in ROLES if entry[role]["size"] >= 0]
-                return record_of(key, {role: _read(file, entry[role], key, role in TEXTS) for role in roles})
+                return make_record(key, {role: _read(file, entry[role], key, role in TEXTS) for role in roles})
         except OSError as error:
             raise InputError(f"{key}: the shard cannot be read ({error.strerror})") from None
 
@@ -88,7 +88,7 @@ class TarSource:
         for name, offset, size in _members(self._files.path(shard)):
             names.append(name)
             places.append((offset, size))
-        records, unused = grouped(names, split_member, joined=True)
+        records, unused = group_files(names, split_member, joined=True)
         shown = self._files.names[shard]
         self.unused.extend(unused, f"{shown}:")
         for stem, members in records:

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from ipadapter_jax.data.file_listing import Files
+from ipadapter_jax.data.file_listing import FileListing
 from ipadapter_jax.data.formats.array_record import ArrayRecords
-from ipadapter_jax.data.formats.column_names import IMAGE, TEXT, Columns, choose
+from ipadapter_jax.data.formats.column_names import IMAGE, TEXT, ColumnNames, choose_columns
 from ipadapter_jax.data.packed_strings import PackedStrings
 from ipadapter_jax.data.types import Record
-from ipadapter_jax.data.unused_files import Unused
+from ipadapter_jax.data.unused_files import UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.text_files import read_json_object
 
@@ -22,13 +22,13 @@ class TfdsSource:
     Raises InputError: tensorflow-datasets is not installed, another file format, no such feature.
     """
 
-    def __init__(self, files: Files, columns: Columns):
+    def __init__(self, files: FileListing, columns: ColumnNames):
         folder = files.root
         _check_format(folder)
-        self.unused = Unused()
+        self.unused = UnusedFiles()
         self._features, paths = _open(folder)
-        self._columns = choose(columns, _kinds(self._features), str(folder))
-        self._files = Files(folder, PackedStrings(path.name for path in paths))
+        self._columns = choose_columns(columns, _kinds(self._features), str(folder))
+        self._files = FileListing(folder, PackedStrings(path.name for path in paths))
         self._records = ArrayRecords([str(path) for path in paths], list(self._files.names))
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ipadapter_jax.storage.text_files import utf8
+from ipadapter_jax.storage.text_files import encode_utf8
 from ipadapter_jax.weights.lazy import Tensor
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what is written, and its name in a header
@@ -20,7 +20,9 @@ def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     Not by the library's writer: it puts metadata in a random order, so that no digest could be compared, needs all
     arrays in memory, and up to 0.8.0 it writes arrays that are not contiguous as they lie in memory.
     """
-    header: dict[str, Any] = {"__metadata__": {name: utf8(value).decode() for name, value in sorted(metadata.items())}}
+    header: dict[str, Any] = {
+        "__metadata__": {name: encode_utf8(value).decode() for name, value in sorted(metadata.items())}
+    }
     position, ordered = 0, sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     for name, tensor in ordered:  # by width first, so that all of them are aligned
         end = position + int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize

@@ -11,8 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ipadapter_jax.errors import InputError, WeightFileError
-from ipadapter_jax.storage.nearby_paths import nearby
-from ipadapter_jax.storage.paths import expanded
+from ipadapter_jax.storage.nearby_paths import nearby_hint
+from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.storage.text_files import parse_json, read_json_object
 from ipadapter_jax.weights.formats.msgpack_file import read_msgpack_file
 from ipadapter_jax.weights.formats.torch_pickle import UNNAMED, read_tensors
@@ -45,7 +45,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 def open_file(path: Path) -> WeightFile:
     """The same with what the file says about itself."""
-    path = expanded(Path(path))
+    path = expand_home(Path(path))
     try:
         kind = container(path)
         found = WeightFile(kind, *_READERS[kind](path))
@@ -62,7 +62,7 @@ def container(path: Path) -> str:
     try:
         if not path.is_file():
             other = "is a folder, not a file" if path.is_dir() else "is a pipe or a device; give a file"
-            there = other if path.exists() else f"there is no such file{nearby(path)}"
+            there = other if path.exists() else f"there is no such file{nearby_hint(path)}"
             raise WeightFileError(f"{path}: {there}")
         with open(path, "rb") as file:
             head = file.read(512)

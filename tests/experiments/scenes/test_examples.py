@@ -15,7 +15,7 @@ from PIL import Image
 from experiments.mini.scenes.examples import Scenes, example
 from experiments.mini.scenes.render import render
 from experiments.mini.scenes.scene import make_scene
-from ipadapter_jax.data.workers import in_workers
+from ipadapter_jax.data.workers import load_in_workers
 from ipadapter_jax.errors import InputError
 
 DIGEST = """
@@ -85,7 +85,7 @@ def test_grain_reads_scenes_in_worker_processes():
     source = Scenes("train", 9, photographs=0.3)
     dataset = grain.MapDataset.source(source)
     assert list(dataset) == list(source)
-    assert list(in_workers(dataset.to_iter_dataset(), workers=2, element_bytes=0)) == list(source)
+    assert list(load_in_workers(dataset.to_iter_dataset(), workers=2, element_bytes=0)) == list(source)
     shuffled = dataset.shuffle(seed=1)
     assert sorted(record.key for record in shuffled) == [source.key(i) for i in range(9)]
 

@@ -23,7 +23,7 @@ from experiments.mini.scenes.scene import (
     Thing,
     make_scene,
 )
-from ipadapter_jax.data.open_dataset import open_source
+from ipadapter_jax.data.open_dataset import open_dataset
 from ipadapter_jax.errors import InputError
 
 COUNTS = {"train": 12, "held_out": 8}
@@ -39,7 +39,7 @@ def written(tmp_path_factory) -> Path:
 
 
 def test_the_trainer_reads_it_in_the_order_of_indices(written):
-    source, expected = open_source(str(written)), Scenes("train", 12, photographs=SHARE)
+    source, expected = open_dataset(str(written)), Scenes("train", 12, photographs=SHARE)
     assert len(source) == 12
     read = [source[i] for i in range(12)]
     assert [(record.image, record.text) for record in read] == [(record.image, record.text) for record in expected]
@@ -92,7 +92,7 @@ def test_what_is_there_is_kept(written):
     assert render_scenes(written.parents[2], COUNTS, photographs=SHARE) == written
     assert {path: path.stat().st_mtime_ns for path in written.iterdir()} == before
     other = render_scenes(written.parents[2], {"train": 3}, side=128, photographs=0)
-    assert other != written and len(open_source(str(other))) == 3
+    assert other != written and len(open_dataset(str(other))) == 3
 
 
 def test_nothing_partial_is_left(tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_nothing_partial_is_left(tmp_path, monkeypatch):
         patch.setattr("experiments.mini.scenes.tfds_builder.example", broken)
         render_scenes(tmp_path, {"train": 8}, photographs=0)
     assert not list(tmp_path.rglob("*array_record*")) and not list(tmp_path.rglob("dataset_info.json"))
-    assert len(open_source(str(render_scenes(tmp_path, {"train": 8}, photographs=0)))) == 8
+    assert len(open_dataset(str(render_scenes(tmp_path, {"train": 8}, photographs=0)))) == 8
 
 
 def test_its_configurations_are_those_of_tfds(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ipadapter_jax.batch.rows import Row, Rows, read_rows
-from ipadapter_jax.data.unused_files import summary
+from ipadapter_jax.data.unused_files import summarize
 from ipadapter_jax.errors import InputError
 
 
@@ -92,7 +92,7 @@ def test_prompts_of_a_folder_in_other_files(folder):
     (folder / "metadata.jsonl").write_text('{"file_name": "hen.JFIF", "text": "a hen"}\n{"file_name": "fox.png"}\n')
     rows, bad, unused = read_rows(folder)
     assert bad == [] and {row.name: row.prompt for row in rows} == {"fox": "a fox", "hen": "a hen", "owl": "an owl"}
-    assert summary(3, unused) == (
+    assert summarize(3, unused) == (
         "3 records, 2 files not used: second captions of one image (1: fox.caption); folders, whose images are not "
         "read (1: deep)"
     )
@@ -107,7 +107,7 @@ def test_what_is_in_no_row_is_counted(folder):
     (folder / "notes.md").write_text("")
     (folder / "metadata.csv").write_text("file_name,text\nowl.jpg,an owl\ngone.jpg,gone\n")
     (folder / "what?.png").write_bytes(b"")
-    assert summary(2, read_rows(folder).unused) == (
+    assert summarize(2, read_rows(folder).unused) == (
         "2 records, 6 files not used: HEIC images, which are not read: convert them to JPEG or PNG (1: 1.heic); "
         "captions without an image that is read (1: 1.txt); folders, whose images are not read (1: deep); entries "
         "whose image does not exist (1: metadata.csv: gone.jpg); rows that cannot be used, see bad_rows.jsonl (1: "

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from ipadapter_jax.batch.rows import BadRow, Row
-from ipadapter_jax.errors import InputError, NonFiniteImageError, argument, said_in_options
+from ipadapter_jax.errors import InputError, NonFiniteImageError, argument, errors_name_options
 from ipadapter_jax.storage.atomic_files import sha256
-from ipadapter_jax.storage.file_lock import held
+from ipadapter_jax.storage.file_lock import file_lock
 
 PROGRAM = Path(__file__).with_name("fake_job.py")
 spec = importlib.util.spec_from_file_location("fake_job", PROGRAM)
@@ -123,7 +123,7 @@ def test_rows_are_refused_and_images_written_in_the_words_of_the_command_line(tm
     def load(row: Row) -> int:
         raise InputError(f"{argument('fit', 'tile')}: 9 tiles")
 
-    with said_in_options({"fit": "--fit"}):
+    with errors_name_options({"fit": "--fit"}):
         tally = run(works(1), tmp_path, load=load)
         said: list[str] = []
         run(works(2), tmp_path, encode=lambda work, seed: said.append(argument("fit")) or png(seed))
@@ -369,7 +369,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    with held(tmp_path / "lock"), pytest.raises(InputError, match=r"is in use by process \d+ on "):
+    with file_lock(tmp_path / "lock"), pytest.raises(InputError, match=r"is in use by process \d+ on "):
         run(works(), tmp_path)
 
 

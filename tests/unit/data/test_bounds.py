@@ -11,13 +11,13 @@ import pytest
 from data_formats import images, jpeg, write_parquet, write_tar
 from memory import peak_growth
 
-from ipadapter_jax.data.formats.parquet_pages import Damaged, unpacked_bytes
-from ipadapter_jax.data.open_dataset import open_source
+from ipadapter_jax.data.formats.parquet_pages import DamagedPage, unpacked_bytes
+from ipadapter_jax.data.open_dataset import open_dataset
 from ipadapter_jax.errors import InputError
 
-OPEN = "from ipadapter_jax.data.open_dataset import open_source; open_source(sys.argv[2])[0]"  # it reserves memory
-READ = "source = open_source(sys.argv[1]); [source[i] for i in (0, len(source) // 2, len(source) - 1)]"
-REFUSED = "try: open_source(sys.argv[1]); assert False\nexcept ValueError: pass"
+OPEN = "from ipadapter_jax.data.open_dataset import open_dataset; open_dataset(sys.argv[2])[0]"  # it reserves memory
+READ = "source = open_dataset(sys.argv[1]); [source[i] for i in (0, len(source) // 2, len(source) - 1)]"
+REFUSED = "try: open_dataset(sys.argv[1]); assert False\nexcept ValueError: pass"
 
 
 def growth(code: str, path: Path) -> int:
@@ -36,7 +36,7 @@ def test_a_repeated_image_stays_one_image(tmp_path) -> None:
     table = pa.table({"image": repeated(image, 100_000), "text": repeated("a fox" * 4000, 100_000)})
     pq.write_table(table, path, compression="zstd", store_schema=False)
     assert path.stat().st_size < 4000
-    source = open_source(str(path))
+    source = open_dataset(str(path))
     assert len(source) == 100_000 and source[99_999].image == image and source[5].text == "a fox" * 4000
     assert growth(READ, path) < 300
 
@@ -45,7 +45,7 @@ def test_a_repeated_image_in_a_struct(tmp_path) -> None:
     path = tmp_path / "a.parquet"
     struct = pa.StructArray.from_arrays([repeated(jpeg(1) + bytes(22_000), 100_000)], ["bytes"])
     pq.write_table(pa.table({"image": struct, "text": repeated("a", 100_000)}), path, compression="zstd")
-    assert len(open_source(str(path))[7].image) > 22_000
+    assert len(open_dataset(str(path))[7].image) > 22_000
     assert growth(READ, path) < 300
 
 
@@ -54,7 +54,7 @@ def test_compressed_zeros_are_refused_before_they_are_read(tmp_path) -> None:
     table = pa.table({"image": [bytes(100 << 20)] * 5, "text": ["a"] * 5})
     pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
     with pytest.raises(InputError, match=r"a.parquet: row group 0 of 1\d KiB declares 5 rows of 500 MiB .*size=100"):
-        open_source(str(path))
+        open_dataset(str(path))
     assert growth(REFUSED, path) < 200
 
 
@@ -63,7 +63,7 @@ def test_rows_without_number_are_refused_before_they_are_read(tmp_path) -> None:
     table = pa.table({"image": pa.nulls(rows, pa.binary()), "text": pa.nulls(rows, pa.string())})
     pq.write_table(table, path, row_group_size=rows)
     with pytest.raises(InputError, match="row group 0 of .* declares 3,000,000 rows"):
-        open_source(str(path))
+        open_dataset(str(path))
 
 
 TEXTS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
@@ -79,7 +79,7 @@ def test_every_type_of_column_is_read(tmp_path, binary, text, use_dictionary) ->
     column = pa.array(texts).dictionary_encode().cast(text) if pa.types.is_dictionary(text) else pa.array(texts, text)
     table = pa.table({"image": pa.array(images, binary), "text": column})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2, use_dictionary=use_dictionary)
-    source = pickle.loads(pickle.dumps(open_source(str(tmp_path / "a.parquet"))))
+    source = pickle.loads(pickle.dumps(open_dataset(str(tmp_path / "a.parquet"))))
     assert [(source[i].image, source[i].text) for i in range(5)] == list(zip(images, texts, strict=True))
 
 
@@ -104,7 +104,7 @@ def test_a_long_header_of_a_tar_is_not_read(tmp_path, kind) -> None:
         file.write(header(kind, 4 << 30))
         file.truncate(5 << 30)
     with pytest.warns(UserWarning, match="only the whole records of this tar are used .a header of 4294967296 bytes"):
-        source = open_source(str(path))
+        source = open_dataset(str(path))
     assert len(source) == 1 and source[0].image == images()[0].image
     assert growth(READ, path) < 200
 
@@ -114,7 +114,7 @@ def test_headers_of_a_tar_that_follow_one_another_without_end(tmp_path) -> None:
     chained = header(tarfile.XHDTYPE, 0) * 5000
     path.write_bytes(path.read_bytes().rstrip(b"\0") + bytes(-len(path.read_bytes().rstrip(b"\0")) % 512) + chained)
     with pytest.warns(UserWarning, match="00000.tar: only the whole records of this tar are used"):
-        assert len(open_source(str(path))) == 3
+        assert len(open_dataset(str(path))) == 3
 
 
 # --- Pages of Parquet
@@ -138,7 +138,7 @@ def test_pages_that_say_more_than_the_list_of_columns(tmp_path) -> None:
     assert content.find(before, 0, 100) > 0 and len(before) == len(after)
     path.write_bytes(content.replace(before, after, 1))
     with pytest.raises(InputError, match="a.parquet:0: the file is damaged .image unpacks to 133,169,152 bytes"):
-        open_source(str(path))
+        open_dataset(str(path))
     assert growth(REFUSED, path) < 100
 
 
@@ -163,7 +163,7 @@ def test_headers_of_pages_say_what_the_list_says(tmp_path, version, statistics) 
 def test_what_is_no_page_header(tmp_path, content) -> None:
     path = tmp_path / "pages"
     path.write_bytes(content)
-    with open(path, "rb") as file, pytest.raises(Damaged, match="a page"):
+    with open(path, "rb") as file, pytest.raises(DamagedPage, match="a page"):
         unpacked_bytes(file.fileno(), 0, 100)
 
 
@@ -173,7 +173,7 @@ def test_a_caption_file_that_is_no_caption(tmp_path) -> None:
     (tmp_path / "b.txt").write_text("b")
     with open(tmp_path / "a.txt", "wb") as file:
         file.truncate(200 << 20)
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     with pytest.raises(InputError, match="a.jpg: 200 MiB are far too many for a caption; at most 16"):
         source[0]
     assert source[1].text == "b"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ipadapter_jax.data.dataset import LiveSamples
 from ipadapter_jax.data.types import Record
-from ipadapter_jax.data.unused_files import Unused
+from ipadapter_jax.data.unused_files import UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.preprocess import clip_pixels, square_pixels
 from ipadapter_jax.weights.tokenizer import load_tokenizer, tokenize
@@ -26,7 +26,7 @@ class Listed:
     """A source of given records."""
 
     records: list
-    unused: Unused = field(default_factory=Unused)
+    unused: UnusedFiles = field(default_factory=UnusedFiles)
 
     def __len__(self):
         return len(self.records)

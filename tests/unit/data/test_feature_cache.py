@@ -15,11 +15,11 @@ import pytest
 from weight_files import refused
 
 from ipadapter_jax import InputError
-from ipadapter_jax.data.feature_cache import CachedSamples, begin, finish, is_cache
-from ipadapter_jax.data.feature_shards import Layout, Plan, ShardWriter, shard_facts
+from ipadapter_jax.data.feature_cache import CachedSamples, finish_cache, is_cache, start_cache
+from ipadapter_jax.data.feature_shards import CachePlan, SampleLayout, ShardWriter, read_shard_footer
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-LAYOUT = Layout(
+LAYOUT = SampleLayout(
     {
         "mean": (BFLOAT16, (4, 4, 4)),
         "logvar": (BFLOAT16, (4, 4, 4)),
@@ -28,7 +28,7 @@ LAYOUT = Layout(
     }
 )
 MADE_FROM = {"resolution": 32, "vae": {"model.safetensors": "ab" * 32}}
-PLAN = Plan(23, 10, LAYOUT, MADE_FROM)
+PLAN = CachePlan(23, 10, LAYOUT, MADE_FROM)
 SKIPPED = 12
 
 
@@ -40,7 +40,7 @@ def sample(index: int) -> dict[str, np.ndarray]:
     }
 
 
-def write(folder: Path, plan: Plan = PLAN, shards=None) -> None:
+def write(folder: Path, plan: CachePlan = PLAN, shards=None) -> None:
     for shard in range(plan.shards) if shards is None else shards:
         with ShardWriter(folder, plan, shard) as writer:
             for index in plan.shard_records(shard):
@@ -53,9 +53,9 @@ def write(folder: Path, plan: Plan = PLAN, shards=None) -> None:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A whole cache of 3 shards, with one record that could not be read."""
-    begin(tmp_path / "cache", PLAN)
+    start_cache(tmp_path / "cache", PLAN)
     write(tmp_path / "cache")
-    assert finish(tmp_path / "cache", PLAN, np.ones((7, 3), BFLOAT16)) == 1
+    assert finish_cache(tmp_path / "cache", PLAN, np.ones((7, 3), BFLOAT16)) == 1
     return tmp_path / "cache"
 
 
@@ -116,38 +116,38 @@ def test_identity_is_of_content_not_of_place(folder, tmp_path):
     assert CachedSamples(folder.rename(tmp_path / "moved")).identity() == before
     other = tmp_path / "other"
     plan = dataclasses.replace(PLAN, made_from=MADE_FROM | {"resolution": 64})
-    begin(other, plan)
+    start_cache(other, plan)
     write(other, plan)
-    finish(other, plan, None)
+    finish_cache(other, plan, None)
     assert CachedSamples(other).identity() != before and CachedSamples(other).zero_features() is None
 
 
 def test_an_unfinished_cache_says_how_to_go_on(tmp_path):
     refused(lambda: CachedSamples(tmp_path), str(tmp_path), "ipadapter-jax encode")
     assert not is_cache(tmp_path)
-    begin(tmp_path, PLAN)
+    start_cache(tmp_path, PLAN)
     write(tmp_path, shards=[0, 2])
-    assert finish(tmp_path, PLAN, None) is None and is_cache(tmp_path)
+    assert finish_cache(tmp_path, PLAN, None) is None and is_cache(tmp_path)
     refused(lambda: CachedSamples(tmp_path), str(tmp_path), "not complete", "again")
     write(tmp_path, shards=[1])
-    assert finish(tmp_path, PLAN, None) == 1 and len(CachedSamples(tmp_path)) == 23
+    assert finish_cache(tmp_path, PLAN, None) == 1 and len(CachedSamples(tmp_path)) == 23
 
 
 WRONG_SHAPE = json.dumps(PLAN.to_json()).replace('"shape": [', '"shape": ["a", ')
 
 
 def test_a_folder_keeps_the_plan_that_it_was_begun_with(folder):
-    assert begin(folder, Plan(24, 10, LAYOUT, {})) == PLAN
+    assert start_cache(folder, CachePlan(24, 10, LAYOUT, {})) == PLAN
     for content in ("{", "[" * 100_000, "[]", '{"format": 1, "records": 1e999}', WRONG_SHAPE):
         (folder / "plan.json").write_text(content)
-        refused(lambda: begin(folder, PLAN), "plan.json is damaged")
+        refused(lambda: start_cache(folder, PLAN), "plan.json is damaged")
 
 
 def test_a_shard_of_another_plan_does_not_count(folder):
-    assert shard_facts(folder, PLAN, 0) is not None
-    assert shard_facts(folder, dataclasses.replace(PLAN, made_from={}), 0) is None
+    assert read_shard_footer(folder, PLAN, 0) is not None
+    assert read_shard_footer(folder, dataclasses.replace(PLAN, made_from={}), 0) is None
     shard(folder, 0).write_bytes(shard(folder, 1).read_bytes())
-    assert shard_facts(folder, PLAN, 0) is None
+    assert read_shard_footer(folder, PLAN, 0) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing"])
@@ -157,7 +157,7 @@ def test_a_lost_or_cut_shard_is_found_at_the_start(folder, damage):
     else:
         shard(folder, 1).unlink()
     refused(lambda: CachedSamples(folder), shard(folder, 1), "copy it again")
-    assert shard_facts(folder, PLAN, 1) is None
+    assert read_shard_footer(folder, PLAN, 1) is None
 
 
 def test_every_changed_byte_is_found_or_harmless(folder):
@@ -198,7 +198,7 @@ def test_damaged_zero_features_are_refused(folder):
 
 
 def test_a_failed_shard_leaves_nothing(tmp_path):
-    begin(tmp_path, PLAN)
+    start_cache(tmp_path, PLAN)
     with pytest.raises(KeyError), ShardWriter(tmp_path, PLAN, 0) as writer:
         writer.add(sample(0))
         raise KeyError
@@ -206,10 +206,10 @@ def test_a_failed_shard_leaves_nothing(tmp_path):
 
 
 def test_no_room_is_an_error_that_keeps_the_shards_before(tmp_path, monkeypatch):
-    begin(tmp_path, PLAN)
+    start_cache(tmp_path, PLAN)
     write(tmp_path, shards=[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = shard_facts(tmp_path, PLAN, 0)
+    before = read_shard_footer(tmp_path, PLAN, 0)
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (2000, hard)
     )  # the same error path as a full disk; Python ignores SIGXFSZ
@@ -217,17 +217,17 @@ def test_no_room_is_an_error_that_keeps_the_shards_before(tmp_path, monkeypatch)
         refused(lambda: write(tmp_path, shards=[1]), PLAN.shard_name(1), "not written", "make room")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert before is not None and shard_facts(tmp_path, PLAN, 0) == before
+    assert before is not None and read_shard_footer(tmp_path, PLAN, 0) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", PLAN.shard_name(0)]
 
 
 def test_more_shards_than_a_process_may_open_files(tmp_path):
-    plan = Plan(60, 1, Layout({"input_ids": (np.dtype(np.int32), (1,))}), {})
-    begin(tmp_path, plan)
+    plan = CachePlan(60, 1, SampleLayout({"input_ids": (np.dtype(np.int32), (1,))}), {})
+    start_cache(tmp_path, plan)
     for number in range(60):
         with ShardWriter(tmp_path, plan, number) as writer:
             writer.add({"input_ids": np.full(1, number, np.int32)})
-    finish(tmp_path, plan, None)
+    finish_cache(tmp_path, plan, None)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, hard))

@@ -18,7 +18,7 @@ import pytest
 from data_formats import WRITERS, add, images, jpeg, members, write_folder, write_parquet, write_tar
 
 from ipadapter_jax.data.formats.array_record import unpack
-from ipadapter_jax.data.open_dataset import open_source
+from ipadapter_jax.data.open_dataset import open_dataset
 from ipadapter_jax.errors import InputError
 
 RECORDS = images()
@@ -37,7 +37,7 @@ def open_quietly(path, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module="tensorflow_datasets|etils|google")
-        return open_source(str(path), **options)
+        return open_dataset(str(path), **options)
 
 
 def read_all(source) -> list:
@@ -185,7 +185,7 @@ def test_a_tar_that_is_not_whole_keeps_its_good_records(tmp_path, keep) -> None:
     }
     (tars / "00000.tar").write_bytes(contents[keep])
     with pytest.warns(UserWarning, match="00000.tar: only the whole records") as caught:
-        source = open_source(str(tars))
+        source = open_dataset(str(tars))
     assert len(caught) == 1
     expected = RECORDS[3:] if keep in ("compressed", "") else RECORDS[:2] + RECORDS[3:]
     assert [r.text for r in read_all(source)] == [r.text for r in expected]
@@ -248,10 +248,10 @@ def test_what_is_left_unread_or_slow_is_said(tmp_path, monkeypatch) -> None:
     tars = write_tar(tmp_path / "tars", RECORDS)
     (tars / "preview.png").write_bytes(jpeg(1))
     with pytest.warns(UserWarning, match="2 files of tar are read; beside them, not read: 1 of folder"):
-        open_source(str(tars))
+        open_dataset(str(tars))
     monkeypatch.setattr("ipadapter_jax.data.formats.parquet.LARGE_GROUP", 100)
     with pytest.warns(UserWarning, match="row_group_size=100"):
-        open_source(str(write_parquet(tmp_path / "parquet", RECORDS)))
+        open_dataset(str(write_parquet(tmp_path / "parquet", RECORDS)))
 
 
 WRONG_LISTS = {
@@ -277,7 +277,7 @@ def test_wrong_lists(tmp_path, content) -> None:
 def says(expected: str, path: str, **options) -> None:
     with pytest.raises(InputError) as error, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        open_source(path, **options)
+        open_dataset(path, **options)
     message = str(error.value)
     for part in expected.split(" .*"):
         assert part in message, message
@@ -353,7 +353,7 @@ def test_wrong_tensorflow_datasets(written, tmp_path, monkeypatch) -> None:
 
 def test_tensorflow_is_not_needed(written) -> None:
     code = (
-        "import sys; from ipadapter_jax.data.open_dataset import open_source; r = open_source(sys.argv[1])[0]; "
+        "import sys; from ipadapter_jax.data.open_dataset import open_dataset; r = open_dataset(sys.argv[1])[0]; "
         "assert r.image[:2] == b'\\xff\\xd8', r; print('tensorflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(written["tfds"])], capture_output=True, text=True)

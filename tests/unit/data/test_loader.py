@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ipadapter_jax.data import workers as worker_processes
-from ipadapter_jax.data.loader import Batch, Skipped, batches
+from ipadapter_jax.data.loader import LoadedBatch, SkippedRecord, load_batches
 from ipadapter_jax.data.shuffle import record_order
 from ipadapter_jax.errors import InputError
 
@@ -42,7 +42,11 @@ def samples_of(records, bad=(), side=40, seen=None):
 def assert_same(found, expected):
     assert len(found) == len(expected) > 0
     for a, b in zip(found, expected, strict=True):
-        assert isinstance(a, Batch) and a.skipped == b.skipped and all(isinstance(s, Skipped) for s in a.skipped)
+        assert (
+            isinstance(a, LoadedBatch)
+            and a.skipped == b.skipped
+            and all(isinstance(s, SkippedRecord) for s in a.skipped)
+        )
         assert a.arrays.keys() == b.arrays.keys()
         for name, array in a.arrays.items():
             assert array.dtype == b.arrays[name].dtype and type(array) is np.ndarray
@@ -56,7 +60,7 @@ WHOLE = {"seed": 3, "batch_size": 6, "rows": range(6)}
 
 
 def test_batches_follow_the_order():
-    loaded = list(batches(samples_of(10), first=2, count=4, **WHOLE))
+    loaded = list(load_batches(samples_of(10), first=2, count=4, **WHOLE))
     assert [batch.arrays["index"].tolist() for batch in loaded] == [
         [record_order(3, 10, 6 * k + r) for r in range(6)] for k in (2, 3, 4, 5)
     ]
@@ -66,16 +70,16 @@ def test_batches_follow_the_order():
 @pytest.mark.parametrize("threads", [1, 2, 16])
 def test_threads_change_nothing(threads):
     samples = samples_of(20, bad=(3, 4, 5, 11, 19))
-    expected = list(batches(samples, first=1, count=8, threads=0, **WHOLE))
+    expected = list(load_batches(samples, first=1, count=8, threads=0, **WHOLE))
     assert any(batch.skipped for batch in expected)
-    assert_same(list(batches(samples, first=1, count=8, threads=threads, **WHOLE)), expected)
+    assert_same(list(load_batches(samples, first=1, count=8, threads=threads, **WHOLE)), expected)
 
 
 def test_worker_processes_change_nothing_and_end():
     samples = samples_of(20, bad=(3, 4, 5, 11, 19), side=200)  # large enough for shared memory
-    expected = list(batches(samples, first=1, count=20, threads=0, **WHOLE))
+    expected = list(load_batches(samples, first=1, count=20, threads=0, **WHOLE))
     before = shared_memory()
-    loading = batches(samples, first=1, count=20, workers=2, threads=2, **WHOLE)
+    loading = load_batches(samples, first=1, count=20, workers=2, threads=2, **WHOLE)
     assert_same([next(loading) for _ in range(7)], expected[:7])
     children = multiprocessing.active_children()
     assert len(children) == 2
@@ -92,25 +96,25 @@ def test_what_a_worker_raises_arrives():
     readable = record_order(3, 200, 0)  # which this process reads to see how large a sample is
     bad = {(readable + i) % 200 for i in range(1, 200)}
     with pytest.raises(InputError, match="^64 records in a row .* shard.tar:"):
-        list(batches(samples_of(200, bad), first=0, count=2, workers=1, **WHOLE))
+        list(load_batches(samples_of(200, bad), first=0, count=2, workers=1, **WHOLE))
     assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("split", [[[0, 1, 2], [3, 4, 5]], [[5], [1, 0], [3, 2, 4]]])
 def test_processes_together_read_the_global_batch(split):
     samples = samples_of(10, bad=(2,))
-    expected = list(batches(samples, first=0, count=5, **WHOLE))
+    expected = list(load_batches(samples, first=0, count=5, **WHOLE))
     for rows in split:
-        parts = list(batches(samples, first=0, count=5, **(WHOLE | {"rows": rows})))
+        parts = list(load_batches(samples, first=0, count=5, **(WHOLE | {"rows": rows})))
         for part, whole in zip(parts, expected, strict=True):
             np.testing.assert_array_equal(part.arrays["pixels"], whole.arrays["pixels"][rows])
 
 
 def test_a_later_start_changes_nothing():
     samples = samples_of(10, bad=(2, 3))
-    whole = list(batches(samples, first=0, count=9, **WHOLE))
-    assert_same(list(batches(samples, first=7, count=2, **WHOLE)), whole[7:])
-    assert list(batches(samples, first=7, count=0, **WHOLE)) == []
+    whole = list(load_batches(samples, first=0, count=9, **WHOLE))
+    assert_same(list(load_batches(samples, first=7, count=2, **WHOLE)), whole[7:])
+    assert list(load_batches(samples, first=7, count=0, **WHOLE)) == []
 
 
 # --- Records that cannot be read
@@ -118,7 +122,7 @@ def test_a_later_start_changes_nothing():
 
 def test_the_next_record_stands_in():
     bad = {3, 4, 9}
-    (batch,) = batches(samples_of(10, bad), seed=0, batch_size=10, rows=range(10), first=0, count=1)
+    (batch,) = load_batches(samples_of(10, bad), seed=0, batch_size=10, rows=range(10), first=0, count=1)
     order = [record_order(0, 10, g) for g in range(10)]
     stand_in = {3: 5, 4: 5, 9: 0}
     assert batch.arrays["index"].tolist() == [stand_in.get(i, i) for i in order]
@@ -132,7 +136,7 @@ def test_the_next_record_stands_in():
 
 def test_too_many_bad_records_in_a_row_are_an_error():
     def first_batch(records, bad):
-        return next(batches(samples_of(records, bad), seed=0, batch_size=1, rows=[0], first=0, count=1))
+        return next(load_batches(samples_of(records, bad), seed=0, batch_size=1, rows=[0], first=0, count=1))
 
     start = record_order(0, 100, 0)
     run = [(start + i) % 100 for i in range(64)]
@@ -157,7 +161,7 @@ def test_an_interrupt_is_no_bad_record():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        next(batches(Interrupted(), seed=0, batch_size=1, rows=[0], first=0, count=1, threads=0))
+        next(load_batches(Interrupted(), seed=0, batch_size=1, rows=[0], first=0, count=1, threads=0))
 
 
 def test_bad_arguments():
@@ -168,7 +172,7 @@ def test_bad_arguments():
         (samples_of(3), {"rows": []}, "rows []"),
     ]:
         with pytest.raises(InputError, match=re.escape(words)):
-            batches(samples, first=0, count=1, **(WHOLE | change))
+            load_batches(samples, first=0, count=1, **(WHOLE | change))
 
 
 # --- Loading
@@ -176,25 +180,25 @@ def test_bad_arguments():
 
 def test_only_two_batches_are_loaded_ahead():
     seen = []
-    for done, _ in enumerate(batches(samples_of(50, seen=seen), first=0, count=30, threads=16, **WHOLE)):
+    for done, _ in enumerate(load_batches(samples_of(50, seen=seen), first=0, count=30, threads=16, **WHOLE)):
         assert len(seen) <= 6 * (done + 1 + 2)
     assert len(seen) == 6 * 30
 
 
 def test_closing_stops_loading():
     seen = []
-    loading = batches(samples_of(50, seen=seen), first=0, count=1000, **WHOLE)
+    loading = load_batches(samples_of(50, seen=seen), first=0, count=1000, **WHOLE)
     next(loading)
     loading.close()
     assert len(seen) <= 18 and list(loading) == []
 
 
 def test_little_shared_memory_is_left_alone(monkeypatch, tmp_path):
-    assert worker_processes.least_shared(1 << 10) == 1 << 16
-    assert worker_processes.least_shared(1 << 60) == sys.maxsize
+    assert worker_processes.shared_memory_threshold(1 << 10) == 1 << 16
+    assert worker_processes.shared_memory_threshold(1 << 60) == sys.maxsize
     free = shutil.disk_usage("/").free  # whatever a container has
     monkeypatch.setattr(worker_processes, "_SHARED_MEMORY", str(tmp_path / "absent"))
-    assert worker_processes.least_shared(free) == 1 << 16
+    assert worker_processes.shared_memory_threshold(free) == 1 << 16
 
 
 SCRIPT = """

@@ -15,22 +15,22 @@ from PIL import Image
 from ipadapter_jax.batch.runner import BatchProgress
 from ipadapter_jax.cli import main
 from ipadapter_jax.data.dataset import LiveSamples
-from ipadapter_jax.data.open_dataset import open_source
-from ipadapter_jax.data.unused_files import Unused, summary, write_report
-from ipadapter_jax.errors import InputError, said_in_options
+from ipadapter_jax.data.open_dataset import open_dataset
+from ipadapter_jax.data.unused_files import UnusedFiles, summarize, write_report
+from ipadapter_jax.errors import InputError, errors_name_options
 from ipadapter_jax.evaluate.prompts import open_references
 from ipadapter_jax.images.formats import SUFFIXES
 from ipadapter_jax.train.dataset import list_unused, tell
 
 
 def texts(path: Path, **options) -> dict[str, str]:
-    source = open_source(str(path), **options)
+    source = open_dataset(str(path), **options)
     return {record.key: record.text for record in (source[i] for i in range(len(source)))}
 
 
 def said(path: Path, **options) -> str:
-    source = open_source(str(path), **options)
-    return summary(len(source), source.unused)
+    source = open_dataset(str(path), **options)
+    return summarize(len(source), source.unused)
 
 
 def write(folder: Path, **files: str | bytes) -> Path:
@@ -57,9 +57,9 @@ def test_what_is_not_used_is_counted_and_named(tmp_path) -> None:
         tmp_path / "data", a__jpg=jpeg(1), a__txt="a", b__jpg=jpeg(2), c__HEIC=b"\0\0\0\x18ftypheic", c__txt="c"
     )
     write(data, d__txt="d", e__cond__jpg=jpeg(3), notes__md="x", a__caption="a again", f__jxl=b"\xff\x0a", a__json="{}")
-    source = open_source(str(data))
+    source = open_dataset(str(data))
     assert len(source) == 2
-    assert summary(len(source), source.unused) == (
+    assert summarize(len(source), source.unused) == (
         "1 records, 8 files not used: HEIC images, which are not read: convert them to JPEG or PNG (1: c.HEIC); "
         "JPEG XL images, which are not read: convert them to JPEG or PNG (1: f.jxl); second captions of one image "
         "(1: a.caption); captions without an image that is read (2: c.txt, d.txt); image prompts without an image "
@@ -68,20 +68,20 @@ def test_what_is_not_used_is_counted_and_named(tmp_path) -> None:
     write_report(tmp_path, source.unused)
     lines = (tmp_path / "unused_files.txt").read_text().splitlines()
     assert len(lines) == 8 and lines[-1] == "notes.md: other files" and "b.jpg: images without a caption" in lines
-    write_report(tmp_path, Unused())
+    write_report(tmp_path, UnusedFiles())
     assert not (tmp_path / "unused_files.txt").exists()
 
 
 def test_many_names_are_counted_and_bounded() -> None:
-    unused = Unused()
+    unused = UnusedFiles()
     for number in range(5000):
         unused.add("captions", f"{number}.txt")
-    assert len(unused) == 5000 and summary(7, unused).endswith("captions (5000: 0.txt, 1.txt, 2.txt, ...)")
+    assert len(unused) == 5000 and summarize(7, unused).endswith("captions (5000: 0.txt, 1.txt, 2.txt, ...)")
     assert unused.report().splitlines()[-1] == "and 4000 more: captions"
-    odd = Unused()
+    odd = UnusedFiles()
     odd.add("captions", "two\nlines\x1b[31m\udce9.txt")
     assert odd.report() == "two?lines?[31m?.txt: captions\n"
-    twice = Unused()
+    twice = UnusedFiles()
     twice.extend(unused, "a:")
     twice.extend(unused, "b:")
     assert len(twice) == 10_000
@@ -91,12 +91,12 @@ def test_images_of_one_stem_share_a_caption(tmp_path) -> None:
     data = write(tmp_path / "data", a__jpg=jpeg(1), a__png=jpeg(2), a__txt="a cat", b__png=jpeg(3), b__txt="b")
     write(data, a__cond__jpg=jpeg(4))
     assert texts(data) == {"a.jpg": "a cat", "a.png": "a cat", "b.png": "b"}
-    source = open_source(str(data))
+    source = open_dataset(str(data))
     assert source[0].cond_image == source[1].cond_image == jpeg(4) and source[2].cond_image is None
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name in ("a.jpg", "a.png", "a.txt", "b.txt", "b.jpg", "a.jpg", "a.txt"):  # joined: a comes again
             add(tar, name, jpeg(1) if name.endswith(("g",)) else name.encode())
-    source = open_source(str(tmp_path / "0.tar"))
+    source = open_dataset(str(tmp_path / "0.tar"))
     assert [source[i].text for i in range(len(source))] == ["a.txt", "a.txt", "b.txt", "a.txt"]
 
 
@@ -112,9 +112,9 @@ def test_the_key_of_a_tar_member_ends_at_the_first_dot(tmp_path) -> None:
             "x.y/2.txt",
         ):
             add(tar, name, jpeg(1) if "txt" not in name else b"a fox")
-    source = open_source(str(tmp_path / "0.tar"))
+    source = open_dataset(str(tmp_path / "0.tar"))
     assert len(source) == 1 and source.key(0) == "0.tar:x.y/1" and source[0].cond_image == jpeg(1)
-    assert summary(len(source), source.unused) == (
+    assert summarize(len(source), source.unused) == (
         "1 records, 4 files not used: names with a second dot, where a WebDataset key ends at the first: rename "
         "them to have them read (1: 0.tar:x.y/1.seg.png); HEIC images, which are not read: convert them to JPEG or "
         "PNG (1: 0.tar:x.y/2.heic); captions without an image that is read (1: 0.tar:x.y/2.txt); other files (1: "
@@ -129,9 +129,9 @@ def test_a_shard_whose_keys_all_have_dots_says_so(tmp_path) -> None:
             for name in names:
                 add(tar, name, jpeg(1) if name.lower().endswith("g") else b"a fox")
     with pytest.raises(InputError, match="a WebDataset key ends at the first dot, and 0.tar:img.v2.jpg has another"):
-        open_source(str(tmp_path / "0.tar"))
+        open_dataset(str(tmp_path / "0.tar"))
     assert texts(tmp_path) == {"1.tar:1": "a fox"}
-    [reason] = open_source(str(tmp_path)).unused
+    [reason] = open_dataset(str(tmp_path)).unused
     assert reason.reason.startswith("names with a second dot") and reason.count == 4
     assert reason.names == ("0.tar:img.v2.txt", "0.tar:img.v2.jpg", "1.tar:b.c.PNG", "1.tar:b.c.json")
 
@@ -159,7 +159,7 @@ def test_rows_without_an_image_and_image_prompts_that_are_not_there(tmp_path) ->
 def test_an_image_that_is_not_read_names_its_kind_when_it_is_all_there_is(tmp_path) -> None:
     write(tmp_path, a__heic=b"\0\0\0\x18ftypheic", a__txt="a")
     with pytest.raises(InputError, match="HEIC images are not read: convert them to JPEG or PNG"):
-        open_source(str(tmp_path))
+        open_dataset(str(tmp_path))
 
 
 # --- Captions
@@ -170,7 +170,7 @@ def test_an_image_that_is_not_read_names_its_kind_when_it_is_all_there_is(tmp_pa
 def test_captions_in_utf_16_are_refused(tmp_path, encoding, name) -> None:
     write(tmp_path, a__jpg=jpeg(1), b__jpg=jpeg(2), b__txt="\ufefffine")
     (tmp_path / name).write_bytes("a red fox".encode(encoding))
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     with pytest.raises(InputError, match=rf"a.jpg: its {name[1:]} is UTF-(16|32).*: save it as UTF-8"):
         source[0]
     assert source[1].text == "fine"
@@ -199,11 +199,11 @@ LISTS = {
 def test_captions_in_a_list_of_hugging_face(tmp_path, name) -> None:
     write(write(tmp_path, a__jpg=jpeg(1), c__jpg=jpeg(3), c__txt="c") / "deep", b__png=jpeg(2))
     assert said(tmp_path).startswith("1 records, 2 files not used: images without a caption (2: a.jpg, deep/b.png)")
-    before = open_source(str(tmp_path)).identity()
+    before = open_dataset(str(tmp_path)).identity()
     (tmp_path / name).write_bytes(LISTS[name].encode())
     assert texts(tmp_path) == {"a.jpg": "a fox", "c.jpg": "c", "deep/b.png": ""}
     assert said(tmp_path) == "3 records, 0 files not used"
-    identity = open_source(str(tmp_path)).identity()
+    identity = open_dataset(str(tmp_path)).identity()
     assert identity["records"] == before["records"] and identity["digest"] != before["digest"]
 
 
@@ -229,9 +229,9 @@ def test_lists_in_folders_other_columns_and_what_they_do_not_match(tmp_path) -> 
 
 def test_a_list_that_is_not_needed_changes_no_identity(tmp_path) -> None:
     write(tmp_path, a__jpg=jpeg(1), a__txt="a")
-    before = open_source(str(tmp_path)).identity()
+    before = open_dataset(str(tmp_path)).identity()
     write(tmp_path, metadata__jsonl='{"file_name": "a.jpg", "label": 3}')
-    assert open_source(str(tmp_path)).identity() == before
+    assert open_dataset(str(tmp_path)).identity() == before
     assert said(tmp_path) == "1 records, 1 files not used: lists without captions (1: metadata.jsonl)"
 
 
@@ -267,16 +267,16 @@ def test_lists_that_cannot_be_used(tmp_path, name, content, message) -> None:
     write(tmp_path, a__jpg=jpeg(1))
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as error:
-        open_source(str(tmp_path))
+        open_dataset(str(tmp_path))
     assert message in str(error.value) and "\n" not in str(error.value)
-    before = open_source(str(write(tmp_path, a__txt="a"))).identity()
+    before = open_dataset(str(write(tmp_path, a__txt="a"))).identity()
     assert texts(tmp_path) == {"a.jpg": "a"}
     assert said(tmp_path) == (
         "1 records, 1 files not used: lists that cannot be used, such as those without file_name, and are not needed "
         f"(1: {name})"
     )
     (tmp_path / name).unlink()
-    assert open_source(str(tmp_path)).identity() == before
+    assert open_dataset(str(tmp_path)).identity() == before
 
 
 def test_a_column_that_no_list_has(tmp_path) -> None:
@@ -284,16 +284,16 @@ def test_a_column_that_no_list_has(tmp_path) -> None:
     write(tmp_path, a__jpg=jpeg(1), metadata__csv="file_name,text\na.jpg,a red fox\n")
     message = r"text_column=nope: .*metadata.csv has no column nope; it has file_name, text$"
     with pytest.raises(InputError, match=message):
-        open_source(str(tmp_path), text_column="nope")
+        open_dataset(str(tmp_path), text_column="nope")
     write(tmp_path, a__txt="a")
     with pytest.raises(InputError, match=message):
-        open_source(str(tmp_path), text_column="nope")
+        open_dataset(str(tmp_path), text_column="nope")
     (tmp_path / "metadata.csv").write_text("file_name,text\n")
     with pytest.raises(InputError, match=r"metadata.csv is an empty list; a line should look like"):
-        open_source(str(tmp_path), text_column="text")
+        open_dataset(str(tmp_path), text_column="text")
     (tmp_path / "metadata.csv").write_text("name,text\na.jpg,b\n")
     with pytest.raises(InputError, match=r"metadata.csv, line 2: no file_name"):
-        open_source(str(tmp_path), text_column="text")
+        open_dataset(str(tmp_path), text_column="text")
     write(tmp_path / "train", b__jpg=jpeg(2), metadata__jsonl='{"file_name": "b.jpg", "nope": "b"}')
     assert texts(tmp_path, text_column="nope") == {"a.jpg": "a", "train/b.jpg": "b"}
 
@@ -308,13 +308,13 @@ def test_a_column_that_no_list_has(tmp_path) -> None:
 def test_a_list_whose_captions_have_an_unknown_name(tmp_path, name, content) -> None:
     write(tmp_path, a__jpg=jpeg(1), b__jpg=jpeg(2))
     (tmp_path / name).write_text(content)
-    with said_in_options({"text_column": "--data.text-column"}), pytest.raises(InputError) as error:
-        open_source(str(tmp_path))
+    with errors_name_options({"text_column": "--data.text-column"}), pytest.raises(InputError) as error:
+        open_dataset(str(tmp_path))
     assert str(error.value) == (
         f"{tmp_path / name} has no column of captions (text, caption, txt, prompt); it has file_name, description, "
         "label; name the one that is meant by --data.text-column"
     )
-    assert open_source(str(tmp_path), text_column="description")[0].text == "a red fox"
+    assert open_dataset(str(tmp_path), text_column="description")[0].text == "a red fox"
     write(tmp_path, b__txt="b")
     assert said(tmp_path) == (
         f"1 records, 2 files not used: images without a caption (1: a.jpg); lists without captions (1: {name})"
@@ -332,7 +332,7 @@ def test_a_list_of_a_scraper_does_not_stand_in_the_way(tmp_path, content) -> Non
     write(tmp_path / "other", c__jpg=jpeg(3))
     (tmp_path / "train" / "metadata.csv").write_text(content)
     with pytest.raises(InputError, match=r"train.metadata.csv, line|[^n].metadata.csv, line"):
-        open_source(str(tmp_path))
+        open_dataset(str(tmp_path))
 
 
 # --- Said by the commands
@@ -350,7 +350,7 @@ SAID = (
 
 def test_a_run_says_what_is_not_used(tmp_path, caplog) -> None:
     data = some(tmp_path / "data")
-    samples = LiveSamples(open_source(str(data)), TORCH_MODEL / "tokenizer", 64, None)
+    samples = LiveSamples(open_dataset(str(data)), TORCH_MODEL / "tokenizer", 64, None)
     with caplog.at_level("INFO", "ipadapter_jax"):
         tell("photos", samples)
     assert caplog.messages == [f"photos: {SAID}"]

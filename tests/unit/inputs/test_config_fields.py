@@ -8,7 +8,7 @@ import pytest
 from helpers import TORCH_MODEL
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.inputs.config_fields import shown
+from ipadapter_jax.inputs.config_fields import short_repr
 from ipadapter_jax.weights.base_model import BaseModel
 
 SETTINGS = {
@@ -51,6 +51,6 @@ def test_sizes_of_two_sides(tmp_path):
 
 
 def test_a_value_in_a_message_can_be_read():
-    assert shown(5) == "5" and shown("x") == "'x'"
-    assert shown(-(10**5000)) == "-(over 30 digits)"
-    assert len(shown("x" * 1000)) == 60
+    assert short_repr(5) == "5" and short_repr("x") == "'x'"
+    assert short_repr(-(10**5000)) == "-(over 30 digits)"
+    assert len(short_repr("x" * 1000)) == 60

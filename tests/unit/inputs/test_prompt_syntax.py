@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning, foreign_syntax, warn_of_syntax
+from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning, find_foreign_syntax, warn_of_foreign_syntax
 
 
 @pytest.mark.parametrize(
@@ -34,10 +34,10 @@ from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning, foreign_synt
     ],
 )
 def test_syntax_is_named_with_its_remedy(prompt, piece, words):
-    [found] = foreign_syntax(prompt)
+    [found] = find_foreign_syntax(prompt)
     assert found.piece == piece and words in found.meaning
     with pytest.warns(PromptSyntaxWarning, match="^negative_prompt has .* which is read as plain text"):
-        warn_of_syntax({"prompt": ["a cat"], "negative_prompt": [prompt]})
+        warn_of_foreign_syntax({"prompt": ["a cat"], "negative_prompt": [prompt]})
 
 
 @pytest.mark.parametrize(
@@ -47,18 +47,18 @@ def test_syntax_is_named_with_its_remedy(prompt, piece, words):
     + ["a clock (at 12:30)", "(John 3:16)", "(John 3:5)", "she sayed [sic]", "a plot of f(x)2", "a (b: c)"],
 )
 def test_plain_text_is_left_alone(prompt):
-    assert foreign_syntax(prompt) == []
+    assert find_foreign_syntax(prompt) == []
 
 
 def test_each_syntax_is_said_once():
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        warn_of_syntax({"prompt": ["(a:1.2)", "(b:1.3) [c]"]})
+        warn_of_foreign_syntax({"prompt": ["(a:1.2)", "(b:1.3) [c]"]})
     assert ["'(a:1.2)'" in str(found[0].message), "'[c]'" in str(found[1].message), len(found)] == [True, True, 2]
 
 
 @pytest.mark.parametrize("piece", ["(", "(a", "((", "[", "{", "__", "a++", "embedding:", "<lora:"])
 def test_long_prompts_take_no_time(piece):
     began = time.process_time()
-    foreign_syntax(piece * 1_000_000)
+    find_foreign_syntax(piece * 1_000_000)
     assert time.process_time() - began < 1

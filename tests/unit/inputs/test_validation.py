@@ -13,8 +13,8 @@ from helpers import ORACLES, forbid_sampling
 from ipadapter_jax import InputError, Scale
 from ipadapter_jax.errors import NonFiniteImageError
 from ipadapter_jax.images.preprocess import load_image
-from ipadapter_jax.inputs.arrays import plain
-from ipadapter_jax.inputs.validation import check_dtype, given_latents, seeds_of
+from ipadapter_jax.inputs.arrays import to_python_number
+from ipadapter_jax.inputs.validation import check_dtype, check_latents, resolve_seeds
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.image_prompt_settings import ImagePromptSettings
@@ -79,25 +79,25 @@ def test_tensors_of_any_kind_are_arguments(pipe):
         [entry] = plan_image_branches(ImagePromptSettings(embeds=embeds), pipe.adapters, sites, 2, True, (64, 64), 1)
         np.testing.assert_array_equal(entry.features(), np.ones((1, 2, 1, 40)))
     with pytest.raises(InputError, match="latents could not be read as an array .*Sparse"):
-        given_latents(torch.ones(2, 2).to_sparse(), (2, 2))
-    np.testing.assert_array_equal(seeds_of(torch.tensor([3, 4]), 2), [3, 4])
+        check_latents(torch.ones(2, 2).to_sparse(), (2, 2))
+    np.testing.assert_array_equal(resolve_seeds(torch.tensor([3, 4]), 2), [3, 4])
 
 
 def test_no_seed_draws_one_and_says_it(capsys):
-    found = seeds_of(None, 3)
+    found = resolve_seeds(None, 3)
     line = capsys.readouterr().err
     assert line == f"seed {found[0]}\n" and found.tolist() == [found[0], found[0] + 1, found[0] + 2]
-    assert seeds_of(None, 1) != seeds_of(None, 1)
+    assert resolve_seeds(None, 1) != resolve_seeds(None, 1)
 
 
 def test_a_seed_beside_latents_is_a_warning_where_no_noise_is_drawn(capsys):
     with pytest.warns(UserWarning, match="seed has no effect: latents are given and this scheduler draws no noise"):
-        assert seeds_of(3, 2, used=False).tolist() == [3, 4]
+        assert resolve_seeds(3, 2, used=False).tolist() == [3, 4]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        seeds_of(0, 2, used=False)
-        seeds_of(None, 2, used=False)
-        seeds_of([3, 4], 2)
+        resolve_seeds(0, 2, used=False)
+        resolve_seeds(None, 2, used=False)
+        resolve_seeds([3, 4], 2)
     assert capsys.readouterr().err == ""  # nothing was drawn
 
 
@@ -155,7 +155,7 @@ def test_numbers_may_be_tensors(pipe):
             ImagePromptSettings(images=CAT, scale=scale), pipe.adapters, sites, 2, True, (64, 64), 1
         )
         np.testing.assert_array_equal(entry.weight * entry.image_weight[0, 0], np.full((2, 2, len(sites)), 0.5))
-    assert plain((torch.tensor(3), [np.float32(0.5)], None, "a")) == (3, [0.5], None, "a")
+    assert to_python_number((torch.tensor(3), [np.float32(0.5)], None, "a")) == (3, [0.5], None, "a")
     masks = torch.stack([torch.eye(64), 1 - torch.eye(64)])
     for given in (masks, masks[None], masks[:, None], [masks[None]]):
         controls = ImagePromptSettings(images=[[CAT, CAT]], masks=given)

@@ -13,7 +13,7 @@ from small_model import small_adapter
 
 from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion
 from ipadapter_jax.diffusion.samplers import sample_table
-from ipadapter_jax.errors import said_in_options
+from ipadapter_jax.errors import errors_name_options
 from ipadapter_jax.images.preprocess import CLIP_MEAN, CLIP_STD, clip_pixel_values
 from ipadapter_jax.models.unet_config import cross_attention_layers, site_grids
 from ipadapter_jax.pipelines import sampling
@@ -306,7 +306,7 @@ def test_arguments_are_named_as_options_on_a_command_line(pipe, controls, adapte
     several = dataclasses.replace(pipe, adapters=pipe.adapters * adapters)
     messages = []
     for options in ({}, {name: "--told", "ip_adapter_image": "--told"}):
-        with said_in_options(options), pytest.raises(InputError) as caught:
+        with errors_name_options(options), pytest.raises(InputError) as caught:
             entries(several, prompts=2, **controls)
         messages.append(str(caught.value))
     python, line = messages

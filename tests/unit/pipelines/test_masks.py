@@ -9,7 +9,7 @@ from helpers import ORACLES
 from PIL import Image
 
 from ipadapter_jax import InputError
-from ipadapter_jax.errors import said_in_options
+from ipadapter_jax.errors import errors_name_options
 from ipadapter_jax.images.preprocess import load_upright
 from ipadapter_jax.models.unet_config import UNetConfig, site_grids
 from ipadapter_jax.pipelines.inpainting import InitImage
@@ -247,7 +247,7 @@ def test_an_inpainting_mask_is_called_as_whoever_gives_it_calls_it():
     init_image = np.zeros((64, 64, 3), np.uint8)
     dot = np.zeros((64, 64), np.float32)
     dot[24:28, 24:28] = 1
-    with said_in_options({"mask_image": "--mask-image"}):
+    with errors_name_options({"mask_image": "--mask-image"}):
         with pytest.warns(UserWarning, match="the --mask-image has about 16 pixels"):
             check_latent_mask(dot, 8, sees_mask=False)
         with pytest.raises(InputError, match="the --mask-image is 20 x 64 pixels"):

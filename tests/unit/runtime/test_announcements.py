@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ipadapter_jax.runtime.announcements import FirstTime, announced, announced_if_long
+from ipadapter_jax.runtime.announcements import AnnounceFirstCall, announce, announce_if_slow
 
 
 @pytest.fixture
@@ -16,9 +16,9 @@ def said(caplog):
 
 
 def test_before_and_after(said):
-    with announced("reading"):
+    with announce("reading"):
         assert said() == ["reading ..."]
-    with announced("compiling", "may take minutes"):
+    with announce("compiling", "may take minutes"):
         pass
     assert said() == [
         "reading ...",
@@ -29,23 +29,23 @@ def test_before_and_after(said):
 
 
 def test_a_failure_is_not_done(said):
-    with pytest.raises(ValueError, match="no room"), announced("reading"):
+    with pytest.raises(ValueError, match="no room"), announce("reading"):
         raise ValueError("no room")
     assert said() == ["reading ..."]
 
 
 def test_what_is_long_alone(said):
-    with announced_if_long("looking", seconds=5):
+    with announce_if_slow("looking", seconds=5):
         pass
     assert said() == []
-    with announced_if_long("looking", seconds=0.05):
+    with announce_if_slow("looking", seconds=0.05):
         time.sleep(0.3)
         assert said() == ["looking ..."]
     assert said() == ["looking ...", "looking: done in N s"]
 
 
 def test_the_second_time_nothing_is_said(said):
-    first_time = FirstTime()
+    first_time = AnnounceFirstCall()
     for what in ("compiling a", "compiling b", "compiling a"):
         with first_time(what):
             pass

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ipadapter_jax.runtime.malloc import on_cpu_alone
+from ipadapter_jax.runtime.malloc import is_cpu_only
 
 PROGRAM = """
 import resource, sys, threading
@@ -65,11 +65,11 @@ def test_memory_is_given_back_when_asked():
 
 def test_accelerators_are_told_without_looking(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert on_cpu_alone()
+    assert is_cpu_only()
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    assert not on_cpu_alone()
+    assert not is_cpu_only()
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert on_cpu_alone()
+    assert is_cpu_only()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu" or None)
-    assert not on_cpu_alone()
+    assert not is_cpu_only()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ipadapter_jax.errors import argument, said_in_options
+from ipadapter_jax.errors import argument, errors_name_options
 from ipadapter_jax.runtime.prefetch import ordered_map
 
 
@@ -29,7 +29,7 @@ def test_threads_say_options_where_their_caller_does() -> None:
         return argument("fit", item)
 
     assert [*ordered_map(said, range(2), threads=2, ahead=2)] == ["fit=0", "fit=1"]
-    with said_in_options({"fit": "--fit"}):
+    with errors_name_options({"fit": "--fit"}):
         assert [*ordered_map(said, range(5), threads=2, ahead=2)] == [f"--fit {item}" for item in range(5)]
 
 

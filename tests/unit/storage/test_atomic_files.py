@@ -16,16 +16,22 @@ from helpers import ADAPTERS, TORCH_MODEL
 from weight_files import refused
 
 from ipadapter_jax.runtime.preemption import GracefulShutdown
-from ipadapter_jax.storage.atomic_files import _is_local, check_writable, remove_leftovers, replacing, write_whole
-from ipadapter_jax.storage.cleanup import unwinding
+from ipadapter_jax.storage.atomic_files import (
+    _is_local,
+    atomic_replace,
+    check_writable,
+    remove_partial_files,
+    write_atomically,
+)
+from ipadapter_jax.storage.cleanup import cleanup_on_signal
 from ipadapter_jax.train.run_dir import run_lock
 from ipadapter_jax.weights.convert import convert
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from ipadapter_jax.storage.atomic_files import replacing
-with replacing(Path(sys.argv[1]), folder=len(sys.argv) > 2) as place:
+from ipadapter_jax.storage.atomic_files import atomic_replace
+with atomic_replace(Path(sys.argv[1]), folder=len(sys.argv) > 2) as place:
     (place / "inner" if place.is_dir() else place).write_bytes(b"some of it")
     print("begun", flush=True)
     time.sleep(60)
@@ -47,7 +53,7 @@ sys.exit(main(["convert", *sys.argv[1:]]))
 BETWEEN = """
 import os, signal, sys
 from pathlib import Path
-from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.atomic_files import write_atomically
 calls, real, number = [], signal.signal, int(sys.argv[3])
 def change(*arguments):
     calls.append(arguments)
@@ -56,12 +62,12 @@ def change(*arguments):
         os.kill(os.getpid(), number)
     return before
 signal.signal = change
-write_whole(Path(sys.argv[1]), b"whole")
+write_atomically(Path(sys.argv[1]), b"whole")
 """
 AT_ANY_TIME = """
 import os, random, signal, sys, time
 from pathlib import Path
-from ipadapter_jax.storage.atomic_files import write_whole
+from ipadapter_jax.storage.atomic_files import write_atomically
 chance = random.Random(0)
 read, write = os.pipe()
 for _ in range(200):
@@ -69,7 +75,7 @@ for _ in range(200):
     if not child:
         os.write(write, b"x")
         while True:
-            write_whole(Path(sys.argv[1]), b"whole")
+            write_atomically(Path(sys.argv[1]), b"whole")
     os.read(read, 1)
     time.sleep(chance.random() * 0.002)
     os.kill(child, signal.SIGTERM)
@@ -95,15 +101,15 @@ def test_what_a_kill_leaves_goes_and_what_is_written_stays(tmp_path, folder):
     dead.kill()
     dead.wait()
     assert len(names(tmp_path)) == 2
-    remove_leftovers(tmp_path)
+    remove_partial_files(tmp_path)
     [left] = names(tmp_path)
     assert left.startswith(".part-alive-")
-    write_whole(tmp_path / "alive", b"another's")  # nor does one of the same name disturb it
-    remove_leftovers(tmp_path, mine=lambda name: True)
+    write_atomically(tmp_path / "alive", b"another's")  # nor does one of the same name disturb it
+    remove_partial_files(tmp_path, mine=lambda name: True)
     assert left in names(tmp_path)
     alive.kill()
     alive.wait()
-    remove_leftovers(tmp_path)
+    remove_partial_files(tmp_path)
     assert names(tmp_path) == ["alive"]
 
 
@@ -133,7 +139,7 @@ def test_a_signal_at_any_time(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("block", [lambda: unwinding(lambda: None, lambda _: None), GracefulShutdown])
+@pytest.mark.parametrize("block", [lambda: cleanup_on_signal(lambda: None, lambda _: None), GracefulShutdown])
 def test_a_handler_is_given_back_while_its_signal_waits(monkeypatch, block):
     """CPython drops a signal that comes inside of `signal.signal`."""
     real, waiting = signal.signal, []
@@ -153,7 +159,7 @@ def test_a_handler_is_given_back_while_its_signal_waits(monkeypatch, block):
 def test_what_is_ignored_stays_ignored(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
-        with replacing(tmp_path / "a") as temporary:
+        with atomic_replace(tmp_path / "a") as temporary:
             os.kill(os.getpid(), signal.SIGHUP)
             temporary.write_bytes(b"whole")
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -195,11 +201,11 @@ def test_what_another_machine_may_be_writing_has_a_day(tmp_path, monkeypatch, en
     on_a_network(monkeypatch)
     left = left.format(ended)
     (tmp_path / left).write_bytes(b"")
-    remove_leftovers(tmp_path, mine=lambda name: name == "b.png")
+    remove_partial_files(tmp_path, mine=lambda name: name == "b.png")
     assert names(tmp_path) == [left]
     long_ago = time.time() - 25 * 3600
     os.utime(tmp_path / left, (long_ago, long_ago))
-    remove_leftovers(tmp_path)
+    remove_partial_files(tmp_path)
     assert names(tmp_path) == []
 
 
@@ -212,7 +218,7 @@ def test_what_was_left_before_this_machine_was_started_goes_at_once(tmp_path, mo
         (tmp_path / left).write_bytes(b"")
     with (tmp_path / held).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        remove_leftovers(tmp_path)
+        remove_partial_files(tmp_path)
         assert names(tmp_path) == sorted([held, *others])
 
 
@@ -250,7 +256,7 @@ def test_whose_disk_a_folder_lies_on(monkeypatch, mounts, folder, is_local):
 def test_what_only_the_caller_writes_has_not(tmp_path):
     for left in (".part-a.png-abc_1234", ".part-a.png-01234567-abc_1234"):
         (tmp_path / left).write_bytes(b"")
-    remove_leftovers(tmp_path, mine=lambda name: name == "a.png")
+    remove_partial_files(tmp_path, mine=lambda name: name == "a.png")
     assert names(tmp_path) == []
 
 
@@ -276,9 +282,9 @@ def test_other_files_stay(tmp_path):
     for name in others:
         (tmp_path / name).write_bytes(b"")
     (tmp_path / ".part-a-abc_1234").symlink_to(tmp_path / "part-a-abc_1234")
-    remove_leftovers(tmp_path, mine=lambda name: True)
+    remove_partial_files(tmp_path, mine=lambda name: True)
     assert names(tmp_path) == sorted([*others, ".part-a-abc_1234"])
-    remove_leftovers(tmp_path / "nowhere")
+    remove_partial_files(tmp_path / "nowhere")
 
 
 def test_a_check_before_writing_cleans(tmp_path):
@@ -290,13 +296,15 @@ def test_a_check_before_writing_cleans(tmp_path):
 
 
 def test_a_failure_leaves_the_older_file(tmp_path):
-    write_whole(tmp_path / "a", b"older")
+    write_atomically(tmp_path / "a", b"older")
 
     def chunks():
         yield b"newer"
         raise OSError(28, "No space left on device")
 
-    refused(lambda: write_whole(tmp_path / "a", chunks()), str(tmp_path / "a"), "No space left", "choose another place")
+    refused(
+        lambda: write_atomically(tmp_path / "a", chunks()), str(tmp_path / "a"), "No space left", "choose another place"
+    )
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"older"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -306,16 +314,16 @@ def test_a_failure_leaves_the_older_file(tmp_path):
 
 def test_a_missing_source_is_not_said_of_the_target(tmp_path):
     def copied(folder: bool) -> None:
-        with replacing(tmp_path / "y", folder=folder) as place:
+        with atomic_replace(tmp_path / "y", folder=folder) as place:
             shutil.copyfile(str(tmp_path / "x"), place / "x" if folder else place)
 
     for folder in (False, True):
         with pytest.raises(FileNotFoundError) as caught:
             copied(folder)
         assert caught.value.filename == str(tmp_path / "x")
-    with pytest.raises(PermissionError), replacing(tmp_path / "y"):
+    with pytest.raises(PermissionError), atomic_replace(tmp_path / "y"):
         raise PermissionError(errno.EACCES, "Permission denied", "elsewhere/z")
-    with pytest.raises(TimeoutError), replacing(tmp_path / "y"):
+    with pytest.raises(TimeoutError), atomic_replace(tmp_path / "y"):
         raise TimeoutError("of a network")
     assert names(tmp_path) == []
 
@@ -323,7 +331,7 @@ def test_a_missing_source_is_not_said_of_the_target(tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS])
 def test_errors_of_writing_are_said_of_the_target(tmp_path, number):
     def failing(*files: str) -> None:
-        with replacing(tmp_path / "y", folder=True) as place:
+        with atomic_replace(tmp_path / "y", folder=True) as place:
             raise OSError(number, os.strerror(number), *(place / name for name in files))
 
     for files in ((), ("a",)):
@@ -334,17 +342,17 @@ def test_errors_of_writing_are_said_of_the_target(tmp_path, number):
 
 def unnamed(path: Path) -> None:
     """A copy into a folder that is not there."""
-    with replacing(path, folder=True) as place, open(place / "nowhere" / "a", "wb"):
+    with atomic_replace(path, folder=True) as place, open(place / "nowhere" / "a", "wb"):
         pass
 
 
 def make_folder(path: Path) -> None:
-    with replacing(path, folder=True) as folder:
+    with atomic_replace(path, folder=True) as folder:
         (folder / "inner").touch()
 
 
 def test_modes_are_those_of_the_umask(tmp_path):
-    write_whole(tmp_path / "file", b"")
+    write_atomically(tmp_path / "file", b"")
     make_folder(tmp_path / "folder")
     (tmp_path / "usual").touch()
     (tmp_path / "usual folder").mkdir()
@@ -369,7 +377,7 @@ with ShardWriter(Path(sys.argv[1]), Plan(9, 9, layout, {}), 0) as writer:
 def test_a_shard_that_is_being_written(tmp_path):
     """Its writer opens the file by name, once more than who holds the lock."""
     process = begun(SHARDS, tmp_path)
-    remove_leftovers(tmp_path, mine=lambda name: True)
+    remove_partial_files(tmp_path, mine=lambda name: True)
     [left] = names(tmp_path)
     assert left.startswith(".part-shard-00000-of-00001.array_record-")
     process.kill()

@@ -12,12 +12,12 @@ from weight_files import refused
 
 from ipadapter_jax.batch.readers import open_records
 from ipadapter_jax.cli import main
-from ipadapter_jax.data.open_dataset import open_source
+from ipadapter_jax.data.open_dataset import open_dataset
 from ipadapter_jax.evaluate.clip_scorer import open_scorer
 from ipadapter_jax.evaluate.frechet import moments_of_file
 from ipadapter_jax.images.preprocess import load_image
-from ipadapter_jax.inputs.suggestions import close, closest_first
-from ipadapter_jax.storage.nearby_paths import nearby
+from ipadapter_jax.inputs.suggestions import close_matches, sort_by_similarity
+from ipadapter_jax.storage.nearby_paths import nearby_hint
 from ipadapter_jax.weights import bundled
 from ipadapter_jax.weights.base_model import open_base
 from ipadapter_jax.weights.convert import convert
@@ -44,33 +44,33 @@ def runs(tmp_path, monkeypatch) -> Path:
 
 def test_nearby(runs):
     holds = "; runs/mine exists and holds adapter.safetensors, metrics.jsonl, README.md and 1 more"
-    assert nearby("runs/mine/adaptr.safetensors") == holds
-    assert nearby(runs / "mine" / "adaptr.safetensors") == holds.replace("runs", str(runs))
-    assert nearby("runs/mien/adapter.safetensors") == "; runs exists and holds mine"
-    assert nearby("run/mine/adapter.safetensors") == "; runs is here"
-    assert nearby("runs/mine/lock/adapter.safetensors") == "; runs/mine/lock is a file, not a folder"
-    assert nearby("else/where") == nearby("/nothing/like/it") == nearby("a\0b") == ""
+    assert nearby_hint("runs/mine/adaptr.safetensors") == holds
+    assert nearby_hint(runs / "mine" / "adaptr.safetensors") == holds.replace("runs", str(runs))
+    assert nearby_hint("runs/mien/adapter.safetensors") == "; runs exists and holds mine"
+    assert nearby_hint("run/mine/adapter.safetensors") == "; runs is here"
+    assert nearby_hint("runs/mine/lock/adapter.safetensors") == "; runs/mine/lock is a file, not a folder"
+    assert nearby_hint("else/where") == nearby_hint("/nothing/like/it") == nearby_hint("a\0b") == ""
     (runs / "empty").mkdir()
-    assert nearby("runs/empty/a") == "; runs/empty exists and is empty"
+    assert nearby_hint("runs/empty/a") == "; runs/empty exists and is empty"
     os.mkdir(b"runs/odd")
     with open(b"runs/odd/\xff\n.bin", "w"):
         pass
-    assert nearby("runs/odd/a.bin").isprintable() and nearby("runs/odd/a.bin").isascii()
+    assert nearby_hint("runs/odd/a.bin").isprintable() and nearby_hint("runs/odd/a.bin").isascii()
 
 
 def test_a_folder_of_many_files(tmp_path, recwarn):
     for number in range(3000):
         (tmp_path / f"{number}.png").touch()
     (tmp_path / "train-000.tar").touch()
-    assert len(nearby(tmp_path / "3001.png")) < 300
-    assert f"{tmp_path} exists and holds train-000.tar, " in nearby(tmp_path / "train-00.tar")
-    assert nearby(tmp_path / "train-00.tar").endswith(" and 2998 more")
+    assert len(nearby_hint(tmp_path / "3001.png")) < 300
+    assert f"{tmp_path} exists and holds train-000.tar, " in nearby_hint(tmp_path / "train-00.tar")
+    assert nearby_hint(tmp_path / "train-00.tar").endswith(" and 2998 more")
     assert not recwarn.list  # of a scan that nobody closed
 
 
 def test_order():
-    assert closest_first("b", ["c", "a", "bb"]) == ["bb", "a", "c"]
-    assert close("fp61", ["fp16", "non_ema"]) == ["fp16"] and close("x", ["fp16"]) == []
+    assert sort_by_similarity("b", ["c", "a", "bb"]) == ["bb", "a", "c"]
+    assert close_matches("fp61", ["fp16", "non_ema"]) == ["fp16"] and close_matches("x", ["fp16"]) == []
 
 
 SLIPS = {
@@ -85,7 +85,7 @@ SLIPS = {
     "features": lambda path: moments_of_file(Path(path).with_suffix(".npy")),
     "list": lambda path: open_records(Path(path)),
     "image": lambda path: load_image(path),
-    "data": lambda path: open_source(path),
+    "data": lambda path: open_dataset(path),
 }
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from ipadapter_jax.storage import ownership
-from ipadapter_jax.storage.ownership import distrust, make_private_folder
+from ipadapter_jax.storage.ownership import make_private_folder, ownership_problem
 
 ROOT = os.geteuid() == 0
 
@@ -19,7 +19,7 @@ def home(tmp_path, monkeypatch):
     """A folder that is nobody else's, as is all above it, although others may enter it, and are in every group."""
     monkeypatch.setattr(ownership, "_is_own_group", lambda group: False)
     tmp_path.chmod(0o755)
-    assert distrust(tmp_path) is None
+    assert ownership_problem(tmp_path) is None
     return tmp_path
 
 
@@ -35,8 +35,8 @@ def test_what_is_ours_alone(home, mode):
     file.write_bytes(b"")
     file.chmod(mode & 0o666)
     (home / "cache").chmod(mode)
-    assert distrust(home / "cache") is None and distrust(file) is None
-    assert distrust(home / "cache" / "not made yet" / "b") is None
+    assert ownership_problem(home / "cache") is None and ownership_problem(file) is None
+    assert ownership_problem(home / "cache" / "not made yet" / "b") is None
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o707, 0o770, 0o775, 0o1777, 0o722])
@@ -44,12 +44,12 @@ def test_a_folder_that_others_write_to(home, mode):
     """Also where they cannot replace what is ours: they can put there what is not there yet."""
     folder = made(home / "cache", mode)
     expected = f"others can write to {folder} (mode {mode:04o}); run: chmod 700 {folder}"
-    assert str(distrust(folder)) == expected
+    assert str(ownership_problem(folder)) == expected
     (folder / "a").write_bytes(b"")
     if mode == 0o1777:  # as below /tmp
-        assert distrust(folder / "a") is None
+        assert ownership_problem(folder / "a") is None
         made(folder / "own", 0o700)
-        assert distrust(folder / "own") is None
+        assert ownership_problem(folder / "own") is None
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o660, 0o602])
@@ -57,7 +57,7 @@ def test_a_file_that_others_write_to(home, mode):
     file = home / "a"
     file.write_bytes(b"")
     file.chmod(mode)
-    assert str(distrust(file)) == f"others can write to {file} (mode {mode:04o}); run: chmod 600 {file}"
+    assert str(ownership_problem(file)) == f"others can write to {file} (mode {mode:04o}); run: chmod 600 {file}"
 
 
 def test_a_folder_above_that_others_write_to(home):
@@ -65,7 +65,7 @@ def test_a_folder_above_that_others_write_to(home):
     above = made(home / "open", 0o777)
     made(above / "cache", 0o700)
     expected = f"others can write to {above} (mode 0777); run: chmod go-w {above}"
-    assert str(distrust(above / "cache")) == expected == str(distrust(above / "new" / "cache"))
+    assert str(ownership_problem(above / "cache")) == expected == str(ownership_problem(above / "new" / "cache"))
 
 
 def test_what_is_open_to_our_own_group(home, monkeypatch):
@@ -76,14 +76,20 @@ def test_what_is_open_to_our_own_group(home, monkeypatch):
     file.write_bytes(b"")
     file.chmod(0o664)
     monkeypatch.setattr(ownership, "_is_own_group", lambda group: True)
-    assert distrust(above) is distrust(folder) is distrust(file) is distrust(folder / "new") is None
+    assert (
+        ownership_problem(above)
+        is ownership_problem(folder)
+        is ownership_problem(file)
+        is ownership_problem(folder / "new")
+        is None
+    )
     folder.chmod(0o777)  # but not to everyone
-    assert "chmod 700" in str(distrust(folder))
+    assert "chmod 700" in str(ownership_problem(folder))
     folder.chmod(0o775)
     file.chmod(0o666)
-    assert "chmod 600" in str(distrust(file))
+    assert "chmod 600" in str(ownership_problem(file))
     monkeypatch.setattr(ownership, "_is_own_group", lambda group: False)
-    assert str(distrust(file)) == f"others can write to {above} (mode 0775); run: chmod go-w {above}"
+    assert str(ownership_problem(file)) == f"others can write to {above} (mode 0775); run: chmod go-w {above}"
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o744])
@@ -94,12 +100,12 @@ def test_what_lies_in_a_folder_that_others_cannot_enter(home, mode):
     file.chmod(0o664)
     made(folder / "below", 0o775)
     folder.chmod(mode)
-    assert distrust(file) is distrust(folder / "below") is None
+    assert ownership_problem(file) is ownership_problem(folder / "below") is None
     folder.chmod(0o710)
-    assert "chmod 600" in str(distrust(file)) and "chmod 700" in str(distrust(folder / "below"))
+    assert "chmod 600" in str(ownership_problem(file)) and "chmod 700" in str(ownership_problem(folder / "below"))
     folder.chmod(mode)
     file.chmod(0o666)  # nobody means that
-    assert "chmod 600" in str(distrust(file))
+    assert "chmod 600" in str(ownership_problem(file))
 
 
 @pytest.mark.parametrize(
@@ -122,12 +128,12 @@ def test_links_are_followed(home):
     (home / "bad").symlink_to(unsafe)
     (safe / "up").symlink_to("../unsafe/cache")
     (home / "round").symlink_to("round")
-    assert distrust(home / "good") is None and distrust(home / "good" / "a") is None
+    assert ownership_problem(home / "good") is None and ownership_problem(home / "good" / "a") is None
     for path in (home / "bad", home / "bad" / "cache", home / "good" / "up", home / "safe" / ".." / "unsafe"):
-        assert f"others can write to {unsafe}" in str(distrust(path))
+        assert f"others can write to {unsafe}" in str(ownership_problem(path))
     (unsafe / "link").symlink_to(safe)  # which others could lead elsewhere
-    assert f"others can write to {unsafe}" in str(distrust(unsafe / "link"))
-    assert distrust(home / "round") is None  # nobody can open it
+    assert f"others can write to {unsafe}" in str(ownership_problem(unsafe / "link"))
+    assert ownership_problem(home / "round") is None  # nobody can open it
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can give files away")
@@ -135,20 +141,23 @@ def test_what_belongs_to_others(home):
     folder = made(home / "cache", 0o700)
     (folder / "a").write_bytes(b"")
     os.chown(folder / "a", 12345, -1)
-    assert distrust(folder) is None
-    assert str(distrust(folder / "a")) == f"{folder / 'a'} belongs to user 12345; choose a folder of your own"
+    assert ownership_problem(folder) is None
+    assert str(ownership_problem(folder / "a")) == f"{folder / 'a'} belongs to user 12345; choose a folder of your own"
     everyone = made(home / "tmp", 0o1777)
     (everyone / "link").symlink_to(folder)
     os.chown(everyone / "link", 12345, -1, follow_symlinks=False)
-    assert str(distrust(everyone / "link")) == f"{everyone / 'link'} belongs to user 12345; choose a folder of your own"
+    assert (
+        str(ownership_problem(everyone / "link"))
+        == f"{everyone / 'link'} belongs to user 12345; choose a folder of your own"
+    )
     os.chown(folder, 12345, -1)
-    assert "belongs to user 12345" in str(distrust(folder))
-    assert "belongs to user 12345" in str(distrust(folder / "new"))
+    assert "belongs to user 12345" in str(ownership_problem(folder))
+    assert "belongs to user 12345" in str(ownership_problem(folder / "new"))
 
 
 def test_what_belongs_to_us_when_we_are_someone_else(home, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    found = distrust(home)
+    found = ownership_problem(home)
     assert (found is None) == ROOT  # the administrator's are trusted by all
 
 
@@ -160,4 +169,4 @@ def test_new_folders_are_private(home):
         os.umask(before)
     assert [(home / name).stat().st_mode & 0o777 for name in ("a", "a/b")] == [0o700, 0o700]
     make_private_folder(home / "a" / "b")
-    assert distrust(home / "a" / "b" / "c") is None
+    assert ownership_problem(home / "a" / "b" / "c") is None

@@ -20,7 +20,7 @@ from weight_files import refused
 import ipadapter_jax.weights.verified_write
 from ipadapter_jax import cli
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.storage.atomic_files import replacing
+from ipadapter_jax.storage.atomic_files import atomic_replace
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, open_base
 from ipadapter_jax.weights.convert import convert
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
@@ -315,12 +315,12 @@ def test_weights_that_do_not_fit_the_dtype(tmp_path):
 def test_a_disk_that_fills_leaves_nothing(tmp_path, monkeypatch):
     @contextlib.contextmanager
     def full(path: Path) -> Iterator[Path]:
-        with replacing(path) as temporary:
+        with atomic_replace(path) as temporary:
             if "vae" in str(path):
                 raise OSError(28, "No space left on device")
             yield temporary
 
-    monkeypatch.setattr(ipadapter_jax.weights.verified_write, "replacing", full)
+    monkeypatch.setattr(ipadapter_jax.weights.verified_write, "atomic_replace", full)
     refused(lambda: convert(TORCH_MODEL, tmp_path / "out"), "No space left")
     assert not list(tmp_path.iterdir())
 

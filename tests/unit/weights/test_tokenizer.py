@@ -13,7 +13,7 @@ from memory import peak_growth
 from transformers import CLIPTokenizer
 
 from ipadapter_jax.data.dataset import LiveSamples
-from ipadapter_jax.data.types import Source
+from ipadapter_jax.data.types import RecordSource
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.weights import bundled
 from ipadapter_jax.weights.base_model import open_base
@@ -207,7 +207,7 @@ def test_rows_that_no_token_reaches_are_warned_of(tmp_path):
     open_base(base_folder(tmp_path / "both", 708, added_tokens={"<cat-toy>": 707})).check_tokenizer()
 
 
-class _Nothing(Source):
+class _Nothing(RecordSource):
     def __len__(self):
         return 0
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from weight_files import assert_same_tree, refused, write_bin
 
 from ipadapter_jax import StableDiffusion
-from ipadapter_jax.errors import WeightFileError, said_in_options
+from ipadapter_jax.errors import WeightFileError, errors_name_options
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
@@ -160,7 +160,7 @@ def without(tensors: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
 def test_a_part_that_is_missing_is_named_and_replaced(tmp_path, tensors, expected, part, ldm):
     path = written(tmp_path / "a.safetensors", without(tensors, part))
     refused(lambda: loaded(path), f"{path}: holds no ", f"name one with {part}", error=WeightFileError)
-    with said_in_options({"vae": "--vae", "text_encoder": "--text-encoder"}):
+    with errors_name_options({"vae": "--vae", "text_encoder": "--text-encoder"}):
         option = "--vae" if part == "vae" else "--text-encoder"
         refused(lambda: loaded(path), f"name one with {option}", error=WeightFileError)
     bare = {
