@@ -12,15 +12,15 @@ from tests.fault_injection.runs import Job, changed, hold, logged, prepare
 # Run by each process before it trains: notes which captions, each record's own, it gives to the devices.
 _WATCH = """
 import json, jax
-from ipadapter_jax.train import loop
-_given = loop.global_batch
+from ipadapter_jax.train import trainer
+_given = trainer.global_batch
 def _noting(mesh, arrays, rows, size):
     if "input_ids" in arrays:
         ids = [[int(i) for i in ids] for ids in arrays["input_ids"]]
         with open(f"{FOLDER}/{jax.process_index()}.jsonl", "a") as file:
             print(json.dumps({"rows": [*rows], "ids": ids}), file=file)
     return _given(mesh, arrays, rows, size)
-loop.global_batch = _noting
+trainer.global_batch = _noting
 """
 
 

@@ -205,7 +205,7 @@ SCRIPT = """
 import multiprocessing
 import sys
 import numpy as np
-from ipadapter_jax.data.loader import batches
+from ipadapter_jax.data.loader import load_batches
 
 class Samples:
     def __len__(self): return 10
@@ -213,7 +213,7 @@ class Samples:
     def __getitem__(self, index): return {"a": np.zeros((300, 300), np.uint8)}
 
 if __name__ == "__main__":
-    loading = batches(Samples(), seed=0, batch_size=2, rows=[0, 1], first=0, count=10**6, workers=2, threads=2)
+    loading = load_batches(Samples(), seed=0, batch_size=2, rows=[0, 1], first=0, count=10**6, workers=2, threads=2)
     for number, _ in enumerate(loading):
         if number == 5:
             print(*(child.pid for child in multiprocessing.active_children()), flush=True)
