@@ -30,7 +30,7 @@ def argument(name: str, *value: object, part: str = "") -> str:
 
 
 def option(name: str) -> str:
-    """The option for an argument that Python gives without its name: " (--base)", or nothing."""
+    """The option for an argument that Python gives without its name: " (--model)", or nothing."""
     found = _OPTIONS.get().get(name)
     return "" if found is None else f" ({found})"
 
@@ -38,7 +38,7 @@ def option(name: str) -> str:
 @contextlib.contextmanager
 def errors_name_options(options: Mapping[str, str]) -> Iterator[None]:
     """While this lasts, errors name a command line's options in the place of arguments: {"width": "--width"}, and
-    {"ip_adapter_scale/layers": "--layers"} for a part of one."""
+    {"ip_adapter_scale/layers": "--layer-scales"} for a part of one."""
     before = _OPTIONS.set(options)
     try:
         yield

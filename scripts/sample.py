@@ -1,7 +1,7 @@
 """Sampling with an image prompt, spelled out: from an image and a prompt to images in one jitted call.
 
     python -m ipadapter_jax.testing.random_weights --size tiny --out weights/tiny
-    python -m scripts.sample --base weights/tiny --adapter weights/tiny/ip_adapter/models/ip-adapter_sd15.safetensors \
+    python -m scripts.sample --model weights/tiny --adapter weights/tiny/ip_adapter/models/ip-adapter_sd15.safetensors \
         --image assets/reference.jpg --prompt "a cat" --size 256 --out out/sample.png
 
 For people who start from code: copy it and change what you like. `ipadapter_jax.StableDiffusion` does the same with all
@@ -29,7 +29,7 @@ from ipadapter_jax.weights.tokenizer import tokenize
 
 
 def main(
-    base: str,
+    model: str,
     adapter: str,
     image: Path,
     prompt: str = "",
@@ -43,7 +43,7 @@ def main(
     out: Path = Path("out/sample.png"),
 ) -> None:
     """Samples with a base adapter (4 tokens): square images of `size` pixels."""
-    pipe = StableDiffusion.from_pretrained(base).with_ip_adapter(adapter)
+    pipe = StableDiffusion.from_pretrained(model).with_ip_adapter(adapter)
     unet, vae, text_encoder, schedule = pipe.unet, pipe.vae, pipe.text_encoder, pipe.schedule
     ip = pipe.adapters[0]
     params = pipe.params | ip.params | {"image_encoder": ip.encoder.params}

@@ -135,7 +135,7 @@ def _networks(out: Path, steps: dict[str, int], deadline: float) -> None:
 def _encode(out: Path, features: str, deadline: float) -> None:
     data = next((out / "scenes").glob("**/dataset_info.json")).parent
     base = out / "base"
-    options = ["--base", base, "--image-encoder", base / ENCODER, "--data", data, "--features", features]
+    options = ["--model", base, "--image-encoder", base / ENCODER, "--data", data, "--features", features]
     run(["encode", *options, "--out", out / features, "--resolution", SIDE, "--dtype", "float32"], deadline)
 
 

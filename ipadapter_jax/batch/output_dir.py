@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from ipadapter_jax.batch.job_settings import CONFIGURATIONS, FILE_NAME, read_settings
 from ipadapter_jax.batch.plan import ImageTask
 from ipadapter_jax.batch.reference_digests import Digests, Identify, of_line, replaced, to_line, without_digests
 from ipadapter_jax.batch.rows import BadRow, Row
@@ -28,10 +29,7 @@ from ipadapter_jax.storage.atomic_files import remove_partial_files, write_atomi
 from ipadapter_jax.storage.config_diff import diff_configs
 from ipadapter_jax.storage.file_lock import shard_lock
 from ipadapter_jax.storage.jsonl import JsonlAppender, read_appended
-from ipadapter_jax.storage.text_files import read_json_object
 
-SETTINGS = "job.json"
-CONFIGURATIONS = "configurations"  # of the model's parts, among the settings; those of older releases have none
 _THREADS = 4  # that read image prompts
 
 
@@ -132,7 +130,7 @@ class JobFolder:
 
     def _agree(self, settings: Mapping[str, Any], begun: bool) -> None:
         """Raises InputError when the job that was `begun` here has other settings, or is something else."""
-        path = self._out / SETTINGS
+        path = self._out / FILE_NAME
         if not begun or not path.exists():
             if self._done:
                 raise InputError(
@@ -141,7 +139,7 @@ class JobFolder:
             write_atomically(path, json.dumps(settings, indent=2).encode() + b"\n")
             return
         try:
-            before = read_json_object(path)
+            before = read_settings(self._out)
             known = {name: settings[name] for name in settings if name != CONFIGURATIONS or name in before}
             changed = diff_configs(before, known)
         except InputError as error:

@@ -35,21 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [word for word in arguments if word != "--debug"]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's remarks about its own cache
     try:
-        if not arguments:
-            print(overview())
-            return 2
-        if arguments[0] in ("-V", "--version"):
-            print(f"ipadapter-jax {importlib.metadata.version('ipadapter-jax')}")
-            return 0
-        if text := _help(arguments):
-            print(text)
-            return 0
-        options = parse(arguments)
-        command = COMMANDS[arguments[0]]
-        names = names_of(type(options), ARGUMENTS if isinstance(options, Sampling) else {})
-        with _reports(command.reports_at_once), errors_name_options(names):
-            _check(options)
-            return command.run()(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            return _run(arguments)
     except InputError as error:
         if debug:
             raise
@@ -69,21 +57,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _run(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code. Raises InputError for bad input."""
+    if not arguments:
+        print(overview())
+        return 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"ipadapter-jax {importlib.metadata.version('ipadapter-jax')}")
+        return 0
+    if text := _help(arguments):
+        print(text)
+        return 0
+    options = parse(arguments)
+    command = COMMANDS[arguments[0]]
+    names = names_of(type(options), {} if isinstance(options, Train) else ARGUMENTS)
+    with _reports(command.reports_immediately), errors_name_options(names):
+        _check(options)
+        return command.run()(options)
+
+
 @contextlib.contextmanager
-def _reports(at_once: bool) -> Iterator[None]:
-    """Warnings appear at once, each on a line. So do reports of long jobs; those of short ones (what was ignored in a
-    file) when the job is done, so that an error stands alone but for what was to warn of it."""
+def _reports(immediately: bool) -> Iterator[None]:
+    """Shows reports of the package on standard error: those of long jobs immediately; those of short ones (what was
+    ignored in a file) when the job is done, and after an error only the warnings among them."""
     log = logging.getLogger("ipadapter_jax")
     log.setLevel(logging.INFO)
     log.propagate = False  # some library's root handler would say it again
     shown = logging.StreamHandler()
     held = logging.handlers.MemoryHandler(1000, logging.CRITICAL, shown, flushOnClose=False)
-    handler = shown if at_once else held
+    handler = shown if immediately else held
     log.addHandler(handler)
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-            yield
+        yield
     except BaseException:
         shown.addFilter(lambda record: record.levelno >= logging.WARNING)
         raise

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 class Command(NamedTuple):
     """One command: what it makes, in a few words; the dataclass of its options and the function that does it, each as
-    "module:name"; whether its reports appear at once, which a long job's do."""
+    "module:name"; whether its reports appear immediately, as those of a long job do."""
 
     about: str
     options: str
     function: str
-    reports_at_once: bool = False
+    reports_immediately: bool = False
 
     def kind(self) -> type:
         """The dataclass of its options."""
@@ -34,25 +34,25 @@ COMMANDS: Mapping[str, Command] = {
         "images for every row of a list or a folder, resumable",
         "ipadapter_jax.cli.batch:Batch",
         "ipadapter_jax.cli.run.batch:batch",
-        reports_at_once=True,
+        reports_immediately=True,
     ),
     "train": Command(
         "train an IP-Adapter by a recipe",
         "ipadapter_jax.train.config:Train",
         "ipadapter_jax.cli.run.train:train",
-        reports_at_once=True,
+        reports_immediately=True,
     ),
     "encode": Command(
         "compute latents and image features of a data set once, for train",
         "ipadapter_jax.train.precompute_config:Encode",
         "ipadapter_jax.cli.run.encode:encode",
-        reports_at_once=True,
+        reports_immediately=True,
     ),
     "evaluate": Command(
         "score an adapter, or the images of another program: CLIP-I, CLIP-T",
         "ipadapter_jax.cli.evaluate:Evaluate",
         "ipadapter_jax.cli.run.evaluate:evaluate",
-        reports_at_once=True,
+        reports_immediately=True,
     ),
     "convert": Command(
         "weights from one format to another",

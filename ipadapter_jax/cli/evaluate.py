@@ -61,7 +61,7 @@ class Evaluate(BatchOptions):
     }
 
     def __post_init__(self) -> None:
-        if self.base == bundled.NAME and self.images_from is None and self.adapter is None:
+        if self.model == bundled.NAME and self.images_from is None and self.adapter is None:
             self.adapter = bundled.NAME
 
     def check(self) -> None:

@@ -2,10 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING, OF_IMAGE_PROMPTS, Sampling, refuse
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.former_names import FormerName
 from ipadapter_jax.runtime.memory_limits import check_memory
 from ipadapter_jax.storage.atomic_files import check_writable
 from ipadapter_jax.storage.paths import PathOrHubId
@@ -30,10 +31,10 @@ class Generate(Sampling):
     """A weight for each reference, times --scale."""
     masks: tuple[PathOrHubId, ...] = ()
     """A mask for each reference, white where it acts; each then acts by itself."""
-    embeds: PathOrHubId | None = None
-    """Image embeddings in place of --image: a file of --save-embeds, or what diffusers or ComfyUI saved. No image
+    image_embeds: Annotated[PathOrHubId | None, FormerName("embeds")] = None
+    """Image embeddings in place of --image: a file of --save-image-embeds, or what diffusers or ComfyUI saved. No image
     encoder is needed then."""
-    save_embeds: Path | None = None
+    save_image_embeds: Annotated[Path | None, FormerName("save_embeds")] = None
     """Also writes the embeddings of --image into this .safetensors file."""
     init_image: PathOrHubId | None = None
     """An image to paint over (image-to-image)."""
@@ -41,7 +42,7 @@ class Generate(Sampling):
     """White where to paint over --init-image (inpainting)."""
     strength: float | None = None
     """By which part of the steps --init-image is painted over: 0.8, with a mask 1."""
-    exact_outside_mask: bool = False
+    preserve_unmasked: Annotated[bool, FormerName("exact_outside_mask")] = False
     """Keep the pixels of --init-image where the mask is black."""
     num_images: int = 1
     """Images to make, image i with seed + i."""
@@ -49,21 +50,21 @@ class Generate(Sampling):
     """Seed of the first image."""
     attention_maps: Path | None = None
     """Also writes a figure of where each image token was looked at, over the first image."""
-    explore: Literal["scales", "presets"] | None = None
+    grid: Annotated[Literal["scales", "presets"] | None, FormerName("explore")] = None
     """Writes one labelled figure instead: a row for each seed over scales from 0 to 1, or a row for each reference over
     all presets."""
 
     help_groups: ClassVar = {
         "what to make": ("prompt", "image", "out", "num_images", "seed", "height", "width", "negative_prompt"),
-        "image prompt": ("image_weights", "masks", *HELP_IMAGE_PROMPT, "embeds"),
-        "painting over an image": ("init_image", "mask_image", "strength", "exact_outside_mask"),
+        "image prompt": ("image_weights", "masks", *HELP_IMAGE_PROMPT, "image_embeds"),
+        "painting over an image": ("init_image", "mask_image", "strength", "preserve_unmasked"),
         "sampling": HELP_SAMPLING,
         "model": HELP_MODEL,
-        "further output": ("save_embeds", "attention_maps", "explore"),
+        "further output": ("save_image_embeds", "attention_maps", "grid"),
     }
 
     def __post_init__(self) -> None:
-        if self.base == bundled.NAME and (self.image or self.embeds) and self.adapter is None:
+        if self.model == bundled.NAME and (self.image or self.image_embeds) and self.adapter is None:
             self.adapter = bundled.NAME
 
     def check(self) -> None:
@@ -76,21 +77,23 @@ def _check(args: Generate) -> None:
     for option, path in (("out", args.out), ("attention-maps", args.attention_maps)):
         if path is not None and path.suffix.lower() != ".png":
             raise InputError(f"--{option} {path}: give a name that ends in .png, which can carry the settings")
-    prompted = bool(args.image) or args.embeds is not None
-    if args.image and args.embeds:
-        raise InputError("--image and --embeds are both given; embeddings stand in the place of images")
+    prompted = bool(args.image) or args.image_embeds is not None
+    if args.image and args.image_embeds:
+        raise InputError("--image and --image-embeds are both given; embeddings stand in the place of images")
     if args.adapter is None and (prompted or args.image_encoder):
-        what = "--embeds needs" if args.embeds else "--image and --image-encoder need"
+        what = "--image-embeds needs" if args.image_embeds else "--image and --image-encoder need"
         raise InputError(f"{what} --adapter, the IP-Adapter file that reads the image")
-    if args.save_embeds is not None and args.save_embeds.suffix != ".safetensors":
-        raise InputError(f"--save-embeds {args.save_embeds}: give a name that ends in .safetensors")
+    if args.save_image_embeds is not None and args.save_image_embeds.suffix != ".safetensors":
+        raise InputError(f"--save-image-embeds {args.save_image_embeds}: give a name that ends in .safetensors")
     if args.adapter is not None and not prompted:
         raise InputError("--adapter needs --image, the image to use as prompt")
-    if args.embeds is not None:
-        refuse(args, ("fit", "negative_image"), "on --embeds, which are encoded already", "give --image")
+    if args.image_embeds is not None:
+        refuse(
+            args, ("reference_resize", "negative_image"), "on --image-embeds, which are encoded already", "give --image"
+        )
     if not prompted:
         names = (*OF_IMAGE_PROMPTS, "image_weights", "masks")
-        refuse(args, names, "without an image prompt", "give --image or --embeds")
+        refuse(args, names, "without an image prompt", "give --image or --image-embeds")
     for option, needs, given in _NEEDS:
         if given(args) and not getattr(args, needs):
             raise InputError(f"--{option} needs --{needs.replace('_', '-')}")
@@ -103,13 +106,13 @@ def _check(args: Generate) -> None:
         raise InputError(f"--seed {args.seed}: seeds of all images must lie between 0 and 2^32 - 1")
     fewer = "make fewer, or use ipadapter-jax batch"
     check_memory(args.num_images * _SMALL, f"{args.num_images:,} images", fewer)
-    if args.explore is not None:
+    if args.grid is not None:
         ignored = [option for option, given in _NOT_EXPLORED.items() if given(args)]
         if ignored:
-            raise InputError(f"--explore makes a figure of its own; leave out --{', --'.join(ignored)}")
-    places = [path for path in (*targets(args), args.attention_maps, args.save_embeds) if path is not None]
+            raise InputError(f"--grid makes a figure of its own; leave out --{', --'.join(ignored)}")
+    places = [path for path in (*targets(args), args.attention_maps, args.save_image_embeds) if path is not None]
     if len({path.absolute() for path in places}) < len(places):
-        raise InputError("--out, --attention-maps and --save-embeds must be different files")
+        raise InputError("--out, --attention-maps and --save-image-embeds must be different files")
     for path in places:
         check_writable(path)
 
@@ -117,12 +120,12 @@ def _check(args: Generate) -> None:
 _SMALL = 64 * 64 * 3 * 4  # bytes: of an image smaller than which no model makes by itself
 
 _NEEDS = [
-    ("save-embeds", "image", lambda args: args.save_embeds),
-    ("explore", "image", lambda args: args.explore),
+    ("save-image-embeds", "image", lambda args: args.save_image_embeds),
+    ("grid", "image", lambda args: args.grid),
     ("attention-maps", "adapter", lambda args: args.attention_maps),
     ("mask-image", "init_image", lambda args: args.mask_image),
     ("strength", "init_image", lambda args: args.strength is not None),
-    ("exact-outside-mask", "mask_image", lambda args: args.exact_outside_mask),
+    ("preserve-unmasked", "mask_image", lambda args: args.preserve_unmasked),
 ]
 
 
@@ -130,17 +133,17 @@ _NOT_EXPLORED = {
     "masks": lambda args: args.masks,
     "image-weights": lambda args: args.image_weights,
     "init-image": lambda args: args.init_image,
-    "save-embeds": lambda args: args.save_embeds,
+    "save-image-embeds": lambda args: args.save_image_embeds,
     "attention-maps": lambda args: args.attention_maps,
-    "layers": lambda args: args.explore == "presets" and args.layers != "linear",
-    "num-images": lambda args: args.explore == "presets" and args.num_images > 1,
-    "scale": lambda args: args.explore == "scales" and args.scale != 1,
+    "layer-scales": lambda args: args.grid == "presets" and args.layer_scales != "linear",
+    "num-images": lambda args: args.grid == "presets" and args.num_images > 1,
+    "scale": lambda args: args.grid == "scales" and args.scale != 1,
 }
 
 
 def targets(args: Generate) -> list[Path]:
     """The single images in order; with several, their grid last: where the named file exists, all is done."""
-    if args.num_images == 1 or args.explore is not None:
+    if args.num_images == 1 or args.grid is not None:
         return [args.out]
     digits = len(str(args.num_images - 1))
     singles = [args.out.with_name(f"{args.out.stem}-{i:0{digits}d}.png") for i in range(args.num_images)]

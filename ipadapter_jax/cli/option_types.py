@@ -9,8 +9,9 @@ import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ipadapter_jax.inputs.former_names import FormerName, FormerValue
 from ipadapter_jax.storage.paths import PATH_OR_HUB_ID
 
 _POSITIONAL = "positional"
@@ -24,6 +25,7 @@ class Option:
 
     kind: the type of one value; bool takes none. choices: all values that there are, empty where any of the kind will
     do. count: how many values, None for one or more. optional: it may be None. default: None also where it is required.
+    former_path: the path under the field's former name, where it had one. former_values: {former spelling: choice}.
     """
 
     path: tuple[str, ...]
@@ -36,18 +38,25 @@ class Option:
     positional: bool = False
     required: bool = False
     default: Any = None
+    former_path: tuple[str, ...] | None = None
+    former_values: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """--optim.learning-rate, or for a value by its place SOURCE."""
-        if self.positional:
-            return self.path[-1].upper()
-        return "--" + ".".join(self.path).replace("_", "-")
+        return self.path[-1].upper() if self.positional else _written(self.path)
 
     @property
     def opposite(self) -> str:
         """--log.no-tensorboard, which makes a bool false."""
-        return "--" + ".".join((*self.path[:-1], f"no-{self.path[-1]}")).replace("_", "-")
+        return _opposite(self.path)
+
+    def former_names(self) -> Iterator["FormerOption"]:
+        """What older releases called the option, and its opposite."""
+        if self.former_path is not None:
+            yield FormerOption(_written(self.former_path), self.name)
+            if self.kind is bool:
+                yield FormerOption(_opposite(self.former_path), self.opposite)
 
     @property
     def metavar(self) -> str:
@@ -59,6 +68,13 @@ class Option:
         names = {int: "N", float: "X", Path: "PATH", str: "PLACE" if self.is_place else "TEXT"}
         one = "{" + ",".join(self.choices) + "}" if self.choices else names[self.kind]
         return f"{one} [{one} ...]" if self.count is None else " ".join([one] * self.count)
+
+
+class FormerOption(NamedTuple):
+    """An option's name in older releases, and its name today."""
+
+    former: str
+    name: str
 
 
 @functools.cache
@@ -101,6 +117,7 @@ def _option(field: dataclasses.Field, hint: Any, path: tuple[str, ...], about: s
         elif get_origin(hint) is Literal:
             break
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    former = next((mark.name for mark in marks if isinstance(mark, FormerName)), None)
     return Option(
         path=path,
         about=about,
@@ -112,7 +129,17 @@ def _option(field: dataclasses.Field, hint: Any, path: tuple[str, ...], about: s
         positional=_POSITIONAL in marks,
         required=required,
         default=None if required else field.default,
+        former_path=None if former is None else (*path[:-1], former),
+        former_values={mark.former: mark.value for mark in marks if isinstance(mark, FormerValue)},
     )
+
+
+def _written(path: tuple[str, ...]) -> str:
+    return "--" + ".".join(path).replace("_", "-")
+
+
+def _opposite(path: tuple[str, ...]) -> str:
+    return _written((*path[:-1], f"no-{path[-1]}"))
 
 
 def _texts(kind: type) -> Mapping[str, str]:

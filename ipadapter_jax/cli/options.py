@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.former_names import FormerName, FormerValue
 from ipadapter_jax.inputs.validation import Uncond
 from ipadapter_jax.pipelines.scales import Scale
 from ipadapter_jax.storage.paths import PathOrHubId
@@ -14,30 +15,48 @@ from ipadapter_jax.weights.hub import found_place
 
 # What the call of a pipeline names otherwise than the command line does. A part of an argument is given after a /.
 ARGUMENTS: Mapping[str, str] = {
+    "base": "model",
     "num_inference_steps": "steps",
     "num_images_per_prompt": "num_images",
     "image": "init_image",
     "ip_adapter_image": "image",
-    "ip_adapter_image_embeds": "embeds",
+    "ip_adapter_image_embeds": "image_embeds",
     "ip_adapter_masks": "masks",
     "ip_adapter_scale": "scale",
-    "ip_adapter_scale/layers": "layers",
+    "ip_adapter_scale/layers": "layer_scales",
     "ip_adapter_scale/start": "scale_start",
     "ip_adapter_scale/steps": "scale_steps",
     "ip_adapter_uncond": "uncond",
     "negative_ip_adapter_image": "negative_image",
     "return_attention_maps": "attention_maps",
+    "fit": "reference_resize",
+    "exact_outside_mask": "preserve_unmasked",
 }
 
 HELP_IMAGE_PROMPT = (
-    *("scale", "adapter", "image_encoder", "layers", "scale_start", "scale_end", "scale_steps"),
-    *("fit", "negative_image", "uncond"),
+    "scale",
+    "adapter",
+    "image_encoder",
+    "layer_scales",
+    "scale_start",
+    "scale_end",
+    "scale_steps",
+    "reference_resize",
+    "negative_image",
+    "uncond",
 )
 HELP_SAMPLING = (
-    *("steps", "guidance_scale", "guidance_rescale", "scheduler", "karras", "timestep_spacing", "zero_snr"),
-    *("eta", "clip_skip"),
+    "steps",
+    "guidance_scale",
+    "guidance_rescale",
+    "scheduler",
+    "karras",
+    "timestep_spacing",
+    "zero_snr",
+    "eta",
+    "clip_skip",
 )
-HELP_MODEL = ("base", "dtype", "variant", "revision", "vae", "text_encoder", "config", "extract_ema")
+HELP_MODEL = ("model", "dtype", "variant", "revision", "vae", "text_encoder", "config", "extract_ema")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -46,7 +65,7 @@ class Sampling:
 
     help_groups: ClassVar[Mapping[str, tuple[str, ...]]]  # of --help, the most used first
 
-    base: PathOrHubId = bundled.NAME
+    model: Annotated[PathOrHubId, FormerName("base")] = bundled.NAME
     """Base model: a folder in diffusers' layout (PyTorch or Flax weights), a single file (.safetensors or .ckpt), a
     Hub id such as owner/name, or mini, the model inside this package (./mini is a folder of that name)."""
     config: PathOrHubId | None = None
@@ -67,7 +86,7 @@ class Sampling:
     """Folder, file or Hub place of the CLIP vision model; by default image_encoder beside the adapter."""
     scale: float = 1.0
     """Weight of the image prompt: 0 is the base model, 0.5 to 0.7 balances with the text, 1 follows the image."""
-    layers: str = "linear"
+    layer_scales: Annotated[str, FormerName("layers")] = "linear"
     """Where the image prompt acts: a preset ("ease out", "style", "composition", "strong style" ...), or as JSON
     diffusers' dictionary {"up": {"block_1": [0, 1, 0]}}, a sum of presets {"style": 1, "composition": 0.5}, or a list
     with a factor for each layer."""
@@ -77,12 +96,12 @@ class Sampling:
     """Up to which part of the steps."""
     scale_steps: tuple[float, ...] = (1.0,)
     """Factors of the scale spread over the steps, linear between: "1 0" fades out, "0 1" in."""
-    fit: Literal["crop", "resize", "pad", "tile"] = "crop"
+    reference_resize: Annotated[Literal["crop", "resize", "pad", "tile"], FormerName("fit")] = "crop"
     """How a reference that is not square becomes so; tile makes several squares of it."""
     negative_image: PathOrHubId | None = None
     """An image to keep away from: what the unconditional branch of guidance sees."""
-    uncond: Uncond = "default"
-    """What that branch sees without one: zeros (features), "zero pixels", black or noise. The default is what the
+    uncond: Annotated[Uncond, FormerValue("zero pixels", "zero-pixels")] = "default"
+    """What that branch sees without one: zeros (features), zero-pixels, black or noise. The default is what the
     adapter was trained with."""
     steps: int = 50
     """Denoising steps."""
@@ -116,7 +135,7 @@ class Sampling:
 
     def check(self) -> None:
         """Raises InputError for what can be told before any file is opened."""
-        found_place(self.base, "base model")  # all else depends on it
+        found_place(self.model, "base model")  # all else depends on it
         self.scale_of()
         if self.steps < 1:
             raise InputError(f"--steps {self.steps} must be at least 1")
@@ -147,11 +166,11 @@ class Sampling:
         }
         return {name: value for name, value in options.items() if value}
 
-    def scale_of(self, value: float | None = None, layers: str | None = None) -> Scale:
+    def scale_of(self, value: float | None = None, layer_scales: str | None = None) -> Scale:
         """The scale of the image prompt, by default as the options say."""
-        given: Any = self.layers if layers is None else layers
+        given: Any = self.layer_scales if layer_scales is None else layer_scales
         if given.lstrip().startswith(("{", "[")):
-            given = parse_json(given, "--layers", "an example is '{\"mid\": 1}'")
+            given = parse_json(given, "--layer-scales", "an example is '{\"mid\": 1}'")
         return Scale(self.scale if value is None else value, given, self.scale_start, self.scale_end, self.scale_steps)
 
     def arguments(self, negative: Any) -> dict[str, Any]:
@@ -160,7 +179,7 @@ class Sampling:
         return {
             "negative_ip_adapter_image": negative,
             "ip_adapter_uncond": self.uncond,
-            "fit": self.fit,
+            "fit": self.reference_resize,
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "guidance_rescale": self.guidance_rescale,
@@ -175,8 +194,16 @@ class Sampling:
 
 
 OF_IMAGE_PROMPTS = (
-    *("scale", "layers", "scale_start", "scale_end", "scale_steps"),
-    *("fit", "negative_image", "uncond", "image_encoder", "adapter"),
+    "scale",
+    "layer_scales",
+    "scale_start",
+    "scale_end",
+    "scale_steps",
+    "reference_resize",
+    "negative_image",
+    "uncond",
+    "image_encoder",
+    "adapter",
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ipadapter_jax.cli.commands import COMMANDS
 from ipadapter_jax.cli.option_types import Option, options_of
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.former_names import warn_of_former_name
 from ipadapter_jax.inputs.suggestions import closest_match, did_you_mean_or_choose, find_synonym
 from ipadapter_jax.storage.paths import expand_home
 
@@ -45,6 +46,8 @@ class _Line:
     def __init__(self, command: str, options: Sequence[Option], words: Sequence[str]) -> None:
         self.command, self.options, self.words = command, options, list(words)
         self.named = _named(options)
+        self.former = _former(options)
+        self.written: dict[tuple[str, ...], str] = {}  # the name that an option was given under
         self.places = [option for option in options if option.positional]
         self.given: dict[tuple[str, ...], Any] = {}
         self.last: Option | None = None
@@ -65,12 +68,16 @@ class _Line:
 
     def _option(self, word: str) -> None:
         name, equals, value = word.partition("=")
-        if (hyphens := name.replace("_", "-")) not in self.named:
-            raise InputError(_unknown(self.command, name, [*self.named]))
-        option, is_on = self.named[hyphens]
+        hyphens = name.replace("_", "-")
+        present = self.former.get(hyphens, hyphens)
+        if present not in self.named:
+            raise InputError(unknown_option(self.command, name, self.options))
+        option, is_on = self.named[present]
         if option.path in self.given:
-            several = ", several values after it" if option.count is None else ""
-            raise InputError(f"{option.name} is given more than once; give it once{several}")
+            raise InputError(self._repeated(option, hyphens))
+        self.written[option.path] = hyphens
+        if present != hyphens:
+            warn_of_former_name(hyphens, present)
         if option.kind is bool:
             if equals:
                 raise InputError(f"{name} takes no value; {option.name} turns it on, {option.opposite} off")
@@ -78,6 +85,15 @@ class _Line:
         else:
             self.given[option.path] = _values(option, [value] if equals else list(self._following(option)))
         self.last = option
+
+    def _repeated(self, option: Option, name: str) -> str:
+        """What is said of an option that is given again, now under this name."""
+        names = {name, self.written[option.path]}
+        if names & {*self.former}:
+            names -= {option.name, option.opposite}
+            return f"{option.name} and {names.pop()} are the same option; give {option.name} alone"
+        several = ", several values after it" if option.count is None else ""
+        return f"{option.name} is given more than once; give it once{several}"
 
     def _following(self, option: Option) -> Iterator[str]:
         """The words that are the option's values."""
@@ -111,6 +127,11 @@ def _named(options: Sequence[Option]) -> dict[str, tuple[Option, bool]]:
     return named | {option.opposite: (option, False) for option in options if option.kind is bool}
 
 
+def _former(options: Iterable[Option]) -> dict[str, str]:
+    """{former name: name} of options and their opposites."""
+    return {names.former: names.name for option in options for names in option.former_names()}
+
+
 def _is_option(word: str) -> bool:
     return bool(_OPTION.fullmatch(word)) and not _is_number(word)
 
@@ -137,6 +158,9 @@ def _values(option: Option, words: Sequence[str]) -> Any:
 
 
 def _value(option: Option, word: str) -> Any:
+    if word in option.former_values:
+        warn_of_former_name(f"{option.name} {word!r}", option.former_values[word])
+        return option.former_values[word]
     if option.choices:
         if word not in option.choices:
             raise InputError(f"{option.name} {_shown(word)} is not known{did_you_mean_or_choose(word, option.choices)}")
@@ -170,7 +194,7 @@ def unknown_command(word: str) -> str:
     return f"there is no command {_shown(word)}{did_you_mean_or_choose(word, COMMANDS)}"
 
 
-def _unknown(command: str, name: str, options: Iterable[str]) -> str:
+def unknown_option(command: str, name: str, options: Sequence[Option]) -> str:
     """What is said of an option that the command does not have: it is called otherwise, belongs to another command, or
     a letter slipped."""
     what = f"{command} has no option {_shown(name)}"
@@ -178,7 +202,7 @@ def _unknown(command: str, name: str, options: Iterable[str]) -> str:
     words = (word, word.rpartition(".")[2])  # --optim.lr is called otherwise in its last part alone
     owners = _owners(command)
     for find in (find_synonym, closest_match):
-        for known, of_others in ((_by_word(options), False), (_by_word(owners), True)):
+        for known, of_others in ((_by_word(options), False), (_by_word(_options_of_others(command)), True)):
             if found := next(filter(None, (find(one, known) for one in words)), None):
                 option = known[found]
                 if not of_others:
@@ -189,12 +213,17 @@ def _unknown(command: str, name: str, options: Iterable[str]) -> str:
     return f"{what}; ipadapter-jax {command} --help lists them"
 
 
-def _by_word(options: Iterable[str]) -> dict[str, str]:
-    """Options by what is written after the hyphens, and by the last part of that."""
-    known = {option.removeprefix("--"): option for option in options}
-    for word, option in list(known.items()):
-        known.setdefault(word.rpartition(".")[2], option)
+def _by_word(options: Sequence[Option]) -> dict[str, str]:
+    """Names of options by what is written after the hyphens, today or formerly, and by the last part of that."""
+    present = {name: name for name in _named(options)}
+    known = {written.removeprefix("--"): name for written, name in (present | _former(options) | present).items()}
+    for word, name in list(known.items()):
+        known.setdefault(word.rpartition(".")[2], name)
     return known
+
+
+def _options_of_others(command: str) -> list[Option]:
+    return [option for other in COMMANDS if other != command for option in options_of(COMMANDS[other].kind())]
 
 
 def _owners(command: str) -> dict[str, list[str]]:

@@ -5,15 +5,15 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from ipadapter_jax.batch.job_settings import read_settings
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.prompts import Reference
 from ipadapter_jax.images.formats import SUFFIXES, unread_format
 from ipadapter_jax.storage.csv_files import read_csv
 from ipadapter_jax.storage.nearby_paths import nearby_hint
 from ipadapter_jax.storage.paths import expand_home
-from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, read_bytes, read_json_object
+from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, read_bytes
 
 
 def find_images(place: Path, references: Sequence[Reference]) -> list[list[Path]]:
@@ -87,10 +87,9 @@ def _check(place: Path, references: Sequence[Reference], counts: Sequence[int]) 
             )
 
 
-def settings_beside(folder: Path) -> dict[str, Any] | None:
-    """What the folder of a job of ours says that its images were made with."""
-    path = folder / "job.json"
+def recorded_settings(folder: Path) -> dict[str, object] | None:
+    """The settings that images were made with, where a job of `ipadapter-jax` made the images of this folder."""
     try:
-        return read_json_object(path)
+        return read_settings(folder)
     except InputError:
         return None

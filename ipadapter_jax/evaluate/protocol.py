@@ -10,8 +10,17 @@ DATA = "captions_val2017.json"
 SETTINGS = {"scheduler": "ddim", "steps": 50, "guidance_scale": 7.5, "scale": 1.0}
 # What the paper says nothing of, and a reader would expect to be left alone.
 PLAIN = {
-    **{"negative_prompt": "", "negative_image": None, "uncond": "default", "fit": "crop", "layers": "linear"},
-    **{"scale_start": 0.0, "scale_end": 1.0, "scale_steps": [1.0], "guidance_rescale": 0.0, "clip_skip": 0, "eta": 0.0},
+    "negative_prompt": "",
+    "negative_image": None,
+    "uncond": "default",
+    "reference_resize": "crop",
+    "layer_scales": "linear",
+    "scale_start": 0.0,
+    "scale_end": 1.0,
+    "scale_steps": [1.0],
+    "guidance_rescale": 0.0,
+    "clip_skip": 0,
+    "eta": 0.0,
 }
 
 

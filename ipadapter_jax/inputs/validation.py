@@ -14,7 +14,7 @@ from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.arrays import to_numpy
 from ipadapter_jax.inputs.suggestions import did_you_mean
 
-Uncond = Literal["default", "zeros", "zero pixels", "black", "noise"]
+Uncond = Literal["default", "zeros", "zero-pixels", "black", "noise"]
 """What the unconditional branch of guidance sees in place of an image: zero features, the features of normalized pixels
 that are zero, those of a black image (ComfyUI's choice for plus and full adapters), or of noise, which pulls the images
 away from grain. The default is what adapters were trained with: zero features for base ones, zero pixels for plus and

@@ -83,7 +83,7 @@ class Adapter:
             raise InputError(
                 f"{argument('negative_ip_adapter_image')} has {len(dark)} images for {count}; give one, or one for each"
             )
-        _check_uncond(uncond)
+        uncond = _known_uncond(uncond)
 
         def encode(pixels: np.ndarray) -> Array:
             return sampling.encode_image(encoder.module, patches, encoder.params, pixels)
@@ -147,7 +147,7 @@ class Adapter:
             raise InputError(
                 f"{argument('ip_adapter_uncond', repr(uncond))}: {argument(name)} hold the negative branch already"
             )
-        _check_uncond(uncond)
+        uncond = _known_uncond(uncond)
         if guided and len(array) == 1 and uncond != "zeros" and (config.uses_patches or uncond != "default"):
             _ = self.encoder  # which makes the negative branch
         return features, array.shape[1]
@@ -163,7 +163,7 @@ class Adapter:
         if uncond == "noise":
             painted = np.random.default_rng(0).integers(0, 256, painted.shape, np.uint8)
         pixels = clip_pixel_values([Image.fromarray(painted)], side)
-        if uncond in ("default", "zero pixels"):
+        if uncond in ("default", "zero-pixels"):
             pixels = np.zeros_like(pixels)
         return sampling.encode_image(encoder.module, patches, encoder.params, pixels)
 
@@ -178,11 +178,14 @@ class Adapter:
         return self.loaded_encoder
 
 
-def _check_uncond(uncond: str) -> None:
-    if uncond not in get_args(Uncond):
-        raise InputError(
-            f"{argument('ip_adapter_uncond')} {uncond!r} is not known; choose {', '.join(get_args(Uncond))}"
-        )
+def _known_uncond(uncond: str) -> Uncond:
+    """The choice in its present spelling. Raises InputError for what is not a choice."""
+    if uncond == "zero pixels":  # in older releases
+        return "zero-pixels"
+    for known in get_args(Uncond):
+        if uncond == known:
+            return known
+    raise InputError(f"{argument('ip_adapter_uncond')} {uncond!r} is not known; choose {', '.join(get_args(Uncond))}")
 
 
 def _pixels(images: Sequence[ImageLike] | Prepared, side: int, fit: str) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.former_names import FormerName, accepts_former_names
 from ipadapter_jax.runtime.memory_limits import check_memory
 from ipadapter_jax.storage.paths import PathOrHubId, check_utf8
 
@@ -42,6 +43,7 @@ class Model:
     """Which weight files of the base model to prefer, such as fp16."""
 
 
+@accepts_former_names
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where samples come from and how they are drawn."""
@@ -70,10 +72,11 @@ class Data:
     """Processes that decode images; 0 decodes in threads of the main process."""
     threads: int = 16
     """Threads that read and decode, in each of these processes."""
-    max_bad_share: float = 0.1
-    """Stop when more than this share of the records cannot be read."""
+    max_unreadable_fraction: Annotated[float, FormerName("max_bad_share")] = 0.1
+    """Stop when more than this fraction of the records cannot be read."""
 
 
+@accepts_former_names
 @dataclasses.dataclass(frozen=True)
 class Optim:
     """AdamW with a constant learning rate after a linear warm-up."""
@@ -92,8 +95,8 @@ class Optim:
     """Parts that a batch is computed in, one after the other, to save memory; the result is that of the whole."""
     ema: float | None = None
     """Decay of a moving average of the weights (0.9999, say), which is then what is exported."""
-    max_bad_steps: int = 20
-    """Steps in a row whose gradients may be NaN or infinite; each is skipped, then the run stops."""
+    max_nonfinite_steps: Annotated[int, FormerName("max_bad_steps")] = 20
+    """Stop after so many consecutive steps whose gradients are NaN or infinite. Each such step is skipped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +170,18 @@ class Train:
 
 
 # These may change when a run goes on: they do not touch what is learnt.
-_FREE = ("out", "steps", "dry_run", "mesh", "log", "checkpoint", "data.workers", "data.threads", "data.max_bad_share")
-_FREE += ("model.remat", "optim.accumulate", "optim.max_bad_steps")
+_FREE = (
+    "out",
+    "steps",
+    "dry_run",
+    "mesh",
+    "log",
+    "checkpoint",
+    "data.workers",
+    "data.threads",
+    "data.max_unreadable_fraction",
+)
+_FREE += ("model.remat", "optim.accumulate", "optim.max_nonfinite_steps")
 _FREE_PATHS = ("data.path", "data.image_root", "model.base", "model.image_encoder", "model.init_from")  # may be moved
 
 
@@ -193,7 +206,7 @@ def check(config: Train) -> None:
     if not data.path:
         raise InputError("--data.path is missing: name the training data (JSON list, folder, tars, Parquet, ...)")
     at_least = {
-        1: ("steps", "data.batch_size", "data.threads", "optim.accumulate", "optim.max_bad_steps", "log.every")
+        1: ("steps", "data.batch_size", "data.threads", "optim.accumulate", "optim.max_nonfinite_steps", "log.every")
         + ("log.validation_size", "checkpoint.every", "checkpoint.keep_last", "mesh.fsdp", "mesh.heartbeat_seconds")
         + ("model.resampler_depth", "model.resampler_heads", "data.resolution"),
         0: ("seed", "data.workers", "optim.warmup_steps", "log.validate_every", "log.sample_steps")
@@ -209,8 +222,8 @@ def check(config: Train) -> None:
     drops = (data.drop_image, data.drop_text, data.drop_both)
     if min(drops) < 0 or not sum(drops) <= 1:
         raise InputError(f"the drop rates {drops} must not be negative, and at most 1 together")
-    if not 0 <= data.max_bad_share <= 1:
-        raise InputError(f"--data.max-bad-share {data.max_bad_share} must lie between 0 and 1")
+    if not 0 <= data.max_unreadable_fraction <= 1:
+        raise InputError(f"--data.max-unreadable-fraction {data.max_unreadable_fraction} must lie between 0 and 1")
     if not (optim.learning_rate > 0 and math.isfinite(optim.learning_rate)):
         raise InputError(f"--optim.learning-rate {optim.learning_rate} must be a positive number")
     for name in ("optim.beta1", "optim.beta2", "optim.ema"):

@@ -105,7 +105,7 @@ class Skips:
             raise InputError(
                 f"{self.bad} of {self.seen} records cannot be used, {self.bad / self.seen:.1%} where "
                 f"{self._max_share:.1%} is allowed: {self._path} lists them with the reasons; repair or remove them, "
-                "or raise data.max_bad_share"
+                "or raise data.max_unreadable_fraction"
             )
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ image = pipe("a photo", ip_adapter_image=load_image("reference.jpg")).images[0]
 ipadapter_jax:
 
 ```
-ipadapter-jax generate --base {base_word}{variant_word} --adapter path/to/{file} \\
+ipadapter-jax generate --model {base_word}{variant_word} --adapter path/to/{file} \\
   --image-encoder {encoder_word} --image reference.jpg --prompt "a photo" --scale 0.6 --out out.png
 ```
 

@@ -166,10 +166,11 @@ class _Job:
                 self._check_share(done, skipped)
 
     def _check_share(self, done: int, skipped: list[dict]) -> None:
-        if done >= min(_ENOUGH, len(self.samples)) and len(skipped) > self.config.max_bad_share * done:
+        if done >= min(_ENOUGH, len(self.samples)) and len(skipped) > self.config.max_unreadable_fraction * done:
             raise InputError(
                 f"{len(skipped)} of {done} records cannot be used, {skipped[-1]['key']} for one: "
-                f"{skipped[-1]['reason']}; repair the data, or raise --max-bad-share and run the same command again"
+                f"{skipped[-1]['reason']}; repair the data, or raise "
+                "--max-unreadable-fraction and run the same command again"
             )
 
     def _encoded(self, part: range, rows: Iterator[Row], first_time: AnnounceFirstCall) -> Iterator[Row]:
@@ -206,7 +207,7 @@ def _job(config: Encode) -> _Job:
     """Opens data and encoders, and says what is to be written."""
     patches = config.features == "penultimate"
     with announce("reading the weights"):
-        encoders = load_encoders(config.base, config.variant, config.image_encoder, config.dtype, patches)
+        encoders = load_encoders(config.model, config.variant, config.image_encoder, config.dtype, patches)
     if config.resolution % encoders.pixel_step:
         raise InputError(f"--resolution {config.resolution} must be a multiple of {encoders.pixel_step} for this model")
     columns = {name: getattr(config, name) for name in ("image_root", "image_column", "text_column")}
@@ -257,9 +258,9 @@ def _check(config: Encode) -> None:
     held = 3 * config.resolution**2 * config.batch_size * 3  # two batches are read ahead of the one that is computed
     what = f"batches of {config.batch_size:,} images of {config.resolution} pixels"
     check_memory(held, what, "give a smaller --resolution or --batch-size")
-    if not 0 <= config.max_bad_share <= 1:
-        raise InputError(f"--max-bad-share {config.max_bad_share} must lie between 0 and 1")
-    found_place(config.base, "base model")
+    if not 0 <= config.max_unreadable_fraction <= 1:
+        raise InputError(f"--max-unreadable-fraction {config.max_unreadable_fraction} must lie between 0 and 1")
+    found_place(config.model, "base model")
     check_exists(config.data)
     check_utf8(config.out, "the format of the features")
     data = Path(expand_home(config.data))

@@ -2,8 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from ipadapter_jax.inputs.former_names import FormerName
 from ipadapter_jax.storage.paths import PathOrHubId
 from ipadapter_jax.train.config import Dtype
 
@@ -15,7 +16,7 @@ class Encode:
     A run that was stopped goes on with the same command. Several processes (SLURM, a TPU pod) share the work.
     """
 
-    base: PathOrHubId
+    model: Annotated[PathOrHubId, FormerName("base")]
     """Base model, whose VAE and tokenizer are used: a folder in diffusers' layout or a Hub id."""
     image_encoder: PathOrHubId
     """Folder or Hub place of the CLIP vision model that reads the image prompts."""
@@ -45,5 +46,5 @@ class Encode:
     """Threads that read and decode images."""
     shard_records: int = 4096
     """Records in a file; a run that is stopped loses the one it is at."""
-    max_bad_share: float = 0.1
-    """Stop when more than this share of the records cannot be read."""
+    max_unreadable_fraction: Annotated[float, FormerName("max_bad_share")] = 0.1
+    """Stop when more than this fraction of the records cannot be read."""

@@ -91,7 +91,9 @@ class Run:
         with announce("tracing the training step"):
             flops = self._check_cost()
         self.validation = self._validation()
-        self.skips = together(lambda: Skips(folder / _of_process("skipped", "jsonl"), config.data.max_bad_share))
+        self.skips = together(
+            lambda: Skips(folder / _of_process("skipped", "jsonl"), config.data.max_unreadable_fraction)
+        )
         self.desk = self._in_process_0(lambda: Reporter(config, folder, self.about, self.loaded, self.first, flops))
         self.fault: str | None = None  # of the data that this process reads
         self.pending: deque[tuple[int, dict[str, Array]]] = deque()  # steps whose outcome nobody has looked at
@@ -236,7 +238,7 @@ class Run:
         while len(self.pending) > in_flight:
             number, metrics = self.pending.popleft()
             bad = int(metrics["bad_steps"])
-            if bad >= self.config.optim.max_bad_steps:
+            if bad >= self.config.optim.max_nonfinite_steps:
                 raise InputError(
                     f"the gradients of {bad} steps in a row, up to step {number}, were not finite; {self.folder} holds "
                     "the last good weights: begin another run from them (--model.init-from) with a lower "

@@ -99,7 +99,11 @@ class Images:
             unusable = self._write(data, percent)
             steps = -(-self.records // config.data.batch_size)  # all are read
             own = changed(
-                config, data__path=str(data), data__max_bad_share=1.0, steps=steps, out=str(work / f"{percent}")
+                config,
+                data__path=str(data),
+                data__max_unreadable_fraction=1.0,
+                steps=steps,
+                out=str(work / f"{percent}"),
             )
             run_here(own)
             self._check_list(own, unusable)
@@ -110,9 +114,12 @@ class Images:
             hold(outcome(Path(again.out)) == outcome(Path(own.out)), f"{percent} %: other weights after going on")
             self._check_list(again, unusable)
             told.append(f"{len(unusable)} of {self.records}")
-        strict = changed(own, data__max_bad_share=0.1, steps=10**6, out=str(work / "strict"))
+        strict = changed(own, data__max_unreadable_fraction=0.1, steps=10**6, out=str(work / "strict"))
         said = refusal(lambda: run_here(strict))
-        hold("records cannot be used" in said and "data.max_bad_share" in said and "skipped.jsonl" in said, said)
+        hold(
+            "records cannot be used" in said and "data.max_unreadable_fraction" in said and "skipped.jsonl" in said,
+            said,
+        )
         seen = strict.data.batch_size * (max(logged(Path(strict.out))) + 3)  # steps in flight
         hold(seen <= Skips.ENOUGH + 3 * strict.data.batch_size, f"it stopped only after {seen} records")
         return (

@@ -46,7 +46,9 @@ class Numbers:
             own = changed(config, model__dtype=dtype, data__path=str(poisoned), out=str(work / dtype))
             skipped += self._skips(own, bad)
         for rate in self.rates:
-            own = changed(config, optim__learning_rate=rate, optim__max_bad_steps=_IN_A_ROW, out=str(work / f"{rate}"))
+            own = changed(
+                config, optim__learning_rate=rate, optim__max_nonfinite_steps=_IN_A_ROW, out=str(work / f"{rate}")
+            )
             said = refusal(lambda own=own: run_here(changed(own, steps=100)))
             hold(f"{_IN_A_ROW} steps in a row" in said and "learning-rate" in said, said)
             _hold_finite(Path(own.out))

@@ -75,7 +75,7 @@ class Alone:
         return [
             ["train", recipe, "--steps", "2"],
             ["train", recipe],
-            ["generate", "--base", config.model.base, "--adapter", adapter, *encoder, "--image", image, *size]
+            ["generate", "--model", config.model.base, "--adapter", adapter, *encoder, "--image", image, *size]
             + ["--steps", "2", "--out", work / "fox.png"],
             ["convert", adapter, work / "other.bin"],
             ["evaluate", annotations, *scoring, "--steps", "2", "--out", work / "evaluation"],

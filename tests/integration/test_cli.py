@@ -21,7 +21,7 @@ ADAPTER = ADAPTERS / "ip-adapter_tiny.safetensors"
 def arguments(target: Path, **changes) -> list[str]:
     """A small complete command line; None leaves an option out."""
     options = {
-        "base": small_model(),
+        "model": small_model(),
         "adapter": small_adapter("ip-adapter_tiny"),
         "image": CAT,
         "prompt": "a cat",
@@ -57,7 +57,9 @@ def test_generate_writes_a_grid_and_single_images_with_their_settings(tmp_path, 
 
 def test_several_reference_images_and_no_adapter(tmp_path):
     both = arguments(tmp_path / "both.png", image=None)
-    assert main([*both, "--image", str(CAT), str(ORACLES / "assets" / "img_rgba.png"), "--fit", "pad"]) == 0
+    assert (
+        main([*both, "--image", str(CAT), str(ORACLES / "assets" / "img_rgba.png"), "--reference-resize", "pad"]) == 0
+    )
     assert main(arguments(tmp_path / "plain.png", adapter=None, image=None)) == 0
     assert settings(tmp_path / "plain.png")["adapter"] is None
 
@@ -77,8 +79,8 @@ def bad(tmp_path_factory) -> Path:
 
 
 WRONG = [
-    ({"base": "{bad}/nowhere"}, "nowhere"),
-    ({"base": "{bad}"}, "diffusers' layout"),
+    ({"model": "{bad}/nowhere"}, "nowhere"),
+    ({"model": "{bad}"}, "diffusers' layout"),
     ({"adapter": "{bad}/nowhere.safetensors"}, "nowhere.safetensors"),
     ({"adapter": "{bad}/broken.safetensors"}, "broken.safetensors"),
     ({"adapter": str(ADAPTERS)}, "name one of its files"),
@@ -103,7 +105,7 @@ WRONG = [
     ({"eta": 3}, "--eta 3"),
     ({"seed": -3}, "--seed -3"),
     ({"dtype": "int8"}, "int8"),
-    ({"fit": "zoom"}, "zoom"),
+    ({"reference_resize": "zoom"}, "zoom"),
     ({"steps": "many"}, "many"),
     ({"stpes": 4}, "--steps"),
     ({"out": None}, "--out"),

@@ -29,8 +29,8 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_embeddings_stand_in_for_the_image_and_its_encoder(tmp_path):
     saved, maps = tmp_path / "cat.safetensors", tmp_path / "maps.png"
-    assert main(arguments(tmp_path / "a.png", save_embeds=saved, attention_maps=maps)) == 0
-    again = arguments(tmp_path / "b.png", image=None, embeds=saved, image_encoder=None)
+    assert main(arguments(tmp_path / "a.png", save_image_embeds=saved, attention_maps=maps)) == 0
+    again = arguments(tmp_path / "b.png", image=None, image_embeds=saved, image_encoder=None)
     assert main(again) == 0
     np.testing.assert_array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
     assert "image_encoder" not in settings(tmp_path / "b.png")["sha256"]
@@ -40,7 +40,7 @@ def test_embeddings_stand_in_for_the_image_and_its_encoder(tmp_path):
 
 def test_every_control_at_once(tmp_path):
     line = arguments(
-        tmp_path / "a.png", image=None, layers="ease out", scale_end=0.9, guidance_rescale=0.5, clip_skip=1
+        tmp_path / "a.png", image=None, layer_scales="ease out", scale_end=0.9, guidance_rescale=0.5, clip_skip=1
     )
     line += [
         "--image",
@@ -55,10 +55,10 @@ def test_every_control_at_once(tmp_path):
         "1",
         "0",
     ]
-    line += ["--negative-image", str(OTHER), "--init-image", str(CAT), "--mask-image", MASKS[0], "--exact-outside-mask"]
+    line += ["--negative-image", str(OTHER), "--init-image", str(CAT), "--mask-image", MASKS[0], "--preserve-unmasked"]
     assert main(line) == 0
     found = settings(tmp_path / "a.png")
-    assert (found["layers"], found["scale_steps"], found["masks"]) == ("ease out", [1.0, 0.0], MASKS)
+    assert (found["layer_scales"], found["scale_steps"], found["masks"]) == ("ease out", [1.0, 0.0], MASKS)
     original = np.asarray(Image.open(CAT).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS))
     outside = np.asarray(Image.open(MASKS[0]).convert("L").resize((64, 64), Image.Resampling.LANCZOS)) == 0
     assert outside.any() and not outside.all()
@@ -69,31 +69,31 @@ def test_every_control_at_once(tmp_path):
     ("what", "columns", "rows"), [("scales", 5, 2), pytest.param("presets", 16, 1, marks=pytest.mark.slow)]
 )
 def test_explore(tmp_path, what, columns, rows):
-    recorded = {"base": TORCH_MODEL, "adapter": ADAPTER}  # some presets are for layers that the small model lacks
-    assert main(arguments(tmp_path / "a.png", explore=what, num_images=rows, **recorded)) == 0
+    recorded = {"model": TORCH_MODEL, "adapter": ADAPTER}  # some presets are for layers that the small model lacks
+    assert main(arguments(tmp_path / "a.png", grid=what, num_images=rows, **recorded)) == 0
     with Image.open(tmp_path / "a.png") as figure:
         assert figure.width == 8 + columns * 200 and figure.height == rows * (2 * 24 + 192 + 8)
 
 
 WRONG = [
-    (["--embeds", "a.safetensors"], "--image and --embeds are both given"),
+    (["--image-embeds", "a.safetensors"], "--image and --image-embeds are both given"),
     (["--masks", "a.png", "b.png"], "--masks: 2 for 1 images"),
     (["--image-weights", "1", "2"], "--image-weights: 2 for 1 images"),
     (["--mask-image", "m.png"], "--mask-image needs --init-image"),
     (["--strength", "0.5"], "--strength needs --init-image"),
-    (["--exact-outside-mask"], "--exact-outside-mask needs --mask-image"),
+    (["--preserve-unmasked"], "--preserve-unmasked needs --mask-image"),
     (["--attention-maps", "maps.jpg"], "--attention-maps maps.jpg: give a name that ends in .png"),
-    (["--layers", "stile"], "--layers: no preset 'stile'; did you mean 'style'?"),
-    (["--layers", "{mid: 1}"], "--layers: not JSON (Expecting property name"),
-    (["--layers", '{"mod": 1}'], "--layers: no preset 'mod'"),
-    (["--layers", "[1, 2]"], "--layers: 2 factors for 16 layers"),
+    (["--layer-scales", "stile"], "--layer-scales: no preset 'stile'; did you mean 'style'?"),
+    (["--layer-scales", "{mid: 1}"], "--layer-scales: not JSON (Expecting property name"),
+    (["--layer-scales", '{"mod": 1}'], "--layer-scales: no preset 'mod'"),
+    (["--layer-scales", "[1, 2]"], "--layer-scales: 2 factors for 16 layers"),
     (
         ["--scale-start", "0.9", "--scale-end", "0.1"],
         "--scale-start: start=0.9 and end=0.1 must be parts of the run, 0 <= start < end <= 1",
     ),
     (["--uncond", "white"], "--uncond"),
-    (["--save-embeds", "a.pt"], "--save-embeds a.pt: give a name that ends in .safetensors"),
-    (["--explore", "scales", "--masks", "m.png"], "--explore makes a figure of its own; leave out --masks"),
+    (["--save-image-embeds", "a.pt"], "--save-image-embeds a.pt: give a name that ends in .safetensors"),
+    (["--grid", "scales", "--masks", "m.png"], "--grid makes a figure of its own; leave out --masks"),
     (["--clip-skip", "99"], "--clip-skip 99 must be a whole number"),
     (["--guidance-rescale", "2"], "--guidance-rescale 2.0 must lie between 0"),
     (["--negative-image", "gone.png"], "'gone.png' does not exist"),
@@ -109,8 +109,14 @@ WRONG = [
 ]
 
 UNPROMPTED = [
-    (["--scale", "0.5"], "--scale has no effect without an image prompt: give --image or --embeds, or leave it out"),
-    (["--layers", "style", "--fit", "pad"], "--layers, --fit have no effect without an image prompt"),
+    (
+        ["--scale", "0.5"],
+        "--scale has no effect without an image prompt: give --image or --image-embeds, or leave it out",
+    ),
+    (
+        ["--layer-scales", "style", "--reference-resize", "pad"],
+        "--layer-scales, --reference-resize have no effect without an image prompt",
+    ),
     (["--scale-start", "0.5"], "--scale-start has no effect"),
     (["--scale-end", "0.5"], "--scale-end has no effect"),
     (["--scale-steps", "1", "0"], "--scale-steps has no effect"),
@@ -126,22 +132,22 @@ def test_options_of_image_prompts_need_one(tmp_path, monkeypatch, capsys, more, 
     forbid_sampling(monkeypatch)
     alone = {"adapter": None, "image": None, "image_encoder": None}
     for base in (TORCH_MODEL, "mini"):
-        assert main([*arguments(tmp_path / "a.png", base=base, **alone), *more]) == 2
+        assert main([*arguments(tmp_path / "a.png", model=base, **alone), *more]) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert words in line and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("more", [["--fit", "pad"], ["--negative-image", "a.png"]])
+@pytest.mark.parametrize("more", [["--reference-resize", "pad"], ["--negative-image", "a.png"]])
 def test_options_of_images_have_no_effect_on_embeddings(tmp_path, monkeypatch, capsys, more):
     forbid_sampling(monkeypatch)
-    assert main([*arguments(tmp_path / "a.png", image=None, embeds="e.safetensors"), *more]) == 2
-    assert f"{more[0]} has no effect on --embeds, which are encoded already" in capsys.readouterr().err
+    assert main([*arguments(tmp_path / "a.png", image=None, image_embeds="e.safetensors"), *more]) == 2
+    assert f"{more[0]} has no effect on --image-embeds, which are encoded already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("more", "words"), WRONG)
 def test_wrong_options(tmp_path, monkeypatch, capsys, more, words):
     forbid_sampling(monkeypatch)
-    assert main([*arguments(tmp_path / "a.png", base=TORCH_MODEL, adapter=ADAPTER), *more]) == 2
+    assert main([*arguments(tmp_path / "a.png", model=TORCH_MODEL, adapter=ADAPTER), *more]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert words in line and not list(tmp_path.iterdir())
 
@@ -151,7 +157,7 @@ def test_wrong_options(tmp_path, monkeypatch, capsys, more, words):
 
 def batch(source: Path, out: Path, **changes) -> list[str]:
     options = {
-        "base": small_model(),
+        "model": small_model(),
         "adapter": small_adapter("ip-adapter_tiny"),
         "steps": 2,
         "height": 64,
@@ -243,7 +249,7 @@ def rows_of(tmp_path: Path, *rows: dict) -> Path:
         ({"prompt": "a"}, {"scale": 0.5}, "--scale, --adapter have no effect on "),
         (
             {"prompt": "a"},
-            {"adapter": None, "fit": "pad"},
+            {"adapter": None, "reference_resize": "pad"},
             "rows.jsonl, of which no row has an image: name images there",
         ),
         (

@@ -59,7 +59,7 @@ WORDS = {
         "train has no option --optim.learning-rat; did you mean --optim.learning-rate?"
     ),
     "train sd15 --learning-rate 1": "train has no option --learning-rate; did you mean --optim.learning-rate?",
-    "train sd15 --base x": "train has no option --base; did you mean --model.base?",
+    "train sd15 --model x": "train has no option --model; did you mean --model.base?",
     "train sd15 --data x": "train has no option --data; did you mean --data.path?",
     "train sd15 --log.no-tensorbord": "train has no option --log.no-tensorbord; did you mean --log.no-tensorboard?",
     # options of other commands
@@ -135,24 +135,26 @@ def test_words(line, tmp_path, monkeypatch, capsys):
 
 # Options that are right each by itself, and nothing is read: what stands first in the line of causes is said.
 OPTIONS = {
-    "--base minii": (
+    "--model minii": (
         "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?"
     ),
-    "--base minii --image gone.png --steps 0": (
+    "--model minii --image gone.png --steps 0": (
         "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?"
     ),
-    "--base minii --adapter gone.safetensors": (
+    "--model minii --adapter gone.safetensors": (
         "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?"
     ),
-    f"--image a.png --layers {'[' * 100_000}": (
-        "--layers: not JSON (nested more than 100 levels deep: too deep for any use); an example is '{\"mid\": 1}'"
+    f"--image a.png --layer-scales {'[' * 100_000}": (
+        "--layer-scales: not JSON (nested more than 100 levels deep: too deep for any use); an example is "
+        "'{\"mid\": 1}'"
     ),
-    f"--image a.png --layers {'[' * 150}{']' * 150}": (
-        "--layers: not JSON (nested more than 100 levels deep: too deep for any use); an example is '{\"mid\": 1}'"
+    f"--image a.png --layer-scales {'[' * 150}{']' * 150}": (
+        "--layer-scales: not JSON (nested more than 100 levels deep: too deep for any use); an example is "
+        "'{\"mid\": 1}'"
     ),
-    "--layers {mid:1} --image a.png": (
-        "--layers: not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); an example "
-        "is '{\"mid\": 1}'"
+    "--layer-scales {mid:1} --image a.png": (
+        "--layer-scales: not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); an "
+        "example is '{\"mid\": 1}'"
     ),
     "--steps 0": "--steps 0 must be at least 1",
     "--num-images 0": "--num-images 0 must be at least 1",
@@ -163,16 +165,20 @@ OPTIONS = {
     "--scale nan --image a.png": "--scale nan is not a finite number",
     "--scale-steps 1 nan --image a.png": "--scale-steps nan is not a finite number",
     # options without effect
-    "--scale 0.5": "--scale has no effect without an image prompt: give --image or --embeds, or leave it out",
-    "--layers style": "--layers has no effect without an image prompt: give --image or --embeds, or leave it out",
-    "--fit pad": "--fit has no effect without an image prompt: give --image or --embeds, or leave it out",
+    "--scale 0.5": "--scale has no effect without an image prompt: give --image or --image-embeds, or leave it out",
+    "--layer-scales style": (
+        "--layer-scales has no effect without an image prompt: give --image or --image-embeds, or leave it out"
+    ),
+    "--reference-resize pad": (
+        "--reference-resize has no effect without an image prompt: give --image or --image-embeds, or leave it out"
+    ),
     "--scale-start 0.5": (
-        "--scale-start has no effect without an image prompt: give --image or --embeds, or leave it out"
+        "--scale-start has no effect without an image prompt: give --image or --image-embeds, or leave it out"
     ),
     "--scale-steps 1 0": (
-        "--scale-steps has no effect without an image prompt: give --image or --embeds, or leave it out"
+        "--scale-steps has no effect without an image prompt: give --image or --image-embeds, or leave it out"
     ),
-    "--uncond zeros": "--uncond has no effect without an image prompt: give --image or --embeds, or leave it out",
+    "--uncond zeros": "--uncond has no effect without an image prompt: give --image or --image-embeds, or leave it out",
     "--negative-prompt ugly --guidance-scale 1": (
         "--negative-prompt has no effect without guidance: give a --guidance-scale above 1, or leave it out"
     ),
@@ -229,8 +235,8 @@ FILES = [
         "--clip-skip 99 must be a whole number of layers to leave out, 0 to 2",
     ),
     (
-        "generate --out x.png --image a.png --layers stile",
-        "--layers: no preset 'stile'; did you mean 'style'?",
+        "generate --out x.png --image a.png --layer-scales stile",
+        "--layer-scales: no preset 'stile'; did you mean 'style'?",
     ),
     (
         "generate --out x.png --image a.png --scale-start 0.9 --scale-end 0.1",
@@ -242,15 +248,15 @@ FILES = [
     ),
     ("generate --out x.png --extract-ema", "--extract-ema is for a checkpoint of one file; mini is a folder"),
     (
-        "generate --out x.png --base runs/mine/adapter.safetensors --prompt x",
+        "generate --out x.png --model runs/mine/adapter.safetensors --prompt x",
         ".*runs/mine/adapter.safetensors.*an IP-Adapter.*give it as the adapter \\(--adapter\\).*",
     ),
     (
-        "encode --base minii --image-encoder mini --data . --out y",
+        "encode --model minii --image-encoder mini --data . --out y",
         "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?",
     ),
     (
-        "encode --base mini --image-encoder mini --data nowhere --out y",
+        "encode --model mini --image-encoder mini --data nowhere --out y",
         "nowhere: no such file or folder; check the spelling, or give the data's full path",
     ),
     (
@@ -295,8 +301,8 @@ def test_words_that_are_right():
 def test_home_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "sd15").mkdir()
-    found = parse(shlex.split("generate --out ~/x.png --image ~/a.png --base ~/sd15 --prompt '~/x' --adapter ~/a.bin"))
-    assert found.out == tmp_path / "x.png" and found.base == f"{tmp_path}/sd15" and found.prompt == "~/x"
+    found = parse(shlex.split("generate --out ~/x.png --image ~/a.png --model ~/sd15 --prompt '~/x' --adapter ~/a.bin"))
+    assert found.out == tmp_path / "x.png" and found.model == f"{tmp_path}/sd15" and found.prompt == "~/x"
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["--version"], ["-V"]])
@@ -366,7 +372,7 @@ def test_a_user_without_a_home_folder(tmp_path):
         ["doctor"],
         ["generate", "--image", str(image), "--out", str(tmp_path / "out.png"), "--steps", "1"],
         ["generate", "--image", "~/a.png", "--out", str(tmp_path / "no.png")],
-        ["generate", "--base", "owner/name", "--prompt", "x", "--out", str(tmp_path / "no.png")],
+        ["generate", "--model", "owner/name", "--prompt", "x", "--out", str(tmp_path / "no.png")],
     ]
     apart = ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "JAX_COMPILATION_CACHE_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in apart}
@@ -411,7 +417,7 @@ def test_a_name_in_any_encoding(environment, tmp_path):
 LONG = {
     "batch": "batch list.csv --out made",
     "evaluate": "evaluate data --adapter mini --out made",
-    "encode": "encode --base mini --image-encoder mini --data . --out made",
+    "encode": "encode --model mini --image-encoder mini --data . --out made",
 }
 
 

@@ -232,7 +232,7 @@ WRONG = [
         {"images_from": "{tmp}", "adapter": "mini"},
         "--adapter, --steps, --num-images, --batch-size have no effect on the images of --images-from: leave",
     ),
-    ({"base": str(TORCH_MODEL)}, "name the IP-Adapter to evaluate with --adapter"),
+    ({"model": str(TORCH_MODEL)}, "name the IP-Adapter to evaluate with --adapter"),
     ({"limit": 0}, "--limit 0"),
     ({"num_images": 0}, "--num-images 0"),
     ({"process": 2, "processes": 2}, "--process 2 of --processes 2"),

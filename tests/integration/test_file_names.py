@@ -144,7 +144,7 @@ def test_what_libraries_cannot_open_is_said(tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="the reader of Parquet needs a name in UTF-8"):
         (tmp_path / f"{ODD}.parquet").write_bytes(b"PAR1PAR1")
         open_dataset(str(tmp_path / f"{ODD}.parquet"))
-    for line in (["train", "sd15", "--data.path", "x"], ["encode", "--base", "mini", "--image-encoder", "mini"]):
+    for line in (["train", "sd15", "--data.path", "x"], ["encode", "--model", "mini", "--image-encoder", "mini"]):
         more = [] if line[0] == "train" else ["--data", "."]
         assert main([*line, *more, "--out", ODD]) == 2
         [shown] = capsys.readouterr().err.splitlines()

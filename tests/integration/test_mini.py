@@ -93,15 +93,15 @@ def test_generate_uses_it_by_default(tmp_path):
             return json.loads(image.text["ipadapter_jax"])  # type: ignore[attr-defined]
 
     words, image = settings("--prompt", "a red circle"), settings("--image", str(CAT))
-    assert (words["base"], words["adapter"], words["guidance_scale"]) == ("mini", None, GUIDANCE_SCALE)
-    assert (image["base"], image["adapter"]) == ("mini", "mini")
+    assert (words["model"], words["adapter"], words["guidance_scale"]) == ("mini", None, GUIDANCE_SCALE)
+    assert (image["model"], image["adapter"]) == ("mini", "mini")
     assert image["sha256"]["ip_adapter"] == {BASE.name: sha256(FOLDER / BASE)}
     plus = settings("--image", str(CAT), "--adapter", "mini-plus", "--guidance-scale", "3")
     assert (plus["adapter"], plus["guidance_scale"]) == ("mini-plus", 3.0)
 
 
 def test_a_path_to_the_same_folder_has_no_default_adapter(tmp_path, capsys):
-    assert main(["generate", "--base", str(FOLDER), "--image", str(CAT), "--out", str(tmp_path / "out.png")]) == 2
+    assert main(["generate", "--model", str(FOLDER), "--image", str(CAT), "--out", str(tmp_path / "out.png")]) == 2
     assert "--image and --image-encoder need --adapter" in capsys.readouterr().err
 
 

@@ -58,7 +58,7 @@ def images(tmp_path_factory) -> Path:
 
 def settings(images: Path, out: Path, **changes) -> Encode:
     """Shards of 4 records, batches of one row per device of 4 at the tests."""
-    names = {"base": str(TORCH_MODEL), "image_encoder": str(IMAGE_ENCODER), "data": str(images), "out": out}
+    names = {"model": str(TORCH_MODEL), "image_encoder": str(IMAGE_ENCODER), "data": str(images), "out": out}
     sizes = {"resolution": 64, "dtype": "float32", "batch_size": 1, "shard_records": 4, "threads": 2}
     return Encode(**names | sizes | changes)
 
@@ -123,7 +123,7 @@ def test_captions_are_as_long_as_the_text_encoder_reads(images, tmp_path):
     base = shutil.copytree(TORCH_MODEL, tmp_path / "base")
     path = base / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 40}))
-    encode(settings(images, tmp_path / "cache", base=str(base)))
+    encode(settings(images, tmp_path / "cache", model=str(base)))
     assert CachedSamples(tmp_path / "cache")[0]["input_ids"].shape == (40,)
 
 
@@ -238,9 +238,9 @@ def test_a_run_is_held_against_the_cache(whole, tmp_path):
 
 
 def test_too_many_bad_records_stop_with_advice(images, tmp_path, monkeypatch):
-    config = settings(images, tmp_path / "cache", max_bad_share=0.05)
-    refused(lambda: encode(config), "1 of 11", "05.png", "web page", "--max-bad-share")
-    assert encode(dataclasses.replace(config, max_bad_share=0.1)) == 1
+    config = settings(images, tmp_path / "cache", max_unreadable_fraction=0.05)
+    refused(lambda: encode(config), "1 of 11", "05.png", "web page", "--max-unreadable-fraction")
+    assert encode(dataclasses.replace(config, max_unreadable_fraction=0.1)) == 1
 
     def overflowing(*args):
         encoders = load_encoders(*args)
@@ -256,7 +256,7 @@ WRONG = [
     ({"resolution": 72}, "--resolution 72 must be a multiple of 64"),
     ({"batch_size": 0}, "--batch-size 0"),
     ({"shard_records": 0}, "--shard-records 0"),
-    ({"max_bad_share": 2}, "--max-bad-share 2"),
+    ({"max_unreadable_fraction": 2}, "--max-unreadable-fraction 2"),
     ({"data": "{whole}"}, "encoded already"),
     ({"out": "{images}/cache"}, "lies in the data"),
     ({"image_encoder": "{images}"}, "no image encoder weights"),
@@ -273,7 +273,7 @@ def test_bad_settings_are_refused(images, whole, tmp_path, changes, message):
 
 
 def test_the_command(images, tmp_path):
-    words = ["encode", "--base", TORCH_MODEL, "--image-encoder", IMAGE_ENCODER, "--data", images]
+    words = ["encode", "--model", TORCH_MODEL, "--image-encoder", IMAGE_ENCODER, "--data", images]
     words += ["--out", tmp_path / "cache", "--resolution", 64, "--batch-size", 1]
     done = subprocess.run([sys.executable, "-m", "ipadapter_jax.cli", *map(str, words)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'cache'}: 10 samples, 1 records skipped\n"), done.stderr

@@ -47,7 +47,7 @@ def run(data) -> Train:
 
 def encoded(run: Train, out: Path, **changes) -> Path:
     """The data of a run, precomputed."""
-    places = {"base": run.model.base, "image_encoder": run.model.image_encoder, "data": run.data.path}
+    places = {"model": run.model.base, "image_encoder": run.model.image_encoder, "data": run.data.path}
     encode(Encode(**places, out=out, resolution=32, dtype="float32", **changes))
     return out
 
@@ -186,7 +186,7 @@ def test_moved_data_are_not(done, run, tmp_path) -> None:
 def test_bad_records_are_replaced_and_listed(run, tmp_path) -> None:
     data = photographs(tmp_path / "photos")
     (data / "003.png").write_bytes(b"no image")
-    config = changed(run, data__path=str(data), out=str(tmp_path / "run"), data__max_bad_share=1.0)
+    config = changed(run, data__path=str(data), out=str(tmp_path / "run"), data__max_unreadable_fraction=1.0)
     assert train(config) == 0
     (skipped,) = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert skipped["key"].startswith("003") and logged(tmp_path / "run", "bad_records")[STEPS] >= 1
@@ -233,7 +233,7 @@ def test_float16_scales_its_loss_and_samples(run, data, tmp_path) -> None:
 
 
 def test_a_run_that_diverges_stops_with_advice(run, tmp_path) -> None:
-    config = changed(run, optim__learning_rate=1e25, optim__max_bad_steps=3, steps=40, out=str(tmp_path / "run"))
+    config = changed(run, optim__learning_rate=1e25, optim__max_nonfinite_steps=3, steps=40, out=str(tmp_path / "run"))
     with pytest.raises(InputError, match=r"3 steps in a row.*learning-rate"):
         train(config)
 

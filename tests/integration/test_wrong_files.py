@@ -87,8 +87,8 @@ CASES = {
     "T2I-Adapter as adapter": ({"adapter": "t2i"}, ["not an IP-Adapter", "a T2I-Adapter", "no place"]),
     "inversion as adapter": ({"adapter": "inversion"}, ["not an IP-Adapter", "a textual inversion"]),
     "motion module as adapter": ({"adapter": "motion"}, ["not an IP-Adapter", "AnimateDiff"]),
-    "UNet as adapter": ({"adapter": str(UNET)}, ["not an IP-Adapter", "a UNet", "--base"]),
-    "checkpoint as adapter": ({"adapter": "one file"}, ["not an IP-Adapter", "a whole Stable Diffusion", "--base"]),
+    "UNet as adapter": ({"adapter": str(UNET)}, ["not an IP-Adapter", "a UNet", "--model"]),
+    "checkpoint as adapter": ({"adapter": "one file"}, ["not an IP-Adapter", "a whole Stable Diffusion", "--model"]),
     "encoder as adapter": (
         {"adapter": str(IMAGE_ENCODER / "model.safetensors")},
         ["not an IP-Adapter", "a CLIP image encoder", "--image-encoder"],
@@ -97,11 +97,11 @@ CASES = {
     "truncated pickle": ({"adapter": "cut.bin"}, ["cut short or damaged", "download the file again"]),
     "web page": ({"adapter": "page"}, ["a web page", "/resolve/"]),
     "git-lfs pointer": ({"adapter": "pointer"}, ["a git-lfs pointer", "git lfs pull"]),
-    "adapter as base": ({"base": str(ADAPTER)}, ["an IP-Adapter", "not a base model", "--adapter"]),
-    "SDXL as base": ({"base": "sdxl base"}, ["SDXL", "SD 1.x family"]),
-    "UNet as base": ({"base": str(UNET)}, ["a UNet", "not a base model", "the folder that holds it"]),
-    "pointer as base": ({"base": "pointer"}, ["a git-lfs pointer", "git lfs pull"]),
-    "text encoder of SD 2": ({"base": "sd2 text"}, ["gives width 64", "reads 32", "--text-encoder"]),
+    "adapter as base": ({"model": str(ADAPTER)}, ["an IP-Adapter", "not a base model", "--adapter"]),
+    "SDXL as base": ({"model": "sdxl base"}, ["SDXL", "SD 1.x family"]),
+    "UNet as base": ({"model": str(UNET)}, ["a UNet", "not a base model", "the folder that holds it"]),
+    "pointer as base": ({"model": "pointer"}, ["a git-lfs pointer", "git lfs pull"]),
+    "text encoder of SD 2": ({"model": "sd2 text"}, ["gives width 64", "reads 32", "--text-encoder"]),
     "another image encoder": (
         {"image_encoder": "vit-l"},
         ["needs image embeddings of width 40", "gives 24", "--image-encoder"],
@@ -130,7 +130,7 @@ def test_refused_at_once(case, files, tmp_path, capsys, monkeypatch):
     forbid_reading(monkeypatch)
     given = {name: str(files.get(value, value)) for name, value in options.items()}
     with within(5):
-        assert main(arguments(tmp_path / "out.png", **{"base": TORCH_MODEL, "adapter": ADAPTER} | given)) == 2
+        assert main(arguments(tmp_path / "out.png", **{"model": TORCH_MODEL, "adapter": ADAPTER} | given)) == 2
     complaint = capsys.readouterr().err
     assert complaint.startswith("ipadapter-jax: ") and complaint.count("\n") == 1 and len(complaint) < 700
     for word in words:

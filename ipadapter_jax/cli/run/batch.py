@@ -27,13 +27,13 @@ def batch(args: Batch) -> int:
     check_effects(args, rows)
     check_job_memory(len(rows), args.num_images)
     if has_references and args.adapter is None:
-        if args.base != bundled.NAME:
+        if args.model != bundled.NAME:
             raise InputError(f"{args.source} has image prompts: name the IP-Adapter that reads them with --adapter")
         args = dataclasses.replace(args, adapter=bundled.NAME)
     pipe = load(args, images=args.batch_size, with_encoder=has_references)
     print(f"{args.source}: {summarize(len(rows), left_out)}", file=sys.stderr)
     works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)
-    prepare = functools.partial(_load, pipe, args.fit)
+    prepare = functools.partial(_load, pipe, args.reference_resize)
     tally = make_images(pipe, args, works, args.out, settings(args, pipe), prepare, bad)
     if args.process == 0:
         write_report(args.out, left_out)

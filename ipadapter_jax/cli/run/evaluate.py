@@ -21,7 +21,7 @@ from ipadapter_jax.evaluate import embeddings
 from ipadapter_jax.evaluate.clip_scorer import OpenedScorer, open_scorer
 from ipadapter_jax.evaluate.embeddings import Chunk
 from ipadapter_jax.evaluate.frechet import Distance, distance_of_files
-from ipadapter_jax.evaluate.image_sets import find_images, settings_beside
+from ipadapter_jax.evaluate.image_sets import find_images, recorded_settings
 from ipadapter_jax.evaluate.prompts import Reference, References, open_references
 from ipadapter_jax.evaluate.protocol import protocol_deviations
 from ipadapter_jax.evaluate.report import page
@@ -95,7 +95,7 @@ def _paint(args: Evaluate, references: References, account: Sequence[str]) -> tu
     print(*account, file=sys.stderr)
 
     def prepare(row: Row) -> Prepared:
-        return pipe.adapters[0].prepare([references.found[row.index].image()], args.fit)
+        return pipe.adapters[0].prepare([references.found[row.index].image()], args.reference_resize)
 
     def identify(row: Row, before: Digests) -> Digests:
         return (ImageDigest(references.found[row.index].digest()),)
@@ -146,7 +146,7 @@ def _embed(args: Evaluate, chunks: Sequence[Chunk], clip: OpenedScorer) -> bool:
 
 def _write(args: Evaluate, references: References, clip: OpenedScorer, results: Results) -> None:
     """Tables, numbers and report; then the numbers for whoever watches."""
-    made = settings_beside(args.out / "images" if args.images_from is None else args.images_from)
+    made = recorded_settings(args.out / "images" if args.images_from is None else args.images_from)
     apart = protocol_deviations(
         data=references.identity,
         images=results.scores.clip_i.shape[1],

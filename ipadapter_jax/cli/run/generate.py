@@ -53,21 +53,23 @@ def generate(args: Generate) -> int:
     """Loads, samples, writes. Raises InputError."""
     given = Given.load(args)
     size = None if given.init is None else (given.init.height, given.init.width)
-    images = args.num_images if args.explore is None else 1
-    with_encoder = args.embeds is None or args.image_encoder is not None
+    images = args.num_images if args.grid is None else 1
+    with_encoder = args.image_embeds is None or args.image_encoder is not None
     pipe = load(args, images=images, size=size, with_encoder=with_encoder, inpainting=args.mask_image is not None)
-    if args.embeds is not None and args.image_encoder is not None and not _needs_encoder(pipe, args):
-        warnings.warn("--image-encoder has no effect on these --embeds, whose negative branch is zeros", stacklevel=1)
-    if args.explore is not None:
-        drawn = grid.figure(pipe, args, args.explore, given.references, given.negative)
-        write_atomically(args.out, png(drawn, {**_metadata(args, pipe, digests(pipe)), "explore": args.explore}))
+    if args.image_embeds is not None and args.image_encoder is not None and not _needs_encoder(pipe, args):
+        warnings.warn(
+            "--image-encoder has no effect on these --image-embeds, whose negative branch is zeros", stacklevel=1
+        )
+    if args.grid is not None:
+        drawn = grid.figure(pipe, args, args.grid, given.references, given.negative)
+        write_atomically(args.out, png(drawn, {**_metadata(args, pipe, digests(pipe)), "grid": args.grid}))
         print(args.out)
         return 0
     found, maps, sums = _sample(pipe, args, given)
     metadata = _metadata(args, pipe, sums)
     _write(found, args, metadata)
-    if args.save_embeds is not None:
-        _save_embeds(args.save_embeds, pipe, args, given)
+    if args.save_image_embeds is not None:
+        _save_embeds(args.save_image_embeds, pipe, args, given)
     if maps is not None and args.attention_maps is not None:
         write_atomically(args.attention_maps, png(_heat_figure(found[0], maps), metadata))
     return 0
@@ -100,13 +102,13 @@ def _sample(
             args.prompt,
             negative_prompt=args.negative_prompt,
             ip_adapter_image=given.references or None,
-            ip_adapter_image_embeds=None if args.embeds is None else [args.embeds],
+            ip_adapter_image_embeds=None if args.image_embeds is None else [args.image_embeds],
             ip_adapter_scale=_scales(args),
             ip_adapter_masks=given.masks or None,
             image=given.init,
             mask_image=given.mask,
             strength=args.strength,
-            exact_outside_mask=args.exact_outside_mask,
+            exact_outside_mask=args.preserve_unmasked,
             num_images_per_prompt=args.num_images,
             seed=args.seed,
             return_attention_maps=args.attention_maps is not None,
@@ -125,7 +127,7 @@ def _scales(args: Generate) -> Any:
         return [[args.scale_of(args.scale * weight) for weight in args.image_weights]]
     if args.scale_of() != Scale(args.scale):
         raise InputError(
-            "--image-weights with --layers or a schedule needs --masks: without, references share a softmax"
+            "--image-weights with --layer-scales or a schedule needs --masks: without, references share a softmax"
         )
     return [[args.scale * weight for weight in args.image_weights]]
 
@@ -140,7 +142,7 @@ def _fulfil(sums: concurrent.futures.Future, pipe: StableDiffusion) -> None:
 def _save_embeds(path: Path, pipe: StableDiffusion, args: Generate, given: Given) -> None:
     [adapter] = pipe.adapters
     negative = None if given.negative is None else [given.negative]
-    features, _ = adapter.from_images([given.references], args.fit, True, negative, args.uncond)
+    features, _ = adapter.from_images([given.references], args.reference_resize, True, negative, args.uncond)
     about = {"variant": adapter.projection.config.variant, "image_encoder": adapter.encoder.source.name}
     save_image_embeds(path, np.asarray(features()[0]), about)
 
@@ -163,7 +165,7 @@ def _heat_figure(image: Image.Image, maps: AttentionMaps) -> Image.Image:
 
 
 def _metadata(args: Generate, pipe: StableDiffusion, sums: dict[str, dict[str, str]]) -> dict[str, Any]:
-    outputs = ("out", "num_images", "attention_maps", "save_embeds", "explore")
+    outputs = ("out", "num_images", "attention_maps", "save_image_embeds", "grid")
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in outputs}
     if args.guidance_scale is None:
         settings["guidance_scale"] = pipe.guidance_scale

@@ -1,4 +1,4 @@
-"""`ipadapter-jax generate --explore`: one figure of what a control does."""
+"""`ipadapter-jax generate --grid`: one figure of what a control does."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -49,7 +49,7 @@ def figure(
                 rows[f"seed {seed}"] = cells
         else:
             for number, reference in enumerate(images):
-                cells = [(name, paint([reference], args.scale_of(layers=name), args.seed)) for name in presets]
+                cells = [(name, paint([reference], args.scale_of(layer_scales=name), args.seed)) for name in presets]
                 title = f"{args.image[number]}, scale {args.scale:g}, seed {args.seed}"
                 rows[title] = [("reference", Image.fromarray(clip_pixels(reference))), *cells]
     return contact_sheet(rows, side=192)

@@ -13,7 +13,7 @@ from typing import Any
 import tqdm
 from PIL import Image
 
-from ipadapter_jax.batch.output_dir import CONFIGURATIONS
+from ipadapter_jax.batch.job_settings import CONFIGURATIONS
 from ipadapter_jax.batch.plan import ImageTask
 from ipadapter_jax.batch.reference_digests import Identify
 from ipadapter_jax.batch.rows import BadRow, Row

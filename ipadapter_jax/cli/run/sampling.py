@@ -36,7 +36,7 @@ def load(
     """Opens all that is needed, so that what does not fit is said at once, then reads it. `images`: how many are made
     at once; `size`: height and width of an image to paint over."""
     base = open_base(
-        args.base,
+        args.model,
         variant=args.variant,
         revision=args.revision,
         config=args.config,
@@ -46,7 +46,7 @@ def load(
     )
     unet = base.config("unet")
     if not inpainting:
-        check_text_to_image(args.base, unet)
+        check_text_to_image(args.model, unet)
     layers = base.config("text_encoder").num_hidden_layers
     guidance = 1.0 if args.guidance_scale is None else args.guidance_scale
     check_choices(1, guidance, args.guidance_rescale, args.clip_skip, layers, args.eta, "pil", None)

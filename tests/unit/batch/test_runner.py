@@ -123,12 +123,12 @@ def test_rows_are_refused_and_images_written_in_the_words_of_the_command_line(tm
     def load(row: Row) -> int:
         raise InputError(f"{argument('fit', 'tile')}: 9 tiles")
 
-    with errors_name_options({"fit": "--fit"}):
+    with errors_name_options({"fit": "--reference-resize"}):
         tally = run(works(1), tmp_path, load=load)
         said: list[str] = []
         run(works(2), tmp_path, encode=lambda work, seed: said.append(argument("fit")) or png(seed))
-    assert [row.reason for row in tally.bad] == ["--fit tile: 9 tiles"]
-    assert said == ["--fit"] * 4
+    assert [row.reason for row in tally.bad] == ["--reference-resize tile: 9 tiles"]
+    assert said == ["--reference-resize"] * 4
 
 
 def test_a_image_that_is_none_costs_itself_alone(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.evaluate.image_sets import find_images, settings_beside
+from ipadapter_jax.evaluate.image_sets import find_images, recorded_settings
 from ipadapter_jax.evaluate.prompts import Reference
 
 
@@ -86,8 +86,8 @@ def test_prompts_without_images_or_with_another_number(tmp_path):
 
 
 def test_settings_of_our_own_jobs(tmp_path):
-    assert settings_beside(tmp_path) is None
+    assert recorded_settings(tmp_path) is None
     (tmp_path / "job.json").write_text(json.dumps({"steps": 50}))
-    assert settings_beside(tmp_path) == {"steps": 50}
+    assert recorded_settings(tmp_path) == {"steps": 50}
     (tmp_path / "job.json").write_text("[")
-    assert settings_beside(tmp_path) is None
+    assert recorded_settings(tmp_path) is None

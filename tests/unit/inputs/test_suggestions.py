@@ -70,7 +70,7 @@ def test_data_types_in_python():
 
 def test_arguments_are_options_while_a_command_runs():
     assert argument("width", 65) == "width=65" and argument("width") == "width" and option("width") == ""
-    with errors_name_options({"width": "--width", "scale/layers": "--layers"}):
+    with errors_name_options({"width": "--width", "scale/layers": "--layer-scales"}):
         assert argument("width", 65) == "--width 65" and option("width") == " (--width)"
-        assert argument("scale", part="layers") == "--layers" and argument("scale") == "scale"
+        assert argument("scale", part="layers") == "--layer-scales" and argument("scale") == "scale"
     assert argument("scale", part="layers") == "scale" and argument("width", 65) == "width=65"

@@ -221,10 +221,10 @@ def uncond_pixels(uncond: str) -> np.ndarray | None:
     """What the encoder sees; None for zeros in place of its features."""
     zeros = np.zeros((1, 224, 224, 3), np.float32)
     black = zeros - np.float32(CLIP_MEAN) / np.float32(CLIP_STD)
-    return {"zeros": None, "zero pixels": zeros, "black": black}[uncond]
+    return {"zeros": None, "zero-pixels": zeros, "black": black}[uncond]
 
 
-@pytest.mark.parametrize("uncond", ["default", "zeros", "zero pixels", "black"])
+@pytest.mark.parametrize("uncond", ["default", "zeros", "zero-pixels", "black"])
 def test_uncond_of_a_base_adapter_is_embeddings_made_by_hand(pipe, uncond):
     pixels = uncond_pixels("zeros" if uncond == "default" else uncond)
     positive = features(pipe, CAT)
@@ -234,9 +234,9 @@ def test_uncond_of_a_base_adapter_is_embeddings_made_by_hand(pipe, uncond):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("uncond", ["default", "zeros", "zero pixels", "black"])
+@pytest.mark.parametrize("uncond", ["default", "zeros", "zero-pixels", "black"])
 def test_uncond_of_a_plus_adapter_is_by_default_zero_pixels(plus, uncond):
-    pixels = uncond_pixels("zero pixels" if uncond == "default" else uncond)
+    pixels = uncond_pixels("zero-pixels" if uncond == "default" else uncond)
     [entry] = entries(plus, images=[CAT, DOG], uncond=uncond)
     found = np.asarray(entry.features())
     assert found.shape == (1, 2, 2, 50, 48)
@@ -339,7 +339,7 @@ def test_embeddings_in_a_file_need_no_encoder(base, pipe, tmp_path):
 
 
 def test_plus_adapters_need_both_branches_or_the_encoder(base, plus, tmp_path):
-    both = np.concatenate([encoded(plus, uncond_pixels("zero pixels"))[None], features(plus, CAT)[None]])
+    both = np.concatenate([encoded(plus, uncond_pixels("zero-pixels"))[None], features(plus, CAT)[None]])
     without = base.with_ip_adapter(small_adapter(PLUS), image_encoder=False)
     for name, given in (("both", both), ("one", both[1:])):
         save_image_embeds(tmp_path / f"{name}.safetensors", given, {})
@@ -428,7 +428,7 @@ def test_no_control_compiles_again(recorded):
         {"ip_adapter_masks": [255 - half], "ip_adapter_scale": [["composition"]]},
         {"negative_ip_adapter_image": DOG},
         {"ip_adapter_uncond": "black"},
-        {"ip_adapter_uncond": "zero pixels"},
+        {"ip_adapter_uncond": "zero-pixels"},
         {"fit": "pad"},
         {"seed": 5, "negative_prompt": "blurry"},
         {"guidance_scale": 3.0},

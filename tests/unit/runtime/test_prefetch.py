@@ -29,8 +29,8 @@ def test_threads_say_options_where_their_caller_does() -> None:
         return argument("fit", item)
 
     assert [*ordered_map(said, range(2), threads=2, ahead=2)] == ["fit=0", "fit=1"]
-    with errors_name_options({"fit": "--fit"}):
-        assert [*ordered_map(said, range(5), threads=2, ahead=2)] == [f"--fit {item}" for item in range(5)]
+    with errors_name_options({"fit": "--reference-resize"}):
+        assert [*ordered_map(said, range(5), threads=2, ahead=2)] == [f"--reference-resize {item}" for item in range(5)]
 
 
 def test_what_a_function_raises_comes_in_its_turn() -> None:

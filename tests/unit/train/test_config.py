@@ -97,7 +97,7 @@ def test_a_wrong_command_line_is_one_line(words, named, tmp_path, monkeypatch, c
         {"data__batch_size": 0},
         {"data__drop_text": -0.1},
         {"data__drop_both": 0.95},
-        {"data__max_bad_share": 2.0},
+        {"data__max_unreadable_fraction": 2.0},
         {"optim__learning_rate": 0.0},
         {"optim__learning_rate": float("nan")},
         {"optim__beta2": 1.0},
