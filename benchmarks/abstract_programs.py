@@ -33,7 +33,7 @@ from ipadapter_jax.train.optim import make_optimizer, trainable, view
 from ipadapter_jax.train.sharding import by_row, of_frozen, replicated
 from ipadapter_jax.train.state import initial_state, state_shardings
 from ipadapter_jax.train.step import make_step
-from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, template_of
+from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, abstract_params
 
 TEXT_TOKENS, IMAGE_TOKENS = 77, 4
 
@@ -102,7 +102,7 @@ def abstract_sampler(
         guidance_scale=given((), jnp.float32),
         guidance_rescale=given((), jnp.float32),
     )
-    params = jax.tree.map(lambda leaf: given(leaf.shape, compute), template_of(UNET, unet))
+    params = jax.tree.map(lambda leaf: given(leaf.shape, compute), abstract_params(UNET, unet))
     state = jax.tree.map(lambda x, sharding: given(x.shape, x.dtype, sharding), state, shardings)
     inputs = sampling.Inputs(like(run.steps), None, given((steps, 1, 2, len(sites)), jnp.float32))
     return Sampler((unet, mesh, False, params, state, inputs, conditions))
@@ -157,7 +157,7 @@ def abstract_step(
     def given(shape, dtype, sharding) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    frozen = {name: template_of(*part) for name, part in parts.items() if live or name != "image_encoder"}
+    frozen = {name: abstract_params(*part) for name, part in parts.items() if live or name != "image_encoder"}
     frozen = jax.tree.map(lambda leaf: given(leaf.shape, compute, of_frozen(mesh, leaf)), frozen)
     frozen["empty_ids"] = given((77,), jnp.int32, replicated(mesh))
     tokens = jnp.zeros((1, 4, sizes.unet.cross_attention_dim))

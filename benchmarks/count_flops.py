@@ -21,7 +21,7 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.runtime.flops import count_flops
-from ipadapter_jax.weights.components import UNET, template_of
+from ipadapter_jax.weights.components import UNET, abstract_params
 
 TEXT_TOKENS = 77
 
@@ -46,7 +46,7 @@ def unet_flops(
     text, tokens = (example(1, n, config.cross_attention_dim) for n in (text_tokens, image_tokens))
     adapter_params = jax.eval_shape(adapter.init, random_keys.key(0), tokens)
     with as_on("gpu"):  # as the network is written: on a CPU some convolutions are less work
-        program = jax.make_jaxpr(call)(template_of(UNET, unet), adapter_params, latents, time, text, tokens)
+        program = jax.make_jaxpr(call)(abstract_params(UNET, unet), adapter_params, latents, time, text, tokens)
     return count_flops(program)
 
 

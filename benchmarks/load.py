@@ -23,7 +23,7 @@ import tyro
 
 from benchmarks.interleaved_timing import seconds_in_turns
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, open_base
-from ipadapter_jax.weights.components import read_json
+from ipadapter_jax.weights.open_component import read_json
 
 GOAL_TIME, GOAL_MEMORY = 3.0, 1.3
 

@@ -102,7 +102,8 @@ class Ours:
         from ipadapter_jax.train.sharding import make_mesh, replicated
         from ipadapter_jax.train.state import initial_state, state_shardings
         from ipadapter_jax.train.step import make_step
-        from ipadapter_jax.weights.components import IMAGE_ENCODER, read_component_config
+        from ipadapter_jax.weights.components import IMAGE_ENCODER
+        from ipadapter_jax.weights.open_component import read_component_config
 
         encoded = None
         if self.settings.inputs == "precomputed":

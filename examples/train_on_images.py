@@ -38,7 +38,7 @@ from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.testing.random_weights import write_model
 from ipadapter_jax.testing.sizes import ModelConfigs
 from ipadapter_jax.weights.component_export import save_component
-from ipadapter_jax.weights.components import UNET, VAE_COMPONENT, drawn_params
+from ipadapter_jax.weights.components import UNET, VAE_COMPONENT, init_params
 
 SIDE = 64  # pixels
 COUNT = 4  # images sampled from each image prompt
@@ -71,7 +71,7 @@ def write_base(folder: Path, squares: np.ndarray, vae_steps: int) -> None:
     random weights."""
     vae, params = small_vae.fit(squares, steps=vae_steps)
     write_model(folder, ModelConfigs(UNET_CONFIG, vae.config, TEXT_CONFIG, VISION_CONFIG), "float32")
-    drawn = drawn_params(UNET, UNet(UNET_CONFIG), random_keys.key(0))
+    drawn = init_params(UNET, UNet(UNET_CONFIG), random_keys.key(0))
     for component, name, tree in ((VAE_COMPONENT, "vae", params), (UNET, "unet", drawn)):
         place = folder / name
         save_component(component, place, tree, np.dtype(np.float32), (place / "config.json").read_bytes())

@@ -41,7 +41,7 @@ from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.testing.random_weights import public_config, write_json, write_model_index
 from ipadapter_jax.weights.component_export import save_component
-from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, drawn_params
+from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, init_params
 
 STEPS = {
     "vae-crops": 5000,
@@ -106,7 +106,7 @@ def _base(out: Path, folder: Path, steps: dict[str, int], deadline: float) -> No
     pair = trained and clip.train(out, out / "tokenizer", steps, deadline)
     if not trained or not pair:
         raise TimeUp
-    drawn = drawn_params(UNET, UNet(UNET_CONFIG), random_keys.key(0))
+    drawn = init_params(UNET, UNet(UNET_CONFIG), random_keys.key(0))
     for component, name, config, kind, params in (
         (VAE_COMPONENT, "vae", VAE_CONFIG, "AutoencoderKL", trained[1]),
         (TEXT_ENCODER, "text_encoder", TEXT_CONFIG, "CLIPTextModel", pair[1]["text"]),

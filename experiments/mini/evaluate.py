@@ -28,8 +28,8 @@ from experiments.mini.scenes.scene import generator
 from experiments.mini.test_scenes import prompt
 from ipadapter_jax.weights import bundled
 from ipadapter_jax.weights.component_export import save_component
-from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, load_component
-from ipadapter_jax.weights.whole_clip import WHOLE_CLIP
+from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, WHOLE_CLIP
+from ipadapter_jax.weights.open_component import load_component
 
 _WORDS = 17  # a stream of random numbers that no data set uses
 TABLES = ("evaluation.json", "prompts.csv", "pictures.csv")

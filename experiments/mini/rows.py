@@ -21,7 +21,8 @@ from ipadapter_jax.images.preprocess import to_uint8
 from ipadapter_jax.pipelines.sampling import replicated
 from ipadapter_jax.storage.atomic_files import sha256, write_atomically
 from ipadapter_jax.weights.bundled import GUIDANCE_SCALE
-from ipadapter_jax.weights.components import UNET, load_component
+from ipadapter_jax.weights.components import UNET
+from ipadapter_jax.weights.open_component import load_component
 
 COUNT = 4  # images of each prompt
 _CHUNK = 25  # prompts in a file

@@ -21,13 +21,14 @@ from ipadapter_jax.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisi
 from ipadapter_jax.pipelines.sampling import by_image, device_mesh, replicated
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.storage.atomic_files import sha256
-from ipadapter_jax.weights.components import LazyComponent, choose_files, open_component, read_json
+from ipadapter_jax.weights.components import WHOLE_CLIP
 from ipadapter_jax.weights.formats.tensor_files import files_of
 from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.load_tree import Tree
-from ipadapter_jax.weights.tokenizer import Tokenizer, check_rows, load_tokenizer, tokenize
+from ipadapter_jax.weights.open_component import LazyComponent, open_component, read_json
+from ipadapter_jax.weights.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenize
 from ipadapter_jax.weights.tokenizer_files import TOKENIZER_FILES, vocabulary_files
-from ipadapter_jax.weights.whole_clip import WHOLE_CLIP
+from ipadapter_jax.weights.weight_files import choose_files
 
 _REFERENCE_CONFIG = CLIPConfig(
     CLIPTextConfig(eos_token_id=None), CLIPVisionConfig(1024, 4096, 768, 24, 16, hidden_act="quick_gelu")
@@ -152,7 +153,7 @@ def open_scorer(place: str | os.PathLike, revision: str | None = None) -> Opened
     opened = open_component(WHOLE_CLIP, folder)
     _check_preprocessing(folder, opened.config.vision.image_size)
     tokenizer = load_tokenizer(folder)
-    check_rows(f"scoring CLIP {place}", tokenizer, opened.config.text.vocab_size)
+    check_vocabulary(f"scoring CLIP {place}", tokenizer, opened.config.text.vocab_size)
     return OpenedScorer(opened, tokenizer)
 
 

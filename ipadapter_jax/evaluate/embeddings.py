@@ -22,7 +22,7 @@ from ipadapter_jax.storage.atomic_files import write_atomically
 from ipadapter_jax.storage.text_files import parse_json
 from ipadapter_jax.weights.formats.safetensors_writer import safetensors_chunks
 from ipadapter_jax.weights.formats.tensor_files import open_file
-from ipadapter_jax.weights.lazy import held
+from ipadapter_jax.weights.lazy import in_memory
 
 CHUNK = 32  # image prompts to a file
 _THREADS = 4  # that read images
@@ -67,7 +67,7 @@ def make(chunk: Chunk, scorer: Scorer, clip: dict[str, Any]) -> None:
             raise InputError(f"the embedding of a {name} is not finite: the weights of the scoring CLIP are damaged")
     metadata[_CAPTIONS] = json.dumps([len(reference.captions) for reference in chunk.references])
     metadata[_CONTENT] = _content(images, texts)
-    tensors = {name: held(rows) for name, rows in zip(_ARRAYS, (images, texts), strict=True)}
+    tensors = {name: in_memory(rows) for name, rows in zip(_ARRAYS, (images, texts), strict=True)}
     write_atomically(chunk.file, safetensors_chunks(tensors, metadata))
 
 

@@ -20,7 +20,6 @@ from ipadapter_jax.models.unet import KeyValue
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.storage.paths import expand_home
-from ipadapter_jax.weights.components import LazyComponent, LoadedComponent
 from ipadapter_jax.weights.hub import check_revision, path_here
 from ipadapter_jax.weights.image_embeds import load_image_embeds
 from ipadapter_jax.weights.image_encoder import open_image_encoder
@@ -34,6 +33,7 @@ from ipadapter_jax.weights.ip_adapter_file import (
     open_ip_adapter,
 )
 from ipadapter_jax.weights.load_tree import Tree
+from ipadapter_jax.weights.open_component import LazyComponent, LoadedComponent
 
 ImageLike = Any
 """A path, a PIL image, or an array of numpy, jax or torch."""

@@ -31,7 +31,14 @@ from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.testing.sizes import SIZES, ModelConfigs
-from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, Component, template_of
+from ipadapter_jax.weights.components import (
+    IMAGE_ENCODER,
+    TEXT_ENCODER,
+    UNET,
+    VAE_COMPONENT,
+    Component,
+    abstract_params,
+)
 from ipadapter_jax.weights.key_mapping import torch_key, torch_shape
 from ipadapter_jax.weights.load_tree import Tree, leaves
 
@@ -141,7 +148,7 @@ _PARTS: Mapping[type, _Part] = {
 def write_component(folder: Path, module: UNet | VAE | CLIPText | CLIPVision, dtype: DTypeLike = "float16") -> int:
     """Writes config.json and weights of one network to `folder`. Returns the number of its parameters."""
     name, component, class_name = _PARTS[type(module)]
-    found = tensors(name, template_of(component, module), np.dtype(dtype), renames=component.renames)
+    found = tensors(name, abstract_params(component, module), np.dtype(dtype), renames=component.renames)
     write_json(folder / "config.json", public_config(module.config, class_name))
     save_file(found, folder / f"{component.torch_stem}.safetensors", metadata={"format": "pt"})
     return sum(array.size for array in found.values())

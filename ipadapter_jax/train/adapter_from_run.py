@@ -10,7 +10,7 @@ from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.trainer import CHECKPOINTS
 from ipadapter_jax.weights.ip_adapter_file import IPAdapterFile, to_adapter
 from ipadapter_jax.weights.key_mapping import to_torch, torch_key
-from ipadapter_jax.weights.lazy import Tensor, held
+from ipadapter_jax.weights.lazy import Tensor, in_memory
 
 
 def is_run(folder: Path) -> bool:
@@ -40,7 +40,7 @@ def open_run(folder: Path) -> IPAdapterFile:
     for name, leaf in leaves.items():
         place = tuple(name.removeprefix(part).split("/"))
         if name.startswith(part) and place[0] in ("image_proj", "ip_adapter"):
-            tensors[torch_key(place)] = held(to_torch(place, np.asarray(jax.device_get(leaf))))
+            tensors[torch_key(place)] = in_memory(to_torch(place, np.asarray(jax.device_get(leaf))))
     if not tensors:
         raise InputError(f"{folder}: this run trained no adapter; its UNet lies in {folder / 'unet'}")
     return to_adapter(folder, tensors, {"step": str(step)})

@@ -27,7 +27,7 @@ def export(folder: Path, learnt: Any, config: Train, loaded: LoadedNetworks, abo
     """
     dtype = config.checkpoint.export_dtype
     if not isinstance(learnt["unet"], optax.MaskedNode):
-        settings = json.dumps(loaded.base.blueprint("unet").settings, indent=2)
+        settings = json.dumps(loaded.base.component_config("unet").settings, indent=2)
         save_component(UNET, folder / "unet", learnt["unet"], np.dtype(dtype), settings.encode())
     projection = loaded.networks.projection
     if projection is None:

@@ -166,7 +166,7 @@ class _Place(NamedTuple):
 
 def _place(reference: str, what: str) -> _Place:
     """One inside the package or on the Hub as it is, any path on this machine as path/to/name."""
-    if (inside := bundled.embedded(reference, what)) is not None:
+    if (inside := bundled.bundled_path(reference, what)) is not None:
         return _Place(reference, " / ".join(["FOLDER", *map(_quoted, inside.relative_to(bundled.FOLDER).parts)]), "")
     name = _without_folders(reference)
     found = hub_place(reference)

@@ -33,7 +33,7 @@ from ipadapter_jax.train.networks import LoadedNetworks, Networks
 from ipadapter_jax.train.optim import fill
 from ipadapter_jax.train.sharding import by_row, global_batch, local_rows, replicated, whole
 from ipadapter_jax.train.step import Batch, draw, encode, gathered, image_features, in_parts, posterior, row_losses
-from ipadapter_jax.weights.components import LoadedComponent
+from ipadapter_jax.weights.open_component import LoadedComponent
 
 BUCKETS = 4  # quarters of the timesteps, the first being the least noisy
 _SEED, _STEP = 0, 2**32 - 1  # of noise that no training step draws

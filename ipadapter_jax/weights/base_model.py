@@ -13,29 +13,25 @@ from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.weights import bundled
-from ipadapter_jax.weights.component import Component
-from ipadapter_jax.weights.components import (
-    TEXT_ENCODER,
-    UNET,
-    VAE_COMPONENT,
-    ComponentConfig,
-    LazyComponent,
-    choose_files,
-    component_config,
-    open_component,
-    open_weights,
-    read_component_config,
-    read_json,
-)
+from ipadapter_jax.weights.components import TEXT_ENCODER, UNET, VAE_COMPONENT, Component
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.hub import check_revision, local_path, path_here
 from ipadapter_jax.weights.identify import identify
 from ipadapter_jax.weights.key_mapping import StateDictLayout
 from ipadapter_jax.weights.layouts import single_file
 from ipadapter_jax.weights.lazy import Tensor
-from ipadapter_jax.weights.tokenizer import Tokenizer, check_rows, load_tokenizer
+from ipadapter_jax.weights.open_component import (
+    ComponentConfig,
+    LazyComponent,
+    build_component_config,
+    open_component,
+    open_weights,
+    read_component_config,
+    read_json,
+)
+from ipadapter_jax.weights.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ipadapter_jax.weights.unsupported_families import unsupported
-from ipadapter_jax.weights.weight_files import pick_variants
+from ipadapter_jax.weights.weight_files import choose_files, pick_variants
 
 BASE_COMPONENTS = {"unet": UNET, "vae": VAE_COMPONENT, "text_encoder": TEXT_ENCODER}
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # whose settings a single file is read with
@@ -73,25 +69,27 @@ class BaseModel:
         """The model's own where it is not the usual one."""
         return bundled.GUIDANCE_SCALE if self.folder == bundled.FOLDER and self.file is None else None
 
-    def blueprint(self, name: str) -> ComponentConfig:
+    def component_config(self, name: str) -> ComponentConfig:
         """The settings of "unet", "vae" or "text_encoder". Raises InputError naming what is wrong with them."""
-        if name not in self._blueprints:
-            self._blueprints[name] = self.part(name).blueprint if name in self.replaced else self.own_blueprint(name)
-        return self._blueprints[name]
+        if name not in self._component_configs:
+            self._component_configs[name] = (
+                self.part(name).component_config if name in self.replaced else self.own_component_config(name)
+            )
+        return self._component_configs[name]
 
     @functools.cached_property
-    def _blueprints(self) -> dict[str, ComponentConfig]:
+    def _component_configs(self) -> dict[str, ComponentConfig]:
         return {}
 
-    def own_blueprint(self, name: str) -> ComponentConfig:
+    def own_component_config(self, name: str) -> ComponentConfig:
         found = read_component_config(BASE_COMPONENTS[name], self.folder / name / "config.json")
         if name == "unet" and self.file is not None:
             channels = single_file.input_channels(self.parts["unet"]) or found.config.in_channels
-            found = component_config(UNET, {**found.settings, "in_channels": channels}, found.path)
+            found = build_component_config(UNET, {**found.settings, "in_channels": channels}, found.path)
         return found
 
     def config(self, name: str) -> Any:
-        return self.blueprint(name).config
+        return self.component_config(name).config
 
     def part(self, name: str) -> LazyComponent:
         """A network, opened once. Raises InputError or WeightFileError naming what does not fit."""
@@ -123,7 +121,7 @@ class BaseModel:
             raise WeightFileError(f"{error} A whole {component.title} can be named with {argument(name)}") from None
 
     def _in_file(self, name: str, tensors: Mapping[str, Tensor], file: Path) -> LazyComponent:
-        found = self.blueprint(name)
+        found = self.component_config(name)
         return open_weights(found, tensors, file, single_file_layout(name, found.config))
 
     def check(self) -> None:
@@ -135,7 +133,7 @@ class BaseModel:
 
     def check_tokenizer(self) -> None:
         """Raises InputError when its text encoder does not know every token, and warns when it knows more."""
-        check_rows(f"base model {self.reference}", self.tokenizer, self.config("text_encoder").vocab_size)
+        check_vocabulary(f"base model {self.reference}", self.tokenizer, self.config("text_encoder").vocab_size)
 
 
 def open_base(
@@ -257,8 +255,8 @@ def _settings_folder(file: Path, config: Reference | None) -> Path:
 def single_file_layout(name: str, config: Any) -> StateDictLayout | None:
     """How the single file spells a network; None where that is PyTorch's own."""
     makers: Mapping[str, Callable[[Any], StateDictLayout]] = {
-        "unet": single_file.unet_spelling,
-        "vae": single_file.vae_spelling,
+        "unet": single_file.unet_layout,
+        "vae": single_file.vae_layout,
     }
     return makers[name](config) if name in makers else None
 
@@ -273,7 +271,7 @@ def _replacement(component: Component, name: str, reference: Reference, base: Ba
     place = local_path(reference, choose, what=component.title)
     if place.is_dir():
         return open_component(component, place / name if (place / name).is_dir() else place)
-    own, tensors = base.own_blueprint(name), open_tensors(place)
+    own, tensors = base.own_component_config(name), open_tensors(place)
     bare = name == "vae" and any(re.match(r"(vae\.)?(encoder\.down|decoder\.up)\.", key) for key in tensors)
     if not bare and not single_file.is_single_file(tensors):
         return open_weights(own, tensors, place)

@@ -27,7 +27,7 @@ def names(what: str) -> list[str]:
     return sorted({NAME} | {name for kind, name in _SHORT if kind == what})
 
 
-def embedded(reference: str, what: str) -> Path | None:
+def bundled_path(reference: str, what: str) -> Path | None:
     """Where the model inside the package has the "base model", "adapter" or "image encoder" of this name; None for
     every other name. Raises InputError where the package lies here without its model."""
     place = _SHORT.get((what, reference), reference)

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 
 from ipadapter_jax.storage.atomic_files import write_atomically
-from ipadapter_jax.weights.component import Component
-from ipadapter_jax.weights.components import LazyComponent
+from ipadapter_jax.weights.components import Component
+from ipadapter_jax.weights.dtype_cast import cast_tensor
 from ipadapter_jax.weights.formats.msgpack_writer import msgpack_chunks
 from ipadapter_jax.weights.formats.safetensors_writer import safetensors_chunks
 from ipadapter_jax.weights.key_mapping import FLAX, StateDictLayout, torch_layout
 from ipadapter_jax.weights.key_mapping import Path as TreePath
-from ipadapter_jax.weights.lazy import LazyTransform, Tensor, held
+from ipadapter_jax.weights.lazy import LazyTransform, Tensor, in_memory
 from ipadapter_jax.weights.load_tree import Tree, leaves
-from ipadapter_jax.weights.verified_write import cast, write_verified
+from ipadapter_jax.weights.open_component import LazyComponent
+from ipadapter_jax.weights.verified_write import write_verified
 
 _METADATA = {"format": "pt"}
 
@@ -26,16 +27,16 @@ def save_component(component: Component, folder: Path, params: Tree, dtype: np.d
 
     Raises InputError naming the tensor that is not finite or does not fit `dtype`, or the file that cannot be written.
     """
-    ours = {path: held(np.asarray(leaf)) for path, leaf in leaves(params).items()}
+    ours = {path: in_memory(np.asarray(leaf)) for path, leaf in leaves(params).items()}
     _save(component, folder, ours, dtype, flax=False)
     write_atomically(folder / "config.json", config)
 
 
-def save_opened(opened: LazyComponent, folder: Path, dtype: np.dtype | None, *, flax: bool) -> None:
+def convert_component(opened: LazyComponent, folder: Path, dtype: np.dtype | None, *, flax: bool) -> None:
     """Writes a network that was opened, tensor by tensor, in `dtype` or as it is stored, under PyTorch's or Flax's
     names, and its config.json. Raises InputError as `save_component`."""
-    _save(opened.blueprint.component, folder, our_tensors(opened), dtype, flax)
-    settings = dict(opened.blueprint.settings)
+    _save(opened.component_config.component, folder, lazy_leaves(opened), dtype, flax)
+    settings = dict(opened.component_config.settings)
     if isinstance(name := settings.get("_class_name"), str):
         settings["_class_name"] = class_name(name, flax)
     write_atomically(folder / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
@@ -46,14 +47,14 @@ def class_name(name: str, flax: bool) -> str:
     return ("Flax" if flax else "") + name.removeprefix("Flax")
 
 
-def our_tensors(opened: LazyComponent) -> dict[TreePath, Tensor]:
+def lazy_leaves(opened: LazyComponent) -> dict[TreePath, Tensor]:
     """The leaves of the network's tree, unread."""
 
     def leaf(path: TreePath, shape: tuple[int, ...]) -> LazyTransform:
         tensor = opened.tensors[opened.spelling.key(path)]
         return LazyTransform(shape, tensor.dtype, lambda: opened.spelling.read(path, tensor.read()))
 
-    return {path: leaf(path, tuple(found.shape)) for path, found in leaves(opened.blueprint.template).items()}
+    return {path: leaf(path, tuple(found.shape)) for path, found in leaves(opened.component_config.template).items()}
 
 
 def spelled(
@@ -62,9 +63,9 @@ def spelled(
     """The leaves of a tree under the names and with the axes of a file, in `dtype` or as they are stored."""
 
     def entry(path: TreePath, key: str, tensor: Tensor) -> LazyTransform:
-        rounded = cast(f"{title}: {key}", tensor, dtype)
+        tensor = cast_tensor(tensor, dtype, f"{title}: {key}")
         shape = spelling.shape(path, tuple(tensor.shape))
-        return LazyTransform(shape, rounded.dtype, lambda: spelling.write(path, rounded.read()))
+        return LazyTransform(shape, tensor.dtype, lambda: spelling.write(path, tensor.read()))
 
     keys = {path: prefix + spelling.key(path) for path in ours}
     return {key: entry(path, key, ours[path]) for path, key in keys.items()}

@@ -14,8 +14,8 @@ from ipadapter_jax.storage.atomic_files import atomic_replace, remove_partial_fi
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights import identify
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, Reference, open_base, single_file_layout
-from ipadapter_jax.weights.component_export import class_name, our_tensors, save_opened, spelled
-from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_files, open_component, read_json
+from ipadapter_jax.weights.component_export import class_name, convert_component, lazy_leaves, spelled
+from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.formats.safetensors_writer import DTYPES, safetensors_chunks
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.hub import SUFFIXES, local_path, path_here
@@ -25,8 +25,9 @@ from ipadapter_jax.weights.ip_adapter_file import IPAdapterFile, check_ip_adapte
 from ipadapter_jax.weights.key_mapping import torch_layout
 from ipadapter_jax.weights.layouts import single_file
 from ipadapter_jax.weights.lazy import Tensor
+from ipadapter_jax.weights.open_component import open_component, read_json
 from ipadapter_jax.weights.verified_write import write_verified
-from ipadapter_jax.weights.weight_files import choose_weights
+from ipadapter_jax.weights.weight_files import choose_files, choose_weights
 
 
 def convert(
@@ -71,7 +72,7 @@ def convert(
     component = next(component for component in _NETWORKS if component.kind == kind)
     plain = component is IMAGE_ENCODER and variant is None
     opened = open_image_encoder(place) if plain else open_component(component, place, variant)
-    return _as_folder(out, lambda folder: save_opened(opened, folder, _numpy(dtype), flax=flax))
+    return _as_folder(out, lambda folder: convert_component(opened, folder, _numpy(dtype), flax=flax))
 
 
 def _check_ending(out: Path) -> None:
@@ -178,7 +179,7 @@ def _single_file(base: BaseModel, dtype: Any) -> dict[str, Tensor]:
     for name, prefix in single_file.PREFIXES.items():
         part = base.part(name)
         spelling = single_file_layout(name, part.config) or torch_layout()
-        tensors |= spelled(our_tensors(part), spelling, dtype, part.blueprint.component.title, prefix)
+        tensors |= spelled(lazy_leaves(part), spelling, dtype, part.component_config.component.title, prefix)
     return tensors
 
 
@@ -193,7 +194,7 @@ def _as_folder(out: Path, write: Callable[[Path], None]) -> None:
 
 def _save_base(base: BaseModel, folder: Path, dtype: Any, flax: bool) -> None:
     for name in BASE_COMPONENTS:
-        save_opened(base.part(name), folder / name, dtype, flax=flax)
+        convert_component(base.part(name), folder / name, dtype, flax=flax)
     tokenizer = base.folder / "tokenizer"
     for file in sorted(path for path in tokenizer.rglob("*") if not path.is_dir()):
         write_atomically(folder / "tokenizer" / file.relative_to(tokenizer), _content(file))

@@ -73,7 +73,7 @@ def check_revision(reference: str | os.PathLike, revision: str | None, what: str
 
 def path_here(reference: str | os.PathLike, what: str) -> Path | None:
     """The referenced folder or file where it needs no Hub: inside the package, else a path that exists; or None."""
-    inside = bundled.embedded(reference, what) if isinstance(reference, str) else None
+    inside = bundled.bundled_path(reference, what) if isinstance(reference, str) else None
     path = expand_home(os.fspath(reference))
     return inside or (Path(path) if os.path.exists(path) else None)
 

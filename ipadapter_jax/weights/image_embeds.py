@@ -14,13 +14,13 @@ import numpy as np
 from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.inputs.validation import to_float32
 from ipadapter_jax.storage.paths import expand_home
-from ipadapter_jax.weights.dtype_cast import converted
+from ipadapter_jax.weights.dtype_cast import cast_for_device
 from ipadapter_jax.weights.formats.safetensors_writer import digest, safetensors_chunks
 from ipadapter_jax.weights.formats.tensor_files import ARRAY, open_file
 from ipadapter_jax.weights.formats.torch_pickle import UNNAMED
 from ipadapter_jax.weights.identify import IMAGE_EMBEDS, UNKNOWN, identify
 from ipadapter_jax.weights.ip_adapter_file import DIGEST
-from ipadapter_jax.weights.lazy import Tensor, held
+from ipadapter_jax.weights.lazy import Tensor, in_memory
 from ipadapter_jax.weights.verified_write import write_verified
 
 POOLED, STATES = "image_embeds", "hidden_states"
@@ -57,7 +57,7 @@ def save_image_embeds(path: Path, features: Any, metadata: Mapping[str, str]) ->
     if problem := _problem(array.shape):
         raise InputError(f"{path}: the image embeddings have {problem}")
     kind = _KINDS[array.ndim]
-    tensors = {kind: held(array)}
+    tensors = {kind: in_memory(array)}
     about = {"kind": kind, "features": str(array.shape[-1]), "format": "pt", DIGEST: digest(tensors)}
     return write_verified(path, safetensors_chunks(tensors, {**metadata, **about}), tensors)
 
@@ -116,7 +116,7 @@ def _read(path: Path, name: str, tensor: Tensor) -> np.ndarray:
     what = f"{path}: {name[:60]!r}"
     if tensor.dtype.kind != "f" and tensor.dtype.name != "bfloat16":
         raise WeightFileError(f"{what} is of {tensor.dtype}, image embeddings are floats; save what the encoder gives")
-    return converted(tensor.read(), np.dtype(np.float32), what)
+    return cast_for_device(tensor.read(), np.dtype(np.float32), what)
 
 
 def _alone(path: Path, tensor: Tensor, patches: bool | None) -> np.ndarray:

@@ -4,19 +4,13 @@ import os
 from collections.abc import Sequence
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.weights.components import (
-    IMAGE_ENCODER,
-    LazyComponent,
-    choose_files,
-    component_config,
-    open_component,
-    open_weights,
-)
+from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.identify import OPENCLIP, identify
 from ipadapter_jax.weights.layouts.openclip import to_transformers, vision_settings
-from ipadapter_jax.weights.weight_files import choose_weights
+from ipadapter_jax.weights.open_component import LazyComponent, build_component_config, open_component, open_weights
+from ipadapter_jax.weights.weight_files import choose_files, choose_weights
 
 
 def open_image_encoder(image_encoder: str | os.PathLike, revision: str | None = None) -> LazyComponent:
@@ -36,4 +30,4 @@ def open_image_encoder(image_encoder: str | os.PathLike, revision: str | None = 
     if kind.name not in (OPENCLIP, IMAGE_ENCODER.kind):
         raise WeightFileError(f"image encoder {place}: this is {kind}, not a CLIP image encoder; {kind.advice}")
     settings = vision_settings(place, to_transformers(tensors))
-    return open_weights(component_config(IMAGE_ENCODER, settings, place), tensors, place)
+    return open_weights(build_component_config(IMAGE_ENCODER, settings, place), tensors, place)

@@ -11,7 +11,7 @@ from typing import Any
 from ipadapter_jax.errors import InputError, WeightFileError, option
 from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS
-from ipadapter_jax.weights.components import IMAGE_ENCODER, choose_files
+from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.formats.safetensors_writer import digest
 from ipadapter_jax.weights.formats.tensor_files import files_of, open_file
 from ipadapter_jax.weights.hub import SUFFIXES, local_path
@@ -20,7 +20,7 @@ from ipadapter_jax.weights.ip_adapter_file import DIGEST, describe_adapter
 from ipadapter_jax.weights.layouts.ip_adapter import adapter_parts
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.unsupported_families import unsupported
-from ipadapter_jax.weights.weight_files import choose_weights
+from ipadapter_jax.weights.weight_files import choose_files, choose_weights
 
 _PARTS = {**BASE_COMPONENTS, "image_encoder": IMAGE_ENCODER}
 

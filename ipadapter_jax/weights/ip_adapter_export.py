@@ -12,14 +12,15 @@ from ipadapter_jax.inputs.suggestions import did_you_mean
 from ipadapter_jax.models.image_projections import ImageProjConfig
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights.component_export import spelled
+from ipadapter_jax.weights.dtype_cast import cast_tensor
 from ipadapter_jax.weights.formats.safetensors_writer import DTYPES, digest, safetensors_chunks
 from ipadapter_jax.weights.formats.torch_writer import torch_bytes
 from ipadapter_jax.weights.identify import FAMILIES
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, encoder_name
 from ipadapter_jax.weights.key_mapping import torch_layout
-from ipadapter_jax.weights.lazy import Tensor, held
+from ipadapter_jax.weights.lazy import Tensor, in_memory
 from ipadapter_jax.weights.load_tree import leaves
-from ipadapter_jax.weights.verified_write import cast, write_verified
+from ipadapter_jax.weights.verified_write import write_verified
 
 
 def adapter_metadata(config: ImageProjConfig, *, step: int | None = None) -> dict[str, str]:
@@ -59,7 +60,7 @@ def save_ip_adapter(
     """
     if dtype not in DTYPES:
         raise InputError(f"adapter dtype {dtype!r}: choose {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
-    ours = {place: held(np.asarray(leaf)) for place, leaf in leaves(params).items()}
+    ours = {place: in_memory(np.asarray(leaf)) for place, leaf in leaves(params).items()}
     return _write(expand_home(Path(path)), spelled(ours, torch_layout(), np.dtype(dtype), "adapter"), metadata)
 
 
@@ -68,7 +69,7 @@ def save_adapter_tensors(
 ) -> str:
     """The same from tensors under the released names, in `dtype` or as they are stored."""
     target = None if dtype is None else np.dtype(dtype)
-    return _write(path, {name: cast(f"adapter: {name}", t, target) for name, t in tensors.items()}, metadata)
+    return _write(path, {name: cast_tensor(t, target, f"adapter: {name}") for name, t in tensors.items()}, metadata)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

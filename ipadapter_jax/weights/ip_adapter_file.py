@@ -15,11 +15,11 @@ from ipadapter_jax.models.image_projections import HEAD_DIM, ImageProjConfig, ex
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.ops.fast_params import parameter_shapes
 from ipadapter_jax.storage.paths import expand_home
-from ipadapter_jax.weights.components import report_ignored
 from ipadapter_jax.weights.formats.safetensors_writer import digest
 from ipadapter_jax.weights.formats.tensor_files import open_file
 from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.identify import FAMILIES, IP_ADAPTER, UNSUPPORTED, identify
+from ipadapter_jax.weights.ignored_tensors import report_ignored
 from ipadapter_jax.weights.key_mapping import torch_layout
 from ipadapter_jax.weights.layouts.ip_adapter import adapter_parts
 from ipadapter_jax.weights.lazy import Tensor

@@ -59,29 +59,29 @@ class LazyTransform:
         return self.compute()
 
 
-def held(array: np.ndarray) -> LazyTransform:
+def in_memory(array: np.ndarray) -> LazyTransform:
     """An array in memory as a tensor."""
     return LazyTransform(array.shape, array.dtype, lambda: array)
 
 
-def rows(tensor: Tensor, start: int, stop: int) -> LazyTransform:
+def sliced(tensor: Tensor, start: int, stop: int) -> LazyTransform:
     """A part of the first axis."""
     return LazyTransform((stop - start, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[start:stop])
 
 
-def turned(tensor: Tensor) -> LazyTransform:
+def transposed(tensor: Tensor) -> LazyTransform:
     """The axes in reverse order."""
     return LazyTransform(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
 
 
-def joined(tensors: Sequence[Tensor]) -> LazyTransform:
+def concatenated(tensors: Sequence[Tensor]) -> LazyTransform:
     """One after the other along the first axis; they must agree in the rest."""
     first = tensors[0]
     shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
     return LazyTransform(shape, first.dtype, lambda: np.concatenate([tensor.read() for tensor in tensors]))
 
 
-def not_read(path: str | os.PathLike[str], name: str, form: str) -> WeightFileError:
+def unsupported_form(path: str | os.PathLike[str], name: str, form: str) -> WeightFileError:
     """What to say of a tensor of such a form or data type."""
     return WeightFileError(
         f"{path}: {name[:60]!r} is stored as {form[:60]}; only float64, float32, float16 and bfloat16 weights are "

@@ -12,7 +12,7 @@ from jax import Array
 
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.runtime.prefetch import ordered_map
-from ipadapter_jax.weights.dtype_cast import converted
+from ipadapter_jax.weights.dtype_cast import cast_for_device
 from ipadapter_jax.weights.key_mapping import Path, StateDictLayout
 from ipadapter_jax.weights.lazy import Tensor
 
@@ -73,7 +73,7 @@ def load_tree(
     wanted = check_tree(tensors, template, spelling, source=source)
 
     def load(key: str) -> Array:
-        return put(converted(spelling.read(wanted[key][0], tensors[key].read()), dtype, f"{source}: {key}"))
+        return put(cast_for_device(spelling.read(wanted[key][0], tensors[key].read()), dtype, f"{source}: {key}"))
 
     # The largest first: what a tensor needs besides its own place is then taken while the others are still in the file.
     keys = sorted(wanted, key=lambda key: -math.prod(tensors[key].shape))

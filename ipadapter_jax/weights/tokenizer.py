@@ -86,7 +86,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(read_tokenizer(folder))
 
 
-def check_rows(what: str, tokenizer: Tokenizer, rows: int) -> None:
+def check_vocabulary(what: str, tokenizer: Tokenizer, rows: int) -> None:
     """Holds a tokenizer against its text encoder, which has a row for every id. Raises InputError where rows are
     missing, and warns of rows that no text reaches: tokens were learned, and the tokenizer is without them."""
     ids = len(tokenizer)

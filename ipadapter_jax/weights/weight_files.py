@@ -1,11 +1,12 @@
 """Which files of a folder or a repository hold a network's weights, and in which variants ("fp16", "non_ema")."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatch
 
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.inputs.suggestions import sort_by_similarity
-from ipadapter_jax.weights.component import Component
+from ipadapter_jax.weights.components import Component
 
 _SHARD = r"-\d+-of-\d+"
 
@@ -26,6 +27,25 @@ def choose_weights(component: Component, names: Collection[str], folder: str, va
     held = ", ".join(sorted(name for name in names if name != "config.json")) or "no files"
     others = f", or one of the variants {', '.join(there)}" if there else ""
     raise WeightFileError(f"{folder}: no {what} (it holds {held}); expected {' or '.join(wanted)}{others}")
+
+
+def choose_files(
+    names: Sequence[str], folders: Mapping[str, Component], extras: Sequence[str], variant: str | None
+) -> list[str]:
+    """Of all files of a repository those that loading needs: configs, `extras`, and per network one weight file or its
+    shards, in `variant` where the network has it. Raises InputError when none has it."""
+    chosen = [name for name in names if any(fnmatch(name, pattern) for pattern in extras)]
+    held: dict[str, list[str]] = {folder: [] for folder in folders}
+    for name in names:
+        folder, _, last = name.rpartition("/")
+        if folder in held:
+            held[folder].append(last)
+    picked = pick_variants({folder: (folders[folder], held[folder]) for folder in folders}, variant)
+    for folder, component in folders.items():
+        weights = choose_weights(component, held[folder], folder or ".", picked[folder])
+        needed = ["config.json", weights, *(name for name in held[folder] if is_shard(name, weights))]
+        chosen += [f"{folder}/{name}" if folder else name for name in needed]
+    return chosen
 
 
 def pick_variants(parts: Mapping[str, tuple[Component, Collection[str]]], variant: str | None) -> dict[str, str | None]:

@@ -46,8 +46,9 @@ from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.testing.random_weights import write_model
 from ipadapter_jax.testing.sizes import NANO, ModelConfigs
 from ipadapter_jax.train.init import initial_adapter, projection_config
-from ipadapter_jax.weights.components import UNET, load_component
+from ipadapter_jax.weights.components import UNET
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_adapter
+from ipadapter_jax.weights.open_component import load_component
 
 UNET_CONFIG = dataclasses.replace(NANO.unet, sample_size=16)
 VISION = CLIPVisionConfig(32, 64, 32, 2, 2, image_size=64, patch_size=16)

@@ -11,13 +11,14 @@ from safetensors.numpy import load_file, save_file
 from ipadapter_jax.models.clip import CLIPVision, CLIPVisionConfig
 from ipadapter_jax.testing.random_weights import write_component, write_model
 from ipadapter_jax.testing.sizes import MICRO
-from ipadapter_jax.weights.component_export import save_opened
-from ipadapter_jax.weights.components import IMAGE_ENCODER, open_component
+from ipadapter_jax.weights.component_export import convert_component
+from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.convert import convert
 from ipadapter_jax.weights.formats.safetensors_writer import safetensors_chunks
 from ipadapter_jax.weights.formats.torch_writer import pickled, torch_bytes
 from ipadapter_jax.weights.ip_adapter_export import save_adapter_tensors
-from ipadapter_jax.weights.lazy import Tensor, held
+from ipadapter_jax.weights.lazy import Tensor, in_memory
+from ipadapter_jax.weights.open_component import open_component
 
 FLOAT16 = np.dtype("float16")
 
@@ -29,7 +30,7 @@ def adapters(folder: Path) -> dict[str, bytes]:
         draw, dtype = np.random.default_rng(number), ("float16", "float32", "bfloat16")[number]
         adapter = {f"ip_adapter.{key}": shape for key, shape in _ADAPTER.items()}
         shapes = {f"image_proj.{key}": shape for key, shape in shapes.items()} | adapter
-        tensors = {key: held(draw.standard_normal(shape).astype(np.dtype(dtype))) for key, shape in shapes.items()}
+        tensors = {key: in_memory(draw.standard_normal(shape).astype(np.dtype(dtype))) for key, shape in shapes.items()}
         tree: dict[str, dict] = {"image_proj": {}, "ip_adapter": {}}
         for key, tensor in tensors.items():
             tree[key.split(".")[0]][key.split(".", 1)[1]] = tensor
@@ -76,7 +77,9 @@ def openclip(folder: Path) -> list[Path]:
             for end in ("weight", "bias")
         },
     }
-    tensors = {f"visual.{key}": held(draw.standard_normal(shape).astype(np.float16)) for key, shape in shapes.items()}
+    tensors = {
+        f"visual.{key}": in_memory(draw.standard_normal(shape).astype(np.float16)) for key, shape in shapes.items()
+    }
     (folder / "encoder.openclip").write_bytes(b"".join(safetensors_chunks(tensors, {})))
     return [folder / "encoder.openclip"]
 
@@ -84,7 +87,7 @@ def openclip(folder: Path) -> list[Path]:
 def msgpack(folder: Path) -> list[Path]:
     """A small vision encoder as Flax stored it, with config.json beside."""
     _encoder(folder / "torch")
-    save_opened(open_component(IMAGE_ENCODER, folder / "torch"), folder, None, flax=True)
+    convert_component(open_component(IMAGE_ENCODER, folder / "torch"), folder, None, flax=True)
     return [folder / "flax_model.msgpack"]
 
 

@@ -26,13 +26,14 @@ import tyro
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, open_base
-from ipadapter_jax.weights.components import IMAGE_ENCODER, LazyComponent, open_weights, read_component_config
+from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.dtype_cast import all_finite
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.inspect import describe
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.load_tree import leaves
+from ipadapter_jax.weights.open_component import LazyComponent, open_weights, read_component_config
 from tests.fault_injection import fuzz_seeds
 
 SECONDS, MEMORY = 2.0, 1.5  # what a trial may take: time, and memory in sizes of its file

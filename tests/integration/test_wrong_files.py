@@ -13,8 +13,8 @@ from integration.test_cli import ADAPTER, arguments
 from safetensors.numpy import load_file, save_file
 from training import tiny
 
-import ipadapter_jax.weights.components
 import ipadapter_jax.weights.ip_adapter_file
+import ipadapter_jax.weights.open_component
 from ipadapter_jax.cli import main
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.trainer import train
@@ -119,7 +119,7 @@ def forbid_reading(monkeypatch) -> None:
     def reached(*_, **__):
         raise AssertionError("weights were read")
 
-    for module in (ipadapter_jax.weights.components, ipadapter_jax.weights.ip_adapter_file):
+    for module in (ipadapter_jax.weights.open_component, ipadapter_jax.weights.ip_adapter_file):
         monkeypatch.setattr(module, "load_tree", reached)
 
 

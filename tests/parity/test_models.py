@@ -22,8 +22,9 @@ from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.masks import layer_masks, load_mask
 from ipadapter_jax.pipelines.scales import scale_table
 from ipadapter_jax.weights.components import IMAGE_ENCODER as IMAGE_ENCODER_COMPONENT
-from ipadapter_jax.weights.components import TEXT_ENCODER, UNET, VAE_COMPONENT, LoadedComponent, load_component
+from ipadapter_jax.weights.components import TEXT_ENCODER, UNET, VAE_COMPONENT
 from ipadapter_jax.weights.ip_adapter_file import load_ip_adapter, open_ip_adapter
+from ipadapter_jax.weights.open_component import LoadedComponent, load_component
 from ipadapter_jax.weights.tokenizer import load_tokenizer, tokenize
 
 FLOAT32 = np.dtype("float32")

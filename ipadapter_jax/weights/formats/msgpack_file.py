@@ -15,7 +15,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.weights.lazy import MappedTensor, map_file, not_read
+from ipadapter_jax.weights.lazy import MappedTensor, map_file, unsupported_form
 
 _NDARRAY = 1
 _MAX_DEPTH, _MAX_NAME = 32, 1000
@@ -33,7 +33,7 @@ def read_msgpack_file(path: Path) -> dict[str, MappedTensor]:
             tensors[name] = tensor
         reader.require(reader.position == len(reader.buffer), "bytes follow after its end")
     except _NotRead as error:
-        raise not_read(path, error.name, error.dtype) from None
+        raise unsupported_form(path, error.name, error.dtype) from None
     except (struct.error, IndexError, ValueError) as error:  # a header beyond the end, no UTF-8
         reason = str(error) if isinstance(error, _Malformed) else "it is cut short or damaged"
         raise WeightFileError(f"{path}: not a whole Flax msgpack file ({reason}); download it again") from None

@@ -16,7 +16,7 @@ from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.storage.text_files import parse_json, read_json_object
 from ipadapter_jax.weights.formats.msgpack_file import read_msgpack_file
 from ipadapter_jax.weights.formats.torch_pickle import UNNAMED, read_tensors
-from ipadapter_jax.weights.lazy import LazyTransform, MappedTensor, Tensor, map_file, not_read
+from ipadapter_jax.weights.lazy import LazyTransform, MappedTensor, Tensor, map_file, unsupported_form
 
 SAFETENSORS, PICKLE, MSGPACK, INDEX = "safetensors", "PyTorch pickle", "Flax msgpack", "index of shards"
 ARRAY = "NumPy array"
@@ -181,7 +181,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
         case _:
             raise WeightFileError(f"{path}: {name[:60]!r} is described in an odd way; download the file again")
     if dtype not in _SAFETENSORS_DTYPES:
-        raise not_read(path, name, dtype)
+        raise unsupported_form(path, name, dtype)
     if len(shape) > 32 or math.prod(size or 1 for size in shape) >= 1 << 48:
         raise WeightFileError(f"{path}: {name[:60]!r} has a shape that no weights have; download the file again")
     return np.dtype(_SAFETENSORS_DTYPES[dtype]), tuple(shape), offset

@@ -21,7 +21,7 @@ from ipadapter_jax.weights.formats.pickle_interpreter import (
     Unread,
     require,
 )
-from ipadapter_jax.weights.lazy import not_read
+from ipadapter_jax.weights.lazy import unsupported_form
 
 # Far above any real checkpoint, and low enough that a hostile file costs neither minutes nor gigabytes.
 _MAX_PICKLE, _MAX_DIRECTORY, _MAX_DEPTH = 1 << 24, 1 << 22, 64  # the first two in bytes
@@ -58,7 +58,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     for name, tensor in flatten(_read(path)).items():
         if isinstance(tensor, Unread):
-            raise not_read(path, name, tensor.form)
+            raise unsupported_form(path, name, tensor.form)
         found[name] = tensor
     return found
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.weights.lazy import Tensor, joined
+from ipadapter_jax.weights.lazy import Tensor, concatenated
 
 Tensors = dict[str, Tensor]
 
@@ -116,7 +116,7 @@ def _released(tensors: Tensors) -> Tensors:
         keys, values = named[name], named.get(name.replace("to_k", "to_v"))
         if values is not None and (keys.shape, keys.dtype) == (values.shape, values.dtype) and len(keys.shape) == 2:
             del named[name], named[name.replace("to_k", "to_v")]  # released files hold them as one, keys first
-            named[name.replace("to_k", "to_kv")] = joined([keys, values])
+            named[name.replace("to_k", "to_kv")] = concatenated([keys, values])
     if "proj.2.weight" in named and "norm.weight" in named:
         one_token = named["proj.2.weight"].shape[:1] == named["norm.weight"].shape
         if one_token:  # full-face; a FaceID projection has more tokens and keeps the name

@@ -9,7 +9,7 @@ from typing import Any
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.text_files import read_json_object
-from ipadapter_jax.weights.lazy import Tensor, rows, turned
+from ipadapter_jax.weights.lazy import Tensor, sliced, transposed
 
 log = logging.getLogger("ipadapter_jax")
 
@@ -46,9 +46,9 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if fused and tensor.shape and tensor.shape[0] % 3 == 0:
             third, place = tensor.shape[0] // 3, f"vision_model.encoder.layers.{fused[1]}.self_attn"
             for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
-                found[f"{place}.{part}.{fused[2]}"] = rows(tensor, i * third, (i + 1) * third)
+                found[f"{place}.{part}.{fused[2]}"] = sliced(tensor, i * third, (i + 1) * third)
         elif name == "proj":
-            found["visual_projection.weight"] = turned(tensor)
+            found["visual_projection.weight"] = transposed(tensor)
         else:
             rule = next((pattern for pattern in _RENAMES if re.fullmatch(pattern, name)), None)
             found[re.sub(rule, _RENAMES[rule], name) if rule else whole] = tensor

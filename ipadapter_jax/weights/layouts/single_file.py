@@ -9,8 +9,8 @@ import numpy as np
 from ipadapter_jax.errors import WeightFileError, argument
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
-from ipadapter_jax.weights.components import drop_ignored, report_ignored
 from ipadapter_jax.weights.identify import identify
+from ipadapter_jax.weights.ignored_tensors import drop_ignored, report_ignored
 from ipadapter_jax.weights.key_mapping import Path, StateDictLayout, from_torch, to_torch, torch_key, torch_shape
 from ipadapter_jax.weights.lazy import Tensor
 
@@ -81,7 +81,7 @@ _OUTER = {
 }
 
 
-def unet_spelling(config: UNetConfig) -> StateDictLayout:
+def unet_layout(config: UNetConfig) -> StateDictLayout:
     """Of the UNet below its prefix."""
     return StateDictLayout(lambda path: _unet_key(torch_key(path), config), torch_shape, from_torch, to_torch)
 
@@ -112,7 +112,7 @@ def _unet_key(key: str, config: UNetConfig) -> str:
 _VAE_ATTENTION = {"group_norm": "norm", "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
 
 
-def vae_spelling(config: VAEConfig) -> StateDictLayout:
+def vae_layout(config: VAEConfig) -> StateDictLayout:
     """Of the VAE below its prefix. Its attention's matrices are 1x1 convolutions there."""
 
     def shape(path: Path, ours: tuple[int, ...]) -> tuple[int, ...]:

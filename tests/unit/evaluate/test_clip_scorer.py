@@ -113,10 +113,10 @@ def test_the_reference_is_known_by_its_config(folder):
     opened = open_scorer(folder)
 
     def with_config(config):
-        return dataclasses.replace(opened, opened=dataclasses.replace(opened.opened, blueprint=fake(config)))
+        return dataclasses.replace(opened, opened=dataclasses.replace(opened.opened, component_config=fake(config)))
 
     def fake(config):
-        return dataclasses.replace(opened.opened.blueprint, config=config)
+        return dataclasses.replace(opened.opened.component_config, config=config)
 
     for end in (2, 49407, None):
         text = dataclasses.replace(_REFERENCE_CONFIG.text, eos_token_id=end)

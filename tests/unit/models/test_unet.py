@@ -8,7 +8,7 @@ import numpy as np
 
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
-from ipadapter_jax.weights.components import UNET, template_of
+from ipadapter_jax.weights.components import UNET, abstract_params
 
 SMALL = UNetConfig(
     block_out_channels=(16,),
@@ -30,8 +30,8 @@ def test_remat_changes_what_is_kept_and_nothing_else():
 
     latents, text, image = random(2, 8, 8, 4), random(2, 5, 8), random(2, 3, 8)
     plain, remat = UNet(SMALL), UNet(SMALL, remat=True)
-    template = template_of(UNET, plain)
-    assert jax.tree.structure(template_of(UNET, remat)) == jax.tree.structure(template)
+    template = abstract_params(UNET, plain)
+    assert jax.tree.structure(abstract_params(UNET, remat)) == jax.tree.structure(template)
     params = jax.tree.map(lambda leaf: random(*leaf.shape) / max(1, leaf.size // leaf.shape[-1]) ** 0.5, template)
 
     def loss(module, params, image):

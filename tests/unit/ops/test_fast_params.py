@@ -12,7 +12,14 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.ops.fast_params import parameter_shapes
 from ipadapter_jax.testing.sizes import MICRO
-from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, drawn_params, template_of
+from ipadapter_jax.weights.components import (
+    IMAGE_ENCODER,
+    TEXT_ENCODER,
+    UNET,
+    VAE_COMPONENT,
+    abstract_params,
+    init_params,
+)
 
 PARTS = {"unet": (UNET, UNet), "vae": (VAE_COMPONENT, VAE), "text": (TEXT_ENCODER, CLIPText)}
 PARTS["image"] = (IMAGE_ENCODER, CLIPVision)
@@ -23,8 +30,8 @@ CONFIGS = dict(zip(PARTS, vars(MICRO).values(), strict=True))
 def test_shapes_are_those_of_what_is_drawn(part):
     component, module = PARTS[part]
     network = module(CONFIGS[part], np.dtype("float32"))
-    drawn = drawn_params(component, network, jax.random.key(0))
-    assert template_of(component, network) == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), drawn)
+    drawn = init_params(component, network, jax.random.key(0))
+    assert abstract_params(component, network) == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), drawn)
     assert all(np.ptp(x) > 0 for x in jax.tree.leaves(drawn) if x.ndim > 1)  # drawn, not the zeros of a shape
 
 

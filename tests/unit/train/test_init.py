@@ -21,10 +21,11 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.train.init import initial_adapter, load_initial, projection_config
 from ipadapter_jax.weights import components
-from ipadapter_jax.weights.components import load_component, read_component_config, template_of
+from ipadapter_jax.weights.components import abstract_params
 from ipadapter_jax.weights.ip_adapter_export import save_ip_adapter
 from ipadapter_jax.weights.ip_adapter_file import load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.load_tree import leaves
+from ipadapter_jax.weights.open_component import load_component, read_component_config
 
 VISION = read_component_config(components.IMAGE_ENCODER, IMAGE_ENCODER / "config.json").config
 TINY_UNET = read_component_config(components.UNET, TORCH_MODEL / "unet" / "config.json").config
@@ -61,7 +62,7 @@ def test_sizes_are_the_released_ones(variant, config, parameters):
     """base: 19,169,280 + 3,150,336 = 22,319,616, the 22M of the paper."""
     unet = UNetConfig()
     assert projection_config(variant, CLIPVisionConfig(), 768) == config
-    template = template_of(components.UNET, UNet(unet))
+    template = abstract_params(components.UNET, UNet(unet))
     shapes = jax.eval_shape(lambda params: initial_adapter(params, unet, config, 0), template)
     assert count(shapes["ip_adapter"]) == 19_169_280
     assert count(shapes["image_proj"]) == parameters

@@ -7,7 +7,7 @@ import pytest
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.pipelines.ip_adapter import adapter_file
 from ipadapter_jax.weights import bundled as module
-from ipadapter_jax.weights.bundled import embedded
+from ipadapter_jax.weights.bundled import bundled_path
 from ipadapter_jax.weights.hub import local_path
 
 FILES = ("unet/config.json", "image_encoder/config.json", "ip-adapter_mini.safetensors")
@@ -38,7 +38,7 @@ def inside(tmp_path, monkeypatch) -> Path:
     ],
 )
 def test_names(inside, what, name, place):
-    assert embedded(name, what) == inside / place
+    assert bundled_path(name, what) == inside / place
     assert local_path(name, list, what=what) == inside / place
 
 
@@ -46,7 +46,7 @@ def test_names(inside, what, name, place):
     "name", ["./mini", "/mini", "~/mini", "mini2", "mini/", "", "mini/../mini", "mini/unet2", "owner/mini", "mini-plus"]
 )
 def test_other_names(inside, name):
-    assert embedded(name, "base model") == (inside if name == "mini/" else None)
+    assert bundled_path(name, "base model") == (inside if name == "mini/" else None)
 
 
 def test_the_name_comes_before_a_folder_and_a_path_after_it(inside):

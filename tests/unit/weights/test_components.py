@@ -18,16 +18,10 @@ from safetensors.numpy import load_file, save_file
 from weight_files import assert_same_tree, refused, write_bin
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.weights.components import (
-    IMAGE_ENCODER,
-    TEXT_ENCODER,
-    UNET,
-    VAE_COMPONENT,
-    choose_files,
-    load_component,
-)
+from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT
 from ipadapter_jax.weights.load_tree import leaves, nest
-from ipadapter_jax.weights.weight_files import choose_weights
+from ipadapter_jax.weights.open_component import load_component
+from ipadapter_jax.weights.weight_files import choose_files, choose_weights
 
 FLOAT32 = np.dtype("float32")
 PARTS = {"unet": UNET, "vae": VAE_COMPONENT, "text_encoder": TEXT_ENCODER}

@@ -101,7 +101,7 @@ def parts(place: Path) -> dict[str, dict[str, tuple]]:
     found = {}
     for name in BASE_COMPONENTS:
         opened = base.part(name)
-        for path in _paths(opened.blueprint.template):
+        for path in _paths(opened.component_config.template):
             array = opened.spelling.read(path, opened.tensors[opened.spelling.key(path)].read())
             found[(name, *path)] = (array.dtype.name, array.shape, np.ascontiguousarray(array).tobytes())
     return found

@@ -23,11 +23,11 @@ from ipadapter_jax.models.image_projections import ImageProjConfig
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.train.init import initial_adapter
 from ipadapter_jax.weights import verified_write
-from ipadapter_jax.weights.components import read_json
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_adapter
 from ipadapter_jax.weights.ip_adapter_file import load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.load_tree import leaves, nest
+from ipadapter_jax.weights.open_component import read_json
 
 FILES = {
     variant: ADAPTERS / f"ip-adapter{mark}_tiny.safetensors"
@@ -94,7 +94,7 @@ def test_names_shapes_and_bytes_are_those_of_the_published_files(data, tmp_path,
     unet = UNetConfig()
     shapes = jax.eval_shape(lambda seed: initial_adapter(text_projections(unet), unet, config, seed), 0)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float16), shapes)
-    monkeypatch.setattr(verified_write, "_prove", lambda *_: None)  # at this size it reads and compares for seconds
+    monkeypatch.setattr(verified_write, "_verify", lambda *_: None)  # at this size it reads and compares for seconds
     save_ip_adapter(tmp_path / "a.safetensors", params, metadata=METADATA)
     published = collections.defaultdict(dict)
     for line in lzma.decompress((data / "published_keys.txt.xz").read_bytes()).decode().splitlines():
@@ -188,14 +188,14 @@ KEY = ("image_proj", "norm", "scale")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_are_not_finite(tmp_path, bad):
     params = changed(stored("base"), KEY, np.full(32, bad, np.float32))
-    words = ["image_proj.norm.weight holds NaN or infinity", "take an earlier checkpoint"]
+    words = ["image_proj.norm.weight holds NaN or infinity", "an earlier checkpoint"]
     refused(lambda: save_ip_adapter(tmp_path / "a.safetensors", params, metadata={}), *words)
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_beyond_float16(tmp_path):
     params = changed(stored("base"), KEY, np.full(32, -7e4, np.float32))
-    words = ["image_proj.norm.weight reaches 7e+04, too much for float16; save it as float32"]
+    words = ["image_proj.norm.weight reaches 7e+04, too large for float16; use float32"]
     refused(lambda: save_ip_adapter(tmp_path / "a.safetensors", params, metadata={}), *words)
     assert not list(tmp_path.iterdir())
     save_ip_adapter(tmp_path / "a.safetensors", params, dtype="float32", metadata={})
@@ -210,7 +210,7 @@ def test_other_names_and_dtypes(tmp_path, name, dtype, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_returns_other_bits_leaves_the_older_file(tmp_path, monkeypatch):
+def test_failed_verification_leaves_the_older_file(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     before = save_ip_adapter(path, stored("base"), metadata=METADATA)
 
@@ -220,7 +220,7 @@ def test_a_disk_that_returns_other_bits_leaves_the_older_file(tmp_path, monkeypa
         return open_tensors(target)
 
     monkeypatch.setattr(verified_write, "open_tensors", damaged)
-    words = ["ip_adapter.9.to_v_ip.weight comes back", "save to another disk"]
+    words = ["bytes on disk differ for ip_adapter.9.to_v_ip.weight", "save to another disk"]
     refused(lambda: save_ip_adapter(path, stored("base"), metadata={}), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before

@@ -14,7 +14,7 @@ from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.models.vae import VAE, VAEConfig
-from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, template_of
+from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, abstract_params
 from ipadapter_jax.weights.key_mapping import VAE_RENAMES, from_torch, to_torch, torch_key, torch_shape
 from ipadapter_jax.weights.load_tree import leaves
 
@@ -37,10 +37,10 @@ def shapes(part: str) -> dict[tuple[str, ...], tuple[int, ...]]:
         tree = jax.eval_shape(IPAdapter(widths).init, jax.random.key(0), tokens)["params"]
     else:
         tree = {
-            "unet": lambda: template_of(UNET, UNet(UNetConfig())),
-            "vae": lambda: template_of(VAE_COMPONENT, VAE(VAEConfig())),
-            "text": lambda: template_of(TEXT_ENCODER, CLIPText(CLIPTextConfig())),
-            "vision": lambda: template_of(IMAGE_ENCODER, CLIPVision(CLIPVisionConfig())),
+            "unet": lambda: abstract_params(UNET, UNet(UNetConfig())),
+            "vae": lambda: abstract_params(VAE_COMPONENT, VAE(VAEConfig())),
+            "text": lambda: abstract_params(TEXT_ENCODER, CLIPText(CLIPTextConfig())),
+            "vision": lambda: abstract_params(IMAGE_ENCODER, CLIPVision(CLIPVisionConfig())),
         }[part]()
     return {path: leaf.shape for path, leaf in leaves(tree).items()}
 

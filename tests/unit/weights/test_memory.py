@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from weight_files import write_bin
 
 from ipadapter_jax.models.clip import CLIPVision, CLIPVisionConfig
-from ipadapter_jax.weights.components import IMAGE_ENCODER, template_of
+from ipadapter_jax.weights.components import IMAGE_ENCODER, abstract_params
 from ipadapter_jax.weights.key_mapping import to_torch, torch_key
 from ipadapter_jax.weights.load_tree import leaves, nest
 
@@ -24,7 +24,8 @@ import gc, json, re, sys, threading, time
 from pathlib import Path
 import jax
 import numpy as np
-from ipadapter_jax.weights.components import IMAGE_ENCODER, load_component
+from ipadapter_jax.weights.components import IMAGE_ENCODER
+from ipadapter_jax.weights.open_component import load_component
 
 def anonymous():  # bytes in memory that are not pages of a file
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -54,7 +55,7 @@ print(json.dumps({f"{folder.name} {dtype}": load(folder, dtype) for folder, dtyp
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="uses Linux's account of memory, and glibc's malloc")
 def test_peak_memory_of_loading(tmp_path):
     """From float16 files: anonymous memory grows by at most 1.3 x the tree that comes out."""
-    shapes = leaves(template_of(IMAGE_ENCODER, CLIPVision(CONFIG)))
+    shapes = leaves(abstract_params(IMAGE_ENCODER, CLIPVision(CONFIG)))
     ours = {path: np.full(leaf.shape, 0.01, np.float16) for path, leaf in shapes.items()}
     theirs = {torch_key(path): to_torch(path, array) for path, array in ours.items()}
     for kind in ("safetensors", "bin", "msgpack"):

@@ -12,8 +12,8 @@ from weight_files import refused
 
 from ipadapter_jax.cli import main
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, open_base, open_base_folder
-from ipadapter_jax.weights.components import TEXT_ENCODER, UNET, choose_files
-from ipadapter_jax.weights.weight_files import choose_weights, pick_variants, variants
+from ipadapter_jax.weights.components import TEXT_ENCODER, UNET
+from ipadapter_jax.weights.weight_files import choose_files, choose_weights, pick_variants, variants
 
 STEM = "diffusion_pytorch_model"
 PLAIN = {name: f"{component.torch_stem}.safetensors" for name, component in BASE_COMPONENTS.items()}

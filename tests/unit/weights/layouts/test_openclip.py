@@ -14,10 +14,10 @@ from weight_files import assert_same_tree, refused, write_bin
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.weights.components import IMAGE_ENCODER as COMPONENT
-from ipadapter_jax.weights.components import component_config
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.layouts.openclip import to_transformers, vision_settings
 from ipadapter_jax.weights.lazy import LazyTransform
+from ipadapter_jax.weights.open_component import build_component_config
 
 SETTINGS = {
     "model_cfg": {
@@ -94,7 +94,7 @@ def test_sizes_of_the_published_encoder_from_its_shapes(data, tmp_path):
         name: LazyTransform(shape, np.dtype("float16"), lambda: np.zeros(0)) for name, shape in published.items()
     }
     settings = vision_settings(tmp_path / "clip.safetensors", to_transformers(tensors))
-    assert component_config(COMPONENT, settings, tmp_path).config == CLIPVisionConfig()
+    assert build_component_config(COMPONENT, settings, tmp_path).config == CLIPVisionConfig()
 
 
 def test_what_is_no_image_encoder(tmp_path):

@@ -19,9 +19,10 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, open_base
-from ipadapter_jax.weights.components import UNET, VAE_COMPONENT, load_component, template_of
-from ipadapter_jax.weights.layouts.single_file import PREFIXES, unet_spelling, vae_spelling
+from ipadapter_jax.weights.components import UNET, VAE_COMPONENT, abstract_params
+from ipadapter_jax.weights.layouts.single_file import PREFIXES, unet_layout, vae_layout
 from ipadapter_jax.weights.load_tree import leaves
+from ipadapter_jax.weights.open_component import load_component
 
 FLOAT16 = np.dtype("float16")
 PARTIAL = ORACLES / "models" / "sd15_ldm_partial.ckpt"  # a genuine pickle: text encoder and some of the VAE
@@ -129,17 +130,17 @@ def test_names_and_shapes_at_full_size(data):
         kind, part, key, shape = line.split()
         published[kind, part][key] = tuple(int(n) for n in shape.split("x"))
     for part, component, module, spelling, theirs in (
-        ("unet", UNET, UNet(UNetConfig()), unet_spelling(UNetConfig()), single_file_utils.convert_ldm_unet_checkpoint),
+        ("unet", UNET, UNet(UNetConfig()), unet_layout(UNetConfig()), single_file_utils.convert_ldm_unet_checkpoint),
         (
             "vae",
             VAE_COMPONENT,
             VAE(VAEConfig()),
-            vae_spelling(VAEConfig()),
+            vae_layout(VAEConfig()),
             single_file_utils.convert_ldm_vae_checkpoint,
         ),
     ):
         config = json.loads((TORCH_MODEL / part / "config.json").read_text())  # of which the numbers of blocks count
-        places = leaves(template_of(component, module))
+        places = leaves(abstract_params(component, module))
         found = {
             PREFIXES[part] + spelling.key(place): torch.empty(spelling.shape(place, leaf.shape), device="meta")
             for place, leaf in places.items()

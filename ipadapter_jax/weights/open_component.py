@@ -1,0 +1,153 @@
+"""One network in a folder of diffusers' layout: its settings and weights opened, checked, then read."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ipadapter_jax.errors import InputError, WeightFileError
+from ipadapter_jax.storage.text_files import read_json_object
+from ipadapter_jax.weights import identify, unsupported_families
+from ipadapter_jax.weights.components import Component, abstract_params
+from ipadapter_jax.weights.formats.tensor_files import open_tensors
+from ipadapter_jax.weights.ignored_tensors import drop_ignored
+from ipadapter_jax.weights.key_mapping import FLAX, StateDictLayout, torch_layout
+from ipadapter_jax.weights.lazy import Tensor
+from ipadapter_jax.weights.load_tree import Tree, check_tree, load_tree
+from ipadapter_jax.weights.weight_files import choose_weights
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LoadedComponent:
+    """A network with its weights and the file that they came from."""
+
+    module: Any
+    params: Tree
+    source: Path
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ComponentConfig:
+    """A network to be: the settings in `path`, a config.json, and the configuration that they make."""
+
+    component: Component
+    settings: Mapping[str, Any]
+    config: Any
+    path: Path
+
+    @functools.cached_property
+    def template(self) -> Tree:
+        """The parameter tree with shapes for leaves. Raises InputError naming the file when no network comes of it."""
+        return _explained(self.component, self.path, lambda: _abstract_params(self.component, self.config))
+
+
+@functools.lru_cache(maxsize=32)  # tracing a UNet for its shapes takes a second
+def _abstract_params(component: Component, config: Any) -> Tree:
+    return abstract_params(component, component.module(config, np.float32))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyComponent:
+    """A network whose weights lie ready in `source`: their names and shapes fit, and nothing of them is read yet."""
+
+    component_config: ComponentConfig
+    tensors: Mapping[str, Tensor]
+    spelling: StateDictLayout
+    source: Path
+
+    @property
+    def config(self) -> Any:
+        return self.component_config.config
+
+    def load(self, dtype: np.dtype, put: Callable = jax.device_put) -> LoadedComponent:
+        """Reads the weights in `dtype`. Raises WeightFileError naming a tensor that is not finite there."""
+        template, source = self.component_config.template, str(self.source)
+        params = load_tree(self.tensors, template, self.spelling, source=source, dtype=dtype, put=put)
+        return LoadedComponent(self.component_config.component.module(self.config, dtype), params, self.source)
+
+
+def load_component(
+    component: Component, folder: Path, dtype: np.dtype, variant: str | None = None, put: Callable = jax.device_put
+) -> LoadedComponent:
+    """Reads `folder`/config.json and its weights, in `dtype`. Raises InputError or WeightFileError naming the fault."""
+    return open_component(component, folder, variant).load(dtype, put)
+
+
+def open_component(component: Component, folder: Path, variant: str | None = None) -> LazyComponent:
+    """Opens `folder`/config.json and its weights. Raises InputError or WeightFileError naming the fault."""
+    component_config = read_component_config(component, folder / "config.json")
+    _ = component_config.template  # what is wrong with the settings is said before the weights
+    source = folder / choose_weights(component, [path.name for path in folder.iterdir()], str(folder), variant)
+    return open_weights(component_config, open_tensors(source), source)
+
+
+def read_component_config(component: Component, path: Path) -> ComponentConfig:
+    """From a config.json. Raises InputError naming the file and what is wrong in it."""
+    return build_component_config(component, read_json(path), path)
+
+
+def build_component_config(component: Component, settings: Mapping[str, Any], path: Path) -> ComponentConfig:
+    """From settings that come from `path`. Raises InputError naming it and what is wrong in them, or of another network
+    than this."""
+    name = settings.get("_class_name")
+    if isinstance(name, str) and name.removeprefix("Flax") not in component.classes:
+        wanted = f"{component.kind} ({component.classes[0]})"
+        raise InputError(f"{path}: this is {unsupported_families.of_class(name)}; needed is {wanted}")
+    return ComponentConfig(component, settings, _explained(component, path, lambda: component.config(settings)), path)
+
+
+def _explained(component: Component, path: Path, build: Callable[[], Any]) -> Any:
+    try:
+        return build()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: no {component.title} can be built from these settings ({reason})") from None
+
+
+def open_weights(
+    component_config: ComponentConfig,
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    spelling: StateDictLayout | None = None,
+) -> LazyComponent:
+    """The tensors of `source` as this network: in `spelling`, or in Flax's or PyTorch's, whichever theirs is.
+
+    Raises WeightFileError naming what does not fit, and what the file is where that is something else.
+    """
+    component, found = component_config.component, identify.identify(tensors)
+    tensors = drop_ignored(component.translate(tensors), component.ignored, str(source))
+    if spelling is None and any(name.endswith((".kernel", ".scale")) for name in tensors):
+        spelling = FLAX
+    if spelling is None:
+        spelling, tensors = torch_layout(component.renames), _modernised(tensors, component, str(source))
+    try:
+        check_tree(tensors, component_config.template, spelling, source=str(source))
+    except WeightFileError as error:
+        own = {component.kind, identify.UNKNOWN, identify.CHECKPOINT} | (
+            {identify.OPENCLIP} if component.other_files else set()
+        )
+        if found.name in own:
+            raise
+        raise WeightFileError(f"{error} It looks like {found}: {found.advice}") from None
+    return LazyComponent(component_config, tensors, spelling, source)
+
+
+def _modernised(tensors: Mapping[str, Tensor], component: Component, source: str) -> dict[str, Tensor]:
+    modern: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if modern.setdefault(component.modern_key(key), tensor) is not tensor:
+            raise WeightFileError(f"{source}: {key} stands there twice, in an old and a new spelling; use another file")
+    return modern
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises InputError naming the file when it is missing or is something else."""
+    if not path.exists():
+        raise InputError(f"{path} is missing: give a folder in diffusers' layout (unet/, vae/, text_encoder/ ...)")
+    return read_json_object(path, "download it again", marked=False)
