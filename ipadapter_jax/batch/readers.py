@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 from ipadapter_jax.data.formats.caption_lists import CaptionLists, is_metadata
 from ipadapter_jax.data.formats.file_groups import TEXTS, caption_of, group_files
-from ipadapter_jax.data.packed_strings import printable
 from ipadapter_jax.data.unused_files import FOLDER, UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.formats import is_image_name
+from ipadapter_jax.inputs.strings import replace_surrogates
 from ipadapter_jax.inputs.suggestions import closest_match
 from ipadapter_jax.storage.csv_files import read_csv
-from ipadapter_jax.storage.text_files import LIST_BYTES, byte_order_mark, parse_json, read_bytes
+from ipadapter_jax.storage.jsonl import parse_json_lines
+from ipadapter_jax.storage.text_files import LIST_BYTES, byte_order_mark, read_bytes
 
 COLUMNS = ("prompt", "image", "negative_prompt", "seed", "scale", "name")
 EXAMPLE = '{"prompt": "a red fox", "image": "fox.png"}'
@@ -92,7 +93,7 @@ def _check_deeper(folder: Path, names: list[str]) -> None:
     for name in names:
         with contextlib.suppress(OSError):
             if any(is_image_name(file) for file in os.listdir(folder / name)):
-                deeper.append(printable(f"{name}/"))
+                deeper.append(replace_surrogates(f"{name}/"))
     if deeper:
         shown = ", ".join([*deeper[:3], *(["..."] if len(deeper) > 3 else [])])
         raise InputError(
@@ -126,11 +127,11 @@ def _images(folder: Path, images: list[_Image]) -> Iterator[Record]:
             if image.role is not None and prompt is not None:
                 prompt = caption_of(image.role, read_bytes(folder / prompt), image.file)
         except InputError as error:
-            yield Record(number, error, printable(image.file))
+            yield Record(number, error, replace_surrogates(image.file))
         else:
             fields = {"name": image.name, "image": image.file}
             fields |= {} if prompt is None else {"prompt": prompt}
-            yield Record(number, fields, printable(image.file))
+            yield Record(number, fields, replace_surrogates(image.file))
 
 
 def _text(source: Path) -> str:
@@ -159,13 +160,13 @@ def _table(text: str, source: Path) -> Iterator[Record]:
 
 
 def _objects(text: str) -> Iterator[Record]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    remedy = f"a line should look like {EXAMPLE}"
+    for number, value in parse_json_lines(text, remedy):
         try:
-            value = parse_json(line, "the line", f"a line should look like {EXAMPLE}")
+            if isinstance(value, InputError):
+                raise value
             if not isinstance(value, dict):
-                raise InputError(f"not an object; a line should look like {EXAMPLE}")
+                raise InputError(f"not an object; {remedy}")
             _check_columns(value)
         except InputError as error:
             yield Record(number, error, f"line {number}")

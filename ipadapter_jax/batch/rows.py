@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ipadapter_jax.batch.readers import open_records, spelling
 from ipadapter_jax.data.unused_files import INVALID_ROW, UnusedFiles
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.strings import is_utf8
 from ipadapter_jax.storage.paths import expand_home
 
 MAX_NAME_BYTES = 150  # of the 255 that file systems allow: numbers, endings and temporary names come on top
@@ -107,22 +108,18 @@ def _row(index: int, line: int, fields: dict[str, Any], folder: str) -> Row:
     )
 
 
-def _is_text(value: str) -> bool:
-    return value.encode("utf-8", "replace").decode() == value
-
-
 def _is_path(value: str) -> bool:
     """Names of files are bytes, and need not be text."""
-    return _is_text(_UNDECODED.sub("", value))
+    return is_utf8(_UNDECODED.sub("", value))
 
 
-def _string(fields: dict[str, Any], column: str, is_good: Callable[[str], bool] = _is_text) -> str:
+def _string(fields: dict[str, Any], column: str, is_good: Callable[[str], bool] = is_utf8) -> str:
     """The text of a column, "" where there is none."""
     value = fields.get(column)
     return "" if value is None else _checked_text(value, column, is_good).strip()
 
 
-def _checked_text(value: Any, column: str, is_good: Callable[[str], bool] = _is_text) -> str:
+def _checked_text(value: Any, column: str, is_good: Callable[[str], bool] = is_utf8) -> str:
     if not isinstance(value, str):
         raise InputError(f"{column} {_shown(value)} is not a text; put it into quotes")
     if "\0" in value and column != "image":

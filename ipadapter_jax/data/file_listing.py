@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipadapter_jax.data.packed_strings import PackedStrings, printable
+from ipadapter_jax.data.packed_strings import PackedStrings
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.strings import replace_surrogates
 from ipadapter_jax.storage.nearby_paths import nearby_hint
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.storage.text_files import read_bytes
@@ -81,7 +82,7 @@ def read_file(path: str, key: str, is_text: bool = False) -> bytes:
     """The whole file of an image or a caption. Raises InputError naming the key when it cannot be read, is not a
     regular file or is far too large."""
     check_size(size(path), key, is_text)
-    shown = f"{key}: {printable(path)}"
+    shown = f"{key}: {replace_surrogates(path)}"
     return read_bytes(path, MAX_TEXT if is_text else MAX_BYTES, "check that it is there", shown=shown)
 
 

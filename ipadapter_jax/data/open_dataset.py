@@ -15,12 +15,12 @@ from ipadapter_jax.data.formats.json_list import EXAMPLE, JsonListSource
 from ipadapter_jax.data.formats.parquet import ParquetSource
 from ipadapter_jax.data.formats.tar import TarSource
 from ipadapter_jax.data.formats.tfds import FEATURES, INFO, TfdsSource
-from ipadapter_jax.data.packed_strings import printable
 from ipadapter_jax.data.types import RecordSource
 from ipadapter_jax.data.unused_files import OTHER
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.images.formats import SUFFIXES as IMAGES
 from ipadapter_jax.images.formats import unread_format
+from ipadapter_jax.inputs.strings import replace_surrogates
 from ipadapter_jax.storage.nearby_paths import nearby_hint
 from ipadapter_jax.storage.paths import expand_home
 
@@ -141,7 +141,7 @@ def _kind_of_file(path: str) -> str:
         with open(path, "rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise InputError(f"{printable(path)} cannot be read ({error.strerror})") from None
+        raise InputError(f"{replace_surrogates(path)} cannot be read ({error.strerror})") from None
     for magic, kind in MAGIC.items():
         if head.startswith(magic):
             return kind
@@ -157,7 +157,7 @@ def _unknown(path: str, suffixes: list[str]) -> InputError:
     if (image := next(filter(None, map(unread_format, (f"_{suffix}" for suffix in suffixes))), None)) is not None:
         remedy = f"{image} images are not read: convert them to JPEG or PNG"
     shown = ", ".join(sorted(suffix for suffix in suffixes if suffix)[:5]) or "no suffix"
-    return InputError(f"{printable(path)}: no training data is known in files of {shown}; {remedy}")
+    return InputError(f"{replace_surrogates(path)}: no training data is known in files of {shown}; {remedy}")
 
 
 def _probe(path: str, source: RecordSource) -> None:

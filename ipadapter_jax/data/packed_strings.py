@@ -21,8 +21,3 @@ class PackedStrings(Sequence[str]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self._block[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
-
-
-def printable(text: str) -> str:
-    """The text as any UTF-8 stream takes it: lone surrogates become question marks."""
-    return text.encode("utf-8", "replace").decode()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ipadapter_jax.data.packed_strings import printable
+from ipadapter_jax.inputs.strings import replace_surrogates
 from ipadapter_jax.storage.atomic_files import write_atomically
 
 # Reasons, as they are said of several files.
@@ -49,7 +49,7 @@ class UnusedFiles:
     def add(self, reason: str, name: str, is_record: bool = False, count: int = 1) -> None:
         names = self._names.setdefault(reason, [])
         if len(names) < _MOST_NAMES:
-            names.append("".join(letter if letter.isprintable() else "?" for letter in printable(name)))
+            names.append("".join(letter if letter.isprintable() else "?" for letter in replace_surrogates(name)))
         self._counts[reason] = self._counts.get(reason, 0) + count
         self.records += count if is_record else 0
 

@@ -9,7 +9,7 @@ import numpy as np
 from ipadapter_jax.diffusion.sampler_table import KEPT, M0, M1, M2, M3, M4, OUTPUT, SamplerStep, X
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.inputs.config_fields import short_repr
+from ipadapter_jax.inputs.strings import short_repr
 
 
 def clean(schedule: NoiseSchedule, a: float) -> tuple[float, float]:

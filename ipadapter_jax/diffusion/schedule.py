@@ -11,7 +11,8 @@ import numpy as np
 
 from ipadapter_jax.diffusion.scheduler_settings import FIXED, FOLLOWED, KNOWN, SHARED
 from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.inputs.config_fields import build_config, short_repr
+from ipadapter_jax.inputs.config_fields import build_config
+from ipadapter_jax.inputs.strings import short_repr
 from ipadapter_jax.inputs.suggestions import did_you_mean
 
 _MOST_TIMESTEPS = 100_000  # a hundred times those of any published model: an array of them stays small

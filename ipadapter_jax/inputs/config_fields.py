@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.strings import short_repr
 
 # Far more than any model has. Tracing takes time for every layer, and memory for every channel.
 _LARGEST = 1 << 20  # of a width, a vocabulary, a number of timesteps
@@ -68,9 +69,3 @@ def select_fields(
         elif any(item is not None and item is not False for item in (value if isinstance(value, tuple) else [value])):
             raise InputError(f"{what} config: unknown setting {name}={value!r}; is this a Stable Diffusion 1.x model?")
     return {name: raw[name] for name in fields if name in raw}
-
-
-def short_repr(value: Any) -> str:
-    """A value in a message, at a length that can be read."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else f"{'-' * (value < 0)}(over 30 digits)"
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,6 +12,7 @@ import numpy as np
 
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.arrays import to_numpy
+from ipadapter_jax.inputs.strings import is_utf8
 from ipadapter_jax.inputs.suggestions import did_you_mean
 
 Uncond = Literal["default", "zeros", "zero-pixels", "black", "noise"]
@@ -28,7 +29,7 @@ def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | No
         if not isinstance(texts, str | list | tuple) or (not texts and texts != ""):
             raise InputError(f"{argument(name)} must be a text or a list of texts")
         for text in [texts] if isinstance(texts, str) else texts:
-            if not isinstance(text, str) or text.encode("utf-8", "replace").decode() != text:
+            if not isinstance(text, str) or not is_utf8(text):
                 raise InputError(f"{argument(name)} holds {text!r}, which is no text in UTF-8")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)

@@ -1,15 +1,35 @@
-"""Files of JSON objects, one to a line, that grow while a program runs and outlive a kill."""
+"""JSON Lines: lists that a person gives, and files that grow while a program runs and outlive a kill."""
 
 import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.atomic_files import write_atomically
 from ipadapter_jax.storage.text_files import parse_json
+
+
+class JsonLine(NamedTuple):
+    """The number of a line, from 1, and its value, or what is wrong with it."""
+
+    line: int
+    value: object | InputError
+
+
+def parse_json_lines(text: str, remedy: str, path: Path | None = None) -> Iterator[JsonLine]:
+    """The values of all lines that are not empty, read when it is their turn. Errors name the line where `path` is
+    given, which they name too, and end with the remedy."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = "the line" if path is None else f"{path}, line {number}"
+        try:
+            yield JsonLine(number, parse_json(line, place, remedy))
+        except InputError as error:
+            yield JsonLine(number, error)
 
 
 class JsonlAppender:

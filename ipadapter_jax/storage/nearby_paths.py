@@ -4,6 +4,7 @@ import heapq
 import os
 from pathlib import Path
 
+from ipadapter_jax.inputs.strings import one_line
 from ipadapter_jax.inputs.suggestions import close_matches, sort_by_similarity
 from ipadapter_jax.storage.paths import expand_home
 
@@ -28,7 +29,7 @@ def nearby_hint(path: str | os.PathLike[str]) -> str:
         if folder is None:
             return ""
         if not folder.is_dir():
-            return f"; {printable(str(folder))} is a file, not a folder"
+            return f"; {one_line(str(folder))} is a file, not a folder"
         if not os.access(folder, os.R_OK | os.X_OK):
             return ""
     except (OSError, ValueError):  # not ours to look into; a null character
@@ -38,17 +39,11 @@ def nearby_hint(path: str | os.PathLike[str]) -> str:
     given = folder not in (Path(), Path(folder.anchor))  # by the person, who knows what else lies in the working folder
     shown = sort_by_similarity(missing, names) if given else close_matches(missing, names)
     if not shown:
-        return f"; {printable(str(folder))} exists and is empty" if given else ""
+        return f"; {one_line(str(folder))} exists and is empty" if given else ""
     more = f" and {len(held) - _SHOWN} more" if len(held) > _SHOWN else ""
-    listed = ", ".join(map(printable, shown[:_SHOWN]))
+    listed = ", ".join(map(one_line, shown[:_SHOWN]))
     return (
-        f"; {printable(str(folder))} exists and holds {listed}{more}"
+        f"; {one_line(str(folder))} exists and holds {listed}{more}"
         if given
         else f"; {listed} {'is' if len(shown) == 1 else 'are'} here"
     )
-
-
-def printable(text: str) -> str:
-    """For a message of one line: what cannot be printed, also bytes that are not UTF-8, as escapes, and not pages."""
-    shown = text if text.isprintable() else ascii(text)[1:-1]
-    return shown if len(shown) <= 200 else f"{shown[:200]} ..."

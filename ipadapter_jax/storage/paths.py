@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.strings import is_utf8
 
 PATH_OR_HUB_ID = "place"
 PathOrHubId = Annotated[str, PATH_OR_HUB_ID]  # a setting that names a file or a folder, or something on the Hub
@@ -30,5 +31,5 @@ def check_utf8(place: str | Path, program: str) -> None:
     """Raises InputError for a place whose whole name, with the folders above it, is not UTF-8, where a `program` that
     is called with it takes no other."""
     whole = os.path.abspath(place)
-    if whole.encode("utf-8", "replace").decode() != whole:
+    if not is_utf8(whole):
         raise InputError(f"{whole}: {program} needs a name in UTF-8; choose another place or rename the folder")

@@ -10,8 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ipadapter_jax.errors import InputError, argument
+from ipadapter_jax.inputs.strings import one_line
 from ipadapter_jax.inputs.suggestions import close_matches, is_slip
-from ipadapter_jax.storage.nearby_paths import names_in, nearby_hint, printable
+from ipadapter_jax.storage.nearby_paths import names_in, nearby_hint
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights import bundled
 
@@ -89,7 +90,7 @@ def _is_path(reference: str) -> bool:
 
 def _missing(reference: str, what: str, repo: str) -> InputError:
     """What to say of a path that leads nowhere. `repo` is the repository that it could also be, or empty."""
-    about = f"{what} {printable(reference)}: there is no such file or folder here"
+    about = f"{what} {one_line(reference)}: there is no such file or folder here"
     if not repo:
         about += ", and it is no Hub id (owner/name)"
         if meant := close_matches(reference, bundled.names(what)):

@@ -15,10 +15,10 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from ipadapter_jax.data.file_listing import FileListing, allow_open_files
-from ipadapter_jax.data.packed_strings import printable
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.data.unused_files import UnusedFiles
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.strings import replace_surrogates
 from ipadapter_jax.storage.paths import check_utf8
 
 
@@ -67,7 +67,7 @@ class ArrayRecords:
 
     def key(self, index: int) -> str:
         shard, position = self._place(index)
-        return printable(f"{self._names[shard]}:{position}")
+        return replace_surrogates(f"{self._names[shard]}:{position}")
 
     def _place(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -102,4 +102,4 @@ def _open(path: str) -> ArrayRecordDataSource:
         return ArrayRecordDataSource(path)
     except Exception as error:  # the library raises bare kinds
         why = " ".join(str(error).split())[:100]
-        raise InputError(f"{printable(path)}: not a whole ArrayRecord file ({why}); copy it again") from None
+        raise InputError(f"{replace_surrogates(path)}: not a whole ArrayRecord file ({why}); copy it again") from None

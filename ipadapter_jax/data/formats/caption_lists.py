@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ipadapter_jax.data.formats.column_names import ROLES
-from ipadapter_jax.data.packed_strings import printable
 from ipadapter_jax.data.unused_files import (
     LIST_WITHOUT_CAPTIONS,
     MISSING_IMAGE,
@@ -20,8 +19,10 @@ from ipadapter_jax.data.unused_files import (
     UnusedFiles,
 )
 from ipadapter_jax.errors import InputError, argument
+from ipadapter_jax.inputs.strings import replace_surrogates
 from ipadapter_jax.storage.csv_files import read_csv
-from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, parse_json, read_bytes
+from ipadapter_jax.storage.jsonl import parse_json_lines
+from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, read_bytes
 
 NAMES = ("metadata.jsonl", "metadata.csv")
 EXAMPLE = '{"file_name": "1.jpg", "text": "a red fox"}'
@@ -144,13 +145,13 @@ def _entry(fields: Any, place: str, folder: str, usual: Iterable[str]) -> Listed
     caption = fields[column] if column is not None else None
     if not isinstance(caption, str | None):
         raise InputError(f"{place}: {column} is not a text; a line should look like {EXAMPLE}")
-    return ListedCaption(name, None if column is None else printable((caption or "").strip()))
+    return ListedCaption(name, None if column is None else replace_surrogates((caption or "").strip()))
 
 
 def _no_captions(path: Path, columns: list[str], text_column: str | None) -> InputError:
     if not columns:
         return InputError(f"{path} is an empty list; a line should look like {EXAMPLE}")
-    has = printable(", ".join(columns))[:500]
+    has = replace_surrogates(", ".join(columns))[:500]
     if text_column:
         return InputError(f"{argument('text_column', text_column)}: {path} has no column {text_column}; it has {has}")
     usual = ", ".join(ROLES["text"][1])
@@ -161,9 +162,10 @@ def _no_captions(path: Path, columns: list[str], text_column: str | None) -> Inp
 
 
 def _objects(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, parse_json(line, f"{path}, line {number}", f"a line should look like {EXAMPLE}")
+    for number, value in parse_json_lines(text, f"a line should look like {EXAMPLE}", path):
+        if isinstance(value, InputError):
+            raise value
+        yield number, value
 
 
 def _rows(text: str, path: Path) -> Iterator[tuple[int, Any]]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ipadapter_jax.data.packed_strings import printable
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.data.unused_files import (
     NO_IMAGE,
@@ -29,6 +28,7 @@ from ipadapter_jax.data.unused_files import (
 )
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.formats import is_image_name, unread_format
+from ipadapter_jax.inputs.strings import replace_surrogates
 from ipadapter_jax.storage.text_files import decode_text, parse_json
 
 TEXTS = ("txt", "caption", "json")  # roles of captions, by preference
@@ -168,6 +168,6 @@ def _json(content: bytes, key: str) -> str:
         text = parse_json(content, key)["caption"]
         if not isinstance(text, str | None):
             raise TypeError
-        return printable(text or "")
+        return replace_surrogates(text or "")
     except (InputError, TypeError, KeyError):
         raise InputError(f'{key}: its .json is not an object like {{"caption": "a red fox"}}') from None

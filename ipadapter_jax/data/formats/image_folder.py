@@ -7,9 +7,10 @@ import numpy as np
 from ipadapter_jax.data.file_listing import FileListing, read_file
 from ipadapter_jax.data.formats.caption_lists import CaptionLists, is_metadata
 from ipadapter_jax.data.formats.file_groups import ROLES, TEXTS, group_files, make_record, split_name
-from ipadapter_jax.data.packed_strings import PackedStrings, printable
+from ipadapter_jax.data.packed_strings import PackedStrings
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.data.unused_files import NO_CAPTION
+from ipadapter_jax.inputs.strings import replace_surrogates
 
 
 class FolderSource:
@@ -57,7 +58,7 @@ class FolderSource:
         return make_record(key, parts, self._texts[text] if text >= 0 else None)
 
     def key(self, index: int) -> str:
-        return printable(self._files.names[self._members[index, 0]])
+        return replace_surrogates(self._files.names[self._members[index, 0]])
 
     def identity(self) -> dict[str, Any]:
         return self._files.identity("folder", len(self))

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ipadapter_jax.data.file_listing import digest, read_file, size
-from ipadapter_jax.data.packed_strings import PackedStrings, printable
+from ipadapter_jax.data.packed_strings import PackedStrings
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.data.unused_files import MISSING_IMAGE, UnusedFiles
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.strings import replace_surrogates
+from ipadapter_jax.storage.jsonl import parse_json_lines
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, parse_json, read_bytes
 
@@ -43,7 +45,7 @@ class JsonListSource:
         return Record(key, self._read(self._images[index], key), self._texts[index], cond_image)
 
     def key(self, index: int) -> str:
-        return printable(self._images[index])
+        return replace_surrogates(self._images[index])
 
     def identity(self) -> dict[str, Any]:
         names = [name for names in (self._images, self._conds) for name in names if name]
@@ -60,20 +62,17 @@ class JsonListSource:
         return read_file(self._path_of(name), key)
 
 
-def _entries(path: Path) -> list:
-    text = decode_text(read_bytes(path, LIST_BYTES), path)
+def _entries(path: Path) -> list[object]:
+    text, remedy = decode_text(read_bytes(path, LIST_BYTES), path), f"it should look like {EXAMPLE}"
     if text.lstrip().startswith("["):
-        entries = _parsed(text, str(path))
+        entries = parse_json(text, path, remedy)
     else:
-        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        entries = [_parsed(line, f"{path}, line {number}") for number, line in lines]
+        entries = [value for _, value in parse_json_lines(text, remedy, path)]
+        if (error := next((value for value in entries if isinstance(value, InputError)), None)) is not None:
+            raise error
     if not entries:
-        raise InputError(f"{path}: an empty list; it should look like {EXAMPLE}")
+        raise InputError(f"{path}: an empty list; {remedy}")
     return entries
-
-
-def _parsed(text: str, place: str) -> Any:
-    return parse_json(text, place, f"it should look like {EXAMPLE}")
 
 
 def _checked(entry: Any, number: int, path: Path) -> tuple[str, str, str]:
@@ -88,4 +87,4 @@ def _checked(entry: Any, number: int, path: Path) -> tuple[str, str, str]:
         raise InputError(
             f"{path}: entry {number} holds something else than texts, or no 'text'; it should look like {EXAMPLE}"
         )
-    return image, printable(text or ""), cond or ""
+    return image, replace_surrogates(text or ""), cond or ""

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 from ipadapter_jax.data.file_listing import FileListing
 from ipadapter_jax.data.formats.column_names import IMAGE, TEXT, ColumnNames, choose_columns
 from ipadapter_jax.data.formats.parquet_pages import DamagedPage, unpacked_bytes
-from ipadapter_jax.data.packed_strings import printable
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.data.unused_files import NO_BYTES, UnusedFiles
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.strings import replace_surrogates
 from ipadapter_jax.storage.paths import check_utf8
 
 LARGE_GROUP = 64 << 20  # bytes
@@ -44,7 +44,9 @@ class ParquetSource:
         self._metadata = [_metadata(files.path(i)) for i in range(len(files))]
         schema = self._metadata[0].schema.to_arrow_schema()
         for i, metadata in enumerate(self._metadata):  # what is chosen in the first file must be there in all
-            columns = choose_columns(columns, _kinds(metadata.schema.to_arrow_schema()), printable(files.path(i)))
+            columns = choose_columns(
+                columns, _kinds(metadata.schema.to_arrow_schema()), replace_surrogates(files.path(i))
+            )
         self._columns = columns
         # Of a struct, only the bytes are read.
         self._read = [f"{n}.bytes" if pa.types.is_struct(schema.field(n).type) else n for n in columns if n]
@@ -57,8 +59,8 @@ class ParquetSource:
             if empty := _without_bytes(group, self._read[0]):
                 place = f"{files.names[file]}: row group {number}"
                 self.unused.add(NO_BYTES, place, is_record=True, count=empty)
-            _check_group(group, self._read, f"{printable(files.path(file))}: row group {number}")
-        _warn_of_large_groups([group for _, _, group in groups], printable(files.path(0)))
+            _check_group(group, self._read, f"{replace_surrogates(files.path(file))}: row group {number}")
+        _warn_of_large_groups([group for _, _, group in groups], replace_surrogates(files.path(0)))
 
     def __len__(self) -> int:
         return int(self._file_starts[-1])
@@ -80,7 +82,7 @@ class ParquetSource:
         if not 0 <= index < len(self):
             raise IndexError(index)
         file = int(np.searchsorted(self._file_starts, index, "right")) - 1
-        return printable(f"{self._files.names[file]}:{index - self._file_starts[file]}")
+        return replace_surrogates(f"{self._files.names[file]}:{index - self._file_starts[file]}")
 
     def identity(self) -> dict[str, Any]:
         return self._files.identity("parquet", len(self))
@@ -106,7 +108,9 @@ def _metadata(path: str) -> pq.FileMetaData:
     try:
         return pq.read_metadata(path)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{printable(path)}: not a whole Parquet file ({_short(error)}); download it again") from None
+        raise InputError(
+            f"{replace_surrogates(path)}: not a whole Parquet file ({_short(error)}); download it again"
+        ) from None
 
 
 def _short(error: Exception) -> str:

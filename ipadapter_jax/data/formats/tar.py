@@ -14,11 +14,12 @@ import numpy as np
 
 from ipadapter_jax.data.file_listing import FileListing, check_size
 from ipadapter_jax.data.formats.file_groups import ROLES, TEXTS, group_files, make_record, split_member
-from ipadapter_jax.data.packed_strings import PackedStrings, printable
+from ipadapter_jax.data.packed_strings import PackedStrings
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.data.unused_files import NO_CAPTION, SECOND_DOT, UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.formats import is_image_name
+from ipadapter_jax.inputs.strings import replace_surrogates
 
 MEMBER = np.dtype([("offset", np.int64), ("size", np.int64)])  # of the content; size -1: there is no such member
 _MAX_HEADER = 1 << 20
@@ -61,7 +62,7 @@ class TarSource:
                     f"a WebDataset key ends at the first dot, and {dotted} has another: write the shards again with no "
                     "dots in the keys"
                 )
-            raise InputError(f"{printable(files.path(0))}: no images in these tar files; {why}")
+            raise InputError(f"{replace_surrogates(files.path(0))}: no images in these tar files; {why}")
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -77,7 +78,7 @@ class TarSource:
             raise InputError(f"{key}: the shard cannot be read ({error.strerror})") from None
 
     def key(self, index: int) -> str:
-        return printable(f"{self._files.names[self._entries[index]['shard']]}:{self._stems[index]}")
+        return replace_surrogates(f"{self._files.names[self._entries[index]['shard']]}:{self._stems[index]}")
 
     def identity(self) -> dict[str, Any]:
         return self._files.identity("tar", len(self))
@@ -119,7 +120,7 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         why = " ".join(str(error).split())[:100]
     warnings.warn(
-        f"{printable(path)}: only the whole records of this tar are used ({why}); download it again, "
+        f"{replace_surrogates(path)}: only the whole records of this tar are used ({why}); download it again, "
         "and unpack it if it is compressed",
         stacklevel=2,
     )
