@@ -1,4 +1,4 @@
-"""The claims of the paper (arXiv 2308.06721), each against what was measured; and the bars that this project set."""
+"""The claims of the paper (arXiv 2308.06721), each with its measurements; and the thresholds of this project."""
 
 import itertools
 from collections.abc import Mapping
@@ -105,24 +105,24 @@ def claims(measured: Measured) -> list[Claim]:
         Claim(
             "An adapter of 22 million parameters is enough for Stable Diffusion 1.5",
             "not measured",
-            f"mini is another size: its adapter has {measured.adapter_parameters:,} parameters, {100 * part:.1f} % of "
+            f"mini has another size: its adapter has {measured.adapter_parameters:,} parameters, {100 * part:.1f} % of "
             f"its UNet's {measured.unet_parameters:,}",
         ),
         Claim(
-            "An image as prompt says more than words: its images follow it better than those of its caption",
+            "An image prompt says more than words: its images follow it better than those of its caption",
             together(above(to_text), above(all_to_text)),
-            f"mini's adapter less caption: CLIP-I {signed(to_text)}, all three {points(all_to_text)}",
+            f"mini's adapter minus caption: CLIP-I {signed(to_text)}, all three {points(all_to_text)}",
         ),
         Claim(
             "The adapter is comparable with full fine-tuning of the UNet on image embeddings, or better",
             together(above(to_full, -COMPARABLE), above(all_to_full, -COMPARABLE)),
-            f"decoupled less full: CLIP-I {signed(to_full)}, all three {points(all_to_full)}; comparable is above "
+            f"decoupled minus full: CLIP-I {signed(to_full)}, all three {points(all_to_full)}; comparable is above "
             f"-{COMPARABLE} and -{100 * COMPARABLE:g} points",
         ),
         Claim(
             "Decoupled cross-attention is better than image tokens appended to the text's",
             above(to_simple),
-            f"decoupled less simple: CLIP-I {signed(to_simple)}, which decides; all three {points(all_to_simple)}",
+            f"decoupled minus simple: CLIP-I {signed(to_simple)}, which decides; all three {points(all_to_simple)}",
         ),
         _finer(rows),
         _both_prompts(rows),
@@ -136,9 +136,9 @@ def claims(measured: Measured) -> list[Claim]:
 def _finer(rows: Mapping[Row, Values]) -> Claim:
     nearer, less = (difference(rows, name, PLUS, DECOUPLED) for name in ("CLIP-I", "diversity, RMSE"))
     return Claim(
-        "Features of the grid (plus) follow the image more closely, and their images are less diverse",
+        "Patch features (plus) follow the image more closely, and their images are less diverse",
         together(above(nearer), above(_negative(less))),
-        f"plus less base: CLIP-I {signed(nearer)}, diversity (RMSE) {signed(less)}",
+        f"plus minus base: CLIP-I {signed(nearer)}, diversity (RMSE) {signed(less)}",
     )
 
 
@@ -150,8 +150,8 @@ def _both_prompts(rows: Mapping[Row, Values]) -> Claim:
     return Claim(
         "Image and text prompt work together",
         above(both, BOTH),
-        f"the image's colour and the text's shape at scale {best.scale:g}, which is the best for the other half of the "
-        f"prompts: {percent(both)}, the bar being {100 * BOTH:.0f} %",
+        f"the image's color and the text's shape at scale {best.scale:g}, which is the best for the other half of the "
+        f"prompts: {percent(both)}; the threshold is {100 * BOTH:.0f} %",
     )
 
 
@@ -163,8 +163,8 @@ def _other_model(rows: Mapping[Row, Values]) -> Claim:
     return Claim(
         "An adapter works unchanged with another model that was fine-tuned from the same base",
         together(above(style), above(kept)),
-        f"ink on {ink[0]} of the pixels; by the other model itself, from captions, {ink[1]}, by mini {ink[2]}. All "
-        f"three {agreement[0]}, on mini {agreement[1]}. Asked for: {100 * STYLE:g} % of the model's own ink, "
+        f"ink on {ink[0]} of the pixels; with the other model's own images of captions {ink[1]}, with mini {ink[2]}. "
+        f"All three {agreement[0]}, on mini {agreement[1]}. Thresholds: {100 * STYLE:g} % of the model's own ink, "
         f"{100 * KEPT:g} % of mini's agreement",
     )
 
@@ -176,11 +176,11 @@ def _scale(measured: Measured) -> Claim:
     rising: list[Verdict] = [above(step, -COMPARABLE) for step in steps]
     least = min(steps, key=lambda step: step.mean)
     return Claim(
-        "The scale weighs the image: 0 is the base model, and the more, the closer",
+        "The scale weighs the image prompt: 0 is the base model, and a higher scale follows the image more closely",
         together(same, above(whole), *rising),
-        f"at scale 0 {measured.pixels_unlike_base} values of pixels differ from the base model's; all three, scale 1 "
-        f"less scale 0: {points(whole)}, and no step of the scale may lose {100 * COMPARABLE:g}: {points(least)} at "
-        "worst",
+        f"at scale 0 {measured.pixels_unlike_base} pixel values differ from the base model's; all three, scale 1 "
+        f"minus scale 0: {points(whole)}; no step of the scale may lose {100 * COMPARABLE:g} points, the worst is "
+        f"{points(least)}",
     )
 
 
@@ -191,19 +191,19 @@ def _guidance(rows: Mapping[Row, Values]) -> Claim:
 
     dropped, never = gain("decoupled"), gain("no image dropped")
     return Claim(
-        "Leaving the image out of some training samples makes classifier-free guidance work",
+        "Dropping the image of some training samples makes classifier-free guidance work",
         together(above(interval(dropped)), above(interval(dropped - never))),
-        f"all three, guidance {GUIDANCES[1]:g} less guidance {GUIDANCES[0]:g}: {points(interval(dropped))} with image "
+        f"all three, guidance {GUIDANCES[1]:g} minus guidance {GUIDANCES[0]:g}: {points(interval(dropped))} with image "
         f"dropped, {points(interval(never))} without",
     )
 
 
 def bars(measured: Measured) -> list[Claim]:
-    """What this project wants of the adapter that it ships, and of the judge."""
+    """The thresholds of this project for its own adapter and for the attribute classifier."""
     rows, renders = measured.rows, measured.judged["renders"]
     worst = min(ATTRIBUTES, key=lambda name: renders[name].mean())
     clean = share(renders[worst])
-    title = f"The judge reads each attribute of clean renders in at least {100 * JUDGE:g} %"
+    title = f"The attribute classifier reads each attribute of clean renders in at least {100 * JUDGE:g} %"
     found = [Claim(title, above(clean, JUDGE), f"{worst}, the worst: {percent(clean)}")]
     for name, bar in BARS.items():
         agreement = share(rows[MINI][name])
@@ -212,4 +212,4 @@ def bars(measured: Measured) -> list[Claim]:
     over = {name: share(rows[CHANCE][name]) for name in BARS}
     near: list[Verdict] = [above(_negative(one), -GUESS[name] - NEAR_CHANCE) for name, one in over.items()]
     numbers = ", ".join(f"{name} {percent(one)}" for name, one in over.items())
-    return [*found, Claim("Without image and text the model agrees by chance alone", together(*near), numbers)]
+    return [*found, Claim("Without image and text the model agrees only by chance", together(*near), numbers)]

@@ -1,4 +1,4 @@
-"""docs/results.md: the laboratory's numbers as tables, plots and images. Nobody writes there by hand."""
+"""Writes docs/results.md: the measurements on mini as tables, plots and images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,7 +64,7 @@ class Setting(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """What lab_networks.py measures."""
+    """What network_report.py measures."""
 
     psnr: Mapping[str, np.ndarray]  # of the VAE, by what it is shown
     probes: Values
@@ -83,7 +83,7 @@ class Report:
         parts = [
             self._head(),
             _claims("## The paper's claims", claims(self._measured)),
-            _claims("## What this project wants of its own adapter", bars(self._measured)),
+            _claims("## Thresholds of this project for its own adapter", bars(self._measured)),
             self._main(),
             self._scale(),
             self._other_shape(),
@@ -99,26 +99,27 @@ class Report:
         shipped = ", ".join(f"{name} {count:,}" for name, count in s.shipped_steps.items())
         return f"""# Results on mini
 
-Written by `python -m experiments.mini.reproduce --out OUT --prompts {s.prompts} --sampling-steps {s.sampling_steps}
---steps {s.compared_steps} --scenes {s.scenes} --batch-size {s.batch_size}`; nothing here is typed by hand.
+`python -m experiments.mini.reproduce --out OUT --prompts {s.prompts} --sampling-steps {s.sampling_steps}
+--steps {s.compared_steps} --scenes {s.scenes} --batch-size {s.batch_size}` writes this file; no
+number is typed by hand.
 
-The paper's experiments, on the model inside this package. Image prompts are scenes 0 to {s.prompts - 1} of the split
-`held_out`, drawn with one object: combinations of shape, colour and texture that no network has learnt from. Each is
-painted {COUNT} times, in every row with the seeds {COUNT} i to {COUNT} i + {COUNT - 1} for prompt i, by
-{s.sampling_steps} steps of DDIM at guidance {MINI.guidance:g} where nothing else is said.
+The paper's experiments, on the bundled model mini. The image prompts are scenes 0 to {s.prompts - 1} of the split
+`held_out`, each with one object: combinations of shape, color and texture that no network was trained on. For prompt i,
+every row of the tables has {COUNT} images with the seeds {COUNT} i to {COUNT} i + {COUNT - 1}. They are generated with
+{s.sampling_steps} steps of DDIM at guidance {MINI.guidance:g} unless stated otherwise.
 
-In brackets: 95 % intervals over prompts (bootstrap of {DRAWS:,} draws, seed {SEED}; of shares that are all 0 or 100 %,
-Clopper and Pearson's). Those of differences are paired. They are of these weights: each training was done once, and
-what another seed or learning rate would change is not in them.
+Brackets give 95 % intervals over prompts: a bootstrap with {DRAWS:,} resamples and seed {SEED}, and Clopper and
+Pearson's interval for fractions that are all 0 or 100 %. Intervals of differences are paired. They describe these weights: each
+training was done once, and they do not include the effect of another seed or learning rate. Columns have the attribute
+names of the data set (`colour`).
 
-- CLIP-I, CLIP-T: cosine of an image's embedding with that of the image prompt, and of its caption, by mini's CLIP,
-  whose image encoder is also what the adapters see
-- agreement: the share of images, in %, whose attribute, as
-  `experiments/mini/attribute_classifier.py` reads it without any network, is that
-  of the image prompt; all three: colour, shape and background
-- diversity among the {COUNT} images of a prompt: mean RMSE of pixels in [0, 1], and mean 1 - cosine of embeddings
+- CLIP-I, CLIP-T: cosine similarity of an image's embedding with that of the image prompt, and of its caption, by mini's
+  CLIP. The adapters use the same image encoder
+- agreement: the percentage of images whose attribute is that of the image prompt, as
+  `experiments/mini/attribute_classifier.py` reads it without any network; all three: color, shape and background
+- diversity of the {COUNT} images of a prompt: mean RMSE of pixels in [0, 1], and mean 1 - cosine of embeddings
 - training: seed {s.seed}, {s.compared_steps:,} steps of {s.batch_size} samples out of {s.scenes:,} of the split
-  `train`; the adapters that come with mini: {shipped} steps
+  `train`; the adapters in the package: {shipped} steps
 - weights of the base model: sha256 `{s.base_digest[:16]}`; {s.versions}"""
 
     def _main(self) -> str:
@@ -129,13 +130,14 @@ what another seed or learning rate would change is not in them.
         return "\n\n".join(
             [
                 "## Image prompts",
-                "Every row but the text's has an empty text prompt. Simple adapter, decoupled and full fine-tuning "
-                f"were trained alike, for {self._setting.compared_steps:,} steps: the same samples in the same order, "
-                "the same noise, optimiser and drop rates. Simple: image tokens appended to the text's, attention "
-                "frozen. Full: image tokens in place of the text's, and the whole UNet learns.",
+                "Every row except the text's has an empty text prompt. The simple adapter, the decoupled adapter and "
+                f"full fine-tuning were trained in the same way, for {self._setting.compared_steps:,} steps: the same "
+                "samples in the same order, the same noise, optimizer and drop rates. Simple: image tokens are "
+                "appended to the text tokens, with frozen attention layers. Full: image tokens replace the text "
+                "tokens, and the whole UNet is trained.",
                 _table(rows, _SCORES),
-                f"{agreement}\n| a guess | {guess} | | |",
-                "The first image of each of some prompts:",
+                f"{agreement}\n| random guess | {guess} | | |",
+                "The first image of some of the prompts:",
                 self._image("rows"),
             ]
         )
@@ -157,13 +159,13 @@ what another seed or learning rate would change is not in them.
 
     def _other_shape(self) -> str:
         names = ("colour", "texture", "background", "shape", "asked shape", "asked shape and colour")
-        self._by_scale("other-shape", OTHER_SHAPE, names, "share of the images, %", bar=BOTH)
+        self._by_scale("other-shape", OTHER_SHAPE, names, "percentage of the images", bar=BOTH)
         rows = [(f"scale {row.scale:g}", self._rows[row]) for row in OTHER_SHAPE]
         words = [prompt(index).other_caption for index in range(self._shown)]
         self._sheet("other-shape-images", {row: f"scale {row.scale:g}" for row in OTHER_SHAPE}, words)
         return "\n\n".join(
             [
-                "## An image and a text that asks for another shape",
+                "## Image prompts with a text that asks for another shape",
                 'mini\'s base adapter; the text is "a" and the name of a shape that the image does not have.',
                 _table(rows, names),
                 self._image("other-shape"),
@@ -178,11 +180,11 @@ what another seed or learning rate would change is not in them.
         rows.append(("the scenes themselves, in ink", self._measured.judged["renders in ink"]))
         return "\n\n".join(
             [
-                "## Another model, the adapter unchanged",
+                "## The same adapter with another base model",
                 f"The UNet was fine-tuned by `ipadapter-jax train`, for {self._setting.compared_steps:,} steps, on "
-                "scenes whose objects have an outline of black ink, on black of white chalk. Ink: the share of nearly "
-                "black pixels, where the image prompt's background is black that of nearly white ones; none in "
-                "images with another background.",
+                "scenes whose objects have an outline of black ink, or of white chalk on a black background. Ink: the "
+                "percentage of nearly black pixels, or of nearly white ones if the image prompt's background is "
+                "black; 0 for an image with another background than its prompt.",
                 _table(rows, ("ink", *ATTRIBUTES, "all three")),
                 self._image("inked"),
             ]
@@ -197,8 +199,8 @@ what another seed or learning rate would change is not in them.
         self._save("drops", curves(GUIDANCES, plots, "guidance", "agreement with the image prompt, %"))
         return "\n\n".join(
             [
-                "## What is dropped in training, and guidance",
-                "The share of training samples that lose the image, the text and both:",
+                "## Drop rates in training, and guidance",
+                "The percentage of training samples without the image, without the text, and without both:",
                 "\n".join(f"- {name}: " + ", ".join(f"{100 * part:g} %" for part in drops(name)) for name in BY_DROP),
                 _table(lines, ("colour", "shape", "background", "all three", "diversity, RMSE")),
                 self._image("drops"),
@@ -216,8 +218,7 @@ what another seed or learning rate would change is not in them.
             [
                 "## Photographs as image prompts",
                 f"mini's base adapter, empty text, {self._setting.prompts} crops of the photographs that are in the "
-                "training data. How far the painted images are from their own prompt, and from that of their "
-                "neighbour:",
+                "training data. The distance of the generated images from their own prompt, and from the next one:",
                 "\n".join([head, *(f"{line} |" for line in lines)]),
                 self._image("photographs"),
             ]
@@ -228,11 +229,11 @@ what another seed or learning rate would change is not in them.
         noise = [f"- {name}: {number(interval(values))} dB" for name, values in networks.psnr.items()]
         return "\n\n".join(
             [
-                "## The judge, and mini's networks",
-                f"The judge's agreement on images that show the image prompts:\n\n{table}",
-                "PSNR of what the VAE makes of images:\n\n" + "\n".join(noise),
+                "## The attribute classifier, and mini's networks",
+                f"The classifier's agreement on images that show the image prompts:\n\n{table}",
+                "PSNR of the VAE's reconstructions:\n\n" + "\n".join(noise),
                 f"Linear classifiers of the CLIP image embedding, fitted on {PROBES:,} scenes of the split `train`, "
-                "name of the image prompts: "
+                "are correct for these percentages of the image prompts: "
                 + ", ".join(f"{name} {percent(share(values))}" for name, values in networks.probes.items()),
             ]
         )
