@@ -1,13 +1,14 @@
 # Needs Python 3.11 or later and make; everything else goes into .venv.
-#   make sample      set up, then make pictures from a picture: out/sample.png, with the model inside the package
-#   make test        set up with the PyTorch peers, then lint, types and the default tests: unit, parity, integration
+#   make sample      set up, then generate images from an image prompt with the bundled model: out/sample.png
+#   make test        set up with PyTorch and diffusers, then run lint, types and the default tests: unit, parity,
+#                    integration
 #   make test-light  the same without PyTorch          make test-full   also slow tests, experiments,
 #                    benchmarks and fault injection
 #   make lint, make format, make clean
-# Variables: PYTHON, PIP_FLAGS (extra flags for pip), ARGS (for what is run: make test ARGS="-k unet -x",
-# make sample ARGS="--image mine.jpg"), JOBS (processes of the tests; each takes up to 6 GB).
+# Variables: PYTHON, PIP_FLAGS (extra flags for pip), ARGS (for the command that is run: make test ARGS="-k unet -x",
+# make sample ARGS="--image mine.jpg"), JOBS (number of test processes; each takes up to 6 GB).
 
-# The first of these that really starts: a shim on the PATH may name a Python that is not there.
+# The first of these that starts: a shim on the PATH may name a Python that is not installed.
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 PIP_FLAGS ?=
 ARGS ?=
@@ -17,23 +18,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGE := ipadapter_jax
 PYRIGHT = $(BIN)/pyright --pythonpath $(BIN)/python
-# tests/conftest.py puts the longest files first; xdist's own order, by the number of tests, has them last.
+# tests/conftest.py sorts the longest files first; xdist's own order, by the number of tests, would run them last.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
-# Modules are compiled when they are first imported: most never are.
+# Python compiles a module when it is first imported; most are never imported.
 INSTALL = $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e
 
 .PHONY: help sample test test-light test-full lint lint-light style format clean
-.NOTPARALLEL:  # an environment is installed into by one at a time
+.NOTPARALLEL:  # only one target at a time may install into the environment
 help:
 	@sed -n 's/^# \{0,3\}//p;/^$$/q' Makefile
 
-# One environment, one stamp per step: a second call starts at once, a changed pin installs anew.
+# One environment, one stamp file per step: a second call installs nothing, a changed version installs again.
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11 or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11, or give make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "$(PYTHON) is no Python 3.11 or later: say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+		|| { echo "$(PYTHON) is not Python 3.11 or later: give make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) \
-		|| { rm -rf $(VENV); echo "no venv module: on Debian, apt install python3-venv" >&2; exit 1; }
+		|| { rm -rf $(VENV); echo "the venv module is missing: on Debian, apt install python3-venv" >&2; exit 1; }
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing the package into $(VENV) (about a minute)"
@@ -45,7 +46,7 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/installed $@
 
 $(VENV)/installed-torch: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing the package with PyTorch and diffusers, the peers that the tests compare with, into $(VENV) (two minutes)"
+	@echo "installing the package with PyTorch and diffusers, which the tests compare with, into $(VENV) (two minutes)"
 	$(INSTALL) '.[torch,dev]'
 	@touch $(VENV)/installed $(VENV)/installed-dev $@
 
@@ -64,7 +65,7 @@ test-full: $(VENV)/installed-torch lint
 lint: $(VENV)/installed-torch style
 	$(PYRIGHT)
 
-# Without the PyTorch peers the types of the scripts that import them are unknown, so only the package is checked.
+# Without PyTorch the types of the scripts that import it are unknown, so only the package is checked.
 lint-light: $(VENV)/installed-dev style
 	$(PYRIGHT) $(PACKAGE)
 

@@ -1,9 +1,9 @@
-"""Two minutes on any machine, to see that everything runs: 20 steps of a tiny model on whatever data.
+"""A test of the setup that takes two minutes on any machine: 20 steps of a tiny model on any data.
 
     python -m ipadapter_jax.testing.random_weights --size tiny --out weights/tiny
     ipadapter-jax train debug --data.path photos/ --out runs/debug
 
-The model's weights are random: nothing is learnt but that the loss is finite and a run can be resumed.
+The model's weights are random. The run shows only that the loss is finite and that a run can be resumed.
 """
 
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Train

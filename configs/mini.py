@@ -1,10 +1,10 @@
-"""The base adapter of the embedded model `mini`: a quarter of an hour on two CPU cores, from a cache.
+"""The base adapter of the bundled model `mini`: a quarter of an hour on two CPU cores, from a feature cache.
 
     python -m experiments.mini.render_scenes --out data/scenes
     ipadapter-jax train mini --data.path data/scenes/... --out runs/mini
 
-As sd15.py with what a small model and a short run ask for: a higher learning rate, and most captions left out, since
-these captions alone would give the image away.
+It differs from sd15.py where a small model and a short run need it: the learning rate is higher, and most captions are
+dropped, since these captions alone would reveal the image.
 """
 
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train

@@ -1,8 +1,8 @@
-"""The plus adapter of the embedded model `mini`: 16 tokens from all patches of the encoder; otherwise as mini.py.
+"""The plus adapter of the bundled model `mini`: 16 tokens from all patches of the encoder; otherwise like mini.py.
 
 ipadapter-jax train mini_plus --data.path data/scenes/... --out runs/mini_plus
 
-diffusers reads plus files of 4 layers only; with one head in each of them mini stays below 16 MB.
+diffusers reads plus files with exactly 4 layers; with one head per layer mini stays below 16 MB.
 """
 
 import dataclasses

@@ -1,8 +1,9 @@
-"""The UNet of the embedded model `mini`, from random weights on rendered scenes; experiments/mini/build.py runs it.
+"""The UNet of the bundled model `mini`, trained from random weights on rendered scenes.
 
     ipadapter-jax train mini_unet --model.base build/mini/base --data.path build/mini/pooled --out build/mini/unet
 
-A UNet is all that learns; the text of a sample is dropped now and then for classifier-free guidance.
+experiments/mini/build.py runs this recipe. Only the UNet is trained. The text of some samples is dropped, for
+classifier-free guidance.
 """
 
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train

@@ -1,10 +1,10 @@
-"""IP-Adapter Light: as sd15.py, for results that follow the text more.
+"""IP-Adapter Light: like sd15.py, for results that follow the text more.
 
     ipadapter-jax train sd15_light --data.path shards/ --out runs/sd15_light
 
-The file format is that of the base variant. How the released ip-adapter_sd15_light was trained is not published; this
-recipe leaves the image out of a quarter of the samples, so that the text alone explains them. Its effect has not been
-measured; the scale of the image prompt when sampling (0.5, say) is the other way to the same end.
+The file format is that of the base variant. It is not published how the released ip-adapter_sd15_light was trained.
+This recipe drops the image of a quarter of the samples, so that the text alone describes them. The effect has not been
+measured. A lower scale of the image prompt when sampling, such as 0.5, has the same purpose.
 """
 
 from ipadapter_jax.train.config import Data, Train

@@ -2,8 +2,8 @@
 
     ipadapter-jax train sd15_plus --data.path shards/ --out runs/sd15_plus
 
-Everything else as in sd15.py. Precomputed patches are 650 kB per sample in bfloat16 (`ipadapter-jax encode --features
-penultimate`), ten times those of the base variant: training from images may be the better choice.
+Everything else is as in sd15.py. Precomputed patches are 650 kB per sample in bfloat16 (`ipadapter-jax encode
+--features penultimate`), ten times as much as for the base variant: training from images may be the better choice.
 """
 
 from ipadapter_jax.train.config import Model, Train
