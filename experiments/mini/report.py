@@ -109,9 +109,9 @@ every row of the tables has {COUNT} images with the seeds {COUNT} i to {COUNT} i
 {s.sampling_steps} steps of DDIM at guidance {MINI.guidance:g} unless stated otherwise.
 
 Brackets give 95 % intervals over prompts: a bootstrap with {DRAWS:,} resamples and seed {SEED}, and Clopper and
-Pearson's interval for fractions that are all 0 or 100 %. Intervals of differences are paired. They describe these weights: each
-training was done once, and they do not include the effect of another seed or learning rate. Columns have the attribute
-names of the data set (`colour`).
+Pearson's interval for fractions that are all 0 or 100 %. Intervals of differences are paired. They describe
+these weights: each training was done once, and they do not include the effect of another seed or learning rate. Columns
+have the attribute names of the data set (`colour`).
 
 - CLIP-I, CLIP-T: cosine similarity of an image's embedding with that of the image prompt, and of its caption, by mini's
   CLIP. The adapters use the same image encoder
