@@ -1,0 +1,142 @@
+"""README.md and the documents name only files, modules, commands and options that exist."""
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from ipadapter_jax.cli.commands import COMMANDS
+from ipadapter_jax.cli.option_types import options_of
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+MODULES = ("benchmarks", "examples", "experiments", "ipadapter_jax", "scripts", "tests")
+FOLDERS = (*MODULES, "assets", "configs", "docs")
+# A document about the package leaves out `ipadapter_jax/`, one about the tests `tests/`.
+PLACES = (ROOT, ROOT / "ipadapter_jax", ROOT / "tests", ROOT / "tests" / "data" / "oracles")
+SHORT = {path.name for place in PLACES[1:] for path in place.iterdir() if path.is_dir()}
+# What commands of the guide write, and what PyTorch and XLA call theirs.
+WRITTEN = {"docs/guide/seen.png", "docs/guide/star.safetensors"}
+SCRIPTS = ("benchmarks.sample", "experiments.mini.build", "tests.fault_injection.all")  # one of each folder
+EXTERNAL = {"--nodes", "--gpus-per-node", "--xla_gpu_deterministic_ops", "--xla_gpu_dot_merger_threshold_mb"}
+
+
+@cache
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+@cache
+def code_of(document: str) -> tuple[str, ...]:
+    """The lines of code blocks, those that end in a backslash joined, and the code spans of a document."""
+    fenced = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    text = text_of(document).replace("\\\n", " ")
+    lines = [line for block in fenced.findall(text) for line in block.splitlines()]
+    spans = re.findall(r"`([^`]+)`", fenced.sub("", text))
+    return (*lines, *(" ".join(span.split()) for span in spans))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_and_images_lead_to_files(document: str) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)|src=\"([^\"]+)\"", text_of(document))
+    here = [target for pair in links for target in pair if target and not target.startswith("http")]
+    missing = [target for target in here if not ((ROOT / document).parent / target).exists()]
+    assert not missing, f"{document} links to {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_files_exist(document: str) -> None:
+    """Paths in code that begin with a folder of the repository, of the package or of the tests."""
+    missing = []
+    for line in code_of(document):
+        for path in re.findall(r"(?<![\w./~<-])([\w-]+/[\w./-]*[\w/])(?![\w*<])", line):
+            first = path.split("/")[0]
+            named = first in FOLDERS or (first in SHORT and path.endswith((".py", "/")))
+            if named and path not in WRITTEN and not any((place / path).exists() for place in PLACES):
+                missing.append(path)
+    assert not missing, f"{document} names {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_modules_exist(document: str) -> None:
+    """`python -m a.b`, `from a.b import c` and `a.b.c` of this repository."""
+    missing = []
+    for line in code_of(document):
+        names = re.findall(r"python(?:3\.\d+|3)? -m ([\w.]+)", line)
+        for module, imported in re.findall(r"^\s*from ([\w.]+) import ([\w, ]+)", line):
+            names += [f"{module}.{name}" for name in re.findall(r"\w+", imported)]
+        names += re.findall(r"^(ipadapter_jax(?:\.\w+)+)", line)
+        missing += [name for name in names if name.split(".")[0] in MODULES and not is_importable(name)]
+    assert not missing, f"{document} names {missing}"
+
+
+def is_importable(name: str) -> bool:
+    """Whether a.b.c is a module, or something inside the module a.b."""
+    try:
+        if importlib.util.find_spec(name):
+            return True
+    except ModuleNotFoundError:
+        pass
+    parent, _, attribute = name.rpartition(".")
+    return bool(parent) and is_importable(parent) and hasattr(importlib.import_module(parent), attribute)
+
+
+@cache
+def options_by_command() -> dict[str, set[str]]:
+    """Every option of every command, except the hidden old names."""
+    options = {name: options_of(command.kind()) for name, command in COMMANDS.items()}
+    return {
+        name: {word for option in found for word in (option.name, option.opposite)} for name, found in options.items()
+    }
+
+
+def named_options(document: str) -> Iterator[tuple[str, set[str]]]:
+    """Each option in the code of a document, with the options that may stand in its place."""
+    known = options_by_command()
+    anywhere = {"--help", "--version", "--debug"} | EXTERNAL
+    every = set().union(*known.values(), *(options_of_script(script) for script in SCRIPTS)) | anywhere
+    for line in code_of(document):
+        line = line.split("#")[0]
+        programs = re.split(r"(?=ipadapter-jax |python[\d.]* |pip |make |train_\w+\.sh )", line)
+        for words in programs:
+            found = re.findall(r"(?<![\w-])--[a-z][\w.-]*", words)
+            allowed = every
+            if command := re.match(r"ipadapter-jax (\w+)", words):
+                allowed = known[command[1]] | anywhere if command[1] in known else set()
+            elif script := re.match(r"python[\d.]* -m ([\w.]+)", words):
+                if script[1].split(".")[0] not in MODULES:
+                    continue
+                allowed = options_of_script(script[1])
+            elif re.match(r"pip |make |python", words):
+                continue
+            yield from ((option, allowed) for option in found)
+
+
+@cache
+def options_of_script(module: str) -> set[str]:
+    """The arguments and fields with a type in the sources of a script's folder: those that tyro makes options of, and
+    others."""
+    spec = importlib.util.find_spec(module)
+    assert spec and spec.origin
+    sources = [path.read_text(encoding="utf-8") for path in Path(spec.origin).parent.glob("*.py")]
+    return {f"--{word.replace('_', '-')}" for source in sources for word in re.findall(r"\b(\w+): ", source)} | {
+        "--help"
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_options_exist(document: str) -> None:
+    missing = sorted({option for option, allowed in named_options(document) if option not in allowed})
+    assert not missing, f"{document} names {missing}"
+
+
+def test_options_are_looked_up() -> None:
+    """The tests above find something, and would notice an option that does not exist."""
+    assert len(list(named_options("README.md"))) > 60
+    assert "--scale" in options_by_command()["generate"]
+    assert "--no-such-option" not in set().union(*options_by_command().values())
+    assert is_importable("ipadapter_jax.StableDiffusion") and not is_importable("benchmarks.no_such_module")
