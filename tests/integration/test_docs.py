@@ -123,9 +123,9 @@ def options_of_script(module: str) -> set[str]:
     spec = importlib.util.find_spec(module)
     assert spec and spec.origin
     sources = [path.read_text(encoding="utf-8") for path in Path(spec.origin).parent.glob("*.py")]
-    return {f"--{word.replace('_', '-')}" for source in sources for word in re.findall(r"\b(\w+): ", source)} | {
-        "--help"
-    }
+    words = {word for source in sources for word in re.findall(r"\b(\w+): ", source)}
+    spelled_out = {option for source in sources for option in re.findall(r'"(--[\w-]+)"', source)}
+    return {f"--{word.replace('_', '-')}" for word in words} | spelled_out | {"--help"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
