@@ -61,6 +61,23 @@ def test_named_files_exist(document: str) -> None:
     assert not missing, f"{document} names {missing}"
 
 
+def test_architecture_names_files_of_each_folder() -> None:
+    """Under the heading of a folder of the package, `file.py` lies in that folder or below it."""
+    sections = re.split(r"^### (\w+)/$", text_of("docs/architecture.md"), flags=re.MULTILINE)[1:]
+    folders = {path.name: path for path in PLACES[1].iterdir() if (path / "__init__.py").exists()}
+    described = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert set(described) | {"testing"} == set(folders)
+    missing = []
+    for name, text in described.items():
+        there = {str(path.relative_to(folders[name])) for path in folders[name].rglob("*.py")}
+        there |= {path.rpartition("/")[2] for path in there}
+        text = text.split("\n## ")[0]
+        missing += [
+            f"{name}/{file}" for file in re.findall(r"`([\w/]+\.py)`", text) if file not in there and "/" not in file
+        ]
+    assert not missing, f"docs/architecture.md names {missing}"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_named_modules_exist(document: str) -> None:
     """`python -m a.b`, `from a.b import c` and `a.b.c` of this repository."""
