@@ -1,13 +1,13 @@
-"""The folder of a job: its images are the truth, all other files say something about them.
+"""The output folder of a job. Its images are the truth; all other files describe them.
 
-    fox.png, ...      images, there when they are whole
-    job.json          the settings that the job was begun with
-    job.jsonl         a line for each image, there before the image is: what it was made from
+    fox.png, ...      images; a file exists once the image is complete
+    job.json          the settings that the job was started with
+    job.jsonl         a line for each image, written before the image: what it was made from
     bad_rows.jsonl    rows that cannot be used, and why
-    lock              held while a process is at work
+    lock              locked while a process is working
 
-Of several processes that share a folder, process p > 0 has files of its own: job-p.jsonl, bad_rows-p.jsonl; and each
-has its lock, lock-p-of-P.
+When several processes share a folder, process p > 0 has its own job-p.jsonl and bad_rows-p.jsonl, and each process has
+its own lock, lock-p-of-P.
 """
 
 import contextlib
@@ -20,8 +20,15 @@ from typing import Any, Self
 
 from ipadapter_jax.batch.job_settings import CONFIGURATIONS, FILE_NAME, read_settings
 from ipadapter_jax.batch.plan import ImageTask
-from ipadapter_jax.batch.reference_digests import Digests, Identify, of_line, replaced, to_line, without_digests
-from ipadapter_jax.batch.rows import BadRow, Row
+from ipadapter_jax.batch.reference_digests import (
+    DigestImages,
+    Digests,
+    digests_as_json,
+    read_digests,
+    replaced_images,
+    without_digests,
+)
+from ipadapter_jax.batch.rows import BatchRow, InvalidRow
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.runtime.announcements import announce_if_slow
 from ipadapter_jax.runtime.prefetch import ordered_map
@@ -34,42 +41,42 @@ _THREADS = 4  # that read image prompts
 
 
 class JobFolder:
-    """Opened by `job_folder`. `pending` are the works whose image is not there yet."""
+    """Opened by `job_folder`. `pending`: the tasks whose image does not exist yet."""
 
     def __init__(
         self,
         out: Path,
-        works: Sequence[ImageTask],
+        tasks: Sequence[ImageTask],
         settings: Mapping[str, Any],
         shard: tuple[int, int],
-        identify: Identify,
+        digest_images: DigestImages,
     ):
         self._out, own = out, f"-{shard[0]}" if shard[0] else ""
-        self._identify: Identify = identify
+        self._digest_images: DigestImages = digest_images
         self._digests: dict[int, Digests] = {}  # by the row's index
-        self._bad_rows, manifest = out / f"bad_rows{own}.jsonl", out / f"job{own}.jsonl"
-        there = set(os.listdir(out))
-        self.pending = [work for work in works if work.image not in there]
-        self._done = [work for work in works if work.image in there]
-        # Nobody else is at work in it, and nothing is made: settings that made nothing may be mended.
-        begun = shard[1] > 1 or any(name.endswith(".png") for name in there)
-        self._agree(settings, begun)
-        self._remove_leftovers({*(work.image for work in works), manifest.name, self._bad_rows.name}, shard)
-        self._listed = self._listed_elsewhere(manifest, there)
-        self._manifest = JsonlAppender(manifest, lambda line: _is_first(line, there, self._listed))
+        self._invalid_rows, manifest = out / f"bad_rows{own}.jsonl", out / f"job{own}.jsonl"
+        existing = set(os.listdir(out))
+        self.pending = [task for task in tasks if task.image_name not in existing]
+        self._done = [task for task in tasks if task.image_name in existing]
+        # Where nothing was made and no other process is working, the settings may still be corrected.
+        started = shard[1] > 1 or any(name.endswith(".png") for name in existing)
+        self._check_settings(settings, started)
+        self._remove_leftovers({*(task.image_name for task in tasks), manifest.name, self._invalid_rows.name}, shard)
+        self._listed = self._other_lines(manifest, existing)
+        self._manifest = JsonlAppender(manifest, lambda line: _is_first(line, existing, self._listed))
 
     def compare(self) -> None:
-        """Gives images that are there their lines, where they were lost. Raises InputError when images were made
-        from rows or image prompts that have changed since: nobody would notice."""
+        """Restores lost lines of existing images. Raises InputError when images were made from rows or image prompts
+        that have changed since, which nobody would notice otherwise."""
         listed: list[ImageTask] = []
-        for work in self._done:
-            if work.image in self._listed:
-                listed.append(work)
+        for task in self._done:
+            if task.image_name in self._listed:
+                listed.append(task)
             else:
-                self.note(work)
-        groups = (list(group) for _, group in itertools.groupby(listed, key=lambda work: work.row.index))
+                self.note(task)
+        groups = (list(group) for _, group in itertools.groupby(listed, key=lambda task: task.row.index))
         looking = ordered_map(self._changes, groups, threads=_THREADS, ahead=4 * _THREADS)
-        with announce_if_slow("looking whether image prompts have changed"), contextlib.closing(looking) as found:
+        with announce_if_slow("checking whether image prompts have changed"), contextlib.closing(looking) as found:
             changed = [*itertools.chain.from_iterable(found)]
         if changed:
             raise InputError(
@@ -77,47 +84,47 @@ class JobFolder:
                 "images to have them made again, or choose another --out"
             )
 
-    def _changes(self, works: Sequence[ImageTask]) -> list[str]:
-        """Of the works of one row those whose image was made from something else, each with what is different."""
+    def _changes(self, tasks: Sequence[ImageTask]) -> list[str]:
+        """Describes each task of one row whose image was made from something else, with what is different."""
         changed = []
-        for work in works:
-            line = self._listed[work.image]
-            old, new, before = _comparable(line), _comparable(_facts(work)), of_line(line)
+        for task in tasks:
+            line = self._listed[task.image_name]
+            old, new, before = _comparable(line), _comparable(_line(task)), read_digests(line)
             if old != new:
                 how = diff_configs(old, new)
             else:
-                names = replaced([path.name for path in work.row.images], before, self._now(work.row, before))
+                names = replaced_images([path.name for path in task.row.images], before, self._now(task.row, before))
                 how = [f"image {name} has been replaced by another" for name in names]
             if how:
-                changed.append(f"{work.image} for one ({'; '.join(how)[:500]})")
+                changed.append(f"{task.image_name} for one ({'; '.join(how)[:500]})")
         return changed
 
-    def _now(self, row: Row, before: Digests) -> Digests:
-        return self._identify(row, before) if before else ()
+    def _now(self, row: BatchRow, before: Digests) -> Digests:
+        return self._digest_images(row, before) if before else ()
 
-    def look(self, row: Row) -> None:
-        """Remembers what the image prompts of a row hold; for before they are read. Safe in threads."""
-        self._digests[row.index] = self._identify(row, ())
+    def digest(self, row: BatchRow) -> None:
+        """Digests the image prompts of a row; call it before they are read. Safe in threads."""
+        self._digests[row.index] = self._digest_images(row, ())
 
-    def write(self, work: ImageTask, png: bytes) -> None:
-        """The image, under its name when it is whole. Safe in threads."""
-        write_atomically(self._out / work.image, png)
+    def write(self, task: ImageTask, png: bytes) -> None:
+        """Writes an image atomically. Safe in threads."""
+        write_atomically(self._out / task.image_name, png)
 
-    def note(self, work: ImageTask) -> None:
-        """The line of an image that is about to be written. A kill may come between the two: a line without its
-        image is dropped by the next process, and an image without its line would not say what it was made from."""
-        self._manifest.add(_facts(work) | to_line(self._digests.get(work.row.index, ())))
+    def note(self, task: ImageTask) -> None:
+        """Writes the line of an image that is about to be written. The line comes first: the next process drops a line
+        without its image, but an image without its line would not say what it was made from."""
+        self._manifest.add(_line(task) | digests_as_json(self._digests.get(task.row.index, ())))
 
     def sync(self) -> None:
         self._manifest.sync()
 
-    def report(self, bad: Iterable[BadRow]) -> None:
-        """Replaces the list of bad rows; there is no file when there are none."""
-        lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in sorted(bad)]
+    def report(self, invalid: Iterable[InvalidRow]) -> None:
+        """Replaces the list of invalid rows; there is no file when all rows are valid."""
+        lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in sorted(invalid)]
         if lines:
-            write_atomically(self._bad_rows, "".join(lines).encode("utf-8", "replace"))
+            write_atomically(self._invalid_rows, "".join(lines).encode("utf-8", "replace"))
         else:
-            self._bad_rows.unlink(missing_ok=True)
+            self._invalid_rows.unlink(missing_ok=True)
 
     def close(self) -> None:
         self._manifest.close()
@@ -128,13 +135,13 @@ class JobFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _agree(self, settings: Mapping[str, Any], begun: bool) -> None:
-        """Raises InputError when the job that was `begun` here has other settings, or is something else."""
+    def _check_settings(self, settings: Mapping[str, Any], started: bool) -> None:
+        """Raises InputError when the job that was `started` here has other settings, or the folder is not a job's."""
         path = self._out / FILE_NAME
-        if not begun or not path.exists():
+        if not started or not path.exists():
             if self._done:
                 raise InputError(
-                    f"{self._out} holds {self._done[0].image}, which no job has made there; choose another --out"
+                    f"{self._out} holds {self._done[0].image_name}, which no job has made there; choose another --out"
                 )
             write_atomically(path, json.dumps(settings, indent=2).encode() + b"\n")
             return
@@ -146,59 +153,64 @@ class JobFolder:
             raise InputError(f"{path} is damaged; choose another --out ({error})") from None
         if changed:
             raise InputError(
-                f"{self._out} holds a job that was begun with other settings ({'; '.join(changed[:8])}); go on with "
-                "those, or choose another --out"
+                f"{self._out} holds a job that was started with other settings ({'; '.join(changed[:8])}); use those "
+                "settings, or choose another --out"
             )
 
     def _remove_leftovers(self, own: set[str], shard: tuple[int, int]) -> None:
-        """What a kill has left half written; other processes may be at the like."""
+        """Removes what a killed process left incomplete, but not what other processes are writing."""
         remove_partial_files(self._out, mine=lambda name: name in own or shard[1] == 1)
 
-    def _listed_elsewhere(self, manifest: Path, there: set[str]) -> dict[str, dict]:
-        """The lines of images in other manifests, of a job that had other processes, by image."""
+    def _other_lines(self, manifest: Path, existing: set[str]) -> dict[str, dict]:
+        """The lines of images in the manifests of other processes, by the image's name."""
         listed: dict[str, dict] = {}
         for path in sorted(self._out.glob("job*.jsonl")):
             if path != manifest:
                 for line in read_appended(path):
-                    _is_first(line, there, listed)
+                    _is_first(line, existing, listed)
         return listed
 
 
 @contextlib.contextmanager
 def job_folder(
-    out: Path, works: Sequence[ImageTask], settings: Mapping[str, Any], shard: tuple[int, int], identify: Identify
+    out: Path,
+    tasks: Sequence[ImageTask],
+    settings: Mapping[str, Any],
+    shard: tuple[int, int],
+    digest_images: DigestImages,
 ) -> Iterator[JobFolder]:
-    """Opens the folder of a new job or of one to go on with, and puts right what a kill has left; `works` are all works
-    of this process. Raises InputError: in use, begun with other settings, made from other rows, not a job's."""
-    with shard_lock(out, shard), JobFolder(out, works, settings, shard, identify) as folder:
+    """Opens the folder of a new job, or of one to resume, and repairs what a killed process left. tasks: all tasks of
+    this process. Raises InputError when the folder is in use or not a job's, or when its job was started with other
+    settings or made from other rows."""
+    with shard_lock(out, shard), JobFolder(out, tasks, settings, shard, digest_images) as folder:
         folder.compare()
         yield folder
 
 
-def _facts(work: ImageTask) -> dict[str, Any]:
-    row = work.row
+def _line(task: ImageTask) -> dict[str, Any]:
+    row = task.row
     return {
-        "picture": work.image,
+        "picture": task.image_name,  # this key stays, so that older folders resume
         "name": row.name,
         "prompt": row.prompt,
         "negative_prompt": row.negative_prompt,
         "images": [os.fsencode(path).decode("utf-8", "replace") for path in row.images],
-        "seed": work.seed,
-        "scale": work.scale,
+        "seed": task.seed,
+        "scale": task.scale,
     }
 
 
 def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """With the names of image prompts alone, which may lie in another folder now, and without what they hold."""
+    """A line with the names of image prompts instead of their paths, as they may have moved, and without digests."""
     images = facts.get("images")
     names = [os.path.basename(str(path)) for path in images] if isinstance(images, list) else images
     return {**without_digests(facts), "images": names}
 
 
-def _is_first(line: dict, there: set[str], listed: dict[str, dict]) -> bool:
-    """Whether this is the first line of an image that is there; then it is added to `listed`."""
+def _is_first(line: dict, existing: set[str], listed: dict[str, dict]) -> bool:
+    """Whether this is the first line of an existing image; then it is added to `listed`."""
     image = line.get("picture")
-    if not isinstance(image, str) or image not in there or image in listed:
+    if not isinstance(image, str) or image not in existing or image in listed:
         return False
     listed[image] = line
     return True

@@ -1,4 +1,4 @@
-"""What a job is read from, record by record: a folder of images, a CSV file, or JSON objects, one to a line."""
+"""Reads the records of a job from a folder of images, a CSV file, or a file with one JSON object per line."""
 
 import contextlib
 import itertools
@@ -23,24 +23,27 @@ COLUMNS = ("prompt", "image", "negative_prompt", "seed", "scale", "name")
 EXAMPLE = '{"prompt": "a red fox", "image": "fox.png"}'
 
 
-class Record(NamedTuple):
-    """The number of its first line, from 1, and its values by column, or why it cannot be used. Bytes that are not
-    UTF-8 are lone surrogates in the values. In a folder it is the number of an image, which `place` names."""
+class SourceRecord(NamedTuple):
+    """One record of a source.
+
+    line: the number of its first line, from 1; in a folder, the number of its image. values: by column, or why the
+    record cannot be used; bytes that are not UTF-8 are lone surrogates. place: names the line or image in messages.
+    """
 
     line: int
     values: dict[str, Any] | InputError
     place: str
 
 
-class Records(NamedTuple):
-    """What a source holds: its records in order, read when it is their turn, and what is in none of them."""
+class SourceRecords(NamedTuple):
+    """The records of a source in order, each read when it is reached, and the files that belong to no record."""
 
-    records: Iterator[Record]
+    records: Iterator[SourceRecord]
     unused: UnusedFiles
 
 
-class _Image(NamedTuple):
-    """A row of a folder: an image prompt, and the caption of its image: a file in the `role`, or a text."""
+class _FolderRow(NamedTuple):
+    """A row of a folder: the file of the image prompt, and the caption: a file with this `role`, or a text."""
 
     name: str
     file: str
@@ -48,25 +51,27 @@ class _Image(NamedTuple):
     caption: str | None
 
 
-def spelling(name: str) -> str:
-    """What names have in common that are one to file systems which ignore case and the spelling of accents."""
+def fold_name(name: str) -> str:
+    """Equal for names that are the same to file systems which ignore case and the encoding of accents."""
     return unicodedata.normalize("NFC", name.strip()).casefold()
 
 
-def open_records(source: Path) -> Records:
-    """All records in the order of the file; those of a folder by name, one for every image that lies in it, numbered.
-    Files there belong together as in a data set: see `data.members`.
+def open_records(source: Path) -> SourceRecords:
+    """All records in the order of the file. A folder gives one record for each of its images, sorted by name; its files
+    are grouped as in a data set, see `data.formats.file_groups`.
 
-    CSV is told from JSON by its first character. Raises InputError: nothing there, not a text, unknown columns, a list
-    of captions that is needed and cannot be used.
+    The first character tells JSON from CSV. Raises InputError when nothing is there, when it is not text, for unknown
+    columns, and for a list of captions that is needed and cannot be used.
     """
     if source.is_dir():
         return _folder(source)
     text = _text(source)
-    return Records(_objects(text) if text.lstrip().startswith(("{", "[")) else _table(text, source), UnusedFiles())
+    return SourceRecords(
+        _objects(text) if text.lstrip().startswith(("{", "[")) else _table(text, source), UnusedFiles()
+    )
 
 
-def _folder(folder: Path) -> Records:
+def _folder(folder: Path) -> SourceRecords:
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     folders = [name for name in names if (folder / name).is_dir()]
     files = [name for name in names if name not in {*folders} and not is_metadata(name)]
@@ -80,15 +85,15 @@ def _folder(folder: Path) -> Records:
         role = next((role for role in TEXTS if role in members), None)
         number = listed.take(files[members["image"]], role is not None)
         caption = files[members[role]] if role is not None else listed.texts[number] if number >= 0 else None
-        images.append(_Image(name, files[members.get("cond", members["image"])], role, caption))
+        images.append(_FolderRow(name, files[members.get("cond", members["image"])], role, caption))
     for name in folders:
         found.unused.add(FOLDER, name)
     listed.close(found.unused)
-    return Records(_images(folder, images), found.unused)
+    return SourceRecords(_images(folder, images), found.unused)
 
 
 def _check_deeper(folder: Path, names: list[str]) -> None:
-    """Raises InputError naming those of the folders in a folder that hold images, as img2dataset's do."""
+    """Raises InputError naming the subfolders that hold images, as those of img2dataset do."""
     deeper = []
     for name in names:
         with contextlib.suppress(OSError):
@@ -103,35 +108,35 @@ def _check_deeper(folder: Path, names: list[str]) -> None:
 
 
 def _names(images: list[tuple[str, str]]) -> list[str]:
-    """A name of its own for the row of each image, given as stem and file: the stem for the first image that has it,
-    with the ending for others, a-png, and a number where another has that name too."""
+    """A unique name for the row of each image, which is given as stem and file: the stem for the first image that has
+    it; for others with the extension, a-png, and with a number where that name is taken too."""
     first: dict[str, str] = {}  # by spelling
     for stem, file in images:
-        first.setdefault(spelling(stem), file)
+        first.setdefault(fold_name(stem), file)
     taken, names = {*first}, []
     for stem, file in images:
         name = stem
-        if first[spelling(stem)] != file:
+        if first[fold_name(stem)] != file:
             whole = f"{stem.strip()}-{os.path.splitext(file)[1][1:].lower()}"
             tries = itertools.chain([whole], (f"{whole}-{number}" for number in itertools.count(2)))
-            name = next(name for name in tries if spelling(name) not in taken)
-            taken.add(spelling(name))
+            name = next(name for name in tries if fold_name(name) not in taken)
+            taken.add(fold_name(name))
         names.append(name)
     return names
 
 
-def _images(folder: Path, images: list[_Image]) -> Iterator[Record]:
+def _images(folder: Path, images: list[_FolderRow]) -> Iterator[SourceRecord]:
     for number, image in enumerate(images, 1):
         prompt = image.caption
         try:
             if image.role is not None and prompt is not None:
                 prompt = caption_of(image.role, read_bytes(folder / prompt), image.file)
         except InputError as error:
-            yield Record(number, error, replace_surrogates(image.file))
+            yield SourceRecord(number, error, replace_surrogates(image.file))
         else:
             fields = {"name": image.name, "image": image.file}
             fields |= {} if prompt is None else {"prompt": prompt}
-            yield Record(number, fields, replace_surrogates(image.file))
+            yield SourceRecord(number, fields, replace_surrogates(image.file))
 
 
 def _text(source: Path) -> str:
@@ -143,7 +148,7 @@ def _text(source: Path) -> str:
     return content.decode("utf-8-sig", "surrogateescape")
 
 
-def _table(text: str, source: Path) -> Iterator[Record]:
+def _table(text: str, source: Path) -> Iterator[SourceRecord]:
     """CSV with a header. `image` may hold several names, separated by semicolons."""
     table = read_csv(text, source)
     try:
@@ -152,14 +157,14 @@ def _table(text: str, source: Path) -> Iterator[Record]:
         raise InputError(f"{source}, line {table.line}: {error}") from None
     for line, values in table.rows:
         if isinstance(values, InputError):
-            yield Record(line, values, f"line {line}")
+            yield SourceRecord(line, values, f"line {line}")
         else:
             names = [name.strip() for name in values.get("image", "").split(";")]
             images = [name for name in names if name]
-            yield Record(line, {**values, "image": images}, f"line {line}")
+            yield SourceRecord(line, {**values, "image": images}, f"line {line}")
 
 
-def _objects(text: str) -> Iterator[Record]:
+def _objects(text: str) -> Iterator[SourceRecord]:
     remedy = f"a line should look like {EXAMPLE}"
     for number, value in parse_json_lines(text, remedy):
         try:
@@ -169,9 +174,9 @@ def _objects(text: str) -> Iterator[Record]:
                 raise InputError(f"not an object; {remedy}")
             _check_columns(value)
         except InputError as error:
-            yield Record(number, error, f"line {number}")
+            yield SourceRecord(number, error, f"line {number}")
         else:
-            yield Record(number, value, f"line {number}")
+            yield SourceRecord(number, value, f"line {number}")
 
 
 def _check_columns(names: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the image prompts of a row hold, so that one that was replaced under its name is noticed."""
+"""Digests of the image prompts of a row, so that a file that was replaced under the same name is noticed."""
 
 import functools
 import time
@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ipadapter_jax.batch.rows import Row
+from ipadapter_jax.batch.rows import BatchRow
 from ipadapter_jax.storage.atomic_files import sha256
 
-_SHA256, _STATES = "images_sha256", "images_state"  # of a job's line; those of older releases lack one or both
-_SETTLED_NS = 10_000_000_000  # clocks of file systems are coarse, those of servers are not ours
+_SHA256, _STATES = "images_sha256", "images_state"  # keys of a line of job.jsonl; older releases lack one or both
+_SETTLED_NS = 10_000_000_000  # clocks of file systems are coarse, those of servers differ
 
 
 class FileState(NamedTuple):
-    """Another content under the same name has another state: writing and renaming set the time of the last change,
+    """Changes whenever the content under a name changes: writing and renaming set the time of the last change,
     `ctime_ns`, and no program can set it back."""
 
     size: int
@@ -24,45 +24,48 @@ class FileState(NamedTuple):
 
 
 class ImageDigest(NamedTuple):
-    """The digest of an image prompt, None for one that cannot be read, and the state of its file then; None where it
-    proves nothing, since it has just changed, or there is no file."""
+    """The digest of an image prompt, and the state of its file when it was read.
+
+    sha256: None if the file cannot be read. state: None if it proves nothing, as the file has just changed, or if the
+    image prompt is not a file.
+    """
 
     sha256: str | None
     state: FileState | None = None
 
 
 Digests = tuple[ImageDigest, ...]
-"""Of each image prompt of a row, in their order."""
+"""One for each image prompt of a row, in order."""
 
-Identify = Callable[[Row, Digests], Digests]
-"""What the image prompts of a row hold now, given what they held before as far as that is known: a file whose state is
-the same need not be read again."""
+DigestImages = Callable[[BatchRow, Digests], Digests]
+"""Digests the image prompts of a row, given the digests recorded before, which may be empty: a file whose state is the
+same is not read again."""
 
 
-def of_files() -> Identify:
-    """Digests of the rows' files, each read once while it does not change, or by several threads that need it in the
-    same moment. Safe in threads."""
+def digest_files() -> DigestImages:
+    """Returns a function that digests the files of rows. Each file is read once while it does not change, or more often
+    if several threads need it at the same moment. Safe in threads."""
 
     @functools.cache
     def digest(path: Path, state: FileState) -> str:
         return sha256(path)
 
-    def identify(row: Row, before: Digests) -> Digests:
+    def digest_images(row: BatchRow, before: Digests) -> Digests:
         known = before if len(before) == len(row.images) else (None,) * len(row.images)
         return tuple(_of_file(path, digest, then) for path, then in zip(row.images, known, strict=True))
 
-    return identify
+    return digest_images
 
 
-def to_line(digests: Digests) -> dict[str, Any]:
-    """What a job's line says of them; nothing where nothing is known."""
+def digests_as_json(digests: Digests) -> dict[str, Any]:
+    """What a line of job.jsonl records of them; empty if no digest is known."""
     if not any(digest.sha256 for digest in digests):
         return {}
     return {_SHA256: [digest.sha256 for digest in digests], _STATES: [digest.state for digest in digests]}
 
 
-def of_line(line: Mapping[str, Any]) -> Digests:
-    """What a line says of them; empty where that is nothing."""
+def read_digests(line: Mapping[str, Any]) -> Digests:
+    """The digests that a line records; empty if it records none."""
     digests, states = _list(line.get(_SHA256)), _list(line.get(_STATES))
     if len(states) != len(digests):
         return tuple(map(ImageDigest, digests))
@@ -73,8 +76,8 @@ def without_digests(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name not in (_SHA256, _STATES)}
 
 
-def replaced(names: Sequence[str], before: Digests, now: Digests) -> list[str]:
-    """Those of the names that hold something else than they did, as far as both are known."""
+def replaced_images(names: Sequence[str], before: Digests, now: Digests) -> list[str]:
+    """The names of images whose digest has changed, as far as both digests are known."""
     known = ((name, a.sha256, b.sha256) for name, a, b in zip(names, before, now, strict=False))
     return [name for name, a, b in known if a and b and a != b]
 

@@ -1,4 +1,4 @@
-"""The rows of a job: what is asked for, checked one by one, so that a bad row costs that row alone."""
+"""The rows of a job. Each is checked independently, so that an invalid row costs that row alone."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ipadapter_jax.batch.readers import open_records, spelling
+from ipadapter_jax.batch.readers import fold_name, open_records
 from ipadapter_jax.data.unused_files import INVALID_ROW, UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.strings import is_utf8
@@ -21,10 +21,12 @@ _UNSAFE = frozenset('/\\:*?"<>|')
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A prompt, image prompts or both. `index` counts the source's records from 0, bad ones too; `line` is where it
-    stands. `name` is the stem of its images' files and differs from all others by more than case. None: the
-    command's value."""
+class BatchRow:
+    """A prompt, image prompts or both. A seed or scale of None means the command's value.
+
+    index: the number of the row's record in the source, from 0; invalid ones count. line: its line there. name: the
+    stem of the files of its images, which differs from the names of other rows by more than case.
+    """
 
     index: int
     line: int
@@ -36,34 +38,34 @@ class Row:
     scale: float | None
 
 
-class BadRow(NamedTuple):
-    """A row that cannot be used: the number of its line (of the image, in a folder) and why."""
+class InvalidRow(NamedTuple):
+    """A row that cannot be used: the number of its line (in a folder, of the image) and the reason."""
 
     line: int
     reason: str
 
 
-class Rows(NamedTuple):
-    """The rows of a source, those that cannot be used, and all that is in no row."""
+class BatchRows(NamedTuple):
+    """The rows of a source, the rows that cannot be used, and the files that belong to no row."""
 
-    rows: list[Row]
-    bad: list[BadRow]
+    rows: list[BatchRow]
+    invalid: list[InvalidRow]
     unused: UnusedFiles
 
 
-def read_rows(source: Path) -> Rows:
-    """The rows of a folder of images, a CSV or a JSONL file (see `sources.open_records`).
+def read_rows(source: Path) -> BatchRows:
+    """Reads the rows of a folder of images, a CSV or a JSONL file (see `readers.open_records`).
 
-    Columns: prompt, image (relative to the source, or to the current folder where that is a pipe; only looked for, not
-    decoded), negative_prompt, seed, scale, name; one of the first two is needed. Without a name a row is called by its
-    index: 000017.
-    Raises InputError when the source as a whole cannot be used, or no row of it.
+    Columns: prompt, image, negative_prompt, seed, scale, name; one of the first two is needed. An image is relative to
+    the source, or to the current folder if the source is a pipe; its existence is checked, and it is not decoded. A row
+    without a name is named by its index: 000017.
+    Raises InputError when the source as a whole cannot be used, or none of its rows.
     """
     source = expand_home(source)
-    rows: list[Row] = []
-    bad: list[BadRow] = []
-    first = ""  # of what is wrong
-    known: dict[str, Row] = {}  # by the spelling of their names
+    rows: list[BatchRow] = []
+    invalid: list[InvalidRow] = []
+    first = ""  # reason of the first invalid row
+    known: dict[str, BatchRow] = {}  # by the spelling of their names
     folder = os.path.abspath(source if source.is_dir() else "." if source.is_fifo() else source.parent)
     records, unused = open_records(source)
     for index, (line, found, place) in enumerate(records):
@@ -71,32 +73,34 @@ def read_rows(source: Path) -> Rows:
             if isinstance(found, InputError):
                 raise found
             row = _row(index, line, found, folder)
-            if (other := known.setdefault(spelling(row.name), row)) is not row:
-                raise InputError(f"name {row.name!r} is that of line {other.line} too{_but(row, other)}; rename one")
+            if (other := known.setdefault(fold_name(row.name), row)) is not row:
+                raise InputError(
+                    f"name {row.name!r} is that of line {other.line} too{_difference(row, other)}; rename one"
+                )
             rows.append(row)
         except InputError as error:
-            bad.append(BadRow(line, str(error)))
+            invalid.append(InvalidRow(line, str(error)))
             unused.add(INVALID_ROW, place)
             first = first or (str(error) if source.is_dir() else f"{place}: {error}")  # those of images name them
     if not rows:
         reason = first or "it is empty; give images, or rows below a header"
         raise InputError(f"{source} holds no row that can be used; {reason}")
-    return Rows(rows, bad, unused)
+    return BatchRows(rows, invalid, unused)
 
 
-def _but(row: Row, other: Row) -> str:
-    """In what names differ that are one to some file systems."""
+def _difference(row: BatchRow, other: BatchRow) -> str:
+    """How names differ that some file systems take for the same."""
     if row.name == other.name:
         return ""
     is_case = unicodedata.normalize("NFC", row.name) != unicodedata.normalize("NFC", other.name)
     return ", but for case" if is_case else ", but for how accents are written"
 
 
-def _row(index: int, line: int, fields: dict[str, Any], folder: str) -> Row:
+def _row(index: int, line: int, fields: dict[str, Any], folder: str) -> BatchRow:
     prompt, images = _string(fields, "prompt"), _images(fields.get("image"), folder)
     if not prompt and not images:
         raise InputError("neither prompt nor image; give one of them or both")
-    return Row(
+    return BatchRow(
         index=index,
         line=line,
         name=_name(_string(fields, "name", _is_path) or f"{index:06d}"),
@@ -109,12 +113,12 @@ def _row(index: int, line: int, fields: dict[str, Any], folder: str) -> Row:
 
 
 def _is_path(value: str) -> bool:
-    """Names of files are bytes, and need not be text."""
+    """Whether this is UTF-8 or holds undecoded bytes: names of files need not be text."""
     return is_utf8(_UNDECODED.sub("", value))
 
 
 def _string(fields: dict[str, Any], column: str, is_good: Callable[[str], bool] = is_utf8) -> str:
-    """The text of a column, "" where there is none."""
+    """The text of a column, "" if it has none."""
     value = fields.get(column)
     return "" if value is None else _checked_text(value, column, is_good).strip()
 
@@ -144,7 +148,7 @@ def _image(name: str, folder: str) -> Path:
 
 def _name(name: str) -> str:
     if not _UNDECODED.sub("", name).isprintable() or name.startswith(".") or _UNSAFE & set(name):
-        raise InputError(f'name {_shown(name)} is no good file name; leave out / \\ : * ? " < > | and a first dot')
+        raise InputError(f'name {_shown(name)} is not a safe file name; leave out / \\ : * ? " < > | and a first dot')
     if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
         raise InputError(f"name {_shown(name)} is too long; at most {MAX_NAME_BYTES} bytes")
     return name
@@ -169,7 +173,7 @@ def _scale(value: Any) -> float | None:
 
 
 def _number(value: Any) -> float:
-    """NaN for what is none."""
+    """The number, or NaN for what is not a number."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

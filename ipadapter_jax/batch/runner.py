@@ -1,5 +1,5 @@
-"""A job, from its rows to its images: rows are loaded ahead, batch after batch is made, and what was made is written
-meanwhile. It may be killed at any moment; the same call goes on from there."""
+"""Runs a job, from its rows to its images: rows are loaded ahead, and images are written while the next batch is made.
+A job may be killed at any moment; the same call resumes it."""
 
 import contextlib
 import dataclasses
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ipadapter_jax.batch.output_dir import job_folder
-from ipadapter_jax.batch.plan import ImageTask, batches, by_images
-from ipadapter_jax.batch.reference_digests import Identify, of_files
-from ipadapter_jax.batch.rows import BadRow, Row
+from ipadapter_jax.batch.plan import ImageTask, batches, count_images
+from ipadapter_jax.batch.reference_digests import DigestImages, digest_files
+from ipadapter_jax.batch.rows import BatchRow, InvalidRow
 from ipadapter_jax.errors import InputError, NonFiniteImageError
 from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED, GracefulShutdown
 from ipadapter_jax.runtime.prefetch import ordered_map, submit
@@ -22,17 +22,20 @@ Content = TypeVar("Content")
 Generated = TypeVar("Generated")
 
 _THREADS = 4  # that load, and as many that write: decoding and encoding an image take about as long
-_IN_FLIGHT = 2  # batches that may be unwritten when another is begun: the device never waits for the disk
+_MAX_UNWRITTEN = 2  # batches that may be unwritten when another starts: the device never waits for the disk
 
 
 @dataclasses.dataclass
 class BatchProgress:
-    """Of one process: images in all, those that were there before, bad rows so far (whose images count in all the
-    same), images made now, and whether it was stopped before the end."""
+    """The progress of one process.
+
+    total: images of the job, those of invalid rows included. before: images that existed at the start. invalid: rows
+    that could not be used so far. made: images made by this process. stopped: whether it was stopped before the end.
+    """
 
     total: int
     before: int
-    bad: list[BadRow]
+    invalid: list[InvalidRow]
     made: int = 0
     stopped: bool = False
 
@@ -43,96 +46,100 @@ class BatchProgress:
 
 
 def run_job(
-    works: Sequence[ImageTask],
+    tasks: Sequence[ImageTask],
     out: Path,
     *,
     settings: Mapping[str, Any],
     batch_size: int,
-    load: Callable[[Row], Content],
+    load: Callable[[BatchRow], Content],
     make: Callable[[list[tuple[ImageTask, Content]]], Sequence[Generated]],
     encode: Callable[[ImageTask, Generated], bytes],
-    bad: Sequence[BadRow] = (),
+    invalid: Sequence[InvalidRow] = (),
     shard: tuple[int, int] = (0, 1),
-    kind: Callable[[ImageTask, Content], Hashable] = by_images,
-    identify: Identify | None = None,
-    on_progress: Callable[[BatchProgress], None] = lambda tally: None,
+    shape_key: Callable[[ImageTask, Content], Hashable] = count_images,
+    digest_images: DigestImages | None = None,
+    on_progress: Callable[[BatchProgress], None] = lambda progress: None,
 ) -> BatchProgress:
-    """Makes the works whose image is not in `out` yet, or those until SIGTERM or Ctrl-C. `folder` says what else is
-    left there. For the main thread.
+    """Makes the images of all tasks whose image is not in `out` yet, or until SIGTERM or Ctrl-C arrives. The module
+    `output_dir` says what else is written there. Call it from the main thread.
 
-    works, shard: from `plan`, with the same shard. settings: JSON; all that images depend on beside the rows.
-    load: what is needed of a row's files, called once a row, ahead of time, in threads; an InputError makes it a bad
-      row, which the next one replaces. A few batches of what it returns are in memory.
-    make: the images of a batch, all of one `kind`, by default that of the number of image prompts; the last ones of a
-      kind are smaller. They need not be computed when it returns. A NonFiniteImageError costs the image alone.
-    encode: an image as PNG, in threads, while the next batch is made.
-    bad: rows that cannot be used, as `read_rows` found; process 0 reports them.
-    identify: what a row's image prompts hold, in threads; by default digests of its files. Images whose image prompts
-      hold something else by now are refused.
+    tasks, shard: from `plan_tasks`, with the same shard. settings: JSON; all that images depend on besides the rows.
+    load: reads a row's files. Called once per row, ahead of time, in threads. A row for which it raises InputError is
+      invalid, and the next row takes its place. A few batches of what it returns are in memory.
+    make: the images of a batch, whose items have the same `shape_key`, by default the number of image prompts; the
+      last batch of each key is smaller. The images may still be computing when it returns. NonFiniteImageError makes
+      the row of that image alone invalid.
+    encode: encodes an image as PNG, in threads, while the next batch is made.
+    invalid: rows that `read_rows` could not use; process 0 reports them.
+    digest_images: digests of a row's image prompts, computed in threads; by default those of its files. Images whose
+      image prompts have changed since are refused.
     on_progress: called when a batch is written.
-    Raises InputError when the folder cannot be used, and what `make` and `encode` raise; what was made is kept.
+    Raises InputError when the folder cannot be used, and what `make` and `encode` raise. Finished images stay.
     """
-    found = list(bad) if shard[0] == 0 else []
+    found = list(invalid) if shard[0] == 0 else []
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(job_folder(out, works, settings, shard, identify or of_files()))
+        folder = stack.enter_context(job_folder(out, tasks, settings, shard, digest_images or digest_files()))
         folder.report(found)
-        tally = BatchProgress(total=len(works), before=len(works) - len(folder.pending), bad=found)
+        progress = BatchProgress(total=len(tasks), before=len(tasks) - len(folder.pending), invalid=found)
         stop = stack.enter_context(GracefulShutdown())
         writers = stack.enter_context(ThreadPoolExecutor(_THREADS))
 
-        def look_and_load(row: Row) -> Content:
-            folder.look(row)
+        def digest_and_load(row: BatchRow) -> Content:
+            folder.digest(row)
             return load(row)
 
-        items = stack.enter_context(contextlib.closing(_loaded(folder.pending, look_and_load, 2 * batch_size, found)))
+        items = stack.enter_context(
+            contextlib.closing(_load_rows(folder.pending, digest_and_load, 2 * batch_size, found))
+        )
         writing: deque[list[Future[None]]] = deque()
 
-        def write(work: ImageTask, image: Generated) -> None:
-            folder.write(work, encode(work, image))
+        def write(task: ImageTask, image: Generated) -> None:
+            folder.write(task, encode(task, image))
 
         def finish(most: int) -> None:
             """Waits until at most `most` batches are unwritten."""
             while len(writing) > most:
                 for written in writing.popleft():
                     written.result()
-                    tally.made += 1
-                on_progress(tally)
+                    progress.made += 1
+                on_progress(progress)
 
-        for batch in batches(items, batch_size, kind):
+        for batch in batches(items, batch_size, shape_key):
             if stop.requested:
-                tally.stopped = True
+                progress.stopped = True
                 break
-            pairs = _made(batch, make, found)
-            for work, _ in pairs:
-                folder.note(work)
+            pairs = _make_batch(batch, make, found)
+            for task, _ in pairs:
+                folder.note(task)
             folder.sync()
-            writing.append([submit(writers, write, work, image) for work, image in pairs])
-            finish(_IN_FLIGHT)
+            writing.append([submit(writers, write, task, image) for task, image in pairs])
+            finish(_MAX_UNWRITTEN)
         finish(0)
         folder.report(found)
-    return tally
+    return progress
 
 
-def _made(
+def _make_batch(
     batch: list[tuple[ImageTask, Content]],
     make: Callable[[list[tuple[ImageTask, Content]]], Sequence[Generated]],
-    bad: list[BadRow],
+    invalid: list[InvalidRow],
 ) -> list[tuple[ImageTask, Generated]]:
-    """The works of a batch with their images; those that come out as none, which only single ones tell, are left out
-    and added to `bad`."""
+    """The tasks of a batch with their images. A batch with a non-finite image is made again one by one; tasks whose
+    image is not finite are left out and added to `invalid`."""
     try:
-        return list(zip((work for work, _ in batch), make(batch), strict=True))
+        return list(zip((task for task, _ in batch), make(batch), strict=True))
     except NonFiniteImageError as error:
         if len(batch) == 1:
-            bad.append(BadRow(batch[0][0].row.line, str(error)))
+            invalid.append(InvalidRow(batch[0][0].row.line, str(error)))
             return []
-        return [pair for item in batch for pair in _made([item], make, bad)]
+        return [pair for item in batch for pair in _make_batch([item], make, invalid)]
 
 
-def _loaded(
-    works: Sequence[ImageTask], load: Callable[[Row], Content], ahead: int, bad: list[BadRow]
+def _load_rows(
+    tasks: Sequence[ImageTask], load: Callable[[BatchRow], Content], ahead: int, invalid: list[InvalidRow]
 ) -> Generator[tuple[ImageTask, Content], None, None]:
-    """The works with what `load` gives for their rows; rows that it refuses are left out and added to `bad`."""
+    """The tasks with what `load` returns for their rows. Rows for which it raises InputError are left out and added to
+    `invalid`."""
 
     def attempt(group: list[ImageTask]) -> tuple[list[ImageTask], Content | InputError]:
         try:
@@ -140,10 +147,10 @@ def _loaded(
         except InputError as error:
             return group, error
 
-    groups = (list(group) for _, group in itertools.groupby(works, key=lambda work: work.row.index))
+    groups = (list(group) for _, group in itertools.groupby(tasks, key=lambda task: task.row.index))
     with contextlib.closing(ordered_map(attempt, groups, threads=_THREADS, ahead=ahead)) as attempts:
         for group, content in attempts:
             if isinstance(content, InputError):
-                bad.append(BadRow(group[0].row.line, str(content)))
+                invalid.append(InvalidRow(group[0].row.line, str(content)))
             else:
-                yield from ((work, content) for work in group)
+                yield from ((task, content) for task in group)

@@ -11,8 +11,8 @@ from integration.test_cli import ADAPTER, CAT, arguments, settings
 from PIL import Image
 from small_model import small_adapter, small_model
 
-from ipadapter_jax.batch.plan import plan
-from ipadapter_jax.batch.rows import Row
+from ipadapter_jax.batch.plan import plan_tasks
+from ipadapter_jax.batch.rows import BatchRow
 from ipadapter_jax.cli import main
 from ipadapter_jax.cli.batch import Batch
 from ipadapter_jax.cli.run.batch import check_effects
@@ -280,10 +280,10 @@ def test_what_no_row_needs_is_a_warning(tmp_path):
 
 def test_syntax_of_other_programs_is_said_once_for_all_rows(tmp_path):
     rows = [row(i, prompt=f"a (cat:1.{i})", negative_prompt="BREAK it") for i in range(3)]
-    works = plan(rows, num_images=2, seed=0, scale=1.0)
+    tasks = plan_tasks(rows, num_images=2, seed=0, scale=1.0)
     args = Batch(source=tmp_path / "rows.csv", out=tmp_path / "out", negative_prompt="[x]")
     with pytest.warns(PromptSyntaxWarning) as found:
-        _warn_of_syntax(args, works)
+        _warn_of_syntax(args, tasks)
     assert [str(warning.message).split(" or the like")[0].split(", which")[0] for warning in found] == [
         "3 rows, 'row-0' the first, have '(cat:1.0)'",
         "3 rows, 'row-0' the first, have 'BREAK'",
@@ -291,9 +291,9 @@ def test_syntax_of_other_programs_is_said_once_for_all_rows(tmp_path):
     ]
 
 
-def row(index: int, **changes) -> Row:
+def row(index: int, **changes) -> BatchRow:
     fields = {"name": f"row-{index}", "prompt": "", "negative_prompt": "", "images": (), "seed": None, "scale": None}
-    return Row(index=index, line=index + 1, **fields | changes)
+    return BatchRow(index=index, line=index + 1, **fields | changes)
 
 
 def test_batch_into_its_own_source(tmp_path, capsys):

@@ -6,8 +6,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from ipadapter_jax.batch.plan import plan
-from ipadapter_jax.batch.rows import Row, read_rows
+from ipadapter_jax.batch.plan import plan_tasks
+from ipadapter_jax.batch.rows import BatchRow, read_rows
 from ipadapter_jax.cli.batch import Batch
 from ipadapter_jax.cli.options import OF_IMAGE_PROMPTS, refuse
 from ipadapter_jax.cli.run.image_batches import make_images, settings
@@ -22,7 +22,7 @@ from ipadapter_jax.weights import bundled
 
 def batch(args: Batch) -> int:
     """Loads, makes what is missing. Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
-    rows, bad, left_out = read_rows(args.source)
+    rows, invalid, left_out = read_rows(args.source)
     has_references = any(row.images for row in rows)
     check_effects(args, rows)
     check_job_memory(len(rows), args.num_images)
@@ -32,19 +32,19 @@ def batch(args: Batch) -> int:
         args = dataclasses.replace(args, adapter=bundled.NAME)
     pipe = load(args, images=args.batch_size, with_encoder=has_references)
     print(f"{args.source}: {summarize(len(rows), left_out)}", file=sys.stderr)
-    works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)
+    tasks = plan_tasks(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)
     prepare = functools.partial(_load, pipe, args.reference_resize)
-    tally = make_images(pipe, args, works, args.out, settings(args, pipe), prepare, bad)
+    progress = make_images(pipe, args, tasks, args.out, settings(args, pipe), prepare, invalid)
     if args.process == 0:
         write_report(args.out, left_out)
-    if tally.bad:
+    if progress.invalid:
         name = "bad_rows.jsonl" if args.process == 0 else f"bad_rows-{args.process}.jsonl"
-        print(f"{len(tally.bad)} rows could not be used, see {args.out / name}", file=sys.stderr)
+        print(f"{len(progress.invalid)} rows could not be used, see {args.out / name}", file=sys.stderr)
     print(args.out)
-    return tally.code
+    return progress.code
 
 
-def check_effects(args: Batch, rows: Sequence[Row]) -> None:
+def check_effects(args: Batch, rows: Sequence[BatchRow]) -> None:
     """Raises InputError for options, and warns of columns, that have no effect on any of these rows."""
     if not any(row.images for row in rows):
         refuse(args, OF_IMAGE_PROMPTS, f"on {args.source}, of which no row has an image", "name images there")
@@ -71,6 +71,6 @@ def check_effects(args: Batch, rows: Sequence[Row]) -> None:
             warnings.warn(f"{option} has no effect: every row of {args.source} has its own", stacklevel=2)
 
 
-def _load(pipe: StableDiffusion, fit: str, row: Row) -> Prepared | None:
+def _load(pipe: StableDiffusion, fit: str, row: BatchRow) -> Prepared | None:
     """What the image encoder sees of a row's images."""
     return pipe.adapters[0].prepare([str(path) for path in row.images], fit) if row.images else None

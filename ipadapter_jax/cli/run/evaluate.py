@@ -10,9 +10,9 @@ from pathlib import Path
 
 import tqdm
 
-from ipadapter_jax.batch.plan import plan
+from ipadapter_jax.batch.plan import plan_tasks
 from ipadapter_jax.batch.reference_digests import Digests, ImageDigest
-from ipadapter_jax.batch.rows import Row
+from ipadapter_jax.batch.rows import BatchRow
 from ipadapter_jax.cli.evaluate import Evaluate
 from ipadapter_jax.cli.run.image_batches import make_images, settings
 from ipadapter_jax.cli.run.sampling import load, versions
@@ -89,34 +89,34 @@ def _paint(args: Evaluate, references: References, account: Sequence[str]) -> tu
     folder = args.out / "images"
     rows = [_row(args, reference) for reference in references.found]
     check_job_memory(len(rows), args.num_images)
-    works = plan(rows, num_images=args.num_images, seed=args.seed, scale=args.scale)
-    mine = [work for work in works if work.row.index // embeddings.CHUNK % args.processes == args.process]
+    tasks = plan_tasks(rows, num_images=args.num_images, seed=args.seed, scale=args.scale)
+    mine = [task for task in tasks if task.row.index // embeddings.CHUNK % args.processes == args.process]
     pipe = load(args, images=args.batch_size)
     print(*account, file=sys.stderr)
 
-    def prepare(row: Row) -> Prepared:
+    def prepare(row: BatchRow) -> Prepared:
         return pipe.adapters[0].prepare([references.found[row.index].image()], args.reference_resize)
 
-    def identify(row: Row, before: Digests) -> Digests:
+    def digest_images(row: BatchRow, before: Digests) -> Digests:
         return (ImageDigest(references.found[row.index].digest()),)
 
     data = {name: value for name, value in references.identity.items() if name != "prompts"}  # --limit may grow
     facts = settings(args, pipe) | {"with_caption": args.with_caption, "data": data}
-    tally = make_images(pipe, args, mine, folder, facts, prepare, identify=identify)
-    if tally.bad:
+    progress = make_images(pipe, args, mine, folder, facts, prepare, digest_images=digest_images)
+    if progress.invalid:
         raise InputError(
-            f"{len(tally.bad)} image prompts cannot be used, among them {tally.bad[0].reason}; bad_rows*.jsonl in "
-            f"{folder} lists them. Repair them, and the same command goes on"
+            f"{len(progress.invalid)} image prompts cannot be used, among them {progress.invalid[0].reason}; "
+            f"bad_rows*.jsonl in {folder} lists them. Repair them, then rerun the same command to resume"
         )
     places: list[list[Path]] = [[] for _ in references.found]
-    for work in works:
-        places[work.row.index].append(folder / work.image)
-    return places, tally.code
+    for task in tasks:
+        places[task.row.index].append(folder / task.image_name)
+    return places, progress.code
 
 
-def _row(args: Evaluate, reference: Reference) -> Row:
+def _row(args: Evaluate, reference: Reference) -> BatchRow:
     prompt = reference.captions[0] if args.with_caption else ""
-    return Row(
+    return BatchRow(
         index=reference.index,
         line=reference.index + 1,
         name=reference.name,

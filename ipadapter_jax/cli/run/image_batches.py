@@ -15,8 +15,8 @@ from PIL import Image
 
 from ipadapter_jax.batch.job_settings import CONFIGURATIONS
 from ipadapter_jax.batch.plan import ImageTask
-from ipadapter_jax.batch.reference_digests import Identify
-from ipadapter_jax.batch.rows import BadRow, Row
+from ipadapter_jax.batch.reference_digests import DigestImages
+from ipadapter_jax.batch.rows import BatchRow, InvalidRow
 from ipadapter_jax.batch.runner import BatchProgress, run_job
 from ipadapter_jax.cli.batch_options import BatchOptions
 from ipadapter_jax.cli.run.sampling import configurations, digests, png, versions
@@ -43,49 +43,52 @@ def settings(args: BatchOptions, pipe: StableDiffusion) -> dict[str, Any]:
 def make_images(
     pipe: StableDiffusion,
     args: BatchOptions,
-    works: Sequence[ImageTask],
+    tasks: Sequence[ImageTask],
     out: Path,
     settings: Mapping[str, Any],
-    load: Callable[[Row], Prepared | None],
-    bad: Sequence[BadRow] = (),
-    identify: Identify | None = None,
+    load: Callable[[BatchRow], Prepared | None],
+    invalid: Sequence[InvalidRow] = (),
+    digest_images: DigestImages | None = None,
 ) -> BatchProgress:
-    """The works of this process as a job into `out`, with a bar where somebody watches.
+    """The tasks of this process as a job into `out`, with a bar where somebody watches.
 
     settings: those of `settings`, with all else that the images depend on beside the rows. load: what the image
     encoder sees of a row's images. identify: what those hold. Raises InputError as `run_job`.
     """
-    _warn_of_syntax(args, works)
-    bar = tqdm.tqdm(total=len(works), desc="images", unit="image", disable=None)
+    _warn_of_syntax(args, tasks)
+    bar = tqdm.tqdm(total=len(tasks), desc="images", unit="image", disable=None)
     with bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptSyntaxWarning)  # said once, for all rows
 
-        def on_progress(tally: BatchProgress) -> None:
-            bar.n = tally.before + tally.made
+        def on_progress(progress: BatchProgress) -> None:
+            bar.n = progress.before + progress.made
             bar.refresh()
 
-        tally = run_job(
-            works,
+        progress = run_job(
+            tasks,
             out,
             settings=settings,
             batch_size=args.batch_size,
             load=load,
             make=functools.partial(_make, pipe, args),
-            encode=lambda work, image: png(image, _metadata(settings, work)),
-            bad=bad,
+            encode=lambda task, image: png(image, _metadata(settings, task)),
+            invalid=invalid,
             shard=args.shard,
-            kind=lambda work, content: 0 if content is None else len(content.pixels),
-            identify=identify,
+            shape_key=lambda task, content: 0 if content is None else len(content.pixels),
+            digest_images=digest_images,
             on_progress=on_progress,
         )
-    if tally.stopped:
-        print(f"stopped at {tally.before + tally.made} of {tally.total}; the same command goes on", file=sys.stderr)
-    return tally
+    if progress.stopped:
+        print(
+            f"stopped at {progress.before + progress.made} of {progress.total}; the same command goes on",
+            file=sys.stderr,
+        )
+    return progress
 
 
-def _warn_of_syntax(args: BatchOptions, works: Sequence[ImageTask]) -> None:
+def _warn_of_syntax(args: BatchOptions, tasks: Sequence[ImageTask]) -> None:
     """Warns of other programs' syntax in the prompts of a job, with the number of rows and the first of them."""
-    rows = {work.row.index: work.row for work in works}.values()
+    rows = {task.row.index: task.row for task in tasks}.values()
     found: dict[str, list[tuple[str, str]]] = {}  # by what it means: what to call the row, and the piece
     for row in rows:
         for text in (row.prompt, row.negative_prompt):
@@ -107,26 +110,26 @@ def _make(
 ) -> Sequence[Image.Image]:
     """The images of a batch; a short one is filled up with its last, so that all are one program."""
     filled = given + given[-1:] * (args.batch_size - len(given))
-    works, prompts = zip(*filled, strict=True)
+    tasks, prompts = zip(*filled, strict=True)
     arguments = args.arguments(args.negative_image)
     if prompts[0] is None:
         pipe = dataclasses.replace(pipe, adapters=())
         arguments |= {"negative_ip_adapter_image": None, "ip_adapter_uncond": "default", "fit": "crop"}
     else:
         arguments["ip_adapter_image"] = PerPrompt(prompts)
-        arguments["ip_adapter_scale"] = PerPrompt([args.scale_of(work.scale) for work in works])
+        arguments["ip_adapter_scale"] = PerPrompt([args.scale_of(task.scale) for task in tasks])
     found = pipe(
-        [work.row.prompt for work in works],
-        negative_prompt=[work.row.negative_prompt or args.negative_prompt for work in works],
-        seed=[work.seed for work in works],
+        [task.row.prompt for task in tasks],
+        negative_prompt=[task.row.negative_prompt or args.negative_prompt for task in tasks],
+        seed=[task.seed for task in tasks],
         **arguments,
     )
     return found[: len(given)]
 
 
-def _metadata(settings: Mapping[str, Any], work: ImageTask) -> dict[str, Any]:
+def _metadata(settings: Mapping[str, Any], task: ImageTask) -> dict[str, Any]:
     """What stands in an image's file."""
-    row = work.row
-    own = {"prompt": row.prompt, "image": [str(path) for path in row.images], "seed": work.seed, "scale": work.scale}
+    row = task.row
+    own = {"prompt": row.prompt, "image": [str(path) for path in row.images], "seed": task.seed, "scale": task.scale}
     own["negative_prompt"] = row.negative_prompt or settings["negative_prompt"]
     return {**settings, **own}

@@ -18,22 +18,22 @@ if __name__ == "__main__":  # without the package's face, which imports all of i
 
 from PIL import Image
 
-from ipadapter_jax.batch.plan import ImageTask, plan
-from ipadapter_jax.batch.rows import Row
+from ipadapter_jax.batch.plan import ImageTask, plan_tasks
+from ipadapter_jax.batch.rows import BatchRow
 from ipadapter_jax.batch.runner import BatchProgress, run_job
 
 SETTINGS = {"steps": 20, "sha256": {"unet": {"unet.safetensors": "ab12"}}}
 BATCH = 4
 
 
-def rows(count: int) -> list[Row]:
+def rows(count: int) -> list[BatchRow]:
     """Every third has an image prompt, which nobody reads."""
     images = [(Path(f"images/{i}.png"),) if i % 3 == 0 else () for i in range(count)]
-    return [Row(i, i + 2, f"row{i}", f"a fox, number {i}", "", images[i], None, None) for i in range(count)]
+    return [BatchRow(i, i + 2, f"row{i}", f"a fox, number {i}", "", images[i], None, None) for i in range(count)]
 
 
-def works(count: int = 10, num_images: int = 2, shard: tuple[int, int] = (0, 1)) -> list[ImageTask]:
-    return plan(rows(count), num_images=num_images, seed=7, scale=0.5, shard=shard)
+def tasks(count: int = 10, num_images: int = 2, shard: tuple[int, int] = (0, 1)) -> list[ImageTask]:
+    return plan_tasks(rows(count), num_images=num_images, seed=7, scale=0.5, shard=shard)
 
 
 def png(seed: int) -> bytes:
@@ -47,8 +47,8 @@ def run(planned: list[ImageTask], out: Path, **options: Any) -> BatchProgress:
         "settings": SETTINGS,
         "batch_size": BATCH,
         "load": lambda row: row.index,
-        "make": lambda batch: [work.seed for work, _ in batch],
-        "encode": lambda work, seed: png(seed),
+        "make": lambda batch: [task.seed for task, _ in batch],
+        "encode": lambda task, seed: png(seed),
     } | options
     return run_job(planned, out, **options)
 
@@ -57,15 +57,15 @@ def main(out: str, log: str, seconds: str) -> int:
     with open(log, "a", encoding="utf-8", buffering=1) as made:
 
         def make(batch: list[tuple[ImageTask, int]]) -> list[int]:
-            for work, index in batch:
-                assert work.row.index == index
-                made.write(f"{work.image}\n")
+            for task, index in batch:
+                assert task.row.index == index
+                made.write(f"{task.image_name}\n")
             time.sleep(float(seconds))
-            return [work.seed for work, _ in batch]
+            return [task.seed for task, _ in batch]
 
-        tally = run(works(40), Path(out), make=make)
+        progress = run(tasks(40), Path(out), make=make)
     assert "jax" not in sys.modules
-    return tally.code
+    return progress.code
 
 
 if __name__ == "__main__":

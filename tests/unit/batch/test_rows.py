@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ipadapter_jax.batch.rows import Row, Rows, read_rows
+from ipadapter_jax.batch.rows import BatchRow, BatchRows, read_rows
 from ipadapter_jax.data.unused_files import summarize
 from ipadapter_jax.errors import InputError
 
@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def read(folder: Path, content: str | bytes, name: str = "rows") -> Rows:
+def read(folder: Path, content: str | bytes, name: str = "rows") -> BatchRows:
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_rows(folder / name)
 
@@ -31,9 +31,9 @@ def test_a_pipe_as_a_source(folder, monkeypatch):
     end, begin = os.pipe()
     os.write(begin, b'{"image": "fox.png", "prompt": "a fox"}\n')
     os.close(begin)
-    [row], bad, _ = read_rows(Path(f"/dev/fd/{end}"))
+    [row], invalid, _ = read_rows(Path(f"/dev/fd/{end}"))
     os.close(end)
-    assert (row.prompt, row.images, bad) == ("a fox", (folder / "fox.png",), [])
+    assert (row.prompt, row.images, invalid) == ("a fox", (folder / "fox.png",), [])
 
 
 def test_csv(folder):
@@ -45,13 +45,13 @@ def test_csv(folder):
         ',"two\nlines",,3.0,,\r\n'
         f",,{folder}/owl.jpg,,,\r\n"
     )
-    rows, bad, _ = read(folder, content)
+    rows, invalid, _ = read(folder, content)
     images = (folder / "fox.png", folder / "deep/hen.webp")
-    assert bad == []
+    assert invalid == []
     assert rows == [
-        Row(0, 2, "one", "a fox, red", "blurry", images, 7, 0.5),
-        Row(1, 5, "000001", "two\nlines", "", (), 3, None),
-        Row(2, 7, "000002", "", "", (folder / "owl.jpg",), None, None),
+        BatchRow(0, 2, "one", "a fox, red", "blurry", images, 7, 0.5),
+        BatchRow(1, 5, "000001", "two\nlines", "", (), 3, None),
+        BatchRow(2, 7, "000002", "", "", (folder / "owl.jpg",), None, None),
     ]
 
 
@@ -60,11 +60,11 @@ def test_jsonl(folder):
         {"name": "one", "prompt": "a fox", "image": ["fox.png", "deep/hen.webp"], "seed": 0, "scale": 1},
         {"image": "owl.jpg", "prompt": None, "seed": None, "scale": None, "negative_prompt": "Füße"},
     ]
-    rows, bad, _ = read(folder, "\n\n".join(json.dumps(line) for line in lines))
-    assert bad == []
+    rows, invalid, _ = read(folder, "\n\n".join(json.dumps(line) for line in lines))
+    assert invalid == []
     assert rows == [
-        Row(0, 1, "one", "a fox", "", (folder / "fox.png", folder / "deep/hen.webp"), 0, 1.0),
-        Row(1, 3, "000001", "", "Füße", (folder / "owl.jpg",), None, None),
+        BatchRow(0, 1, "one", "a fox", "", (folder / "fox.png", folder / "deep/hen.webp"), 0, 1.0),
+        BatchRow(1, 3, "000001", "", "Füße", (folder / "owl.jpg",), None, None),
     ]
 
 
@@ -75,9 +75,9 @@ def test_a_folder(folder):
     (folder / " x.png").write_bytes(b"")
     assert read_rows(folder)[:2] == (
         [
-            Row(0, 1, "x", "", "", (folder / " x.png",), None, None),
-            Row(1, 2, "fox", "", "", (folder / "fox.png",), None, None),
-            Row(2, 3, "owl", "an owl", "", (folder / "owl.jpg",), None, None),
+            BatchRow(0, 1, "x", "", "", (folder / " x.png",), None, None),
+            BatchRow(1, 2, "fox", "", "", (folder / "fox.png",), None, None),
+            BatchRow(2, 3, "owl", "an owl", "", (folder / "owl.jpg",), None, None),
         ],
         [],
     )
@@ -90,8 +90,8 @@ def test_prompts_of_a_folder_in_other_files(folder):
     (folder / "fox.txt").write_text("a fox")
     (folder / "fox.caption").write_text("not this")
     (folder / "metadata.jsonl").write_text('{"file_name": "hen.JFIF", "text": "a hen"}\n{"file_name": "fox.png"}\n')
-    rows, bad, unused = read_rows(folder)
-    assert bad == [] and {row.name: row.prompt for row in rows} == {"fox": "a fox", "hen": "a hen", "owl": "an owl"}
+    rows, invalid, unused = read_rows(folder)
+    assert invalid == [] and {row.name: row.prompt for row in rows} == {"fox": "a fox", "hen": "a hen", "owl": "an owl"}
     assert summarize(3, unused) == (
         "3 records, 2 files not used: second captions of one image (1: fox.caption); folders, whose images are not "
         "read (1: deep)"
@@ -124,8 +124,8 @@ def test_files_of_a_folder_belong_together_as_in_a_data_set(folder):
     (folder / "owl.json").write_text("{}")
     (folder / "hen.cond.png").write_bytes(b"")
     (folder / "more.png").mkdir()
-    rows, bad, unused = read_rows(folder)
-    assert bad == [] and [(row.name, row.prompt, row.images) for row in rows] == [
+    rows, invalid, unused = read_rows(folder)
+    assert invalid == [] and [(row.name, row.prompt, row.images) for row in rows] == [
         ("fox", "a fox", (folder / "fox.cond.jpg",)),
         ("owl", "an owl", (folder / "owl.jpg",)),
     ]
@@ -138,29 +138,31 @@ def test_a_list_that_no_image_needs_is_not_used(folder):
         read_rows(folder)
     (folder / "fox.txt").write_text("a fox")
     (folder / "owl.txt").write_text("an owl")
-    rows, bad, unused = read_rows(folder)
+    rows, invalid, unused = read_rows(folder)
     assert (
-        len(rows) == 2 and bad == [] and unused.report().splitlines()[-1].startswith("metadata.csv: lists that cannot")
+        len(rows) == 2
+        and invalid == []
+        and unused.report().splitlines()[-1].startswith("metadata.csv: lists that cannot")
     )
 
 
 @pytest.mark.parametrize("content", ["F\u00fcchse".encode("utf-16-le"), b"a\0b"])
 def test_prompts_in_utf_16_are_refused(folder, content):
     (folder / "owl.txt").write_bytes(content)
-    rows, bad, _ = read_rows(folder)
-    assert [row.name for row in rows] == ["fox"] and "UTF-8" in bad[0].reason and len(bad) == 1
-    rows, bad, _ = read(folder, '{"prompt": "a\\u0000b"}\n{"prompt": "fine"}')
-    assert [row.prompt for row in rows] == ["fine"] and "holds NUL characters, as UTF-16 does" in bad[0].reason
+    rows, invalid, _ = read_rows(folder)
+    assert [row.name for row in rows] == ["fox"] and "UTF-8" in invalid[0].reason and len(invalid) == 1
+    rows, invalid, _ = read(folder, '{"prompt": "a\\u0000b"}\n{"prompt": "fine"}')
+    assert [row.prompt for row in rows] == ["fine"] and "holds NUL characters, as UTF-16 does" in invalid[0].reason
 
 
 def test_bad_images_of_a_folder(folder):
     (folder / "owl.txt").write_bytes(b"F\xfc\xdfe")
     (folder / "what?.png").write_bytes(b"")
-    rows, bad, _ = read_rows(folder)
+    rows, invalid, _ = read_rows(folder)
     assert [row.name for row in rows] == ["fox"]
-    assert [(row.line, row.reason.split(";")[0]) for row in bad] == [
+    assert [(row.line, row.reason.split(";")[0]) for row in invalid] == [
         (2, "owl.jpg: its .txt is not UTF-8 (invalid start byte at byte 1): save it as UTF-8"),
-        (3, "name 'what?' is no good file name"),
+        (3, "name 'what?' is not a safe file name"),
     ]
 
 
@@ -181,8 +183,8 @@ def test_images_of_one_stem_are_rows_of_their_own(tmp_path, files, names):
     for file in files.split():
         (tmp_path / file).write_bytes(b"")
     (tmp_path / "a.txt").write_text("a fox")
-    rows, bad, _ = read_rows(tmp_path)
-    assert bad == [] and [row.name for row in rows] == names.split()
+    rows, invalid, _ = read_rows(tmp_path)
+    assert invalid == [] and [row.name for row in rows] == names.split()
     images = [file for file in files.split() if not file.endswith(".txt")]
     assert [row.images[0].name for row in rows] == images and [row.index for row in rows] == [*range(len(images))]
     assert all(row.prompt == ("a fox" if row.images[0].stem == "a" else "") for row in rows)
@@ -190,7 +192,7 @@ def test_images_of_one_stem_are_rows_of_their_own(tmp_path, files, names):
 
 def test_a_folder_of_bad_images_alone(tmp_path):
     (tmp_path / "what?.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"no row that can be used; name 'what\?' is no good file name"):
+    with pytest.raises(InputError, match=r"no row that can be used; name 'what\?' is not a safe file name"):
         read_rows(tmp_path)
     (tmp_path / "what?.txt").write_bytes(b"\xff")
     with pytest.raises(InputError, match=r"no row that can be used; what\?.png: its .txt is not UTF-8"):
@@ -232,8 +234,8 @@ BAD_CSV = [
     ("a,,,inf,,", "seed 'inf' must be"),
     ("a,,,,much,", "scale 'much' is not a finite number; 0 is the base model"),
     ("a,,,,nan,", "scale 'nan' is not a finite number"),
-    ("a,,,,,../a", "name '../a' is no good file name; leave out "),
-    ("a,,,,,.a", "name '.a' is no good file name"),
+    ("a,,,,,../a", "name '../a' is not a safe file name; leave out "),
+    ("a,,,,,.a", "name '.a' is not a safe file name"),
     ("a,,,,," + "ü" * 76, "is too long; at most 150 bytes"),
     ("a,,,,,Ä\nb,,,,,ä", "name 'ä' is that of line 3 too, but for case; rename one"),
     ("a,,,,,000001", None),
@@ -249,13 +251,13 @@ BAD_CSV = [
 def test_bad_rows_of_a_csv_file(folder, lines, message):
     """Each costs that row alone: the one before it is read."""
     lines = lines if isinstance(lines, bytes) else lines.encode()
-    rows, bad, _ = read(folder, b"prompt,image,negative_prompt,seed,scale,name\nfine,,,,,\n" + lines)
+    rows, invalid, _ = read(folder, b"prompt,image,negative_prompt,seed,scale,name\nfine,,,,,\n" + lines)
     assert rows[0].prompt == "fine"
-    assert len(bad) == (message is not None)
+    assert len(invalid) == (message is not None)
     if message is not None:
-        assert message in bad[0].reason
-        several = lines.count(b"\n") and not bad[0].reason.startswith("lines")
-        assert bad[0].line == (4 if several else 3)
+        assert message in invalid[0].reason
+        several = lines.count(b"\n") and not invalid[0].reason.startswith("lines")
+        assert invalid[0].line == (4 if several else 3)
 
 
 BAD_JSON = [
@@ -275,7 +277,7 @@ BAD_JSON = [
     ('{"prompt": "a", "seed": [1]}', "seed [1] must be"),
     ('{"prompt": "a", "scale": NaN}', "scale nan is not a finite number"),
     ('{"prompt": "a", "scale": 1' + "0" * 400 + "}", "is not a finite number"),
-    ('{"prompt": "a", "name": "a\\nb"}', "name 'a\\nb' is no good file name"),
+    ('{"prompt": "a", "name": "a\\nb"}', "name 'a\\nb' is not a safe file name"),
     ('{"promt": "a"}', "unknown column 'promt' (did you mean 'prompt'?)"),
     ('{"Negative Prompt": "a"}', "unknown column 'Negative Prompt' (did you mean 'negative_prompt'?)"),
     ('{"reference": "a"}', "unknown column 'reference' (did you mean 'image'?)"),
@@ -286,9 +288,9 @@ BAD_JSON = [
 @pytest.mark.parametrize(("line", "message"), BAD_JSON)
 def test_bad_lines_of_a_jsonl_file(folder, line, message):
     line = line if isinstance(line, bytes) else line.encode()
-    rows, bad, _ = read(folder, b'{"prompt": "fine"}\n' + line + b'\n{"prompt": "fine, too"}')
+    rows, invalid, _ = read(folder, b'{"prompt": "fine"}\n' + line + b'\n{"prompt": "fine, too"}')
     assert [(row.name, row.line) for row in rows] == [("000000", 1), ("000002", 3)]
-    (bad_row,) = bad
+    (bad_row,) = invalid
     assert bad_row.line == 2 and message in bad_row.reason and len(bad_row.reason) < 500
 
 

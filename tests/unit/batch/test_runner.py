@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ipadapter_jax.batch.rows import BadRow, Row
+from ipadapter_jax.batch.rows import BatchRow, InvalidRow
 from ipadapter_jax.errors import InputError, NonFiniteImageError, argument, errors_name_options
 from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.storage.file_lock import file_lock
@@ -23,7 +23,7 @@ PROGRAM = Path(__file__).with_name("fake_job.py")
 spec = importlib.util.spec_from_file_location("fake_job", PROGRAM)
 fake_job = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fake_job)
-run, works, png = fake_job.run, fake_job.works, fake_job.png
+run, tasks, png = fake_job.run, fake_job.tasks, fake_job.png
 
 IN_FLIGHT = 3 * fake_job.BATCH  # two batches unwritten and one that is being made
 
@@ -34,10 +34,10 @@ def objects(path: Path) -> list[dict]:
 
 def check_whole(out: Path, planned: list, manifests: tuple[str, ...] = ("job.jsonl",)) -> None:
     """Every image, with its content, and a line for each; no more and no less."""
-    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == {w.image: png(w.seed) for w in planned}
+    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == {w.image_name: png(w.seed) for w in planned}
     lines = [line for name in manifests for line in objects(out / name)]
-    assert sorted(line["picture"] for line in lines) == sorted(work.image for work in planned)
-    seeds = {work.image: work.seed for work in planned}
+    assert sorted(line["picture"] for line in lines) == sorted(task.image_name for task in planned)
+    seeds = {task.image_name: task.seed for task in planned}
     assert all(line["seed"] == seeds[line["picture"]] for line in lines)
     assert not list(out.glob(".part-*"))
 
@@ -49,36 +49,36 @@ def test_a_job(tmp_path):
     sizes, told = [], []
 
     def make(batch):
-        sizes.append([(len(work.row.images), content) for work, content in batch])
-        return [work.seed for work, _ in batch]
+        sizes.append([(len(task.row.images), content) for task, content in batch])
+        return [task.seed for task, _ in batch]
 
-    tally = run(
-        works(),
+    progress = run(
+        tasks(),
         tmp_path / "new/out",
         make=make,
-        on_progress=lambda now: told.append((now.made, len(now.bad), now.total)),
+        on_progress=lambda now: told.append((now.made, len(now.invalid), now.total)),
     )
-    check_whole(tmp_path / "new/out", works())
-    assert (tally.total, tally.before, tally.made, tally.bad, tally.code) == (20, 0, 20, [], 0)
+    check_whole(tmp_path / "new/out", tasks())
+    assert (progress.total, progress.before, progress.made, progress.invalid, progress.code) == (20, 0, 20, [], 0)
     assert told == [(4, 0, 20), (8, 0, 20), (12, 0, 20), (16, 0, 20), (20, 0, 20)]
-    assert all(len({kind for kind, _ in batch}) == 1 for batch in sizes)
+    assert all(len({shape_key for shape_key, _ in batch}) == 1 for batch in sizes)
     assert sorted(index for batch in sizes for _, index in batch) == sorted([*range(10)] * 2)
-    names = {path.name for path in (tmp_path / "new/out").iterdir()} - {work.image for work in works()}
+    names = {path.name for path in (tmp_path / "new/out").iterdir()} - {task.image_name for task in tasks()}
     assert names == {"job.json", "job.jsonl", "lock"}
     assert json.loads((tmp_path / "new/out/job.json").read_text()) == fake_job.SETTINGS
     line = next(line for line in objects(tmp_path / "new/out/job.jsonl") if line["picture"] == "row3-1.png")
-    seed = next(work.seed for work in works() if work.image == "row3-1.png")
+    seed = next(task.seed for task in tasks() if task.image_name == "row3-1.png")
     expected = {"name": "row3", "prompt": "a fox, number 3", "negative_prompt": "", "images": ["images/3.png"]}
     assert line == {"picture": "row3-1.png", **expected, "seed": seed, "scale": 0.5}
 
 
 def test_what_is_done_is_left_alone(tmp_path):
-    run(works(6), tmp_path)
-    tally = run(works(6), tmp_path, make=pytest.fail)
-    assert (tally.total, tally.before, tally.made, tally.code) == (12, 12, 0, 0)
-    tally = run(works(9), tmp_path)  # more rows than before
-    assert (tally.total, tally.before, tally.made) == (18, 12, 6)
-    check_whole(tmp_path, works(9))
+    run(tasks(6), tmp_path)
+    progress = run(tasks(6), tmp_path, make=pytest.fail)
+    assert (progress.total, progress.before, progress.made, progress.code) == (12, 12, 0, 0)
+    progress = run(tasks(9), tmp_path)  # more rows than before
+    assert (progress.total, progress.before, progress.made) == (18, 12, 6)
+    check_whole(tmp_path, tasks(9))
 
 
 def test_a_load_serves_all_images_of_a_row_and_no_more_are_loaded_than_needed(tmp_path):
@@ -87,14 +87,14 @@ def test_a_load_serves_all_images_of_a_row_and_no_more_are_loaded_than_needed(tm
     def make(batch):
         made.extend(batch)
         assert len(loaded) * 2 <= len(made) + 2 * (3 * fake_job.BATCH + 1)
-        return [work.seed for work, _ in batch]
+        return [task.seed for task, _ in batch]
 
-    run(works(60), tmp_path, load=lambda row: loaded.append(row.index), make=make)
+    run(tasks(60), tmp_path, load=lambda row: loaded.append(row.index), make=make)
     assert sorted(loaded) == [*range(60)]
 
 
 def test_bad_rows_are_reported_and_replaced(tmp_path):
-    def load(row: Row) -> int:
+    def load(row: BatchRow) -> int:
         if row.index in (1, 4, 5):
             raise InputError(f"'{row.name}\udcff.png' is damaged")
         return row.index
@@ -103,43 +103,43 @@ def test_bad_rows_are_reported_and_replaced(tmp_path):
 
     def make(batch):
         sizes.append(len(batch))
-        return [work.seed for work, _ in batch]
+        return [task.seed for task, _ in batch]
 
-    found = [BadRow(400, "no text"), BadRow(1, "no image")]
-    planned = [work for work in works(12) if work.row.index not in (1, 4, 5)]
-    tally = run(works(12), tmp_path, load=load, make=make, bad=found)
+    found = [InvalidRow(400, "no text"), InvalidRow(1, "no image")]
+    planned = [task for task in tasks(12) if task.row.index not in (1, 4, 5)]
+    progress = run(tasks(12), tmp_path, load=load, make=make, invalid=found)
     check_whole(tmp_path, planned)
-    assert (len(tally.bad), tally.made, tally.total, tally.code) == (5, 18, 24, 0)
+    assert (len(progress.invalid), progress.made, progress.total, progress.code) == (5, 18, 24, 0)
     assert sorted(sizes) == [2, 4, 4, 4, 4]  # 8 with an image prompt, 10 without one
     bad_rows = objects(tmp_path / "bad_rows.jsonl")
     assert [row["line"] for row in bad_rows] == [1, 3, 6, 7, 400]
     assert bad_rows[1]["reason"] == "'row1?.png' is damaged"
-    run(works(12), tmp_path)  # repaired
-    check_whole(tmp_path, works(12))
+    run(tasks(12), tmp_path)  # repaired
+    check_whole(tmp_path, tasks(12))
     assert not (tmp_path / "bad_rows.jsonl").exists()
 
 
 def test_rows_are_refused_and_images_written_in_the_words_of_the_command_line(tmp_path):
-    def load(row: Row) -> int:
+    def load(row: BatchRow) -> int:
         raise InputError(f"{argument('fit', 'tile')}: 9 tiles")
 
     with errors_name_options({"fit": "--reference-resize"}):
-        tally = run(works(1), tmp_path, load=load)
+        progress = run(tasks(1), tmp_path, load=load)
         said: list[str] = []
-        run(works(2), tmp_path, encode=lambda work, seed: said.append(argument("fit")) or png(seed))
-    assert [row.reason for row in tally.bad] == ["--reference-resize tile: 9 tiles"]
+        run(tasks(2), tmp_path, encode=lambda task, seed: said.append(argument("fit")) or png(seed))
+    assert [row.reason for row in progress.invalid] == ["--reference-resize tile: 9 tiles"]
     assert said == ["--reference-resize"] * 4
 
 
 def test_a_image_that_is_none_costs_itself_alone(tmp_path):
     def make(batch):
-        if any(work.image == "row3-1.png" for work, _ in batch):
+        if any(task.image_name == "row3-1.png" for task, _ in batch):
             raise NonFiniteImageError("the image is not finite")
-        return [work.seed for work, _ in batch]
+        return [task.seed for task, _ in batch]
 
-    tally = run(works(), tmp_path / "out", make=make)
-    check_whole(tmp_path / "out", [work for work in works() if work.image != "row3-1.png"])
-    assert (tally.made, tally.bad) == (19, [BadRow(5, "the image is not finite")])
+    progress = run(tasks(), tmp_path / "out", make=make)
+    check_whole(tmp_path / "out", [task for task in tasks() if task.image_name != "row3-1.png"])
+    assert (progress.made, progress.invalid) == (19, [InvalidRow(5, "the image is not finite")])
 
 
 def test_a_job_that_made_nothing_may_be_begun_again(tmp_path):
@@ -147,46 +147,46 @@ def test_a_job_that_made_nothing_may_be_begun_again(tmp_path):
         raise InputError("height=100 is not a multiple of 8")
 
     with pytest.raises(InputError, match="height=100"):
-        run(works(), tmp_path / "out", make=make, settings={"height": 100})
-    run(works(), tmp_path / "out", settings={"height": 104})
-    check_whole(tmp_path / "out", works())
+        run(tasks(), tmp_path / "out", make=make, settings={"height": 100})
+    run(tasks(), tmp_path / "out", settings={"height": 104})
+    check_whole(tmp_path / "out", tasks())
     with pytest.raises(InputError, match="height: 104 -> 112"):
-        run(works(), tmp_path / "out", settings={"height": 112})
+        run(tasks(), tmp_path / "out", settings={"height": 112})
 
 
 def test_another_process_may_not_change_the_settings(tmp_path):
     """Also where it has made nothing itself."""
-    shards = [works(shard=(process, 2)) for process in range(2)]
+    shards = [tasks(shard=(process, 2)) for process in range(2)]
     run(shards[0], tmp_path / "out", shard=(0, 2))
     with pytest.raises(InputError, match="other settings"):
         run(shards[1], tmp_path / "out", shard=(1, 2), settings={"steps": 21})
     run(shards[1], tmp_path / "out", shard=(1, 2))
-    check_whole(tmp_path / "out", works(), ("job.jsonl", "job-1.jsonl"))
+    check_whole(tmp_path / "out", tasks(), ("job.jsonl", "job-1.jsonl"))
 
 
 def test_a_failure_keeps_what_was_made(tmp_path):
     def make(batch):
-        if any(work.row.index == 7 for work, _ in batch):
+        if any(task.row.index == 7 for task, _ in batch):
             raise InputError("the device is gone")
-        return [work.seed for work, _ in batch]
+        return [task.seed for task, _ in batch]
 
     with pytest.raises(InputError, match="the device is gone"):
-        run(works(), tmp_path, make=make)
+        run(tasks(), tmp_path, make=make)
     assert 0 < len(list(tmp_path.glob("*.png"))) < 20
     with pytest.raises(OSError, match="no more room"):
-        run(works(), tmp_path, encode=lambda work, seed: (_ for _ in ()).throw(OSError("no more room")))
-    run(works(), tmp_path)
-    check_whole(tmp_path, works())
+        run(tasks(), tmp_path, encode=lambda task, seed: (_ for _ in ()).throw(OSError("no more room")))
+    run(tasks(), tmp_path)
+    check_whole(tmp_path, tasks())
 
 
 # --- what is refused
 
 
 def test_other_settings_are_refused(tmp_path):
-    run(works(), tmp_path)
+    run(tasks(), tmp_path)
     other = {"steps": 30, "sha256": {"unet": {"unet.safetensors": "cd34"}}}
     with pytest.raises(InputError) as caught:
-        run(works(), tmp_path, settings=other)
+        run(tasks(), tmp_path, settings=other)
     assert str(caught.value) == (
         f"{tmp_path} holds a job that was begun with other settings (steps: 20 -> 30; sha256.unet.unet.safetensors: "
         '"ab12" -> "cd34"); go on with those, or choose another --out'
@@ -194,23 +194,23 @@ def test_other_settings_are_refused(tmp_path):
     for content in ("[1", "[1]", "[" * 100_000, '{"a": ' * 600 + "1" + "}" * 600, '{"a": "\xff"}'):
         (tmp_path / "job.json").write_text(content, encoding="latin-1")
         with pytest.raises(InputError, match="job.json is damaged; choose another --out"):
-            run(works(), tmp_path)
+            run(tasks(), tmp_path)
 
 
 def test_settings_of_the_model_that_have_changed_are_refused(tmp_path):
     """Its weights may be the same; jobs of older releases do not know them."""
-    run(works(), tmp_path)
+    run(tasks(), tmp_path)
     settings = fake_job.SETTINGS | {"configurations": {"unet": "12", "scheduler": "34"}}
-    assert run(works(), tmp_path, settings=settings).before == 20
-    run(works(), tmp_path / "new", settings=settings)
+    assert run(tasks(), tmp_path, settings=settings).before == 20
+    run(tasks(), tmp_path / "new", settings=settings)
     settings = fake_job.SETTINGS | {"configurations": {"unet": "12", "scheduler": "56"}}
     with pytest.raises(InputError, match=r'\(configurations.scheduler: "34" -> "56"\)'):
-        run(works(), tmp_path / "new", settings=settings)
+        run(tasks(), tmp_path / "new", settings=settings)
 
 
 def test_rows_that_have_changed_are_refused(tmp_path):
-    run(works(), tmp_path)
-    planned = fake_job.plan(fake_job.rows(10), num_images=2, seed=7, scale=0.75)
+    run(tasks(), tmp_path)
+    planned = fake_job.plan_tasks(fake_job.rows(10), num_images=2, seed=7, scale=0.75)
     with pytest.raises(InputError, match=r"20 images there were made from other rows, row0-0.png .*scale: 0.5 -> 0.75"):
         run(planned, tmp_path)
     for path in tmp_path.glob("*.png"):
@@ -221,16 +221,16 @@ def test_rows_that_have_changed_are_refused(tmp_path):
 
 
 def test_image_prompts_may_have_moved(tmp_path):
-    run(works(), tmp_path)
+    run(tasks(), tmp_path)
     manifest = tmp_path / "job.jsonl"
     manifest.write_text(manifest.read_text().replace("images/", "/somewhere/else/"))
-    assert run(works(), tmp_path).before == 20
+    assert run(tasks(), tmp_path).before == 20
     manifest.write_text(manifest.read_text().replace("/0.png", "/1.png"))
     with pytest.raises(InputError, match="2 images there were made from other rows, row0-0.png"):
-        run(works(), tmp_path)
+        run(tasks(), tmp_path)
 
 
-def with_images(folder: Path, row: Row) -> Row:
+def with_images(folder: Path, row: BatchRow) -> BatchRow:
     """The row with a file, and another that all rows share, in place of image prompts that nobody reads."""
     return dataclasses.replace(row, images=(folder / f"{row.name}.jpg", folder / "shared.jpg"))
 
@@ -241,7 +241,7 @@ def references(tmp_path):
     rows = [with_images(tmp_path, row) for row in fake_job.rows(3)]
     for path in {path for row in rows for path in row.images}:
         path.write_bytes(path.name.encode())
-    return fake_job.plan(rows, num_images=2, seed=7, scale=0.5)
+    return fake_job.plan_tasks(rows, num_images=2, seed=7, scale=0.5)
 
 
 def test_a_replaced_image_prompt_is_refused(tmp_path, references):
@@ -331,7 +331,7 @@ def test_image_prompts_are_looked_at_when_they_are_read(tmp_path, references):
 
     def make(batch):
         (tmp_path / "row0.jpg").write_bytes(b"too late")
-        return [work.seed for work, _ in batch]
+        return [task.seed for task, _ in batch]
 
     run(references, tmp_path / "out", make=make, batch_size=6)
     with pytest.raises(InputError, match=r"2 images there .*row0-0.png for one \(image row0.jpg has been replaced"):
@@ -351,8 +351,8 @@ def test_jobs_of_older_releases_go_on(tmp_path, references):
 def test_no_image_without_its_line(tmp_path, references):
     """A kill may come at any moment, and the line alone says what an image prompt held."""
 
-    def encode(work, seed):
-        assert work.image in {line["picture"] for line in objects(tmp_path / "out/job.jsonl")}
+    def encode(task, seed):
+        assert task.image_name in {line["picture"] for line in objects(tmp_path / "out/job.jsonl")}
         return png(seed)
 
     assert run(references, tmp_path / "out", encode=encode).made == 6
@@ -362,15 +362,15 @@ def test_no_image_without_its_line(tmp_path, references):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "row3-1.png").write_bytes(b"mine")
     with pytest.raises(InputError, match="holds row3-1.png, which no job has made there; choose another --out"):
-        run(works(), tmp_path)
+        run(tasks(), tmp_path)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="cannot write there"):
-        run(works(), tmp_path / "file")
+        run(tasks(), tmp_path / "file")
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
     with file_lock(tmp_path / "lock"), pytest.raises(InputError, match=r"is in use by process \d+ on "):
-        run(works(), tmp_path)
+        run(tasks(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -381,37 +381,37 @@ def test_processes_that_split_the_work_otherwise_are_refused(tmp_path, working, 
 
     def make(batch):
         with pytest.raises(InputError, match=rf"is in use by process {os.getpid()} on .*, with another number of"):
-            run(works(shard=another), tmp_path, shard=another)
+            run(tasks(shard=another), tmp_path, shard=another)
         with pytest.raises(InputError, match=rf"is in use by process {os.getpid()} on .*; wait until that run ends"):
-            run(works(shard=working), tmp_path, shard=working)
-        return [work.seed for work, _ in batch]
+            run(tasks(shard=working), tmp_path, shard=working)
+        return [task.seed for task, _ in batch]
 
-    run(works(shard=working), tmp_path, shard=working, make=make)
-    run(works(shard=another), tmp_path, shard=another)  # when the first one is through
+    run(tasks(shard=working), tmp_path, shard=working, make=make)
+    run(tasks(shard=another), tmp_path, shard=another)  # when the first one is through
 
 
 def test_processes_of_one_job_work_together(tmp_path):
     def make(batch):
-        run(works(shard=(0, 2)), tmp_path, shard=(0, 2))
-        return [work.seed for work, _ in batch]
+        run(tasks(shard=(0, 2)), tmp_path, shard=(0, 2))
+        return [task.seed for task, _ in batch]
 
-    run(works(shard=(1, 2)), tmp_path, shard=(1, 2), make=make)
-    check_whole(tmp_path, works(), ("job.jsonl", "job-1.jsonl"))
+    run(tasks(shard=(1, 2)), tmp_path, shard=(1, 2), make=make)
+    check_whole(tmp_path, tasks(), ("job.jsonl", "job-1.jsonl"))
 
 
 # --- what a kill leaves
 
 
 def test_what_a_kill_leaves_is_put_right(tmp_path):
-    run(works(), tmp_path)
+    run(tasks(), tmp_path)
     manifest = tmp_path / "job.jsonl"
     lines = manifest.read_text().splitlines(keepends=True)
     (tmp_path / json.loads(lines[0])["picture"]).unlink()  # its line stays
     manifest.write_text("".join([*lines[:5], lines[3], *lines[6:-1], lines[-1][:20]]))
-    (tmp_path / f".part-{works()[0].image}-abc_1234").write_bytes(b"\x89PNG")
+    (tmp_path / f".part-{tasks()[0].image_name}-abc_1234").write_bytes(b"\x89PNG")
     (tmp_path / ".part-job.jsonl-abc_1234").write_bytes(b"")
-    assert run(works(), tmp_path).made == 1
-    check_whole(tmp_path, works())
+    assert run(tasks(), tmp_path).made == 1
+    check_whole(tmp_path, tasks())
 
 
 def start(out: Path, log: Path, seconds: float) -> subprocess.Popen:
@@ -442,9 +442,9 @@ def test_killed_at_any_moment_a_job_ends_as_if_nothing_had_happened(tmp_path):
         assert not done & set(logged(log)[before:])  # what is there is never made again
     assert kills >= 4
     assert start(out, log, 0).wait(timeout=60) == 0
-    check_whole(out, works(40))
+    check_whole(out, tasks(40))
     assert len(logged(log)) <= 80 + kills * IN_FLIGHT
-    run(works(40), tmp_path / "at once")
+    run(tasks(40), tmp_path / "at once")
     lines, expected = objects(out / "job.jsonl"), objects(tmp_path / "at once/job.jsonl")
     assert sorted(lines, key=str) == sorted(expected, key=str)
 
@@ -458,42 +458,42 @@ def test_told_to_stop(tmp_path, number):
     assert process.wait(timeout=60) == 75
     made = logged(log)
     assert 9 <= len(made) < 80
-    check_whole(out, [work for work in works(40) if work.image in made])
+    check_whole(out, [task for task in tasks(40) if task.image_name in made])
     assert start(out, log, 0).wait(timeout=60) == 0
-    check_whole(out, works(40))
+    check_whole(out, tasks(40))
     assert max(Counter(logged(log)).values()) == 1
 
 
 def test_a_stop_during_the_last_batch_is_no_stop(tmp_path):
     def make(batch):
         signal.raise_signal(signal.SIGTERM)
-        return [work.seed for work, _ in batch]
+        return [task.seed for task, _ in batch]
 
-    assert run(works(4, 1)[1:3], tmp_path / "one", make=make).code == 0
-    assert run(works(8, 1), tmp_path / "two", make=make).code == 75
+    assert run(tasks(4, 1)[1:3], tmp_path / "one", make=make).code == 0
+    assert run(tasks(8, 1), tmp_path / "two", make=make).code == 75
 
 
 # --- several processes
 
 
 def test_processes_share_a_folder(tmp_path):
-    bad = [BadRow(9, "no image")]
+    invalid = [InvalidRow(9, "no image")]
     for process in range(3):
-        part = works(shard=(process, 3))
-        theirs = tmp_path / f".part-{works(shard=((process + 1) % 3, 3))[0].image}-abc_1234"
+        part = tasks(shard=(process, 3))
+        theirs = tmp_path / f".part-{tasks(shard=((process + 1) % 3, 3))[0].image_name}-abc_1234"
         theirs.write_bytes(b"")  # another process is at it
-        assert run(part, tmp_path, shard=(process, 3), bad=bad).made == len(part)
+        assert run(part, tmp_path, shard=(process, 3), invalid=invalid).made == len(part)
         assert theirs.exists()
         theirs.unlink()
-    check_whole(tmp_path, works(), ("job.jsonl", "job-1.jsonl", "job-2.jsonl"))
+    check_whole(tmp_path, tasks(), ("job.jsonl", "job-1.jsonl", "job-2.jsonl"))
     assert objects(tmp_path / "bad_rows.jsonl") == [{"line": 9, "reason": "no image"}]
     assert not (tmp_path / "bad_rows-1.jsonl").exists()
 
 
 def test_another_number_of_processes_goes_on(tmp_path):
-    run(works(6), tmp_path)
+    run(tasks(6), tmp_path)
     for process in range(2):
-        run(works(shard=(process, 2)), tmp_path, shard=(process, 2))
-    check_whole(tmp_path, works(), ("job.jsonl", "job-1.jsonl"))
-    assert run(works(), tmp_path, make=pytest.fail).before == 20
-    check_whole(tmp_path, works(), ("job.jsonl", "job-1.jsonl"))
+        run(tasks(shard=(process, 2)), tmp_path, shard=(process, 2))
+    check_whole(tmp_path, tasks(), ("job.jsonl", "job-1.jsonl"))
+    assert run(tasks(), tmp_path, make=pytest.fail).before == 20
+    check_whole(tmp_path, tasks(), ("job.jsonl", "job-1.jsonl"))
