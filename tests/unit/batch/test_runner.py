@@ -188,8 +188,8 @@ def test_other_settings_are_refused(tmp_path):
     with pytest.raises(InputError) as caught:
         run(tasks(), tmp_path, settings=other)
     assert str(caught.value) == (
-        f"{tmp_path} holds a job that was begun with other settings (steps: 20 -> 30; sha256.unet.unet.safetensors: "
-        '"ab12" -> "cd34"); go on with those, or choose another --out'
+        f"{tmp_path} holds a job that was started with other settings (steps: 20 -> 30; sha256.unet.unet.safetensors: "
+        '"ab12" -> "cd34"); use those settings, or choose another --out'
     )
     for content in ("[1", "[1]", "[" * 100_000, '{"a": ' * 600 + "1" + "}" * 600, '{"a": "\xff"}'):
         (tmp_path / "job.json").write_text(content, encoding="latin-1")
