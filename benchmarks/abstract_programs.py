@@ -25,13 +25,14 @@ from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.ops import attention_kernels
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.runtime import random_keys
+from ipadapter_jax.runtime.mesh import batch_sharding, replicated
 from ipadapter_jax.testing.random_weights import SCHEDULER
 from ipadapter_jax.testing.sizes import FULL, ModelConfigs
 from ipadapter_jax.train.config import Data, Model, Optim, Train
 from ipadapter_jax.train.networks import Networks
-from ipadapter_jax.train.optim import make_optimizer, trainable, view
-from ipadapter_jax.train.sharding import by_row, of_frozen, replicated
-from ipadapter_jax.train.state import initial_state, state_shardings
+from ipadapter_jax.train.optim import make_optimizer, partition, trainable_mask
+from ipadapter_jax.train.sharding import frozen_sharding
+from ipadapter_jax.train.state import init_train_state, state_shardings
 from ipadapter_jax.train.step import make_step
 from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT, abstract_params
 
@@ -80,7 +81,7 @@ def abstract_sampler(
     unet, rows = UNet(sizes.unet, compute), NamedSharding(mesh, P("data"))
 
     def given(shape, dtype, sharding=None) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or sampling.replicated(mesh))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or replicated(mesh))
 
     def like(tree):
         return jax.tree.map(lambda x: given(np.shape(x), np.asarray(x).dtype), tree)
@@ -158,21 +159,21 @@ def abstract_step(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     frozen = {name: abstract_params(*part) for name, part in parts.items() if live or name != "image_encoder"}
-    frozen = jax.tree.map(lambda leaf: given(leaf.shape, compute, of_frozen(mesh, leaf)), frozen)
+    frozen = jax.tree.map(lambda leaf: given(leaf.shape, compute, frozen_sharding(mesh, leaf)), frozen)
     frozen["empty_ids"] = given((77,), jnp.int32, replicated(mesh))
     tokens = jnp.zeros((1, 4, sizes.unet.cross_attention_dim))
-    learnt = {
+    trainable = {
         "image_proj": jax.eval_shape(networks.projection.init, random_keys.key(0), example_features(projection)),
         "ip_adapter": jax.eval_shape(networks.adapter.init, random_keys.key(0), tokens),
     }
     model = Model(dtype=dtype, remat="always" if remat else "never")
     config = Train(model=model, data=Data(batch_size=batch), optim=Optim(accumulate=accumulate))
-    mask = trainable(config.model)
+    mask = trainable_mask(config.model)
     optimizer = make_optimizer(config.optim, mask)
-    learnt = view(frozen | {part: tree["params"] for part, tree in learnt.items()}, mask)
-    state = jax.eval_shape(functools.partial(initial_state, optimizer=optimizer, config=config), learnt)
+    trainable = partition(frozen | {part: tree["params"] for part, tree in trainable.items()}, mask)
+    state = jax.eval_shape(functools.partial(init_train_state, optimizer=optimizer, config=config), trainable)
     state = jax.tree.map(lambda x, sharding: given(x.shape, x.dtype, sharding), state, state_shardings(mesh, state))
-    rows = functools.partial(given, sharding=by_row(mesh))
+    rows = functools.partial(given, sharding=batch_sharding(mesh))
     images = {
         "pixels": rows((batch, 8 * latent, 8 * latent, 3), jnp.uint8),
         "clip_pixels": rows((batch, sizes.image_encoder.image_size, sizes.image_encoder.image_size, 3), jnp.uint8),

@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh
 
 from benchmarks.abstract_programs import abstract_sampler, abstract_step, as_on
 from benchmarks.hlo_stats import Group, collective_bytes, groups
-from ipadapter_jax.train.sharding import AXES
+from ipadapter_jax.runtime.mesh import TRAIN_AXES
 
 _DESCRIPTION = """
 gpu_device_info {{
@@ -65,7 +65,7 @@ def devices(name: str, count: int) -> list[Any]:
 
 def compiled(what: str, batch: int, found: list[Any], flags: dict[str, Any], **sizes: Any) -> tuple[str, int]:
     """The compiled program's text, and the bytes that it needs beside its arguments on each device."""
-    axes, shape = (("data",), (len(found),)) if what == "sampler" else (AXES, (len(found), 1))
+    axes, shape = (("data",), (len(found),)) if what == "sampler" else (TRAIN_AXES, (len(found), 1))
     mesh = Mesh(np.array(found).reshape(shape), axes, axis_types=(AxisType.Auto,) * len(axes))
     on_gpu = found[0].platform != "tpu"
     with as_on("gpu" if on_gpu else "tpu"):

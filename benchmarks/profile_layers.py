@@ -28,8 +28,8 @@ from jax.sharding import AxisType
 from benchmarks.abstract_programs import abstract_sampler, abstract_step
 from benchmarks.hlo_stats import main_computation
 from ipadapter_jax.runtime.flops import products
+from ipadapter_jax.runtime.mesh import TRAIN_AXES
 from ipadapter_jax.testing.sizes import SIZES
-from ipadapter_jax.train.sharding import AXES
 
 LAYERS = {  # the first whose pattern is found in where an instruction stands
     "self-attention": r"/attn1/(?!to_)|/attn1$",
@@ -123,7 +123,7 @@ def product_rate(dtype: str) -> float:
 
 def program(settings: Profile) -> tuple[Any, tuple[Any, ...], int]:
     """The traced program, its arguments without those that are fixed, and how many steps it makes."""
-    axes = ("data",) if settings.what == "sampler" else AXES
+    axes = ("data",) if settings.what == "sampler" else TRAIN_AXES
     types, device = (AxisType.Auto,) * len(axes), jax.devices()[:1]
     mesh = jax.make_mesh((1,) * len(axes), axes, axis_types=types, devices=device)
     given: Any = {"sizes": SIZES[settings.size], "latent": settings.latent, "dtype": settings.dtype}

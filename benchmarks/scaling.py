@@ -65,11 +65,11 @@ def work(settings: Scaling, port: int, processes: int, number: int) -> None:
     from benchmarks.abstract_programs import abstract_sampler, abstract_step
     from benchmarks.hlo_stats import collective_bytes
     from benchmarks.profile_layers import filled
+    from ipadapter_jax.runtime.mesh import TRAIN_AXES
     from ipadapter_jax.testing.sizes import SIZES
-    from ipadapter_jax.train.sharding import AXES
 
     sizes: Any = {"sizes": SIZES[settings.size], "latent": settings.latent, "dtype": "float32", "batch": settings.batch}
-    mesh = jax.make_mesh((jax.device_count(), 1), AXES, axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((jax.device_count(), 1), TRAIN_AXES, axis_types=(AxisType.Auto,) * 2)
     step = abstract_step(mesh, **sizes)
     program, (state, *rest) = step.trace().lower().compile(), filled(step.arguments)
     answer: dict[str, Any] = {"bytes": collective_bytes(str(program.as_text())), "training": []}

@@ -97,29 +97,29 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        from ipadapter_jax.train.networks import Encoded, load_networks
-        from ipadapter_jax.train.optim import make_optimizer, trainable, view
-        from ipadapter_jax.train.sharding import make_mesh, replicated
-        from ipadapter_jax.train.state import initial_state, state_shardings
+        from ipadapter_jax.runtime.mesh import global_mesh, replicated
+        from ipadapter_jax.train.networks import PrecomputedEncoder, load_networks
+        from ipadapter_jax.train.optim import make_optimizer, partition, trainable_mask
+        from ipadapter_jax.train.state import init_train_state, state_shardings
         from ipadapter_jax.train.step import make_step
         from ipadapter_jax.weights.components import IMAGE_ENCODER
         from ipadapter_jax.weights.open_component import read_component_config
 
         encoded = None
         if self.settings.inputs == "precomputed":
-            encoded = Encoded(read_component_config(IMAGE_ENCODER, encoder / "config.json").config, None)
-        self.mesh = make_mesh()
+            encoded = PrecomputedEncoder(read_component_config(IMAGE_ENCODER, encoder / "config.json").config, None)
+        self.mesh = global_mesh()
         loaded = load_networks(self.config, self.mesh, encoded)
         self.networks, self.frozen = loaded.networks, loaded.frozen
-        mask = trainable(self.config.model)
+        mask = trainable_mask(self.config.model)
         optimizer = make_optimizer(self.config.optim, mask)
-        learnt = view(loaded.frozen | loaded.params, mask)
+        trainable = partition(loaded.frozen | loaded.params, mask)
 
         def begin(params: Any) -> Any:
-            return initial_state(params, optimizer, self.config)
+            return init_train_state(params, optimizer, self.config)
 
-        shardings = state_shardings(self.mesh, jax.eval_shape(begin, learnt))
-        self.state = jax.jit(begin, out_shardings=shardings)(learnt)
+        shardings = state_shardings(self.mesh, jax.eval_shape(begin, trainable))
+        self.state = jax.jit(begin, out_shardings=shardings)(trainable)
         kept = jnp.dtype(self.dtype)  # in which the cache keeps what encoders made
         self.arrays = {k: v.astype(kept) if v.dtype == np.float32 else v for k, v in self.settings.batch().items()}
         self._step = jax.jit(
@@ -138,10 +138,10 @@ class Ours:
         """Writes what chance decides in the first step, and the tokens of no text."""
         import jax.numpy as jnp
 
-        from ipadapter_jax.train.step import draw
+        from ipadapter_jax.train.step import random_draws
 
         rows, timesteps = jnp.arange(self.settings.batch_size), self.networks.schedule.num_train_timesteps
-        random_keys = draw(self.config.seed, jnp.int32(0), rows, self.networks.latent_shape, timesteps, DROP)
+        random_keys = random_draws(self.config.seed, jnp.int32(0), rows, self.networks.latent_shape, timesteps, DROP)
         found: dict[str, Any] = {name: np.asarray(value) for name, value in random_keys._asdict().items()}
         np.savez(path, **found, empty_ids=np.asarray(self.frozen["empty_ids"]))
 
@@ -229,7 +229,7 @@ class Authors:
         self.projection = self.unet.encoder_hid_proj
         # In the order of the authors' files, as ours.
         self.processors: list[Any] = [p for p in self.unet.attn_processors.values() if isinstance(p, torch.nn.Module)]
-        self.learnt = [*self.projection.parameters(), *(w for p in self.processors for w in p.parameters())]
+        self.trainable = [*self.projection.parameters(), *(w for p in self.processors for w in p.parameters())]
         self.text_encoder.to(self.device, self.dtype)
         if settings.inputs == "live":
             self.vae.to(self.device, self.dtype)
@@ -239,7 +239,7 @@ class Authors:
         self.scaling_factor = pipe.vae.config.scaling_factor
         del pipe
         self._place_unet()
-        for weight in self.learnt:
+        for weight in self.trainable:
             weight.requires_grad_(True)
         self.schedule = peers()[0].DDPMScheduler.from_pretrained(settings.weights / "scheduler")
         self.optimizer = self._optimizer()
@@ -252,7 +252,7 @@ class Authors:
         self.unet.to(self.device)
 
     def _optimizer(self) -> Any:
-        return self.torch.optim.AdamW(self.learnt, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        return self.torch.optim.AdamW(self.trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def _host_batch(self) -> dict[str, Any]:
         """The batch as the authors' data set gives it: images in float32, normalised on the host, (B, C, H, W)."""
@@ -330,7 +330,7 @@ class Authors:
             chance[name] = chance[name].to(self.device)
         loss = self._backward(chance).item()
         scale = self.scaler.get_scale()
-        norm = torch.linalg.vector_norm(torch.stack([w.grad.float().norm() for w in self.learnt])).item() / scale
+        norm = torch.linalg.vector_norm(torch.stack([w.grad.float().norm() for w in self.trainable])).item() / scale
         layers = [self.projection.image_projection_layers[0].image_embeds]
         layers += [layer for processor in self.processors for layer in (*processor.to_k_ip, *processor.to_v_ip)]
         gradients = [layer.weight.grad.float().cpu().numpy().T.ravel() / scale for layer in layers]
@@ -356,7 +356,7 @@ class Tuned(Authors):
     compiled networks, one kernel for the optimiser, and no wait for the loss."""
 
     def _place_unet(self) -> None:
-        torch, kept = self.torch, {id(weight) for weight in self.learnt}
+        torch, kept = self.torch, {id(weight) for weight in self.trainable}
         torch.backends.cudnn.benchmark = True
         for weight in self.unet.parameters():
             if id(weight) not in kept:
@@ -369,7 +369,7 @@ class Tuned(Authors):
 
     def _optimizer(self) -> Any:
         settings = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
-        return self.torch.optim.AdamW(self.learnt, fused=True, **settings)
+        return self.torch.optim.AdamW(self.trainable, fused=True, **settings)
 
     def steps(self) -> None:
         for _ in range(self.settings.steps):

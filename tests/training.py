@@ -18,14 +18,14 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ipadapter_jax.images.preprocess import clip_pixels, load_image
+from ipadapter_jax.runtime.mesh import replicated
 from ipadapter_jax.testing.random_weights import write_model
 from ipadapter_jax.testing.sizes import MICRO
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train
 from ipadapter_jax.train.networks import LoadedNetworks
-from ipadapter_jax.train.optim import make_optimizer, trainable, view
-from ipadapter_jax.train.sharding import replicated
-from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
-from ipadapter_jax.train.step import Draws, make_step
+from ipadapter_jax.train.optim import make_optimizer, partition, trainable_mask
+from ipadapter_jax.train.state import TrainState, init_train_state, state_shardings
+from ipadapter_jax.train.step import RandomDraws, make_step
 from tests.fault_injection.runs import changed
 
 TINY = Train(
@@ -48,9 +48,9 @@ def recorded_batch(case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def recorded_draws(case: Case, step: int = 0) -> Draws:
+def recorded_draws(case: Case, step: int = 0) -> RandomDraws:
     drop = case.inputs["drop_image_embeds"].astype(bool)
-    return Draws(
+    return RandomDraws(
         drop_image=jnp.asarray(drop),
         drop_text=jnp.zeros(len(drop), bool),  # the recorded ids are those after dropping
         timestep=jnp.asarray(case.inputs[f"timesteps_{step}"]),
@@ -59,14 +59,14 @@ def recorded_draws(case: Case, step: int = 0) -> Draws:
     )
 
 
-def begun(
+def started(
     config: Train, mesh: Mesh, loaded: LoadedNetworks, params: dict[str, Any] | None = None
 ) -> tuple[TrainState, Any]:
     """The initial state where it belongs on the mesh, and the jitted step, which keeps it there and so is compiled
     once. `params` in place of those that were loaded."""
-    mask = trainable(config.model)
+    mask = trainable_mask(config.model)
     optimizer = make_optimizer(config.optim, mask)
-    state = initial_state(view(loaded.frozen | (params or loaded.params), mask), optimizer, config)
+    state = init_train_state(partition(loaded.frozen | (params or loaded.params), mask), optimizer, config)
     shardings = state_shardings(mesh, state)
     step = jax.jit(make_step(loaded.networks, optimizer, config, mesh), out_shardings=(shardings, replicated(mesh)))
     return jax.device_put(state, shardings), step

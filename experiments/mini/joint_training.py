@@ -18,12 +18,13 @@ from ipadapter_jax.models.clip import CLIPTextConfig, TextOutput
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
+from ipadapter_jax.runtime.mesh import global_mesh
 from ipadapter_jax.train.config import Train, check
 from ipadapter_jax.train.dataset import open_samples
 from ipadapter_jax.train.networks import Networks
-from ipadapter_jax.train.preemption import StopSignal
+from ipadapter_jax.train.preemption import CoordinatedShutdown
 from ipadapter_jax.train.run_dir import run_lock
-from ipadapter_jax.train.sharding import check_batch, make_mesh
+from ipadapter_jax.train.sharding import check_batch
 from ipadapter_jax.train.trainer import Run
 
 Joined = Literal["simple", "full"]
@@ -39,12 +40,12 @@ def train(config: Train, how: Joined) -> int:
     """As `ipadapter-jax train`, with another prediction: resumable, the same batches, draws, loss and optimiser."""
     check(config)
     enable_compilation_cache()
-    mesh, folder = make_mesh(config.mesh.fsdp), Path(config.out)
+    mesh, folder = global_mesh(config.mesh.fsdp), Path(config.out)
     check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config, config.data.path)
     with (
         run_lock(folder),
-        StopSignal() as stop,
+        CoordinatedShutdown() as stop,
         contextlib.closing(_Run(how, config, mesh, folder, samples)) as run,
     ):
         return run.go(stop)

@@ -18,7 +18,7 @@ from experiments.mini.test_scenes import Photograph, Prompt, photograph, prompt
 from experiments.mini.trainings import ENCODER, TRAININGS, Workshop
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.images.preprocess import to_uint8
-from ipadapter_jax.pipelines.sampling import replicated
+from ipadapter_jax.runtime.mesh import replicated
 from ipadapter_jax.storage.atomic_files import sha256, write_atomically
 from ipadapter_jax.weights.bundled import GUIDANCE_SCALE
 from ipadapter_jax.weights.components import UNET

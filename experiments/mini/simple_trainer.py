@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from experiments.mini.run_settings import check_same
-from ipadapter_jax.pipelines.sampling import device_mesh, replicated
 from ipadapter_jax.runtime import random_keys
+from ipadapter_jax.runtime.mesh import local_mesh, replicated
 from ipadapter_jax.storage.atomic_files import write_atomically
 from ipadapter_jax.weights.load_tree import Tree
 
@@ -58,7 +58,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(200, steps // 2), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-    mesh = device_mesh()
+    mesh = local_mesh()
     # Copies, since the step gives the memory of its state to the next one.
     state = jax.tree.map(jnp.copy, _State(params, optimizer.init(params), params))
     state = jax.device_put(state, replicated(mesh))

@@ -44,7 +44,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "encode": Command(
         "compute latents and image features of a data set once, for train",
-        "ipadapter_jax.train.precompute_config:Encode",
+        "ipadapter_jax.train.precompute_config:PrecomputeConfig",
         "ipadapter_jax.cli.run.encode:encode",
         reports_immediately=True,
     ),

@@ -18,8 +18,8 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.protocol import SCORER
 from ipadapter_jax.images.preprocess import CLIP_MEAN, CLIP_STD, CLIP_TABLE
 from ipadapter_jax.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from ipadapter_jax.pipelines.sampling import by_image, device_mesh, replicated
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
+from ipadapter_jax.runtime.mesh import batch_sharding, local_mesh, replicated
 from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.weights.components import WHOLE_CLIP
 from ipadapter_jax.weights.formats.tensor_files import files_of
@@ -61,7 +61,7 @@ class OpenedScorer:
     def load(self) -> "Scorer":
         """Reads the weights in float32: a ruler is not the place to save digits."""
         enable_compilation_cache()
-        mesh = device_mesh()
+        mesh = local_mesh()
         put = functools.partial(jax.device_put, device=replicated(mesh))
         loaded = self.opened.load(np.dtype(np.float32), put)
         return Scorer(loaded.module, loaded.params, self.tokenizer, mesh)
@@ -101,7 +101,7 @@ class Scorer:
             for batch in _batches(rows, size):
                 count += len(batch)
                 filled = np.stack(batch + batch[-1:] * (size - len(batch)))
-                spread = jax.device_put(filled, by_image(self.mesh))
+                spread = jax.device_put(filled, batch_sharding(self.mesh))
                 found.append(embed(self.clip, self.mesh, self.params, spread))
         return np.concatenate([np.asarray(part) for part in found])[:count]
 

@@ -25,26 +25,13 @@ from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import KeyValue, UNet
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.runtime.export_cache import export_cached, register_serializable
+from ipadapter_jax.runtime.mesh import batch_sharding
 from ipadapter_jax.runtime.random_keys import key
 from ipadapter_jax.weights.load_tree import Tree
 
 
 def _apply(module: Any, params: Tree, *inputs: Any, method: Callable | None = None) -> Any:
     return module.apply({"params": params}, *inputs, method=method)
-
-
-def device_mesh() -> Mesh:
-    """All devices of this process along one axis, over which the images of a batch are spread."""
-    devices = jax.local_devices()
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
-
-
-def by_image(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P("data"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -54,7 +41,7 @@ def draw_noise(shape: tuple[int, ...], seeds: Array, step: Array, mesh: Mesh) ->
     def draw(seed):
         return jax.random.normal(jax.random.fold_in(key(seed), step), shape, jnp.float32)
 
-    return jax.lax.with_sharding_constraint(jax.vmap(draw)(seeds), by_image(mesh))
+    return jax.lax.with_sharding_constraint(jax.vmap(draw)(seeds), batch_sharding(mesh))
 
 
 class SampleBatch:
@@ -71,7 +58,7 @@ class SampleBatch:
     def sharded(self, samples: np.ndarray) -> Array:
         """Samples (B, ...) sharded over the devices, filled up."""
         filled = np.concatenate([samples, np.repeat(samples[-1:], -len(samples) % self.mesh.size, axis=0)])
-        return jax.device_put(filled, by_image(self.mesh))
+        return jax.device_put(filled, batch_sharding(self.mesh))
 
     def noise(self, shape: tuple[int, ...], step: int) -> Array:
         """Standard normal (B, *shape), the draw of this number (see `noise.py`)."""

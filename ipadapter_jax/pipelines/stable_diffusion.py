@@ -43,6 +43,7 @@ from ipadapter_jax.pipelines.noise import INITIAL, taken_noise
 from ipadapter_jax.pipelines.outputs import check_finite, images_of
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.memory_limits import check_sampling_memory
+from ipadapter_jax.runtime.mesh import local_mesh, replicated
 from ipadapter_jax.runtime.progress_bar import step_bar
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base
 from ipadapter_jax.weights.load_tree import Tree
@@ -104,8 +105,8 @@ class StableDiffusion:
         dtype = check_dtype(dtype, DTYPES)
         enable_compilation_cache()
         base.check()
-        mesh, schedule = sampling.device_mesh(), base.schedule
-        put = functools.partial(jax.device_put, device=sampling.replicated(mesh))
+        mesh, schedule = local_mesh(), base.schedule
+        put = functools.partial(jax.device_put, device=replicated(mesh))
         parts = {name: base.part(name).load(jnp.dtype(dtype), put) for name in BASE_COMPONENTS}
         return cls(
             **{name: part.module for name, part in parts.items()},
@@ -135,7 +136,7 @@ class StableDiffusion:
 
     def with_opened(self, adapter: OpenedAdapter) -> "StableDiffusion":
         """This pipeline with an adapter that was opened for its UNet."""
-        put = functools.partial(jax.device_put, device=sampling.replicated(self.mesh))
+        put = functools.partial(jax.device_put, device=replicated(self.mesh))
         return dataclasses.replace(self, adapters=(*self.adapters, adapter.load(self.unet.dtype, put, self.adapters)))
 
     def __call__(

@@ -16,20 +16,22 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.train.checksums import digests, kind, named_leaves, shape_of
-from ipadapter_jax.train.run_dir import agreed
+from ipadapter_jax.train.checksums import dtype_and_shape, named_leaves, parse_dtype_and_shape, tree_checksums
+from ipadapter_jax.train.multihost import run_on_all, run_on_first
 
 log = logging.getLogger("ipadapter_jax")
 
+T = TypeVar("T")
 
-class Damaged(Exception):
+
+class DamagedStep(Exception):
     """A step that is not what was saved."""
 
 
@@ -68,7 +70,7 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             return
-        content = {"step": step, "leaves": digests(state), "about": about}
+        content = {"step": step, "leaves": tree_checksums(state), "about": about}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(named_leaves(state)),  # pyright: ignore[reportCallIssue]
             manifest=ocp.args.JsonSave({**content, "sha256": _sha256(content)}),  # pyright: ignore[reportCallIssue]
@@ -100,7 +102,7 @@ class Checkpoints:
             return None if found is None else found[:2]
         try:
             return step, self._leaves(step)
-        except Damaged as error:
+        except DamagedStep as error:
             raise InputError(f"{self._folder}: step {step} is damaged ({error}); take another") from None
 
     def about(self) -> dict[str, Any] | None:
@@ -133,7 +135,7 @@ class Checkpoints:
         for step in sorted(map(int, self._manager.all_steps()), reverse=True):
             try:
                 return step, read(step), damaged
-            except Damaged as error:
+            except DamagedStep as error:
                 damaged[step] = str(error)
         if damaged:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
@@ -155,32 +157,36 @@ class Checkpoints:
 
     def _leaves(self, step: int) -> dict[str, Any]:
         manifest = self._manifest(step)
-        return self._verified(step, manifest, {name: shape_of(kind) for name, kind in _kinds(manifest).items()})
+        return self._verified(
+            step,
+            manifest,
+            {name: parse_dtype_and_shape(text) for name, text in _kinds(manifest).items()},
+        )
 
     def _verified(self, step: int, manifest: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
         """The leaves of a step, which are what its manifest says. Raises Damaged."""
         arguments: Any = ocp.args.StandardRestore(wanted)  # pyright: ignore[reportCallIssue]
         # Orbax's own manager waits for all processes at the end of restore: for ever, when one of them has failed.
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-            leaves = _everywhere(lambda: handler.restore(self._item(step, "state"), args=arguments))
-        found = digests(leaves)
+            leaves = _read_on_all(lambda: handler.restore(self._item(step, "state"), args=arguments))
+        found = tree_checksums(leaves)
         if wrong := [name for name in wanted if found[name] != manifest["leaves"][name]]:
-            raise Damaged(f"{_some(wrong)} is not what was saved")
+            raise DamagedStep(f"{_some(wrong)} is not what was saved")
         return leaves
 
     def _manifest(self, step: int) -> dict[str, Any]:
         def read() -> dict[str, Any]:
             content = dict(ocp.JsonCheckpointHandler().restore(self._item(step, "manifest")))
             if content.pop("sha256") != _sha256(content) or content["step"] != step:
-                raise Damaged("its manifest is not what was saved")
+                raise DamagedStep("its manifest is not what was saved")
             return content
 
-        return _everywhere(read)
+        return _read_on_all(read)
 
     def _check_kinds(self, step: int, saved: dict[str, str], wanted: dict[str, Any]) -> None:
         """Raises InputError naming leaves that the state has and the step has not, or as something else, or vice versa:
         nothing is damaged then, it is another run."""
-        asked = {name: kind(leaf) for name, leaf in wanted.items()}
+        asked = {name: dtype_and_shape(leaf) for name, leaf in wanted.items()}
         if saved == asked:
             return
         odd = sorted(name for name in saved | asked if saved.get(name) != asked.get(name))
@@ -193,40 +199,39 @@ class Checkpoints:
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames damaged steps, so that steps of these numbers can be saved again."""
-        problem = None
-        if jax.process_index() == 0:
-            try:
-                for step in steps:
-                    names = (f"damaged-{step}{'' if again == 1 else f'-{again}'}" for again in itertools.count(1))
-                    place = next(self._folder / name for name in names if not (self._folder / name).exists())
-                    (self._folder / str(step)).rename(place)
-            except OSError as error:
-                problem = f"{self._folder}: cannot rename the damaged step ({error.strerror}); make the folder writable"
-        if problem := agreed(problem):
-            raise InputError(problem)
+        run_on_first(lambda: [self._rename_damaged(step) for step in steps])
         self._manager.reload()
 
-
-def _everywhere(job: Callable[[], Any]) -> Any:
-    """What `job` returns. Raises Damaged in all processes when it failed in one."""
-    with _no_pages():
-        result, problem = None, None
+    def _rename_damaged(self, step: int) -> None:
+        names = (f"damaged-{step}{'' if again == 1 else f'-{again}'}" for again in itertools.count(1))
         try:
-            result = job()
-        except Damaged as error:
+            (self._folder / str(step)).rename(next(self._folder / n for n in names if not (self._folder / n).exists()))
+        except OSError as error:
+            raise InputError(
+                f"{self._folder}: cannot rename the damaged step ({error.strerror}); make the folder writable"
+            ) from None
+
+
+def _read_on_all(read: Callable[[], T]) -> T:
+    """What `read` returns. Raises DamagedStep in all processes when it failed in one of them."""
+
+    def explained() -> T:
+        try:
+            return read()
+        except DamagedStep as error:
             problem = str(error)
-        except Exception as error:  # damage shows as anything: JSONDecodeError, KeyError, ValueError, Exception itself
+        except Exception as error:  # damage shows as JSONDecodeError, KeyError, ValueError, Exception itself and others
             problem = _reason(error)
-        if problem:
-            gc.collect()  # now, while nobody hears it
-    if problem := agreed(problem):
-        raise Damaged(problem)
-    return result
+        gc.collect()  # while the messages of abandoned reads are silenced
+        raise DamagedStep(problem)
+
+    with _silenced_unraisable_errors():
+        return run_on_all(explained, DamagedStep)
 
 
 @contextlib.contextmanager
-def _no_pages() -> Iterator[None]:
-    """When one read of orbax fails it abandons the others, and Python prints a page for each as it clears them away."""
+def _silenced_unraisable_errors() -> Iterator[None]:
+    """When one read of orbax fails, it abandons the others, and Python prints a page for each as it frees them."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:

@@ -29,33 +29,34 @@ from jax.sharding import PartitionSpec as P
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-def digests(tree: Any) -> dict[str, str]:
-    """{path: digest} of all leaves, each a jax.Array of at most 32 bits per element; a digest begins with `kind`.
+def tree_checksums(tree: Any) -> dict[str, str]:
+    """{path: checksum} of all leaves, each a jax.Array of at most 32 bits per element. A checksum begins with the dtype
+    and shape of its leaf.
 
     A leaf with a NamedSharding must have a mesh of Auto axes. In a job of several processes all of them call this.
     """
     leaves = named_leaves(tree)
     # One after the other: programs that run at once may meet their like in another process in another order, and hang.
-    sums = [jax.device_get(_sums(leaf, _everywhere(leaf))) for leaf in leaves.values()]
+    sums = [jax.device_get(_sums(leaf, _replicated_like(leaf))) for leaf in leaves.values()]
     return {
-        name: f"{kind(leaf)}:{first:08x}{second:08x}"
+        name: f"{dtype_and_shape(leaf)}:{first:08x}{second:08x}"
         for (name, leaf), (first, second) in zip(leaves.items(), sums, strict=True)
     }
 
 
-def fingerprint(digests: Mapping[str, str]) -> str:
+def tree_fingerprint(checksums: Mapping[str, str]) -> str:
     """One sha256 for the digests of a whole tree."""
-    return hashlib.sha256(json.dumps(dict(digests), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(dict(checksums), sort_keys=True).encode()).hexdigest()
 
 
-def kind(leaf: Any) -> str:
+def dtype_and_shape(leaf: Any) -> str:
     """The dtype and shape of whatever has those: float32[3,4]."""
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
-def shape_of(kind: str) -> jax.ShapeDtypeStruct:
-    """The inverse of `kind`, on the first device."""
-    dtype, _, sizes = kind.removesuffix("]").partition("[")
+def parse_dtype_and_shape(text: str) -> jax.ShapeDtypeStruct:
+    """The inverse of `dtype_and_shape`, on the first device."""
+    dtype, _, sizes = text.removesuffix("]").partition("[")
     shape = tuple(int(size) for size in sizes.split(",") if size)
     return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=SingleDeviceSharding(jax.local_devices()[0]))
 
@@ -69,7 +70,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return named
 
 
-def _everywhere(leaf: Array) -> NamedSharding | None:
+def _replicated_like(leaf: Array) -> NamedSharding | None:
     return NamedSharding(leaf.sharding.mesh, P()) if isinstance(leaf.sharding, NamedSharding) else None
 
 

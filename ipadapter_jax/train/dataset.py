@@ -16,7 +16,7 @@ from ipadapter_jax.inputs.config_fields import build_config
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.train.config import Train
-from ipadapter_jax.train.networks import Encoded, LoadedNetworks
+from ipadapter_jax.train.networks import LoadedNetworks, PrecomputedEncoder
 from ipadapter_jax.train.precompute import check_cache
 from ipadapter_jax.weights.base_model import open_base_folder
 from ipadapter_jax.weights.components import IMAGE_ENCODER
@@ -47,29 +47,29 @@ def open_samples(config: Train, path: str) -> Samples:
     return LiveSamples(source, base.folder / "tokenizer", data.resolution, clip_size, length)
 
 
-def tell(path: str, samples: Samples) -> None:
+def log_record_count(path: str, samples: Samples) -> None:
     """Says in process 0 how many records there are at a path, and what is not used."""
     if jax.process_index() == 0:
         log.info("%s: %s", path, samples.account())
 
 
-def list_unused(folder: Path, samples: Samples) -> None:
+def write_unused_report(folder: Path, samples: Samples) -> None:
     """Leaves the list of what is not used in the folder of a run, in process 0."""
     if jax.process_index() == 0 and isinstance(samples, LiveSamples):
         write_report(folder, samples.source.unused)
 
 
-def encoded_by(samples: Samples) -> Encoded | None:
+def precomputed_encoder(samples: Samples) -> PrecomputedEncoder | None:
     """What a run needs to know of the encoder behind precomputed features; None where it encodes images itself."""
     if isinstance(samples, LiveSamples):
         return None
     config: CLIPVisionConfig = build_config(
         CLIPVisionConfig, samples.plan.made_from["image_encoder"]["config"], f"{samples.folder}: image encoder"
     )
-    return Encoded(config, samples.zero_features())
+    return PrecomputedEncoder(config, samples.zero_features())
 
 
-def check_fits(samples: Samples, config: Train, loaded: LoadedNetworks) -> None:
+def check_precomputed(samples: Samples, config: Train, loaded: LoadedNetworks) -> None:
     """Raises InputError, listing the differences, for precomputed features that were made for another run, and for
     validation data that need an image encoder where the training data do without."""
     if isinstance(samples, LiveSamples):
@@ -99,7 +99,7 @@ def _encoder_here(place: str) -> Path | None:
     return folder / choose_weights(IMAGE_ENCODER, [path.name for path in folder.iterdir()], str(folder), None)
 
 
-def good_sample(samples: Samples, first: int, step: int = 1) -> dict[str, np.ndarray]:
+def first_readable_sample(samples: Samples, first: int, step: int = 1) -> dict[str, np.ndarray]:
     """The first usable one of the samples `first`, `first` + `step`, ... Raises InputError after 64 that are not."""
     for index in range(first, first + MAX_CONSECUTIVE_UNREADABLE * step, step):
         found = load_or_skip(samples, index % len(samples))

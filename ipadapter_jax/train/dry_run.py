@@ -9,16 +9,17 @@ import jax
 from jax.sharding import AbstractMesh
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.runtime.mesh import TRAIN_AXES
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.multihost import find_cluster
-from ipadapter_jax.train.sharding import AXES, check_batch
+from ipadapter_jax.train.sharding import check_batch
 
 _OWN_OPTIONS = ("--mesh.coordinator", "--mesh.processes", "--mesh.process")
 _FLAGS = ("--dry-run", "--dry_run")
 _SHOWN = ("JAX_", "XLA_", "LIBTPU_", "NCCL_", "CUDA_VISIBLE_DEVICES")  # variables that change what a process does
 
 
-def describe(config: Train, command: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
+def dry_run_report(config: Train, command: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
     """What every process of the run would be: its command line with the variables that matter, and its share of mesh
     and batch. `command` is the whole command line of this process. Other hosts are taken to have as many devices.
 
@@ -33,7 +34,7 @@ def describe(config: Train, command: Sequence[str], environment: Mapping[str, st
     total, batch, fsdp = processes * len(devices), config.data.batch_size, config.mesh.fsdp
     if total % fsdp:
         raise InputError(f"--mesh.fsdp {fsdp} does not divide the {total} devices; choose a divisor")
-    check_batch(cast(Any, AbstractMesh((total // fsdp, fsdp), AXES)), batch, config.optim.accumulate)
+    check_batch(cast(Any, AbstractMesh((total // fsdp, fsdp), TRAIN_AXES)), batch, config.optim.accumulate)
     lines = [
         f"processes: {processes}, each with {len(devices)} x {devices[0].device_kind}",
         f"mesh: {total // fsdp} (data) x {fsdp} (fsdp)",

@@ -12,7 +12,7 @@ from ipadapter_jax.storage.text_files import encode_utf8
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.model_card import model_card
 from ipadapter_jax.train.networks import LoadedNetworks
-from ipadapter_jax.train.optim import fill
+from ipadapter_jax.train.optim import combine
 from ipadapter_jax.weights.component_export import save_component
 from ipadapter_jax.weights.components import UNET
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_adapter
@@ -20,19 +20,21 @@ from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_ad
 ADAPTER = "adapter.safetensors"
 
 
-def export(folder: Path, learnt: Any, config: Train, loaded: LoadedNetworks, about: dict[str, Any], step: int) -> None:
-    """Writes `learnt`, a view with arrays of this process, into the folder of the run.
+def export_run(
+    folder: Path, trainable: Any, config: Train, loaded: LoadedNetworks, about: dict[str, Any], step: int
+) -> None:
+    """Writes `trainable`, a view with arrays of this process, into the folder of the run.
 
     Raises InputError when something is not finite or cannot be written; older files then stay.
     """
     dtype = config.checkpoint.export_dtype
-    if not isinstance(learnt["unet"], optax.MaskedNode):
+    if not isinstance(trainable["unet"], optax.MaskedNode):
         settings = json.dumps(loaded.base.component_config("unet").settings, indent=2)
-        save_component(UNET, folder / "unet", learnt["unet"], np.dtype(dtype), settings.encode())
+        save_component(UNET, folder / "unet", trainable["unet"], np.dtype(dtype), settings.encode())
     projection = loaded.networks.projection
     if projection is None:
         return
-    params = {part: tree for part, tree in fill(learnt, loaded.frozen).items() if part != "unet"}
+    params = {part: tree for part, tree in combine(trainable, loaded.frozen).items() if part != "unet"}
     metadata = adapter_metadata(projection.config, step=step)
     save_ip_adapter(folder / ADAPTER, params, dtype=dtype, metadata=metadata)
     card = model_card(

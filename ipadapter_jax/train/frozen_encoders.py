@@ -14,13 +14,14 @@ from jax.sharding import PartitionSpec as P
 from ipadapter_jax.images.preprocess import CLIP_TABLE
 from ipadapter_jax.models.vae import VAE, normalize
 from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.runtime.mesh import batch_sharding, local_mesh, replicated
 from ipadapter_jax.weights.base_model import open_base_folder
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.open_component import LoadedComponent
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Encoders:
+class FrozenEncoders:
     """The frozen networks on all devices of this process, and what identifies them."""
 
     vae: LoadedComponent
@@ -37,7 +38,7 @@ class Encoders:
 
     def __call__(self, pixels: np.ndarray, clip_pixels: np.ndarray) -> dict[str, Array]:
         """(B, H, W, 3) and (B, S, S, 3) uint8, B a multiple of the devices -> see `_encode`. Does not wait."""
-        rows = jax.device_put((pixels, clip_pixels), sampling.by_image(self.mesh))
+        rows = jax.device_put((pixels, clip_pixels), batch_sharding(self.mesh))
         return self._encode(*rows)
 
     def shapes(self, resolution: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -73,17 +74,21 @@ def _encode(
         finite = [jnp.isfinite(x).all(axis=range(1, x.ndim)) for x in found.values()]
         return found | {"finite": functools.reduce(jnp.logical_and, finite)}
 
-    by_row = P("data")
-    spread = jax.shard_map(run, mesh=mesh, in_specs=(P(), by_row, by_row), out_specs=by_row, check_vma=False)
+    batch_spec = P("data")
+    spread = jax.shard_map(
+        run, mesh=mesh, in_specs=(P(), batch_spec, batch_spec), out_specs=batch_spec, check_vma=False
+    )
     return spread(params, pixels, clip_pixels)
 
 
-def load_encoders(base: str, variant: str | None, image_encoder: str, dtype: str, patches: bool) -> Encoders:
+def load_frozen_encoders(
+    base: str, variant: str | None, image_encoder: str, dtype: str, patches: bool
+) -> FrozenEncoders:
     """Reads both networks. Raises InputError and WeightFileError as the readers do."""
-    model, vision, mesh = open_base_folder(base, variant), open_image_encoder(image_encoder), sampling.device_mesh()
-    put = functools.partial(jax.device_put, device=sampling.replicated(mesh))
+    model, vision, mesh = open_base_folder(base, variant), open_image_encoder(image_encoder), local_mesh()
+    put = functools.partial(jax.device_put, device=replicated(mesh))
     model.check_tokenizer()
     length, levels = model.config("text_encoder").max_position_embeddings, model.config("unet").levels
     step = model.config("vae").downscale * 2 ** (levels - 1)
     vae, encoder = (part.load(np.dtype(dtype), put) for part in (model.part("vae"), vision))
-    return Encoders(vae, encoder, patches, mesh, model.folder / "tokenizer", length, step)
+    return FrozenEncoders(vae, encoder, patches, mesh, model.folder / "tokenizer", length, step)

@@ -52,7 +52,7 @@ def projection_config(
     )
 
 
-def initial_adapter(
+def init_adapter(
     unet_params: Tree, unet_config: UNetConfig, projection: ImageProjConfig, seed: ArrayLike
 ) -> dict[str, Tree]:
     """The trees {"image_proj", "ip_adapter"} in float32 before the first step. Paper, section 3.2.2.
@@ -62,7 +62,7 @@ def initial_adapter(
     seed and on its own path alone.
     """
     return {
-        "image_proj": _initial_projection(projection, random_keys.key(seed)),
+        "image_proj": _init_projection(projection, random_keys.key(seed)),
         "ip_adapter": _text_keys_values(unet_params, unet_config),
     }
 
@@ -76,7 +76,7 @@ def _text_keys_values(unet_params: Tree, config: UNetConfig) -> Tree:
     return tree
 
 
-def _initial_projection(config: ImageProjConfig, key: Array) -> Tree:
+def _init_projection(config: ImageProjConfig, key: Array) -> Tree:
     module = image_projection(config)
     template = leaves(parameter_shapes(module, example_features(config)))
 
@@ -95,7 +95,7 @@ def _initial_projection(config: ImageProjConfig, key: Array) -> Tree:
     return nest({path: draw(path) for path in template})
 
 
-def load_initial(path: Path, unet_config: UNetConfig, projection: ImageProjConfig) -> dict[str, Tree]:
+def load_adapter_params(path: Path, unet_config: UNetConfig, projection: ImageProjConfig) -> dict[str, Tree]:
     """The same trees, as numpy arrays, from a released or exported adapter file: to go on training it.
 
     Raises WeightFileError or InputError when the file does not fit the base model, the image encoder or the sizes of

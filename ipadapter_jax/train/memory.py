@@ -22,8 +22,8 @@ class MemoryPlan:
     """Bytes on one device, by what takes them."""
 
     frozen: int
-    learnt: int
-    optimiser: int  # moments, and the moving average
+    trainable: int
+    optimizer: int  # moments, and the moving average
     batch: int
     activations: int  # what is kept for the backward pass, gradients, and what is on its way, where it is most
 
@@ -35,8 +35,8 @@ class MemoryPlan:
         """One line per part and one for their sum, in GiB."""
         rows = {
             "frozen weights": self.frozen,
-            "weights that learn": self.learnt,
-            "optimiser": self.optimiser,
+            "weights that learn": self.trainable,
+            "optimiser": self.optimizer,
             "batch": self.batch,
             "activations": self.activations,
             "in all, on each device": self.total,
@@ -44,7 +44,7 @@ class MemoryPlan:
         return "\n".join(f"{name:<24}{count / 2**30:8.2f} GiB" for name, count in rows.items())
 
 
-def plan(
+def plan_memory(
     make: Callable[[Mesh], Callable], mesh: Mesh, state: TrainState, frozen: dict[str, Any], batch: dict[str, Any]
 ) -> MemoryPlan:
     """The plan of the step `make(mesh)` of train/step.py. Its arguments are global arrays, or their shapes with
@@ -59,8 +59,8 @@ def plan(
     program = jax.make_jaxpr(make(alone))(*whole, share)
     return MemoryPlan(
         frozen=_bytes(frozen),
-        learnt=_bytes(state.params),
-        optimiser=_bytes((state.opt_state, state.ema)),
+        trainable=_bytes(state.params),
+        optimizer=_bytes((state.opt_state, state.ema)),
         batch=_bytes(batch),
         activations=peak_bytes(program),
     )
@@ -78,14 +78,14 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(_of_one_device(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def available() -> int | None:
+def device_memory_limit() -> int | None:
     """Bytes that JAX may use on each device of all processes, where the devices say so; a CPU does not."""
     limits = [(device.memory_stats() or {}).get("bytes_limit") or _UNKNOWN for device in jax.local_devices()]
     least = int(np.min(multihost_utils.process_allgather(np.float64(min(limits)))))
     return None if least >= _UNKNOWN else least
 
 
-def remedies(config: Train, mesh: Mesh, *, live: bool) -> str:
+def memory_remedies(config: Train, mesh: Mesh, *, live: bool) -> str:
     """What takes less memory than these settings, the cheapest first. `live`: images are encoded in every step."""
     accumulate = config.optim.accumulate
     rows = config.data.batch_size // (mesh.size * accumulate)

@@ -76,7 +76,7 @@ class SkippedRecord(Protocol):
     def reason(self) -> str: ...
 
 
-class Skips:
+class SkippedRecordLog:
     """The list skipped.jsonl: every record that could not be used, once, over all resumes and epochs.
 
     `seen` and `bad` count the rows of this run (since its last start).

@@ -4,14 +4,17 @@ import atexit
 import os
 import socket
 import subprocess
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.config import Mesh
+
+T = TypeVar("T")
 
 _JOIN_SECONDS = 300  # for slow hosts of a cluster to come up
 _ALL_DEVICES: list[int] = []  # as local_device_ids of jax.distributed.initialize
@@ -146,3 +149,38 @@ class _LastWords:
 def barrier(name: str) -> None:
     """Waits until all processes are here."""
     multihost_utils.sync_global_devices(name)
+
+
+def run_on_all(job: Callable[[], T], failure: type[Exception] = InputError) -> T:
+    """Runs `job` in every process and returns its own result. All processes call this together.
+
+    Raises `failure` in all processes when the job raised it in at least one of them.
+    """
+    if jax.process_count() == 1:
+        return job()
+    results: list[T] = []
+    problem = None
+    try:
+        results.append(job())
+    except failure as error:
+        problem = str(error)
+    if problem := broadcast_error(problem):
+        raise failure(problem)
+    return results[0]
+
+
+def run_on_first(job: Callable[[], T]) -> T | None:
+    """Runs `job` in process 0 alone and returns its result there, None elsewhere. All processes call this together.
+
+    Raises InputError in all processes when the job raised it.
+    """
+    return run_on_all(lambda: job() if jax.process_index() == 0 else None)
+
+
+def broadcast_error(problem: str | None) -> str | None:
+    """Takes what is wrong in this process, or None. Gives None when no process has a problem, else this process's own
+    problem or a reference to the process that has one. All processes call this together."""
+    if jax.process_count() == 1:
+        return problem
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(problem is not None)))
+    return problem or (f"see the message of process {failed[0]}" if len(failed) else None)

@@ -20,10 +20,11 @@ from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.models.vae import VAE, Posterior, normalize
+from ipadapter_jax.runtime.mesh import replicated
 from ipadapter_jax.train.config import Train
-from ipadapter_jax.train.init import initial_adapter, load_initial, projection_config
-from ipadapter_jax.train.optim import trainable
-from ipadapter_jax.train.sharding import of_frozen, put, replicated
+from ipadapter_jax.train.init import init_adapter, load_adapter_params, projection_config
+from ipadapter_jax.train.optim import trainable_mask
+from ipadapter_jax.train.sharding import frozen_sharding, put_global
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base_folder
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.ip_adapter_file import adapter_file, check_base, open_ip_adapter
@@ -94,19 +95,19 @@ class LoadedNetworks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
+class PrecomputedEncoder:
     """What training from precomputed features needs to know of the encoder that made them."""
 
     encoder: CLIPVisionConfig
     zero_features: np.ndarray | None  # of a zero image, where the variant reads patches
 
 
-def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> LoadedNetworks:
+def load_networks(config: Train, mesh: Mesh, encoded: PrecomputedEncoder | None) -> LoadedNetworks:
     """Reads all weights, each onto its place on the mesh. With precomputed features the image encoder stays away.
 
     Raises InputError and WeightFileError as the readers do.
     """
-    model, mask = config.model, trainable(config.model)
+    model, mask = config.model, trainable_mask(config.model)
     compute, opened = jnp.dtype(model.dtype), open_base_folder(model.base, model.variant)
     opened.check()
     unet_config = opened.config("unet")
@@ -129,14 +130,16 @@ def load_networks(config: Train, mesh: Mesh, encoded: Encoded | None) -> LoadedN
     )
     length = networks.text_encoder.config.max_position_embeddings
     frozen = {name: part.params for name, part in parts.items() if not mask.get(name)}
-    frozen["empty_ids"] = put(tokenize(tokenizer, [""], length)[0], replicated(mesh))
+    frozen["empty_ids"] = put_global(tokenize(tokenizer, [""], length)[0], replicated(mesh))
     params = {"unet": parts["unet"].params} if mask["unet"] else {}
     sources = {name: part.source for name, part in parts.items()}
     base = LoadedNetworks(networks, frozen, params, tokenizer, sources, opened)
     return base if model.adapter == "none" else _with_adapter(base, config, mesh, encoded)
 
 
-def _with_adapter(base: LoadedNetworks, config: Train, mesh: Mesh, encoded: Encoded | None) -> LoadedNetworks:
+def _with_adapter(
+    base: LoadedNetworks, config: Train, mesh: Mesh, encoded: PrecomputedEncoder | None
+) -> LoadedNetworks:
     """The image encoder, unless its features are given, and the adapter's networks and initial weights."""
     model, unet, compute = config.model, base.networks.unet, jnp.dtype(config.model.dtype)
     frozen, sources = dict(base.frozen), dict(base.sources)
@@ -147,7 +150,7 @@ def _with_adapter(base: LoadedNetworks, config: Train, mesh: Mesh, encoded: Enco
     else:
         vision = encoded.encoder
         if encoded.zero_features is not None:
-            frozen["zero_features"] = put(encoded.zero_features, replicated(mesh))
+            frozen["zero_features"] = put_global(encoded.zero_features, replicated(mesh))
     projection = projection_config(
         model.adapter,
         vision,
@@ -159,12 +162,12 @@ def _with_adapter(base: LoadedNetworks, config: Train, mesh: Mesh, encoded: Enco
     widths = tuple(site.width for site in cross_attention_layers(unet.config))
     unet_params = base.params.get("unet", base.frozen.get("unet"))
     if model.init_from is None:  # compiled, as no process alone may hold all of a UNet that is split
-        begin = functools.partial(initial_adapter, unet_config=unet.config, projection=projection, seed=config.seed)
+        begin = functools.partial(init_adapter, unet_config=unet.config, projection=projection, seed=config.seed)
         adapter = jax.jit(begin, out_shardings=replicated(mesh))(unet_params)
     else:
-        loaded = load_initial(adapter_file(model.init_from), unet.config, projection)
-        adapter = jax.tree.map(lambda x: put(x, replicated(mesh)), loaded)
-    mask, params = trainable(model), dict(base.params)
+        loaded = load_adapter_params(adapter_file(model.init_from), unet.config, projection)
+        adapter = jax.tree.map(lambda x: put_global(x, replicated(mesh)), loaded)
+    mask, params = trainable_mask(model), dict(base.params)
     params |= {part: tree for part, tree in adapter.items() if mask[part]}
     rest = {part: tree for part, tree in adapter.items() if not mask[part]}
     frozen |= jax.tree.map(lambda x: x.astype(compute), rest)
@@ -186,4 +189,4 @@ def latent_side(resolution: int, downscale: int, levels: int) -> int:
 
 
 def _onto(mesh: Mesh, array: np.ndarray) -> Array:
-    return put(array, of_frozen(mesh, array))
+    return put_global(array, frozen_sharding(mesh, array))

@@ -16,7 +16,7 @@ _GROWTH_STEPS = 2000  # good steps before the loss scale is doubled
 _FIRST_SCALE = 2.0**15
 
 
-def trainable(model: Model) -> dict[str, bool]:
+def trainable_mask(model: Model) -> dict[str, bool]:
     """The mask, a prefix of the parameter tree: which of its parts learn."""
     return {part: part in model.train for part in PARTS if part == "unet" or model.adapter != "none"}
 
@@ -60,14 +60,14 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientT
     return optax.GradientTransformation(init, update)
 
 
-def view(params: dict[str, Any], mask: dict[str, bool]) -> dict[str, Any]:
+def partition(params: dict[str, Any], mask: dict[str, bool]) -> dict[str, Any]:
     """The parameters that learn; a frozen part is an empty place, for the gradient and the optimiser alike."""
     return {part: params[part] if learns else optax.MaskedNode() for part, learns in mask.items()}
 
 
-def fill(learnt: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
+def combine(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
     """The view with its empty places filled from the frozen parts."""
-    return {part: frozen[part] if isinstance(tree, optax.MaskedNode) else tree for part, tree in learnt.items()}
+    return {part: frozen[part] if isinstance(tree, optax.MaskedNode) else tree for part, tree in trainable.items()}
 
 
 class LossScale(NamedTuple):

@@ -1,4 +1,4 @@
-"""Computes once what the frozen encoders make of a data set, so that training reads it instead: `ipadapter-jax encode`.
+"""Encodes a data set once with the frozen VAE and image encoder: `ipadapter-jax precompute`.
 
 A shard depends on the data, the encoders and the settings alone. Whole shards are what an interrupted run leaves, and
 what the next one goes on from; the processes of a job take every P-th shard and need nothing of one another.
@@ -35,9 +35,9 @@ from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.storage.config_diff import diff_configs
 from ipadapter_jax.storage.paths import check_utf8, expand_home
 from ipadapter_jax.train.config import Mesh
-from ipadapter_jax.train.frozen_encoders import Encoders, load_encoders
+from ipadapter_jax.train.frozen_encoders import FrozenEncoders, load_frozen_encoders
 from ipadapter_jax.train.multihost import barrier, initialize
-from ipadapter_jax.train.precompute_config import Encode
+from ipadapter_jax.train.precompute_config import PrecomputeConfig
 from ipadapter_jax.train.run_dir import run_lock
 from ipadapter_jax.weights.dtype_cast import all_finite
 from ipadapter_jax.weights.formats.tensor_files import files_of
@@ -51,17 +51,17 @@ _ENOUGH = 200  # records before a share of them says something
 Row = dict[str, np.ndarray] | SkippedRecord
 
 
-def encode(config: Encode) -> int | None:
+def precompute(config: PrecomputeConfig) -> int | None:
     """Writes all of it, or this process's part. Returns how many records could not be used; None where that is for
     process 0 to say. Raises InputError for what cannot be used, and when there is no more room."""
     _check(config)
     initialize(Mesh())
     enable_compilation_cache()
     with run_lock(config.out):
-        return encode_part(config, jax.process_index(), jax.process_count())
+        return precompute_shards(config, jax.process_index(), jax.process_count())
 
 
-def encode_part(config: Encode, process: int, processes: int) -> int | None:
+def precompute_shards(config: PrecomputeConfig, process: int, processes: int) -> int | None:
     """Writes the missing ones of the shards process, process + processes, ...; completes the folder if all are there,
     and then returns the number of skipped records."""
     job = _job(config)
@@ -141,8 +141,8 @@ def _digests(source: Path) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    config: Encode
-    encoders: Encoders
+    config: PrecomputeConfig
+    encoders: FrozenEncoders
     samples: LiveSamples
     plan: CachePlan
 
@@ -203,11 +203,11 @@ class _Job:
                 yield {name: array[i] for name, array in arrays.items()} | {"input_ids": row["input_ids"]}
 
 
-def _job(config: Encode) -> _Job:
+def _job(config: PrecomputeConfig) -> _Job:
     """Opens data and encoders, and says what is to be written."""
     patches = config.features == "penultimate"
     with announce("reading the weights"):
-        encoders = load_encoders(config.model, config.variant, config.image_encoder, config.dtype, patches)
+        encoders = load_frozen_encoders(config.model, config.variant, config.image_encoder, config.dtype, patches)
     if config.resolution % encoders.pixel_step:
         raise InputError(f"--resolution {config.resolution} must be a multiple of {encoders.pixel_step} for this model")
     columns = {name: getattr(config, name) for name in ("image_root", "image_column", "text_column")}
@@ -251,7 +251,7 @@ def _check_room(folder: Path, plan: CachePlan, shards: Sequence[int]) -> None:
         )
 
 
-def _check(config: Encode) -> None:
+def _check(config: PrecomputeConfig) -> None:
     for name in ("resolution", "batch_size", "threads", "shard_records"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")

@@ -10,7 +10,7 @@ from ipadapter_jax.train.config import Dtype
 
 
 @dataclasses.dataclass(frozen=True)
-class Encode:
+class PrecomputeConfig:
     """Computes the VAE's latents and the image encoder's features of a data set once, for `train --data.path OUT`.
 
     A run that was stopped goes on with the same command. Several processes (SLURM, a TPU pod) share the work.

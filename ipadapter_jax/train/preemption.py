@@ -10,10 +10,10 @@ from jax.experimental import multihost_utils
 from ipadapter_jax.runtime.preemption import GracefulShutdown
 
 
-class StopSignal(GracefulShutdown):
+class CoordinatedShutdown(GracefulShutdown):
     """Notices that the run is asked to stop, by SIGTERM or Ctrl-C to any of its processes.
 
-    with StopSignal() as stop:
+    with CoordinatedShutdown() as stop:
         for step in steps:
             ...
             if stop.should_stop(step):

@@ -9,10 +9,10 @@ from jax import Array
 from PIL import Image
 
 from ipadapter_jax.train.config import Train
-from ipadapter_jax.train.export import export
+from ipadapter_jax.train.export import export_run
 from ipadapter_jax.train.metrics_log import RunLog
 from ipadapter_jax.train.networks import LoadedNetworks
-from ipadapter_jax.train.throughput import Meter, Progress, peak_flops
+from ipadapter_jax.train.throughput import ProgressLine, Throughput, peak_flops
 
 
 class Reporter:
@@ -34,14 +34,14 @@ class Reporter:
             folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=written, first_step=first
         )
         peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
-        self._meter = Meter(
+        self._meter = Throughput(
             first_step=first,
             total_steps=config.steps,
             batch_size=config.data.batch_size,
             flops_per_step=flops,
             peak=None if peak is None else peak * jax.device_count(),
         )
-        self._progress = Progress(first, config.steps)
+        self._progress = ProgressLine(first, config.steps)
 
     def step(self, number: int, metrics: dict[str, Array], **counts: int) -> None:
         """Logs a finished step when it is its turn."""
@@ -60,9 +60,9 @@ class Reporter:
         if grid is not None:
             self._log.image(number, "samples", grid)
 
-    def export(self, number: int, learnt: Any) -> None:
+    def export_run(self, number: int, trainable: Any) -> None:
         """Writes what was learnt, arrays of this process, as the files that others read."""
-        export(self._folder, learnt, self._config, self._loaded, self._about, number)
+        export_run(self._folder, trainable, self._config, self._loaded, self._about, number)
 
     def close(self) -> None:
         self._progress.close()

@@ -4,9 +4,8 @@ import contextlib
 import socket
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from jax.experimental import multihost_utils
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.atomic_files import remove_partial_files
 from ipadapter_jax.storage.file_lock import file_lock
+from ipadapter_jax.train.multihost import broadcast_error, run_on_first
 
 
 @contextlib.contextmanager
@@ -26,8 +26,8 @@ def run_lock(folder: Path) -> Iterator[None]:
     and the machine of the run that holds the folder.
     """
     with contextlib.ExitStack() as stack:
-        together(lambda: _enter(folder, stack) if jax.process_index() == 0 else None)
-        if problem := agreed(_not_shared(folder)):
+        run_on_first(lambda: _enter(folder, stack))
+        if problem := broadcast_error(_not_shared(folder)):
             raise InputError(problem)
         yield
 
@@ -35,20 +35,6 @@ def run_lock(folder: Path) -> Iterator[None]:
 def _enter(folder: Path, stack: contextlib.ExitStack) -> None:
     stack.enter_context(file_lock(folder / "lock"))
     remove_partial_files(folder)
-
-
-def together(job: Callable[[], Any]) -> Any:
-    """What `job` returns. It may fail in one process only: then InputError in all of them. All processes call this."""
-    result = problem = None
-    try:
-        result = job()
-    except InputError as error:
-        problem = str(error)
-        if jax.process_count() == 1:
-            raise
-    if problem := agreed(problem):
-        raise InputError(problem)
-    return result
 
 
 def _not_shared(folder: Path) -> str | None:
@@ -66,12 +52,3 @@ def _not_shared(folder: Path) -> str | None:
 
 def _content(path: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
-
-
-def agreed(problem: str | None) -> str | None:
-    """One answer for all processes of a job: None when none has a problem, else a process's own or a mention of the
-    other's. All processes call this."""
-    if jax.process_count() == 1:
-        return problem
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(problem is not None)))
-    return problem or (f"see the message of process {failed[0]}" if len(failed) else None)

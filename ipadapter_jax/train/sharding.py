@@ -12,21 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.errors import InputError
-
-AXES = ("data", "fsdp")
-
-
-def make_mesh(fsdp: int = 1) -> Mesh:
-    """All devices of all processes, in groups of `fsdp` neighbours. Raises InputError when that does not divide."""
-    devices = jax.devices()
-    if len(devices) % fsdp:
-        raise InputError(f"--mesh.fsdp {fsdp} does not divide the {len(devices)} devices; choose a divisor")
-    shape = (len(devices) // fsdp, fsdp)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+from ipadapter_jax.runtime.mesh import TRAIN_AXES, batch_sharding, replicated
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
@@ -39,15 +29,6 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
         )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
-
-
-def by_row(mesh: Mesh) -> NamedSharding:
-    """The rows of a batch over all devices."""
-    return NamedSharding(mesh, P(AXES))
-
-
 def split(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
     """The longest dimension that divides evenly over `axes`; replicated when there is none, and for vectors."""
     parts = math.prod(mesh.shape[axis] for axis in axes)
@@ -58,12 +39,12 @@ def split(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSha
     return NamedSharding(mesh, P(*(axes if i == chosen else None for i in range(len(shape)))))
 
 
-def of_frozen(mesh: Mesh, leaf: Any) -> NamedSharding:
+def frozen_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
     return split(mesh, ("fsdp",), leaf.shape)
 
 
-def of_optimiser(mesh: Mesh, leaf: Any) -> NamedSharding:
-    return split(mesh, AXES, leaf.shape)
+def optimizer_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
+    return split(mesh, TRAIN_AXES, leaf.shape)
 
 
 @functools.cache
@@ -71,21 +52,21 @@ def _gather(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
-def whole(tree: Any, mesh: Mesh) -> Any:
+def replicate_leaves(tree: Any, mesh: Mesh) -> Any:
     """Arrays with a copy on every device; what has one already is not touched. All processes call this together."""
     # One after the other: programs that run at once may meet their like in another process in another order, and hang.
     return jax.tree.map(lambda x: x if x.is_fully_replicated else _gather(mesh)(x).block_until_ready(), tree)
 
 
-def put(array: np.ndarray | Array, sharding: NamedSharding) -> Array:
+def put_global(array: np.ndarray | Array, sharding: NamedSharding) -> Array:
     """An array that every process holds whole -> a global one. No process speaks to another, unlike with
     jax.device_put."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index]))
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+def local_indices(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a global batch that this process's devices own, ascending."""
-    owned = by_row(mesh).addressable_devices_indices_map((batch_size,)).values()
+    owned = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for index in owned if index is not None for row in range(batch_size)[index[0]]})
 
 
@@ -98,6 +79,6 @@ def global_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray], rows: list[int], 
             wanted = range(batch_size)[index[0]]
             return local[place[wanted.start] : place[wanted.start] + len(wanted)]
 
-        return jax.make_array_from_callback((batch_size, *local.shape[1:]), by_row(mesh), part)
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), batch_sharding(mesh), part)
 
     return {name: spread(local) for name, local in arrays.items()}

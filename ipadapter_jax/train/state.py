@@ -8,9 +8,10 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from ipadapter_jax.runtime.mesh import replicated
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.optim import LossScale
-from ipadapter_jax.train.sharding import of_optimiser, replicated
+from ipadapter_jax.train.sharding import optimizer_sharding
 
 
 class TrainState(NamedTuple):
@@ -24,7 +25,7 @@ class TrainState(NamedTuple):
     bad_steps: Array  # int32, updates skipped in a row
 
 
-def initial_state(params: dict[str, Any], optimizer: optax.GradientTransformation, config: Train) -> TrainState:
+def init_train_state(params: dict[str, Any], optimizer: optax.GradientTransformation, config: Train) -> TrainState:
     """`params` is the view that learns."""
     ema = None if config.optim.ema is None else jax.tree.map(jnp.copy, params)
     scale = LossScale.initial(config.model.dtype)
@@ -34,5 +35,5 @@ def initial_state(params: dict[str, Any], optimizer: optax.GradientTransformatio
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
     """The optimiser's moments and the moving average split over all devices, the parameters on every one."""
     whole = jax.tree.map(lambda _: replicated(mesh), state)
-    spread = jax.tree.map(lambda leaf: of_optimiser(mesh, leaf), state)
+    spread = jax.tree.map(lambda leaf: optimizer_sharding(mesh, leaf), state)
     return whole._replace(opt_state=spread.opt_state, ema=spread.ema)

@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 from ipadapter_jax.images.preprocess import CLIP_TABLE
 from ipadapter_jax.models.vae import Posterior
 from ipadapter_jax.ops.batch_sharding import batch_sharded
+from ipadapter_jax.runtime.mesh import batch_sharding, replicated
 from ipadapter_jax.runtime.random_keys import key
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import Networks
-from ipadapter_jax.train.optim import all_finite, fill, learning_rate, updates_done
-from ipadapter_jax.train.sharding import by_row, of_optimiser, replicated
+from ipadapter_jax.train.optim import all_finite, combine, learning_rate, updates_done
+from ipadapter_jax.train.sharding import optimizer_sharding
 from ipadapter_jax.train.state import TrainState
 
 _GATHERED = "gathered"  # the name of split weights made whole, for what the backward pass keeps
@@ -32,7 +33,7 @@ Batch = dict[str, Array]
 or (B, L, F). Always input_ids (B, 77)."""
 
 
-class Draws(NamedTuple):
+class RandomDraws(NamedTuple):
     """What chance decides for every row."""
 
     drop_image: Array  # (B,) bool
@@ -42,18 +43,18 @@ class Draws(NamedTuple):
     posterior_noise: Array  # (B, h, w, 4) standard normal: which latents of the VAE's posterior
 
 
-def draw(
+def random_draws(
     seed: int, step: Array, rows: Array, shape: tuple[int, ...], timesteps: int, drop: tuple[float, float, float]
-) -> Draws:
+) -> RandomDraws:
     """Draws for the given rows of a step; shape (h, w, 4). One number decides what is dropped, as in the authors' data
     set: below drop[0] the image, below drop[0] + drop[1] the text, below the sum of all three both."""
     image, text, both = np.cumsum(np.asarray(drop, np.float32))
     of_step = jax.random.fold_in(key(seed), step)
 
-    def one(row: Array) -> Draws:
+    def one(row: Array) -> RandomDraws:
         keys = jax.random.split(jax.random.fold_in(of_step, row), 4)
         chance = jax.random.uniform(keys[0], (), jnp.float32)
-        return Draws(
+        return RandomDraws(
             drop_image=(chance < image) | ((text <= chance) & (chance < both)),
             drop_text=(image <= chance) & (chance < both),
             timestep=jax.random.randint(keys[1], (), 0, timesteps, jnp.int32),
@@ -64,7 +65,7 @@ def draw(
     return jax.vmap(one)(rows)
 
 
-class Inputs(NamedTuple):
+class DenoisingInputs(NamedTuple):
     """What the trained part sees of a batch: all that frozen networks make of it."""
 
     noisy: Array  # (B, h, w, 4)
@@ -74,7 +75,7 @@ class Inputs(NamedTuple):
     features: Array | None  # (B, F) or (B, L, F)
 
 
-def encode(networks: Networks, frozen: dict[str, Any], batch: Batch, draws: Draws) -> Inputs:
+def denoising_inputs(networks: Networks, frozen: dict[str, Any], batch: Batch, draws: RandomDraws) -> DenoisingInputs:
     """Latents with noise, text states and image features, dropped where the draws say so."""
     latents = networks.vae.sample(posterior(networks, frozen, batch), draws.posterior_noise)
     signal = jnp.asarray(networks.schedule.alphas_cumprod)[draws.timestep][:, None, None, None]
@@ -86,7 +87,9 @@ def encode(networks: Networks, frozen: dict[str, Any], batch: Batch, draws: Draw
     }[networks.schedule.prediction_type]
     ids = jnp.where(draws.drop_text[:, None], frozen["empty_ids"], batch["input_ids"])
     text = networks.text_states(frozen, ids)
-    return Inputs(noisy, draws.timestep, target, text, image_features(networks, frozen, batch, draws.drop_image))
+    return DenoisingInputs(
+        noisy, draws.timestep, target, text, image_features(networks, frozen, batch, draws.drop_image)
+    )
 
 
 def posterior(networks: Networks, frozen: dict[str, Any], batch: Batch) -> Posterior:
@@ -115,7 +118,7 @@ def image_features(networks: Networks, frozen: dict[str, Any], batch: Batch, dro
     return jnp.where(drop.reshape(-1, *(1,) * (features.ndim - 1)), dropped, features)
 
 
-def row_losses(networks: Networks, params: dict[str, Any], inputs: Inputs) -> Array:
+def sample_losses(networks: Networks, params: dict[str, Any], inputs: DenoisingInputs) -> Array:
     """Mean squared error per row, (B,) float32."""
     output = networks.predict(params, inputs.noisy, inputs.timestep, inputs.text, inputs.features)
     return jnp.mean((output - inputs.target) ** 2, axis=(1, 2, 3))
@@ -126,12 +129,12 @@ def make_step(
 ) -> Callable[[TrainState, dict[str, Any], Batch], tuple[TrainState, dict[str, Array]]]:
     """The jittable step (state, frozen, batch) -> (state, metrics). Donate the state."""
 
-    def gradient(state: TrainState, frozen: dict[str, Any], batch: Batch, draws: Draws):
+    def gradient(state: TrainState, frozen: dict[str, Any], batch: Batch, draws: RandomDraws):
         with batch_sharded(mesh):
-            inputs = encode(networks, gathered(frozen, mesh), batch, draws)
+            inputs = denoising_inputs(networks, gathered(frozen, mesh), batch, draws)
 
-        def scaled(learnt, frozen):
-            loss = row_losses(networks, fill(learnt, gathered(frozen, mesh)), inputs).mean()
+        def scaled(trainable, frozen):
+            loss = sample_losses(networks, combine(trainable, gathered(frozen, mesh)), inputs).mean()
             return loss * state.loss_scale.scale, loss
 
         if mesh.shape["fsdp"] > 1:  # the backward pass gathers again rather than keep whole weights
@@ -142,10 +145,10 @@ def make_step(
 
     def step(state: TrainState, frozen: dict[str, Any], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         size = batch["input_ids"].shape[0]
-        rows = jax.lax.with_sharding_constraint(jnp.arange(size), by_row(mesh))
+        rows = jax.lax.with_sharding_constraint(jnp.arange(size), batch_sharding(mesh))
         timesteps, data = networks.schedule.num_train_timesteps, config.data
         drop = (data.drop_image, data.drop_text, data.drop_both)
-        draws = draw(config.seed, state.step, rows, networks.latent_shape, timesteps, drop)
+        draws = random_draws(config.seed, state.step, rows, networks.latent_shape, timesteps, drop)
         parts = config.optim.accumulate
         if parts == 1:
             loss, grads = gradient(state, frozen, batch, draws)
@@ -155,7 +158,7 @@ def make_step(
 
     def _update(state: TrainState, loss: Array, grads: Any) -> tuple[TrainState, dict[str, Array]]:
         # Split as the optimiser's state is: each device updates its part, and the parts are gathered.
-        grads = jax.tree.map(lambda g: jax.lax.with_sharding_constraint(g, of_optimiser(mesh, g)), grads)
+        grads = jax.tree.map(lambda g: jax.lax.with_sharding_constraint(g, optimizer_sharding(mesh, g)), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # A finite gradient may have an infinite square, which would stay in the moments and still its weight for ever.

@@ -33,7 +33,7 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return next((peaks.get(dtype) for name, peaks in _PEAKS if name in device_kind), None)
 
 
-class Meter:
+class Throughput:
     """Speed of a run, from the steps it has done and the time they took.
 
     batch_size: images per step, over all devices; flops_per_step and peak (FLOP/s) likewise, None where unknown.
@@ -100,7 +100,7 @@ def duration_text(seconds: float) -> str:
     return " ".join(f"{count} {unit}" for count, unit in counts[first : first + 2])
 
 
-class Progress:
+class ProgressLine:
     """One line that renews itself on a terminal, else a line per report, both on standard error."""
 
     def __init__(self, first_step: int, total_steps: int):

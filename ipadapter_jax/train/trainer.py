@@ -20,26 +20,35 @@ from ipadapter_jax.runtime import malloc
 from ipadapter_jax.runtime.announcements import AnnounceFirstCall, announce
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.flops import count_flops
+from ipadapter_jax.runtime.mesh import batch_sharding, global_mesh, replicated
 from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED
 from ipadapter_jax.runtime.random_keys import GENERATOR, recorded_generator
 from ipadapter_jax.storage.config_diff import diff_configs
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.train.checkpoint import Checkpoints
-from ipadapter_jax.train.checksums import digests, fingerprint
+from ipadapter_jax.train.checksums import tree_checksums, tree_fingerprint
 from ipadapter_jax.train.config import Train, check, check_batch_memory, identity
-from ipadapter_jax.train.dataset import Samples, check_fits, encoded_by, good_sample, list_unused, open_samples, tell
-from ipadapter_jax.train.memory import MemoryPlan, available, plan, remedies
-from ipadapter_jax.train.metrics_log import Skips
-from ipadapter_jax.train.multihost import barrier, initialize
+from ipadapter_jax.train.dataset import (
+    Samples,
+    check_precomputed,
+    first_readable_sample,
+    log_record_count,
+    open_samples,
+    precomputed_encoder,
+    write_unused_report,
+)
+from ipadapter_jax.train.memory import MemoryPlan, device_memory_limit, memory_remedies, plan_memory
+from ipadapter_jax.train.metrics_log import SkippedRecordLog
+from ipadapter_jax.train.multihost import barrier, broadcast_error, initialize, run_on_all
 from ipadapter_jax.train.networks import load_networks
-from ipadapter_jax.train.optim import make_optimizer, trainable, view
-from ipadapter_jax.train.preemption import StopSignal
+from ipadapter_jax.train.optim import make_optimizer, partition, trainable_mask
+from ipadapter_jax.train.preemption import CoordinatedShutdown
 from ipadapter_jax.train.reporting import Reporter
-from ipadapter_jax.train.run_dir import agreed, run_lock, together
-from ipadapter_jax.train.sharding import by_row, check_batch, global_batch, local_rows, make_mesh, replicated, whole
-from ipadapter_jax.train.state import TrainState, initial_state, state_shardings
+from ipadapter_jax.train.run_dir import run_lock
+from ipadapter_jax.train.sharding import check_batch, global_batch, local_indices, replicate_leaves
+from ipadapter_jax.train.state import TrainState, init_train_state, state_shardings
 from ipadapter_jax.train.step import make_step
-from ipadapter_jax.train.unused_options import warn_of_idle
+from ipadapter_jax.train.unused_options import warn_of_unused_options
 from ipadapter_jax.train.validation import Validation
 
 log = logging.getLogger("ipadapter_jax")
@@ -55,16 +64,16 @@ def train(config: Train) -> int:
     Raises InputError for what cannot be used, and when the training goes wrong.
     """
     check(config)
-    warn_of_idle(config)
+    warn_of_unused_options(config)
     if malloc.is_cpu_only():
         malloc.disable_trim()
     initialize(config.mesh)
     enable_compilation_cache()
     check_batch_memory(config, jax.process_count())
-    mesh, folder = make_mesh(config.mesh.fsdp), Path(expand_home(config.out))
+    mesh, folder = global_mesh(config.mesh.fsdp), Path(expand_home(config.out))
     check_batch(mesh, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config, config.data.path)  # the likeliest mistake, found before there is a folder
-    with run_lock(folder), StopSignal() as stop, contextlib.closing(Run(config, mesh, folder, samples)) as run:
+    with run_lock(folder), CoordinatedShutdown() as stop, contextlib.closing(Run(config, mesh, folder, samples)) as run:
         code = run.go(stop)
     if jax.process_count() > 1:
         barrier("the end of the run")  # process 0 may still be writing, and nobody is to miss it
@@ -78,21 +87,21 @@ class Run:
         self.config, self.mesh, self.folder, self.samples = config, mesh, folder, samples
         self.first_time = AnnounceFirstCall()
         with announce("reading the weights"):
-            self.loaded = load_networks(config, mesh, encoded_by(self.samples))
-        check_fits(self.samples, config, self.loaded)
-        tell(config.data.path, samples)  # now that nothing is wrong with it: an error is to stand alone
-        list_unused(folder, samples)
+            self.loaded = load_networks(config, mesh, precomputed_encoder(self.samples))
+        check_precomputed(self.samples, config, self.loaded)
+        log_record_count(config.data.path, samples)  # now that nothing is wrong with it: an error is to stand alone
+        write_unused_report(folder, samples)
         attention_kernels.agree(self.loaded.networks.head_depths, config.model.dtype)
         self.about = self._about()
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every)
         self._build_state()
-        self.rows = local_rows(mesh, config.data.batch_size)
+        self.rows = local_indices(mesh, config.data.batch_size)
         with announce("tracing the training step"):
             flops = self._check_cost()
         self.validation = self._validation()
-        self.skips = together(
-            lambda: Skips(folder / _of_process("skipped", "jsonl"), config.data.max_unreadable_fraction)
+        self.skips = run_on_all(
+            lambda: SkippedRecordLog(folder / _of_process("skipped", "jsonl"), config.data.max_unreadable_fraction)
         )
         self.desk = self._in_process_0(lambda: Reporter(config, folder, self.about, self.loaded, self.first, flops))
         self.fault: str | None = None  # of the data that this process reads
@@ -100,19 +109,19 @@ class Run:
 
     def _build_state(self) -> None:
         """The state of the newest good checkpoint or the initial one, where it belongs on the mesh, and the step."""
-        optimizer = make_optimizer(self.config.optim, trainable(self.config.model))
-        learnt = view(self.loaded.frozen | self.loaded.params, trainable(self.config.model))
+        optimizer = make_optimizer(self.config.optim, trainable_mask(self.config.model))
+        trainable = partition(self.loaded.frozen | self.loaded.params, trainable_mask(self.config.model))
         self.loaded = dataclasses.replace(self.loaded, params={})  # from here on they live in the state
 
         def begin(params: Any) -> TrainState:
-            return initial_state(params, optimizer, self.config)
+            return init_train_state(params, optimizer, self.config)
 
-        template = jax.eval_shape(begin, learnt)
+        template = jax.eval_shape(begin, trainable)
         shardings = state_shardings(self.mesh, template)
         found = self._restored(
             jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, shardings)
         )
-        self.state = jax.jit(begin, out_shardings=shardings)(learnt) if found is None else found
+        self.state = jax.jit(begin, out_shardings=shardings)(trainable) if found is None else found
         self.first = int(self.state.step)
 
         def step_on(mesh: Mesh) -> Callable:
@@ -122,12 +131,12 @@ class Run:
 
     def _check_cost(self) -> int:
         """The FLOP of a step, over all devices. Raises InputError, before anything runs, when it cannot fit."""
-        size, sharding = self.config.data.batch_size, by_row(self.mesh)
+        size, sharding = self.config.data.batch_size, batch_sharding(self.mesh)
         batch = {
             name: jax.ShapeDtypeStruct((size, *array.shape), array.dtype, sharding=sharding)
-            for name, array in good_sample(self.samples, 0).items()
+            for name, array in first_readable_sample(self.samples, 0).items()
         }
-        limit = available()
+        limit = device_memory_limit()
         if limit is not None:
             self._check_memory(batch, limit)
         self.step = jax.jit(self.make_step(self.mesh), donate_argnums=0, out_shardings=self.outputs)
@@ -144,18 +153,18 @@ class Run:
             needed = self._plan(batch)
         log.info("memory:\n%s", needed.table())
         if needed.total > limit:
-            ways = remedies(self.config, self.mesh, live="pixels" in batch)
+            ways = memory_remedies(self.config, self.mesh, live="pixels" in batch)
             numbers = f"about {needed.total / 2**30:.1f} GiB on each device, which has {limit / 2**30:.1f}"
             if needed.total > _SURE * limit:
                 raise InputError(f"a step needs {numbers}; use {ways}")
             log.warning("a step may need %s; if it fails, use %s", numbers, ways)
 
     def _plan(self, batch: dict[str, Any]) -> MemoryPlan:
-        return plan(self.make_step, self.mesh, self.state, self.loaded.frozen, batch)
+        return plan_memory(self.make_step, self.mesh, self.state, self.loaded.frozen, batch)
 
     def _about(self) -> dict[str, Any]:
         """What a resumed run must share with the run before it: settings, data, frozen weights, random generator."""
-        frozen = {part: fingerprint(digests(tree)) for part, tree in self.loaded.frozen.items()}
+        frozen = {part: tree_fingerprint(tree_checksums(tree)) for part, tree in self.loaded.frozen.items()}
         return {
             "settings": identity(self.config),
             "data": self.samples.identity(),
@@ -187,12 +196,12 @@ class Run:
         samples = self.samples
         if path is not None:
             samples = open_samples(self.config, path)
-            tell(path, samples)
-            check_fits(samples, self.config, self.loaded)
+            log_record_count(path, samples)
+            check_precomputed(samples, self.config, self.loaded)
         with self.first_time("compiling the encoders and encoding the validation batch"):
             return Validation(self.config, self.mesh, self.loaded, samples)
 
-    def go(self, stop: StopSignal) -> int:
+    def go(self, stop: CoordinatedShutdown) -> int:
         """All steps that are left, or those until the signal. Returns the exit code."""
         config = self.config
         if self.first >= config.steps:
@@ -214,7 +223,7 @@ class Run:
         with _collected_often():
             return self._steps(loading, stop)
 
-    def _steps(self, loading: Iterator[LoadedBatch], stop: StopSignal) -> int:
+    def _steps(self, loading: Iterator[LoadedBatch], stop: CoordinatedShutdown) -> int:
         config = self.config
         for number, (arrays, skipped) in enumerate(loading, self.first + 1):
             self._count_bad(number, skipped)
@@ -251,28 +260,28 @@ class Run:
         self._look(0)
         if self.validation is None:
             return
-        validation, learnt = self.validation, self.state.params if self.state.ema is None else self.state.ema
+        validation, trainable = self.validation, self.state.params if self.state.ema is None else self.state.ema
         paused = self.desk.paused() if self.desk is not None else contextlib.nullcontext()
         with paused, self.first_time("compiling the validation and the sampler, and validating"):
-            losses, (grid, scores) = validation.losses(learnt), validation.grid(learnt, number)
+            losses, (grid, scores) = validation.losses(trainable), validation.grid(trainable, number)
             self._in_process_0(lambda: self.desk.validated(number, losses | scores, grid))
 
     def _save(self, number: int) -> None:
         """The checkpoint, which is written while training goes on, and the file for everybody else."""
         self._look(0)
-        together(lambda: self.checkpoints.save(number, self.state, self.about))
+        run_on_all(lambda: self.checkpoints.save(number, self.state, self.about))
         self._export(number)
         if malloc.is_cpu_only():
             malloc.trim()
 
     def _export(self, number: int) -> None:
-        learnt = whole(self.state.params if self.state.ema is None else self.state.ema, self.mesh)
-        own = jax.tree.map(lambda x: x.addressable_data(0), learnt)
+        trainable = replicate_leaves(self.state.params if self.state.ema is None else self.state.ema, self.mesh)
+        own = jax.tree.map(lambda x: x.addressable_data(0), trainable)
         self._in_process_0(lambda: self.desk.export(number, own))
 
     def _in_process_0(self, job: Callable[[], Any]) -> Any:
         """What the job returns; None in other processes, which fail when it fails. All processes call this."""
-        return together(job if jax.process_index() == 0 else lambda: None)
+        return run_on_all(job if jax.process_index() == 0 else lambda: None)
 
     def _count_bad(self, number: int, skipped: list[SkippedRecord]) -> None:
         """Raises InputError when there are too many, in all processes at the same step."""
@@ -284,7 +293,7 @@ class Run:
             return
         if jax.process_count() > 1:
             self._look(0)  # one program with collectives at a time
-        if problem := agreed(self.fault):
+        if problem := broadcast_error(self.fault):
             raise InputError(problem)
 
     def close(self) -> None:

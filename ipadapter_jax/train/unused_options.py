@@ -6,13 +6,13 @@ from typing import NamedTuple
 from ipadapter_jax.train.config import Train, flag, value_of
 
 
-class _Idle(NamedTuple):
+class _UnusedOptions(NamedTuple):
     names: tuple[str, ...]
     idle: bool
     why: str
 
 
-def warn_of_idle(config: Train) -> None:
+def warn_of_unused_options(config: Train) -> None:
     """Warns of settings that differ from their defaults and have no effect."""
     plain = Train()
     for names, idle, why in _rules(config):
@@ -22,22 +22,22 @@ def warn_of_idle(config: Train) -> None:
             warnings.warn(f"{', '.join(changed)} {has} no effect {why}", stacklevel=3)
 
 
-def _rules(config: Train) -> list[_Idle]:
+def _rules(config: Train) -> list[_UnusedOptions]:
     model, log = config.model, config.log
     grid = ("log.clip", "log.guidance_scale")
     return [
-        _Idle(
+        _UnusedOptions(
             ("model.resampler_depth", "model.resampler_heads"), model.adapter != "plus", "without a Resampler (plus)"
         ),
-        _Idle(
+        _UnusedOptions(
             ("model.num_tokens", "model.image_encoder", "data.cond_image_column"),
             model.adapter == "none",
             "with --model.adapter none",
         ),
-        _Idle(
+        _UnusedOptions(
             ("log.validation_path", "log.validation_size", "log.sample_steps", *grid),
             log.validate_every == 0,
             "with --log.validate-every 0",
         ),
-        _Idle(grid, log.validate_every > 0 and log.sample_steps == 0, "with --log.sample-steps 0"),
+        _UnusedOptions(grid, log.validate_every > 0 and log.sample_steps == 0, "with --log.sample-steps 0"),
     ]

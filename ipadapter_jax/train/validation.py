@@ -24,15 +24,24 @@ from ipadapter_jax.images.contact_sheet import contact_sheet
 from ipadapter_jax.images.preprocess import to_uint8
 from ipadapter_jax.models.vae import VAE, Posterior, denormalize
 from ipadapter_jax.ops.batch_sharding import batch_sharded
-from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.ip_adapter import Adapter
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
+from ipadapter_jax.runtime.mesh import batch_sharding, local_mesh, replicated
 from ipadapter_jax.train.config import Log, Train
-from ipadapter_jax.train.dataset import Samples, good_sample
+from ipadapter_jax.train.dataset import Samples, first_readable_sample
 from ipadapter_jax.train.networks import LoadedNetworks, Networks
-from ipadapter_jax.train.optim import fill
-from ipadapter_jax.train.sharding import by_row, global_batch, local_rows, replicated, whole
-from ipadapter_jax.train.step import Batch, draw, encode, gathered, image_features, in_parts, posterior, row_losses
+from ipadapter_jax.train.optim import combine
+from ipadapter_jax.train.sharding import global_batch, local_indices, replicate_leaves
+from ipadapter_jax.train.step import (
+    Batch,
+    denoising_inputs,
+    gathered,
+    image_features,
+    in_parts,
+    posterior,
+    random_draws,
+    sample_losses,
+)
 from ipadapter_jax.weights.open_component import LoadedComponent
 
 BUCKETS = 4  # quarters of the timesteps, the first being the least noisy
@@ -48,8 +57,8 @@ class Validation:
     def __init__(self, config: Train, mesh: Mesh, loaded: LoadedNetworks, samples: Samples):
         self._log, self._mesh, self._loaded = config.log, mesh, loaded
         size = -(-config.log.validation_size // mesh.size) * mesh.size
-        rows = local_rows(mesh, size)
-        found = [good_sample(samples, row, size) for row in rows]
+        rows = local_indices(mesh, size)
+        found = [first_readable_sample(samples, row, size) for row in rows]
         arrays = {name: np.stack([sample[name] for sample in found]) for name in found[0]}
         batch = global_batch(mesh, arrays, rows, size)
         encode_all = jax.jit(functools.partial(_encoded, loaded.networks, mesh))
@@ -63,21 +72,21 @@ class Validation:
         scores = config.log.clip is not None and jax.process_index() == 0
         self._scorer = open_scorer(str(config.log.clip)).load() if scores else None
 
-    def losses(self, learnt: Any) -> dict[str, float]:
+    def losses(self, trainable: Any) -> dict[str, float]:
         """By name, "validation_loss_0" being that of the least noisy quarter of the timesteps."""
-        losses = np.asarray(self._losses(learnt, self._frozen, self._batch).addressable_data(0))
+        losses = np.asarray(self._losses(trainable, self._frozen, self._batch).addressable_data(0))
         named = {f"validation_loss_{i}": float(loss) for i, loss in enumerate(losses)}
         return {"validation_loss": float(np.mean(losses)), **named}
 
-    def grid(self, learnt: Any, step: int) -> tuple[Image.Image | None, dict[str, float]]:
+    def grid(self, trainable: Any, step: int) -> tuple[Image.Image | None, dict[str, float]]:
         """A row for every image prompt: the reference and images of fixed seeds, without text, labelled; and by name
         what the scoring CLIP says of them. For process 0, which samples on its own devices; nothing for the others, and
         where there is to be none."""
         if self._prompts is None:
             return None, {}
-        local, loaded = sampling.device_mesh(), self._loaded
-        params = fill(learnt, loaded.frozen) | {name: loaded.frozen[name] for name in ("vae", "text_encoder")}
-        params = local_copy(whole(params, self._mesh), local)
+        local, loaded = local_mesh(), self._loaded
+        params = combine(trainable, loaded.frozen) | {name: loaded.frozen[name] for name in ("vae", "text_encoder")}
+        params = local_copy(replicate_leaves(params, self._mesh), local)
         if jax.process_index():
             return None, {}
         groups = samples_of(pipeline_of(loaded, params, local), self._prompts, self._log)
@@ -135,7 +144,7 @@ def _encoded(networks: Networks, mesh: Mesh, frozen: dict[str, Any], batch: Batc
 
     parts = jax.lax.map(some, in_parts(batch, rows // mesh.size))
     whole_rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, *x.shape[2:]), parts)
-    spread = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, by_row(mesh)), whole_rows)
+    spread = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh)), whole_rows)
     if networks.projection is None or not networks.projection.config.uses_patches:
         return spread, None
     if "zero_features" in frozen:
@@ -149,17 +158,19 @@ def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, dic
     total = networks.schedule.num_train_timesteps
     width = total // BUCKETS
 
-    def losses(learnt: Any, frozen: dict[str, Any], batch: Batch) -> Array:
+    def losses(trainable: Any, frozen: dict[str, Any], batch: Batch) -> Array:
         size = batch["input_ids"].shape[0]
-        rows = jax.lax.with_sharding_constraint(jnp.arange(size), by_row(mesh))
+        rows = jax.lax.with_sharding_constraint(jnp.arange(size), batch_sharding(mesh))
 
         def of_bucket(bucket: Array) -> Array:
             step = jnp.uint32(_STEP) - bucket.astype(jnp.uint32)
-            draws = draw(_SEED, step, rows, networks.latent_shape, width, drop=(0.0, 0.0, 0.0))
+            draws = random_draws(_SEED, step, rows, networks.latent_shape, width, drop=(0.0, 0.0, 0.0))
             draws = draws._replace(timestep=bucket * width + draws.timestep)
             full = gathered(frozen, mesh)
             with batch_sharded(mesh):
-                return row_losses(networks, fill(learnt, full), encode(networks, full, batch, draws)).mean()
+                return sample_losses(
+                    networks, combine(trainable, full), denoising_inputs(networks, full, batch, draws)
+                ).mean()
 
         return jax.lax.map(of_bucket, jnp.arange(BUCKETS))
 
@@ -229,6 +240,6 @@ def local_copy(tree: Any, local: Mesh) -> Any:
 
     def one(leaf: Array) -> Array:
         shards = [shard.data for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(leaf.shape, sampling.replicated(local), shards)
+        return jax.make_array_from_single_device_arrays(leaf.shape, replicated(local), shards)
 
     return jax.tree.map(one, tree)

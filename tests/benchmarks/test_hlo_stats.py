@@ -7,8 +7,8 @@ from jax.sharding import AxisType
 from benchmarks.abstract_programs import abstract_step
 from benchmarks.compile_ahead import compiled, devices
 from benchmarks.hlo_stats import Group, byte_count, collective_bytes, groups, main_computation
+from ipadapter_jax.runtime.mesh import TRAIN_AXES
 from ipadapter_jax.testing.sizes import MICRO
-from ipadapter_jax.train.sharding import AXES
 
 SMALL = {"sizes": MICRO, "latent": 8}
 
@@ -61,7 +61,7 @@ def test_what_pallas_notes_may_have_lines_of_its_own():
 def test_a_step_sends_the_gradients_once():
     """Sums of all gradients of what learns, and the parts of the new weights gathered; beside them a loss, whether all
     is finite, and the gradients' norm. Of what is frozen, nothing."""
-    mesh = jax.make_mesh((4, 1), AXES, axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((4, 1), TRAIN_AXES, axis_types=(AxisType.Auto,) * 2)
     step = abstract_step(mesh, batch=8, dtype="float32", **SMALL)
     found = collective_bytes(step.trace().lower().compile().as_text())
     learnt = learnt_bytes(step)
@@ -78,7 +78,7 @@ def test_on_gpus_the_sum_is_split():
     except Exception as error:
         pytest.skip(f"no CUDA plugin: {error}")
     text, _ = compiled("step", 1, gpus, {}, dtype="float32", **SMALL)
-    found, mesh = collective_bytes(text), jax.make_mesh((1, 1), AXES, devices=jax.devices()[:1])
+    found, mesh = collective_bytes(text), jax.make_mesh((1, 1), TRAIN_AXES, devices=jax.devices()[:1])
     learnt = learnt_bytes(abstract_step(mesh, batch=1, dtype="float32", **SMALL))
     assert found["reduce-scatter"] + found["all-gather"] <= 2 * learnt and found["all-reduce"] < 0.05 * learnt
     assert sum(group.kernels for group in groups(text).values()) > 100

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from benchmarks.abstract_programs import abstract_sampler, abstract_step, as_on
 from ipadapter_jax.runtime.flops import attention_kernel, count_flops, count_recomputed_flops, programs
-from ipadapter_jax.train.sharding import AXES
+from ipadapter_jax.runtime.mesh import TRAIN_AXES
 
 STEPS, BATCH = 50, 8
 PLATFORMS = {"gpu": "cuda", "tpu": "tpu"}
@@ -27,7 +27,7 @@ def traced(platform: str, what: str):
     with as_on(platform):
         if what == "sampler":
             return abstract_sampler(mesh(), steps=STEPS).trace()
-        return abstract_step(mesh(AXES), batch=BATCH).trace()
+        return abstract_step(mesh(TRAIN_AXES), batch=BATCH).trace()
 
 
 def instructions(jaxpr):
@@ -113,5 +113,5 @@ def test_they_lower_from_here(platform):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_the_whole_state_is_donated(platform):
     text = traced(platform, "step").lower(lowering_platforms=(PLATFORMS[platform],)).as_text()
-    state = abstract_step(mesh(AXES), batch=BATCH).arguments[0]
+    state = abstract_step(mesh(TRAIN_AXES), batch=BATCH).arguments[0]
     assert text.count("tf.aliasing_output") == len(jax.tree.leaves(state))

@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 
 from benchmarks.abstract_programs import Step, abstract_step
 from ipadapter_jax.runtime.flops import count_flops, count_recomputed_flops
-from ipadapter_jax.train.sharding import AXES
+from ipadapter_jax.runtime.mesh import TRAIN_AXES
 
 BATCH = 8  # a V100's share in the paper
 
@@ -21,7 +21,7 @@ def accelerator(monkeypatch):
 
 @functools.cache
 def step(**options) -> Step:
-    mesh = jax.make_mesh((1, 1), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    mesh = jax.make_mesh((1, 1), TRAIN_AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
     return abstract_step(mesh, batch=BATCH, **options)
 
 

@@ -45,7 +45,7 @@ from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.testing.random_weights import write_model
 from ipadapter_jax.testing.sizes import NANO, ModelConfigs
-from ipadapter_jax.train.init import initial_adapter, projection_config
+from ipadapter_jax.train.init import init_adapter, projection_config
 from ipadapter_jax.weights.components import UNET
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_adapter
 from ipadapter_jax.weights.open_component import load_component
@@ -70,7 +70,7 @@ def base(tmp_path_factory) -> Path:
     unet = load_component(UNET, folder / "unet", np.dtype(np.float32))
     for variant, name in zip(("base", "plus"), SHIPPED.values(), strict=True):
         projection = projection_config(variant, VISION, UNET_CONFIG.cross_attention_dim, heads=1)
-        params = initial_adapter(unet.params, UNET_CONFIG, projection, 0)
+        params = init_adapter(unet.params, UNET_CONFIG, projection, 0)
         save_ip_adapter(folder / name, params, metadata=adapter_metadata(projection, step=0))
     return folder
 

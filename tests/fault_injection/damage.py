@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from ipadapter_jax.train.checkpoint import Checkpoints
-from ipadapter_jax.train.checksums import digests
+from ipadapter_jax.train.checksums import tree_checksums
 from ipadapter_jax.train.trainer import CHECKPOINTS
 from tests.fault_injection.runs import contents, hold, logged, outcome, prepare, run_here
 
@@ -46,7 +46,7 @@ class Damage:
         config = prepare(work, steps=4, save_every=2)
         run_here(config)
         folder, rng = Path(config.out) / CHECKPOINTS, random.Random(self.seed)
-        template, good = _template(folder), {step: digests(_leaves(folder, step)) for step in (2, 4)}
+        template, good = _template(folder), {step: tree_checksums(_leaves(folder, step)) for step in (2, 4)}
         files = [path for path in sorted((folder / "4").rglob("*")) if path.is_file() and path.stat().st_size]
         outcomes, trial = Counter(), work / "trial"
         for number in range(self.trials):
@@ -94,7 +94,7 @@ def _restored(folder: Path, template: dict[str, Any]) -> tuple[int, dict[str, st
         found = checkpoints.restore(template)
     hold(found is not None, "nothing was found")
     assert found is not None
-    return found[0], digests(found[1])
+    return found[0], tree_checksums(found[1])
 
 
 @contextlib.contextmanager

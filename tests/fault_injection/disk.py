@@ -12,7 +12,7 @@ import numpy as np
 
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.export import ADAPTER
-from ipadapter_jax.train.precompute import Encode, encode
+from ipadapter_jax.train.precompute import PrecomputeConfig, precompute
 from ipadapter_jax.train.trainer import CHECKPOINTS
 from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
 from tests.fault_injection.runs import changed, contents, hold, logged, outcome, prepare, quiet, refusal, run_here
@@ -73,9 +73,9 @@ class Disk:
     def _encode(self, config: Train, out: Path, work: Path) -> None:
         def run(where: Path) -> None:
             model, data = config.model, config.data
-            settings = Encode(model.base, model.image_encoder, data.path, where, resolution=data.resolution)
+            settings = PrecomputeConfig(model.base, model.image_encoder, data.path, where, resolution=data.resolution)
             with quiet():
-                encode(dataclasses.replace(settings, dtype="float32", shard_records=8))
+                precompute(dataclasses.replace(settings, dtype="float32", shard_records=8))
 
         run(out)
         whole = contents(out)

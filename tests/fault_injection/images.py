@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ipadapter_jax.train.config import Train
-from ipadapter_jax.train.metrics_log import Skips
+from ipadapter_jax.train.metrics_log import SkippedRecordLog
 from tests.fault_injection.runs import changed, hold, logged, outcome, prepare, refusal, run_here
 
 
@@ -121,7 +121,7 @@ class Images:
             said,
         )
         seen = strict.data.batch_size * (max(logged(Path(strict.out))) + 3)  # steps in flight
-        hold(seen <= Skips.ENOUGH + 3 * strict.data.batch_size, f"it stopped only after {seen} records")
+        hold(seen <= SkippedRecordLog.ENOUGH + 3 * strict.data.batch_size, f"it stopped only after {seen} records")
         return (
             f"{' and '.join(told)} images unusable ({', '.join(UNUSABLE)}): exactly these replaced, counted, listed; "
             f"{len(ODD)} odd kinds read; going on equal to the bit; {percent} % where 10 % is allowed stops with advice"

@@ -52,12 +52,12 @@ class Layouts:
     def __call__(self, work: Path) -> str:
         config, half = prepare(work, self.steps, save_every=10**6), self.steps // 2
         samples, losses = self._run(config, FIRST)
-        begun = changed(config, steps=half, out=str(work / "begun"))
-        first, _ = self._run(begun, FIRST)
+        started = changed(config, steps=half, out=str(work / "begun"))
+        first, _ = self._run(started, FIRST)
         worst = 0.0
         for number, layout in enumerate([SAME, *OTHERS[: self.others]]):
             own = changed(config, out=str(work / f"other-{number}"))
-            shutil.copytree(begun.out, own.out)
+            shutil.copytree(started.out, own.out)
             found, other = self._run(own, layout, after=half)
             hold(first | found == samples, f"{layout}: other samples")
             hold(other.keys() == losses.keys(), f"{layout}: other steps")

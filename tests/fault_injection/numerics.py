@@ -11,14 +11,14 @@ import numpy as np
 from ipadapter_jax.data.feature_cache import CachedSamples, finish_cache, start_cache
 from ipadapter_jax.data.feature_shards import ShardWriter
 from ipadapter_jax.data.shuffle import record_order
+from ipadapter_jax.runtime.mesh import global_mesh
 from ipadapter_jax.train.checkpoint import Checkpoints
-from ipadapter_jax.train.checksums import digests
+from ipadapter_jax.train.checksums import tree_checksums
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.dataset import open_samples
 from ipadapter_jax.train.export import ADAPTER
-from ipadapter_jax.train.precompute import Encode, encode
-from ipadapter_jax.train.preemption import StopSignal
-from ipadapter_jax.train.sharding import make_mesh
+from ipadapter_jax.train.precompute import PrecomputeConfig, precompute
+from ipadapter_jax.train.preemption import CoordinatedShutdown
 from ipadapter_jax.train.trainer import CHECKPOINTS, Run
 from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
 from tests.fault_injection.runs import changed, hold, logged, prepare, quiet, refusal, run_here
@@ -83,9 +83,11 @@ class Numbers:
 
 def _encoded(config: Train, out: Path) -> Path:
     model = config.model
-    settings = Encode(model.base, model.image_encoder, config.data.path, out, resolution=config.data.resolution)
+    settings = PrecomputeConfig(
+        model.base, model.image_encoder, config.data.path, out, resolution=config.data.resolution
+    )
     with quiet():
-        encode(dataclasses.replace(settings, dtype="float32"))
+        precompute(dataclasses.replace(settings, dtype="float32"))
     return out
 
 
@@ -105,11 +107,11 @@ def _poisoned(cache: Path, out: Path, bad: dict[int, float]) -> Path:
 
 def _frozen_before_and_after(config: Train) -> list[dict[str, str]]:
     samples = open_samples(config, config.data.path)
-    with quiet(), contextlib.closing(Run(config, make_mesh(), Path(config.out), samples)) as run:
-        before = digests(run.loaded.frozen)
-        with StopSignal() as stop:
+    with quiet(), contextlib.closing(Run(config, global_mesh(), Path(config.out), samples)) as run:
+        before = tree_checksums(run.loaded.frozen)
+        with CoordinatedShutdown() as stop:
             run.go(stop)
-        return [before, digests(run.loaded.frozen)]
+        return [before, tree_checksums(run.loaded.frozen)]
 
 
 def _learnt(out: Path, step: int) -> dict[str, str]:

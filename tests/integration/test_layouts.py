@@ -11,20 +11,23 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from training import begun, micro, micro_model, photographs
+from training import micro, micro_model, photographs, started
 
 from ipadapter_jax.data.loader import load_batches
+from ipadapter_jax.runtime.mesh import TRAIN_AXES
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.dataset import open_samples
 from ipadapter_jax.train.networks import load_networks
-from ipadapter_jax.train.sharding import AXES, global_batch, local_rows
+from ipadapter_jax.train.sharding import global_batch, local_indices
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def mesh_of(devices: int, fsdp: int = 1):
     shape = (devices // fsdp, fsdp)
-    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:devices])
+    return jax.make_mesh(
+        shape, TRAIN_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:devices]
+    )
 
 
 def losses(config: Train, mesh, steps: int = 10):
@@ -32,8 +35,8 @@ def losses(config: Train, mesh, steps: int = 10):
     samples = open_samples(config, config.data.path)
     loaded = load_networks(config, mesh, None)
     size = config.data.batch_size
-    rows = local_rows(mesh, size)
-    state, step = begun(config, mesh, loaded)
+    rows = local_indices(mesh, size)
+    state, step = started(config, mesh, loaded)
     found = []
     for batch in load_batches(samples, seed=0, batch_size=size, rows=rows, first=0, count=steps, threads=2):
         state, metrics = step(state, loaded.frozen, global_batch(mesh, batch.arrays, rows, size))

@@ -17,7 +17,7 @@ from ipadapter_jax import StableDiffusion
 from ipadapter_jax.cli import main
 from ipadapter_jax.images.preprocess import to_uint8
 from ipadapter_jax.storage.atomic_files import sha256
-from ipadapter_jax.train.frozen_encoders import load_encoders
+from ipadapter_jax.train.frozen_encoders import load_frozen_encoders
 from ipadapter_jax.weights.bundled import FOLDER, GUIDANCE_SCALE, REFERENCE
 
 CAT = ORACLES / "assets" / "img_a.png"
@@ -79,7 +79,7 @@ def test_every_word_of_a_caption_is_known(pipe):
 
 
 def test_training_finds_it_by_name():
-    found = load_encoders("mini", None, "mini", "float32", patches=False)
+    found = load_frozen_encoders("mini", None, "mini", "float32", patches=False)
     assert found.vae.source.parent == FOLDER / "vae"
     assert found.image_encoder.source.parent == FOLDER / "image_encoder"
 

@@ -14,9 +14,9 @@ import pytest
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.config import Data, Mesh, Train
-from ipadapter_jax.train.dry_run import describe
+from ipadapter_jax.train.dry_run import dry_run_report
 from ipadapter_jax.train.multihost import find_cluster, initialize
-from ipadapter_jax.train.preemption import StopSignal
+from ipadapter_jax.train.preemption import CoordinatedShutdown
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "4"}
@@ -26,7 +26,7 @@ WORKER = """
 import dataclasses, os, sys, tyro
 from ipadapter_jax.train.config import Mesh
 from ipadapter_jax.train.multihost import barrier, initialize
-from ipadapter_jax.train.preemption import StopSignal
+from ipadapter_jax.train.preemption import CoordinatedShutdown
 
 @dataclasses.dataclass
 class Options:
@@ -36,7 +36,7 @@ initialize(tyro.cli(Options).mesh)
 import jax
 mine = jax.process_index()
 facts = [jax.process_count(), jax.device_count(), jax.local_device_count()]
-with StopSignal() as stop:
+with CoordinatedShutdown() as stop:
     for step in range(1, 20000):
         if step == 10:
             print("running", flush=True)
@@ -61,17 +61,17 @@ def free_port() -> int:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts a line as `describe` prints it: variables, then the command."""
-    begun: list[subprocess.Popen] = []
+    """Starts a line as `dry_run_report` prints it: variables, then the command."""
+    started: list[subprocess.Popen] = []
 
     def start(command: str, **variables: str) -> subprocess.Popen:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2", **variables}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        begun.append(subprocess.Popen(["sh", "-c", f"exec env {command}"], env=environment, **pipes))
-        return begun[-1]
+        started.append(subprocess.Popen(["sh", "-c", f"exec env {command}"], env=environment, **pipes))
+        return started[-1]
 
     yield start
-    for process in begun:
+    for process in started:
         process.kill()
 
 
@@ -84,7 +84,9 @@ def started(processes: list[subprocess.Popen]) -> None:
 def described(mesh: Mesh) -> list[str]:
     """The commands that a dry run prints for the processes of WORKER."""
     config = Train(mesh=mesh, data=Data(batch_size=16))
-    text = describe(config, [sys.executable, "-c", WORKER, "--dry-run", "--mesh.process=1"], {"JAX_PLATFORMS": "cpu"})
+    text = dry_run_report(
+        config, [sys.executable, "-c", WORKER, "--dry-run", "--mesh.process=1"], {"JAX_PLATFORMS": "cpu"}
+    )
     return [line for line in text.replace(shlex.quote(WORKER), "@").splitlines() if line.startswith("  ")]
 
 
@@ -120,10 +122,10 @@ def test_the_survivor_of_two_ends_soon_and_its_last_line_says_why(start):
 def test_one_process_notices_a_signal_and_puts_the_handlers_back(number):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets a job in the background ignore it
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    with StopSignal() as stop:
-        assert not stop.requested(1)
+    with CoordinatedShutdown() as stop:
+        assert not stop.should_stop(1)
         signal.raise_signal(number)
-        assert stop.requested(2) and stop.requested(3)
+        assert stop.should_stop(2) and stop.should_stop(3)
         if number == signal.SIGINT:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
@@ -195,7 +197,7 @@ def test_a_dry_run_describes_every_process():
     config = Train(mesh=Mesh(fsdp=2, coordinator="a:1", processes=2), data=Data(batch_size=16))
     command = ["ipadapter-jax", "train", "sd15", "--dry-run", "--mesh.fsdp", "2", "--mesh.coordinator", "b:2"]
     environment = {"XLA_FLAGS": "--a --b", "HOME": "/home/me"}
-    lines = describe(config, command, environment).splitlines()
+    lines = dry_run_report(config, command, environment).splitlines()
     assert lines[1:3] == ["mesh: 4 (data) x 2 (fsdp)", "batch: 16 rows, 2 on every device"]
     assert lines[0].startswith("processes: 2, each with 4 x ")
     common = "  XLA_FLAGS='--a --b' ipadapter-jax train sd15 --mesh.fsdp 2 --mesh.coordinator a:1 --mesh.processes 2"
@@ -205,15 +207,15 @@ def test_a_dry_run_describes_every_process():
         "process 1, rows 8 to 15 of every batch, runs:",
         f"{common} --mesh.process 1",
     ]
-    assert "each of the 4 SLURM tasks" in describe(Train(), command, SLURM)
-    assert describe(Train(), command[:4], {}).splitlines()[-1] == "  ipadapter-jax train sd15"
+    assert "each of the 4 SLURM tasks" in dry_run_report(Train(), command, SLURM)
+    assert dry_run_report(Train(), command[:4], {}).splitlines()[-1] == "  ipadapter-jax train sd15"
 
 
 @pytest.mark.parametrize(("fsdp", "batch", "words"), [(3, 16, "--mesh.fsdp 3"), (1, 12, "--data.batch-size 12")])
 def test_a_dry_run_refuses_what_cannot_be_split(fsdp, batch, words):
     config = Train(mesh=Mesh(fsdp=fsdp, coordinator="a:1", processes=2), data=Data(batch_size=batch))
     with pytest.raises(InputError, match=words):
-        describe(config, [], {})
+        dry_run_report(config, [], {})
 
 
 ARGUMENTS = ["sd15", "--out", "a run", "--data.path", 'it\'s $HOME; "x"']

@@ -25,13 +25,12 @@ from ipadapter_jax.data.feature_cache import CachedSamples
 from ipadapter_jax.data.open_dataset import open_dataset
 from ipadapter_jax.images.preprocess import CLIP_TABLE
 from ipadapter_jax.models.clip import CLIPVisionConfig
-from ipadapter_jax.train import precompute as encode_module
-from ipadapter_jax.train.frozen_encoders import load_encoders
+from ipadapter_jax.runtime.mesh import batch_sharding, global_mesh
+from ipadapter_jax.train import precompute as precompute_module
+from ipadapter_jax.train.frozen_encoders import load_frozen_encoders
 from ipadapter_jax.train.networks import load_networks
-from ipadapter_jax.train.precompute import Encode, check_cache, encode, encode_part
-from ipadapter_jax.train.sharding import by_row, make_mesh
-from ipadapter_jax.train.step import Draws
-from ipadapter_jax.train.step import encode as encode_batch
+from ipadapter_jax.train.precompute import PrecomputeConfig, check_cache, precompute, precompute_shards
+from ipadapter_jax.train.step import RandomDraws, denoising_inputs
 
 BAD = 5
 
@@ -40,7 +39,7 @@ BAD = 5
 def load_once():
     """The same encoders for all tests here: reading and tracing them takes longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode_module, "load_encoders", functools.cache(load_encoders))
+        patch.setattr(precompute_module, "load_frozen_encoders", functools.cache(load_frozen_encoders))
         yield
 
 
@@ -56,18 +55,18 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-def settings(images: Path, out: Path, **changes) -> Encode:
+def settings(images: Path, out: Path, **changes) -> PrecomputeConfig:
     """Shards of 4 records, batches of one row per device of 4 at the tests."""
     names = {"model": str(TORCH_MODEL), "image_encoder": str(IMAGE_ENCODER), "data": str(images), "out": out}
     sizes = {"resolution": 64, "dtype": "float32", "batch_size": 1, "shard_records": 4, "threads": 2}
-    return Encode(**names | sizes | changes)
+    return PrecomputeConfig(**names | sizes | changes)
 
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory) -> Path:
     """What one uninterrupted run writes."""
     out = tmp_path_factory.mktemp("whole") / "cache"
-    assert encode(settings(images, out)) == 1
+    assert precompute(settings(images, out)) == 1
     return out
 
 
@@ -82,8 +81,8 @@ def test_training_sees_the_same_from_the_cache_as_live(images, whole, tmp_path, 
     out = whole
     if adapter == "plus":
         out = tmp_path / "cache"
-        encode(settings(images, out, features="penultimate"))
-    cache, mesh = CachedSamples(out), make_mesh()
+        precompute(settings(images, out, features="penultimate"))
+    cache, mesh = CachedSamples(out), global_mesh()
     loaded = load_networks(tiny(model__adapter=adapter, data__resolution=64), mesh, None)
     networks, frozen = loaded.networks, loaded.frozen
     vision = networks.image_encoder.config
@@ -93,7 +92,7 @@ def test_training_sees_the_same_from_the_cache_as_live(images, whole, tmp_path, 
 
     def batch(source):
         arrays = {name: np.stack([source[i][name] for i in (0, 3, 4, 10)]) for name in source[0]}
-        return jax.device_put(arrays, by_row(mesh))
+        return jax.device_put(arrays, batch_sharding(mesh))
 
     live, cached = batch(samples), batch(cache)
 
@@ -108,8 +107,8 @@ def test_training_sees_the_same_from_the_cache_as_live(images, whole, tmp_path, 
 
     noise, posterior_noise = np.random.default_rng(0).normal(size=(2, 4, *networks.latent_shape)).astype(np.float32)
     some = np.array([True, False, False, True])
-    draws = Draws(some, ~some, np.array([0, 10, 500, 999], np.int32), noise, posterior_noise)
-    step_inputs = jax.jit(functools.partial(encode_batch, networks))
+    draws = RandomDraws(some, ~some, np.array([0, 10, 500, 999], np.int32), noise, posterior_noise)
+    step_inputs = jax.jit(functools.partial(denoising_inputs, networks))
     without_encoder = {name: tree for name, tree in frozen.items() if name != "image_encoder"}
     if adapter == "plus":
         without_encoder["zero_features"] = cache.zero_features()
@@ -123,7 +122,7 @@ def test_captions_are_as_long_as_the_text_encoder_reads(images, tmp_path):
     base = shutil.copytree(TORCH_MODEL, tmp_path / "base")
     path = base / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 40}))
-    encode(settings(images, tmp_path / "cache", model=str(base)))
+    precompute(settings(images, tmp_path / "cache", model=str(base)))
     assert CachedSamples(tmp_path / "cache")[0]["input_ids"].shape == (40,)
 
 
@@ -138,7 +137,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from ipadapter_jax.data import feature_shards
-from ipadapter_jax.train.precompute import Encode, encode
+from ipadapter_jax.train.precompute import PrecomputeConfig, precompute
 left = [int(sys.argv[1])]
 add = feature_shards.ShardWriter.add
 def last_add(self, sample):
@@ -148,7 +147,8 @@ def last_add(self, sample):
     add(self, sample)
 feature_shards.ShardWriter.add = last_add
 images, out, base, image_encoder = sys.argv[2:]
-encode(Encode(base, image_encoder, images, Path(out), resolution=64, dtype="float32", batch_size=1, shard_records=4))
+sizes = dict(resolution=64, batch_size=1, shard_records=4)
+precompute(PrecomputeConfig(base, image_encoder, images, Path(out), dtype="float32", **sizes))
 """
 
 
@@ -159,15 +159,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(images, whole, tmp_path):
     first = out / "shard-00000-of-00003.array_record"
     written = first.stat().st_mtime_ns
     refused(lambda: CachedSamples(out), "not complete")
-    assert encode(settings(images, out)) == 1
+    assert precompute(settings(images, out)) == 1
     assert first.stat().st_mtime_ns == written  # it was not made again
     assert contents(out) == contents(whole)
 
 
 def test_two_processes_write_what_one_writes(images, whole, tmp_path):
     config = settings(images, tmp_path / "cache")
-    assert encode_part(config, 0, 2) is None
-    assert encode_part(config, 1, 2) == 1
+    assert precompute_shards(config, 0, 2) is None
+    assert precompute_shards(config, 1, 2) == 1
     assert contents(config.out) == contents(whole)
 
 
@@ -175,7 +175,7 @@ def test_a_lost_shard_is_made_again(images, whole, tmp_path):
     out = tmp_path / "cache"
     shutil.copytree(whole, out)
     os.truncate(out / "shard-00001-of-00003.array_record", 70_000)
-    assert encode(settings(images, out)) == 1
+    assert precompute(settings(images, out)) == 1
     assert contents(out) == contents(whole)
 
 
@@ -194,23 +194,23 @@ def test_a_full_disk_keeps_whole_shards(images, whole, tmp_path, monkeypatch):
 
     with monkeypatch.context() as full:
         full.setattr(feature_shards, "ArrayRecordWriter", Full)
-        refused(lambda: encode(config), "shard-00001-of", "No space left on device", "same command")
+        refused(lambda: precompute(config), "shard-00001-of", "No space left on device", "same command")
     assert sorted(contents(config.out)) == ["plan.json", "shard-00000-of-00003.array_record"]
     with monkeypatch.context() as small:
         small.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 3000))
-        refused(lambda: encode(config), "7 samples need 0.0 GB", "make room")
-    assert encode(config) == 1
+        refused(lambda: precompute(config), "7 samples need 0.0 GB", "make room")
+    assert precompute(config) == 1
     assert contents(config.out) == contents(whole)
 
 
 def test_other_settings_and_other_data_are_refused(images, whole, tmp_path):
     before = contents(whole)
-    message = refused(lambda: encode(settings(images, whole, features="penultimate")), str(whole))
+    message = refused(lambda: precompute(settings(images, whole, features="penultimate")), str(whole))
     assert 'made_from.features: "pooled" -> "penultimate"' in message
     other = tmp_path / "images"
     shutil.copytree(images, other)
     (other / "00.png").unlink()
-    refused(lambda: encode(settings(other, whole)), "records: 11 -> 10")
+    refused(lambda: precompute(settings(other, whole)), "records: 11 -> 10")
     assert contents(whole) == before
 
 
@@ -239,17 +239,17 @@ def test_a_run_is_held_against_the_cache(whole, tmp_path):
 
 def test_too_many_bad_records_stop_with_advice(images, tmp_path, monkeypatch):
     config = settings(images, tmp_path / "cache", max_unreadable_fraction=0.05)
-    refused(lambda: encode(config), "1 of 11", "05.png", "web page", "--max-unreadable-fraction")
-    assert encode(dataclasses.replace(config, max_unreadable_fraction=0.1)) == 1
+    refused(lambda: precompute(config), "1 of 11", "05.png", "web page", "--max-unreadable-fraction")
+    assert precompute(dataclasses.replace(config, max_unreadable_fraction=0.1)) == 1
 
     def overflowing(*args):
-        encoders = load_encoders(*args)
+        encoders = load_frozen_encoders(*args)
         params = jax.tree.map(lambda x: x * 1e30, encoders.vae.params)
         return dataclasses.replace(encoders, vae=dataclasses.replace(encoders.vae, params=params))
 
-    monkeypatch.setattr(encode_module, "load_encoders", overflowing)
+    monkeypatch.setattr(precompute_module, "load_frozen_encoders", overflowing)
     config = settings(images, tmp_path / "other")
-    refused(lambda: encode(config), "11 of 11", "10.png", "not finite")
+    refused(lambda: precompute(config), "11 of 11", "10.png", "not finite")
 
 
 WRONG = [
@@ -269,7 +269,7 @@ def test_bad_settings_are_refused(images, whole, tmp_path, changes, message):
     changes = {name: value.format(**places) if isinstance(value, str) else value for name, value in changes.items()}
     if "out" in changes:
         changes["out"] = Path(changes["out"])
-    refused(lambda: encode(dataclasses.replace(settings(images, tmp_path / "cache"), **changes)), message)
+    refused(lambda: precompute(dataclasses.replace(settings(images, tmp_path / "cache"), **changes)), message)
 
 
 def test_the_command(images, tmp_path):

@@ -18,8 +18,8 @@ from ipadapter_jax import StableDiffusion, cli
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.contact_sheet import GAP, LINE
 from ipadapter_jax.train.config import Train
-from ipadapter_jax.train.precompute import Encode, encode
-from ipadapter_jax.train.preemption import StopSignal
+from ipadapter_jax.train.precompute import PrecomputeConfig, precompute
+from ipadapter_jax.train.preemption import CoordinatedShutdown
 from ipadapter_jax.train.trainer import EXIT_PREEMPTED, train
 from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
 
@@ -48,7 +48,7 @@ def run(data) -> Train:
 def encoded(run: Train, out: Path, **changes) -> Path:
     """The data of a run, precomputed."""
     places = {"model": run.model.base, "image_encoder": run.model.image_encoder, "data": run.data.path}
-    encode(Encode(**places, out=out, resolution=32, dtype="float32", **changes))
+    precompute(PrecomputeConfig(**places, out=out, resolution=32, dtype="float32", **changes))
     return out
 
 
@@ -143,15 +143,15 @@ def test_another_generator_is_refused(done, run, monkeypatch) -> None:
 
 
 def test_sigterm_saves_and_says_so(done, run, tmp_path, monkeypatch) -> None:
-    folder, requested = tmp_path / "run", StopSignal.requested
+    folder, should_stop = tmp_path / "run", CoordinatedShutdown.should_stop
 
     def at_step_3(self, step: int) -> bool:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return requested(self, step)
+        return should_stop(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StopSignal, "requested", at_step_3)
+        patch.setattr(CoordinatedShutdown, "should_stop", at_step_3)
         assert train(changed(run, out=str(folder))) == EXIT_PREEMPTED
     assert max(logged(folder)) == 3 and (folder / "checkpoints" / "3").is_dir()
     assert train(changed(run, out=str(folder))) == 0

@@ -46,7 +46,7 @@ def one_device():
     that an image does not depend on their number."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ipadapter_jax.pipelines.sampling, "device_mesh", lambda: mesh)
+        patch.setattr(ipadapter_jax.pipelines.stable_diffusion, "local_mesh", lambda: mesh)
         yield
 
 

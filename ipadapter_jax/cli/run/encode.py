@@ -1,11 +1,11 @@
-"""`ipadapter-jax encode`: latents and image features of a data set, computed once."""
+"""`ipadapter-jax precompute`: latents and image features of a data set, computed once."""
 
 from ipadapter_jax.data.feature_cache import CachedSamples
-from ipadapter_jax.train.precompute import Encode
-from ipadapter_jax.train.precompute import encode as run
+from ipadapter_jax.train.precompute import PrecomputeConfig
+from ipadapter_jax.train.precompute import precompute as run
 
 
-def encode(config: Encode) -> int:
+def precompute(config: PrecomputeConfig) -> int:
     """Runs it and says what is there now. Returns the exit code."""
     skipped = run(config)
     if skipped is not None:

@@ -20,7 +20,7 @@ from ipadapter_jax.data.unused_files import UnusedFiles, summarize, write_report
 from ipadapter_jax.errors import InputError, errors_name_options
 from ipadapter_jax.evaluate.prompts import open_references
 from ipadapter_jax.images.formats import SUFFIXES
-from ipadapter_jax.train.dataset import list_unused, tell
+from ipadapter_jax.train.dataset import log_record_count, write_unused_report
 
 
 def texts(path: Path, **options) -> dict[str, str]:
@@ -352,9 +352,9 @@ def test_a_run_says_what_is_not_used(tmp_path, caplog) -> None:
     data = some(tmp_path / "data")
     samples = LiveSamples(open_dataset(str(data)), TORCH_MODEL / "tokenizer", 64, None)
     with caplog.at_level("INFO", "ipadapter_jax"):
-        tell("photos", samples)
+        log_record_count("photos", samples)
     assert caplog.messages == [f"photos: {SAID}"]
-    list_unused(tmp_path, samples)
+    write_unused_report(tmp_path, samples)
     assert (tmp_path / "unused_files.txt").read_text().splitlines()[
         1
     ] == "c.txt: captions without an image that is read"

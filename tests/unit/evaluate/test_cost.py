@@ -7,8 +7,8 @@ from benchmarks.count_flops import unet_flops
 from ipadapter_jax.evaluate.clip_scorer import _REFERENCE_CONFIG, embed_captions, embed_images
 from ipadapter_jax.models.clip import CLIP
 from ipadapter_jax.models.unet_config import UNetConfig
-from ipadapter_jax.pipelines.sampling import device_mesh
 from ipadapter_jax.runtime.flops import count_flops
+from ipadapter_jax.runtime.mesh import local_mesh
 from ipadapter_jax.weights.components import WHOLE_CLIP, abstract_params
 
 STEPS, BRANCHES, IMAGES, CAPTIONS = 50, 2, 4, 5  # of COCO's captions; the paper's sampler
@@ -20,7 +20,7 @@ def example(*shape: int, dtype: type) -> jax.ShapeDtypeStruct:
 
 def test_scoring_is_a_small_part_of_the_work():
     """One image prompt: its image, its 4 images and 5 captions, against 4 runs of the sampler without the VAE."""
-    clip, mesh = CLIP(_REFERENCE_CONFIG), device_mesh()
+    clip, mesh = CLIP(_REFERENCE_CONFIG), local_mesh()
     params = abstract_params(WHOLE_CLIP, clip)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 427_616_513 - 1  # without the logit's scale
 

@@ -24,9 +24,10 @@ from small_model import small_adapter, small_model
 
 from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion, WeightFileError
 from ipadapter_jax.models.image_projections import ImageProjConfig
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines import sampling, stable_diffusion
 from ipadapter_jax.pipelines.ip_adapter import Adapter
 from ipadapter_jax.pipelines.outputs import images_of
+from ipadapter_jax.runtime.mesh import batch_sharding
 
 CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
 SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
@@ -107,13 +108,13 @@ def levels(a, b) -> int:
 def test_a_image_does_not_depend_on_the_number_of_devices(pipe, monkeypatch):
     """Its noise bit for bit, its image within one level."""
     one = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    monkeypatch.setattr(sampling, "device_mesh", lambda: one)
+    monkeypatch.setattr(stable_diffusion, "local_mesh", lambda: one)
     alone = StableDiffusion.from_pretrained(small_model())
     alone = alone.with_ip_adapter(small_adapter("ip-adapter_tiny"), image_encoder=IMAGE_ENCODER)
     assert (alone.mesh.size, pipe.mesh.size) == (1, 4)
     seeds = np.repeat(np.uint32(13), 4)
     noise = [
-        sampling.draw_noise((8, 8, 4), jax.device_put(seeds, sampling.by_image(mesh)), np.uint32(0), mesh)
+        sampling.draw_noise((8, 8, 4), jax.device_put(seeds, batch_sharding(mesh)), np.uint32(0), mesh)
         for mesh in (alone.mesh, pipe.mesh)
     ]
     np.testing.assert_array_equal(*noise)

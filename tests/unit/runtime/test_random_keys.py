@@ -12,8 +12,8 @@ from helpers import jax_settings
 from ipadapter_jax.models.image_projections import ImageProjConfig
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.runtime import random_keys
-from ipadapter_jax.train.init import _initial_projection
-from ipadapter_jax.train.step import draw
+from ipadapter_jax.train.init import _init_projection
+from ipadapter_jax.train.step import random_draws
 
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENTS = (
@@ -53,7 +53,7 @@ def test_draws_are_those_of_jax_as_it_comes(seed):
 
 
 def noise(seeds: list[int], step: int) -> np.ndarray:
-    batch = sampling.SampleBatch(sampling.device_mesh(), np.asarray(seeds, np.uint32), np.zeros(len(seeds), int))
+    batch = sampling.SampleBatch(local_mesh(), np.asarray(seeds, np.uint32), np.zeros(len(seeds), int))
     return np.asarray(batch.noise((8, 8, 4), step))[: len(seeds)]
 
 
@@ -71,7 +71,7 @@ def test_noise_of_an_image_is_that_of_its_seed(environment):
 @in_every_environment
 def test_draws_of_training(environment):
     def rows(*numbers):
-        found = jax.jit(lambda step, rows: draw(5, step, rows, (4, 4, 4), 1000, (0.2, 0.2, 0.2)))
+        found = jax.jit(lambda step, rows: random_draws(5, step, rows, (4, 4, 4), 1000, (0.2, 0.2, 0.2)))
         return jax.device_get(found(np.int32(3), np.asarray(numbers, np.int32)))
 
     wanted = rows(0, 1, 2, 3, 4, 5)
@@ -88,7 +88,7 @@ def test_initial_weights(environment):
     config = ImageProjConfig("plus", 48, 32, 16, hidden_dim=32, heads=2, depth=4)
 
     def weights():
-        return jax.device_get(jax.jit(lambda: _initial_projection(config, random_keys.key(5)))())
+        return jax.device_get(jax.jit(lambda: _init_projection(config, random_keys.key(5)))())
 
     wanted = weights()
     with jax_settings(environment):

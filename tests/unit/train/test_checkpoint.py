@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.checkpoint import Checkpoints
-from ipadapter_jax.train.checksums import digests, fingerprint
+from ipadapter_jax.train.checksums import tree_checksums, tree_fingerprint
 from ipadapter_jax.train.run_dir import run_lock
 from tests.fault_injection.damage import DAMAGES
 
@@ -100,7 +100,7 @@ def test_each_flipped_bit_changes_both_sums(dtype: Any) -> None:
         element, bit = divmod(trial, bits)
         flipped[trial, element, bit // 8] ^= 1 << (bit % 8)
     arrays = {"before": words} | {str(i): array for i, array in enumerate(flipped)}
-    found = digests({name: jnp.asarray(array.view(jnp.dtype(dtype))[:, 0]) for name, array in arrays.items()})
+    found = tree_checksums({name: jnp.asarray(array.view(jnp.dtype(dtype))[:, 0]) for name, array in arrays.items()})
     sums = {name: digest.split(":")[1] for name, digest in found.items()}
     before = sums.pop("before")
     assert all(digest[:8] != before[:8] and digest[8:] != before[8:] for digest in sums.values())
@@ -112,17 +112,17 @@ def test_digest_sees_order_shape_dtype_and_paired_sign_flips() -> None:
     signs = x.copy()
     signs[[0, 1], 0] *= -1  # the top bits of two elements: what a sum of odd multiples would miss
     others = [x.T.copy(), x.reshape(4, 3), x[::-1].copy(), x.view(np.int32), signs, x.reshape(12), np.zeros((0,), "f4")]
-    found = digests([jnp.asarray(x)] + [jnp.asarray(other) for other in others])
+    found = tree_checksums([jnp.asarray(x)] + [jnp.asarray(other) for other in others])
     assert len(set(found.values())) == len(found)
     assert found["0"].startswith("float32[3,4]:")
-    assert digests({"a": True & jnp.bool_(True)}) != digests({"a": jnp.bool_(False)})
-    assert fingerprint(found) == fingerprint(dict(reversed(found.items())))
+    assert tree_checksums({"a": True & jnp.bool_(True)}) != tree_checksums({"a": jnp.bool_(False)})
+    assert tree_fingerprint(found) == tree_fingerprint(dict(reversed(found.items())))
 
 
 def test_digest_does_not_depend_on_the_layout() -> None:
     x = np.random.default_rng(0).standard_normal((8, 12), np.float32)
     layouts = [jnp.asarray(x), put(x), put(x, "data"), put(x, None, "data")]
-    assert len({digests({"x": layout})["x"] for layout in layouts}) == 1
+    assert len({tree_checksums({"x": layout})["x"] for layout in layouts}) == 1
 
 
 # --- saving and restoring --------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_another_model_is_an_error_and_no_damage(two_steps: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["flip", *slow(*sorted(DAMAGES.keys() - {"flip"}))])
 def test_damage_is_noticed_or_harmless(two_steps: Path, tmp_path: Path, damage: str, caplog) -> None:
-    rng, good = random.Random(damage), {step: digests(make_state(step)) for step in (1, 2)}
+    rng, good = random.Random(damage), {step: tree_checksums(make_state(step)) for step in (1, 2)}
     wanted, outcomes = template(make_state(0)), []
     files = [path.relative_to(two_steps) for path in sorted((two_steps / "2").rglob("*")) if path.is_file()]
     assert {"metadata", "_METADATA", "manifest.ocdbt"} <= {file.name for file in files}
@@ -208,7 +208,7 @@ def test_damage_is_noticed_or_harmless(two_steps: Path, tmp_path: Path, damage: 
         (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
         caplog.clear()
         step, state, about = open_(folder).restore(wanted)
-        assert digests(state) == good[step] and about == ABOUT | {"step": step}, f"silent: {file}"
+        assert tree_checksums(state) == good[step] and about == ABOUT | {"step": step}, f"silent: {file}"
         assert names(folder) == ({"1", "2"} if step == 2 else {"1", "damaged-2"})
         assert ("step 2 is damaged and skipped: " in caplog.text) == (step == 1)
         outcomes.append(step)
@@ -322,7 +322,7 @@ jax.experimental.multihost_utils.sync_global_devices("damaged")
 step, state, _ = checkpoints.restore(template(make_state(0)))
 checkpoints.save(3, make_state(3), ABOUT)
 checkpoints.close()
-print(json.dumps([refused, step, digests(state)]))
+print(json.dumps([refused, step, tree_checksums(state)]))
 """
 
 
@@ -336,7 +336,7 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     (refused, *first), (refused_too, *second) = (json.loads(out.splitlines()[-1]) for out, _ in results)
     assert f"in use by process {processes[0].pid} on {socket.gethostname()}" in refused
     assert refused_too == "see the message of process 0"
-    assert first == second == [1, digests(make_state(1))]
+    assert first == second == [1, tree_checksums(make_state(1))]
     assert names(tmp_path) == {"lock", "1", "damaged-2", "3"}
     step, state, _ = open_(tmp_path).restore(template(make_state(0)))  # one process, four devices
     assert step == 3 and same(state, make_state(3))

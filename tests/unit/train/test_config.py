@@ -11,7 +11,7 @@ from ipadapter_jax.cli import main, parse
 from ipadapter_jax.cli.recipes import load_recipe, recipes
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.config import Data, Train, check, identity
-from ipadapter_jax.train.optim import trainable
+from ipadapter_jax.train.optim import trainable_mask
 
 ROOT = Path(__file__).resolve().parents[3]
 GOOD = Train(data=Data(path="somewhere"))
@@ -23,7 +23,7 @@ def test_the_papers_run() -> None:
     assert (config.steps, data.batch_size, data.resolution) == (1_000_000, 64, 512)
     assert (data.drop_image, data.drop_text, data.drop_both) == (0.05, 0.05, 0.05)
     assert (optim.learning_rate, optim.weight_decay, optim.beta1, optim.beta2) == (1e-4, 0.01, 0.9, 0.999)
-    assert trainable(config.model) == {"unet": False, "image_proj": True, "ip_adapter": True}
+    assert trainable_mask(config.model) == {"unet": False, "image_proj": True, "ip_adapter": True}
     assert "ipadapter-jax train sd15" in about
 
 

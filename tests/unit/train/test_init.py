@@ -19,7 +19,7 @@ from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.models.image_projections import ImageProjConfig
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
-from ipadapter_jax.train.init import initial_adapter, load_initial, projection_config
+from ipadapter_jax.train.init import init_adapter, load_adapter_params, projection_config
 from ipadapter_jax.weights import components
 from ipadapter_jax.weights.components import abstract_params
 from ipadapter_jax.weights.ip_adapter_export import save_ip_adapter
@@ -43,7 +43,7 @@ def initial(config: ImageProjConfig, seed: int = 0) -> dict:
     return jitted(unet_params(), TINY_UNET, config, seed)
 
 
-jitted = jax.jit(initial_adapter, static_argnums=(1, 2))
+jitted = jax.jit(init_adapter, static_argnums=(1, 2))
 
 
 def count(tree) -> int:
@@ -63,7 +63,7 @@ def test_sizes_are_the_released_ones(variant, config, parameters):
     unet = UNetConfig()
     assert projection_config(variant, CLIPVisionConfig(), 768) == config
     template = abstract_params(components.UNET, UNet(unet))
-    shapes = jax.eval_shape(lambda params: initial_adapter(params, unet, config, 0), template)
+    shapes = jax.eval_shape(lambda params: init_adapter(params, unet, config, 0), template)
     assert count(shapes["ip_adapter"]) == 19_169_280
     assert count(shapes["image_proj"]) == parameters
     assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"float32"}
@@ -71,7 +71,7 @@ def test_sizes_are_the_released_ones(variant, config, parameters):
 
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_the_trees_are_those_of_a_file(variant):
-    expected = load_initial(ADAPTERS / FILES[variant], TINY_UNET, CONFIGS[variant])
+    expected = load_adapter_params(ADAPTERS / FILES[variant], TINY_UNET, CONFIGS[variant])
     found = initial(CONFIGS[variant])
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
@@ -81,7 +81,7 @@ def test_the_trees_are_those_of_a_file(variant):
 def test_keys_and_values_begin_as_copies_of_those_of_the_text(dtype):
     """In file order: down, up, mid. From a bfloat16 UNet they are its weights, exactly."""
     params = jax.tree.map(lambda x: x.astype(dtype), unet_params())
-    found = initial_adapter(params, TINY_UNET, CONFIGS["base"], 0)["ip_adapter"]
+    found = init_adapter(params, TINY_UNET, CONFIGS["base"], 0)["ip_adapter"]
     sites = cross_attention_layers(TINY_UNET)
     assert list(found) == [str(2 * i + 1) for i in range(len(sites))]
     for number, site in zip(found, sites, strict=True):
@@ -129,7 +129,7 @@ def test_every_seed_and_every_leaf_has_its_own_draw():
 
 
 def test_neither_jit_nor_the_layout_over_devices_changes_a_bit():
-    eager = initial_adapter(unet_params(), TINY_UNET, CONFIGS["plus"], 5)
+    eager = init_adapter(unet_params(), TINY_UNET, CONFIGS["plus"], 5)
     assert_same_tree(initial(CONFIGS["plus"], 5), eager)
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -138,7 +138,7 @@ def test_neither_jit_nor_the_layout_over_devices_changes_a_bit():
         spec = jax.sharding.PartitionSpec(*(None,) * (leaf.ndim - 1), "fsdp" if split else None)
         return jax.sharding.NamedSharding(mesh, spec)
 
-    draw = functools.partial(initial_adapter, unet_config=TINY_UNET, projection=CONFIGS["plus"], seed=5)
+    draw = functools.partial(init_adapter, unet_config=TINY_UNET, projection=CONFIGS["plus"], seed=5)
     spread = jax.jit(draw, out_shardings=jax.tree.map(place, eager))(unet_params())
     assert len(spread["image_proj"]["proj_in"]["kernel"].sharding.device_set) == 4
     assert_same_tree(spread, eager)
@@ -148,10 +148,10 @@ ONE_DEVICE = """
 import hashlib, json, jax, numpy as np
 from ipadapter_jax.runtime.random_keys import key
 from ipadapter_jax.models.image_projections import ImageProjConfig
-from ipadapter_jax.train.init import _initial_projection
+from ipadapter_jax.train.init import _init_projection
 assert jax.device_count() == 1
 config = ImageProjConfig("plus", 48, 32, 16, hidden_dim=32, heads=2, depth=4)
-tree = jax.jit(lambda: _initial_projection(config, key(5)))()
+tree = jax.jit(lambda: _init_projection(config, key(5)))()
 print(hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))).hexdigest())
 """
 
@@ -171,19 +171,19 @@ def test_one_device_draws_what_four_draw():
 def test_a_released_file_to_begin_with(variant):
     path = ADAPTERS / FILES[variant]
     widths = tuple(site.width for site in cross_attention_layers(TINY_UNET))
-    found = load_initial(path, TINY_UNET, CONFIGS[variant])
+    found = load_adapter_params(path, TINY_UNET, CONFIGS[variant])
     assert_same_tree(found, load_ip_adapter(open_ip_adapter(path), widths, np.dtype("float32")))
 
 
 def test_what_was_exported_in_float32_comes_back(tmp_path):
     params = initial(CONFIGS["full"])
     save_ip_adapter(tmp_path / "a.safetensors", params, dtype="float32", metadata={})
-    assert_same_tree(load_initial(tmp_path / "a.safetensors", TINY_UNET, CONFIGS["full"]), params)
+    assert_same_tree(load_adapter_params(tmp_path / "a.safetensors", TINY_UNET, CONFIGS["full"]), params)
 
 
 def test_a_file_that_does_not_fit_the_run():
     def begin(file: str, config: ImageProjConfig, unet: UNetConfig = TINY_UNET) -> None:
-        load_initial(ADAPTERS / FILES[file], unet, config)
+        load_adapter_params(ADAPTERS / FILES[file], unet, config)
 
     refused(lambda: begin("base", CONFIGS["plus"]), FILES["base"], "it has variant=base (this run: plus)")
     other = projection_config("plus", VISION, 32, num_tokens=8, heads=3, depth=2)

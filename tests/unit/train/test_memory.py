@@ -10,10 +10,10 @@ from jax.sharding import AxisType
 from benchmarks.abstract_programs import abstract_step
 from benchmarks.compile_ahead import devices as accelerators
 from ipadapter_jax.models.unet_config import UNetConfig
+from ipadapter_jax.runtime.mesh import TRAIN_AXES
 from ipadapter_jax.testing.sizes import MICRO
-from ipadapter_jax.train.memory import MemoryPlan, available, plan, remedies
+from ipadapter_jax.train.memory import MemoryPlan, device_memory_limit, memory_remedies, plan_memory
 from ipadapter_jax.train.memory_estimate import peak_bytes
-from ipadapter_jax.train.sharding import AXES
 
 ROW = 4 * 64 * 64  # bytes of X
 X, W = jnp.ones((64, 64)), jnp.ones((64, 64))
@@ -21,7 +21,7 @@ X, W = jnp.ones((64, 64)), jnp.ones((64, 64))
 
 def mesh_of(*shape: int, devices=None):
     return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices or jax.devices()[: shape[0] * shape[1]]
+        shape, TRAIN_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices or jax.devices()[: shape[0] * shape[1]]
     )
 
 
@@ -90,9 +90,9 @@ def test_the_paper_run_fits_16_gb(monkeypatch):
     otherwise. XLA's own plan for one A100 is 6.35 GiB."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     step = abstract_step(mesh_of(1, 1), batch=8, dtype="float16", remat=True, live=True)
-    found = plan(step.make, step.mesh, *step.arguments)
-    assert found.learnt == 4 * 22_319_616
-    assert found.optimiser == pytest.approx(2 * found.learnt, rel=1e-6)  # the moments, and counters
+    found = plan_memory(step.make, step.mesh, *step.arguments)
+    assert found.trainable == 4 * 22_319_616
+    assert found.optimizer == pytest.approx(2 * found.trainable, rel=1e-6)  # the moments, and counters
     assert found.frozen == pytest.approx(2 * (859_520_964 + 83_653_863 + 123_060_480 + 632_076_800), rel=1e-6)
     assert found.total < 0.75 * 16e9
     assert found.total == pytest.approx(6.6 * 2**30, rel=0.1)
@@ -118,12 +118,12 @@ def accelerator(monkeypatch):
 
 def test_every_device_holds_its_share(accelerator):
     whole, split = (small(mesh_of(*shape), batch=8, latent=32) for shape in ((1, 1), (2, 2)))
-    one, four = (plan(step.make, step.mesh, *step.arguments) for step in (whole, split))
-    assert four.learnt == one.learnt
+    one, four = (plan_memory(step.make, step.mesh, *step.arguments) for step in (whole, split))
+    assert four.trainable == one.trainable
     # Not closer: attention of fewer than a million logits keeps them, and a share of the batch has fewer.
     assert four.activations == pytest.approx(one.activations / 4, rel=0.1)
     assert four.batch == one.batch / 4
-    assert four.optimiser == pytest.approx(one.optimiser / 4, rel=0.05)  # vectors stay whole
+    assert four.optimizer == pytest.approx(one.optimizer / 4, rel=0.05)  # vectors stay whole
     assert four.frozen == pytest.approx(one.frozen / 2, rel=0.02)
 
 
@@ -131,7 +131,9 @@ def test_the_plan_of_a_cpu_compiler(accelerator):
     """XLA fuses less for a CPU and has no remat there: the plan is for accelerators, and here too low by a third."""
     step = small(mesh_of(1, 1))
     compiled = step.trace().lower().compile({"xla_backend_optimization_level": 0})
-    ratio = plan(step.make, step.mesh, *step.arguments).activations / compiled.memory_analysis().temp_size_in_bytes
+    ratio = (
+        plan_memory(step.make, step.mesh, *step.arguments).activations / compiled.memory_analysis().temp_size_in_bytes
+    )
     assert 0.5 < ratio < 1.1
 
 
@@ -150,7 +152,7 @@ def test_the_plan_of_a_gpu_compiler(monkeypatch, remat):
     )
     memory = there.trace().lower().compile({"xla_gpu_autotune_level": 0}).memory_analysis()
     arguments = memory.argument_size_in_bytes  # without weights that this step does not read
-    found = plan(here.make, here.mesh, *here.arguments)
+    found = plan_memory(here.make, here.mesh, *here.arguments)
     assert arguments + found.activations == pytest.approx(arguments + memory.temp_size_in_bytes, rel=0.15)
 
 
@@ -163,10 +165,10 @@ def test_what_a_person_reads():
 
 def test_remedies_name_what_is_left_to_try():
     mesh = mesh_of(2, 2)
-    assert remedies(small(mesh, batch=16).config, mesh, live=True) == (
+    assert memory_remedies(small(mesh, batch=16).config, mesh, live=True) == (
         "encode the data once (ipadapter-jax encode), or --model.remat always, or --mesh.fsdp 4, or --optim.accumulate "
         "2, or --data.batch-size 8"
     )
     config = small(mesh_of(1, 1), batch=2, remat=True, accumulate=2).config
-    assert remedies(config, mesh_of(1, 1), live=False) == "a device with more memory"
-    assert available() is None  # on a CPU
+    assert memory_remedies(config, mesh_of(1, 1), live=False) == "a device with more memory"
+    assert device_memory_limit() is None  # on a CPU

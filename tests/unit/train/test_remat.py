@@ -32,13 +32,13 @@ def crowded(monkeypatch):
             seen.append(networks.unet.remat)
             return make_step(networks, *rest)
 
-        def plan(make, mesh, *rest):
+        def plan_memory(make, mesh, *rest):
             make(mesh)
             return MemoryPlan(0, 0, 0, 0, needed if seen[-1] else 150)
 
         monkeypatch.setattr(trainer, "make_step", recorded)
-        monkeypatch.setattr(trainer, "plan", plan)
-        monkeypatch.setattr(trainer, "available", lambda: 110)
+        monkeypatch.setattr(trainer, "plan_memory", plan_memory)
+        monkeypatch.setattr(trainer, "device_memory_limit", lambda: 110)
         return seen
 
     return crowd

@@ -7,19 +7,20 @@ import optax
 import pytest
 from helpers import Case, load_case
 from jax.sharding import AxisType
-from training import LIGHT, PLUS, begun, micro, recorded_batch, recorded_draws, tiny
+from training import LIGHT, PLUS, micro, recorded_batch, recorded_draws, started, tiny
 
+from ipadapter_jax.runtime.mesh import TRAIN_AXES, global_mesh
 from ipadapter_jax.train import step as step_module
 from ipadapter_jax.train.networks import LoadedNetworks, load_networks
-from ipadapter_jax.train.optim import LossScale, fill, trainable, view
-from ipadapter_jax.train.sharding import AXES, global_batch, local_rows, make_mesh
-from ipadapter_jax.train.step import draw, encode, row_losses
+from ipadapter_jax.train.optim import LossScale, combine, partition, trainable_mask
+from ipadapter_jax.train.sharding import global_batch, local_indices
+from ipadapter_jax.train.step import denoising_inputs, random_draws, sample_losses
 from ipadapter_jax.weights.key_mapping import to_torch, torch_key
 from ipadapter_jax.weights.load_tree import leaves
 
 
 def one_device():
-    return jax.make_mesh((1, 1), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    return jax.make_mesh((1, 1), TRAIN_AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
 
 
 def in_torch_names(params) -> dict[str, np.ndarray]:
@@ -33,16 +34,16 @@ def in_torch_names(params) -> dict[str, np.ndarray]:
 
 
 def loss_and_gradients(loaded: LoadedNetworks, config, case: Case):
-    mask = trainable(config.model)
-    learnt = view(loaded.frozen | loaded.params, mask)
+    mask = trainable_mask(config.model)
+    trainable = partition(loaded.frozen | loaded.params, mask)
 
-    def compute(learnt, frozen, batch, draws):
-        inputs = encode(loaded.networks, frozen, batch, draws)
-        return inputs, *jax.value_and_grad(lambda v: row_losses(loaded.networks, fill(v, frozen), inputs).mean())(
-            learnt
+    def compute(trainable, frozen, batch, draws):
+        inputs = denoising_inputs(loaded.networks, frozen, batch, draws)
+        return inputs, *jax.value_and_grad(lambda v: sample_losses(loaded.networks, combine(v, frozen), inputs).mean())(
+            trainable
         )
 
-    inputs, loss, grads = jax.jit(compute)(learnt, loaded.frozen, recorded_batch(case), recorded_draws(case))
+    inputs, loss, grads = jax.jit(compute)(trainable, loaded.frozen, recorded_batch(case), recorded_draws(case))
     return inputs, loss, in_torch_names(grads)
 
 
@@ -87,8 +88,8 @@ def test_ten_steps_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = {"scale": case.inputs["init.image_proj.norm.weight"], "bias": case.inputs["init.image_proj.norm.bias"]}
     params = loaded.params | {"image_proj": jax.tree.map(jnp.asarray, {"proj": projection, "norm": norm})}
     recorded = jax.tree.map(lambda *x: jnp.stack(x), *(recorded_draws(case, i) for i in range(10)))
-    monkeypatch.setattr(step_module, "draw", lambda seed, step, *_: jax.tree.map(lambda x: x[step], recorded))
-    state, step = begun(config, mesh, loaded, params)
+    monkeypatch.setattr(step_module, "random_draws", lambda seed, step, *_: jax.tree.map(lambda x: x[step], recorded))
+    state, step = started(config, mesh, loaded, params)
     batch, losses, after = recorded_batch(case), [], {}
     for i in range(10):
         state, metrics = step(state, loaded.frozen, batch)
@@ -110,10 +111,10 @@ def test_ten_steps_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
 def short_run():
     """A small model with its state, step and a batch of noise on four devices."""
     config = micro(1, optim__ema=0.9, optim__clip_norm=1.0, data__path="none", model__dtype="bfloat16")
-    mesh = make_mesh()
+    mesh = global_mesh()
     loaded = load_networks(config, mesh, None)
-    state, step = begun(config, mesh, loaded)
-    rng, rows = np.random.default_rng(0), local_rows(mesh, 8)
+    state, step = started(config, mesh, loaded)
+    rng, rows = np.random.default_rng(0), local_indices(mesh, 8)
     arrays = {
         "pixels": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
         "clip_pixels": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
@@ -125,9 +126,9 @@ def short_run():
 def test_frozen_parts_stay_and_have_no_state(short_run) -> None:
     loaded, state, step, batch = short_run
     before = jax.tree.map(np.array, loaded.frozen)
-    learnt = len(jax.tree.leaves(state.params))
+    trainable = len(jax.tree.leaves(state.params))
     assert isinstance(state.params["unet"], optax.MaskedNode) and isinstance(state.ema["unet"], optax.MaskedNode)
-    assert len(jax.tree.leaves(state.opt_state)) == 2 * learnt + 2  # two moments, Adam's count and the schedule's
+    assert len(jax.tree.leaves(state.opt_state)) == 2 * trainable + 2  # two moments, Adam's count and the schedule's
     old = state
     for _ in range(3):
         state, metrics = step(state, loaded.frozen, batch)
@@ -161,7 +162,7 @@ def test_a_finite_gradient_with_an_infinite_square_is_skipped(short_run) -> None
     loaded, state, _, batch = short_run
     config = micro(1, data__path="none", model__dtype="bfloat16")
     huge = jax.tree.map(lambda x: x * 1e13, state.params["ip_adapter"])
-    before, step = begun(config, make_mesh(), loaded, state.params | {"ip_adapter": huge})
+    before, step = started(config, global_mesh(), loaded, state.params | {"ip_adapter": huge})
     after, metrics = step(before, loaded.frozen, batch)
     assert np.isfinite(metrics["loss"]) and int(metrics["bad_steps"]) == 1
     for a, b in zip(jax.tree.leaves(before.opt_state), jax.tree.leaves(after.opt_state), strict=True):
@@ -181,19 +182,19 @@ def test_the_loss_scale() -> None:
 
 def test_draws_depend_on_seed_step_and_row_alone() -> None:
     shape, rates = (4, 4, 4), (0.05, 0.05, 0.05)
-    whole = draw(3, jnp.int32(7), jnp.arange(64), shape, 1000, rates)
-    part = draw(3, jnp.int32(7), jnp.arange(32, 40), shape, 1000, rates)
+    whole = random_draws(3, jnp.int32(7), jnp.arange(64), shape, 1000, rates)
+    part = random_draws(3, jnp.int32(7), jnp.arange(32, 40), shape, 1000, rates)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[32:40], b), whole, part)
     for other in (
-        draw(4, jnp.int32(7), jnp.arange(64), shape, 1000, rates),
-        draw(3, jnp.int32(8), jnp.arange(64), shape, 1000, rates),
+        random_draws(4, jnp.int32(7), jnp.arange(64), shape, 1000, rates),
+        random_draws(3, jnp.int32(8), jnp.arange(64), shape, 1000, rates),
     ):
         assert not np.allclose(whole.noise, other.noise)
     assert not np.allclose(whole.noise, whole.posterior_noise)
 
 
 def test_the_drop_rates() -> None:
-    draws = draw(0, jnp.int32(0), jnp.arange(40_000), (1, 1, 1), 1000, (0.05, 0.1, 0.2))
+    draws = random_draws(0, jnp.int32(0), jnp.arange(40_000), (1, 1, 1), 1000, (0.05, 0.1, 0.2))
     image, text = np.asarray(draws.drop_image), np.asarray(draws.drop_text)
     shares = [(image & ~text).mean(), (text & ~image).mean(), (image & text).mean()]
     np.testing.assert_allclose(shares, [0.05, 0.1, 0.2], atol=0.006)  # 3 standard deviations

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ipadapter_jax.train.throughput import Meter, Progress, duration_text, peak_flops
+from ipadapter_jax.train.throughput import ProgressLine, Throughput, duration_text, peak_flops
 
 
 class Clock:
@@ -14,8 +14,8 @@ class Clock:
         return self.now
 
 
-def make(clock: Clock, **settings) -> Meter:
-    return Meter(first_step=1000, total_steps=2000, batch_size=8, clock=clock, **settings)
+def make(clock: Clock, **settings) -> Throughput:
+    return Throughput(first_step=1000, total_steps=2000, batch_size=8, clock=clock, **settings)
 
 
 def test_speed_is_that_since_the_last_report():
@@ -91,7 +91,7 @@ def test_peaks(kind, dtype, tera):
 
 
 def test_without_a_terminal_every_report_is_a_line(capsys):
-    progress = Progress(100, 1000)
+    progress = ProgressLine(100, 1000)
     progress.show(150, {"loss": 0.12345, "images_per_second": 53.21, "mfu": 0.412, "norm": 3.0}, "4 min 10 s")
     progress.show(200, {"loss": 0.1, "images_per_second": 50.0}, "4 min 0 s")
     progress.close()
@@ -103,7 +103,7 @@ def test_without_a_terminal_every_report_is_a_line(capsys):
 
 def test_on_a_terminal_one_line_renews_itself(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = Progress(100, 1000)
+    progress = ProgressLine(100, 1000)
     progress.show(550, {"loss": 0.1}, "7 s")
     progress.close()
     shown = capsys.readouterr().err

@@ -8,13 +8,13 @@ import pytest
 from ipadapter_jax import InputError
 from ipadapter_jax.cli.recipes import load_recipe, recipes
 from ipadapter_jax.train.config import Data, Log, Model, Train, check, check_batch_memory
-from ipadapter_jax.train.unused_options import warn_of_idle
+from ipadapter_jax.train.unused_options import warn_of_unused_options
 
 
 def said(config: Train) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        warn_of_idle(config)
+        warn_of_unused_options(config)
     return [str(warning.message) for warning in found]
 
 

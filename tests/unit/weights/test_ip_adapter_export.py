@@ -21,7 +21,7 @@ from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.images.preprocess import load_image, to_uint8
 from ipadapter_jax.models.image_projections import ImageProjConfig
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
-from ipadapter_jax.train.init import initial_adapter
+from ipadapter_jax.train.init import init_adapter
 from ipadapter_jax.weights import verified_write
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_adapter
@@ -92,7 +92,7 @@ SIZES = {  # bytes of the published files, which hold no metadata
 def test_names_shapes_and_bytes_are_those_of_the_published_files(data, tmp_path, monkeypatch, variant):
     size, config = SIZES[variant]
     unet = UNetConfig()
-    shapes = jax.eval_shape(lambda seed: initial_adapter(text_projections(unet), unet, config, seed), 0)
+    shapes = jax.eval_shape(lambda seed: init_adapter(text_projections(unet), unet, config, seed), 0)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float16), shapes)
     monkeypatch.setattr(verified_write, "_verify", lambda *_: None)  # at this size it reads and compares for seconds
     save_ip_adapter(tmp_path / "a.safetensors", params, metadata=METADATA)
