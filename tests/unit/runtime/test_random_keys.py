@@ -12,6 +12,7 @@ from helpers import jax_settings
 from ipadapter_jax.models.image_projections import ImageProjConfig
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.runtime import random_keys
+from ipadapter_jax.runtime.mesh import local_mesh
 from ipadapter_jax.train.init import _init_projection
 from ipadapter_jax.train.step import random_draws
 
