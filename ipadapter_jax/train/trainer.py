@@ -39,7 +39,7 @@ from ipadapter_jax.train.dataset import (
 )
 from ipadapter_jax.train.memory import MemoryPlan, device_memory_limit, memory_remedies, plan_memory
 from ipadapter_jax.train.metrics_log import SkippedRecordLog
-from ipadapter_jax.train.multihost import barrier, broadcast_error, initialize, run_on_all
+from ipadapter_jax.train.multihost import barrier, broadcast_error, initialize, run_on_all, run_on_first
 from ipadapter_jax.train.networks import load_networks
 from ipadapter_jax.train.optim import make_optimizer, partition, trainable_mask
 from ipadapter_jax.train.preemption import CoordinatedShutdown
@@ -103,7 +103,7 @@ class Run:
         self.skips = run_on_all(
             lambda: SkippedRecordLog(folder / _of_process("skipped", "jsonl"), config.data.max_unreadable_fraction)
         )
-        self.desk = self._in_process_0(lambda: Reporter(config, folder, self.about, self.loaded, self.first, flops))
+        self.desk = run_on_first(lambda: Reporter(config, folder, self.about, self.loaded, self.first, flops))
         self.fault: str | None = None  # of the data that this process reads
         self.pending: deque[tuple[int, dict[str, Array]]] = deque()  # steps whose outcome nobody has looked at
 
@@ -264,7 +264,7 @@ class Run:
         paused = self.desk.paused() if self.desk is not None else contextlib.nullcontext()
         with paused, self.first_time("compiling the validation and the sampler, and validating"):
             losses, (grid, scores) = validation.losses(trainable), validation.grid(trainable, number)
-            self._in_process_0(lambda: self.desk.validated(number, losses | scores, grid))
+            run_on_first(lambda: self.desk.validated(number, losses | scores, grid))
 
     def _save(self, number: int) -> None:
         """The checkpoint, which is written while training goes on, and the file for everybody else."""
@@ -277,11 +277,7 @@ class Run:
     def _export(self, number: int) -> None:
         trainable = replicate_leaves(self.state.params if self.state.ema is None else self.state.ema, self.mesh)
         own = jax.tree.map(lambda x: x.addressable_data(0), trainable)
-        self._in_process_0(lambda: self.desk.export(number, own))
-
-    def _in_process_0(self, job: Callable[[], Any]) -> Any:
-        """What the job returns; None in other processes, which fail when it fails. All processes call this."""
-        return run_on_all(job if jax.process_index() == 0 else lambda: None)
+        run_on_first(lambda: self.desk.export(number, own))
 
     def _count_bad(self, number: int, skipped: list[SkippedRecord]) -> None:
         """Raises InputError when there are too many, in all processes at the same step."""
