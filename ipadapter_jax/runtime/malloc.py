@@ -1,9 +1,12 @@
-"""Memory that is kept once it was had."""
+"""How this process manages its memory: what glibc returns to the kernel, what the garbage collector looks at."""
 
+import contextlib
 import ctypes
+import gc
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # parameters of glibc's mallopt(3)
 _NEVER = -1  # as a size more than any
@@ -43,3 +46,15 @@ def is_cpu_only() -> bool:
 def malloc_environment() -> dict[str, str]:
     """The same for a process that is begun with these variables."""
     return {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**48), "MALLOC_ARENA_MAX": "1"}
+
+
+@contextlib.contextmanager
+def without_old_objects() -> Iterator[None]:
+    """Inside, the garbage collector skips the objects that exist now. A full collection runs when the newer objects
+    reach a quarter of all others: the millions of objects of traced programs would delay it for thousands of steps."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

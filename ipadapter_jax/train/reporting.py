@@ -60,7 +60,7 @@ class Reporter:
         if grid is not None:
             self._log.image(number, "samples", grid)
 
-    def export_run(self, number: int, trainable: Any) -> None:
+    def export(self, number: int, trainable: Any) -> None:
         """Writes what was learnt, arrays of this process, as the files that others read."""
         export_run(self._folder, trainable, self._config, self._loaded, self._about, number)
 

@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax import Array
@@ -220,7 +219,7 @@ class Run:
         )
         if self.first == 0:
             self._validate(0)
-        with _collected_often():
+        with malloc.without_old_objects():
             return self._steps(loading, stop)
 
     def _steps(self, loading: Iterator[LoadedBatch], stop: CoordinatedShutdown) -> int:
@@ -264,7 +263,7 @@ class Run:
         paused = self.desk.paused() if self.desk is not None else contextlib.nullcontext()
         with paused, self.first_time("compiling the validation and the sampler, and validating"):
             losses, (grid, scores) = validation.losses(trainable), validation.grid(trainable, number)
-            run_on_first(lambda: self.desk.validated(number, losses | scores, grid))
+            run_on_first(lambda: cast(Reporter, self.desk).validated(number, losses | scores, grid))
 
     def _save(self, number: int) -> None:
         """The checkpoint, which is written while training goes on, and the file for everybody else."""
@@ -277,7 +276,7 @@ class Run:
     def _export(self, number: int) -> None:
         trainable = replicate_leaves(self.state.params if self.state.ema is None else self.state.ema, self.mesh)
         own = jax.tree.map(lambda x: x.addressable_data(0), trainable)
-        run_on_first(lambda: self.desk.export(number, own))
+        run_on_first(lambda: cast(Reporter, self.desk).export(number, own))
 
     def _count_bad(self, number: int, skipped: list[SkippedRecord]) -> None:
         """Raises InputError when there are too many, in all processes at the same step."""
@@ -300,18 +299,6 @@ class Run:
             self.skips.close()
             if self.desk is not None:
                 self.desk.close()
-
-
-@contextlib.contextmanager
-def _collected_often() -> Iterator[None]:
-    """Python looks through all objects when those that may be garbage are a quarter of them. What was made until now
-    stays, and is left out: else a million traced equations hide hundreds of thousands of steps' garbage."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _due(number: int, every: int) -> bool:
