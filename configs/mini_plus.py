@@ -9,6 +9,6 @@ import dataclasses
 
 from ipadapter_jax.cli.recipes import load_recipe
 
-_base = load_recipe("mini")[0]
+_base = load_recipe("mini").config
 _model = dataclasses.replace(_base.model, adapter="plus", resampler_heads=1)
 config = dataclasses.replace(_base, out="runs/mini_plus", model=_model)

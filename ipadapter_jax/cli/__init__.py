@@ -1,7 +1,7 @@
-"""The command `ipadapter-jax`: one subcommand per job.
+"""The command line `ipadapter-jax COMMAND ...`.
 
-Exit code 0 when the job is done, 2 for bad input with one line on standard error, 130 when interrupted, 141 when the
-reader of the output went away.
+Exit codes: 0 for success, 2 for bad input (with one line on standard error), 130 when interrupted, 141 when the reader
+of the output has closed it. Long jobs return 75 when they were preempted and should be resumed.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"ipadapter-jax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read our output, such as head, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # a folder that may not be read, a name that is too long
@@ -82,15 +82,15 @@ def _reports(immediately: bool) -> Iterator[None]:
     ignored in a file) when the job is done, and after an error only the warnings among them."""
     log = logging.getLogger("ipadapter_jax")
     log.setLevel(logging.INFO)
-    log.propagate = False  # some library's root handler would say it again
-    shown = logging.StreamHandler()
-    held = logging.handlers.MemoryHandler(1000, logging.CRITICAL, shown, flushOnClose=False)
-    handler = shown if immediately else held
+    log.propagate = False  # a root handler of some library would repeat it
+    stream = logging.StreamHandler()
+    buffer = logging.handlers.MemoryHandler(1000, logging.CRITICAL, stream, flushOnClose=False)
+    handler = stream if immediately else buffer
     log.addHandler(handler)
     try:
         yield
     except BaseException:
-        shown.addFilter(lambda record: record.levelno >= logging.WARNING)
+        stream.addFilter(lambda record: record.levelno >= logging.WARNING)
         raise
     finally:
         handler.flush()
@@ -99,7 +99,7 @@ def _reports(immediately: bool) -> Iterator[None]:
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """The options of the command that the first word names. Raises InputError for words that are not options."""
+    """Parses the options of the command that the first word names. Raises InputError."""
     name, *words = arguments
     if name not in COMMANDS:
         raise InputError(unknown_command(name))
@@ -107,7 +107,7 @@ def parse(arguments: Sequence[str]) -> Any:
 
 
 def _check(options: Any) -> None:
-    """Raises InputError for what can be told before what does the command is imported."""
+    """Raises InputError for errors that are found without importing the function of the command."""
     if isinstance(options, Train):
         check(options)
         found_place(options.model.base, "base model")
@@ -116,9 +116,9 @@ def _check(options: Any) -> None:
 
 
 def _help(arguments: Sequence[str]) -> str | None:
-    """The help that the words ask for, or None."""
-    asked = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    if not arguments or not {"-h", "--help"} & set(asked):
+    """The help that the words request, or None."""
+    before_dashes = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if not arguments or not {"-h", "--help"} & set(before_dashes):
         return None
     name, *words = arguments
     if name not in COMMANDS:

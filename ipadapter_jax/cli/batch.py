@@ -1,4 +1,4 @@
-"""`ipadapter-jax batch`: what it is told."""
+"""Options of `ipadapter-jax batch`."""
 
 import dataclasses
 from pathlib import Path
@@ -12,20 +12,21 @@ from ipadapter_jax.errors import InputError
 
 @dataclasses.dataclass(kw_only=True)
 class Batch(BatchOptions):
-    """Makes images for every row of a list, on all devices, into a folder.
+    """Generates images for every row of a list, on all devices, into a folder.
 
-    The same command goes on after any stop, kill -9 included, without making an image twice or losing one. Rows that
-    cannot be used are skipped and listed in bad_rows.jsonl. Every image depends on its own row and the options alone.
+    Rerun the same command to resume after any interruption, kill -9 included: no image is made twice and none is lost.
+    Invalid rows are skipped and listed in bad_rows.jsonl. Every image depends on its own row and the options alone.
     """
 
     source: Positional[Path]
-    """A folder of reference images (name.jpg, its prompt in name.txt, name.caption or a metadata.jsonl), or a .csv or
-    .jsonl with the columns prompt, image (several separated by ; or as a list), negative_prompt, seed, scale, name."""
+    """Folder of reference images (name.jpg with its prompt in name.txt, name.caption or a metadata.jsonl), or a .csv or
+    .jsonl file with the columns prompt, image (several separated by ; or as a list), negative_prompt, seed, scale,
+    name."""
     out: Path
-    """The folder for the images, with job.json, job.jsonl (a line for each image) and bad_rows.jsonl."""
+    """Folder to write: the images, job.json (settings), job.jsonl (a line for each image) and bad_rows.jsonl."""
 
     help_groups: ClassVar = {
-        "what to make": ("source", "out", "num_images", "seed", "height", "width", "negative_prompt"),
+        "images": ("source", "out", "num_images", "seed", "height", "width", "negative_prompt"),
         "image prompt": HELP_IMAGE_PROMPT,
         "sampling": HELP_SAMPLING,
         "model": HELP_MODEL,
@@ -33,8 +34,8 @@ class Batch(BatchOptions):
     }
 
     def check(self) -> None:
-        """Raises InputError for what can be told from the words alone."""
+        """Raises InputError for options that are wrong on their own or together. Opens no file."""
         super().check()
         source, out = self.source.absolute(), self.out.absolute()
         if source == out or source in out.parents:
-            raise InputError(f"--out {self.out} lies in {self.source}, whose images are prompts; give another folder")
+            raise InputError(f"--out {self.out} is inside {self.source}, whose images are prompts; give another folder")

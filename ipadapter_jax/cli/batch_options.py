@@ -1,4 +1,4 @@
-"""What all commands that make thousands of images are told."""
+"""Options of the commands that make thousands of images."""
 
 import dataclasses
 
@@ -14,18 +14,19 @@ class BatchOptions(Sampling):
     """Options of every command that makes many images."""
 
     num_images: int = 1
-    """Images of each row."""
+    """Number of images for each row."""
     seed: int = 0
-    """Of rows that have none: this + a number made of the row's name."""
+    """Seed of rows without a seed: this plus a number computed from the row's name."""
     batch_size: int = 8
-    """Images made at once, on all devices together."""
+    """Number of images in a batch, over all devices."""
     process: int = 0
-    """Which of several processes this is, on this machine or others that share the folder; each takes its rows."""
+    """Number of this process, from 0, when several processes, on this machine or others, share the folder and divide
+    the rows."""
     processes: int = 1
-    """How many there are."""
+    """Number of processes that share the folder."""
 
     def check(self) -> None:
-        """Raises InputError for what can be told before any file is opened."""
+        """Raises InputError for options that are wrong on their own or together. Opens no file."""
         super().check()
         for name, value in (("num-images", self.num_images), ("batch-size", self.batch_size)):
             if value < 1:
@@ -34,11 +35,11 @@ class BatchOptions(Sampling):
             raise InputError(f"--seed {self.seed} must lie between 0 and 2^32 - 1")
         if self.negative_image is not None and is_url(self.negative_image):
             raise InputError(
-                f"--negative-image {self.negative_image}: a job may go on for days, and what lies behind a URL may "
+                f"--negative-image {self.negative_image}: a job may take days, and the content of a URL may "
                 "change; download it first, then give the path of the file"
             )
         if not 0 <= self.process < self.processes:
-            raise InputError(f"--process {self.process} of --processes {self.processes}: they count from 0")
+            raise InputError(f"--process {self.process} of --processes {self.processes}: processes count from 0")
 
     @property
     def shard(self) -> tuple[int, int]:

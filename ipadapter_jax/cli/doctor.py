@@ -1,8 +1,8 @@
-"""`ipadapter-jax doctor`: what it is told, which is nothing."""
+"""`ipadapter-jax doctor`, which has no options."""
 
 import dataclasses
 
 
 @dataclasses.dataclass
 class Doctor:
-    """Shows devices, versions, caches and what is missing; exits with 1 when something required is."""
+    """Shows devices, versions, caches, and what is missing; exits with 1 when something required is missing."""

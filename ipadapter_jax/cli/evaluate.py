@@ -1,4 +1,4 @@
-"""`ipadapter-jax evaluate`: what it is told."""
+"""Options of `ipadapter-jax evaluate`."""
 
 import dataclasses
 from pathlib import Path
@@ -15,43 +15,46 @@ from ipadapter_jax.weights import bundled
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluate(BatchOptions):
-    """Makes images from image prompts as the paper does (empty text, 4 each, 50 steps of DDIM, guidance 7.5) and
-    scores them: CLIP-I, CLIP-T, diversity, CLIP-FID. With --images-from it scores what other programs have made.
+    """Generates images from image prompts by the paper's protocol (empty text prompt, 4 images per image prompt, 50
+    DDIM steps, guidance scale 7.5) and computes CLIP-I, CLIP-T, diversity and CLIP-FID. With --images-from it scores
+    images that other programs have made.
 
-    The same command goes on after any stop, kill -9 included, and ends with the same numbers.
+    Rerun the same command to resume after any interruption, kill -9 included: it ends with the same numbers.
     """
 
     data: Positional[Path]
-    """captions_val2017.json of COCO, or data as for training: a folder, a JSON list, Parquet, tar or ArrayRecord."""
+    """Image prompts with captions: captions_val2017.json of COCO, or data as for training (a folder, a JSON list,
+    Parquet, tar or ArrayRecord)."""
     out: Path
-    """The folder for images/ (always kept), scores/ (embeddings), report.html, evaluation.json and the tables prompts
-    and images, each as .csv and .parquet."""
+    """Folder to write: images/, scores/ (embeddings), report.html, evaluation.json, and the tables prompts and
+    pictures, each as .csv and .parquet."""
     image_root: Path | None = None
-    """The folder of the images that a JSON file names; by default its own. For COCO: val2017."""
+    """Folder that the file names of a JSON file are relative to; by default the file's own. For COCO: val2017."""
     image_column: str | None = None
-    """For Parquet and TensorFlow Datasets, where the name is not a usual one."""
+    """Column of the images in Parquet and TensorFlow Datasets, if its name is not a usual one."""
     text_column: str | None = None
-    """The same for the captions."""
+    """Column of the captions, as --image-column."""
     limit: int | None = None
-    """Only the first so many image prompts."""
+    """Number of image prompts to use, the first ones; by default all."""
     num_images: int = 4
-    """Images of each image prompt."""
+    """Number of images for each image prompt."""
     with_caption: bool = False
-    """Give the first caption as text prompt, too; the paper leaves the text empty."""
+    """Use the first caption as text prompt; the paper's text prompt is empty."""
     images_from: Path | None = None
-    """Score these images and make none: a folder (name.png, or name-0.png and so on, where the image prompt is
-    name.jpg) or a CSV file with the columns name and image."""
+    """Score these images instead of generating any: a folder (name.png, or name-0.png and so on, for the image prompt
+    name.jpg), or a CSV file with the columns name and image."""
     clip: PathOrHubId = SCORER
-    """The CLIP that scores: a folder or a Hub id of a whole CLIPModel of transformers."""
+    """CLIP model that scores: a folder or Hub id of a complete CLIPModel of transformers."""
     caption: Choice = "first"
-    """Which of several captions CLIP-T takes."""
+    """How CLIP-T uses several captions: the first, the mean score of all, or the best score."""
     caption_prefix: str = ""
-    """Put before each caption when it is scored; CLIPScore's authors take "A photo depicts "."""
+    """Text to put before each caption when it is scored; the authors of CLIPScore use "A photo depicts "."""
     fid_features: tuple[Path, Path] | None = None
-    """Two .npy or .safetensors files with Inception's features (N, F) of real and of made images: adds their FID."""
+    """Two .npy or .safetensors files with Inception features (N, F) of real and of generated images: adds their
+    FID."""
 
     help_groups: ClassVar = {
-        "what to score": ("data", "out", "adapter", "images_from", "limit", "num_images", "with_caption"),
+        "evaluation": ("data", "out", "adapter", "images_from", "limit", "num_images", "with_caption"),
         "data": ("image_root", "image_column", "text_column"),
         "scores": ("clip", "caption", "caption_prefix", "fid_features"),
         "image prompt": tuple(name for name in HELP_IMAGE_PROMPT if name != "adapter"),
@@ -65,18 +68,18 @@ class Evaluate(BatchOptions):
             self.adapter = bundled.NAME
 
     def check(self) -> None:
-        """Raises InputError for what can be told from the words alone."""
+        """Raises InputError for options that are wrong on their own or together. Opens no file."""
         super().check()
         if self.limit is not None and self.limit < 1:
             raise InputError(f"--limit {self.limit} must be at least 1")
         source, out = self.data.absolute(), self.out.absolute()
         if source == out or source in out.parents:
-            raise InputError(f"--out {self.out} lies in {self.data}, whose images are prompts; give another folder")
+            raise InputError(f"--out {self.out} is inside {self.data}, whose images are prompts; give another folder")
         if self.images_from is not None:
-            painting = [
+            generating = [
                 field.name for field in dataclasses.fields(BatchOptions) if field.name not in ("process", "processes")
             ]
-            refuse(self, (*painting, "with_caption"), "on the images of --images-from", "leave --images-from out")
+            refuse(self, (*generating, "with_caption"), "on the images of --images-from", "leave --images-from out")
         elif self.adapter is None:
             raise InputError(
                 "name the IP-Adapter to evaluate with --adapter, or images of another program with --images-from"

@@ -1,4 +1,4 @@
-"""`ipadapter-jax generate`: what it is told."""
+"""Options of `ipadapter-jax generate`."""
 
 import dataclasses
 from pathlib import Path
@@ -15,52 +15,53 @@ from ipadapter_jax.weights import bundled
 
 @dataclasses.dataclass(kw_only=True)
 class Generate(Sampling):
-    """Samples images from a base model, with an image prompt when --adapter and --image are given; by default from
-    mini, the small model inside this package, which has adapters of its own: --image is all it needs.
+    """Generates images with a base model, and with an image prompt when --adapter and --image are given. The default
+    base model is mini, a small model inside this package, which has its own adapters: it needs --image alone.
 
-    Every PNG carries the settings, versions and weight digests in its text chunk "ipadapter_jax".
+    Every PNG file records the settings, versions and weight digests in its text chunk "ipadapter_jax".
     """
 
     out: Path
-    """The PNG to write. With several images this is their grid, and the single ones lie beside it, numbered."""
+    """PNG file to write. With several images it is their grid, and the single images are written next
+    to it, numbered."""
     prompt: str = ""
-    """What to paint; may be empty with an image prompt."""
+    """Text prompt; may be empty when there is an image prompt."""
     image: tuple[PathOrHubId, ...] = ()
-    """Reference images; several share the one image prompt."""
+    """Reference images; several form one image prompt together."""
     image_weights: tuple[float, ...] = ()
-    """A weight for each reference, times --scale."""
+    """Weight of each reference image, which multiplies --scale."""
     masks: tuple[PathOrHubId, ...] = ()
-    """A mask for each reference, white where it acts; each then acts by itself."""
+    """Mask of each reference image, white where it acts. Masked reference images act independently."""
     image_embeds: Annotated[PathOrHubId | None, FormerName("embeds")] = None
-    """Image embeddings in place of --image: a file of --save-image-embeds, or what diffusers or ComfyUI saved. No image
-    encoder is needed then."""
+    """Image embeddings instead of --image: a file that --save-image-embeds, diffusers or ComfyUI wrote. Needs no image
+    encoder."""
     save_image_embeds: Annotated[Path | None, FormerName("save_embeds")] = None
-    """Also writes the embeddings of --image into this .safetensors file."""
+    """Also write the embeddings of --image to this .safetensors file."""
     init_image: PathOrHubId | None = None
-    """An image to paint over (image-to-image)."""
+    """Initial image (image-to-image)."""
     mask_image: PathOrHubId | None = None
-    """White where to paint over --init-image (inpainting)."""
+    """Mask of --init-image, white where it is regenerated (inpainting)."""
     strength: float | None = None
-    """By which part of the steps --init-image is painted over: 0.8, with a mask 1."""
+    """Fraction of the denoising steps that are applied to --init-image; by default 0.8, or 1 with a mask."""
     preserve_unmasked: Annotated[bool, FormerName("exact_outside_mask")] = False
-    """Keep the pixels of --init-image where the mask is black."""
+    """Keep the exact pixels of --init-image where the mask is black."""
     num_images: int = 1
-    """Images to make, image i with seed + i."""
+    """Number of images; image i has the seed --seed + i."""
     seed: int = 0
     """Seed of the first image."""
     attention_maps: Path | None = None
-    """Also writes a figure of where each image token was looked at, over the first image."""
+    """Also write a figure with the attention to each image token, over the first image, to this PNG file."""
     grid: Annotated[Literal["scales", "presets"] | None, FormerName("explore")] = None
-    """Writes one labelled figure instead: a row for each seed over scales from 0 to 1, or a row for each reference over
-    all presets."""
+    """Write one labeled grid instead: scales, a row for each seed over scales from 0 to 1; presets, a row for each
+    reference image over all presets of layer scales."""
 
     help_groups: ClassVar = {
-        "what to make": ("prompt", "image", "out", "num_images", "seed", "height", "width", "negative_prompt"),
+        "images": ("prompt", "image", "out", "num_images", "seed", "height", "width", "negative_prompt"),
         "image prompt": ("image_weights", "masks", *HELP_IMAGE_PROMPT, "image_embeds"),
-        "painting over an image": ("init_image", "mask_image", "strength", "preserve_unmasked"),
+        "image-to-image and inpainting": ("init_image", "mask_image", "strength", "preserve_unmasked"),
         "sampling": HELP_SAMPLING,
         "model": HELP_MODEL,
-        "further output": ("save_image_embeds", "attention_maps", "grid"),
+        "additional output": ("save_image_embeds", "attention_maps", "grid"),
     }
 
     def __post_init__(self) -> None:
@@ -68,7 +69,8 @@ class Generate(Sampling):
             self.adapter = bundled.NAME
 
     def check(self) -> None:
-        """Raises InputError for what can be told from the words alone."""
+        """Raises InputError for options that are wrong on their own or together, and for outputs that cannot be
+        written. Opens no input."""
         super().check()
         _check(self)
 
@@ -79,14 +81,14 @@ def _check(args: Generate) -> None:
             raise InputError(f"--{option} {path}: give a name that ends in .png, which can carry the settings")
     prompted = bool(args.image) or args.image_embeds is not None
     if args.image and args.image_embeds:
-        raise InputError("--image and --image-embeds are both given; embeddings stand in the place of images")
+        raise InputError("--image and --image-embeds are both given; give one of them")
     if args.adapter is None and (prompted or args.image_encoder):
         what = "--image-embeds needs" if args.image_embeds else "--image and --image-encoder need"
-        raise InputError(f"{what} --adapter, the IP-Adapter file that reads the image")
+        raise InputError(f"{what} --adapter, an IP-Adapter file")
     if args.save_image_embeds is not None and args.save_image_embeds.suffix != ".safetensors":
         raise InputError(f"--save-image-embeds {args.save_image_embeds}: give a name that ends in .safetensors")
     if args.adapter is not None and not prompted:
-        raise InputError("--adapter needs --image, the image to use as prompt")
+        raise InputError("--adapter needs --image, a reference image")
     if args.image_embeds is not None:
         refuse(
             args, ("reference_resize", "negative_image"), "on --image-embeds, which are encoded already", "give --image"
@@ -109,7 +111,7 @@ def _check(args: Generate) -> None:
     if args.grid is not None:
         ignored = [option for option, given in _NOT_EXPLORED.items() if given(args)]
         if ignored:
-            raise InputError(f"--grid makes a figure of its own; leave out --{', --'.join(ignored)}")
+            raise InputError(f"--grid writes a figure instead of images; leave out --{', --'.join(ignored)}")
     places = [path for path in (*targets(args), args.attention_maps, args.save_image_embeds) if path is not None]
     if len({path.absolute() for path in places}) < len(places):
         raise InputError("--out, --attention-maps and --save-image-embeds must be different files")
@@ -117,7 +119,7 @@ def _check(args: Generate) -> None:
         check_writable(path)
 
 
-_SMALL = 64 * 64 * 3 * 4  # bytes: of an image smaller than which no model makes by itself
+_SMALL = 64 * 64 * 3 * 4  # bytes of an image that is smaller than the default size of any model
 
 _NEEDS = [
     ("save-image-embeds", "image", lambda args: args.save_image_embeds),
@@ -142,7 +144,8 @@ _NOT_EXPLORED = {
 
 
 def targets(args: Generate) -> list[Path]:
-    """The single images in order; with several, their grid last: where the named file exists, all is done."""
+    """The files that are written: the single images in order, and the grid of several images last, so that its file
+    exists only when all images do."""
     if args.num_images == 1 or args.grid is not None:
         return [args.out]
     digits = len(str(args.num_images - 1))

@@ -1,4 +1,4 @@
-"""The texts of --help: the commands, and the options of one in groups, the most used first."""
+"""The texts of --help: all commands, or the options of one command in groups, the most used first."""
 
 import inspect
 import shutil
@@ -13,9 +13,9 @@ _INDENT = 26  # of the texts
 
 
 def overview() -> str:
-    """Of the program."""
+    """The help of the program: all commands."""
     width = max(map(len, COMMANDS))
-    rows = [f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()]
+    rows = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: ipadapter-jax COMMAND ...",
@@ -32,8 +32,11 @@ def overview() -> str:
 
 
 def help_of(command: str, kind: type, about: str = "", defaults: Any = None, before: str = "") -> str:
-    """Of a command. about: what it is, by default as its dataclass says; defaults: an instance of it, with values other
-    than its own defaults; before: what stands first in its command line."""
+    """The help of a command.
+
+    kind: the dataclass of its options. about: what the command does, by default the docstring of `kind`. defaults: an
+    instance of `kind` whose values are shown as defaults. before: the first word of the command's arguments.
+    """
     options = options_of(kind)
     words = [command, before, *(option.name for option in options if option.positional)]
     words += [f"{option.name} {option.metavar}" for option in options if option.required and not option.positional]
@@ -45,13 +48,13 @@ def help_of(command: str, kind: type, about: str = "", defaults: Any = None, bef
     for title, group in _groups(kind, options).items():
         lines.append(f"{title}:")
         for option in group:
-            lines += _entry(option, _default(option, defaults), width)
+            lines += _option_lines(option, _default(option, defaults), width)
         lines.append("")
-    return "\n".join([*lines, *_line("-h, --help", "Shows this and ends.", width)])
+    return "\n".join([*lines, *_line("-h, --help", "Show this help and exit.", width)])
 
 
 def _groups(kind: type, options: tuple[Option, ...]) -> Mapping[str, list[Option]]:
-    """Titles with their options: those that the dataclass names, or those of an inner dataclass."""
+    """{title: options}: the groups that the dataclass declares, or one group for each inner dataclass."""
     found: dict[str, list[Option]] = {}
     if titles := getattr(kind, "help_groups", None):
         by_name = {option.path: option for option in options}
@@ -62,7 +65,7 @@ def _groups(kind: type, options: tuple[Option, ...]) -> Mapping[str, list[Option
     return found
 
 
-def _entry(option: Option, default: str, width: int) -> Iterator[str]:
+def _option_lines(option: Option, default: str, width: int) -> Iterator[str]:
     name = option.opposite if option.kind is bool and option.default else option.name
     shown = name if option.positional else f"{name} {option.metavar}".rstrip()
     note = "(required)" if option.required and not option.positional else default

@@ -1,4 +1,4 @@
-"""`ipadapter-jax inspect`: what it is told."""
+"""Options of `ipadapter-jax inspect`."""
 
 import dataclasses
 
@@ -8,10 +8,10 @@ from ipadapter_jax.storage.paths import PathOrHubId
 
 @dataclasses.dataclass
 class Inspect:
-    """Shows what a file or folder of weights is: kind, variant, base model, the image encoder it needs, tokens, dtype,
-    parameters, metadata and digest."""
+    """Shows what a file or folder of weights holds: kind, variant, base model, the image encoder that it needs, tokens,
+    data type, parameters, metadata and digest."""
 
     file: Positional[PathOrHubId]
-    """A file of weights, a folder of them, a place on the Hub, or mini or mini-plus inside this package."""
+    """File or folder of weights, path on the Hub, or mini or mini-plus, which are inside this package."""
     json: bool = False
-    """As one JSON object rather than as a table."""
+    """Print one JSON object instead of a table."""

@@ -1,5 +1,5 @@
-"""The options of a command, as its dataclass declares them: a field is an option, the text below it is its help, its
-type says what values it takes, and a dataclass in a field is a group of options with its name before theirs."""
+"""Reads the options of a command from its dataclass. A field is an option, the text below it is its help, and its type
+says which values it takes. A field that holds a dataclass is a group of options, whose names begin with the field's."""
 
 import ast
 import dataclasses
@@ -16,16 +16,18 @@ from ipadapter_jax.storage.paths import PATH_OR_HUB_ID
 
 _POSITIONAL = "positional"
 T = TypeVar("T")
-Positional = Annotated[T, _POSITIONAL]  # a value by its place in the line, without a name before it
+Positional = Annotated[T, _POSITIONAL]  # a positional argument
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One option: the fields that lead to it from the command's dataclass, its help, and what values it takes.
+    """One option of a command.
 
-    kind: the type of one value; bool takes none. choices: all values that there are, empty where any of the kind will
-    do. count: how many values, None for one or more. optional: it may be None. default: None also where it is required.
-    former_path: the path under the field's former name, where it had one. former_values: {former spelling: choice}.
+    path: the names of the fields that lead to it from the command's dataclass. about: its help. kind: the type of one
+    value; bool takes no value. choices: the allowed values, empty if all values of the kind are. count: the number of
+    values, None for one or more. optional: whether it may be None. is_place: whether it names a file or folder.
+    default: None also if it is required. former_path: the path with the field's former name, if it had one.
+    former_values: {former spelling: choice}.
     """
 
     path: tuple[str, ...]
@@ -43,12 +45,12 @@ class Option:
 
     @property
     def name(self) -> str:
-        """--optim.learning-rate, or for a value by its place SOURCE."""
+        """--optim.learning-rate, or SOURCE for a positional argument."""
         return self.path[-1].upper() if self.positional else _written(self.path)
 
     @property
     def opposite(self) -> str:
-        """--log.no-tensorboard, which makes a bool false."""
+        """--log.no-tensorboard, which sets a bool to False."""
         return _opposite(self.path)
 
     def former_names(self) -> Iterator["FormerOption"]:
@@ -60,7 +62,7 @@ class Option:
 
     @property
     def metavar(self) -> str:
-        """What stands for its values in the help."""
+        """The placeholder of its values in the help."""
         if self.positional:
             return self.name
         if self.kind is bool:
@@ -79,7 +81,7 @@ class FormerOption(NamedTuple):
 
 @functools.cache
 def options_of(kind: type, path: tuple[str, ...] = ()) -> tuple[Option, ...]:
-    """All options of a command's dataclass, those of inner dataclasses after its own."""
+    """All options of a command's dataclass, those of inner dataclasses last."""
     hints, texts = get_type_hints(kind, include_extras=True), _texts(kind)
     own, inner = [], []
     for field in dataclasses.fields(kind):
@@ -91,8 +93,10 @@ def options_of(kind: type, path: tuple[str, ...] = ()) -> tuple[Option, ...]:
 
 
 def names_of(kind: type, otherwise: Mapping[str, str]) -> Mapping[str, str]:
-    """How arguments are called here, the fields of the dataclass (of inner ones too, where no other has the name) and
-    those that the network's functions call `otherwise`: {"num_inference_steps": "--steps"}."""
+    """{argument: option} for errors: fields of the dataclass and of inner ones, of which the first with a name counts.
+
+    otherwise: {argument: field} for arguments whose field has another name: {"num_inference_steps": "steps"}.
+    """
     names: dict[str, str] = {}
     for option in options_of(kind):
         names.setdefault(option.path[-1], option.name)
@@ -143,7 +147,7 @@ def _opposite(path: tuple[str, ...]) -> str:
 
 
 def _texts(kind: type) -> Mapping[str, str]:
-    """The text below each field, on one line, of the dataclass and those that it is made from."""
+    """{field: the text below it, on one line} of the dataclass and its bases."""
     found: dict[str, str] = {}
     for parent in reversed(kind.__mro__):
         if dataclasses.is_dataclass(parent):

@@ -1,4 +1,4 @@
-"""What all commands that sample are told: models, sampler, controls of the image prompt."""
+"""Options of all commands that sample: models, sampler, controls of the image prompt."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from ipadapter_jax.storage.text_files import parse_json
 from ipadapter_jax.weights import bundled
 from ipadapter_jax.weights.hub import found_place
 
-# What the call of a pipeline names otherwise than the command line does. A part of an argument is given after a /.
+# {argument of a pipeline's call: field of the command} where the names differ. A part of an argument follows a slash.
 ARGUMENTS: Mapping[str, str] = {
     "base": "model",
     "num_inference_steps": "steps",
@@ -69,86 +69,89 @@ class Sampling:
     """Base model: a folder in diffusers' layout (PyTorch or Flax weights), a single file (.safetensors or .ckpt), a
     Hub id such as owner/name, or mini, the model inside this package (./mini is a folder of that name)."""
     config: PathOrHubId | None = None
-    """For a single file: folder or Hub id of its family, for settings and tokenizer; by default Stable Diffusion
-    1.5."""
+    """For a single file: a folder or Hub id with the settings and tokenizer of its model family; by default Stable
+    Diffusion 1.5."""
     vae: PathOrHubId | None = None
-    """Another VAE than the base model's: a folder, a Hub id or a file."""
+    """VAE to use instead of the base model's: a folder, a Hub id or a file."""
     text_encoder: PathOrHubId | None = None
-    """Another text encoder than the base model's: a folder, a Hub id or a file."""
+    """Text encoder to use instead of the base model's: a folder, a Hub id or a file."""
     extract_ema: bool = False
-    """For a single file: take the moving average of its UNet."""
+    """For a single file: load the moving average (EMA) of its UNet."""
     negative_prompt: str = ""
-    """What to avoid."""
+    """Negative text prompt."""
     adapter: PathOrHubId | None = None
-    """IP-Adapter file (.safetensors or .bin), or a place on the Hub such as owner/name/folder/file.safetensors. The
-    base model mini has two, mini and mini-plus; with an image prompt the first is its default."""
+    """IP-Adapter: a file (.safetensors or .bin), or a path on the Hub such as owner/name/folder/file.safetensors. The
+    base model mini has two, mini and mini-plus; mini is its default when there is an image prompt."""
     image_encoder: PathOrHubId | None = None
-    """Folder, file or Hub place of the CLIP vision model; by default image_encoder beside the adapter."""
+    """CLIP vision model: a folder, a file or a path on the Hub; by default image_encoder next to the adapter."""
     scale: float = 1.0
-    """Weight of the image prompt: 0 is the base model, 0.5 to 0.7 balances with the text, 1 follows the image."""
+    """Weight of the image prompt: 0 ignores it, 0.5 to 0.7 balances it with the text, 1 follows it closely."""
     layer_scales: Annotated[str, FormerName("layers")] = "linear"
-    """Where the image prompt acts: a preset ("ease out", "style", "composition", "strong style" ...), or as JSON
-    diffusers' dictionary {"up": {"block_1": [0, 1, 0]}}, a sum of presets {"style": 1, "composition": 0.5}, or a list
-    with a factor for each layer."""
+    """Factors of the scale for the cross-attention layers: a preset ("ease out", "style", "composition", "strong
+    style" ...), or JSON: diffusers' dictionary {"up": {"block_1": [0, 1, 0]}}, a weighted sum of presets {"style": 1,
+    "composition": 0.5}, or a list with one factor per layer."""
     scale_start: float = 0.0
-    """From which part of the steps on the image prompt acts."""
+    """Fraction of the steps after which the image prompt starts to act."""
     scale_end: float = 1.0
-    """Up to which part of the steps."""
+    """Fraction of the steps after which the image prompt stops acting."""
     scale_steps: tuple[float, ...] = (1.0,)
-    """Factors of the scale spread over the steps, linear between: "1 0" fades out, "0 1" in."""
+    """Factors of the scale at evenly spaced steps, interpolated linearly: "1 0" fades the image prompt out, "0 1" fades
+    it in."""
     reference_resize: Annotated[Literal["crop", "resize", "pad", "tile"], FormerName("fit")] = "crop"
-    """How a reference that is not square becomes so; tile makes several squares of it."""
+    """How reference images that are not square are made square. tile divides each into several squares."""
     negative_image: PathOrHubId | None = None
-    """An image to keep away from: what the unconditional branch of guidance sees."""
+    """Image to avoid: the image prompt of the unconditional branch of guidance."""
     uncond: Annotated[Uncond, FormerValue("zero pixels", "zero-pixels")] = "default"
-    """What that branch sees without one: zeros (features), zero-pixels, black or noise. The default is what the
-    adapter was trained with."""
+    """Image prompt of the unconditional branch without --negative-image: zeros (features that are zero), or the
+    features of zero-pixels (after normalization), of a black image or of noise. The default is what the adapter was
+    trained with."""
     steps: int = 50
-    """Denoising steps."""
+    """Number of denoising steps."""
     guidance_scale: float | None = None
-    """Classifier-free guidance; 1 turns it off. By default the model's own, 7.5 for Stable Diffusion."""
+    """Scale of classifier-free guidance; 1 turns it off. By default the model's own, 7.5 for Stable Diffusion."""
     guidance_rescale: float = 0.0
-    """How far the guided prediction gets back the spread of the unguided one, 0 to 1; against burnt colours."""
+    """How far the standard deviation of the guided prediction is restored to that of the text-conditional one, 0 to 1;
+    avoids overexposed images."""
     clip_skip: int = 0
-    """Layers of the text encoder to leave out for the prompt."""
+    """Number of last layers of the text encoder to skip."""
     scheduler: Literal["ddim", "ddpm", "pndm", "dpmsolver++", "euler", "euler_a", "unipc", "lcm"] = "ddim"
-    """The sampler. dpmsolver++ and unipc need 20 to 30 steps; lcm is for models that were distilled for it."""
+    """Sampler. dpmsolver++ and unipc need 20 to 30 steps; lcm is for models that were distilled for it."""
     karras: bool = False
-    """Noise levels after Karras et al., for dpmsolver++, euler and unipc."""
+    """Use the noise levels of Karras et al., with dpmsolver++, euler or unipc."""
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
-    """Where the steps lie; by default as the model's scheduler_config.json says, or as the sampler prefers."""
+    """How timesteps are spaced; by default as the model's scheduler_config.json says, else as the sampler prefers."""
     zero_snr: bool = False
-    """Rescale the noise schedule so that the first step starts from pure noise, for models trained so; the spacing is
-    then trailing unless another is given."""
+    """Rescale the noise schedule to zero terminal SNR, so that sampling starts from pure noise; for models that were
+    trained so. Timesteps are then spaced trailing unless --timestep-spacing says otherwise."""
     eta: float = 0.0
-    """Fresh noise in every step, from 0 (none) to 1 (as DDPM)."""
+    """Amount of noise that DDIM adds in each step, from 0 (none) to 1 (as DDPM)."""
     height: int | None = None
-    """Height in pixels, a multiple of 8; by default the model's own size, or that of an image to paint over."""
+    """Height in pixels, a multiple of 8; by default the size of --init-image, else the model's own."""
     width: int | None = None
-    """Width in pixels."""
+    """Width in pixels, as --height."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of weights and networks; bfloat16 halves the memory and is the fast one on accelerators."""
+    """Data type of weights and computation; bfloat16 halves the memory and is faster on accelerators."""
     variant: str | None = None
-    """Which weight files of the base model to prefer, such as fp16."""
+    """Variant of the base model's weight files to prefer, such as fp16."""
     revision: str | None = None
     """Branch, tag or commit of the base model on the Hub."""
 
     def check(self) -> None:
-        """Raises InputError for what can be told before any file is opened."""
+        """Raises InputError for options that are wrong on their own or together. Opens no file."""
         found_place(self.model, "base model")  # all else depends on it
         self.scale_of()
         if self.steps < 1:
             raise InputError(f"--steps {self.steps} must be at least 1")
         if self.karras and self.scheduler not in ("dpmsolver++", "euler", "unipc"):
             raise InputError(
-                f"--karras has no meaning for --scheduler {self.scheduler}; it is for dpmsolver++, euler, unipc"
+                f"--karras has no effect with --scheduler {self.scheduler}; it is for dpmsolver++, euler, unipc"
             )
         if not 0 <= self.eta <= 1:
             raise InputError(f"--eta {self.eta} must lie between 0 and 1")
         if self.eta and self.scheduler != "ddim":
             raise InputError(f"--eta has no effect with --scheduler {self.scheduler}; it is for ddim")
         if self.negative_image is not None and self.uncond != "default":
-            raise InputError("--negative-image and --uncond say the same; give one of them")
+            raise InputError("--negative-image and --uncond both set the unconditional image prompt; give one of them")
         if self.guidance_scale is not None and self.guidance_scale <= 1:
             refuse(
                 self,
@@ -158,7 +161,7 @@ class Sampling:
             )
 
     def scheduler_config(self) -> dict[str, Any]:
-        """What the options change of the model's own settings."""
+        """Settings of the scheduler that the options change from the model's own."""
         options = {
             "use_karras_sigmas": self.karras,
             "timestep_spacing": self.timestep_spacing or ("trailing" if self.zero_snr else None),
@@ -167,15 +170,15 @@ class Sampling:
         return {name: value for name, value in options.items() if value}
 
     def scale_of(self, value: float | None = None, layer_scales: str | None = None) -> Scale:
-        """The scale of the image prompt, by default as the options say."""
+        """The scale of the image prompt; arguments replace the options."""
         given: Any = self.layer_scales if layer_scales is None else layer_scales
         if given.lstrip().startswith(("{", "[")):
             given = parse_json(given, "--layer-scales", "an example is '{\"mid\": 1}'")
         return Scale(self.scale if value is None else value, given, self.scale_start, self.scale_end, self.scale_steps)
 
     def arguments(self, negative: Any) -> dict[str, Any]:
-        """For the call of a pipeline: all that does not differ from image to image. `negative`: the image of
-        --negative-image, or its path."""
+        """Arguments of a pipeline's call that are the same for all images. negative: the image of --negative-image, or
+        its path."""
         return {
             "negative_ip_adapter_image": negative,
             "ip_adapter_uncond": self.uncond,
@@ -208,13 +211,13 @@ OF_IMAGE_PROMPTS = (
 
 
 def changed(args: Any, names: Iterable[str]) -> list[str]:
-    """Those of these options that differ from their defaults, as a person writes them."""
+    """The names of those of these options that differ from their defaults, as on the command line."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != defaults[name]]
 
 
 def refuse(args: Any, names: Iterable[str], why: str, remedy: str) -> None:
-    """Raises InputError where one of these options was changed, as it has no effect."""
+    """Raises InputError if one of these options differs from its default, since it has no effect."""
     if ignored := changed(args, names):
         has, them = ("have", "them") if len(ignored) > 1 else ("has", "it")
         raise InputError(f"{', '.join(ignored)} {has} no effect {why}: {remedy}, or leave {them} out")

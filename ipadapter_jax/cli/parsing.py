@@ -1,5 +1,5 @@
-"""From the words of a command line to the dataclass of a command. What is wrong with them is said in one line, with the
-likeliest correction."""
+"""Parses the words of a command line into the dataclass of a command. Errors are one line, with the likeliest
+correction."""
 
 import dataclasses
 import math
@@ -18,17 +18,17 @@ _OPTION = re.compile(r"--?[^\W\d][\w.+-]*(=.*)?", re.DOTALL)  # -1 and "- a cat"
 
 
 def parse_words(command: str, kind: type, words: Sequence[str], default: Any = None) -> Any:
-    """An instance of the dataclass `kind` as the words of `command` say; what they leave out is as in `default`, an
-    instance, or as the dataclass has it. Raises InputError."""
+    """Parses the words of `command` into an instance of the dataclass `kind`. Options that are not given have the values
+    of `default`, an instance, or else the defaults of `kind`. Raises InputError."""
     given = _Line(command, options_of(kind), words).read()
     missing = [option for option in options_of(kind) if option.required and option.path not in given]
     if missing and default is None:
         options = ", ".join(option.name for option in missing)
-        raise InputError(f"{command} needs {options}; ipadapter-jax {command} --help says more")
-    return _filled(kind, given, default)
+        raise InputError(f"{command} needs {options}; see ipadapter-jax {command} --help")
+    return _build(kind, given, default)
 
 
-def _filled(kind: type, given: dict[tuple[str, ...], Any], default: Any, path: tuple[str, ...] = ()) -> Any:
+def _build(kind: type, given: dict[tuple[str, ...], Any], default: Any, path: tuple[str, ...] = ()) -> Any:
     values = {}
     for field in dataclasses.fields(kind):
         here = (*path, field.name)
@@ -36,34 +36,34 @@ def _filled(kind: type, given: dict[tuple[str, ...], Any], default: Any, path: t
             values[field.name] = given[here]
         elif inner := {place for place in given if place[: len(here)] == here}:
             old = field.default_factory() if default is None else getattr(default, field.name)  # type: ignore[misc]
-            values[field.name] = _filled(type(old), {place: given[place] for place in inner}, old, here)
+            values[field.name] = _build(type(old), {place: given[place] for place in inner}, old, here)
     return kind(**values) if default is None else dataclasses.replace(default, **values)
 
 
 class _Line:
-    """The words of one command, read once from left to right."""
+    """Reads the words of one command once, from left to right."""
 
     def __init__(self, command: str, options: Sequence[Option], words: Sequence[str]) -> None:
         self.command, self.options, self.words = command, options, list(words)
         self.named = _named(options)
         self.former = _former(options)
         self.written: dict[tuple[str, ...], str] = {}  # the name that an option was given under
-        self.places = [option for option in options if option.positional]
+        self.positionals = [option for option in options if option.positional]
         self.given: dict[tuple[str, ...], Any] = {}
         self.last: Option | None = None
 
     def read(self) -> dict[tuple[str, ...], Any]:
-        """All values by the path of their field."""
+        """All values that are given, by the path of their field."""
         while self.words:
             word = self.words.pop(0)
             if word == "--":
                 for rest in self.words:
-                    self._place(rest)
+                    self._positional(rest)
                 break
             if _is_option(word):
                 self._option(word)
             else:
-                self._place(word)
+                self._positional(word)
         return self.given
 
     def _option(self, word: str) -> None:
@@ -87,7 +87,7 @@ class _Line:
         self.last = option
 
     def _repeated(self, option: Option, name: str) -> str:
-        """What is said of an option that is given again, now under this name."""
+        """The error for an option that is given again, under this name."""
         names = {name, self.written[option.path]}
         if names & {*self.former}:
             names -= {option.name, option.opposite}
@@ -96,7 +96,7 @@ class _Line:
         return f"{option.name} is given more than once; give it once{several}"
 
     def _following(self, option: Option) -> Iterator[str]:
-        """The words that are the option's values."""
+        """Takes the words that are the option's values."""
         count = len(self.words) if option.count is None else option.count
         if option.optional and self.words[:1] == ["None"]:
             count = 1
@@ -105,9 +105,9 @@ class _Line:
                 return
             yield self.words.pop(0)
 
-    def _place(self, word: str) -> None:
-        """A word that no option has taken."""
-        for option in self.places:
+    def _positional(self, word: str) -> None:
+        """Assigns a word that belongs to no option to the next positional argument."""
+        for option in self.positionals:
             if option.path not in self.given:
                 self.given[option.path] = _values(option, [word])
                 self.last = option
@@ -122,7 +122,7 @@ class _Line:
 
 
 def _named(options: Sequence[Option]) -> dict[str, tuple[Option, bool]]:
-    """The options by name, with False by the name that turns one off."""
+    """{name: (option, True)} and {name that turns it off: (option, False)}."""
     named = {option.name: (option, True) for option in options if not option.positional}
     return named | {option.opposite: (option, False) for option in options if option.kind is bool}
 
@@ -145,7 +145,7 @@ def _is_number(word: str) -> bool:
 
 
 def _values(option: Option, words: Sequence[str]) -> Any:
-    """What the words after an option mean. Raises InputError naming it."""
+    """Converts the words after an option to its value. Raises InputError naming the option."""
     if option.optional and list(words) == ["None"]:
         return None
     if len(words) < (option.count or 1):
@@ -184,7 +184,7 @@ def _shown(word: str) -> str:
 
 
 def unknown_command(word: str) -> str:
-    """What is said of a first word that is no command."""
+    """The error for a first word that is not a command."""
     if word.startswith("-") and (option := closest_match(word.lstrip("-"), ("help", "version", "debug"))):
         return f"there is no option {_shown(word)}; did you mean --{option}?"
     if word == "help":
@@ -195,8 +195,8 @@ def unknown_command(word: str) -> str:
 
 
 def unknown_option(command: str, name: str, options: Sequence[Option]) -> str:
-    """What is said of an option that the command does not have: it is called otherwise, belongs to another command, or
-    a letter slipped."""
+    """The error for an option that the command does not have: it may have another name, belong to another command, or
+    be misspelled."""
     what = f"{command} has no option {_shown(name)}"
     word = name.lstrip("-").lower().replace("_", "-")
     words = (word, word.rpartition(".")[2])  # --optim.lr is called otherwise in its last part alone

@@ -1,8 +1,9 @@
-"""Recipes: short Python files with a `config`, found by path or, those that come with the package, by name."""
+"""Recipes: Python files that define `config`, found by path, or by name if they come with the package."""
 
 import importlib.util
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.suggestions import did_you_mean
@@ -14,26 +15,33 @@ _IS_CLONE = (_PACKAGE.parent / "pyproject.toml").is_file()  # else they are inst
 _FOLDER = (_PACKAGE.parent if _IS_CLONE else _PACKAGE) / "configs"
 
 
-def load_recipe(name: str) -> tuple[Train, str]:
-    """The recipe in a Python file, which is run, or of a shipped name such as sd15, and what its docstring says.
-    Raises InputError naming it."""
+class Recipe(NamedTuple):
+    """A training configuration, and the docstring of its file."""
+
+    config: Train
+    about: str
+
+
+def load_recipe(name: str) -> Recipe:
+    """Executes a recipe and returns its config. name: a path of a Python file, or the name of a recipe that comes with
+    the package, such as sd15. Raises InputError naming the recipe."""
     path = _find(name)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever somebody wrote there
+    except Exception as error:  # of any kind: a recipe is arbitrary code
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(f"recipe {path}, line {last.lineno}: {type(error).__name__}: {error}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, Train):
-        raise InputError(f"recipe {path}: it must say config = Train(...), see configs/sd15.py")
-    return config, module.__doc__ or ""
+        raise InputError(f"recipe {path}: it must define config = Train(...), see configs/sd15.py")
+    return Recipe(config, module.__doc__ or "")
 
 
 def recipes() -> dict[str, Path]:
-    """Those that come with the package, by name."""
+    """The recipes that come with the package, by name."""
     return {path.stem: path for path in sorted(_FOLDER.glob("*.py"))}
 
 

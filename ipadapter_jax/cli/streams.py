@@ -1,5 +1,5 @@
-"""Standard output and error that can print every name: a path is bytes, and need not be text in the encoding of the
-terminal, or in any."""
+"""Standard output and error that can print every file name: a path is bytes, which need not be text in the encoding of
+the terminal, or in any encoding."""
 
 import codecs
 import io
@@ -9,9 +9,9 @@ _ERRORS = "ipadapter_jax.names"
 
 
 def print_every_name() -> None:
-    """From here on what a stream cannot encode is written as the byte that it was read from, where it was read as one,
-    else escaped. A job is not to fail because its last line names a file. Streams that somebody has put in the place of
-    the process's own, and may read as text, get no such bytes."""
+    """Makes the streams write what they cannot encode as the byte that it was decoded from, or else escaped: a job must
+    not fail because its last line names a file. Streams that replace the process's own, and may be read as text, get
+    escapes only."""
     codecs.register_error(_ERRORS, _bytes_or_escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

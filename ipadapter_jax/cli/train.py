@@ -1,4 +1,4 @@
-"""`ipadapter-jax train RECIPE`: a recipe with what the command line changes in it."""
+"""`ipadapter-jax train RECIPE`: a recipe with the changes of the command line."""
 
 from collections.abc import Sequence
 
@@ -10,19 +10,19 @@ from ipadapter_jax.train.config import Train
 
 
 def parse(words: Sequence[str]) -> Train:
-    """["sd15", "--optim.learning-rate", "2e-4"] -> the recipe with that change. Raises InputError."""
+    """Parses the arguments of `train`: ["sd15", "--optim.learning-rate", "2e-4"] gives the recipe sd15 with that
+    learning rate. Raises InputError."""
     if not words or words[0].startswith("-"):
         raise InputError(
             f"train: name a recipe first, one of {', '.join(recipes())} or a .py file: ipadapter-jax train sd15 ..."
         )
-    recipe, _ = load_recipe(words[0])
-    return parse_words("train", Train, words[1:], recipe)
+    return parse_words("train", Train, words[1:], load_recipe(words[0]).config)
 
 
 def help_of_train(words: Sequence[str]) -> str:
-    """With the values of a recipe, where the words name one."""
+    """The help of `train`. If the words name a recipe, its values are shown as defaults."""
     if words and not words[0].startswith("-"):
-        recipe, about = load_recipe(words[0])
-        return help_of(f"train {words[0]}", Train, about, recipe)
+        recipe = load_recipe(words[0])
+        return help_of(f"train {words[0]}", Train, recipe.about, recipe.config)
     known = f"RECIPE is one of {', '.join(recipes())} or a .py file, whose values are the defaults."
     return help_of("train", Train, f"{Train.__doc__}\n\n{known}", before="RECIPE")

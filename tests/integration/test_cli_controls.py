@@ -93,11 +93,14 @@ WRONG = [
     ),
     (["--uncond", "white"], "--uncond"),
     (["--save-image-embeds", "a.pt"], "--save-image-embeds a.pt: give a name that ends in .safetensors"),
-    (["--grid", "scales", "--masks", "m.png"], "--grid makes a figure of its own; leave out --masks"),
+    (["--grid", "scales", "--masks", "m.png"], "--grid writes a figure instead of images; leave out --masks"),
     (["--clip-skip", "99"], "--clip-skip 99 must be a whole number"),
     (["--guidance-rescale", "2"], "--guidance-rescale 2.0 must lie between 0"),
     (["--negative-image", "gone.png"], "'gone.png' does not exist"),
-    (["--negative-image", "a.png", "--uncond", "black"], "--negative-image and --uncond say the same; give one"),
+    (
+        ["--negative-image", "a.png", "--uncond", "black"],
+        "--negative-image and --uncond both set the unconditional image prompt; give one",
+    ),
     (["--eta", "0.5", "--scheduler", "euler"], "--eta has no effect with --scheduler euler; it is for ddim"),
     (
         ["--guidance-scale", "1", "--uncond", "black"],
@@ -227,7 +230,7 @@ def test_batch_goes_on_and_refuses_other_settings(tmp_path, table, capsys, monke
         ({"process": 2, "processes": 2}, "--process 2 of --processes 2"),
         ({"adapter": None}, "name the IP-Adapter that reads them with --adapter"),
         ({"seed": -1}, "--seed -1 must lie between"),
-        ({"negative_image": "https://a.b/c.png"}, "what lies behind a URL may change; download it first"),
+        ({"negative_image": "https://a.b/c.png"}, "the content of a URL may change; download it first"),
         ({"height": 100}, "--height 100 is not a multiple of 8"),
     ],
 )

@@ -112,9 +112,9 @@ WORDS = {
     "generate --seed 1 --seed=2": "--seed is given more than once; give it once",
     "generate --karras --no-karras": "--karras is given more than once; give it once",
     # what is missing
-    "generate --prompt cat": "generate needs --out; ipadapter-jax generate --help says more",
-    "convert a": "convert needs OUT; ipadapter-jax convert --help says more",
-    "batch": "batch needs SOURCE, --out; ipadapter-jax batch --help says more",
+    "generate --prompt cat": "generate needs --out; see ipadapter-jax generate --help",
+    "convert a": "convert needs OUT; see ipadapter-jax convert --help",
+    "batch": "batch needs SOURCE, --out; see ipadapter-jax batch --help",
     "train": (f"train: name a recipe first, one of {RECIPES} or a .py file: ipadapter-jax train sd15 ..."),
     "train sd16": f"recipe sd16: neither a .py file here nor one of {RECIPES}; did you mean sd15?",
     # home folders
@@ -158,7 +158,7 @@ OPTIONS = {
     ),
     "--steps 0": "--steps 0 must be at least 1",
     "--num-images 0": "--num-images 0 must be at least 1",
-    "--karras": "--karras has no meaning for --scheduler ddim; it is for dpmsolver++, euler, unipc",
+    "--karras": "--karras has no effect with --scheduler ddim; it is for dpmsolver++, euler, unipc",
     "--eta 2": "--eta 2.0 must lie between 0 and 1",
     "--seed -1": "--seed -1: seeds of all images must lie between 0 and 2^32 - 1",
     "--mask-image m.png": "--mask-image needs --init-image",
