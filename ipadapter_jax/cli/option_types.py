@@ -67,7 +67,7 @@ class Option:
             return self.name
         if self.kind is bool:
             return ""
-        names = {int: "N", float: "X", Path: "PATH", str: "PLACE" if self.is_place else "TEXT"}
+        names = {int: "N", float: "X", Path: "PATH", str: "PATH" if self.is_place else "TEXT"}
         one = "{" + ",".join(self.choices) + "}" if self.choices else names[self.kind]
         return f"{one} [{one} ...]" if self.count is None else " ".join([one] * self.count)
 

@@ -18,8 +18,8 @@ _OPTION = re.compile(r"--?[^\W\d][\w.+-]*(=.*)?", re.DOTALL)  # -1 and "- a cat"
 
 
 def parse_words(command: str, kind: type, words: Sequence[str], default: Any = None) -> Any:
-    """Parses the words of `command` into an instance of the dataclass `kind`. Options that are not given have the values
-    of `default`, an instance, or else the defaults of `kind`. Raises InputError."""
+    """Parses the words of `command` into an instance of the dataclass `kind`. Options that are not given keep the
+    values of `default`, an instance, or else the defaults of `kind`. Raises InputError."""
     given = _Line(command, options_of(kind), words).read()
     missing = [option for option in options_of(kind) if option.required and option.path not in given]
     if missing and default is None:
