@@ -1,4 +1,4 @@
-"""All samplers by name, and a run of one as arrays (`steps.py`)."""
+"""All samplers by name, and a run of one as arrays (`sampler_table.py`)."""
 
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ipadapter_jax.diffusion.sampler_table import SamplerStep, SamplerTable
+from ipadapter_jax.diffusion.parameterization import NoiseLevel
+from ipadapter_jax.diffusion.sampler_table import SamplerStep, SamplerSteps, SamplerTable
 from ipadapter_jax.diffusion.samplers_alpha import ddim, ddpm, lcm, pndm
 from ipadapter_jax.diffusion.samplers_sigma import dpm_solver_pp_2m, euler, euler_ancestral, unipc
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.suggestions import did_you_mean_or_choose
 
-SAMPLERS: Mapping[str, Callable[..., tuple[list[SamplerStep], float]]] = {
+SAMPLERS: Mapping[str, Callable[..., SamplerSteps]] = {
     "ddim": ddim,
     "ddpm": ddpm,
     "pndm": pndm,
@@ -25,16 +26,18 @@ SAMPLERS: Mapping[str, Callable[..., tuple[list[SamplerStep], float]]] = {
 }
 
 
-class Run(NamedTuple):
-    """The steps of a run; what standard normal latents are multiplied with before the first one; and, where an image
-    is painted over, how much of it and of the noise there is then, (2,)."""
+class SamplerRun(NamedTuple):
+    """The steps of a run, and how its latents begin: as standard normal noise times `init_noise_sigma`, or as those of
+    an image with noise at `level`."""
 
     steps: SamplerTable
     init_noise_sigma: float
-    level: np.ndarray
+    level: NoiseLevel
 
 
-def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: float = 0.0, strength: float = 1.0) -> Run:
+def sample_table(
+    sampler: str, schedule: NoiseSchedule, num_steps: int, eta: float = 0.0, strength: float = 1.0
+) -> SamplerRun:
     """The table of a sampler of SAMPLERS. With a `strength` below 1 only the last int(num_steps strength) steps are
     made, of an image under noise (SDEdit, arXiv 2108.01073). Raises InputError for an unknown sampler or steps that it
     cannot make."""
@@ -50,16 +53,18 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
             f"{argument('strength', strength)} of {argument('num_inference_steps', num_steps)} leaves no step to make: "
             f"give at most 1, and here at least {1 / num_steps:.2g}"
         )
-    rows, init = SAMPLERS[sampler](schedule, num_steps, num_steps - made, *([eta] if eta else []))
+    rows, init_noise_sigma = SAMPLERS[sampler](schedule, num_steps, num_steps - made, **({"eta": eta} if eta else {}))
+    levels = [*(row.level for row in rows), NoiseLevel(1.0, 0.0)]
     with np.errstate(over="ignore"):
         fields = {
             "timestep": [row.timestep for row in rows],
             "input_scale": [row.input_scale for row in rows],
-            "memory": [row.memory for row in rows],
+            "prediction": [row.prediction for row in rows],
             "clip": [schedule.clip_sample_range if schedule.clip_sample else np.inf] * len(rows),
             "weights": _weights(rows),
             "noise": [row.noise for row in rows],
-            "level": [*(row.level for row in rows[1:]), (1.0, 0.0)],
+            "alpha": [level.alpha for level in levels[1:]],
+            "sigma": [level.sigma for level in levels[1:]],
         }
         steps = SamplerTable(**{name: np.asarray(value, np.float32) for name, value in fields.items()})
     for name, field in steps._asdict().items():
@@ -68,10 +73,10 @@ def sample_table(sampler: str, schedule: NoiseSchedule, num_steps: int, eta: flo
                 f"scheduler {sampler}: no finite {name} for prediction_type={schedule.prediction_type} with this noise "
                 "schedule; where the last timestep has no signal only v_prediction can be used"
             )
-    return Run(steps, init, np.asarray(rows[0].level, np.float32))
+    return SamplerRun(steps, init_noise_sigma, NoiseLevel(*map(float, levels[0])))
 
 
 def _weights(rows: list[SamplerStep]) -> list[tuple[np.ndarray, ...]]:
-    """Of x and kept, all of one length: a sampler that looks far back has longer ones."""
-    length = max(len(row) for step in rows for row in (step.weights, step.kept))
-    return [tuple(np.pad(row, (0, length - len(row))) for row in (step.weights, step.kept)) for step in rows]
+    """Of x and aux_sample, padded to one length: a sampler with a longer history has longer ones."""
+    length = max(len(row) for step in rows for row in (step.weights, step.aux_sample))
+    return [tuple(np.pad(row, (0, length - len(row))) for row in (step.weights, step.aux_sample)) for step in rows]

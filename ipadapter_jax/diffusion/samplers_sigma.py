@@ -1,12 +1,16 @@
-"""Samplers whose steps go by sigma, the noise in units of the signal: sigma = sqrt((1 - a) / a), a being
-alphas_cumprod. Each is the function that makes its table of weights (`steps.py`), with diffusers' conventions."""
+"""Samplers whose steps follow sigma, the noise relative to the signal: sigma = sqrt((1 - a) / a), where a is
+alphas_cumprod.
+
+Each function computes one sampler's steps (`sampler_table.py`) with the conventions of diffusers. The steps before
+`first` are left out.
+"""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from ipadapter_jax.diffusion.sampler_table import KEPT, M0, M1, M2, SamplerStep, X
-from ipadapter_jax.diffusion.samplers_alpha import clean
+from ipadapter_jax.diffusion.parameterization import NoiseLevel, to_x0
+from ipadapter_jax.diffusion.sampler_table import AUX_SAMPLE, M0, M1, M2, SamplerStep, SamplerSteps, X
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, argument
 
@@ -30,8 +34,15 @@ def _times(sigmas: np.ndarray, of_timesteps: np.ndarray) -> np.ndarray:
     return np.interp(np.log(sigmas), np.log(of_timesteps), np.arange(len(of_timesteps)))
 
 
-def _euler_sigmas(schedule: NoiseSchedule, num_steps: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Timesteps (n,), sigmas (n + 1,) down to the last one, and the scale of the first latents."""
+class _Sigmas(NamedTuple):
+    """The noise levels of a run."""
+
+    timesteps: np.ndarray  # (n,)
+    sigmas: np.ndarray  # (n + 1,), down to the last one
+    init_noise_sigma: float = 1.0
+
+
+def _euler_sigmas(schedule: NoiseSchedule, num_steps: int) -> _Sigmas:
     spacing, known = schedule.timestep_spacing, _sigmas(schedule)
     timesteps = schedule.timesteps(num_steps).astype(np.float64)
     if spacing == "linspace":  # between the whole ones
@@ -44,46 +55,41 @@ def _euler_sigmas(schedule: NoiseSchedule, num_steps: int) -> tuple[np.ndarray, 
         timesteps = 0.25 * np.log(sigmas)
     init = sigmas.max() if spacing != "leading" else np.sqrt(sigmas.max() ** 2 + 1)
     last = known[0] if schedule.final_sigmas_type == "sigma_min" else 0.0
-    return timesteps, np.append(sigmas, last), float(init)
+    return _Sigmas(timesteps, np.append(sigmas, last), float(init))
 
 
-def _sigma_clean(schedule: NoiseSchedule, sigma: float) -> tuple[float, float]:
-    """x0 = this[0] x + this[1] output where x = x0 + sigma epsilon and the network sees x / sqrt(1 + sigma^2)."""
-    root = np.sqrt(sigma**2 + 1)
-    return {"epsilon": (1.0, -sigma), "v_prediction": (1 / root**2, -sigma / root), "sample": (0.0, 1.0)}[
-        schedule.prediction_type
-    ]
+def _sigma_step(
+    schedule: NoiseSchedule, timestep: float, weights: np.ndarray, sigma: float, noise: float = 0.0
+) -> SamplerStep:
+    level = NoiseLevel.variance_exploding(sigma)
+    x0 = to_x0(schedule.prediction_type, level)
+    return SamplerStep(timestep, weights, x0, level, noise, input_scale=1 / level.norm)
 
 
-def _sigma_row(schedule: NoiseSchedule, timestep: float, weights: np.ndarray, sigma: float) -> SamplerStep:
-    scale = 1 / np.sqrt(sigma**2 + 1)
-    return SamplerStep(timestep, weights, _sigma_clean(schedule, sigma), (1.0, sigma), input_scale=scale)
-
-
-def euler(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[SamplerStep], float]:
+def euler(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> SamplerSteps:
     """The first-order step along dx / dsigma = (x - x0) / sigma (arXiv 2206.00364, algorithm 2 without churn)."""
     timesteps, sigmas, init = _euler_sigmas(schedule, num_steps)
-    rows = []
+    steps = []
     for t, sigma, end in zip(timesteps, sigmas, sigmas[1:], strict=False):
         weights = end / sigma * X + (1 - end / sigma) * M0
-        rows.append(_sigma_row(schedule, t, weights, sigma))
-    return rows[first:], init
+        steps.append(_sigma_step(schedule, t, weights, sigma))
+    return SamplerSteps(steps[first:], init)
 
 
-def euler_ancestral(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[SamplerStep], float]:
+def euler_ancestral(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> SamplerSteps:
     """The same down to a smaller sigma, and noise up again."""
     timesteps, sigmas, init = _euler_sigmas(schedule, num_steps)
-    rows = []
+    steps = []
     for t, sigma, end in zip(timesteps, sigmas, sigmas[1:], strict=False):
         up = np.sqrt(end**2 * (sigma**2 - end**2) / sigma**2)
         down = np.sqrt(end**2 - up**2)
         weights = down / sigma * X + (1 - down / sigma) * M0
-        rows.append(_sigma_row(schedule, t, weights, sigma)._replace(noise=up))
-    return rows[first:], init
+        steps.append(_sigma_step(schedule, t, weights, sigma, noise=up))
+    return SamplerSteps(steps[first:], init)
 
 
-def _multistep_sigmas(schedule: NoiseSchedule, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps (n,) and sigmas (n + 1,) of the multistep solvers, which end before timestep 0."""
+def _multistep_sigmas(schedule: NoiseSchedule, num_steps: int) -> _Sigmas:
+    """Those of the multistep solvers, which end before timestep 0."""
     known, spacing = _sigmas(schedule), schedule.timestep_spacing
     total = len(known) if schedule.lambda_min_clipped is None else _clipped(known, schedule.lambda_min_clipped)
     timesteps = schedule.timesteps(num_steps)
@@ -96,12 +102,12 @@ def _multistep_sigmas(schedule: NoiseSchedule, num_steps: int) -> tuple[np.ndarr
     last = known[0] if schedule.final_sigmas_type == "sigma_min" else 0.0
     if schedule.use_karras_sigmas:
         sigmas = _karras(schedule, known[0], known[-1], num_steps)
-        return _times(sigmas, known), np.append(sigmas, last)
+        return _Sigmas(_times(sigmas, known), np.append(sigmas, last))
     if len(set(timesteps.tolist())) < num_steps:
         raise InputError(
             f"{argument('num_inference_steps', num_steps)}: multistep solvers need fewer than {total}; 20 to 30 do"
         )
-    return timesteps, np.append(np.interp(timesteps, np.arange(len(known)), known), last)
+    return _Sigmas(timesteps, np.append(np.interp(timesteps, np.arange(len(known)), known), last))
 
 
 def _clipped(known: np.ndarray, lowest: float) -> int:
@@ -122,12 +128,13 @@ class _Point(NamedTuple):
         return cls(alpha, sigma * alpha, np.inf if sigma == 0 else -np.log(sigma))
 
 
-def dpm_solver_pp_2m(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[SamplerStep], float]:
+def dpm_solver_pp_2m(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> SamplerSteps:
     """DPM-Solver++ (2M), arXiv 2211.01095, algorithm 2: second order, the first and last steps first order."""
-    timesteps, sigmas = _multistep_sigmas(schedule, num_steps)
+    timesteps, sigmas, _ = _multistep_sigmas(schedule, num_steps)
     if schedule.use_karras_sigmas:  # onto whole ones, and for this noise schedule down to them
         timesteps = np.floor(timesteps) if schedule.beta_schedule == "squaredcos_cap_v2" else timesteps.round()
-    points, rows = [_Point.of(sigma) for sigma in sigmas], []
+    points = [_Point.of(sigma) for sigma in sigmas]
+    steps = []
     for i in range(first, num_steps):
         s, e = points[i], points[i + 1]
         h = e.lam - s.lam
@@ -137,14 +144,15 @@ def dpm_solver_pp_2m(schedule: NoiseSchedule, num_steps: int, first: int = 0) ->
         if schedule.solver_order > 1 and i > first and not final:
             r = (s.lam - points[i - 1].lam) / h
             weights = weights - 0.5 * e.alpha * np.expm1(-h) * (M0 - M1) / r
-        rows.append(SamplerStep(timesteps[i], weights, clean(schedule, s.alpha**2), (s.alpha, s.sigma)))
-    return rows, 1.0
+        level = NoiseLevel(s.alpha, s.sigma)
+        steps.append(SamplerStep(timesteps[i], weights, to_x0(schedule.prediction_type, level), level))
+    return SamplerSteps(steps)
 
 
-def unipc(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list[SamplerStep], float]:
+def unipc(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> SamplerSteps:
     """UniPC of order 2, arXiv 2302.04867, in the data prediction: at each step the new output first corrects the sample
     (UniC), from which the next one is predicted (UniP)."""
-    timesteps, sigmas = _multistep_sigmas(schedule, num_steps)
+    timesteps, sigmas, _ = _multistep_sigmas(schedule, num_steps)
     if schedule.use_karras_sigmas:  # here, unlike in DPM-Solver, on whole ones, and down to their own last one
         timesteps = timesteps.round()
         sigmas[-1] = sigmas[-2] if schedule.final_sigmas_type == "sigma_min" else 0.0
@@ -153,7 +161,8 @@ def unipc(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list
             "scheduler config: lower_order_final=False is not supported by unipc down to no noise at all, there is no "
             "finite step of second order; set final_sigmas_type to sigma_min"
         )
-    points, rows, before = [_Point.of(sigma) for sigma in sigmas], [], 0
+    points = [_Point.of(sigma) for sigma in sigmas]
+    steps, before = [], 0
     for i in range(first, num_steps):
         corrects = i > first and i - 1 not in schedule.disable_corrector
         sample = _correct(schedule, points[: i + 1], before) if corrects else X
@@ -166,18 +175,20 @@ def unipc(schedule: NoiseSchedule, num_steps: int, first: int = 0) -> tuple[list
         if order == 2:
             r = (points[i - 1].lam - s.lam) / h
             weights = weights - e.alpha * _b(schedule, h) * 0.5 * (M1 - M0) / r
-        rows.append(SamplerStep(timesteps[i], weights, clean(schedule, s.alpha**2), (s.alpha, s.sigma), kept=sample))
+        level = NoiseLevel(s.alpha, s.sigma)
+        x0 = to_x0(schedule.prediction_type, level)
+        steps.append(SamplerStep(timesteps[i], weights, x0, level, aux_sample=sample))
         before = order
-    return rows, 1.0
+    return SamplerSteps(steps)
 
 
 def _correct(schedule: NoiseSchedule, points: list[_Point], order: int) -> np.ndarray:
-    """UniC: the sample at the last point from the one kept at the point before it, with the output there."""
+    """UniC: the sample at the last point, from the auxiliary sample at the point before it and the output there."""
     s, e = points[-2], points[-1]
     h = e.lam - s.lam
     phi = [np.expm1(-h) / -h - 1]  # of order 1, then 2
     phi.append(phi[0] / -h - 0.5)
-    step = e.sigma / s.sigma * KEPT - e.alpha * np.expm1(-h) * M1
+    step = e.sigma / s.sigma * AUX_SAMPLE - e.alpha * np.expm1(-h) * M1
     if order == 1:
         return step - e.alpha * _b(schedule, h) * 0.5 * (M0 - M1)
     r = (points[-3].lam - s.lam) / h

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ipadapter_jax.diffusion.parameterization import PREDICTION_TYPES
 from ipadapter_jax.diffusion.scheduler_settings import FIXED, FOLLOWED, KNOWN, SHARED
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.config_fields import build_config
@@ -196,7 +197,7 @@ class NoiseSchedule:
 
 _CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "prediction_type": PREDICTION_TYPES,
     "timestep_spacing": ("linspace", "leading", "trailing"),
     "final_sigmas_type": ("zero", "sigma_min"),
     "timestep_type": ("discrete", "continuous"),

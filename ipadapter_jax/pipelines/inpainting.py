@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ipadapter_jax.diffusion.samplers import Run
+from ipadapter_jax.diffusion.parameterization import add_noise
+from ipadapter_jax.diffusion.samplers import SamplerRun
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.images.preprocess import load_image
 from ipadapter_jax.inputs.validation import latent_shape
@@ -113,7 +114,7 @@ def start(
     vae: VAE,
     params: Tree,
     batch: sampling.SampleBatch,
-    run: Run,
+    run: SamplerRun,
     encoded: frozenset[int],
     shape: tuple[int, ...],
     strength: float,
@@ -131,7 +132,7 @@ def start(
     if POSTERIOR in encoded:
         clean = sampling.encode_init_image(vae, params, init_image.pixels, batch.noise(shape, POSTERIOR))
         if mask is None or strength < 1:
-            latents = run.level[0] * clean + run.level[1] * noise
+            latents = add_noise(run.level.alpha, run.level.sigma, clean, noise)
         if mask is not None and MASKED_POSTERIOR not in encoded:
             kept = sampling.Kept(mask, clean, noise)
     if mask is not None and MASKED_POSTERIOR in encoded:

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from ipadapter_jax.diffusion.guidance import guide
+from ipadapter_jax.diffusion.parameterization import add_noise
 from ipadapter_jax.diffusion.sampler_table import SamplerTable, State, init_state, sampler_step
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
 from ipadapter_jax.models.image_projections import Projection
@@ -193,7 +194,7 @@ def denoise(
                 output = output[:, 0]
             state = sampler_step(step, state, output, inputs.noise)
             if kept is not None:
-                original = step.level[0] * kept.latents + step.level[1] * kept.noise
+                original = add_noise(step.alpha, step.sigma, kept.latents, kept.noise)
                 state = state._replace(x=kept.mask * state.x + (1 - kept.mask) * original)
             return state, jax.tree.map(lambda rows: rows[branches - 1 :: branches], seen)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from ipadapter_jax.diffusion.samplers import Run, sample_table
+from ipadapter_jax.diffusion.samplers import SamplerRun, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.arrays import to_python_number
@@ -267,7 +267,12 @@ class StableDiffusion:
         return open_init_image(image, mask, strength, exact, size, self.vae.config.downscale, sees_mask=sees_mask)
 
     def _entries(
-        self, controls: ImagePromptSettings, run: Run, guidance_scale: float, shape: tuple[int, ...], prompts: int
+        self,
+        controls: ImagePromptSettings,
+        run: SamplerRun,
+        guidance_scale: float,
+        shape: tuple[int, ...],
+        prompts: int,
     ) -> list[PlannedImageBranch]:
         scale, steps = self.vae.config.downscale, len(run.steps.timestep)
         sites, size = cross_attention_layers(self.unet.config), (shape[0] * scale, shape[1] * scale)

@@ -15,6 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from ipadapter_jax.diffusion.parameterization import add_noise, training_target
 from ipadapter_jax.images.preprocess import CLIP_TABLE
 from ipadapter_jax.models.vae import Posterior
 from ipadapter_jax.ops.batch_sharding import batch_sharded
@@ -79,12 +80,9 @@ def denoising_inputs(networks: Networks, frozen: dict[str, Any], batch: Batch, d
     """Latents with noise, text states and image features, dropped where the draws say so."""
     latents = networks.vae.sample(posterior(networks, frozen, batch), draws.posterior_noise)
     signal = jnp.asarray(networks.schedule.alphas_cumprod)[draws.timestep][:, None, None, None]
-    noisy = jnp.sqrt(signal) * latents + jnp.sqrt(1 - signal) * draws.noise
-    target = {
-        "epsilon": draws.noise,
-        "v_prediction": jnp.sqrt(signal) * draws.noise - jnp.sqrt(1 - signal) * latents,  # arXiv 2202.00512
-        "sample": latents,
-    }[networks.schedule.prediction_type]
+    alpha, sigma = jnp.sqrt(signal), jnp.sqrt(1 - signal)
+    noisy = add_noise(alpha, sigma, latents, draws.noise)
+    target = training_target(networks.schedule.prediction_type, alpha, sigma, latents, draws.noise)
     ids = jnp.where(draws.drop_text[:, None], frozen["empty_ids"], batch["input_ids"])
     text = networks.text_states(frozen, ids)
     return DenoisingInputs(

@@ -156,7 +156,7 @@ def test_every_sampler_paints_over_a_image(pipe, original, sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_less_strength_is_fewer_steps_from_less_noise(pipe, sampler):
     tables = [sample_table(sampler, pipe.schedule, 10, strength=strength) for strength in (1.0, 0.75, 0.3, 0.1)]
-    noise = [table.level[1] / table.level[0] for table in tables]
+    noise = [table.level.sigma / table.level.alpha for table in tables]
     assert noise == sorted(noise, reverse=True) and len(set(noise)) == 4
     timesteps = [sorted(set(table.steps.timestep)) for table in tables]  # pndm has one twice
     assert [len(made) for made in timesteps] == [10, 7, 3, 1]  # rounded down

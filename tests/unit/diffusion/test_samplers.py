@@ -9,9 +9,8 @@ import pytest
 from helpers import load_case
 
 from ipadapter_jax.diffusion.guidance import guide
-from ipadapter_jax.diffusion.sampler_table import BASIS, HISTORY, M0, OUTPUT, X, init_state, sampler_step
+from ipadapter_jax.diffusion.sampler_table import BASIS, HISTORY, M0, init_state, sampler_step
 from ipadapter_jax.diffusion.samplers import SAMPLERS, sample_table
-from ipadapter_jax.diffusion.samplers_alpha import clean, epsilon
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError
 
@@ -46,7 +45,7 @@ def test_steps_equal_diffusers(name):
 
 
 def test_names():
-    assert BASIS[:3] == ("x", "kept", "output") and len(BASIS) == 3 + HISTORY
+    assert BASIS[:3] == ("x", "aux_sample", "output") and len(BASIS) == 3 + HISTORY
     assert set(CASES.values()) == set(SAMPLERS)
 
 
@@ -73,15 +72,16 @@ def error(sampler: str, num_steps: int, skip_prk_steps: bool) -> float:
         return a / 4 + 1 - a
 
     start, end = alpha(steps.timestep[0]), alphas[0]
-    x, kept, memory = np.sqrt(variance(start)), 0.0, [0.0] * (steps.weights.shape[-1] - 4)
+    x, aux_sample = np.sqrt(variance(start)), 0.0
+    history = [0.0] * (steps.weights.shape[-1] - 4)
     if scale != 1:  # in the space of x0 + sigma epsilon
         x /= np.sqrt(start)
     for timestep, input_scale, (of_x, of_output), _, weights, *_ in zip(*steps, strict=True):
         here = alpha(timestep)
         output = np.sqrt(1 - here) * input_scale * x / variance(here)
         m = of_x * x + of_output * output
-        x, kept = weights.astype(np.float64) @ np.array([x, kept, output, m, *memory])
-        memory = [m, *memory][:-1]
+        x, aux_sample = weights.astype(np.float64) @ np.array([x, aux_sample, output, m, *history])
+        history = [m, *history][:-1]
     return abs(x * (np.sqrt(end) if scale != 1 else 1) / np.sqrt(variance(end)) - 1)
 
 
@@ -102,18 +102,6 @@ def test_order_of_convergence(sampler, order, skip_prk_steps):
 # --- algebra -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_every_prediction_type_recovers_the_same_sample_and_noise(prediction_type):
-    schedule = NoiseSchedule.from_json(SD15 | {"prediction_type": prediction_type})
-    x0, noise, a = 0.7, -1.3, 0.3
-    x = np.sqrt(a) * x0 + np.sqrt(1 - a) * noise
-    v = np.sqrt(a) * noise - np.sqrt(1 - a) * x0
-    output = {"epsilon": noise, "v_prediction": v, "sample": x0}[prediction_type]
-    of_x, of_output = clean(schedule, a)
-    assert of_x * x + of_output * output == pytest.approx(x0)
-    assert epsilon(schedule, a) @ (x * X + output * OUTPUT) == pytest.approx(noise)
-
-
 def test_one_step_of_a_perfect_model_lands_on_the_schedule():
     schedule = NoiseSchedule.from_json(SD15)
     steps, alphas = sample_table("ddim", schedule, 10).steps, schedule.alphas_cumprod
@@ -125,7 +113,7 @@ def test_one_step_of_a_perfect_model_lands_on_the_schedule():
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "lcm", "euler"])
-def test_clipping_is_for_the_samplers_that_know_it(sampler):
+def test_clipping_is_for_the_samplers_that_have_it(sampler):
     schedule = NoiseSchedule.from_json(SD15 | {"clip_sample": True, "clip_sample_range": 0.5})
     table = sample_table(sampler, schedule, 4)
     assert np.all(table.steps.clip == (np.inf if sampler == "euler" else 0.5))
@@ -181,7 +169,7 @@ def test_runge_kutta_steps_of_pndm():
         ("ddim", {"steps_offset": 900}, "steps_offset=900"),
     ],
 )
-def test_what_a_sampler_cannot_do(sampler, changes, words):
+def test_settings_that_a_sampler_does_not_support_are_refused(sampler, changes, words):
     steps, eta = changes.pop("steps", 10), changes.pop("eta", 0.0)
     with pytest.raises(InputError, match=words):
         sample_table(sampler, NoiseSchedule.from_json(SD15 | changes), steps, eta)
@@ -218,7 +206,7 @@ def test_changed_settings():
         schedule.changed({"karras": True})
 
 
-def test_clip_sample_is_off_and_said_aloud_where_a_config_asks_for_it():
+def test_clip_sample_is_off_by_default_and_warned_about_where_a_config_sets_it():
     assert not NoiseSchedule.from_json({}).clip_sample
     with pytest.warns(UserWarning, match="clip_sample clips predictions"):
         assert NoiseSchedule.from_json({"clip_sample": True}).clip_sample
@@ -245,7 +233,7 @@ def test_settings_that_a_sampler_does_not_follow_are_refused_by_it_alone(sampler
     sample_table("euler_a", schedule, 4)
 
 
-def test_a_table_that_looks_far_back_runs_in_the_same_step():
+def test_a_table_with_a_longer_history_runs_in_the_same_step():
     """Against the same sums in numpy."""
     steps = sample_table("pndm", NoiseSchedule.from_json(SD15), 8).steps
     x = np.float32([0.3, -1.2])
@@ -254,15 +242,16 @@ def test_a_table_that_looks_far_back_runs_in_the_same_step():
     state, _ = jax.lax.scan(
         lambda state, step: (sampler_step(step, state, jnp.sin(state.x)), None), init_state(x, length), steps
     )
-    found, kept, memory = x.astype(np.float64), np.zeros(2), [np.zeros(2)] * (length - 4)
+    found, aux_sample = x.astype(np.float64), np.zeros(2)
+    history = [np.zeros(2)] * (length - 4)
     for weights in steps.weights.astype(np.float64):
         output = np.sin(found)
-        found, kept = weights @ np.stack([found, kept, output, output, *memory])
-        memory = [output, *memory][:-1]
+        found, aux_sample = weights @ np.stack([found, aux_sample, output, output, *history])
+        history = [output, *history][:-1]
     np.testing.assert_allclose(state.x, found, rtol=1e-4)
 
 
-def test_thresholding_is_refused_by_whoever_knows_it():
+def test_thresholding_is_refused_by_the_samplers_that_have_it():
     schedule = NoiseSchedule.from_json(SD15 | {"thresholding": True})
     for sampler in ("ddim", "ddpm", "dpmsolver++", "unipc", "lcm"):
         with pytest.raises(InputError, match="thresholding=True is not supported by "):
@@ -270,7 +259,7 @@ def test_thresholding_is_refused_by_whoever_knows_it():
     sample_table("euler", schedule, 4)
 
 
-def test_names_that_no_scheduler_knows_are_warned_of():
+def test_unknown_names_in_a_scheduler_config_are_warned_about():
     with pytest.warns(UserWarning, match="no scheduler here knows it: shift, sigma_data$"):
         NoiseSchedule.from_json(SD15 | {"shift": 3.0, "sigma_data": 0.5, "_class_name": "EDMEulerScheduler"})
 
@@ -283,7 +272,7 @@ def test_the_steps_that_lcm_was_distilled_with_lie_within_those_of_training():
 
 @pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading"])
 def test_ddpm_ends_a_step_where_the_next_one_begins(spacing):
-    """A perfect network's sample is then at the level that the network is told."""
+    """A perfect network's sample is then at the noise level of the timestep that the network is given."""
     schedule = NoiseSchedule.from_json(SD15 | {"timestep_spacing": spacing})
     table, alphas = sample_table("ddpm", schedule, 7).steps, schedule.alphas_cumprod.astype(np.float64)
     levels = [*alphas[table.timestep.astype(int)], 1.0]

@@ -145,12 +145,12 @@ def ours(sampler: str, config: dict, num_steps: int, drawn: list[np.ndarray]) ->
     """The last sample by the table alone, in float64."""
     steps, scale, _ = sample_table(sampler, NoiseSchedule.from_json(config), num_steps)
     x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32) * scale
-    kept, memory, noise = 0 * x, [0 * x] * (steps.weights.shape[-1] - 4), iter(drawn)
-    for timestep, input_scale, (of_x, of_output), clip, weights, deviation, _ in zip(*steps, strict=True):
+    aux_sample, history, noise = 0 * x, [0 * x] * (steps.weights.shape[-1] - 4), iter(drawn)
+    for timestep, input_scale, (of_x, of_output), clip, weights, deviation, *_ in zip(*steps, strict=True):
         output = network(input_scale * x, float(timestep))
         m = np.clip(of_x * x + of_output * output, -clip, clip)
-        x, kept = np.tensordot(weights.astype(np.float64), np.stack([x, kept, output, m, *memory]), 1)
-        memory = [m, *memory][:-1]
+        x, aux_sample = np.tensordot(weights.astype(np.float64), np.stack([x, aux_sample, output, m, *history]), 1)
+        history = [m, *history][:-1]
         x = x + deviation * next(noise) if deviation else x
     return x
 
