@@ -22,7 +22,8 @@ import jax
 import tyro
 
 from benchmarks.interleaved_timing import seconds_in_turns
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS, open_base
+from ipadapter_jax.weights.base_model import BASE_COMPONENTS
+from ipadapter_jax.weights.open_base_model import open_base
 from ipadapter_jax.weights.open_component import read_json
 
 GOAL_TIME, GOAL_MEMORY = 3.0, 1.3

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+from ipadapter_jax.cli.model_options import ModelOptions
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.former_names import FormerName, FormerValue
 from ipadapter_jax.inputs.validation import Uncond
@@ -60,7 +61,7 @@ HELP_MODEL = ("model", "dtype", "variant", "revision", "vae", "text_encoder", "c
 
 
 @dataclasses.dataclass(kw_only=True)
-class Sampling:
+class Sampling(ModelOptions):
     """Options of every command that samples."""
 
     help_groups: ClassVar[Mapping[str, tuple[str, ...]]]  # of --help, the most used first
@@ -68,15 +69,6 @@ class Sampling:
     model: Annotated[PathOrHubId, FormerName("base")] = bundled.NAME
     """Base model: a folder in diffusers' layout (PyTorch or Flax weights), a single file (.safetensors or .ckpt), a
     Hub id such as owner/name, or mini, the model inside this package (./mini is a folder of that name)."""
-    config: PathOrHubId | None = None
-    """For a single file: a folder or Hub id with the settings and tokenizer of its model family; by default Stable
-    Diffusion 1.5."""
-    vae: PathOrHubId | None = None
-    """VAE to use instead of the base model's: a folder, a Hub id or a file."""
-    text_encoder: PathOrHubId | None = None
-    """Text encoder to use instead of the base model's: a folder, a Hub id or a file."""
-    extract_ema: bool = False
-    """For a single file: load the moving average (EMA) of its UNet."""
     negative_prompt: str = ""
     """Negative text prompt."""
     adapter: PathOrHubId | None = None
@@ -131,8 +123,6 @@ class Sampling:
     """Width in pixels, as --height."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of weights and computation; bfloat16 halves the memory and is faster on accelerators."""
-    variant: str | None = None
-    """Variant of the base model's weight files to prefer, such as fp16."""
     revision: str | None = None
     """Branch, tag or commit of the base model on the Hub."""
 

@@ -45,8 +45,10 @@ from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.memory_limits import check_sampling_memory
 from ipadapter_jax.runtime.mesh import local_mesh, replicated
 from ipadapter_jax.runtime.progress_bar import step_bar
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base
+from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image
 from ipadapter_jax.weights.load_tree import Tree
+from ipadapter_jax.weights.model_source import ModelSource
+from ipadapter_jax.weights.open_base_model import open_base
 from ipadapter_jax.weights.tokenizer import Tokenizer, tokenize
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -96,8 +98,8 @@ class StableDiffusion:
         average. `vae` and `text_encoder`, folders, Hub ids or files, stand in for the model's own. Raises InputError,
         WeightFileError among them, before any weights are read when the parts do not fit.
         """
-        options = {"config": config, "vae": vae, "text_encoder": text_encoder, "extract_ema": extract_ema}
-        return cls.from_opened(open_base(path, variant=variant, revision=revision, **options), dtype)  # pyright: ignore[reportArgumentType]
+        source = ModelSource(path, variant, revision, config, vae, text_encoder, extract_ema)
+        return cls.from_opened(open_base(source), dtype)
 
     @classmethod
     def from_opened(cls, base: BaseModel, dtype: str = "float32") -> "StableDiffusion":

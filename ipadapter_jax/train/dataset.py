@@ -18,9 +18,9 @@ from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import LoadedNetworks, PrecomputedEncoder
 from ipadapter_jax.train.precompute import check_cache
-from ipadapter_jax.weights.base_model import open_base_folder
 from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.image_encoder import open_image_encoder
+from ipadapter_jax.weights.open_base_model import open_base_folder
 from ipadapter_jax.weights.weight_files import choose_weights
 
 log = logging.getLogger("ipadapter_jax")

@@ -15,8 +15,8 @@ from ipadapter_jax.images.preprocess import CLIP_TABLE
 from ipadapter_jax.models.vae import VAE, normalize
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.runtime.mesh import batch_sharding, local_mesh, replicated
-from ipadapter_jax.weights.base_model import open_base_folder
 from ipadapter_jax.weights.image_encoder import open_image_encoder
+from ipadapter_jax.weights.open_base_model import open_base_folder
 from ipadapter_jax.weights.open_component import LoadedComponent
 
 

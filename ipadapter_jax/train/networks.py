@@ -25,10 +25,11 @@ from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.init import init_adapter, load_adapter_params, projection_config
 from ipadapter_jax.train.optim import trainable_mask
 from ipadapter_jax.train.sharding import frozen_sharding, put_global
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image, open_base_folder
+from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.ip_adapter_file import adapter_file, check_base, open_ip_adapter
 from ipadapter_jax.weights.load_tree import Tree
+from ipadapter_jax.weights.open_base_model import open_base_folder
 from ipadapter_jax.weights.tokenizer import Tokenizer, tokenize
 
 

@@ -25,7 +25,7 @@ import tqdm
 import tyro
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS, open_base
+from ipadapter_jax.weights.base_model import BASE_COMPONENTS
 from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.dtype_cast import all_finite
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
@@ -33,6 +33,8 @@ from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.inspect import describe
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.load_tree import leaves
+from ipadapter_jax.weights.model_source import ModelSource
+from ipadapter_jax.weights.open_base_model import open_base
 from ipadapter_jax.weights.open_component import LazyComponent, open_weights, read_component_config
 from tests.fault_injection import fuzz_seeds
 
@@ -69,7 +71,7 @@ def read_network(path: Path) -> Content:
 
 
 def read_single_file(path: Path) -> Content:
-    base = open_base(path, config=path.parent / "config")
+    base = open_base(ModelSource(path, config=path.parent / "config"))
     parts = {name: _arrays(base.part(name)) for name in BASE_COMPONENTS}
     return Content({f"{part} {name}": array for part, arrays in parts.items() for name, array in arrays.items()}, False)
 

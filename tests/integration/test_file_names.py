@@ -22,9 +22,9 @@ from ipadapter_jax.storage.jsonl import JsonlAppender
 from ipadapter_jax.storage.paths import check_utf8, expand_home
 from ipadapter_jax.storage.text_files import encode_utf8
 from ipadapter_jax.train.metrics_log import RunLog
-from ipadapter_jax.weights.base_model import open_base
 from ipadapter_jax.weights.image_embeds import load_image_embeds, save_image_embeds
 from ipadapter_jax.weights.inspect import describe
+from ipadapter_jax.weights.open_base_model import open_base
 
 ADAPTER = ADAPTERS / "ip-adapter_tiny.safetensors"
 ODD = "b\udcff\u00e9"  # a byte that is not UTF-8, and a letter that is

@@ -21,8 +21,9 @@ from ipadapter_jax.pipelines.scales import scale_table
 from ipadapter_jax.pipelines.stable_diffusion import GUIDANCE_SCALE, StableDiffusion
 from ipadapter_jax.runtime.memory_limits import check_sampling_memory
 from ipadapter_jax.storage.atomic_files import sha256
-from ipadapter_jax.weights.base_model import BaseModel, check_text_to_image, open_base
+from ipadapter_jax.weights.base_model import BaseModel, check_text_to_image
 from ipadapter_jax.weights.formats.tensor_files import files_of
+from ipadapter_jax.weights.open_base_model import open_base
 
 
 def load(
@@ -35,15 +36,7 @@ def load(
 ) -> StableDiffusion:
     """Opens all that is needed, so that what does not fit is said at once, then reads it. `images`: how many are made
     at once; `size`: height and width of an image to paint over."""
-    base = open_base(
-        args.model,
-        variant=args.variant,
-        revision=args.revision,
-        config=args.config,
-        vae=args.vae,
-        text_encoder=args.text_encoder,
-        extract_ema=args.extract_ema,
-    )
+    base = open_base(args.model_source(args.model, args.revision))
     unet = base.config("unet")
     if not inpainting:
         check_text_to_image(args.model, unet)

@@ -3,6 +3,7 @@ prefixes, block numbers run through. Here are its names and its parts; the array
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -141,3 +142,10 @@ def _vae_key(path: Path, levels: int) -> str:
     key = key.replace("mid_block.attentions.0.", "mid.attn_1.").replace(".resnets.", ".block.")
     key = key.replace("downsamplers.0.conv", "downsample.conv").replace("upsamplers.0.conv", "upsample.conv")
     return key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+
+
+def layout_of(part: str, config: Any) -> StateDictLayout | None:
+    """The layout of the "unet", "vae" or "text_encoder" in a single file; None where it is PyTorch's usual one."""
+    if part == "unet":
+        return unet_layout(config)
+    return vae_layout(config) if part == "vae" else None

@@ -10,6 +10,7 @@ from helpers import TORCH_MODEL
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.config_fields import short_repr
 from ipadapter_jax.weights.base_model import BaseModel
+from ipadapter_jax.weights.model_source import ModelSource
 
 SETTINGS = {
     "unet": ["in_channels", "block_out_channels", "layers_per_block", "attention_head_dim", "cross_attention_dim"]
@@ -31,7 +32,7 @@ def opened_with(tmp_path, part: str, **changes) -> BaseModel:
     shutil.copytree(TORCH_MODEL, folder)
     config = folder / part / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
-    return BaseModel(str(folder), folder)
+    return BaseModel(ModelSource(folder), folder)
 
 
 @pytest.mark.parametrize("value", ABSURD.values(), ids=ABSURD)

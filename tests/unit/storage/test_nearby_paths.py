@@ -19,11 +19,12 @@ from ipadapter_jax.images.preprocess import load_image
 from ipadapter_jax.inputs.suggestions import close_matches, sort_by_similarity
 from ipadapter_jax.storage.nearby_paths import nearby_hint
 from ipadapter_jax.weights import bundled
-from ipadapter_jax.weights.base_model import open_base
 from ipadapter_jax.weights.convert import convert
 from ipadapter_jax.weights.image_embeds import load_image_embeds
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.ip_adapter_file import adapter_file
+from ipadapter_jax.weights.model_source import ModelSource
+from ipadapter_jax.weights.open_base_model import open_base
 
 
 @pytest.fixture
@@ -77,8 +78,8 @@ SLIPS = {
     "adapter": lambda path: adapter_file(path),
     "base": lambda path: open_base(path),
     "image encoder": lambda path: open_image_encoder(path),
-    "vae": lambda path: open_base(TORCH_MODEL, vae=path).part("vae"),
-    "text encoder": lambda path: open_base(TORCH_MODEL, text_encoder=path).part("text_encoder"),
+    "vae": lambda path: open_base(ModelSource(TORCH_MODEL, vae=path)).part("vae"),
+    "text encoder": lambda path: open_base(ModelSource(TORCH_MODEL, text_encoder=path)).part("text_encoder"),
     "converted": lambda path: convert(path, Path("out.safetensors")),
     "clip": lambda path: open_scorer(path),
     "embeds": lambda path: load_image_embeds(Path(path)),
@@ -108,7 +109,7 @@ def test_the_config_of_a_single_file(runs, tmp_path):
     from helpers import ldm_file
 
     file = ldm_file(tmp_path / "model.safetensors")
-    refused(lambda: open_base(file, config="runs/mien"), "config runs/mien", "runs exists and holds mine")
+    refused(lambda: open_base(ModelSource(file, config="runs/mien")), "config runs/mien", "runs exists and holds mine")
 
 
 def test_a_repository_can_be_meant_all_the_same(runs, monkeypatch):

@@ -21,11 +21,13 @@ import ipadapter_jax.weights.verified_write
 from ipadapter_jax import cli
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.storage.atomic_files import atomic_replace
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS, open_base
+from ipadapter_jax.weights.base_model import BASE_COMPONENTS
 from ipadapter_jax.weights.convert import convert
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.formats.torch_pickle import read_torch_file
 from ipadapter_jax.weights.inspect import describe
+from ipadapter_jax.weights.model_source import ModelSource
+from ipadapter_jax.weights.open_base_model import open_base
 
 FILES = {
     variant: ADAPTERS / f"ip-adapter{mark}_tiny.safetensors"
@@ -97,7 +99,7 @@ def test_torch_and_diffusers_read_our_pickle(tmp_path, variant):
 
 def parts(place: Path) -> dict[str, dict[str, tuple]]:
     """The trees of a base model as {path: (dtype, shape, bytes)}."""
-    base = open_base(place, config=TORCH_MODEL if place.is_file() else None)
+    base = open_base(ModelSource(place, config=TORCH_MODEL if place.is_file() else None))
     found = {}
     for name in BASE_COMPONENTS:
         opened = base.part(name)
@@ -127,11 +129,12 @@ def test_base_models_there_and_back(sources, tmp_path, source):
     options = {"config": TORCH_MODEL} if source == "one file" else {}
     outs = {"torch": tmp_path / "torch", "flax": tmp_path / "flax", "one": tmp_path / "one.safetensors"}
     for kind, out in outs.items():
-        convert(sources[source], out, flax=kind == "flax", **options)
+        convert(ModelSource(sources[source], **options), out, flax=kind == "flax")
         assert parts(out) == expected
     for first, second in itertools.permutations(outs, 2) if source == "torch" else []:
         out = tmp_path / f"{first}-{second}{'.safetensors' if second == 'one' else ''}"
-        convert(outs[first], out, flax=second == "flax", **({"config": TORCH_MODEL} if first == "one" else {}))
+        config = TORCH_MODEL if first == "one" else None
+        convert(ModelSource(outs[first], config=config), out, flax=second == "flax")
         assert parts(out) == expected
         for file in sorted(outs[second].rglob("*")) if outs[second].is_dir() else []:
             if file.is_file() and "json" not in file.name:  # weights and tokenizer to the byte
@@ -157,7 +160,7 @@ def test_diffusers_reads_the_folder_that_we_write(sources, tmp_path):
 
     for name in ("flax", "one file"):
         out = tmp_path / name.replace(" ", "-")
-        convert(sources[name], out, **({"config": TORCH_MODEL} if name == "one file" else {}))
+        convert(ModelSource(sources[name], config=TORCH_MODEL if name == "one file" else None), out)
         pipe = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float16)
         for part in ("unet", "vae", "text_encoder"):
             recorded = load_file(next((TORCH_MODEL / part).glob("*.safetensors")))
@@ -183,7 +186,7 @@ def test_an_inpainting_model_is_named_so(tmp_path):
     tensors = load_file(ldm_file(tmp_path / "a.safetensors"))
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = np.zeros((32, 9, 3, 3), np.float16)
     save_file(tensors, tmp_path / "a.safetensors")
-    convert(tmp_path / "a.safetensors", tmp_path / "out", config=TORCH_MODEL)
+    convert(ModelSource(tmp_path / "a.safetensors", config=TORCH_MODEL), tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionInpaintPipeline"
     assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["in_channels"] == 9
@@ -213,16 +216,18 @@ WRONG = [
     (TORCH_MODEL, "a.safetensors", {"flax": True}, "flax writes a folder"),
     (TORCH_MODEL, "a", {"config": TORCH_MODEL}, "is a folder"),
     (IMAGE_ENCODER, "a.safetensors", {}, "becomes a folder"),
-    (TORCH_MODEL / "tokenizer", "a", {}, "no network's folder"),
+    (TORCH_MODEL / "tokenizer", "a", {}, "not the folder of a network"),
     (TORCH_MODEL / "nowhere.safetensors", "a.bin", {}, "there is no such file or folder"),
     (ADAPTERS, "a.bin", {}, "name one of its files"),
-    (TORCH_MODEL / "vae" / "diffusion_pytorch_model.safetensors", "a", {}, "a VAE by itself is not converted"),
+    (TORCH_MODEL / "vae" / "diffusion_pytorch_model.safetensors", "a", {}, "a VAE alone is not converted"),
 ]
 
 
 @pytest.mark.parametrize(("source", "out", "options", "words"), WRONG)
 def test_what_cannot_be_converted(tmp_path, source, out, options, words):
-    refused(lambda: convert(source, tmp_path / out, **options), words)
+    model = {name: value for name, value in options.items() if name not in ("dtype", "flax")}
+    how = {name: value for name, value in options.items() if name in ("dtype", "flax")}
+    refused(lambda: convert(ModelSource(source, **model), tmp_path / out, **how), words)
     assert not list(tmp_path.iterdir())
 
 

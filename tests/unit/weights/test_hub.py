@@ -13,8 +13,8 @@ from weight_files import refused
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.pipelines.ip_adapter import open_adapter
-from ipadapter_jax.weights.base_model import open_base
 from ipadapter_jax.weights.hub import local_path
+from ipadapter_jax.weights.open_base_model import open_base
 
 BASE = {path.relative_to(TORCH_MODEL).as_posix() for path in TORCH_MODEL.rglob("*") if path.is_file()}
 NEEDED = BASE - {"feature_extractor/preprocessor_config.json"}

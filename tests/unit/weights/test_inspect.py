@@ -13,9 +13,10 @@ from weight_files import refused
 
 from ipadapter_jax.cli import main
 from ipadapter_jax.storage.atomic_files import sha256
-from ipadapter_jax.weights.base_model import open_base
 from ipadapter_jax.weights.convert import convert
 from ipadapter_jax.weights.inspect import describe
+from ipadapter_jax.weights.model_source import ModelSource
+from ipadapter_jax.weights.open_base_model import open_base
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_folders_of_other_families(tmp_path, family):
     for refuse in (
         lambda: open_base(folder),
         lambda: convert(folder, tmp_path / "out"),
-        lambda: open_base(ldm_file(tmp_path / "m.safetensors"), config=folder),
+        lambda: open_base(ModelSource(ldm_file(tmp_path / "m.safetensors"), config=folder)),
     ):
         refused(refuse, str(folder), f"{family}, which is not supported here yet")
 
@@ -193,10 +194,10 @@ def test_another_network_by_its_class(tmp_path):
     shutil.copytree(TORCH_MODEL / "vae", folder)
     settings(tmp_path, "vae", _class_name="AutoencoderTiny")
     words = ["this is a TAESD (AutoencoderTiny)", "needed is a VAE (AutoencoderKL)"]
-    refused(lambda: open_base(TORCH_MODEL, vae=folder).part("vae"), str(folder), *words)
+    refused(lambda: open_base(ModelSource(TORCH_MODEL, vae=folder)).part("vae"), str(folder), *words)
     taesd = tmp_path / "taesd.safetensors"
     of_shapes(taesd, {"encoder.layers.0.weight": (8, 3, 3, 3), "decoder.layers.3.conv.0.weight": (8, 8, 3, 3)})
-    refused(lambda: open_base(TORCH_MODEL, vae=taesd).part("vae"), str(taesd), "It looks like a TAESD")
+    refused(lambda: open_base(ModelSource(TORCH_MODEL, vae=taesd)).part("vae"), str(taesd), "It looks like a TAESD")
 
 
 # --- names other than paths ----------------------------------------------------------------------------------------

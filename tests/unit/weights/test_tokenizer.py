@@ -16,7 +16,7 @@ from ipadapter_jax.data.dataset import LiveSamples
 from ipadapter_jax.data.types import RecordSource
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.weights import bundled
-from ipadapter_jax.weights.base_model import open_base
+from ipadapter_jax.weights.open_base_model import open_base
 from ipadapter_jax.weights.tokenizer import MAX_CHARACTERS, bounded, load_tokenizer, tokenize
 
 RECORDED = TORCH_MODEL / "tokenizer"  # 707 tokens, the last two of them the ends

@@ -11,8 +11,10 @@ from hub import Hub
 from weight_files import refused
 
 from ipadapter_jax.cli import main
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS, open_base, open_base_folder
+from ipadapter_jax.weights.base_model import BASE_COMPONENTS
 from ipadapter_jax.weights.components import TEXT_ENCODER, UNET
+from ipadapter_jax.weights.model_source import ModelSource
+from ipadapter_jax.weights.open_base_model import open_base, open_base_folder
 from ipadapter_jax.weights.weight_files import choose_files, choose_weights, pick_variants, variants
 
 STEM = "diffusion_pytorch_model"
@@ -57,7 +59,7 @@ def test_nothing_is_said_where_every_part_has_it(tmp_path):
     folder = with_variants(tmp_path / "model", unet="fp16", vae="fp16", text_encoder="fp16")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        base = open_base(folder, variant="fp16")
+        base = open_base(ModelSource(folder, variant="fp16"))
     assert all(".fp16." in name for name in read_from(base).values())
 
 
@@ -65,15 +67,15 @@ def test_a_replaced_part_needs_no_variant(tmp_path):
     folder = with_variants(tmp_path / "model", unet="fp16", vae="fp16")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        open_base(folder, variant="fp16", text_encoder=TORCH_MODEL / "text_encoder")
+        open_base(ModelSource(folder, variant="fp16", text_encoder=TORCH_MODEL / "text_encoder"))
 
 
 def test_flax_parts_are_plain_and_may_have_variants(tmp_path):
     folder = flax_folder(tmp_path)
-    refused(lambda: open_base(folder, variant="fp16"), str(folder), "variant=fp16", "no variants")
+    refused(lambda: open_base(ModelSource(folder, variant="fp16")), str(folder), "variant=fp16", "no variants")
     shutil.copy(folder / "unet" / "diffusion_flax_model.msgpack", folder / "unet" / "diffusion_flax_model.bf16.msgpack")
     with pytest.warns(UserWarning, match="'bf16'"):
-        base = open_base(folder, variant="bf16")
+        base = open_base(ModelSource(folder, variant="bf16"))
     assert base.part("unet").source.name == "diffusion_flax_model.bf16.msgpack"
     assert base.part("vae").source.name == "diffusion_flax_model.msgpack"
 
@@ -81,12 +83,14 @@ def test_flax_parts_are_plain_and_may_have_variants(tmp_path):
 def test_a_typo_names_the_variants_there_are(tmp_path):
     folder = with_variants(tmp_path / "model", unet="non_ema", vae="fp16")
     refused(
-        lambda: open_base(folder, variant="fp61"),
+        lambda: open_base(ModelSource(folder, variant="fp61")),
         f"base model {folder}: variant=fp61: no part of the model has it; choose fp16 or non_ema",
     )
-    refused(lambda: open_base(folder, variant="non-ema"), "choose non_ema or fp16")
-    refused(lambda: open_base(TORCH_MODEL, variant=""), "variant=: no part", "no variants")
-    refused(lambda: open_base(TORCH_MODEL / "unet" / PLAIN["unet"], variant="fp16"), "variant is for a folder")
+    refused(lambda: open_base(ModelSource(folder, variant="non-ema")), "choose non_ema or fp16")
+    refused(lambda: open_base(ModelSource(TORCH_MODEL, variant="")), "variant=: no part", "no variants")
+    refused(
+        lambda: open_base(ModelSource(TORCH_MODEL / "unet" / PLAIN["unet"], variant="fp16")), "variant is for a folder"
+    )
 
 
 def test_on_the_command_line(tmp_path, capsys):
@@ -128,10 +132,10 @@ def test_from_the_hub(monkeypatch, tmp_path):
     source = with_variants(tmp_path / "source", unet="non_ema")
     names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
     hub = Hub(monkeypatch, source, tmp_path / "cache", names)
-    refused(lambda: open_base("owner/name", variant="nonema"), "choose non_ema")
+    refused(lambda: open_base(ModelSource("owner/name", variant="nonema")), "choose non_ema")
     assert not hub.downloaded
     with pytest.warns(UserWarning, match="base model owner/name"):
-        base = open_base("owner/name", variant="non_ema")
+        base = open_base(ModelSource("owner/name", variant="non_ema"))
     assert read_from(base) == PLAIN | {"unet": f"{STEM}.non_ema.safetensors"}
     assert {name for name in hub.downloaded if name.endswith(".safetensors")} == {
         f"unet/{STEM}.non_ema.safetensors",

@@ -18,10 +18,12 @@ from ipadapter_jax.errors import WeightFileError, errors_name_options
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS, open_base
+from ipadapter_jax.weights.base_model import BASE_COMPONENTS
 from ipadapter_jax.weights.components import UNET, VAE_COMPONENT, abstract_params
 from ipadapter_jax.weights.layouts.single_file import PREFIXES, unet_layout, vae_layout
 from ipadapter_jax.weights.load_tree import leaves
+from ipadapter_jax.weights.model_source import ModelSource
+from ipadapter_jax.weights.open_base_model import open_base
 from ipadapter_jax.weights.open_component import load_component
 
 FLOAT16 = np.dtype("float16")
@@ -47,7 +49,7 @@ def expected() -> dict:
 
 
 def loaded(path: Path, **options) -> dict:
-    base = open_base(path, config=TORCH_MODEL, **options)
+    base = open_base(ModelSource(path, config=TORCH_MODEL, **options))
     base.check()
     return {name: base.part(name).load(FLOAT16).params for name in BASE_COMPONENTS}
 
@@ -181,12 +183,15 @@ def test_the_text_encoder_of_a_genuine_pickle(tmp_path, tensors, expected):
 
 def test_a_folder_with_another_vae(tmp_path, expected):
     assert_same_tree(
-        {name: open_base(TORCH_MODEL, vae=TORCH_MODEL / "vae").part(name).load(FLOAT16).params for name in expected},
+        {
+            name: open_base(ModelSource(TORCH_MODEL, vae=TORCH_MODEL / "vae")).part(name).load(FLOAT16).params
+            for name in expected
+        },
         expected,
     )
     for name in ("unet", "text_encoder", "tokenizer", "scheduler"):  # the replaced part need not be there
         shutil.copytree(TORCH_MODEL / name, tmp_path / name)
-    open_base(tmp_path, vae=TORCH_MODEL).check()
+    open_base(ModelSource(tmp_path, vae=TORCH_MODEL)).check()
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
@@ -230,9 +235,9 @@ def test_other_checkpoints(tmp_path, tensors, change, words):
 
 def test_options_that_do_not_fit(ldm):
     refused(lambda: loaded(ldm, extract_ema=True), "no moving average", "leave extract_ema away", error=WeightFileError)
-    refused(lambda: open_base(TORCH_MODEL, extract_ema=True), "extract_ema", "is a folder")
-    refused(lambda: open_base(TORCH_MODEL, config=TORCH_MODEL), "config", "is a folder")
-    refused(lambda: open_base(ldm, config=ADAPTERS), "config", "unet/config.json")
+    refused(lambda: open_base(ModelSource(TORCH_MODEL, extract_ema=True)), "extract_ema", "is a folder")
+    refused(lambda: open_base(ModelSource(TORCH_MODEL, config=TORCH_MODEL)), "config", "is a folder")
+    refused(lambda: open_base(ModelSource(ldm, config=ADAPTERS)), "config", "unet/config.json")
     adapter = ADAPTERS / "ip-adapter_tiny.safetensors"
     refused(
         lambda: open_base(adapter),
