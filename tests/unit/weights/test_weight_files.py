@@ -35,11 +35,13 @@ def read_from(base) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("variant", ["fp16", "non_ema"])
-@pytest.mark.parametrize("opener", [open_base, open_base_folder])
+@pytest.mark.parametrize(
+    "opener", [lambda folder, variant: open_base(ModelSource(folder, variant)), open_base_folder], ids=["any", "folder"]
+)
 def test_parts_without_the_variant_are_read_plain(tmp_path, variant, opener):
     folder = with_variants(tmp_path / "model", unet=variant)
     with pytest.warns(UserWarning) as told:
-        base = opener(folder, variant=variant)
+        base = opener(folder, variant)
     assert read_from(base) == PLAIN | {"unet": f"{STEM}.{variant}.safetensors"}
     [message] = [str(warning.message) for warning in told]
     for word in (str(folder), repr(variant), "VAE and text encoder have none", "plain weights"):
