@@ -93,13 +93,12 @@ class StableDiffusion:
         (.safetensors or .ckpt), a Hub id, or "mini": the model inside this package ("./mini" is a folder of that name).
 
         `dtype` is that of weights and networks: float32, bfloat16 or float16; norms, softmax and the sampler stay in
-        float32. `variant` ("fp16") picks such weight files. A single file takes tokenizer and settings from `config`, a
-        folder or Hub id of its family, by default Stable Diffusion 1.5's, and with `extract_ema` the UNet's moving
-        average. `vae` and `text_encoder`, folders, Hub ids or files, stand in for the model's own. Raises InputError,
-        WeightFileError among them, before any weights are read when the parts do not fit.
+        float32. The other arguments are those of `ModelSource`. Raises InputError, WeightFileError among them, before
+        any weights are read when the parts do not fit.
         """
-        source = ModelSource(path, variant, revision, config, vae, text_encoder, extract_ema)
-        return cls.from_opened(open_base(source), dtype)
+        return cls.from_opened(
+            open_base(ModelSource(path, variant, revision, config, vae, text_encoder, extract_ema)), dtype
+        )
 
     @classmethod
     def from_opened(cls, base: BaseModel, dtype: str = "float32") -> "StableDiffusion":
