@@ -96,9 +96,8 @@ class StableDiffusion:
         float32. The other arguments are those of `ModelSource`. Raises InputError, WeightFileError among them, before
         any weights are read when the parts do not fit.
         """
-        return cls.from_opened(
-            open_base(ModelSource(path, variant, revision, config, vae, text_encoder, extract_ema)), dtype
-        )
+        source = ModelSource(path, variant, revision, config, vae, text_encoder, extract_ema)
+        return cls.from_opened(open_base(source), dtype)
 
     @classmethod
     def from_opened(cls, base: BaseModel, dtype: str = "float32") -> "StableDiffusion":
