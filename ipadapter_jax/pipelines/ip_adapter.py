@@ -24,12 +24,12 @@ from ipadapter_jax.weights.hub import check_revision, path_here
 from ipadapter_jax.weights.image_embeds import load_image_embeds
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.ip_adapter_file import (
+    CheckedAdapter,
     IPAdapterFile,
     adapter_file,
     check_base,
     check_encoder,
     check_ip_adapter,
-    load_ip_adapter,
     open_ip_adapter,
 )
 from ipadapter_jax.weights.load_tree import Tree
@@ -207,12 +207,13 @@ class OpenedAdapter:
     """An adapter file and its image encoder, which fit a UNet with cross-attentions of these widths; still unread."""
 
     file: IPAdapterFile
+    weights: CheckedAdapter
     encoder: LazyComponent | None
     widths: tuple[int, ...]
 
     def load(self, dtype: Any, put: Callable, attached: Sequence[Adapter]) -> Adapter:
         """Reads both; the encoder is shared with an `attached` adapter that uses the same one."""
-        params = load_ip_adapter(self.file, self.widths, np.dtype(dtype), put)
+        params = self.weights.load(np.dtype(dtype), put)
         encoder = None
         if self.encoder is not None:
             others = [adapter.loaded_encoder for adapter in attached if adapter.loaded_encoder is not None]
@@ -239,12 +240,12 @@ def open_adapter(
     file = open_ip_adapter(local)
     widths = tuple(site.width for site in cross_attention_layers(unet))
     check_base(file, unet.cross_attention_dim, widths)
-    check_ip_adapter(file, widths)
+    weights = check_ip_adapter(file, widths)
     if image_encoder is False:
-        return OpenedAdapter(file, None, widths)
+        return OpenedAdapter(file, weights, None, widths)
     encoder = open_image_encoder(_encoder_beside(path, local) if image_encoder is None else image_encoder, revision)
     check_encoder(file, encoder.config.projection_dim, encoder.config.hidden_size, str(encoder.source))
-    return OpenedAdapter(file, encoder, widths)
+    return OpenedAdapter(file, weights, encoder, widths)
 
 
 def _encoder_beside(path: str | os.PathLike, local: Path) -> str | os.PathLike:

@@ -48,11 +48,12 @@ def class_name(name: str, flax: bool) -> str:
 
 
 def lazy_leaves(opened: LazyComponent) -> dict[TreePath, Tensor]:
-    """The leaves of the network's tree, unread."""
+    """The leaves of the network's parameter tree as lazy tensors."""
+    weights = opened.weights
 
     def leaf(path: TreePath, shape: tuple[int, ...]) -> LazyTransform:
-        tensor = opened.tensors[opened.spelling.key(path)]
-        return LazyTransform(shape, tensor.dtype, lambda: opened.spelling.read(path, tensor.read()))
+        tensor = weights.tensors[weights.layout.key(path)]
+        return LazyTransform(shape, tensor.dtype, lambda: weights.layout.read(path, tensor.read()))
 
     return {path: leaf(path, tuple(found.shape)) for path, found in leaves(opened.component_config.template).items()}
 

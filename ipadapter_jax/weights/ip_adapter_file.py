@@ -23,7 +23,7 @@ from ipadapter_jax.weights.ignored_tensors import report_ignored
 from ipadapter_jax.weights.key_mapping import torch_layout
 from ipadapter_jax.weights.layouts.ip_adapter import adapter_parts
 from ipadapter_jax.weights.lazy import Tensor
-from ipadapter_jax.weights.load_tree import Tree, check_tree, load_tree
+from ipadapter_jax.weights.load_tree import CheckedTensors, Tree, check_tree
 
 _MAX_DEPTH = 64  # the released Resamplers have 4 layers; what a file has beyond is reported as left over
 DIGEST = "tensors_sha256"  # in the metadata of our files: over names, dtypes, shapes and bytes
@@ -207,23 +207,38 @@ def check_encoder(file: IPAdapterFile, embedding: int, hidden: int, encoder: str
         )
 
 
-def check_ip_adapter(file: IPAdapterFile, widths: tuple[int, ...]) -> None:
-    """Raises WeightFileError naming a tensor that is missing, left over or of another shape."""
-    for part, template in _templates(file.config, widths).items():
-        tensors = {"image_proj": file.image_proj, "ip_adapter": file.ip_adapter}[part]
-        check_tree(tensors, template, torch_layout(), source=f"{file.path} ({part})")
+@dataclasses.dataclass(frozen=True, eq=False)
+class CheckedAdapter:
+    """The tensors of an adapter that fit its variant and the cross-attention layers of a UNet; nothing is read yet."""
+
+    image_proj: CheckedTensors
+    ip_adapter: CheckedTensors
+
+    def load(self, dtype: np.dtype, put: Callable = jax.device_put) -> dict[str, Tree]:
+        """The trees {"image_proj", "ip_adapter"} in `dtype`. Raises WeightFileError as `CheckedTensors.load`."""
+        return {"image_proj": self.image_proj.load(dtype, put), "ip_adapter": self.ip_adapter.load(dtype, put)}
+
+
+def check_ip_adapter(file: IPAdapterFile, widths: tuple[int, ...]) -> CheckedAdapter:
+    """Checks an adapter for a UNet whose cross-attention layers have these widths, in file order.
+
+    Raises WeightFileError naming a tensor that is missing, left over or of another shape.
+    """
+    templates, layout = _templates(file.config, widths), torch_layout()
+    parts = {"image_proj": file.image_proj, "ip_adapter": file.ip_adapter}
+    return CheckedAdapter(
+        **{
+            part: check_tree(tensors, templates[part], layout, source=f"{file.path} ({part})")
+            for part, tensors in parts.items()
+        }
+    )
 
 
 def load_ip_adapter(
     file: IPAdapterFile, widths: tuple[int, ...], dtype: np.dtype, put: Callable = jax.device_put
 ) -> dict[str, Tree]:
-    """The trees {"image_proj", "ip_adapter"} in `dtype`; `widths` are the cross-attentions' widths in file order."""
-    tensors = {"image_proj": file.image_proj, "ip_adapter": file.ip_adapter}
-    spelling = torch_layout()
-    return {
-        part: load_tree(tensors[part], template, spelling, source=f"{file.path} ({part})", dtype=dtype, put=put)
-        for part, template in _templates(file.config, widths).items()
-    }
+    """Checks and reads an adapter: the trees {"image_proj", "ip_adapter"} in `dtype`."""
+    return check_ip_adapter(file, widths).load(dtype, put)
 
 
 @functools.lru_cache(maxsize=8)

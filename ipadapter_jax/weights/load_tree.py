@@ -1,6 +1,7 @@
-"""From a file's tensors to a parameter tree: every key used once, every shape checked, nothing left unset."""
+"""From the tensors of a file to a parameter tree: each key is used once, each shape is checked, none is left unset."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,51 +39,53 @@ def nest(flat: Mapping[Path, Any]) -> Tree:
     return tree
 
 
-def check_tree(
-    tensors: Mapping[str, Tensor], template: Mapping[str, Any], spelling: StateDictLayout, *, source: str
-) -> dict[str, tuple[Path, Any]]:
-    """{key in the file: (path, leaf) of the template}.
+@dataclasses.dataclass(frozen=True, eq=False)
+class CheckedTensors:
+    """Tensors of a file that fit a parameter tree, as `check_tree` found: every parameter has one, of its shape, and
+    none is left over. Nothing is read yet."""
 
-    Raises WeightFileError naming `source` and the tensors that are missing, left over, mis-shaped or no floats.
+    tensors: Mapping[str, Tensor]
+    layout: StateDictLayout
+    paths: Mapping[str, Path]  # key in the file -> place in the tree
+    source: str
+
+    def load(self, dtype: np.dtype, put: Callable[[np.ndarray], Array] = jax.device_put) -> Tree:
+        """Reads a few tensors at a time and returns the parameter tree with arrays of `dtype`, each given to `put`.
+
+        Raises WeightFileError naming a tensor that is not finite in `dtype`.
+        """
+
+        def load(key: str) -> Array:
+            array = self.layout.read(self.paths[key], self.tensors[key].read())
+            return put(cast_for_device(array, dtype, f"{self.source}: {key}"))
+
+        # The largest first: the memory that its cast needs is then taken while the others are still in the file.
+        keys = sorted(self.paths, key=lambda key: -math.prod(self.tensors[key].shape))
+        with contextlib.closing(ordered_map(load, keys, threads=_THREADS, ahead=len(keys))) as loaded:
+            arrays = dict(zip(keys, loaded, strict=True))
+        return nest({path: arrays[key] for key, path in self.paths.items()})
+
+
+def check_tree(
+    tensors: Mapping[str, Tensor], template: Mapping[str, Any], layout: StateDictLayout, *, source: str
+) -> CheckedTensors:
+    """Checks that these tensors are the parameters of `template`, a tree whose leaves have a shape, in this layout.
+
+    Raises WeightFileError naming `source` and the tensors that are missing, left over, of another shape or not floats.
     """
-    wanted = {spelling.key(path): (path, leaf) for path, leaf in leaves(template).items()}
-    _refuse(source, "lacks", [key for key in wanted if key not in tensors])
-    _refuse(source, "has tensors without a place in the model:", [key for key in tensors if key not in wanted])
-    for key, (path, leaf) in wanted.items():
-        shape, expected = tuple(tensors[key].shape), spelling.shape(path, tuple(leaf.shape))
+    leaf_of = {layout.key(path): (path, leaf) for path, leaf in leaves(template).items()}
+    _refuse(source, "lacks", [key for key in leaf_of if key not in tensors])
+    _refuse(source, "has tensors without a place in the model:", [key for key in tensors if key not in leaf_of])
+    for key, (path, leaf) in leaf_of.items():
+        shape, expected = tuple(tensors[key].shape), layout.shape(path, tuple(leaf.shape))
         if shape != expected:
             raise WeightFileError(f"{source}: {key} has shape {shape}, not {expected}; is this file for another model?")
         if not jnp.issubdtype(tensors[key].dtype, np.floating):
             raise WeightFileError(f"{source}: {key} holds {tensors[key].dtype} numbers, not weights")
-    return wanted
+    return CheckedTensors(tensors, layout, {key: path for key, (path, _) in leaf_of.items()}, source)
 
 
-def load_tree(
-    tensors: Mapping[str, Tensor],
-    template: Mapping[str, Any],
-    spelling: StateDictLayout,
-    *,
-    source: str,
-    dtype: np.dtype,
-    put: Callable[[np.ndarray], Array] = jax.device_put,
-) -> Tree:
-    """Tensors of a file -> a tree like `template` (leaves with a shape) of `dtype` arrays, a few tensors at a time.
-
-    Raises WeightFileError as `check_tree`, before any bytes are read, and naming a tensor not finite in `dtype`.
-    """
-    wanted = check_tree(tensors, template, spelling, source=source)
-
-    def load(key: str) -> Array:
-        return put(cast_for_device(spelling.read(wanted[key][0], tensors[key].read()), dtype, f"{source}: {key}"))
-
-    # The largest first: what a tensor needs besides its own place is then taken while the others are still in the file.
-    keys = sorted(wanted, key=lambda key: -math.prod(tensors[key].shape))
-    with contextlib.closing(ordered_map(load, keys, threads=_THREADS, ahead=len(keys))) as loaded:
-        arrays = dict(zip(keys, loaded, strict=True))
-    return nest({path: arrays[key] for key, (path, _) in wanted.items()})
-
-
-_THREADS = 4  # numpy casts on one core, and a file that is not in memory comes faster over several
+_THREADS = 4  # numpy casts on one core each, and a file that is not cached is read faster by several
 
 
 def _refuse(source: str, fault: str, names: Sequence[str]) -> None:

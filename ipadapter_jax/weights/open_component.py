@@ -17,7 +17,7 @@ from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.ignored_tensors import drop_ignored
 from ipadapter_jax.weights.key_mapping import FLAX, StateDictLayout, torch_layout
 from ipadapter_jax.weights.lazy import Tensor
-from ipadapter_jax.weights.load_tree import Tree, check_tree, load_tree
+from ipadapter_jax.weights.load_tree import CheckedTensors, Tree, check_tree
 from ipadapter_jax.weights.weight_files import choose_weights
 
 
@@ -32,7 +32,7 @@ class LoadedComponent:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ComponentConfig:
-    """A network to be: the settings in `path`, a config.json, and the configuration that they make."""
+    """The configuration of a network, with the settings in `path`, a config.json, that it was built from."""
 
     component: Component
     settings: Mapping[str, Any]
@@ -41,7 +41,7 @@ class ComponentConfig:
 
     @functools.cached_property
     def template(self) -> Tree:
-        """The parameter tree with shapes for leaves. Raises InputError naming the file when no network comes of it."""
+        """The parameter tree with shapes for leaves. Raises InputError naming the file when no network can be built."""
         return _explained(self.component, self.path, lambda: _abstract_params(self.component, self.config))
 
 
@@ -52,11 +52,10 @@ def _abstract_params(component: Component, config: Any) -> Tree:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyComponent:
-    """A network whose weights lie ready in `source`: their names and shapes fit, and nothing of them is read yet."""
+    """A network whose weights in `source` were found to fit it and are not read yet."""
 
     component_config: ComponentConfig
-    tensors: Mapping[str, Tensor]
-    spelling: StateDictLayout
+    weights: CheckedTensors
     source: Path
 
     @property
@@ -65,9 +64,8 @@ class LazyComponent:
 
     def load(self, dtype: np.dtype, put: Callable = jax.device_put) -> LoadedComponent:
         """Reads the weights in `dtype`. Raises WeightFileError naming a tensor that is not finite there."""
-        template, source = self.component_config.template, str(self.source)
-        params = load_tree(self.tensors, template, self.spelling, source=source, dtype=dtype, put=put)
-        return LoadedComponent(self.component_config.component.module(self.config, dtype), params, self.source)
+        module = self.component_config.component.module(self.config, dtype)
+        return LoadedComponent(module, self.weights.load(dtype, put), self.source)
 
 
 def load_component(
@@ -80,7 +78,7 @@ def load_component(
 def open_component(component: Component, folder: Path, variant: str | None = None) -> LazyComponent:
     """Opens `folder`/config.json and its weights. Raises InputError or WeightFileError naming the fault."""
     component_config = read_component_config(component, folder / "config.json")
-    _ = component_config.template  # what is wrong with the settings is said before the weights
+    _ = component_config.template  # errors in the settings come before errors in the weights
     source = folder / choose_weights(component, [path.name for path in folder.iterdir()], str(folder), variant)
     return open_weights(component_config, open_tensors(source), source)
 
@@ -91,12 +89,11 @@ def read_component_config(component: Component, path: Path) -> ComponentConfig:
 
 
 def build_component_config(component: Component, settings: Mapping[str, Any], path: Path) -> ComponentConfig:
-    """From settings that come from `path`. Raises InputError naming it and what is wrong in them, or of another network
-    than this."""
+    """From the settings in `path`. Raises InputError naming it when they are invalid or of another network."""
     name = settings.get("_class_name")
     if isinstance(name, str) and name.removeprefix("Flax") not in component.classes:
         wanted = f"{component.kind} ({component.classes[0]})"
-        raise InputError(f"{path}: this is {unsupported_families.of_class(name)}; needed is {wanted}")
+        raise InputError(f"{path}: this is {unsupported_families.of_class(name)}; give {wanted}")
     return ComponentConfig(component, settings, _explained(component, path, lambda: component.config(settings)), path)
 
 
@@ -114,20 +111,20 @@ def open_weights(
     component_config: ComponentConfig,
     tensors: Mapping[str, Tensor],
     source: Path,
-    spelling: StateDictLayout | None = None,
+    layout: StateDictLayout | None = None,
 ) -> LazyComponent:
-    """The tensors of `source` as this network: in `spelling`, or in Flax's or PyTorch's, whichever theirs is.
+    """The tensors of `source` as this network, in `layout`; without one in Flax's or PyTorch's, as their names tell.
 
-    Raises WeightFileError naming what does not fit, and what the file is where that is something else.
+    Raises WeightFileError naming what does not fit, and what the file is if it is something else.
     """
     component, found = component_config.component, identify.identify(tensors)
     tensors = drop_ignored(component.translate(tensors), component.ignored, str(source))
-    if spelling is None and any(name.endswith((".kernel", ".scale")) for name in tensors):
-        spelling = FLAX
-    if spelling is None:
-        spelling, tensors = torch_layout(component.renames), _modernised(tensors, component, str(source))
+    if layout is None and any(name.endswith((".kernel", ".scale")) for name in tensors):
+        layout = FLAX
+    if layout is None:
+        layout, tensors = torch_layout(component.renames), _modernised(tensors, component, str(source))
     try:
-        check_tree(tensors, component_config.template, spelling, source=str(source))
+        weights = check_tree(tensors, component_config.template, layout, source=str(source))
     except WeightFileError as error:
         own = {component.kind, identify.UNKNOWN, identify.CHECKPOINT} | (
             {identify.OPENCLIP} if component.other_files else set()
@@ -135,14 +132,14 @@ def open_weights(
         if found.name in own:
             raise
         raise WeightFileError(f"{error} It looks like {found}: {found.advice}") from None
-    return LazyComponent(component_config, tensors, spelling, source)
+    return LazyComponent(component_config, weights, source)
 
 
 def _modernised(tensors: Mapping[str, Tensor], component: Component, source: str) -> dict[str, Tensor]:
     modern: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if modern.setdefault(component.modern_key(key), tensor) is not tensor:
-            raise WeightFileError(f"{source}: {key} stands there twice, in an old and a new spelling; use another file")
+            raise WeightFileError(f"{source}: {key} is present under both its old and its new key; use another file")
     return modern
 
 

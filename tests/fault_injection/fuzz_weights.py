@@ -62,7 +62,7 @@ def read_adapter(path: Path) -> Content:
 def read_encoder(path: Path) -> Content:
     opened = open_image_encoder(path)
     opened.load(np.dtype("float32"), put=lambda array: array)
-    return Content({name: np.array(tensor.read()) for name, tensor in opened.tensors.items()}, False)
+    return Content({name: np.array(tensor.read()) for name, tensor in opened.weights.tensors.items()}, False)
 
 
 def read_network(path: Path) -> Content:

@@ -13,11 +13,10 @@ from integration.test_cli import ADAPTER, arguments
 from safetensors.numpy import load_file, save_file
 from training import tiny
 
-import ipadapter_jax.weights.ip_adapter_file
-import ipadapter_jax.weights.open_component
 from ipadapter_jax.cli import main
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train.trainer import train
+from ipadapter_jax.weights.load_tree import CheckedTensors
 
 UNET = TORCH_MODEL / "unet" / "diffusion_pytorch_model.safetensors"
 SDXL_LDM = ["model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.transformer.x"]
@@ -119,8 +118,7 @@ def forbid_reading(monkeypatch) -> None:
     def reached(*_, **__):
         raise AssertionError("weights were read")
 
-    for module in (ipadapter_jax.weights.open_component, ipadapter_jax.weights.ip_adapter_file):
-        monkeypatch.setattr(module, "load_tree", reached)
+    monkeypatch.setattr(CheckedTensors, "load", reached)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -67,7 +67,7 @@ def test_every_tensor_is_used_once(folder, tmp_path):
     """And what is left over is named."""
     shutil.copytree(folder, tmp_path / "clip")
     tensors = load_file(folder / "model.safetensors")
-    used = open_scorer(folder).opened.tensors
+    used = open_scorer(folder).opened.weights.tensors
     assert used.keys() == tensors.keys() - {"logit_scale"}
     save_file({**tensors, "text_model.extra": np.zeros(2, np.float32)}, tmp_path / "clip" / "model.safetensors")
     with pytest.raises(InputError, match=r"without a place in the model: text_model.extra"):

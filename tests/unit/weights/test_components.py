@@ -192,7 +192,11 @@ def test_both_spellings_of_one_tensor(tmp_path):
         "encoder.mid_block.attentions.0.query.bias": torch_tensors("vae")["encoder.mid_block.attentions.0.to_q.bias"]
     }
     folder = respelled(tmp_path, "vae", str, **old)
-    words = [f"{STEM}.safetensors: ", "encoder.mid_block.attentions.0.", "twice, in an old and a new spelling"]
+    words = [
+        f"{STEM}.safetensors: ",
+        "encoder.mid_block.attentions.0.",
+        "is present under both its old and its new key",
+    ]
     refused(lambda: load_component(VAE_COMPONENT, folder, FLOAT32), *words, error=WeightFileError)
 
 

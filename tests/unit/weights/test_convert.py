@@ -103,8 +103,9 @@ def parts(place: Path) -> dict[str, dict[str, tuple]]:
     found = {}
     for name in BASE_COMPONENTS:
         opened = base.part(name)
+        weights = opened.weights
         for path in _paths(opened.component_config.template):
-            array = opened.spelling.read(path, opened.tensors[opened.spelling.key(path)].read())
+            array = weights.layout.read(path, weights.tensors[weights.layout.key(path)].read())
             found[(name, *path)] = (array.dtype.name, array.shape, np.ascontiguousarray(array).tobytes())
     return found
 

@@ -193,7 +193,7 @@ def test_another_network_by_its_class(tmp_path):
     folder = tmp_path / "vae"
     shutil.copytree(TORCH_MODEL / "vae", folder)
     settings(tmp_path, "vae", _class_name="AutoencoderTiny")
-    words = ["this is a TAESD (AutoencoderTiny)", "needed is a VAE (AutoencoderKL)"]
+    words = ["this is a TAESD (AutoencoderTiny)", "give a VAE (AutoencoderKL)"]
     refused(lambda: open_base(ModelSource(TORCH_MODEL, vae=folder)).part("vae"), str(folder), *words)
     taesd = tmp_path / "taesd.safetensors"
     of_shapes(taesd, {"encoder.layers.0.weight": (8, 3, 3, 3), "decoder.layers.3.conv.0.weight": (8, 8, 3, 3)})

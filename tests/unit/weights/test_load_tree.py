@@ -12,7 +12,7 @@ from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.weights import load_tree as tree_module
 from ipadapter_jax.weights.dtype_cast import all_finite
 from ipadapter_jax.weights.key_mapping import FLAX, torch_layout
-from ipadapter_jax.weights.load_tree import leaves, load_tree, nest
+from ipadapter_jax.weights.load_tree import check_tree, leaves, nest
 
 FLOATS = [np.dtype(kind) for kind in ("float32", "float16", "bfloat16")]
 FLOAT32 = np.dtype("float32")
@@ -67,7 +67,7 @@ def file(dtype=FLOAT32, **changes) -> tuple[dict[str, Tensor], list]:
 
 
 def load(tensors, dtype=FLOAT32, **options):
-    return load_tree(tensors, template(), torch_layout(), source="a.bin", dtype=dtype, **options)
+    return check_tree(tensors, template(), torch_layout(), source="a.bin").load(dtype, **options)
 
 
 def test_leaves_and_nest():
@@ -198,5 +198,5 @@ def test_flax_spelling_keeps_names_and_axes():
     tensors = {
         ".".join(path): Tensor(np.ones(leaf.shape, ml_dtypes.bfloat16), []) for path, leaf in leaves(template()).items()
     }
-    tree = load_tree(tensors, template(), FLAX, source="a.msgpack", dtype=FLOAT32)
+    tree = check_tree(tensors, template(), FLAX, source="a.msgpack").load(FLOAT32)
     assert tree["conv"]["kernel"].shape == (3, 2, 5, 70)
