@@ -1,4 +1,4 @@
-"""The training step and the sampler with shapes for arguments: their programs at the real size, at no cost."""
+"""The training step and the sampler, traced with shapes instead of arrays: programs of the real size without memory."""
 
 import contextlib
 import functools

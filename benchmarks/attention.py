@@ -3,8 +3,8 @@
     python -m benchmarks.attention                                  CPU
     python -m benchmarks.attention --dtype bfloat16 --batch 32      NVIDIA GPU
 
-Both run in this process, in turns, on the same numbers; medians. Self-attention, and text and image attention added as
-in the adapter. Before a shape is timed both must agree. Needs the extra `torch`.
+Measures self-attention, and the sum of text and image attention as in the adapter. Both run in this process, in turns,
+on the same numbers; the medians are printed. Before a shape is timed, both results must agree. Needs the extra `torch`.
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
-"""What half precision does to the latents after a whole run, here and in PyTorch diffusers, on the same weights.
+"""The effect of half precision on the latents after a whole run, here and in PyTorch diffusers, with the same weights.
 
     python -m ipadapter_jax.testing.random_weights --size full --out weights/full
     python -m benchmarks.compare_bfloat16 --weights weights/full                            NVIDIA GPU: 512 px, 50 steps
     python -m benchmarks.compare_bfloat16 --weights weights/full --height 64 --width 64     CPU: half an hour
 
-Both sides sample the same image in float32 and in --dtype, one process after the other. The error of a side is that
-of its half precision against its own float32, relative, in the 2-norm. Exit code 1 when ours is larger than --limit
-times PyTorch's. Needs the extra `torch`.
+Both sides sample the same image in float32 and in --dtype, one process after the other. The error of a side is the
+relative difference, in the 2-norm, between its half-precision and its own float32 result. The exit code is 1 if ours is
+larger than --limit times PyTorch's. Needs the extra `torch`.
 """
 
 import concurrent.futures

@@ -1,12 +1,13 @@
-"""Samples the same image with this project and with PyTorch diffusers, and says how far apart they are.
+"""Samples the same image with this project and with PyTorch diffusers, and reports the differences.
 
     python -m ipadapter_jax.testing.random_weights --size full --out weights/full
     python -m benchmarks.compare_with_diffusers --weights weights/full --out out/compare.png
     python -m benchmarks.compare_with_diffusers --weights ipadapter_jax/mini --adapter ip-adapter_mini.safetensors \
         --height 64 --width 64
 
-Same weights, prompt, photograph and noise, float32, on the CPU; one after the other, so that 12 GB suffice at full
-size, where it takes some minutes. Exit code 0 when the goals are met, 1 when not. Needs the extra `torch`.
+Both use the same weights, prompt, photograph and noise, in float32 on the CPU. They run one after the other, so 12 GB
+suffice at full size, where it takes some minutes. The exit code is 0 if the goals are met, else 1. Needs the extra
+`torch`.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ class Comparison:
 
     @property
     def pixel_differences(self) -> np.ndarray:
-        """(H, W): levels of 255, the largest of the three colours."""
+        """(H, W): levels of 255, the largest of the three colors."""
         return np.abs(self.our_pixels.astype(int) - self.their_pixels).max(axis=-1)
 
     @property

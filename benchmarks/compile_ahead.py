@@ -1,15 +1,15 @@
-"""Compiles the sampler and the training step for GPUs and TPUs that this machine does not have: what XLA made of them.
+"""Compiles the sampler and the training step for GPUs and TPUs that this machine does not have, and reports the result.
 
     pip install 'jax[cuda12]'            the compiler for GPUs; no driver and no GPU is needed. For TPUs: 'jax[tpu]'
     python -m benchmarks.compile_ahead sampler
     python -m benchmarks.compile_ahead step --batch 8 --devices 8
     python -m benchmarks.compile_ahead step --device v5e --batch 16 --devices 4       2 CPU cores: an hour
 
-Stable Diffusion 1.5 at 512 px in bfloat16 with the base adapter, by shapes alone: no weights. For every kind of kernel
-the table has how many one step starts. For GPUs it has what they read and write, and how long that takes at the
-bandwidth of the device's memory: a floor for what is not a product, and what fusion has to work on. Kernels are chosen
-without trying them on a device, so their number is a little higher than there. For TPUs it has the time that the
-compiler reckons with, which leaves out Pallas's kernels. --flags are XLA's for this compilation.
+Stable Diffusion 1.5 at 512 px in bfloat16 with the base adapter, from shapes only, without weights. The table has the
+number of kernels of each kind in one step. For GPUs it also has the bytes that they read and write, and the time of
+that at the device's memory bandwidth: a lower bound for all kernels except products. Kernels are selected without
+autotuning on a device, so their number is a little higher than on a real one. For TPUs it has the compiler's time
+estimate, which leaves out Pallas kernels. --flags are XLA's flags for this compilation.
 """
 
 import os

@@ -1,10 +1,10 @@
-"""What masks, scales by layer and a second adapter add to a denoising step.
+"""The cost of masks, scales by layer and a second adapter in a denoising step.
 
     python -m ipadapter_jax.testing.random_weights --size full --out weights/full
     python -m benchmarks.controls --weights weights/full --size 256
 
-A guided step with one adapter and one number as its scale, against one with two adapters, a mask and a scale for every
-layer each. They take turns, compiled before; the medians and their ratio are printed.
+Compares a guided step with one adapter and one number as its scale to a step with two adapters, each with a mask and a
+scale for every layer. Both are compiled first and then timed in turns; the medians and their ratio are printed.
 """
 
 import statistics

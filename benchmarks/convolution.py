@@ -1,11 +1,11 @@
-"""3x3 convolutions here, in XLA's own way and in PyTorch, for what Stable Diffusion 1.5 has at 512 px. Last come those
-of images that are doubled by nearest neighbours before.
+"""3x3 convolutions here, by XLA's own implementation and in PyTorch, for the shapes of Stable Diffusion 1.5 at 512 px.
+The last shapes are convolutions after nearest-neighbor upsampling.
 
     python -m benchmarks.convolution --backward                     CPU, as in a training step of one sample
     python -m benchmarks.convolution --batch 2                      CPU, as in a guided denoising step
 
-All run in this process, in turns, on the same numbers, float32; medians. Before a shape is timed all must agree. Needs
-the extra `torch`.
+All run in this process, in turns, on the same numbers in float32; the medians are printed. Before a shape is timed, all
+results must agree. Needs the extra `torch`.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""Counts the work of the UNet from its program: nothing is read or run but the configuration.
+"""Counts the work of the UNet from its program. Only the configuration is read, and nothing is run.
 
     python -m benchmarks.count_flops                                 Stable Diffusion 1.5 at 512x512, 4 image tokens
     python -m benchmarks.count_flops --weights weights/tiny --height 256 --width 256
 
-What counts as work stands in ipadapter_jax/runtime/flops.py.
+ipadapter_jax/runtime/flops.py defines what counts as work.
 """
 
 import json

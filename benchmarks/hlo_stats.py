@@ -1,4 +1,4 @@
-"""Reads what XLA made of a program: its kernels, the memory that they read and write, what devices tell each other."""
+"""Reads a program that XLA compiled: its kernels, the memory that they read and write, and the collectives."""
 
 import dataclasses
 import itertools

@@ -1,13 +1,13 @@
-"""How fast training gets its batches on this machine: images from tar shards, and encoded samples from a cache.
+"""The rate at which training gets its batches here: images from tar shards, and samples from a feature cache.
 
     python -m benchmarks.input
     python -m benchmarks.input --workers 2 --threads 2
 
-Tars hold JPEGs of 640 x 512 and 512 x 640 pixels, quality 90: pieces of the photographs that scikit-image brings. Each
-is decoded once, cropped to 512 x 512 for the VAE and scaled to 224 x 224 for the image encoder; its caption becomes
-token ids. The cache holds what `ipadapter-jax encode` writes for SD 1.5 in float16. All files are read from memory
-(they have just been written), so this is the speed of the processors. Believe it only where the load was near 0; the
-processor time of a sample, seen without workers, says more on a busy machine.
+The tars hold JPEGs of 640 x 512 and 512 x 640 pixels at quality 90: crops of the photographs in scikit-image. Each is
+decoded once, cropped to 512 x 512 for the VAE and resized to 224 x 224 for the image encoder; its caption becomes token
+ids. The cache holds what `ipadapter-jax encode` writes for SD 1.5 in float16. All files are read from the page cache
+(they have just been written), so this measures the processors. Trust it only on an idle machine; on a busy one, the
+processor time of a sample, measured without workers, is more reliable.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Times of several ways to do the same, taken in turns: what slows the machine down for a while slows all of them."""
+"""Times several functions in turns, so that a machine that is slow for a while slows all of them equally."""
 
 import gc
 import time

@@ -1,13 +1,12 @@
-"""How fast a base model gets from its files into memory, beside PyTorch, and how much memory that takes.
+"""The time and memory to load a base model from its files, compared with PyTorch.
 
     python -m ipadapter_jax.testing.random_weights --size full --out weights/full
     python -m benchmarks.load --weights weights/full
 
 Ours: the weights of UNet, VAE and text encoder as new float32 arrays on the device, checked and finite. PyTorch:
 load_file, load_state_dict into float32 modules, and one read of every tensor (its loader alone only maps the file);
-once into modules whose memory is in use already, once into memory that is new as ours is: the system's work for new
-pages is most of the difference. All take turns in one process, from files that lie in the page cache. Needs the
-extra torch.
+once into modules whose memory is already in use, and once into new memory like ours. The system's work for new pages is
+most of the difference. All run in turns in one process, from files in the page cache. Needs the extra `torch`.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Compares two folders of what the same jobs wrote, file by file: pixels, tensors, lines of JSON, else bytes."""
+"""Compares two folders of what the same jobs wrote, file by file: by pixels, tensors, lines of JSON, or else bytes."""
 
 import json
 from fnmatch import fnmatch

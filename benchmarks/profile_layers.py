@@ -1,14 +1,14 @@
-"""Where the time of the sampler and of the training step goes, layer by layer, beside the work that is done there.
+"""The time of the sampler and of the training step by layer, next to the work of each layer.
 
     python -m benchmarks.profile_layers sampler --dtype bfloat16 --batch 16      NVIDIA GPU
     python -m benchmarks.profile_layers step --dtype bfloat16 --batch 32
     python -m benchmarks.profile_layers sampler --size tiny --latent 8           anywhere, in seconds
 
-Stable Diffusion 1.5 with the base adapter at 512 px, random weights of the right shapes. JAX's profiler says how long
-every kernel ran, the compiled program from which layer it comes and what it reads and writes, runtime/flops.py
-how much that layer computes. The floor is the layer's FLOP at the rate of a large matrix product, measured here and
-now; layers without products have none, and what they take is the price of memory traffic. On a CPU kernels may run side
-by side and their times overlap.
+Stable Diffusion 1.5 with the base adapter at 512 px, with random weights of the right shapes. JAX's profiler gives the
+time of every kernel, the compiled program its layer and the bytes that it reads and writes, and runtime/flops.py the
+work of the layer. The floor is the layer's FLOP at the rate of a large matrix product, which is measured here first.
+Layers without products have no floor; their time is the cost of memory traffic. On a CPU kernels may run in parallel,
+and then their times overlap.
 """
 
 import collections

@@ -4,18 +4,18 @@
     python -m benchmarks.sample --weights weights/full --steps 2                      CPU: float32, eager PyTorch
     python -m benchmarks.sample --weights weights/full --dtype bfloat16 --compile     NVIDIA GPU
 
-Each side is a process of its own. Both start twice, first with empty caches of compiled programs (only the compilers
-are cold: weights have been read before). The second pair stays and takes turns, one idle while the other is timed; on
-a CPU at full size both together need 20 GB. On a busy machine believe the minima of processor time with --threads 1:
-PyTorch's threads wait for one another, so whatever takes one processor away stops all of them.
+Each side is a process of its own. Both start twice, first with empty compilation caches (only the compilers are cold:
+the weights have been read before). The second pair stays and takes turns, one idle while the other is timed; on a CPU
+at full size both together need 20 GB. On a busy machine trust the minima of processor time with --threads 1: PyTorch's
+threads wait for one another, so a process that takes one core away stops all of them.
 
 - A step is the denoising loop from encoded prompts to latents, divided by its number of steps.
-- An image goes from prompt and image to 8-bit pixels, compiled programs at hand.
+- An image is everything from prompt and image to 8-bit pixels, with compiled programs.
 - TFLOP/s come from the analytic count of the UNet (count_flops.py), the same for both sides.
-- Peak memory is the device's; on a CPU the largest resident set, which includes mapped pages of the weight files.
+- Peak memory is the device's; on a CPU it is the largest resident set, which includes mapped pages of the weight files.
 
-Before anything is timed both sides must arrive at the same latents. If they do not, or run on different devices, there
-are no numbers and the exit code is 1. Needs the extra `torch`.
+Before anything is timed, both sides must arrive at the same latents. If they do not, or run on different devices, no
+numbers are printed and the exit code is 1. Needs the extra `torch`.
 """
 
 import dataclasses

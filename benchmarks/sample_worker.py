@@ -1,4 +1,4 @@
-"""One side of benchmark_sample.py, which starts this script: a process that gets ready and then waits for its turns."""
+"""One side of benchmarks/sample.py, which starts this script: a process that prepares and then waits for its turns."""
 
 import dataclasses
 import functools

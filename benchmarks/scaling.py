@@ -1,10 +1,10 @@
-"""Throughput of training and sampling over virtual devices and processes of one CPU, and what devices tell each other.
+"""Throughput of training and sampling over virtual devices and processes of one CPU, and their communication.
 
     python -m benchmarks.scaling                     some minutes: 1, 2, 4, 8 devices, and 2 processes of 4
 
-The whole batch and the machine stay the same, so whatever is lost against one device is what spreading costs: copies,
-waiting, anything that is done once and not by every device. It says nothing of how fast real devices are. Counts of
-bytes are those of XLA's program for CPUs, which sums whole gradients; for GPUs see compile_ahead.py.
+The global batch and the machine stay the same, so the loss compared with one device is the cost of sharding: copies,
+waiting, and work that is done once and not by every device. It does not predict the speed of real devices. Byte counts
+are those of XLA's program for CPUs, which sums whole gradients; for GPUs see compile_ahead.py.
 """
 
 import dataclasses

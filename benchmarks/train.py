@@ -4,19 +4,19 @@
     python -m benchmarks.train --weights weights/full --batch-size 1 --steps 1            CPU: float32
     python -m benchmarks.train --weights weights/full --batch-size 32 --dtype bfloat16    NVIDIA GPU
 
-Ours is the step of `ipadapter-jax train`; theirs does what tutorial_train.py does in every step, with diffusers'
-networks and IP-Adapter attention: a UNet of float32 weights under autocast, encoders in the compute dtype, AdamW, and
-the loss fetched at once. --compile adds a third: PyTorch with what makes it faster. A step begins with a batch in the
-host's memory; reading and decoding images is another benchmark. "Precomputed" starts from latents and image features.
+Ours is the step of `ipadapter-jax train`. Theirs is what tutorial_train.py does in every step, with diffusers' networks
+and IP-Adapter attention: a UNet of float32 weights under autocast, encoders in the compute dtype, AdamW, and the loss
+fetched immediately. --compile adds a third side: PyTorch with what makes it faster. A step starts with a batch in the
+host's memory; benchmarks/input.py measures reading and decoding. "Precomputed" starts from latents and image features.
 
-Each side is a process of its own; they take turns on the same device, one idle while the other is timed, so both
-must fit into its memory. MFU counts convolutions and matrix products of our step once (runtime/flops.py), for
-every side, against --peak-tflops or a product of large matrices here and now. Peak memory is the device's; on a CPU the
-largest resident set.
+Each side is a process of its own. They take turns on the same device, one idle while the other is timed, so both must
+fit into its memory. MFU counts convolutions and matrix products of our step once (runtime/flops.py), for every side,
+relative to --peak-tflops or to a product of large matrices that is measured here. Peak memory is the device's; on a CPU
+it is the largest resident set.
 
-Before anything is timed both must find the same loss and gradient for the same weights, batch and draws. If they do
-not, or run on different devices, there are no numbers and the exit code is 1; a tuned side that fails is left out.
-Rounding blurs this: run it in float32 once. Needs the extra `torch`.
+Before anything is timed, both must find the same loss and gradient for the same weights, batch and random draws. If
+they do not, or run on different devices, no numbers are printed and the exit code is 1; a tuned side that fails is left
+out. Rounding makes this comparison coarse in half precision, so run it once in float32. Needs the extra `torch`.
 """
 
 import dataclasses

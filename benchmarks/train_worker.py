@@ -1,4 +1,4 @@
-"""One side of benchmark_train.py, which starts this script: a process that gets ready and then waits for its turns."""
+"""One side of benchmarks/train.py, which starts this script: a process that prepares and then waits for its turns."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ class Settings:
     out: Annotated[Path | None, tyro.conf.arg(help="a JSON file for all numbers")] = None
 
     def batch(self) -> dict[str, np.ndarray]:
-        """What the data side would hand over: images in squares of one colour, or encoded ones drawn at random."""
+        """What the data side would hand over: images in one color, or random precomputed features."""
         text, vision = (
             json.loads((self.weights / folder / "config.json").read_text(encoding="utf-8"))
             for folder in ("text_encoder", ADAPTER.parent / "image_encoder")

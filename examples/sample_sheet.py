@@ -1,9 +1,9 @@
-"""A sheet that shows what an image prompt does, with mini, the model inside the package: `make sample`.
+"""A contact sheet that shows the effect of an image prompt, with the bundled model mini: `make sample`.
 
     python -m examples.sample_sheet
     python -m examples.sample_sheet --image mine.jpg --prompt "a red circle" --out out/mine.png
 
-Above: the reference as the image encoder sees it, and four images with it as prompt. Below: one seed again, while the
+Top: the reference image as the image encoder sees it, and four images with it as prompt. Bottom: one seed while the
 scale of the image prompt goes from 0 (the model without an adapter) to 1.
 """
 
@@ -26,7 +26,7 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 RESULTS = 4
 STEPS = 30
 WHAT_TO_SEE = (
-    "What to look for: above, the reference's colours, shape, texture and background in every image; "
+    "What to look for: above, the reference's colors, shape, texture and background in every image; "
     "below, whether they come as the scale rises."
 )
 

@@ -1,4 +1,4 @@
-"""The photographs that come inside scikit-image, written in every format of training data that is read.
+"""The photographs in scikit-image, written in every format of training data that is read.
 
 docs/mini.md credits each.
 """

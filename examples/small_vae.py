@@ -1,4 +1,4 @@
-"""A small VAE fitted to a handful of images: latents for tests on real photographs, and for nothing else."""
+"""A small VAE fitted to a few images. It only serves to make latents for tests on real photographs."""
 
 import dataclasses
 import functools

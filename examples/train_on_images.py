@@ -1,17 +1,18 @@
-"""The whole way on a CPU: small networks learn the photographs inside scikit-image, then an adapter learns to ask for
-one of them by its image. Text and image encoder have random weights: what they give still tells 18 images apart.
+"""The whole pipeline on a CPU: small networks are trained on the photographs in scikit-image, then an adapter is
+trained to generate one of them from its image. Text and image encoder have random weights, which still distinguish 18
+images.
 
     python -m examples.train_on_images --out runs/photographs        needs the extras dev and tfds; 15 to 25 minutes
 
 1. A small VAE is fitted to the photographs (small_vae.py): 64 x 64 px, latents of 8 x 8.
 2. `ipadapter-jax train` trains a small UNet on them, with captions and without image prompts.
 3. With both frozen, `ipadapter-jax train` trains the adapter alone, mostly without captions.
-4. Images are sampled from each image prompt, without text. At least 80 % must be nearest (RMSE at 32 x 32 px) to
-   their own photograph; where each place gets the prompt of another, hardly more than chance may be.
-5. Ten steps from each data format give the same losses to the last bit.
+4. Images are sampled from each image prompt, without text. At least 80 % must be nearest (RMSE at 32 x 32 px) to their
+   own photograph; with shuffled prompts the result must be hardly better than chance.
+5. Ten steps from each data format give bit-exact losses.
 
-What is there already is kept: an interrupted call goes on. OUT/samples.png has a row for each photograph: itself, what
-the VAE makes of it, and images sampled from it.
+Existing results are reused, so an interrupted call can be resumed. OUT/samples.png has a row for each photograph:
+itself, its reconstruction by the VAE, and images sampled from it.
 """
 
 import json

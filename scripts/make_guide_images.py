@@ -1,4 +1,4 @@
-"""Makes every image of docs/guide.md: draws the references, then runs the commands that stand there.
+"""Makes every image of docs/guide.md: draws the reference images, then runs the commands in the guide.
 
 python -m scripts.make_guide_images
 """

@@ -1,11 +1,11 @@
-"""Sampling with an image prompt, spelled out: from an image and a prompt to images in one jitted call.
+"""Sampling with an image prompt on one screen: from an image and a prompt to images in one jitted call.
 
     python -m ipadapter_jax.testing.random_weights --size tiny --out weights/tiny
     python -m scripts.sample --model weights/tiny --adapter weights/tiny/ip_adapter/models/ip-adapter_sd15.safetensors \
         --image assets/reference.jpg --prompt "a cat" --size 256 --out out/sample.png
 
-For people who start from code: copy it and change what you like. `ipadapter_jax.StableDiffusion` does the same with all
-checks, several devices and a progress bar.
+Copy it and change what you like. `ipadapter_jax.StableDiffusion` does the same with all checks, several devices and a
+progress bar.
 """
 
 from pathlib import Path

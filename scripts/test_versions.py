@@ -1,11 +1,10 @@
-"""Runs the tests with the oldest and with the newest releases that pyproject.toml allows, each in an environment of its
-own.
+"""Runs the tests with the oldest and with the newest releases that pyproject.toml allows, each in its own environment.
 
     python3.12 scripts/test_versions.py                    all default tests twice, an hour and a half on 2 cores
     python3.12 scripts/test_versions.py --only oldest --tests tests/unit/train
 
-The Python that runs this is the one whose environments are made: it needs no package. The oldest set pins every
-dependency to its lower bound and lets pip choose what these bring; the newest is what pip finds today.
+The environments use the Python that runs this script, which needs no packages. The oldest set pins every direct
+dependency to its lower bound and lets pip choose their dependencies; the newest is what pip finds today.
 """
 
 import argparse

@@ -87,7 +87,7 @@ def memory_is_given_back() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_program_is_kept() -> None:
-    """Writing them costs more than finding them again saves, and they would never be let go; test_kept_programs.py
+    """Writing them costs more than finding them again saves, and they would never be let go; test_export_cache.py
     keeps some."""
     from ipadapter_jax.runtime import export_cache
 

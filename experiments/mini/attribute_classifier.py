@@ -1,11 +1,11 @@
-"""What an image shows, read by classical means alone: no network judges the networks.
+"""Reads the attributes of an image by classical methods, so that no network judges the networks.
 
     verdicts = judge(pixels)  # (B, 64, 64, 3) uint8
     (verdicts.colour == "red").mean()
 
-Everything is compared with templates that experiments.mini.scenes renders and that pass through the same steps. The
-accuracy on renders is held by tests/experiments/test_attribute_classifier.py, the one on what a VAE makes of them
-stands in docs/results.md.
+Images are compared with templates that experiments.mini.scenes renders and that pass through the same steps.
+tests/experiments/test_attribute_classifier.py checks the accuracy on renders; docs/results.md has the accuracy on
+images after the VAE.
 """
 
 import functools

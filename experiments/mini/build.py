@@ -1,10 +1,10 @@
-"""Builds mini, the embedded model, from nothing: data, VAE, CLIP pair, UNet, adapters.
+"""Builds mini, the bundled model, from nothing: data, VAE, CLIP pair, UNet, adapters.
 
-    python -m experiments.mini.build --out build/mini             pieces of at most 2 hours: repeat until it says "done"
-    python -m experiments.mini.build --out build/mini --minutes 8 shorter pieces
+    python -m experiments.mini.build --out build/mini             parts of at most 2 hours: repeat until it says "done"
+    python -m experiments.mini.build --out build/mini --minutes 8 shorter parts
 
-Every stage goes on from its own files in OUT, so any machine that has OUT goes on from there. VAE and CLIP pair are
-fitted here (mini_vae.py, mini_clip.py); UNet and adapters by `ipadapter-jax train` with the recipes mini_unet, mini and
+Every stage resumes from its own files in OUT, on any machine that has OUT. The VAE and the CLIP pair are fitted here
+(vae.py, clip.py). `ipadapter-jax train` trains the UNet and the adapters with the recipes mini_unet, mini and
 mini_plus, from what `ipadapter-jax encode` makes of the rendered scenes. Needs the extras scenes and tfds.
 """
 

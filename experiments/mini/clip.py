@@ -1,9 +1,9 @@
-"""The CLIP pair of mini (arXiv 2103.00020): images and captions that belong together get embeddings that are near.
+"""The CLIP pair of mini (arXiv 2103.00020): matching images and captions get similar embeddings.
 
-The text encoder has no projection: its pooled state is the embedding, so that the pair is whole with the two networks
-that mini needs anyway. So few pairs teach colours and textures and hardly shapes and places, so a second stage has
-linear heads beside, which name every attribute from an embedding and are thrown away. In the third only the vision
-encoder learns on, and the heads name all but the colours of images without colour too: shapes are then known in
+The text encoder has no projection: its pooled state is the embedding, so the pair consists of the two networks that
+mini needs anyway. So few pairs teach colors and textures, but hardly shapes and places. So a second stage adds linear
+heads that classify every attribute from an embedding, and are discarded afterwards. In the third stage only the vision
+encoder is trained further, and the heads also classify gray images, except for the color: shapes are then recognized in
 combinations that were never seen.
 """
 

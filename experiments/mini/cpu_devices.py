@@ -1,4 +1,4 @@
-"""What makes small networks quick on a CPU: a device for each core, and memory that is kept once it was had."""
+"""Makes small networks fast on a CPU: one device per core, and reuse of freed memory."""
 
 import os
 

@@ -1,11 +1,11 @@
-"""Runs the whole evaluation on the model inside the package, killed on the way, against a run that nobody disturbed.
+"""Runs the whole evaluation on the bundled model, with kills, and compares it with an undisturbed run.
 
     python -m experiments.mini.evaluate                                    200 held-out scenes x 4, 10 steps
     python -m experiments.mini.evaluate --prompts 20 --steps 4 --kills 1
 
-The scenes lie there as COCO's validation set does; they are scored with mini's own CLIP, its two encoders joined into
-one CLIPModel. `ipadapter-jax evaluate` is killed (kill -9) while it makes images and while it scores them; numbers
-and tables must be equal to the byte. The numbers are of mini's CLIP and compare with nothing but themselves.
+The scenes are stored like COCO's validation set and scored with mini's own CLIP, its two encoders joined into one
+CLIPModel. `ipadapter-jax evaluate` is killed (kill -9) while it generates images and while it scores them; numbers and
+tables must be equal byte for byte. The numbers are by mini's CLIP and cannot be compared with any others.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Curves with their intervals, and sheets of images, as PNG."""
+"""Curves with their intervals, and contact sheets, as PNG."""
 
 import io
 import textwrap

@@ -1,8 +1,8 @@
-"""Image tokens among the text's tokens, or in their place: what the paper compares decoupled cross-attention with.
+"""Image tokens with the text tokens, or instead of them: the paper's alternatives to decoupled cross-attention.
 
-"simple" is the adapter of its ablation: image tokens are appended to the text's, the frozen cross-attentions read both
-as one sequence, and the image projection is all that learns. "full" is full fine-tuning: the tokens of the image
-embedding stand where the text's stood, and the whole UNet learns with the projection.
+"simple" is the adapter of its ablation: image tokens are appended to the text tokens, the frozen cross-attention layers
+read both as one sequence, and only the image projection is trained. "full" is full fine-tuning: the tokens of the image
+embedding replace the text tokens, and the whole UNet is trained with the projection.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What is measured on images, one number per image prompt, and how sure the means are."""
+"""Measurements on images, one number per image prompt, and the intervals of their means."""
 
 import functools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What is measured on mini's networks themselves: its VAE, its CLIP pair, and photographs as image prompts."""
+"""Measurements on mini's networks themselves: its VAE, its CLIP pair, and photographs as image prompts."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The sizes of mini: Stable Diffusion's classes in 16 MB of float16, adapters included."""
+"""The sizes of mini: the classes of Stable Diffusion in 16 MB of float16, adapters included."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Puts what build_mini.py made into the package: float16 weights, digests, and what the logs of its stages say.
+"""Puts what build.py made into the package: float16 weights, digests, and a summary of the stages' logs.
 
 python -m experiments.mini.pack --build build/mini
 """

@@ -2,8 +2,8 @@
 
     python -m experiments.mini.render_scenes --out data    about 400 examples a second; needs the extras scenes and tfds
 
-The data set appears under its name when it is whole; one that is there already is kept. OUT/scenes.png shows the first
-examples.
+The data set appears under its name when it is complete; an existing one is not written again. OUT/scenes.png shows the
+first examples.
 """
 
 import sys

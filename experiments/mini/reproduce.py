@@ -1,9 +1,9 @@
-"""The paper's experiments on mini, the model inside the package, and docs/results.md with what came out.
+"""Runs the paper's experiments on mini, the bundled model, and writes docs/results.md with the results.
 
     python -m experiments.mini.reproduce --out runs/lab
 
-Trains what is compared, paints every row of images, measures and writes the report. Everything lies in OUT as soon as
-it is made, so the same command goes on where one was stopped. Needs the extra scenes.
+Trains the models that are compared, generates every row of images, measures and writes the report. Each result is
+saved in OUT, so rerun the same command to resume. Needs the extra scenes.
 """
 
 import importlib.metadata

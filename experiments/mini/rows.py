@@ -1,5 +1,6 @@
-"""Rows of images: which model paints, told what, at which scale and guidance. Every row of the laboratory has the
-same image prompts and, image for image, the same noise."""
+"""Rows of the tables in docs/results.md: which model generates, from which prompts, at which scale and guidance. Every
+row has the same image prompts and, image by image, the same noise.
+"""
 
 import dataclasses
 import functools

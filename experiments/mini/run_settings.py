@@ -1,4 +1,4 @@
-"""What a folder was made with, kept in it, so that no work is gone on with under other settings."""
+"""The settings that a folder was made with, recorded in it, so that no run resumes with other settings."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A training loop for the small networks of scripts: Adam, data-parallel, stopped at any time and gone on with."""
+"""A training loop for small networks: Adam, data-parallel, resumable after any stop."""
 
 import concurrent.futures
 import functools

@@ -1,4 +1,4 @@
-"""What the laboratory draws: held-out scenes as image prompts, data sets to train on, and another drawing style."""
+"""Scenes of the experiments: held-out scenes as image prompts, data sets for training, and another drawing style."""
 
 import dataclasses
 import functools

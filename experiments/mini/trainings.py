@@ -1,7 +1,7 @@
-"""What the laboratory trains: adapters that differ in one thing each, and a UNet in another drawing style.
+"""The trainings of the experiments: adapters that differ in one setting each, and a UNet in another drawing style.
 
-All adapters learn from the same samples in the same order with the same noise, batch, optimiser and number of steps:
-those of the recipe configs/mini.py. Whatever is decoupled is trained by `ipadapter-jax train` itself.
+All adapters are trained on the same samples in the same order with the same noise, batch size, optimizer and number of
+steps: those of the recipe configs/mini.py. `ipadapter-jax train` trains the decoupled ones.
 """
 
 import dataclasses

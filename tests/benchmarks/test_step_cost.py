@@ -40,7 +40,7 @@ def test_what_learns_is_the_adapter():
 
 def test_work_of_a_step():
     """Per sample 1663.5 GFLOP of the UNet, with gradients for activations and adapter alone, and 13.3 of the text
-    encoder, less 64.5 where images are doubled (upsampling.py). The goal is at most 1.70 TFLOP; with gradients of
+    encoder, less 64.5 where images are doubled (upsample_conv.py). The goal is at most 1.70 TFLOP; with gradients of
     frozen weights it were 2.4. Attention of more than a million logits forms them twice: 104 GFLOP more, for a quarter
     of the activations."""
     program = traced(remat=False).jaxpr

@@ -1,10 +1,10 @@
-"""Provokes a fault and holds what comes out against the figure that docs/reliability.md promises.
+"""Provokes a fault and compares the outcome with the figure that docs/reliability.md promises.
 
     python -m tests.fault_injection.all kill                       50 kills of one process, about 25 minutes on a core
     python -m tests.fault_injection.all kill --times 10 --processes 2
     python -m tests.fault_injection.all --help                     the other faults; FAULT --help their numbers
 
-Ends with exit code 1, saying what was found instead, where a figure does not hold.
+If a figure does not hold, it reports what was found instead and ends with exit code 1.
 """
 
 import sys
@@ -46,7 +46,7 @@ FAULTS = {
 def main(fault: Callable[[Path], str]) -> int:
     """Provokes it in a folder of its own, prints a line with the numbers, and returns the exit code."""
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fault-injection-") as folder:
         try:
             line, code = f"survived: {fault(Path(folder))}", 0
         except Broken as found:

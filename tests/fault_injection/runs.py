@@ -1,4 +1,4 @@
-"""The run that is tortured: a model of random weights that steps in milliseconds, its data, its recipe, its outcome."""
+"""The run that faults are injected into: a model of random weights with steps of milliseconds, its data and recipe."""
 
 import contextlib
 import dataclasses

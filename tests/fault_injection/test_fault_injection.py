@@ -1,4 +1,4 @@
-"""The short forms of tests/fault_injection/all.py; docs/reliability.md has what the long ones take and found."""
+"""The short forms of tests/fault_injection/all.py; docs/reliability.md has the results of the long ones."""
 
 import pytest
 
@@ -16,9 +16,10 @@ from tests.fault_injection.refusals import Refuse
 from tests.fault_injection.standalone import Alone
 
 SHORT = [Kill(times=1, steps=48)]
-# A minute or two each. What they provoke in whole runs default tests provoke in one process, or at one place:
-# train/test_loop.py, train/test_checkpoint.py, train/test_layouts.py, train/test_logs.py, train/test_encode.py,
-# jobs/test_run.py, test_architecture.py. That a long run stays flat (Endurance) only this one shows.
+# A minute or two each. These provoke faults in whole runs; default tests provoke them in one process or at one place:
+# integration/test_trainer.py, unit/train/test_checkpoint.py, integration/test_layouts.py,
+# unit/train/test_metrics_log.py, integration/test_precompute.py, unit/batch/test_runner.py, test_architecture.py. Only
+# Endurance shows that the memory of a long run does not grow.
 SLOW = [
     Disk(disks=False),
     Alone(),

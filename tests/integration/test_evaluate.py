@@ -106,7 +106,7 @@ def test_the_report_says_what_was_done(place):
     assert "model.safetensors" in about["scoring"]["clip"]["sha256"] and "jax" in about["versions"]
 
 
-@pytest.mark.slow  # three processes; jobs/test_run.py kills jobs, and below is what a kill leaves
+@pytest.mark.slow  # three processes; unit/batch/test_runner.py kills jobs, and below is what a kill leaves
 def test_killed_twice_it_ends_with_the_same_numbers(place, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "ipadapter_jax.cli", *words(place, out)]

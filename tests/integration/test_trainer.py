@@ -208,7 +208,7 @@ def test_precomputed_features_give_the_losses_of_images(done, run, data, tmp_pat
         train(changed(config, out=str(tmp_path / "other"), model__image_encoder=str(IMAGE_ENCODER)))
 
 
-@pytest.mark.slow  # test_encode.py compares the batches of both
+@pytest.mark.slow  # test_precompute.py compares the batches of both
 @pytest.mark.parametrize("adapter", ["plus", "full"])
 def test_precomputed_patches_do_so_too(run, patches, tmp_path, adapter) -> None:
     live = changed(run, model__adapter=adapter, model__resampler_heads=2, steps=3)

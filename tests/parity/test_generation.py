@@ -42,8 +42,8 @@ CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """Compiles in three quarters of the time of four, which would make the same image each; test_pipeline.py holds
-    that an image does not depend on their number."""
+    """One device compiles in three quarters of the time of four. test_stable_diffusion.py checks that an image does not
+    depend on their number."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ipadapter_jax.pipelines.stable_diffusion, "local_mesh", lambda: mesh)

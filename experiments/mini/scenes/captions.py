@@ -1,4 +1,4 @@
-"""Plain English for a scene, in varied wording; the words are those that mini's text encoder has read."""
+"""Plain English for a scene, in varied wording; the words are those that mini's text encoder was trained on."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The data set of mini: rendered scenes with crops of photographs among them, each example made from its index."""
+"""The data set of mini: rendered scenes and some crops of photographs, each example made from its index alone."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""The photographs that come inside scikit-image and scikit-learn, in crops and with captions.
+"""Crops of the photographs in scikit-image and scikit-learn, with captions.
 
 Most are in the public domain or CC0; the two of scikit-learn are by danielbuechele (china.jpg) and vultilion
 (flower.jpg) under CC BY 2.0. docs/mini.md credits each.

@@ -1,7 +1,7 @@
-"""Small scenes of which everything is known: up to three objects with shape, colour, texture, size and place.
+"""Small scenes with known attributes: up to three objects with shape, color, texture, size and place.
 
-A scene follows from (split, index) alone. The split `held_out` has combinations of shape, colour and texture that
-`train` never shows, while `train` shows each pair of such attributes.
+A scene depends on (split, index) only. The split `held_out` has combinations of shape, color and texture that `train`
+never shows, while `train` shows each pair of such attributes.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
     import experiments.mini.scenes.tfds_builder
     tfds.data_source("scenes/64px")        or 128px; experiments/mini/render_scenes.py writes other numbers of examples
 
-Record i of a split is example i of the scenes. Beside image and caption it holds all that is drawn; a photograph has
-no `things` and the background -1.
+Record i of a split is example i of the scenes. In addition to image and caption it holds every attribute of the scene;
+a photograph has no `things` and the background -1.
 """
 
 import dataclasses

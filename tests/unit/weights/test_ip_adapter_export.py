@@ -258,7 +258,7 @@ def test_diffusers_makes_our_image_from_the_exported_file(base, tmp_path, varian
     call = {"ip_adapter_image": load_image(ORACLES / "assets" / "img_a.png"), "num_inference_steps": 3}
     call |= {"guidance_scale": 7.5, "height": 128, "width": 128, "output_type": "np"}
 
-    # One step a call, as in test_generation_parity.py: the same compiled program.
+    # One step a call, as in parity/test_generation.py: the same compiled program.
     pipe = base.with_ip_adapter(path, image_encoder=IMAGE_ENCODER)
     ours = functools.partial(pipe, "a photo", latents=latents, callback=lambda *_: None, **call)
     image = ours()
