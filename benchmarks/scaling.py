@@ -73,7 +73,7 @@ def work(settings: Scaling, port: int, processes: int, number: int) -> None:
     step = abstract_step(mesh, **sizes)
     program, (state, *rest) = step.trace().lower().compile(), filled(step.arguments)
     answer: dict[str, Any] = {"bytes": collective_bytes(str(program.as_text())), "training": []}
-    answer["learnt"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.arguments[0].params))
+    answer["trainable"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.arguments[0].params))
     for _ in range(settings.rounds + 1):
         start = time.perf_counter()
         for _ in range(settings.steps):
@@ -112,7 +112,7 @@ def main(settings: Scaling) -> None:
     one = next(iter(found.values()))
     side, cores = settings.latent, len(os.sched_getaffinity(0))
     print(f"\n- {cores} cores; {settings.size} networks, latents {side}x{side}, float32")
-    print(f"- a batch of {settings.batch}, {one['learnt'] / 1e6:.2f} MB of gradients, medians of {settings.rounds}")
+    print(f"- a batch of {settings.batch}, {one['trainable'] / 1e6:.2f} MB of gradients, medians of {settings.rounds}")
     told = {name for answer in found.values() for name in answer.get("sampling bytes", {})}
     print(f"- collectives in sampling: {', '.join(sorted(told)) or 'none'}")
 

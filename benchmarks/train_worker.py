@@ -353,7 +353,7 @@ class Authors:
 
 class Tuned(Authors):
     """The same mathematics as fast as PyTorch readily goes: frozen weights in the compute dtype, channels last,
-    compiled networks, one kernel for the optimiser, and no wait for the loss."""
+    compiled networks, one kernel for the optimizer, and no wait for the loss."""
 
     def _place_unet(self) -> None:
         torch, kept = self.torch, {id(weight) for weight in self.trainable}

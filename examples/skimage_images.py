@@ -24,7 +24,7 @@ NAMES = [name for name in CAPTIONS if not name.endswith(".jpg")]  # the others a
 
 
 def photographs(side: int = 128) -> dict[str, Image.Image]:
-    """By name, RGB (grey ones too), scaled so that the shorter side has `side` pixels."""
+    """By name, RGB (gray ones too), scaled so that the shorter side has `side` pixels."""
     return {name: _scaled(photograph(name), side) for name in NAMES}
 
 

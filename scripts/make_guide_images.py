@@ -43,8 +43,8 @@ def main() -> int:
     return 0
 
 
-def _on_cyan(shape: str, colour: str, texture: str) -> np.ndarray:
-    thing = Thing(shape, colour, texture, "large", "centre", 0.5, 0.5, 0.33, 0.0, COLOURS[colour])
+def _on_cyan(shape: str, color: str, texture: str) -> np.ndarray:
+    thing = Thing(shape, color, texture, "large", "centre", 0.5, 0.5, 0.33, 0.0, COLOURS[color])
     return render(Scene((thing,), "cyan", (140, 215, 225)))
 
 
