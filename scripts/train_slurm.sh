@@ -3,9 +3,9 @@
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 scripts/train_slurm.sh sd15 --data.path DATA --out RUN
 #
-# Everything after the script's name goes to `ipadapter-jax train`, which must be on the PATH of the nodes. DATA and RUN
-# must be seen by all of them. 120 s before the time is up the run is told to stop: it saves, ends with 75, and this
-# script puts the job back into the queue, where it goes on. Any other exit code ends the job.
+# Everything after the script's name goes to `ipadapter-jax train`, which must be on the PATH of the nodes. All nodes must
+# see DATA and RUN. 120 s before its time limit the run gets SIGTERM: it saves, ends with 75, and this script requeues the
+# job, which then resumes. Any other exit code ends the job.
 #
 # With --ntasks-per-node=8 there is one process per GPU instead; do not add --gpus-per-task then.
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on all workers of a Cloud TPU slice: runs the same command on each of them; they find one another.
+# Trains on all workers of a Cloud TPU slice: runs the same command on each of them; jax connects them.
 #
 #   scripts/train_tpu_pod.sh NAME ZONE sd15 --data.path DATA --out RUN
 #
-# Runs on your machine, with gcloud set up; in tmux, as the run ends with the connection. Everything after the zone goes
-# to `ipadapter-jax train`. DATA and RUN must be seen by all workers; RUN on a disk that can rename folders. The same line goes on
-# from the newest checkpoint. Install a checkout on all workers first:
+# Run it on your machine with gcloud set up, and in tmux, because the run ends with the connection. Everything after the
+# zone goes to `ipadapter-jax train`. All workers must see DATA and RUN; RUN must be on a disk that can rename folders.
+# Rerun the same line to resume from the newest checkpoint. Install a checkout on all workers first:
 #
 #   gcloud compute tpus tpu-vm scp --recurse . NAME:ipadapter-jax --zone=ZONE --worker=all
 #   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command="pip install './ipadapter-jax[tpu]'"
