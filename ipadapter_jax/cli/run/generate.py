@@ -1,8 +1,6 @@
 """`ipadapter-jax generate`, done: images from an image and a prompt."""
 
-import concurrent.futures
 import dataclasses
-import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,16 +60,16 @@ def generate(args: Generate) -> int:
         )
     if args.grid is not None:
         drawn = grid.figure(pipe, args, args.grid, given.references, given.negative)
-        write_atomically(args.out, png(drawn, {**_metadata(args, pipe, digests(pipe)), "grid": args.grid}))
+        write_atomically(args.out, png(drawn, {**_metadata(args, pipe), "grid": args.grid}))
         print(args.out)
         return 0
-    found, maps, sums = _sample(pipe, args, given)
-    metadata = _metadata(args, pipe, sums)
-    _write(found, args, metadata)
+    made = _sample(pipe, args, given)
+    metadata = _metadata(args, pipe)
+    _write(made.images, args, metadata)
     if args.save_image_embeds is not None:
         _save_embeds(args.save_image_embeds, pipe, args, given)
-    if maps is not None and args.attention_maps is not None:
-        write_atomically(args.attention_maps, png(_heat_figure(found[0], maps), metadata))
+    if made.maps is not None and args.attention_maps is not None:
+        write_atomically(args.attention_maps, png(_heat_figure(made.images[0], made.maps), metadata))
     return 0
 
 
@@ -80,20 +78,22 @@ def _needs_encoder(pipe: StableDiffusion, args: Generate) -> bool:
     return args.uncond not in ("default", "zeros") or pipe.adapters[0].projection.config.uses_patches
 
 
-def _sample(
-    pipe: StableDiffusion, args: Generate, given: Given
-) -> tuple[list[Image.Image], AttentionMaps | None, dict[str, dict[str, str]]]:
-    """The images, one step per call so that the bar moves with the work, and the digests of the weights, made
-    meanwhile. There is no bar where nobody watches."""
-    sums: concurrent.futures.Future = concurrent.futures.Future()
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Images, and the attention to their image prompts if it was requested."""
+
+    images: list[Image.Image]
+    maps: AttentionMaps | None
+
+
+def _sample(pipe: StableDiffusion, args: Generate, given: Given) -> Sampled:
+    """Samples one step per call, so that the progress bar moves; it is shown in a terminal only."""
     strength = strength_of(args.strength, args.init_image, args.mask_image)
     run = sample_table(args.scheduler, pipe.schedule.changed(args.scheduler_config()), args.steps, args.eta, strength)
     total = len(run.steps.timestep)
     with tqdm.tqdm(total=total, desc="compiling, then sampling", unit="step", disable=None) as bar:
 
         def on_step(number: int, timestep: float, latents: Any) -> None:
-            if number == 0:  # now all arguments are good; a daemon, so that an interruption does not wait for it
-                threading.Thread(target=_fulfil, args=(sums, pipe), daemon=True).start()
             latents.block_until_ready()
             bar.set_description("sampling")
             bar.update()
@@ -116,7 +116,7 @@ def _sample(
             **args.arguments(given.negative),
         )
     images, maps = found if args.attention_maps is not None else (found, None)
-    return images, maps, sums.result()
+    return Sampled(images, maps)
 
 
 def _scales(args: Generate) -> Any:
@@ -130,13 +130,6 @@ def _scales(args: Generate) -> Any:
             "--image-weights with --layer-scales or a schedule needs --masks: without, references share a softmax"
         )
     return [[args.scale * weight for weight in args.image_weights]]
-
-
-def _fulfil(sums: concurrent.futures.Future, pipe: StableDiffusion) -> None:
-    try:
-        sums.set_result(digests(pipe))
-    except Exception as error:  # whoever waits for it must hear of it
-        sums.set_exception(InputError(f"the weights cannot be read again ({error}); did somebody remove them?"))
 
 
 def _save_embeds(path: Path, pipe: StableDiffusion, args: Generate, given: Given) -> None:
@@ -164,12 +157,12 @@ def _heat_figure(image: Image.Image, maps: AttentionMaps) -> Image.Image:
     return contact_sheet(rows, side=max(192, image.width))
 
 
-def _metadata(args: Generate, pipe: StableDiffusion, sums: dict[str, dict[str, str]]) -> dict[str, Any]:
+def _metadata(args: Generate, pipe: StableDiffusion) -> dict[str, Any]:
     outputs = ("out", "num_images", "attention_maps", "save_image_embeds", "grid")
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in outputs}
     if args.guidance_scale is None:
         settings["guidance_scale"] = pipe.guidance_scale
-    return {**settings, "image": list(args.image), "sha256": sums, "versions": versions()}
+    return {**settings, "image": list(args.image), "sha256": digests(pipe), "versions": versions()}
 
 
 def _write(images: Sequence[Image.Image], args: Generate, metadata: dict[str, Any]) -> None:

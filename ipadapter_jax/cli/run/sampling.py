@@ -1,7 +1,6 @@
 """What all commands that sample have in common: opening the models, and what an image's file says of them."""
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import io
@@ -14,12 +13,14 @@ from PIL import Image, PngImagePlugin
 
 from ipadapter_jax.cli.options import Sampling
 from ipadapter_jax.diffusion.samplers import sample_table
+from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.validation import check_choices, latent_shape
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.pipelines.ip_adapter import open_adapter
 from ipadapter_jax.pipelines.scales import scale_table
 from ipadapter_jax.pipelines.stable_diffusion import GUIDANCE_SCALE, StableDiffusion
 from ipadapter_jax.runtime.memory_limits import check_sampling_memory
+from ipadapter_jax.runtime.prefetch import ordered_map
 from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.weights.base_model import BaseModel, check_text_to_image
 from ipadapter_jax.weights.formats.tensor_files import files_of
@@ -78,14 +79,23 @@ def _points(args: Sampling, base: BaseModel, size: tuple[int, int] | None) -> tu
 
 
 def digests(pipe: StableDiffusion) -> dict[str, dict[str, str]]:
-    """Per part of the pipeline the sha256 of its weight files."""
+    """Per part of the pipeline the sha256 of its weight files by name. Raises InputError when they are gone."""
     sources = dict(pipe.sources)
     for adapter in pipe.adapters:
         sources["ip_adapter"] = adapter.source
         if adapter.loaded_encoder is not None:
             sources["image_encoder"] = adapter.loaded_encoder.source
-    once = functools.cache(sha256)  # a single file has all parts
-    return {part: {file.name: once(file) for file in files_of(source)} for part, source in sources.items()}
+    try:
+        files = {part: files_of(source) for part, source in sources.items()}
+        distinct = list(dict.fromkeys(file for part in files.values() for file in part))  # a single file has all parts
+        hashed = ordered_map(sha256, distinct, threads=_HASHING_THREADS, ahead=len(distinct))
+        sha256_of = dict(zip(distinct, hashed, strict=True))
+    except OSError as error:
+        raise InputError(f"the weights cannot be read again ({error}); did somebody remove them?") from None
+    return {part: {file.name: sha256_of[file] for file in of_part} for part, of_part in files.items()}
+
+
+_HASHING_THREADS = 4  # one hashes about 1.2 GB/s; a model has about four large files
 
 
 def configurations(pipe: StableDiffusion) -> dict[str, str]:
