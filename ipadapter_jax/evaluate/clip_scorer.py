@@ -22,7 +22,7 @@ from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.mesh import batch_sharding, local_mesh, replicated
 from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.weights.components import WHOLE_CLIP
-from ipadapter_jax.weights.formats.tensor_files import files_of
+from ipadapter_jax.weights.formats.shard_index import files_of
 from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.load_tree import Tree
 from ipadapter_jax.weights.open_component import LazyComponent, open_component, read_json

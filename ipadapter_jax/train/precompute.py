@@ -40,7 +40,7 @@ from ipadapter_jax.train.multihost import barrier, initialize
 from ipadapter_jax.train.precompute_config import PrecomputeConfig
 from ipadapter_jax.train.run_dir import run_lock
 from ipadapter_jax.weights.dtype_cast import all_finite
-from ipadapter_jax.weights.formats.tensor_files import files_of
+from ipadapter_jax.weights.formats.shard_index import files_of
 from ipadapter_jax.weights.hub import found_place
 from ipadapter_jax.weights.tokenizer_files import vocabulary_files
 

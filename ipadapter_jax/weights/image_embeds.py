@@ -15,8 +15,9 @@ from ipadapter_jax.errors import InputError, WeightFileError
 from ipadapter_jax.inputs.validation import to_float32
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights.dtype_cast import cast_for_device
+from ipadapter_jax.weights.formats.container import ARRAY
 from ipadapter_jax.weights.formats.safetensors_writer import digest, safetensors_chunks
-from ipadapter_jax.weights.formats.tensor_files import ARRAY, open_file
+from ipadapter_jax.weights.formats.tensor_files import open_file
 from ipadapter_jax.weights.formats.torch_pickle import UNNAMED
 from ipadapter_jax.weights.identify import IMAGE_EMBEDS, UNKNOWN, identify
 from ipadapter_jax.weights.ip_adapter_file import DIGEST

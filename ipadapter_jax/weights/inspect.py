@@ -13,7 +13,8 @@ from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS
 from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.formats.safetensors_writer import digest
-from ipadapter_jax.weights.formats.tensor_files import files_of, open_file
+from ipadapter_jax.weights.formats.shard_index import files_of
+from ipadapter_jax.weights.formats.tensor_files import open_file
 from ipadapter_jax.weights.hub import SUFFIXES, local_path
 from ipadapter_jax.weights.identify import IP_ADAPTER, identify
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, describe_adapter

@@ -23,7 +23,7 @@ from ipadapter_jax.runtime.memory_limits import check_sampling_memory
 from ipadapter_jax.runtime.prefetch import ordered_map
 from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.weights.base_model import BaseModel, check_text_to_image
-from ipadapter_jax.weights.formats.tensor_files import files_of
+from ipadapter_jax.weights.formats.shard_index import files_of
 from ipadapter_jax.weights.open_base_model import open_base
 
 

@@ -1,14 +1,14 @@
 """Reads the files of `torch.save`, zip or the older sequence of pickles, without PyTorch and without unpickling.
 
-Here are the containers: where the pickles and the bytes of the tensors lie in a file, and whether all are there. What
-the pickles say is for `pickle_machine` to find out, which runs nothing that they name.
+This module reads the containers: where the pickles and the bytes of the tensors lie in a file, and whether all are
+there. `pickle_interpreter` reads the pickles themselves and runs nothing that they name.
 """
 
 import io
 import os
 import struct
 import zipfile
-from typing import Any
+from typing import Any, NamedTuple
 
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.weights.formats.pickle_interpreter import (
@@ -28,7 +28,10 @@ _MAX_PICKLE, _MAX_DIRECTORY, _MAX_DEPTH = 1 << 24, 1 << 22, 64  # the first two 
 _MAX_NAMES = 1 << 24  # characters of all full names, and 64 for each entry: n dicts that share can spell 2^n names
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of the older container
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
-_PARTS, _MAX_WRAPPERS = {"image_proj", "ip_adapter"}, 3  # an adapter's own, which nothing beside them replaces
+_PARTS, _MAX_WRAPPERS = (
+    {"image_proj", "ip_adapter"},
+    3,
+)  # of an adapter; a state dict next to them does not replace them
 UNNAMED = "(unnamed)"  # the name of a tensor that was saved alone
 
 
@@ -42,7 +45,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict:
     """
     tree = _read(path)
     branches, seen = [tree], {id(tree)}
-    for branch in branches:  # which grows on the way
+    for branch in branches:  # which grows during the iteration
         for key, value in branch.items():
             if isinstance(value, Unread):
                 branch[key] = OPAQUE
@@ -69,7 +72,7 @@ def _read(path: str | os.PathLike[str]) -> dict:
         require(os.path.isfile(path), "there is no such file", "; check the path")  # nor a pipe, which would block
         with _File(path) as file:
             head = file.read_at(0, min(file.size, 4))
-            require(head.startswith((b"PK\3\4", b"\x80")), "is no file of torch.save")
+            require(head.startswith((b"PK\3\4", b"\x80")), "is not a file of torch.save")
             tree = _named(_read_zip(file) if head.startswith(b"PK") else _read_sequence(file))
         require(type(tree) is dict, "holds no dict of tensors, nor a list of them", SAVE)
         flatten({"": tree})  # refuses loops and the like here, where the name of the file is known
@@ -87,11 +90,11 @@ def _named(tree: Any) -> Any:
 
 
 def flatten(tree: dict) -> dict[str, LazyTensor | Unread]:
-    """Join the names in a tree of `read_torch_file` with dots; only tensors are kept, those of a form that is not read
-    too, of the state dict that training programs put beside other things alone."""
+    """Flattens a tree of `read_torch_file` to its tensors, with names joined by dots, including those of a form that is
+    not read. Of a file with a state dict next to other things, only the state dict."""
     pending = [("", 0, _state_dict(tree))]
     named, cost = {}, 0
-    for prefix, depth, branch in pending:  # which grows on the way
+    for prefix, depth, branch in pending:  # which grows during the iteration
         for key, value in branch.items():
             name = f"{prefix}{key}"
             cost += 64 + len(name)
@@ -104,7 +107,7 @@ def flatten(tree: dict) -> dict[str, LazyTensor | Unread]:
 
 
 def _state_dict(tree: dict) -> dict:
-    """What lies in a "state_dict", or in a "model" or the like that holds tensors; all where there is no such thing."""
+    """The content of "state_dict", or of "model" or the like if it holds tensors; else the whole tree."""
     for _ in range(_MAX_WRAPPERS):
         inner = next((tree[name] for name in _WRAPPERS if isinstance(tree.get(name), dict)), None)
         if inner is None or _PARTS & tree.keys() or ("state_dict" not in tree and not _holds_tensors(inner)):
@@ -119,7 +122,7 @@ def _holds_tensors(tree: dict) -> bool:
 
 
 class _File(io.FileIO):
-    """Reads no more than there is, so that nothing is allocated on the word of a hostile file."""
+    """Reads no more than the file has, so that a hostile file cannot make it allocate more."""
 
     def __init__(self, path: str | os.PathLike[str]):
         super().__init__(path, "rb")
@@ -158,6 +161,13 @@ def _read_sequence(file: _File) -> Any:
     return tree
 
 
+class _Span(NamedTuple):
+    """Where the bytes of a zip entry lie in the file."""
+
+    start: int
+    length: int
+
+
 def _read_zip(file: _File) -> Any:
     """Read the zip container and locate its storages."""
     try:
@@ -167,7 +177,7 @@ def _read_zip(file: _File) -> Any:
     entries = {entry.filename: entry for entry in listed}
     require(len(entries) == len(listed), "has two zip entries of one name")
 
-    def locate(name: str) -> tuple[int, int]:
+    def locate(name: str) -> _Span:
         require(name in entries, f"lacks its entry {name[:60]!r}")
         entry = entries[name]
         header, length = file.read_at(entry.header_offset, 30), entry.file_size
@@ -175,7 +185,7 @@ def _read_zip(file: _File) -> Any:
         stored = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1
         sound = header.startswith(b"PK\3\4") and entry.compress_size == length and start + length <= file.size
         require(stored and sound, f"has a compressed, encrypted or damaged entry {name[:60]!r}", SAVE)
-        return start, length
+        return _Span(start, length)
 
     folder = next((name[:-8] for name in entries if name.endswith("/data.pkl") and name.count("/") == 1), "")
     weights = folder and f"{folder}constants.pkl" not in entries

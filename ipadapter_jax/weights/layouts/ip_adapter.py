@@ -1,4 +1,4 @@
-"""The names under which an IP-Adapter's tensors are found, brought to those of the released files.
+"""The names of an IP-Adapter's tensors in different programs' files, mapped to those of the released files.
 
 Released files hold `image_proj.*` and `ip_adapter.N.to_k_ip.weight`. Training with accelerate leaves
 `image_proj_model.*` and `adapter_modules.N.*`; as safetensors it drops the latter, which are the same memory as the
@@ -8,6 +8,7 @@ with a number behind, and the projection under names of its own. DeepSpeed puts 
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.weights.lazy import Tensor, concatenated
@@ -24,11 +25,18 @@ _IN_UNET = re.compile(
 _PROJECTION_IN_UNET = re.compile(r"(?:unet\.)?encoder_hid_proj\.(?:image_projection_layers\.(\d+)\.)?(.*)")
 
 
-def adapter_parts(source: str, tensors: Mapping[str, Tensor]) -> tuple[Tensors, Tensors, list[str]]:
-    """The tensors of the projection, those of the keys and values, and the names of all others.
+class AdapterParts(NamedTuple):
+    """The tensors of an adapter under their released names; a part that a file lacks is empty."""
 
-    Of a part that is there under several names the released one is taken. A part that is not there at all is empty.
-    Raises WeightFileError naming `source` when several adapters are in it, or some of the layers of one.
+    image_proj: Tensors
+    ip_adapter: Tensors  # keys and values of the cross-attention layers
+    others: list[str]  # names of the tensors that are neither
+
+
+def adapter_parts(source: str, tensors: Mapping[str, Tensor]) -> AdapterParts:
+    """The parts of an adapter under any of its names; of a part that a file has under several, the released one.
+
+    Raises WeightFileError naming `source` when it holds several adapters, or only some of the layers of one.
     """
     while wrapper := next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in tensors)), None):
         if not tensors:
@@ -37,7 +45,7 @@ def adapter_parts(source: str, tensors: Mapping[str, Tensor]) -> tuple[Tensors, 
     used: set[str] = set()
     projection = _group(tensors, _PROJECTION, used) or _projection_in_unet(source, tensors, used)
     adapter = _group(tensors, _ADAPTER, used) or _adapter_in_unet(source, tensors, used)
-    return projection, adapter, [name for name in tensors if name not in used]
+    return AdapterParts(projection, adapter, [name for name in tensors if name not in used])
 
 
 def _group(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], used: set[str]) -> Tensors:
@@ -48,7 +56,7 @@ def _group(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], used: set[s
 
 
 def _adapter_in_unet(source: str, tensors: Mapping[str, Tensor], used: set[str]) -> Tensors:
-    """Numbered as diffusers registers its processors: down, up, then mid; self-attentions have the even numbers."""
+    """Numbers layers as diffusers registers its processors: down, up, then mid; self-attention has the even numbers."""
     found = {name: match for name in tensors if (match := _IN_UNET.fullmatch(name))}
     _check_one(source, {match[6] for match in found.values()})
     order = ("down_blocks", "up_blocks", "mid_block")
@@ -58,13 +66,15 @@ def _adapter_in_unet(source: str, tensors: Mapping[str, Tensor], used: set[str])
     used.update(found)
     named = {f"{numbers[places[name]]}.{match[5]}.weight": tensors[name] for name, match in found.items()}
     if len(named) < len(found):
-        raise WeightFileError(f"{source}: the layers of its adapter are there twice; save them once")
+        raise WeightFileError(f"{source}: the layers of its adapter are in it twice; save them once")
     return named
 
 
 def _check_whole(source: str, places: set[tuple[int, int, int, int]]) -> None:
-    """A layer that is missing would shift the numbers of all behind it. What cross-attentions a UNet has is not known
-    here, but they lie without gaps, in as many blocks on the way down as up, and in the middle."""
+    """Refuses an adapter that lacks layers, which would shift the numbers of all layers after them.
+
+    The UNet is not known here, but its cross-attention layers have no gaps, and are in as many down as up blocks and in
+    the middle block."""
     sides = [{block for side, block, *_ in places if side == wanted} for wanted in (0, 1, 2)]
     gaps = any(blocks and len(blocks) != max(blocks) - min(blocks) + 1 for blocks in sides)
     for side, block, attention, layer in places:

@@ -301,8 +301,8 @@ def test_other_weights(path, words):
         (b"\x89PNG\r\n", ["an image"]),
         (b"version https://git-lfs.github.com/spec/v1", ["git-lfs"]),
         (b"", ["empty"]),
-        (json.dumps([1.0]).encode(), ["no file of weights"]),
-        (b"\x93NUMPY\1\0", ["no file of weights"]),
+        (json.dumps([1.0]).encode(), ["not a weight file"]),
+        (b"\x93NUMPY\1\0", ["not a weight file"]),
     ],
 )
 def test_what_lies_under_such_a_name(tmp_path, content, words):
@@ -344,16 +344,16 @@ def test_arrays_of_numpy(tmp_path, array, patches, expected):
 def test_arrays_that_are_none(tmp_path):
     objects = tmp_path / "objects.npy"
     np.save(objects, np.array([{"a": 1}], object), allow_pickle=True)
-    refused(lambda: load_image_embeds(objects), str(objects), "nor a whole array of NumPy", "save it again")
+    refused(lambda: load_image_embeds(objects), str(objects), "nor a complete array of NumPy", "save it again")
     refused(lambda: load_image_embeds(saved(tmp_path / "text.npy", np.array(["a"]))), "not of numbers")
     refused(lambda: load_image_embeds(saved(tmp_path / "int.npy", np.ones((1, 8), int))), "int64", "floats")
     whole = saved(tmp_path / "cut.npy", drawn(64, 1024)).read_bytes()
     (tmp_path / "cut.npy").write_bytes(whole[:-7])
-    refused(lambda: load_image_embeds(tmp_path / "cut.npy"), "cut.npy", "nor a whole array of NumPy")
+    refused(lambda: load_image_embeds(tmp_path / "cut.npy"), "cut.npy", "nor a complete array of NumPy")
     huge = whole[:128].replace(b"(64, 1024)", b"(9**9, 99)")
     (tmp_path / "odd.npy").write_bytes(huge)
-    refused(lambda: load_image_embeds(tmp_path / "odd.npy"), "odd.npy", "nor a whole array of NumPy")
+    refused(lambda: load_image_embeds(tmp_path / "odd.npy"), "odd.npy", "nor a complete array of NumPy")
     declared = whole[:128].replace(b"(64, 1024)", b"(99999999,)")[:128]
     (tmp_path / "huge.npy").write_bytes(declared)
-    refused(lambda: load_image_embeds(tmp_path / "huge.npy"), "huge.npy", "nor a whole array of NumPy")
+    refused(lambda: load_image_embeds(tmp_path / "huge.npy"), "huge.npy", "nor a complete array of NumPy")
     refused(lambda: open_ip_adapter(saved(tmp_path / "array.npy", drawn(3, 8))), "not an IP-Adapter file")

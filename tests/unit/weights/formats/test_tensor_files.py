@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from weight_files import refused, write_bin
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.weights.formats.tensor_files import files_of, open_tensors
+from ipadapter_jax.weights.formats.shard_index import files_of
+from ipadapter_jax.weights.formats.tensor_files import open_tensors
 
 W = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -166,7 +167,7 @@ def test_places_without_a_file(tmp_path):
     refused(lambda: open_tensors(tmp_path / "pipe.safetensors"), "is a pipe or a device; give a file")
     refused(lambda: open_tensors(tmp_path / "none.bin"), "none.bin: there is no such file", error=WeightFileError)
     (tmp_path / "model.onnx").write_bytes(b"x")
-    refused(lambda: open_tensors(tmp_path / "model.onnx"), "model.onnx: no file of weights", ".safetensors")
+    refused(lambda: open_tensors(tmp_path / "model.onnx"), "model.onnx: not a weight file", ".safetensors")
 
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".json"])
@@ -257,7 +258,7 @@ def test_an_index_under_another_name_and_one_that_names_itself(tmp_path):
     renamed.write_bytes(index.read_bytes())
     assert open_tensors(renamed).keys() == {"w", "v"} and len(files_of(renamed)) == 2
     renamed.write_text(json.dumps({"weight_map": {"w": renamed.name}}))
-    refused(lambda: open_tensors(renamed), "is no safetensors file", error=WeightFileError)
+    refused(lambda: open_tensors(renamed), "is not a safetensors file", error=WeightFileError)
     renamed.write_text(json.dumps({"weight_map": {}}))
     assert open_tensors(renamed) == {}
 
@@ -271,7 +272,7 @@ def test_an_index_that_points_elsewhere(tmp_path, shard):
     (tmp_path / "model").mkdir()
     save_file({"a": W}, tmp_path / "a.safetensors")
     index = shards(tmp_path / "model", {"b": W}, a=shard)
-    words = [f"{index}: names a shard that is no .safetensors file beside it: {shard!r}"]
+    words = [f"{index}: names a shard that is not a .safetensors file next to it: {shard!r}"]
     refused(lambda: open_tensors(index), *words, error=WeightFileError)
 
 
@@ -280,7 +281,7 @@ def test_shards_and_index_that_disagree(tmp_path):
     index = shards(tmp_path, {"a": W}, {"b": W}, c=first)
     refused(lambda: open_tensors(index), f"{index}: 'c' is not in {first}", error=WeightFileError)
     shards(tmp_path, {"a": W}, {"b": W, "a": W}, a=first)
-    refused(lambda: open_tensors(index), f"{index}: 'a' is in {second}, against the index", error=WeightFileError)
+    refused(lambda: open_tensors(index), f"{index}: 'a' is in {second}, contrary to the index", error=WeightFileError)
     shards(tmp_path, {"a": W}, {"b": W})
     (tmp_path / second).write_bytes(b"")
     refused(lambda: open_tensors(index), f"{tmp_path / second}: the file is empty", error=WeightFileError)

@@ -545,7 +545,7 @@ def test_other_files_are_named(tmp_path):
     path = tmp_path / "a.bin"
     for head in (b"", b"hello", b"\n<!DOCTYPE html><html>"):
         path.write_bytes(head)
-        assert "is no file of torch.save" in refused(path)
+        assert "is not a file of torch.save" in refused(path)
     assert "no such file" in refused(tmp_path / "missing.bin")
     assert "no such file" in refused(tmp_path)
     os.mkfifo(tmp_path / "pipe")

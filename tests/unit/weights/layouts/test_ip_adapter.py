@@ -146,7 +146,7 @@ def test_layers_that_are_there_twice(tmp_path):
     content = deduplicated(released("base"))
     content |= {name.removeprefix("unet."): array for name, array in content.items() if ".attn2." in name}
     save_file(content, tmp_path / "a.safetensors")
-    refused(lambda: open_ip_adapter(tmp_path / "a.safetensors"), "there twice", error=WeightFileError)
+    refused(lambda: open_ip_adapter(tmp_path / "a.safetensors"), "in it twice", error=WeightFileError)
 
 
 def test_face_id_in_a_unet_of_diffusers_is_not_taken_for_full(tmp_path):
