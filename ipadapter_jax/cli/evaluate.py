@@ -8,7 +8,7 @@ from ipadapter_jax.cli.batch_options import HELP_JOB, BatchOptions
 from ipadapter_jax.cli.option_types import Positional
 from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING, refuse
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.evaluate.protocol import SCORER, Choice
+from ipadapter_jax.evaluate.protocol import SCORER, CaptionChoice
 from ipadapter_jax.storage.paths import PathOrHubId
 from ipadapter_jax.weights import bundled
 
@@ -45,7 +45,7 @@ class Evaluate(BatchOptions):
     name.jpg), or a CSV file with the columns name and image."""
     clip: PathOrHubId = SCORER
     """CLIP model that scores: a folder or Hub id of a complete CLIPModel of transformers."""
-    caption: Choice = "first"
+    caption: CaptionChoice = "first"
     """How CLIP-T uses several captions: the first, the mean score of all, or the best score."""
     caption_prefix: str = ""
     """Text to put before each caption when it is scored; the authors of CLIPScore use "A photo depicts "."""

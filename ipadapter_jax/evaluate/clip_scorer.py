@@ -1,4 +1,4 @@
-"""The CLIP that scores: images and captions to embeddings, on all devices of the process."""
+"""The scoring CLIP: embeds images and captions on all devices of the process."""
 
 import dataclasses
 import functools
@@ -38,28 +38,28 @@ _BATCH = 64  # images or captions that the networks read at once, on all devices
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class OpenedScorer:
-    """A scoring CLIP whose parts fit, still unread."""
+class LazyScorer:
+    """A scoring CLIP that was checked; its weights are not read yet."""
 
     opened: LazyComponent
     tokenizer: Tokenizer
 
     @property
     def is_reference(self) -> bool:
-        """Whether its sizes and activation are those of OpenAI's ViT-L/14, as far as a config.json tells."""
+        """Whether its config.json describes OpenAI's ViT-L/14."""
         config = self.opened.config
-        text = dataclasses.replace(config.text, eos_token_id=None)  # published with and without its famous mistake
+        text = dataclasses.replace(config.text, eos_token_id=None)  # published with a wrong and with the right value
         return CLIPConfig(text, config.vision) == _REFERENCE_CONFIG
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides about the embeddings, as JSON: sizes, and the sha256 of its weights and tokenizer."""
+        """What the embeddings depend on, as JSON: the config, and the sha256 of weights and tokenizer."""
         files = [*files_of(self.opened.source), *vocabulary_files(self.opened.source.parent).values()]
         digests = {file.name: sha256(file) for file in files if file.is_file()}
         return {"config": dataclasses.asdict(self.opened.config), "sha256": digests}
 
     def load(self) -> "Scorer":
-        """Reads the weights in float32: a ruler is not the place to save digits."""
+        """Reads the weights in float32: scores need the precision."""
         enable_compilation_cache()
         mesh = local_mesh()
         put = functools.partial(jax.device_put, device=replicated(mesh))
@@ -69,7 +69,7 @@ class OpenedScorer:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Scorer:
-    """A CLIP with its weights on the devices."""
+    """A scoring CLIP with its weights on the devices."""
 
     clip: CLIP
     params: Tree
@@ -78,61 +78,63 @@ class Scorer:
 
     @property
     def side(self) -> int:
-        """Of the squares that it sees, in pixels."""
+        """The side of its square input images, in pixels."""
         return self.clip.config.vision.image_size
 
     def images(self, squares: Iterable[np.ndarray]) -> np.ndarray:
-        """Squares of `preprocess.clip_pixels` (side, side, 3) uint8, B of them -> embeddings (B, D) float32. They are
-        taken batch by batch."""
+        """B images from `preprocess.clip_pixels`, (side, side, 3) uint8 each -> embeddings (B, D) float32. Reads the
+        iterable batch by batch."""
         return self._in_batches(embed_images, squares)
 
     def captions(self, texts: Sequence[str]) -> np.ndarray:
-        """B captions -> embeddings (B, D) float32. What is longer than the model reads is cut, with a warning."""
+        """B captions -> embeddings (B, D) float32. Captions that are too long are truncated, with a warning."""
         return self._in_batches(embed_captions, tokenize(self.tokenizer, texts, self._text_length))
 
     @property
     def _text_length(self) -> int:
         return min(self.tokenizer.model_max_length, self.clip.config.text.max_position_embeddings)
 
-    def _in_batches(self, embed: Callable, rows: Iterable[np.ndarray]) -> np.ndarray:
-        """One program for all: the last batch is filled up with its last row."""
+    def _in_batches(self, embed: Callable[..., Array], samples: Iterable[np.ndarray]) -> np.ndarray:
+        """Embeds samples in batches of one size, so that one compiled program serves all: the last batch is padded with
+        its last sample."""
         size, found, count = -(-_BATCH // self.mesh.size) * self.mesh.size, [], 0
         with jax.default_matmul_precision("highest"):  # accelerators would round to 8 or 11 bits
-            for batch in _batches(rows, size):
+            for batch in _batches(samples, size):
                 count += len(batch)
                 filled = np.stack(batch + batch[-1:] * (size - len(batch)))
-                spread = jax.device_put(filled, batch_sharding(self.mesh))
-                found.append(embed(self.clip, self.mesh, self.params, spread))
+                sharded = jax.device_put(filled, batch_sharding(self.mesh))
+                found.append(embed(self.clip, self.mesh, self.params, sharded))
         return np.concatenate([np.asarray(part) for part in found])[:count]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def embed_images(clip: CLIP, mesh: Mesh, params: Tree, pixels: Array) -> Array:
-    """Squares (B, S, S, 3) uint8 -> embeddings (B, D)."""
+    """Pixels (B, S, S, 3) uint8 -> embeddings (B, D)."""
     values = jnp.asarray(CLIP_TABLE)[pixels, jnp.arange(3)]
-    return _spread(functools.partial(clip.apply, method=CLIP.images), mesh, params, values)
+    return _apply_sharded(functools.partial(clip.apply, method=CLIP.images), mesh, params, values)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def embed_captions(clip: CLIP, mesh: Mesh, params: Tree, input_ids: Array) -> Array:
     """Token ids (B, S) -> embeddings (B, D)."""
-    return _spread(functools.partial(clip.apply, method=CLIP.texts), mesh, params, input_ids)
+    return _apply_sharded(functools.partial(clip.apply, method=CLIP.texts), mesh, params, input_ids)
 
 
-def _spread(apply: Callable, mesh: Mesh, params: Tree, rows: Array) -> Array:
-    """Over all devices, as the sampler does it: weights everywhere, no communication."""
+def _apply_sharded(apply: Callable, mesh: Mesh, params: Tree, samples: Array) -> Array:
+    """Applies a network to samples that are sharded over all devices. Weights are replicated; devices do not
+    communicate."""
 
-    def run(rows: Array, params: Tree) -> Array:
-        return apply({"params": params}, rows)
+    def run(samples: Array, params: Tree) -> Array:
+        return apply({"params": params}, samples)
 
     over_devices = jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=False)
-    return over_devices(rows, params)
+    return over_devices(samples, params)
 
 
-def _batches(rows: Iterable[np.ndarray], size: int) -> Iterable[list[np.ndarray]]:
+def _batches(samples: Iterable[np.ndarray], size: int) -> Iterable[list[np.ndarray]]:
     batch: list[np.ndarray] = []
-    for row in rows:
-        batch.append(row)
+    for sample in samples:
+        batch.append(sample)
         if len(batch) == size:
             yield batch
             batch = []
@@ -140,9 +142,9 @@ def _batches(rows: Iterable[np.ndarray], size: int) -> Iterable[list[np.ndarray]
         yield batch
 
 
-def open_scorer(place: str | os.PathLike, revision: str | None = None) -> OpenedScorer:
-    """Opens a whole CLIP model of transformers, with its tokenizer: a folder or a Hub id. Raises InputError or
-    WeightFileError naming what is wrong, for one half of a CLIP too."""
+def open_scorer(place: str | os.PathLike, revision: str | None = None) -> LazyScorer:
+    """Opens a complete CLIP model of transformers with its tokenizer, from a folder or a Hub id. Raises InputError or
+    WeightFileError naming what is wrong, also for a text or vision model alone."""
 
     def choose(names: Sequence[str]) -> Sequence[str]:
         return choose_files(names, {"": WHOLE_CLIP}, (*TOKENIZER_FILES, _PREPROCESSOR), None)
@@ -154,11 +156,11 @@ def open_scorer(place: str | os.PathLike, revision: str | None = None) -> Opened
     _check_preprocessing(folder, opened.config.vision.image_size)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(f"scoring CLIP {place}", tokenizer, opened.config.text.vocab_size)
-    return OpenedScorer(opened, tokenizer)
+    return LazyScorer(opened, tokenizer)
 
 
 def _check_preprocessing(folder: Path, side: int) -> None:
-    """Raises InputError where the model wants its images otherwise than CLIP does: scores would be wrong."""
+    """Raises InputError if the model expects other preprocessing than CLIP's, with which its scores would be wrong."""
     if not (folder / _PREPROCESSOR).is_file():
         return
     found = read_json(folder / _PREPROCESSOR)

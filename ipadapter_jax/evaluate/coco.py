@@ -1,8 +1,8 @@
-"""COCO's captions (arXiv 1504.00325), as captions_val2017.json has them: which image has which captions."""
+"""Reads COCO's captions (arXiv 1504.00325) from files such as captions_val2017.json."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.text_files import LIST_BYTES, read_json
@@ -10,25 +10,25 @@ from ipadapter_jax.storage.text_files import LIST_BYTES, read_json
 _EXAMPLE = "captions_val2017.json of COCO's annotations_trainval2017.zip"
 
 
-class Entry(NamedTuple):
-    """An image's file, relative to the folder of images, and its captions, both in the order of the annotations."""
+class CocoImage(NamedTuple):
+    """The file of an image, relative to the folder of images, and its captions, in the order of the annotations."""
 
     file: str
     captions: tuple[str, ...]
 
 
-def read_coco(path: Path) -> list[Entry] | None:
-    """All images of the annotations at `path`; None for what is no JSON object with images or annotations, which
-    another reader may know.
+def read_coco(path: Path) -> list[CocoImage] | None:
+    """All images of the annotations at `path`; None if the file is not a JSON object with images or annotations, so
+    that other readers may try.
 
-    Raises InputError naming the image or caption at fault: an image has captions, and a caption an image.
+    Raises InputError naming an image without captions, or a caption without its image.
     """
     found = _object(path)
     if found is None:
         return None
-    images, annotations = _lists(path, found)
-    captions: dict[Any, list[str]] = {}
-    files: dict[Any, str] = {}
+    images, annotations = _list(path, found, "images"), _list(path, found, "annotations")
+    captions: dict[int | str, list[str]] = {}
+    files: dict[int | str, str] = {}
     for number, image in enumerate(images):
         file, key = (_get(image, name) for name in ("file_name", "id"))
         if not isinstance(file, str) or not isinstance(key, int | str) or key in captions:
@@ -38,7 +38,7 @@ def read_coco(path: Path) -> list[Entry] | None:
         caption, key = (_get(annotation, name) for name in ("caption", "image_id"))
         if not isinstance(caption, str):
             raise InputError(
-                f"{path}: annotation {number} is no caption; give {_EXAMPLE}, rather than instances or key points"
+                f"{path}: annotation {number} is not a caption; give {_EXAMPLE}, rather than instances or key points"
             )
         if not isinstance(key, int | str) or key not in captions:
             raise InputError(f"{path}: caption {number} is of image {key!r}, which is not among its images")
@@ -49,11 +49,11 @@ def read_coco(path: Path) -> list[Entry] | None:
             f"{path}: {len(without)} images, {without[0]} the first, have no captions, which CLIP-T needs; leave "
             "them out of its images, or caption them"
         )
-    return [Entry(files[key], tuple(filter(None, captions[key]))) for key in captions]
+    return [CocoImage(files[key], tuple(filter(None, captions[key]))) for key in captions]
 
 
-def _object(path: Path) -> dict[str, Any] | None:
-    """A JSON object with images or annotations, else None."""
+def _object(path: Path) -> Mapping[str, object] | None:
+    """The JSON object of a file if it has images or annotations, else None."""
     if not path.is_file():
         return None
     with open(path, "rb") as file:
@@ -68,14 +68,12 @@ def _object(path: Path) -> dict[str, Any] | None:
     return found if {"images", "annotations"} & found.keys() else None
 
 
-def _lists(path: Path, found: dict[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    images, annotations = found.get("images"), found.get("annotations")
-    for name, value in (("images", images), ("annotations", annotations)):
-        if not isinstance(value, list) or not value:
-            raise InputError(f"{path}: its {name} are no list, or an empty one; give {_EXAMPLE}")
-    assert isinstance(images, list) and isinstance(annotations, list)
-    return images, annotations
+def _list(path: Path, found: Mapping[str, object], name: str) -> Sequence[object]:
+    value = found.get(name)
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{path}: its {name} are not a list, or an empty one; give {_EXAMPLE}")
+    return value
 
 
-def _get(value: Any, name: str) -> Any:
+def _get(value: object, name: str) -> object:
     return value.get(name) if isinstance(value, dict) else None

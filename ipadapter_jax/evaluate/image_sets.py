@@ -1,10 +1,11 @@
-"""Which image was made for which image prompt, where another program has made them."""
+"""Finds which image was made for which image prompt, if another program has made them."""
 
 import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ipadapter_jax.batch.job_settings import read_settings
 from ipadapter_jax.errors import InputError
@@ -16,12 +17,20 @@ from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, read_bytes
 
 
-def find_images(place: Path, references: Sequence[Reference]) -> list[list[Path]]:
-    """The images of every image prompt, equally many of each, from a folder (name.png, or name-0.png, name-1.png and
-    so on, in any format) or a CSV file with the columns name and image (relative to it).
+class FoundImage(NamedTuple):
+    """An image, the name of its image prompt, and its number among the images of that prompt."""
 
-    Images of no image prompt are left out with a warning. Raises InputError naming the prompt that has none, or
-    another number of them than the others.
+    number: int
+    name: str
+    path: Path
+
+
+def find_images(place: Path, references: Sequence[Reference]) -> list[list[Path]]:
+    """The images of every image prompt, from a folder (name.png, or name-0.png, name-1.png and so on, in any format) or
+    a CSV file with the columns name and image (relative to the file).
+
+    Other images are left out with a warning. Raises InputError naming a prompt without images, or with another number
+    of images than the first prompt.
     """
     if place.is_dir() and (unread := [name for name in sorted(os.listdir(place)) if unread_format(name)]):
         warnings.warn(
@@ -30,19 +39,19 @@ def find_images(place: Path, references: Sequence[Reference]) -> list[list[Path]
             stacklevel=2,
         )
     numbered: dict[str, list[tuple[int, Path]]] = {reference.name: [] for reference in references}
-    strangers = []
+    unmatched = []
     for number, name, path in _listed(place) if place.is_file() else _in_folder(place, set(numbered)):
-        numbered[name].append((number, path)) if name in numbered else strangers.append(path.name)
+        numbered[name].append((number, path)) if name in numbered else unmatched.append(path.name)
     found = [[path for _, path in sorted(numbered[reference.name])] for reference in references]
     _check(place, references, [len(paths) for paths in found])
-    if strangers:
-        first = sorted(strangers)[0]
-        warnings.warn(f"{place}: {len(strangers)} images, {first} the first, are of no image prompt here", stacklevel=2)
+    if unmatched:
+        first = sorted(unmatched)[0]
+        warnings.warn(f"{place}: {len(unmatched)} images, {first} the first, belong to no image prompt", stacklevel=2)
     return found
 
 
-def _in_folder(folder: Path, names: set[str]) -> Iterator[tuple[int, str, Path]]:
-    """The number of each image, the image prompt that it is called by, and where it lies."""
+def _in_folder(folder: Path, names: set[str]) -> Iterator[FoundImage]:
+    """Yields the images whose names begin with the name of an image prompt, and all others under their stem."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder or CSV file of images; check the spelling{nearby_hint(folder)}")
     for file in sorted(os.listdir(folder)):
@@ -51,13 +60,13 @@ def _in_folder(folder: Path, names: set[str]) -> Iterator[tuple[int, str, Path]]
             continue
         parts = re.fullmatch(r"(.+)-(\d+)", stem)
         if stem in names or parts is None:
-            yield 0, stem, folder / file
+            yield FoundImage(0, stem, folder / file)
         else:
-            yield int(parts[2]), parts[1], folder / file
+            yield FoundImage(int(parts[2]), parts[1], folder / file)
 
 
-def _listed(path: Path) -> Iterator[tuple[int, str, Path]]:
-    """The same from a list, numbered by its lines. A name may carry the ending of the image prompt's file."""
+def _listed(path: Path) -> Iterator[FoundImage]:
+    """Yields the images of a CSV file, numbered by its lines. Names may have the extension of the prompt's file."""
     table = read_csv(decode_text(read_bytes(path, LIST_BYTES), path), path)
     for number, row in table.rows:
         if isinstance(row, InputError):
@@ -69,7 +78,7 @@ def _listed(path: Path) -> Iterator[tuple[int, str, Path]]:
         if not os.path.isfile(place):
             raise InputError(f"{path}, line {number}: there is no image {place}; correct its name")
         stem, suffix = os.path.splitext(name)
-        yield number, stem if suffix.lower() in SUFFIXES else name, place
+        yield FoundImage(number, stem if suffix.lower() in SUFFIXES else name, place)
 
 
 def _check(place: Path, references: Sequence[Reference], counts: Sequence[int]) -> None:

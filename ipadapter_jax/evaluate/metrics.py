@@ -1,5 +1,5 @@
-"""What is measured on embeddings, and how sure the means are. Shapes: P image prompts, n images of each, D numbers of
-an embedding, C captions."""
+"""Scores of embeddings, and confidence intervals of their means. Shapes: P image prompts, n images of each, C captions,
+embeddings of D numbers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,18 +9,17 @@ from PIL import Image
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.clip_scorer import Scorer
-from ipadapter_jax.evaluate.protocol import Choice
+from ipadapter_jax.evaluate.protocol import CaptionChoice
 from ipadapter_jax.images.preprocess import clip_pixels, load_image
 
-SEED, DRAWS = 0, 2000  # of the bootstrap
+SEED, RESAMPLES = 0, 2000  # of the bootstrap
 CLIP_SCORE = 2.5  # the factor w of CLIPScore
-_BLOCK = 50  # draws in memory at once
-
-"""Of several captions of an image prompt CLIP-T takes the first, the mean over all, or the best for each image."""
+_BLOCK = 50  # resamples in memory at a time
 
 
-class Embedded(NamedTuple):
-    """Embeddings of any length: images (P, n, D), image prompts (P, D), and for each prompt its captions (C, D)."""
+class Embeddings(NamedTuple):
+    """Embeddings of images (P, n, D), of image prompts (P, D), and of the captions (C, D) of each prompt, not
+    normalized."""
 
     images: np.ndarray
     references: np.ndarray
@@ -28,14 +27,14 @@ class Embedded(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """clip_i and clip_t (P, n), one for each image; diversity (P,), NaN where there is one image alone."""
+    """clip_i and clip_t (P, n), one for each image; diversity (P,), NaN if a prompt has a single image."""
 
     clip_i: np.ndarray
     clip_t: np.ndarray
     diversity: np.ndarray
 
-    def of_prompts(self) -> dict[str, np.ndarray]:
-        """Each measure (P,), the mean over the images of a prompt, leaving out a diversity that there is none of."""
+    def prompt_means(self) -> dict[str, np.ndarray]:
+        """Each score (P,) as its mean over the images of a prompt. With one image per prompt there is no diversity."""
         means = {"clip_i": self.clip_i.mean(axis=1), "clip_t": self.clip_t.mean(axis=1)}
         return means if self.clip_i.shape[1] == 1 else means | {"diversity": self.diversity}
 
@@ -53,27 +52,30 @@ def score(
     images: Sequence[Sequence[Image.Image | np.ndarray]],
     references: Sequence[Image.Image | np.ndarray],
     captions: Sequence[Sequence[str]],
-    choice: Choice = "first",
+    choice: CaptionChoice = "first",
 ) -> Scores:
-    """Scores n images for each of P image prompts with their captions, all in memory. Images are whatever
-    `load_image` takes. Raises InputError as that does."""
+    """Scores n images for each of P image prompts with captions, all in memory. Images are what `load_image` takes.
+    Raises InputError as it does."""
     every = [*references, *(image for group in images for image in group)]
     embedded = scorer.images(clip_pixels(load_image(image), scorer.side) for image in every)
     texts = scorer.captions([text for group in captions for text in group])
-    return measure(embedded_of(embedded, texts, [len(group) for group in captions]), choice)
+    return compute_scores(group_embeddings(embedded, texts, [len(group) for group in captions]), choice)
 
 
-def embedded_of(images: np.ndarray, texts: np.ndarray, captions: Sequence[int]) -> Embedded:
-    """From rows in the order that they are embedded in: the P image prompts, then their images, prompt by prompt; and
-    the texts, of which prompt p has captions[p]."""
+def group_embeddings(images: np.ndarray, texts: np.ndarray, captions: Sequence[int]) -> Embeddings:
+    """Groups embeddings by prompt. images: first those of the P image prompts, then those of the images, prompt by
+    prompt. texts: those of all captions, prompt by prompt. captions: the number of captions of each prompt."""
     prompts = len(captions)
     made = images[prompts:].reshape(prompts, -1, images.shape[-1])
-    return Embedded(made, images[:prompts], np.split(texts, np.cumsum(captions)[:-1]))
+    return Embeddings(made, images[:prompts], np.split(texts, np.cumsum(captions)[:-1]))
 
 
-def measure(embedded: Embedded, choice: Choice = "first") -> Scores:
-    """CLIP-I: the cosine of an image's embedding with that of its image prompt. CLIP-T: CLIPScore (arXiv 2104.08718),
-    2.5 max(cos, 0) with the caption. Diversity: the mean of 1 - cos over all pairs of images of a prompt."""
+def compute_scores(embedded: Embeddings, choice: CaptionChoice = "first") -> Scores:
+    """CLIP-I: the cosine of the embeddings of an image and its image prompt. CLIP-T: CLIPScore (arXiv 2104.08718),
+    2.5 max(cos, 0) with a caption. Diversity: the mean of 1 - cos over all pairs of images of a prompt.
+
+    choice: of several captions, CLIP-T uses the first, the mean score of all, or the best score.
+    """
     images, references = _unit(embedded.images), _unit(embedded.references)
     clip_i = np.einsum("pnd,pd->pn", images, references)
     texts = (
@@ -82,7 +84,7 @@ def measure(embedded: Embedded, choice: Choice = "first") -> Scores:
     return Scores(clip_i, np.stack([*texts]), _diversity(images))
 
 
-def _clip_scores(images: np.ndarray, captions: np.ndarray, choice: Choice) -> np.ndarray:
+def _clip_scores(images: np.ndarray, captions: np.ndarray, choice: CaptionChoice) -> np.ndarray:
     """Unit embeddings (n, D) and (C, D) -> (n,)."""
     scores = CLIP_SCORE * np.maximum(images @ captions.T, 0)
     if choice == "first":
@@ -99,11 +101,11 @@ def _diversity(images: np.ndarray) -> np.ndarray:
 
 
 def interval(values: np.ndarray) -> Interval:
-    """Of values (P,): prompts are drawn with replacement, all images of a prompt together, DRAWS times with a fixed
-    seed. Of differences between two methods on the same prompts it is the paired interval."""
+    """The interval of the mean of values (P,): prompts are resampled with replacement, all images of a prompt together,
+    RESAMPLES times with a fixed seed. Differences between two methods on the same prompts give the paired interval."""
     rng = np.random.default_rng(SEED)
-    draws = (rng.integers(0, len(values), (_BLOCK, len(values))) for _ in range(DRAWS // _BLOCK))
-    means = np.concatenate([values[drawn].mean(axis=1) for drawn in draws])
+    resamples = (rng.integers(0, len(values), (_BLOCK, len(values))) for _ in range(RESAMPLES // _BLOCK))
+    means = np.concatenate([values[sampled].mean(axis=1) for sampled in resamples])
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(values.mean()), float(low), float(high))
 

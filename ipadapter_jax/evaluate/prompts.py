@@ -1,4 +1,4 @@
-"""The image prompts of an evaluation, each with its captions: from COCO's annotations or any data of the trainer."""
+"""Reads the image prompts of an evaluation with their captions, from COCO's annotations or any training data."""
 
 import dataclasses
 import functools
@@ -23,13 +23,16 @@ from ipadapter_jax.storage.atomic_files import sha256
 
 log = logging.getLogger("ipadapter_jax")
 
-_SAFE = re.compile(r"\w[\w .+=@-]{0,149}")  # of a file name
+_SAFE = re.compile(r"\w[\w .+=@-]{0,149}")  # file names
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """An image prompt: `name` is the stem of its images' files, `key` what a person knows it by. Another `stamp` says
-    that the image has changed."""
+    """An image prompt.
+
+    name: the stem of the files of its images. key: names it in messages. stamp: changes when the image changes. read:
+    returns the bytes of its file.
+    """
 
     index: int
     name: str
@@ -39,16 +42,16 @@ class Reference:
     read: Callable[[], bytes]
 
     def digest(self) -> str:
-        """Of what it holds now. Safe in threads."""
+        """The sha256 of its present content. Safe in threads."""
         return hashlib.sha256(self.read()).hexdigest()
 
     def image(self) -> Image.Image:
-        """As RGB. Raises InputError naming it when it cannot be read. Safe in threads."""
+        """The image as RGB. Raises InputError naming it if it cannot be read. Safe in threads."""
         return decode_image(self.read(), self.key)
 
 
 class References(NamedTuple):
-    """`identity` says what they come from, without its place, as JSON."""
+    """All image prompts. identity: describes their source, but not its path, as JSON."""
 
     found: Sequence[Reference]
     identity: dict[str, Any]
@@ -61,20 +64,20 @@ def open_references(
     image_column: str | None = None,
     text_column: str | None = None,
     limit: int | None = None,
-    say: Callable[[str], object] = log.info,
+    report: Callable[[str], object] = log.info,
 ) -> References:
-    """The first `limit` image prompts at `path`, or all: a JSON file of COCO captions, else what `open_dataset` knows,
-    as its arguments say. Images stay where they are until they are asked for. `say` is given one line: how many
-    records there are, and what is not used.
+    """Opens the first `limit` image prompts at `path`, or all: a JSON file of COCO captions, or any data that
+    `open_dataset` reads with these arguments. Images are read when they are used. report: is called with one line, the
+    number of records and what is not used.
 
-    Raises InputError naming what is wrong: a mean over fewer prompts than were meant is no number to publish.
+    Raises InputError for a single unusable record: the mean over fewer prompts would be another number.
     """
     coco = read_coco(path)
     if coco is None:
         root = None if image_root is None else str(image_root)
         source = open_dataset(str(path), image_root=root, image_column=image_column, text_column=text_column)
         references = _of_source(source, limit)
-        say(f"{path}: {summarize(len(references.found), source.unused)}")
+        report(f"{path}: {summarize(len(references.found), source.unused)}")
         return references
     for option, value in (("image-column", image_column), ("text-column", text_column)):
         if value is not None:
@@ -87,7 +90,7 @@ def open_references(
             f"{path}: {len(missing)} of {len(chosen)} images, {missing[0]} the first, are not in {root}; name their "
             f"folder with {argument('image_root')}, or download them again"
         )
-    say(f"{path}: {summarize(len(chosen), UnusedFiles())}")
+    report(f"{path}: {summarize(len(chosen), UnusedFiles())}")
     names = _names([entry.file for entry in chosen])
     found = [
         Reference(i, name, entry.file, entry.captions, _stamp(root / entry.file), _file_reader(root, entry.file))
@@ -99,7 +102,8 @@ def open_references(
 
 
 def _of_source(source: RecordSource, limit: int | None) -> References:
-    """Reads every record once, for its caption. The image prompt is its own image where it has one."""
+    """Reads every record once, for its caption. The image prompt is the record's conditioning image if it has one, else
+    its image."""
     count = len(source) if limit is None else min(limit, len(source))
     names, found = _names([source.key(index) for index in range(count)]), []
     for index, name in enumerate(names):
@@ -125,10 +129,10 @@ def _file_reader(root: Path, name: str) -> Callable[[], bytes]:
 
 
 def _names(keys: Sequence[str]) -> list[str]:
-    """The stems of the keys where those are good file names that differ by more than case, else numbers."""
+    """The stems of the keys if they are safe file names that differ by more than case, else numbers."""
     stems = [PurePosixPath(key).stem for key in keys]
-    good = all(_SAFE.fullmatch(stem) for stem in stems) and len({stem.casefold() for stem in stems}) == len(stems)
-    return stems if good else [f"{index:06d}" for index in range(len(keys))]
+    usable = all(_SAFE.fullmatch(stem) for stem in stems) and len({stem.casefold() for stem in stems}) == len(stems)
+    return stems if usable else [f"{index:06d}" for index in range(len(keys))]
 
 
 def _stamp(path: Path) -> str:

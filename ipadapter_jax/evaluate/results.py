@@ -1,4 +1,4 @@
-"""From embeddings on disk to results: scores of all images, means with intervals, distances, and tables of them."""
+"""Computes results from embeddings on disk: scores of all images, means with intervals, distances, and tables."""
 
 import dataclasses
 import io
@@ -12,20 +12,21 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from ipadapter_jax.data.file_listing import digest, size
-from ipadapter_jax.evaluate.embeddings import Chunk, read
+from ipadapter_jax.evaluate.embeddings import Chunk, read_embeddings
 from ipadapter_jax.evaluate.frechet import Distance, Moments
-from ipadapter_jax.evaluate.metrics import Interval, Scores, interval, measure
+from ipadapter_jax.evaluate.metrics import Interval, Scores, compute_scores, interval
 from ipadapter_jax.evaluate.prompts import Reference
-from ipadapter_jax.evaluate.protocol import Choice
+from ipadapter_jax.evaluate.protocol import CaptionChoice
 from ipadapter_jax.storage.atomic_files import write_atomically
 from ipadapter_jax.storage.text_files import encode_utf8
 
-TITLES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "diversity": "diversity"}
+METRIC_TITLES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "diversity": "diversity"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Results:
-    """Of P image prompts with n images each. intervals: by the names in TITLES; distances: Frechet's, by name."""
+    """The results of P image prompts with n images each. intervals: by the keys of METRIC_TITLES. distances: Frechet
+    distances by name."""
 
     references: Sequence[Reference]
     images: Sequence[Sequence[Path]]
@@ -34,27 +35,27 @@ class Results:
     distances: dict[str, Distance]
 
     def summary(self) -> dict[str, Any]:
-        """The numbers alone, as JSON."""
+        """The numbers, as JSON."""
         return {name: found._asdict() for name, found in self.intervals.items()} | self.distances
 
     def caveats(self) -> dict[str, str]:
-        """What to know of a number before it is used, by its name; numbers of which there is nothing are left out."""
+        """{name of a number: warning} for numbers that need one."""
         return {name: found.caveat for name, found in self.distances.items() if found.caveat}
 
     def files(self) -> dict[str, Any]:
-        """What tells these images from others, as JSON: how many, and a sha256 over their names and sizes."""
+        """Identifies the images, as JSON: their number, and a digest of their names and sizes."""
         sizes = [(path.name, size(str(path))) for paths in self.images for path in paths]
         return {"files": len(sizes), "digest": digest(sizes)}
 
 
-def compute(chunks: Sequence[Chunk], choice: Choice) -> Results:
-    """Reads one chunk after the other. CLIP-FID: the Frechet distance between all images and all image prompts in the
-    features of the scoring CLIP, its embeddings as they are."""
+def compute_results(chunks: Sequence[Chunk], choice: CaptionChoice) -> Results:
+    """Reads chunk after chunk. CLIP-FID is the Frechet distance between the embeddings of all images and of all
+    image prompts, not normalized."""
     parts: list[Scores] = []
     sums: list[Moments] = []
     for chunk in chunks:
-        embedded = read(chunk)
-        parts.append(measure(embedded, choice))
+        embedded = read_embeddings(chunk)
+        parts.append(compute_scores(embedded, choice))
         sums = sums or [Moments(embedded.references.shape[-1]) for _ in range(2)]
         sums[0].add(embedded.references)
         sums[1].add(embedded.images.reshape(-1, embedded.images.shape[-1]))
@@ -63,20 +64,21 @@ def compute(chunks: Sequence[Chunk], choice: Choice) -> Results:
         references=[reference for chunk in chunks for reference in chunk.references],
         images=[paths for chunk in chunks for paths in chunk.images],
         scores=scores,
-        intervals={name: interval(values) for name, values in scores.of_prompts().items()},
+        intervals={name: interval(values) for name, values in scores.prompt_means().items()},
         distances={"clip_fid": Distance.between(*sums)},
     )
 
 
 def write_tables(results: Results, folder: Path) -> None:
-    """prompts and images, each as .csv and .parquet: a row for each image prompt, and for each image."""
+    """Writes the tables prompts (a row for each image prompt) and pictures (a row for each image), each as .csv and
+    .parquet. The names of files and columns stay, as other programs read them."""
     names = [reference.name for reference in results.references]
     each = results.scores.clip_i.shape[1]
     prompts = {
         "name": names,
         "image": [reference.key for reference in results.references],
         "caption": [reference.captions[0] for reference in results.references],
-        **results.scores.of_prompts(),
+        **results.scores.prompt_means(),
     }
     images = {
         "name": [name for name in names for _ in range(each)],
@@ -93,5 +95,5 @@ def write_tables(results: Results, folder: Path) -> None:
 
 
 def _as_text(column: Any) -> Any:
-    """Names of files as any UTF-8 holds them, numbers as they are."""
+    """Names with bytes that are not UTF-8 replaced; numbers unchanged."""
     return [encode_utf8(value).decode() for value in column] if isinstance(column, list) else column

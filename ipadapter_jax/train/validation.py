@@ -95,7 +95,7 @@ class Validation:
         if self._scorer is None:
             return image, {}
         scores = score(self._scorer, groups, self._prompts.references, [[caption] for caption in captions])
-        return image, {name: float(values.mean()) for name, values in scores.of_prompts().items()}
+        return image, {name: float(values.mean()) for name, values in scores.prompt_means().items()}
 
     def _image_prompts(self) -> "ImagePrompts":
         vae, params = self._loaded.networks.vae, self._loaded.frozen["vae"]

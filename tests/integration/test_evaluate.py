@@ -65,7 +65,7 @@ def test_the_numbers_are_those_of_the_images(place):
     images = [[Image.open(out / "images" / f"{name}-{k}.png") for k in range(EACH)] for name in names]
     scorer = open_scorer(place / "clip").load()
     found = score(scorer, images, references, [[row["caption"]] for row in prompts])
-    means = found.of_prompts()
+    means = found.prompt_means()
     for name, values in means.items():
         np.testing.assert_allclose([float(row[name]) for row in prompts], values, atol=1e-6)
     summary = json.loads((out / "evaluation.json").read_text())["scores"]
@@ -122,7 +122,7 @@ def test_processes_share_the_work(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(embeddings, "CHUNK", 2)
     out = tmp_path / "out"
     assert main(words(place, out, process=1, processes=2)) == 0
-    assert "process 1 is through" in capsys.readouterr().out and not (out / "report.html").exists()
+    assert "process 1 has finished" in capsys.readouterr().out and not (out / "report.html").exists()
     assert len([*(out / "images").glob("*.png")]) == 2 * EACH
     assert main(words(place, out, process=0, processes=2)) == 0
     scores = [json.loads((folder / "evaluation.json").read_text())["scores"] for folder in (out, place / "whole")]
@@ -251,7 +251,7 @@ def test_bad_input_is_one_line_before_anything_is_computed(place, tmp_path, chan
 
 
 def test_an_image_prompt_that_is_damaged_ends_it(place, tmp_path, capsys):
-    """A mean over the others would pass for one over all. Repaired, the same command goes on."""
+    """A mean over the others would pass for one over all. Once repaired, the same command resumes."""
     shutil.copytree(place / "coco", tmp_path / "coco")
     damaged = tmp_path / "coco" / "val2017" / "000000000001.png"
     whole = damaged.read_bytes()

@@ -1,4 +1,4 @@
-"""`ipadapter-jax evaluate`, done: CLIP-I and CLIP-T of an adapter by the paper's protocol."""
+"""Runs `ipadapter-jax evaluate`: CLIP-I and CLIP-T of an adapter by the paper's protocol."""
 
 import contextlib
 import dataclasses
@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import tqdm
 
@@ -18,14 +19,14 @@ from ipadapter_jax.cli.run.image_batches import make_images, settings
 from ipadapter_jax.cli.run.sampling import load, versions
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate import embeddings
-from ipadapter_jax.evaluate.clip_scorer import OpenedScorer, open_scorer
+from ipadapter_jax.evaluate.clip_scorer import LazyScorer, open_scorer
 from ipadapter_jax.evaluate.embeddings import Chunk
 from ipadapter_jax.evaluate.frechet import Distance, distance_of_files
 from ipadapter_jax.evaluate.image_sets import find_images, recorded_settings
 from ipadapter_jax.evaluate.prompts import Reference, References, open_references
 from ipadapter_jax.evaluate.protocol import protocol_deviations
-from ipadapter_jax.evaluate.report import page
-from ipadapter_jax.evaluate.results import TITLES, Results, compute, write_tables
+from ipadapter_jax.evaluate.report import html_report
+from ipadapter_jax.evaluate.results import METRIC_TITLES, Results, compute_results, write_tables
 from ipadapter_jax.pipelines.ip_adapter import Prepared
 from ipadapter_jax.runtime.memory_limits import check_job_memory
 from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED, GracefulShutdown
@@ -35,26 +36,27 @@ from ipadapter_jax.storage.text_files import encode_utf8
 
 
 def evaluate(args: Evaluate) -> int:
-    """Makes the images that are missing, scores them, and writes the report when all processes are through.
-    Returns 75 when it was stopped by SIGTERM, the rest being still to do."""
-    account: list[str] = []  # is said once all is known to be usable: an error is to stand alone
+    """Generates the images that are missing, scores them, and writes the report when all processes have finished.
+    Returns the exit code, 75 when it was preempted by SIGTERM before the end."""
+    notices: list[str] = []  # printed once all inputs are known to be usable: an error is printed alone
     references = open_references(
         args.data,
         image_root=args.image_root,
         image_column=args.image_column,
         text_column=args.text_column,
         limit=args.limit,
-        say=account.append,
+        report=notices.append,
     )
     clip = open_scorer(args.clip)
     fid = {} if args.fid_features is None else {"fid": distance_of_files(*args.fid_features)}
     if args.images_from is not None:
         images = find_images(args.images_from, references.found)
-        print(*account, file=sys.stderr)
+        print(*notices, file=sys.stderr)
     else:
-        images, code = _paint(args, references, account)
-        if code:
-            return code
+        generated = _generate(args, references, notices)
+        if generated.exit_code:
+            return generated.exit_code
+        images = generated.paths
     with shard_lock(args.out, args.shard):
         return _score(args, references, images, clip, fid)
 
@@ -63,36 +65,44 @@ def _score(
     args: Evaluate,
     references: References,
     images: Sequence[Sequence[Path]],
-    clip: OpenedScorer,
+    clip: LazyScorer,
     fid: dict[str, Distance],
 ) -> int:
-    """Embeds this process's share of the images; the process that ends last writes the report. Returns the exit
+    """Embeds this process's part of the images; the process that finishes last writes the report. Returns the exit
     code."""
     chunks = embeddings.chunks(args.out / "scores", references.found, images, args.caption_prefix)
     if _embed(args, chunks, clip):
-        print("stopped while scoring; the same command goes on", file=sys.stderr)
+        print("preempted while scoring; rerun the same command to resume", file=sys.stderr)
         return EXIT_PREEMPTED
-    if not all(embeddings.is_there(chunk, clip.identity) for chunk in chunks):
-        print(f"process {args.process} is through; the one that ends last writes {args.out / 'report.html'}")
+    if not all(embeddings.is_complete(chunk, clip.identity) for chunk in chunks):
+        print(f"process {args.process} has finished; the last one to finish writes {args.out / 'report.html'}")
         return 0
     for folder in (args.out, args.out / "scores"):
-        remove_partial_files(folder, mine=lambda name: True)  # nobody writes any more
-    results = compute(chunks, args.caption)
+        remove_partial_files(folder, mine=lambda name: True)  # no process is writing any more
+    results = compute_results(chunks, args.caption)
     results = dataclasses.replace(results, distances=results.distances | fid)
     _write(args, references, clip, results)
     return 0
 
 
-def _paint(args: Evaluate, references: References, account: Sequence[str]) -> tuple[list[list[Path]], int]:
-    """The places of all images, those of other processes too, and an exit code, 0 when this process has made its
-    own. Raises InputError for image prompts that cannot be read: a mean over the others would be another number."""
+class GeneratedImages(NamedTuple):
+    """The paths of the images of each image prompt, those of other processes included, and an exit code: 0 when this
+    process has made all of its images."""
+
+    paths: list[list[Path]]
+    exit_code: int
+
+
+def _generate(args: Evaluate, references: References, notices: Sequence[str]) -> GeneratedImages:
+    """Generates the missing images of this process. Raises InputError for image prompts that cannot be read: the mean
+    over the others would be another number."""
     folder = args.out / "images"
     rows = [_row(args, reference) for reference in references.found]
     check_job_memory(len(rows), args.num_images)
     tasks = plan_tasks(rows, num_images=args.num_images, seed=args.seed, scale=args.scale)
     mine = [task for task in tasks if task.row.index // embeddings.CHUNK % args.processes == args.process]
     pipe = load(args, images=args.batch_size)
-    print(*account, file=sys.stderr)
+    print(*notices, file=sys.stderr)
 
     def prepare(row: BatchRow) -> Prepared:
         return pipe.adapters[0].prepare([references.found[row.index].image()], args.reference_resize)
@@ -108,10 +118,10 @@ def _paint(args: Evaluate, references: References, account: Sequence[str]) -> tu
             f"{len(progress.invalid)} image prompts cannot be used, among them {progress.invalid[0].reason}; "
             f"bad_rows*.jsonl in {folder} lists them. Repair them, then rerun the same command to resume"
         )
-    places: list[list[Path]] = [[] for _ in references.found]
+    paths: list[list[Path]] = [[] for _ in references.found]
     for task in tasks:
-        places[task.row.index].append(folder / task.image_name)
-    return places, progress.code
+        paths[task.row.index].append(folder / task.image_name)
+    return GeneratedImages(paths, progress.code)
 
 
 def _row(args: Evaluate, reference: Reference) -> BatchRow:
@@ -122,16 +132,16 @@ def _row(args: Evaluate, reference: Reference) -> BatchRow:
         name=reference.name,
         prompt=prompt,
         negative_prompt="",
-        images=(Path(reference.key),),  # a name: where it lies the data set knows
+        images=(Path(reference.key),),  # a name in the data set, not a path
         seed=None,
         scale=None,
     )
 
 
-def _embed(args: Evaluate, chunks: Sequence[Chunk], clip: OpenedScorer) -> bool:
-    """Makes the embeddings that are missing among those of this process; True when it was told to stop before."""
+def _embed(args: Evaluate, chunks: Sequence[Chunk], clip: LazyScorer) -> bool:
+    """Computes the missing embeddings of this process. Returns True if it was preempted before the end."""
     mine = chunks[args.process :: args.processes]
-    missing = [chunk for chunk in mine if not embeddings.is_there(chunk, clip.identity)]
+    missing = [chunk for chunk in mine if not embeddings.is_complete(chunk, clip.identity)]
     if not missing:
         return False
     scorer = clip.load()
@@ -140,14 +150,14 @@ def _embed(args: Evaluate, chunks: Sequence[Chunk], clip: OpenedScorer) -> bool:
         for chunk in stack.enter_context(tqdm.tqdm(missing, desc="scores", unit="chunk", disable=None)):
             if stop.requested:
                 return True
-            embeddings.make(chunk, scorer, clip.identity)
+            embeddings.embed_chunk(chunk, scorer, clip.identity)
     return False
 
 
-def _write(args: Evaluate, references: References, clip: OpenedScorer, results: Results) -> None:
-    """Tables, numbers and report; then the numbers for whoever watches."""
+def _write(args: Evaluate, references: References, clip: LazyScorer, results: Results) -> None:
+    """Writes tables, numbers and report, and prints the numbers."""
     made = recorded_settings(args.out / "images" if args.images_from is None else args.images_from)
-    apart = protocol_deviations(
+    deviations = protocol_deviations(
         data=references.identity,
         images=results.scores.clip_i.shape[1],
         is_reference=clip.is_reference,
@@ -157,7 +167,7 @@ def _write(args: Evaluate, references: References, clip: OpenedScorer, results: 
     about = {
         "scores": results.summary(),
         "caveats": results.caveats(),
-        "otherwise than in the paper": apart,
+        "otherwise than in the paper": deviations,  # keys of evaluation.json stay, as other programs read them
         "data": references.identity,
         "pictures": {**({"from": str(args.images_from)} if made is None else made), **results.files()},
         "scoring": {"caption": args.caption, "caption_prefix": args.caption_prefix, "clip": clip.identity},
@@ -166,11 +176,11 @@ def _write(args: Evaluate, references: References, clip: OpenedScorer, results: 
     about = json.loads(json.dumps(about))
     write_tables(results, args.out)
     write_atomically(args.out / "evaluation.json", encode_utf8(json.dumps(about, indent=2, ensure_ascii=False)) + b"\n")
-    write_atomically(args.out / "report.html", encode_utf8(page(results, about, apart, clip.is_reference)))
+    write_atomically(args.out / "report.html", encode_utf8(html_report(results, about, deviations, clip.is_reference)))
     if not clip.is_reference:
         print("warning: the scoring CLIP is not ViT-L/14: no comparison with the paper's numbers", file=sys.stderr)
     for name, found in results.intervals.items():
-        print(f"{TITLES[name]:10}{found.mean:8.4f}   95 %: {found.low:.4f} to {found.high:.4f}")
+        print(f"{METRIC_TITLES[name]:10}{found.mean:8.4f}   95 %: {found.low:.4f} to {found.high:.4f}")
     for name, found in results.distances.items():
         caveat = f"   {found.caveat}" if found.caveat else ""
         print(f"{name.upper().replace('_', '-'):10}{found:8.4g}{caveat}")

@@ -1,4 +1,4 @@
-"""How all commands that make thousands of images make them: as a job."""
+"""Runs the job of a command that makes thousands of images."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from ipadapter_jax.storage.atomic_files import sha256
 
 
 def settings(args: BatchOptions, pipe: StableDiffusion) -> dict[str, Any]:
-    """All that the images depend on beside the rows, as JSON has it."""
+    """Everything that the images depend on besides the rows, as JSON."""
     apart = ("batch_size", "process", "processes")  # an image is the same in any batch
     names = [field.name for field in dataclasses.fields(BatchOptions) if field.name not in apart]
     settings = {name: getattr(args, name) for name in names}
@@ -50,15 +50,15 @@ def make_images(
     invalid: Sequence[InvalidRow] = (),
     digest_images: DigestImages | None = None,
 ) -> BatchProgress:
-    """The tasks of this process as a job into `out`, with a bar where somebody watches.
+    """Runs the tasks of this process as a job into `out`, with a progress bar on a terminal.
 
-    settings: those of `settings`, with all else that the images depend on beside the rows. load: what the image
-    encoder sees of a row's images. identify: what those hold. Raises InputError as `run_job`.
+    settings: from `settings`, and everything else that the images depend on besides the rows. load: prepares a row's
+    images for the image encoder. invalid, digest_images: as `run_job` takes them. Raises InputError as `run_job` does.
     """
     _warn_of_syntax(args, tasks)
     bar = tqdm.tqdm(total=len(tasks), desc="images", unit="image", disable=None)
     with bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore", PromptSyntaxWarning)  # said once, for all rows
+        warnings.simplefilter("ignore", PromptSyntaxWarning)  # warned of once, for all rows
 
         def on_progress(progress: BatchProgress) -> None:
             bar.n = progress.before + progress.made
@@ -80,7 +80,7 @@ def make_images(
         )
     if progress.stopped:
         print(
-            f"stopped at {progress.before + progress.made} of {progress.total}; the same command goes on",
+            f"stopped at {progress.before + progress.made} of {progress.total}; rerun the same command to resume",
             file=sys.stderr,
         )
     return progress
@@ -108,7 +108,8 @@ def _warn_of_syntax(args: BatchOptions, tasks: Sequence[ImageTask]) -> None:
 def _make(
     pipe: StableDiffusion, args: BatchOptions, given: list[tuple[ImageTask, Prepared | None]]
 ) -> Sequence[Image.Image]:
-    """The images of a batch; a short one is filled up with its last, so that all are one program."""
+    """Makes the images of a batch. A short batch is padded with its last item, so that one program
+    serves all."""
     filled = given + given[-1:] * (args.batch_size - len(given))
     tasks, prompts = zip(*filled, strict=True)
     arguments = args.arguments(args.negative_image)
@@ -128,7 +129,7 @@ def _make(
 
 
 def _metadata(settings: Mapping[str, Any], task: ImageTask) -> dict[str, Any]:
-    """What stands in an image's file."""
+    """The metadata of an image's file."""
     row = task.row
     own = {"prompt": row.prompt, "image": [str(path) for path in row.images], "seed": task.seed, "scale": task.scale}
     own["negative_prompt"] = row.negative_prompt or settings["negative_prompt"]

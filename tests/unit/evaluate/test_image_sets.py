@@ -39,7 +39,7 @@ def test_a_folder(tmp_path):
 
 def test_images_of_nobody_are_left_out(tmp_path):
     folder = files(tmp_path, "fox.png", "dog.png", "dog-1.png")
-    with pytest.warns(UserWarning, match=r"2 images, dog-1.png the first, are of no image prompt"):
+    with pytest.warns(UserWarning, match=r"2 images, dog-1.png the first, belong to no image prompt"):
         assert named(find_images(folder, references("fox"))) == [["fox.png"]]
 
 
