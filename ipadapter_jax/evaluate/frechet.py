@@ -55,7 +55,7 @@ class Distance(float):
         if min(self.images) > self.features:
             return None
         return (
-            f"biased: {self.images[0]:,} and {self.images[1]:,} images for {self.features:,} features; compare it only "
+            f"biased: {self.images[0]:,} and {self.images[1]:,} images for {self.features:,} features; compare only "
             "with distances of as many images"
         )
 

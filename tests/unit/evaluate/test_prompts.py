@@ -59,11 +59,11 @@ def test_coco_in_the_order_of_the_file(tmp_path):
         ),
         ({"images": IMAGES[1:]}, "caption 1 is of image 7, which is not among its images"),
         ({"annotations": ANNOTATIONS[1:2]}, "1 images, 000000000003.jpg the first, have no captions"),
-        ({"annotations": [{"image_id": 3, "bbox": [0, 0, 1, 1]}]}, "annotation 0 is no caption"),
+        ({"annotations": [{"image_id": 3, "bbox": [0, 0, 1, 1]}]}, "annotation 0 is not a caption"),
         ({"images": [IMAGES[0], IMAGES[0]]}, "image 1 has no file_name or no id of its own"),
         ({"images": [{"id": 3}]}, "image 0 has no file_name"),
-        ({"images": []}, "its images are no list, or an empty one"),
-        ({"annotations": {"3": "a dog"}}, "its annotations are no list"),
+        ({"images": []}, "its images are not a list, or an empty one"),
+        ({"annotations": {"3": "a dog"}}, "its annotations are not a list"),
     ],
 )
 def test_annotations_that_cannot_be_used(tmp_path, changes, message):
