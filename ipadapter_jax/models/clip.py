@@ -12,7 +12,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.config_fields import build_config
 from ipadapter_jax.models.layers import ACTIVATIONS, Conv, Dense, Embed, layer_norm
 from ipadapter_jax.ops.attention import attend
-from ipadapter_jax.ops.fast_params import Parameters
+from ipadapter_jax.ops.fast_params import SkipShapeCheck
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ class VisionTransformer(nn.Module):
         return layer_norm(self.dtype, config.layer_norm_eps, "post_layernorm")(states[-1][:, 0]), states
 
 
-class VisionEmbeddings(Parameters, nn.Module):
+class VisionEmbeddings(SkipShapeCheck, nn.Module):
     config: CLIPVisionConfig
     dtype: jnp.dtype
 

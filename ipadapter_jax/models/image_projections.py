@@ -12,7 +12,7 @@ from jax import Array
 
 from ipadapter_jax.models.layers import Dense, gelu, layer_norm
 from ipadapter_jax.ops.attention import attend
-from ipadapter_jax.ops.fast_params import Parameters
+from ipadapter_jax.ops.fast_params import SkipShapeCheck
 
 HEAD_DIM = 64  # of the Resampler, in every released file
 
@@ -67,7 +67,7 @@ class MLPProj(nn.Module):
         return layer_norm(self.dtype, name="proj_3")(x)
 
 
-class Resampler(Parameters, nn.Module):
+class Resampler(SkipShapeCheck, nn.Module):
     """Learnt queries that read the penultimate states: (B, L, F) -> (B, N, D). Paper, section 4.4.2."""
 
     config: ImageProjConfig

@@ -10,27 +10,27 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax.ops.convolution import convolve
-from ipadapter_jax.ops.fast_params import Parameters
+from ipadapter_jax.ops.fast_params import SkipShapeCheck
 from ipadapter_jax.ops.upsample_conv import convolve_upsampled
 
 
-class Dense(Parameters, nn.Dense):
+class Dense(SkipShapeCheck, nn.Dense):
     """x kernel + bias."""
 
 
-class Conv(Parameters, nn.Conv):
+class Conv(SkipShapeCheck, nn.Conv):
     """A convolution over h and w."""
 
 
-class Embed(Parameters, nn.Embed):
+class Embed(SkipShapeCheck, nn.Embed):
     """A table of vectors."""
 
 
-class GroupNorm(Parameters, nn.GroupNorm):
+class GroupNorm(SkipShapeCheck, nn.GroupNorm):
     """Every group of channels of a row has mean 0 and variance 1."""
 
 
-class LayerNorm(Parameters, nn.LayerNorm):
+class LayerNorm(SkipShapeCheck, nn.LayerNorm):
     """Every position has mean 0 and variance 1."""
 
 

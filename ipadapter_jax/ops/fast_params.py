@@ -1,4 +1,4 @@
-"""Parameters of layers: taken as they are given, drawn with a key, or without one only their shapes."""
+"""Parameters of layers that cost less to trace than flax's, and their shapes without computing them."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,22 +7,37 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import Scope, meta
 
 
-class Parameters:
-    """In front of nn.Module among a layer's bases: its parameters cost less to trace than flax's.
+class SkipShapeCheck:
+    """A layer's first base class, in front of an nn.Module: its parameters cost less to trace than flax's.
 
-    flax traces the initializer of each parameter that is given, to hold the shape against it: a quarter of the time
-    that tracing a network takes. weights/tree.py has held it already. And without a key nothing is drawn: who asks for
-    shapes alone (`parameter_shapes`) would wait for numbers that nobody sees.
+    For each given parameter flax traces the initializer, to compare shapes: a quarter of the time that tracing a
+    network takes. weights/load_tree.py has compared them already. Without a random key nothing is sampled:
+    `parameter_shapes` needs no values. Every parameter still passes through `nn.Module.param`, so that tools which
+    replace that method, as qwix does to quantize weights, see all of them.
     """
 
-    def param(self: Any, name: str, draw: Callable, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
-        if not self.has_variable("params", name):
-            if self.has_rng("params") or not self.is_mutable_collection("params"):
-                return nn.Module.param(self, name, draw, shape, dtype)  # draws it, or says that it is missing
+    def param(self: Any, name: str, init: Callable, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
+        given = self.has_variable("params", name)
+        if not given and not self.has_rng("params") and self.is_mutable_collection("params"):
             self.put_variable("params", name, jnp.zeros(shape, dtype))
-        return self.get_variable("params", name)
+            given = True
+        if given:
+            self.scope.param = functools.partial(_given_param, self.scope)  # what nn.Module.param calls
+        return nn.Module.param(self, name, init, shape, dtype)
+
+
+def _given_param(
+    scope: Scope, name: str, init: Callable, *init_args: Any, unbox: bool = True, **init_kwargs: Any
+) -> Any:
+    """flax's `Scope.param` without tracing the initializer of a parameter that is there."""
+    if not scope.has_variable("params", name):
+        return Scope.param(scope, name, init, *init_args, unbox=unbox, **init_kwargs)
+    scope.reserve(name, "params")
+    value = scope.get_variable("params", name)
+    return meta.unbox(value) if unbox else value
 
 
 def parameter_shapes(module: nn.Module, *inputs: Any, method: Callable | None = None, **named: Any) -> dict[str, Any]:

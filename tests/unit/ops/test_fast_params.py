@@ -1,4 +1,4 @@
-"""Shapes of parameters, told without drawing them, are those of what is drawn."""
+"""Shapes of parameters, found without sampling them; and who sees the parameters."""
 
 import flax
 import jax
@@ -45,3 +45,32 @@ def test_shapes_of_a_resampler():
 def test_a_missing_parameter_is_named():
     with pytest.raises(flax.errors.ScopeParamNotFoundError, match='"bias"'):
         Dense(2).apply({"params": {"kernel": np.zeros((3, 2))}}, np.zeros((1, 3)))
+
+
+def test_tools_that_replace_flax_param_see_every_parameter_and_may_replace_it(monkeypatch):
+    """As qwix does, which otherwise would quantize nothing."""
+    unet, seen, flax_param = UNet(MICRO.unet), set(), flax.linen.Module.param
+    params = abstract_params(UNET, unet)
+    latents, text = (np.zeros((1, 8, 8, 4), np.float32), np.zeros((1, 3, MICRO.unet.cross_attention_dim), np.float32))
+
+    def hooked(module, name, init, *args, **options):
+        seen.add((*module.path, name))
+        return flax_param(module, name, init, *args, **options).astype(np.float16)
+
+    def halves() -> int:
+        def output(params):
+            return unet.apply({"params": params}, latents, np.zeros(1, np.float32), text, method=UNet.from_text)
+
+        return str(jax.make_jaxpr(output)(params)).count("new_dtype=float16")
+
+    assert not halves()
+    monkeypatch.setattr(flax.linen.Module, "param", hooked)
+    assert halves() >= len(jax.tree.leaves(params))
+    assert seen == set(flax.traverse_util.flatten_dict(params))
+
+
+def test_flax_checks_no_shape_of_a_given_parameter():
+    """Which takes a quarter of the time of tracing; weights/load_tree.py checks them when they are read."""
+    layer = Dense(2, kernel_init=lambda *_: pytest.fail("traced"), bias_init=lambda *_: pytest.fail("traced"))
+    params = {"kernel": np.ones((3, 2), np.float32), "bias": np.ones(2, np.float32)}
+    np.testing.assert_array_equal(layer.apply({"params": params}, np.ones((1, 3), np.float32)), [[4, 4]])
