@@ -1,9 +1,9 @@
 """The Stable Diffusion 1.x UNet, channels-last, with keys and values of the cross-attentions as arguments.
 
-K and V of a cross-attention depend on the prompt and not on the UNet's state, so the caller computes them once per
-prompt (`text_kv`) and once per image (models/adapter.py) and an image prompt needs no other UNet. What depends on time
-alone is an argument, too, for who knows all timesteps beforehand (`time_shifts`). Parameter names are those of the
-published Flax trees.
+Keys and values of a cross-attention layer depend on the prompt and not on the UNet's state. So the caller computes
+them once per prompt (`text_kv`) and once per image (models/ip_adapter.py), and image prompts need no other UNet. What
+depends on the timestep alone is an argument too, for callers that know all timesteps in advance (`time_shifts`).
+Parameter names are those of the published Flax trees.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,6 +1,7 @@
-"""Compiled programs are kept on disk, so that the second start does not compile again.
+"""The compilation cache: compiled programs on disk, so that a second start does not compile again.
 
-Whoever can write there can have us run anything: folders and entries count only where nobody else can (`trust.py`).
+Programs in the cache are executed, so a folder or an entry is used only if no other user can write it
+(`storage/ownership.py`).
 """
 
 import contextlib

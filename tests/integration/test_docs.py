@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import re
+import tokenize
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,9 +20,12 @@ FOLDERS = (*MODULES, "assets", "configs", "docs")
 # A document about the package leaves out `ipadapter_jax/`, one about the tests `tests/`.
 PLACES = (ROOT, ROOT / "ipadapter_jax", ROOT / "tests", ROOT / "tests" / "data" / "oracles")
 SHORT = {path.name for place in PLACES[1:] for path in place.iterdir() if path.is_dir()}
-# What commands of the guide write, and what PyTorch and XLA call theirs.
+# Files of the authors' code and of OpenAI's CLIP, and an example below.
+FOREIGN_FILES = {"tutorial_train.py", "tutorial_train_plus.py", "simple_tokenizer.py", "file.py"}
+# What commands of the guide write.
 WRITTEN = {"docs/guide/seen.png", "docs/guide/star.safetensors"}
 SCRIPTS = ("benchmarks.sample", "experiments.mini.build", "tests.fault_injection.all")  # one of each folder
+# Options of SLURM and XLA.
 EXTERNAL = {"--nodes", "--gpus-per-node", "--xla_gpu_deterministic_ops", "--xla_gpu_dot_merger_threshold_mb"}
 
 
@@ -157,3 +161,23 @@ def test_options_are_looked_up() -> None:
     assert "--scale" in options_by_command()["generate"]
     assert "--no-such-option" not in set().union(*options_by_command().values())
     assert is_importable("ipadapter_jax.StableDiffusion") and not is_importable("benchmarks.no_such_module")
+
+
+def comments_and_docstrings(path: Path) -> Iterator[str]:
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and token.string.endswith('"""')):
+                yield token.string
+
+
+def test_comments_name_files_that_exist() -> None:
+    """`unet.py` and `models/unet.py` in a comment or docstring: a file of the repository ends in these parts."""
+    sources = [path for folder in (*MODULES, "configs") for path in sorted((ROOT / folder).rglob("*.py"))]
+    parts = [path.relative_to(ROOT).parts for path in sources]
+    known = {"/".join(names[first:]) for names in parts for first in range(len(names))} | FOREIGN_FILES
+    missing = []
+    for path in sources:
+        for text in comments_and_docstrings(path):
+            found = re.findall(r"(?<![\w/.*-])([\w/]*\w\.py)\b", text)
+            missing += [f"{path.relative_to(ROOT)}: {name}" for name in found if name not in known]
+    assert not missing, "\n".join(missing)
