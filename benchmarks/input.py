@@ -29,6 +29,7 @@ from ipadapter_jax.data.feature_shards import CachePlan, SampleLayout, ShardWrit
 from ipadapter_jax.data.file_listing import find_files
 from ipadapter_jax.data.formats.tar import TarSource
 from ipadapter_jax.data.loader import SampleSource, load_batches
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.testing.random_weights import write_tokenizer
 
 PHOTOGRAPHS = ("astronaut", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
@@ -86,14 +87,14 @@ def write_cache(folder: Path, records: int) -> None:
     layout = SampleLayout(arrays | {"input_ids": (np.dtype(np.int32), (77,))})
     plan = CachePlan(records, records_per_shard=max(1, records // 4), layout=layout, made_from={})
     folder.mkdir()
-    start_cache(folder, plan)
+    start_cache(LocalStore(folder), plan)
     rng = np.random.default_rng(0)
     for shard in range(plan.shards):
-        with ShardWriter(folder, plan, shard) as writer:
+        with ShardWriter(LocalStore(folder), plan, shard) as writer:
             for _ in plan.shard_records(shard):
                 floats = {name: rng.integers(0, 99, shape).astype(np.float16) for name, shape in ENCODED.items()}
                 writer.add(floats | {"input_ids": np.zeros(77, np.int32)})
-    finish_cache(folder, plan, None)
+    finish_cache(LocalStore(folder), plan, None)
 
 
 def rate(samples: SampleSource, settings: Settings, count: int) -> tuple[float, float]:
@@ -140,7 +141,7 @@ def main(settings: Settings) -> None:
         )
         live = LiveSamples(TarSource(find_files(str(folder / "tars"))), folder / "tokenizer", 512, 224)
         show(f"tars of JPEGs, {size:.0f} kB each", live, settings, count=20)
-        show("cache, float16", CachedSamples(folder / "cache"), settings, count=200)
+        show("cache, float16", CachedSamples(LocalStore(folder / "cache")), settings, count=200)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ its own lock, lock-p-of-P.
 """
 
 import contextlib
+import fnmatch
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 from ipadapter_jax.batch.job_settings import CONFIGURATIONS, FILE_NAME, read_settings
@@ -32,10 +32,9 @@ from ipadapter_jax.batch.rows import BatchRow, InvalidRow
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.runtime.announcements import announce_if_slow
 from ipadapter_jax.runtime.prefetch import ordered_map
-from ipadapter_jax.storage.atomic_files import remove_partial_files, write_atomically
 from ipadapter_jax.storage.config_diff import diff_configs
-from ipadapter_jax.storage.file_lock import shard_lock
-from ipadapter_jax.storage.jsonl import JsonlAppender, read_appended
+from ipadapter_jax.storage.jsonl import read_appended
+from ipadapter_jax.storage.store import Store
 
 _THREADS = 4  # that read image prompts
 
@@ -45,25 +44,26 @@ class JobFolder:
 
     def __init__(
         self,
-        out: Path,
+        store: Store,
         tasks: Sequence[ImageTask],
         settings: Mapping[str, Any],
         shard: tuple[int, int],
         digest_images: DigestImages,
     ):
-        self._out, own = out, f"-{shard[0]}" if shard[0] else ""
+        own = f"-{shard[0]}" if shard[0] else ""
+        self._store = store
         self._digest_images: DigestImages = digest_images
         self._digests: dict[int, Digests] = {}  # by the row's index
-        self._invalid_rows, manifest = out / f"bad_rows{own}.jsonl", out / f"job{own}.jsonl"
-        existing = set(os.listdir(out))
+        self._invalid_rows, manifest = f"bad_rows{own}.jsonl", f"job{own}.jsonl"
+        existing = store.names()
         self.pending = [task for task in tasks if task.image_name not in existing]
         self._done = [task for task in tasks if task.image_name in existing]
         # Where nothing was made and no other process is working, the settings may still be corrected.
         started = shard[1] > 1 or any(name.endswith(".png") for name in existing)
         self._check_settings(settings, started)
-        self._remove_leftovers({*(task.image_name for task in tasks), manifest.name, self._invalid_rows.name}, shard)
+        self._remove_leftovers({*(task.image_name for task in tasks), manifest, self._invalid_rows}, shard)
         self._listed = self._other_lines(manifest, existing)
-        self._manifest = JsonlAppender(manifest, lambda line: _is_first(line, existing, self._listed))
+        self._manifest = store.append_jsonl(manifest, lambda line: _is_first(line, existing, self._listed))
 
     def compare(self) -> None:
         """Restores lost lines of existing images. Raises InputError when images were made from rows or image prompts
@@ -80,7 +80,7 @@ class JobFolder:
             changed = [*itertools.chain.from_iterable(found)]
         if changed:
             raise InputError(
-                f"{self._out}: {len(changed)} images there were made from other rows, {changed[0]}; remove these "
+                f"{self._store}: {len(changed)} images there were made from other rows, {changed[0]}; remove these "
                 "images to have them made again, or choose another --out"
             )
 
@@ -108,7 +108,7 @@ class JobFolder:
 
     def write(self, task: ImageTask, png: bytes) -> None:
         """Writes an image atomically. Safe in threads."""
-        write_atomically(self._out / task.image_name, png)
+        self._store.write(task.image_name, png)
 
     def note(self, task: ImageTask) -> None:
         """Writes the line of an image that is about to be written. The line comes first: the next process drops a line
@@ -122,9 +122,9 @@ class JobFolder:
         """Replaces the list of invalid rows; there is no file when all rows are valid."""
         lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in sorted(invalid)]
         if lines:
-            write_atomically(self._invalid_rows, "".join(lines).encode("utf-8", "replace"))
+            self._store.write(self._invalid_rows, "".join(lines).encode("utf-8", "replace"))
         else:
-            self._invalid_rows.unlink(missing_ok=True)
+            self._store.remove(self._invalid_rows)
 
     def close(self) -> None:
         self._manifest.close()
@@ -137,43 +137,43 @@ class JobFolder:
 
     def _check_settings(self, settings: Mapping[str, Any], started: bool) -> None:
         """Raises InputError when the job that was `started` here has other settings, or the folder is not a job's."""
-        path = self._out / FILE_NAME
-        if not started or not path.exists():
+        path = self._store.path(FILE_NAME)
+        if not started or self._store.size(FILE_NAME) is None:
             if self._done:
                 raise InputError(
-                    f"{self._out} holds {self._done[0].image_name}, which no job has made there; choose another --out"
+                    f"{self._store} holds {self._done[0].image_name}, which no job has made there; choose another --out"
                 )
-            write_atomically(path, json.dumps(settings, indent=2).encode() + b"\n")
+            self._store.write(FILE_NAME, json.dumps(settings, indent=2).encode() + b"\n")
             return
         try:
-            before = read_settings(self._out)
+            before = read_settings(self._store)
             known = {name: settings[name] for name in settings if name != CONFIGURATIONS or name in before}
             changed = diff_configs(before, known)
         except InputError as error:
             raise InputError(f"{path} is damaged; choose another --out ({error})") from None
         if changed:
             raise InputError(
-                f"{self._out} holds a job that was started with other settings ({'; '.join(changed[:8])}); use those "
+                f"{self._store} holds a job that was started with other settings ({'; '.join(changed[:8])}); use those "
                 "settings, or choose another --out"
             )
 
     def _remove_leftovers(self, own: set[str], shard: tuple[int, int]) -> None:
         """Removes what a killed process left incomplete, but not what other processes are writing."""
-        remove_partial_files(self._out, mine=lambda name: name in own or shard[1] == 1)
+        self._store.remove_partial_files(mine=lambda name: name in own or shard[1] == 1)
 
-    def _other_lines(self, manifest: Path, existing: set[str]) -> dict[str, dict]:
+    def _other_lines(self, manifest: str, existing: set[str]) -> dict[str, dict]:
         """The lines of images in the manifests of other processes, by the image's name."""
         listed: dict[str, dict] = {}
-        for path in sorted(self._out.glob("job*.jsonl")):
-            if path != manifest:
-                for line in read_appended(path):
+        for name in sorted(fnmatch.filter(existing, "job*.jsonl")):
+            if name != manifest:
+                for line in read_appended(self._store.path(name)):
                     _is_first(line, existing, listed)
         return listed
 
 
 @contextlib.contextmanager
 def job_folder(
-    out: Path,
+    store: Store,
     tasks: Sequence[ImageTask],
     settings: Mapping[str, Any],
     shard: tuple[int, int],
@@ -182,7 +182,7 @@ def job_folder(
     """Opens the folder of a new job, or of one to resume, and repairs what a killed process left. tasks: all tasks of
     this process. Raises InputError when the folder is in use or not a job's, or when its job was started with other
     settings or made from other rows."""
-    with shard_lock(out, shard), JobFolder(out, tasks, settings, shard, digest_images) as folder:
+    with store.lock(shard), JobFolder(store, tasks, settings, shard, digest_images) as folder:
         folder.compare()
         yield folder
 

@@ -17,6 +17,7 @@ from ipadapter_jax.batch.rows import BatchRow, InvalidRow
 from ipadapter_jax.errors import InputError, NonFiniteImageError
 from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED, GracefulShutdown
 from ipadapter_jax.runtime.prefetch import ordered_map, submit
+from ipadapter_jax.storage.store import LocalStore
 
 Content = TypeVar("Content")
 Generated = TypeVar("Generated")
@@ -78,7 +79,9 @@ def run_job(
     """
     found = list(invalid) if shard[0] == 0 else []
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(job_folder(out, tasks, settings, shard, digest_images or digest_files()))
+        folder = stack.enter_context(
+            job_folder(LocalStore(out), tasks, settings, shard, digest_images or digest_files())
+        )
         folder.report(found)
         progress = BatchProgress(total=len(tasks), before=len(tasks) - len(folder.pending), invalid=found)
         stop = stack.enter_context(GracefulShutdown())

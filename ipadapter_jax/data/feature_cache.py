@@ -1,83 +1,86 @@
-"""What the frozen encoders make of a data set, on disk: a folder that training reads in any order.
+"""The feature cache: what the frozen encoders computed from a data set, stored so that training reads it in any order.
 
-It holds `plan.json` (what is encoded and by what), shards, and, once all of them are there, `manifest.json`.
+Its store holds `plan.json` (what is encoded, and by which networks), shards, and, once all of them are there,
+`manifest.json`.
 """
 
 import hashlib
 import json
 import threading
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 from safetensors.numpy import save
 
 from ipadapter_jax.data.feature_shards import FORMAT, CachePlan, open_shard, read_shard_footer
 from ipadapter_jax.data.file_listing import allow_open_files
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.atomic_files import sha256, write_atomically
 from ipadapter_jax.storage.paths import check_utf8
-from ipadapter_jax.storage.text_files import read_json_object
+from ipadapter_jax.storage.store import Store
 from ipadapter_jax.weights.dtype_cast import all_finite
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 
 _PLAN, _MANIFEST, _SKIPPED, _ZERO = "plan.json", "manifest.json", "skipped.jsonl", "zero_features.safetensors"
 
 
-def start_cache(folder: Path, plan: CachePlan) -> CachePlan:
-    """Writes the plan unless there is one, and returns what is there: another one if the folder was begun otherwise."""
-    path = folder / _PLAN
-    if not path.exists():
-        write_atomically(path, _json(plan.to_json()))
-    return _read_plan(path)
+def start_cache(store: Store, plan: CachePlan) -> CachePlan:
+    """Writes the plan unless there is one. Returns the plan that is there: another one if the cache was started with
+    other data or settings."""
+    if store.size(_PLAN) is None:
+        store.write(_PLAN, _json(plan.to_json()))
+    return _read_plan(store, _PLAN)
 
 
-def finish_cache(folder: Path, plan: CachePlan, zero_features: np.ndarray | None) -> int | None:
-    """Writes the manifest, which makes the cache complete, when all shards are there. zero_features (L, F): what the
-    image encoder makes of zero pixels, where training needs it for dropped images.
+def finish_cache(store: Store, plan: CachePlan, zero_features: np.ndarray | None) -> int | None:
+    """Writes the manifest, which makes the cache complete, if all shards are there.
 
-    Returns how many records were skipped, None when shards are missing.
+    zero_features: (L, F), the features of zero pixels, where training needs them for dropped images; else None.
+    Returns how many records were skipped; None if shards are missing.
     """
-    facts = [read_shard_footer(folder, plan, shard) for shard in range(plan.shards)]
-    if any(found is None for found in facts):
+    footers = [read_shard_footer(store, plan, shard) for shard in range(plan.shards)]
+    if any(footer is None for footer in footers):
         return None
-    skipped = [entry for found in facts if found is not None for entry in found["skipped"]]
-    write_atomically(folder / _SKIPPED, b"".join(json.dumps(entry).encode() + b"\n" for entry in skipped))
+    skipped = [entry for footer in footers if footer is not None for entry in footer.skipped]
+    store.write(_SKIPPED, b"".join(json.dumps(entry).encode() + b"\n" for entry in skipped))
     zero = None
     if zero_features is not None:
         content = save({"features": np.ascontiguousarray(zero_features)})
-        write_atomically(folder / _ZERO, content)
+        store.write(_ZERO, content)
         zero = hashlib.sha256(content).hexdigest()
-    sizes = [(folder / plan.shard_name(shard)).stat().st_size for shard in range(plan.shards)]
+    sizes = [store.size(plan.shard_name(shard)) for shard in range(plan.shards)]
     manifest = plan.to_json() | {"skipped": len(skipped), "zero_features": zero, "shard_bytes": sizes}
-    write_atomically(folder / _MANIFEST, _json(manifest))
+    store.write(_MANIFEST, _json(manifest))
     return len(skipped)
 
 
-def is_cache(path: Path) -> bool:
-    """Whether this is the folder of a cache, complete or not."""
-    return (path / _PLAN).is_file() or (path / _MANIFEST).is_file()
+def is_cache(store: Store) -> bool:
+    """Whether a store holds a cache, complete or not."""
+    return store.size(_PLAN) is not None or store.size(_MANIFEST) is not None
 
 
 class CachedSamples:
     """Random access to the samples of a complete cache: "mean" and "logvar" (h, w, 4), "features" (F,) or (L, F) in
-    the dtype that they were computed in, "input_ids" (77,) int32. For threads, and to pickle into other processes.
+    the dtype that they were computed in, "input_ids" (77,) int32. Several threads may read; it can be pickled.
 
-    Raises InputError naming the folder when the cache is not complete, of another format, or lacks a part.
+    Raises InputError naming the store when the cache is not complete, of another format, or lacks a part.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        check_utf8(self.folder, "the reader of ArrayRecord")
-        self.plan, self._manifest = _read_manifest(self.folder)
-        for shard, size in enumerate(self._manifest["shard_bytes"]):
-            path = self.folder / self.plan.shard_name(shard)
-            if not path.is_file() or path.stat().st_size != size:
-                what = "is cut off" if path.is_file() else "is missing"
-                raise InputError(f"{path} {what}: copy it again, or run the encoding command again")
+    def __init__(self, store: Store):
+        self.store = store
+        check_utf8(store.path(""), "the reader of ArrayRecord")
+        self.plan = _read_manifest_plan(store)
+        self._manifest = _read_manifest(store, self.plan)
+        for shard, expected in enumerate(self._manifest.shard_bytes):
+            name = self.plan.shard_name(shard)
+            if (size := store.size(name)) != expected:
+                what = "is missing" if size is None else "is cut off"
+                raise InputError(f"{store.path(name)} {what}: copy it again, or run the encoding command again")
         allow_open_files(self.plan.shards)
-        self._readers, self._lock = {}, threading.Lock()
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_readers": {}, "_lock": None}
@@ -115,49 +118,66 @@ class CachedSamples:
                 raise InputError(f"{self.key(index)}: its {name} are not finite: encode the data again")
         return found
 
-    def _reader(self, shard: int) -> Any:
+    def _reader(self, shard: int) -> ArrayRecordReader:
         """Opened on demand; one serves all threads."""
         if shard not in self._readers:
             with self._lock:
                 if shard not in self._readers:
-                    self._readers[shard] = open_shard(self.folder, self.plan, shard)
+                    self._readers[shard] = open_shard(self.store, self.plan, shard)
         return self._readers[shard]
 
     def account(self) -> str:
         """How many records there are, and how many could not be encoded, in one line."""
-        skipped = self._manifest["skipped"]
-        where = f"; {skipped} more could not be encoded, see {self.folder / _SKIPPED}" if skipped else ""
+        skipped = self._manifest.skipped
+        where = f"; {skipped} more could not be encoded, see {self.store.path(_SKIPPED)}" if skipped else ""
         return f"{len(self) - skipped} records, 0 files not used{where}"
 
     def zero_features(self) -> np.ndarray | None:
-        """(L, F), what the image encoder makes of zero pixels; None where a dropped image is a zero embedding."""
-        if self._manifest["zero_features"] is None:
+        """(L, F), the features of zero pixels; None where the features of a dropped image are zero."""
+        if self._manifest.zero_features is None:
             return None
-        path = self.folder / _ZERO
-        if not path.is_file() or sha256(path) != self._manifest["zero_features"]:
+        path = self.store.path(_ZERO)
+        if self.store.size(_ZERO) is None or self.store.sha256(_ZERO) != self._manifest.zero_features:
             raise InputError(f"{path} is missing or damaged: copy it again, or encode again")
         return open_tensors(path)["features"].read()
 
 
-def _read_manifest(folder: Path) -> tuple[CachePlan, dict[str, Any]]:
-    path = folder / _MANIFEST
-    if not path.is_file():
-        if (folder / _PLAN).is_file():
-            raise InputError(f"{folder} is not complete: run the command that began it again, it goes on")
-        raise InputError(
-            f"{folder} holds no encoded samples (it has no {_MANIFEST}); `ipadapter-jax encode` makes them"
-        )
-    plan, raw = _read_plan(path), read_json_object(path)
+class _Manifest(NamedTuple):
+    """What the manifest adds to the plan."""
+
+    skipped: int  # records
+    zero_features: str | None  # the sha256 of their file
+    shard_bytes: list[int]
+
+
+def _read_manifest_plan(store: Store) -> CachePlan:
+    """The plan in the manifest of a complete cache. Raises InputError for what is not one."""
+    if store.size(_MANIFEST) is None:
+        if store.size(_PLAN) is not None:
+            raise InputError(f"{store} is not complete: rerun the command that started it to resume")
+        raise InputError(f"{store} holds no encoded samples (it has no {_MANIFEST}); `ipadapter-jax encode` makes them")
+    return _read_plan(store, _MANIFEST)
+
+
+def _read_manifest(store: Store, plan: CachePlan) -> _Manifest:
+    raw = store.read_json_object(_MANIFEST)
     zero, sizes, skipped = raw.get("zero_features"), raw.get("shard_bytes"), raw.get("skipped")
-    known = isinstance(zero, str | None) and isinstance(skipped, int)
-    if not known or not isinstance(sizes, list) or len(sizes) != plan.shards:
-        raise InputError(f"{path} is damaged; copy it again, or remove it and run the encoding command again")
-    return plan, {"zero_features": zero, "shard_bytes": sizes, "skipped": skipped}
+    if not isinstance(zero, str | None) or not isinstance(skipped, int) or not isinstance(sizes, list):
+        raise _damaged_manifest(store)
+    if len(sizes) != plan.shards:
+        raise _damaged_manifest(store)
+    return _Manifest(skipped, zero, sizes)
 
 
-def _read_plan(path: Path) -> CachePlan:
+def _damaged_manifest(store: Store) -> InputError:
+    path = store.path(_MANIFEST)
+    return InputError(f"{path} is damaged; copy it again, or remove it and run the encoding command again")
+
+
+def _read_plan(store: Store, name: str) -> CachePlan:
+    path = store.path(name)
     try:
-        raw = read_json_object(path)
+        raw = store.read_json_object(name)
         found = raw["format"]
         plan = CachePlan.from_json(raw) if found == FORMAT else None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -167,5 +187,5 @@ def _read_plan(path: Path) -> CachePlan:
     return plan
 
 
-def _json(value: Any) -> bytes:
+def _json(value: Mapping[str, object]) -> bytes:
     return json.dumps(value, indent=1).encode() + b"\n"

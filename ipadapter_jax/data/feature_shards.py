@@ -13,14 +13,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.atomic_files import atomic_replace
+from ipadapter_jax.storage.store import Store
 from ipadapter_jax.storage.text_files import parse_json
 
 FORMAT = 1
@@ -109,12 +109,13 @@ class CachePlan:
 class ShardWriter:
     """Writes one shard; it appears under its name when the block ends without an error, and whole.
 
-    A part of it is never left behind. Raises InputError naming the file, when there is no room for instance.
+    A part of it is never left behind. Raises InputError naming the file, for example when the disk is full.
     """
 
-    def __init__(self, folder: Path, plan: CachePlan, shard: int):
-        self._plan, self._shard, self._path = plan, shard, folder / plan.shard_name(shard)
-        self.skipped: list[dict[str, Any]] = []
+    def __init__(self, store: Store, plan: CachePlan, shard: int):
+        self._store, self._plan, self._shard = store, plan, shard
+        self._name = plan.shard_name(shard)
+        self.skipped: list[dict[str, object]] = []
 
     def add(self, sample: Mapping[str, np.ndarray]) -> None:
         """The next record."""
@@ -129,11 +130,11 @@ class ShardWriter:
         try:
             self._writer.write(payload)
         except RuntimeError as error:
-            raise _not_written(self._path, error) from None
+            raise _not_written(self._store.path(self._name), error) from None
 
     def __enter__(self) -> "ShardWriter":
         with contextlib.ExitStack() as stack:
-            temporary = stack.enter_context(atomic_replace(self._path))
+            temporary = stack.enter_context(self._store.replace(self._name))
             self._writer = ArrayRecordWriter(str(temporary), _WRITE)
             self._replacing = stack.pop_all()
         return self
@@ -142,11 +143,11 @@ class ShardWriter:
         with self._replacing:
             try:
                 if error is None:
-                    facts = {"plan": self._plan.digest, "shard": self._shard, "skipped": self.skipped}
-                    self._write(json.dumps(facts).encode())
+                    footer = {"plan": self._plan.digest, "shard": self._shard, "skipped": self.skipped}
+                    self._write(json.dumps(footer).encode())
                 self._writer.close()  # what could not be written is told only here
             except RuntimeError as fault:
-                raise error or _not_written(self._path, fault) from None
+                raise error or _not_written(self._store.path(self._name), fault) from None
             if error is not None:
                 raise error
 
@@ -158,18 +159,24 @@ def _not_written(path: Path, error: Exception) -> InputError:
     )
 
 
-def open_shard(folder: Path, plan: CachePlan, shard: int) -> ArrayRecordReader:
+def open_shard(store: Store, plan: CachePlan, shard: int) -> ArrayRecordReader:
     """A reader for all threads: `read([position])` gives [bytes], or raises RuntimeError with what is wrong."""
-    return ArrayRecordReader(str(folder / plan.shard_name(shard)), _READ, file_reader_buffer_size=_BUFFER)
+    return ArrayRecordReader(str(store.path(plan.shard_name(shard))), _READ, file_reader_buffer_size=_BUFFER)
 
 
-def read_shard_footer(folder: Path, plan: CachePlan, shard: int) -> dict[str, Any] | None:
-    """What a shard says of itself: {"plan", "shard", "skipped"}; None when missing, cut off or of another plan."""
+class ShardFooter(NamedTuple):
+    """What the last record of a shard says about it: the records that are skipped, each {"index", "key", "reason"}."""
+
+    skipped: list[dict[str, object]]
+
+
+def read_shard_footer(store: Store, plan: CachePlan, shard: int) -> ShardFooter | None:
+    """The footer of a shard; None when the shard is missing, cut off or of another plan."""
     count = len(plan.shard_records(shard))
     try:
-        reader = open_shard(folder, plan, shard)
-        facts = parse_json(reader.read([count])[0], "its facts") if reader.num_records() == count + 1 else {}
+        reader = open_shard(store, plan, shard)
+        footer = parse_json(reader.read([count])[0], "its footer") if reader.num_records() == count + 1 else {}
     except (RuntimeError, InputError):
         return None
-    own = isinstance(facts, dict) and (facts.get("plan"), facts.get("shard")) == (plan.digest, shard)
-    return facts if own else None
+    own = isinstance(footer, dict) and (footer.get("plan"), footer.get("shard")) == (plan.digest, shard)
+    return ShardFooter(footer["skipped"]) if own else None

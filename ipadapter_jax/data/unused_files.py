@@ -1,11 +1,10 @@
 """What lies in a data set and is in no record: counted, with names and reasons, so that nothing vanishes in silence."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from ipadapter_jax.inputs.strings import replace_surrogates
-from ipadapter_jax.storage.atomic_files import write_atomically
+from ipadapter_jax.storage.store import Store
 
 # Reasons, as they are said of several files.
 NO_CAPTION = "images without a caption"
@@ -83,13 +82,12 @@ class UnusedFiles:
         return "".join(f"{line}\n" for line in lines)
 
 
-def write_report(folder: Path, unused: UnusedFiles) -> None:
-    """The whole list as a file in a folder; none when there is nothing to tell."""
-    path = folder / REPORT
+def write_report(store: Store, unused: UnusedFiles) -> None:
+    """Writes the whole list as the file REPORT, or removes that file when the list is empty."""
     if len(unused):
-        write_atomically(path, unused.report().encode())
+        store.write(REPORT, unused.report().encode())
     else:
-        path.unlink(missing_ok=True)
+        store.remove(REPORT)
 
 
 def summarize(records: int, unused: UnusedFiles) -> str:

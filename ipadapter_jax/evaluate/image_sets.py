@@ -14,6 +14,7 @@ from ipadapter_jax.images.formats import SUFFIXES, unread_format
 from ipadapter_jax.storage.csv_files import read_csv
 from ipadapter_jax.storage.nearby_paths import nearby_hint
 from ipadapter_jax.storage.paths import expand_home
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.storage.text_files import LIST_BYTES, decode_text, read_bytes
 
 
@@ -99,6 +100,6 @@ def _check(place: Path, references: Sequence[Reference], counts: Sequence[int]) 
 def recorded_settings(folder: Path) -> dict[str, object] | None:
     """The settings that images were made with, where a job of `ipadapter-jax` made the images of this folder."""
     try:
-        return read_settings(folder)
+        return read_settings(LocalStore(folder))
     except InputError:
         return None

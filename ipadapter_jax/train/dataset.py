@@ -15,6 +15,7 @@ from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.config_fields import build_config
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.storage.paths import expand_home
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import LoadedNetworks, PrecomputedEncoder
 from ipadapter_jax.train.precompute import check_cache
@@ -34,11 +35,11 @@ def open_samples(config: Train, path: str) -> Samples:
     place = Path(expand_home(path))
     names = ("image_root", "image_column", "text_column", "cond_image_column")
     named = {name: getattr(data, name) for name in names if path == data.path}  # validation data may be others
-    if is_cache(place):
+    if is_cache(LocalStore(place)):
         for name, value in named.items():
             if value is not None:
                 raise InputError(f"{argument(name, value)} has no effect: {path} is encoded already; leave it out")
-        return CachedSamples(place)
+        return CachedSamples(LocalStore(place))
     source, base = open_dataset(path, **named), open_base_folder(model.base, model.variant)
     clip_size = None
     if model.adapter != "none":
@@ -56,7 +57,7 @@ def log_record_count(path: str, samples: Samples) -> None:
 def write_unused_report(folder: Path, samples: Samples) -> None:
     """Leaves the list of what is not used in the folder of a run, in process 0."""
     if jax.process_index() == 0 and isinstance(samples, LiveSamples):
-        write_report(folder, samples.source.unused)
+        write_report(LocalStore(folder), samples.source.unused)
 
 
 def precomputed_encoder(samples: Samples) -> PrecomputedEncoder | None:
@@ -64,7 +65,7 @@ def precomputed_encoder(samples: Samples) -> PrecomputedEncoder | None:
     if isinstance(samples, LiveSamples):
         return None
     config: CLIPVisionConfig = build_config(
-        CLIPVisionConfig, samples.plan.made_from["image_encoder"]["config"], f"{samples.folder}: image encoder"
+        CLIPVisionConfig, samples.plan.made_from["image_encoder"]["config"], f"{samples.store}: image encoder"
     )
     return PrecomputedEncoder(config, samples.zero_features())
 

@@ -34,6 +34,7 @@ from ipadapter_jax.runtime.prefetch import ordered_map
 from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.storage.config_diff import diff_configs
 from ipadapter_jax.storage.paths import check_utf8, expand_home
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train.config import Mesh
 from ipadapter_jax.train.frozen_encoders import FrozenEncoders, load_frozen_encoders
 from ipadapter_jax.train.multihost import barrier, initialize
@@ -64,26 +65,26 @@ def precompute(config: PrecomputeConfig) -> int | None:
 def precompute_shards(config: PrecomputeConfig, process: int, processes: int) -> int | None:
     """Writes the missing ones of the shards process, process + processes, ...; completes the folder if all are there,
     and then returns the number of skipped records."""
-    job = _job(config)
-    if changed := diff_configs(start_cache(config.out, job.plan).to_json(), job.plan.to_json()):
+    job, store = _job(config), LocalStore(config.out)
+    if changed := diff_configs(start_cache(store, job.plan).to_json(), job.plan.to_json()):
         raise InputError(
             f"{config.out} was begun with other settings or data ({'; '.join(changed[:8])}); go on with those, or "
             "choose another --out"
         )
-    facts = [read_shard_footer(config.out, job.plan, shard) for shard in range(job.plan.shards)]
-    missing = [shard for shard, found in enumerate(facts) if found is None]
+    footers = [read_shard_footer(store, job.plan, shard) for shard in range(job.plan.shards)]
+    missing = [shard for shard, found in enumerate(footers) if found is None]
     _check_room(config.out, job.plan, missing)
     if process == 0:
         log.info("%s: %s", config.data, job.samples.account())
-        write_report(config.out, job.samples.source.unused)
-    skipped = [entry for found in facts if found for entry in found["skipped"]]
-    done = sum(len(job.plan.shard_records(shard)) for shard, found in enumerate(facts) if found)
+        write_report(store, job.samples.source.unused)
+    skipped = [entry for found in footers if found for entry in found.skipped]
+    done = sum(len(job.plan.shard_records(shard)) for shard, found in enumerate(footers) if found)
     job.write([shard for shard in missing if shard % processes == process], done, skipped)
     if jax.process_count() > 1:
         barrier("encoded")
     if jax.process_index():
         return None
-    count = finish_cache(config.out, job.plan, _zero_features(job))
+    count = finish_cache(store, job.plan, _zero_features(job))
     if count is None and process == jax.process_index() and processes == jax.process_count():
         raise InputError(f"{config.out}: some shards are not to be seen here; run the same command on all hosts again")
     return count
@@ -129,7 +130,7 @@ def check_cache(
     }
     if changed := diff_configs({name: made[name] for name in names}, {name: needed[name] for name in names}):
         raise InputError(
-            f"{cache.folder} was encoded for another run than this ({'; '.join(changed)}): encode the data again, or "
+            f"{cache.store} was encoded for another run than this ({'; '.join(changed)}): encode the data again, or "
             "change the run's settings"
         )
 
@@ -155,7 +156,7 @@ class _Job:
         total, first_time = sum(map(len, parts)), AnnounceFirstCall()
         with contextlib.closing(rows), tqdm.tqdm(total=total, desc="encoding", unit="sample", disable=None) as bar:
             for shard, part in zip(shards, parts, strict=True):
-                with ShardWriter(config.out, self.plan, shard) as writer:
+                with ShardWriter(LocalStore(config.out), self.plan, shard) as writer:
                     for row in self._encoded(part, rows, first_time):
                         if isinstance(row, SkippedRecord):
                             writer.skip(*row)
@@ -264,7 +265,7 @@ def _check(config: PrecomputeConfig) -> None:
     check_exists(config.data)
     check_utf8(config.out, "the format of the features")
     data = Path(expand_home(config.data))
-    if is_cache(data):
+    if is_cache(LocalStore(data)):
         raise InputError(f"--data {data} is encoded already; name the images")
     if config.out.resolve().is_relative_to(data.resolve()):
         raise InputError(f"--out {config.out} lies in the data: choose a folder outside of {data}")

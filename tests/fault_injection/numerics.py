@@ -12,6 +12,7 @@ from ipadapter_jax.data.feature_cache import CachedSamples, finish_cache, start_
 from ipadapter_jax.data.feature_shards import ShardWriter
 from ipadapter_jax.data.shuffle import record_order
 from ipadapter_jax.runtime.mesh import global_mesh
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.checksums import tree_checksums
 from ipadapter_jax.train.config import Train
@@ -93,15 +94,15 @@ def _encoded(config: Train, out: Path) -> Path:
 
 def _poisoned(cache: Path, out: Path, bad: dict[int, float]) -> Path:
     """A cache with other latents for some records."""
-    samples = CachedSamples(cache)
-    start_cache(out, samples.plan)
-    with ShardWriter(out, samples.plan, 0) as writer:
+    samples = CachedSamples(LocalStore(cache))
+    start_cache(LocalStore(out), samples.plan)
+    with ShardWriter(LocalStore(out), samples.plan, 0) as writer:
         for index in range(len(samples)):
             sample = dict(samples[index])
             if index in bad:
                 sample["mean"] = np.full_like(sample["mean"], bad[index])
             writer.add(sample)
-    finish_cache(out, samples.plan, samples.zero_features())
+    finish_cache(LocalStore(out), samples.plan, samples.zero_features())
     return out
 
 

@@ -26,6 +26,7 @@ from ipadapter_jax.data.open_dataset import open_dataset
 from ipadapter_jax.images.preprocess import CLIP_TABLE
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.runtime.mesh import batch_sharding, global_mesh
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train import precompute as precompute_module
 from ipadapter_jax.train.frozen_encoders import load_frozen_encoders
 from ipadapter_jax.train.networks import load_networks
@@ -82,7 +83,7 @@ def test_training_sees_the_same_from_the_cache_as_live(images, whole, tmp_path, 
     if adapter == "plus":
         out = tmp_path / "cache"
         precompute(settings(images, out, features="penultimate"))
-    cache, mesh = CachedSamples(out), global_mesh()
+    cache, mesh = CachedSamples(LocalStore(out)), global_mesh()
     loaded = load_networks(tiny(model__adapter=adapter, data__resolution=64), mesh, None)
     networks, frozen = loaded.networks, loaded.frozen
     vision = networks.image_encoder.config
@@ -123,11 +124,11 @@ def test_captions_are_as_long_as_the_text_encoder_reads(images, tmp_path):
     path = base / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 40}))
     precompute(settings(images, tmp_path / "cache", model=str(base)))
-    assert CachedSamples(tmp_path / "cache")[0]["input_ids"].shape == (40,)
+    assert CachedSamples(LocalStore(tmp_path / "cache"))[0]["input_ids"].shape == (40,)
 
 
 def test_a_bad_record_keeps_its_place_and_is_listed(whole):
-    cache = CachedSamples(whole)
+    cache = CachedSamples(LocalStore(whole))
     refused(lambda: cache[BAD], cache.key(BAD), "skipped.jsonl")
     assert all(np.isfinite(cache[i]["mean"]).all() for i in range(11) if i != BAD)
     assert '"key": "05.png"' in (whole / "skipped.jsonl").read_text()
@@ -158,7 +159,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(images, whole, tmp_path):
     assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
     first = out / "shard-00000-of-00003.array_record"
     written = first.stat().st_mtime_ns
-    refused(lambda: CachedSamples(out), "not complete")
+    refused(lambda: CachedSamples(LocalStore(out)), "not complete")
     assert precompute(settings(images, out)) == 1
     assert first.stat().st_mtime_ns == written  # it was not made again
     assert contents(out) == contents(whole)
@@ -218,8 +219,8 @@ def test_a_run_is_held_against_the_cache(whole, tmp_path):
     vae, tokenizer = TORCH_MODEL / "vae" / "diffusion_pytorch_model.safetensors", TORCH_MODEL / "tokenizer"
     needed = {"vae": vae, "tokenizer": tokenizer, "resolution": 64, "features": "pooled"}
     needed["image_encoder"] = IMAGE_ENCODER / "model.safetensors"
-    check_cache(CachedSamples(whole), **needed)
-    check_cache(CachedSamples(whole), **needed | {"features": None, "image_encoder": None})
+    check_cache(CachedSamples(LocalStore(whole)), **needed)
+    check_cache(CachedSamples(LocalStore(whole)), **needed | {"features": None, "image_encoder": None})
     other = tmp_path / "vae.safetensors"
     other.write_bytes(b"another")
     learned = tmp_path / "learned"
@@ -234,7 +235,9 @@ def test_a_run_is_held_against_the_cache(whole, tmp_path):
         {"features": "penultimate"},
     ]
     for change in wrong:
-        refused(lambda change=change: check_cache(CachedSamples(whole), **needed | change), str(whole), *change)
+        refused(
+            lambda change=change: check_cache(CachedSamples(LocalStore(whole)), **needed | change), str(whole), *change
+        )
 
 
 def test_too_many_bad_records_stop_with_advice(images, tmp_path, monkeypatch):
@@ -277,7 +280,7 @@ def test_the_command(images, tmp_path):
     words += ["--out", tmp_path / "cache", "--resolution", 64, "--batch-size", 1]
     done = subprocess.run([sys.executable, "-m", "ipadapter_jax.cli", *map(str, words)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'cache'}: 10 samples, 1 records skipped\n"), done.stderr
-    cache = CachedSamples(tmp_path / "cache")
+    cache = CachedSamples(LocalStore(tmp_path / "cache"))
     assert cache[0]["features"].dtype == jnp.bfloat16
     assert f"{images}: 11 records, 0 files not used\n" in done.stderr
     assert cache.account().startswith("10 records, 0 files not used; 1 more could not be encoded, see ")

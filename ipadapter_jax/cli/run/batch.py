@@ -17,6 +17,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.pipelines.ip_adapter import Prepared
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.runtime.memory_limits import check_job_memory
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.weights import bundled
 
 
@@ -36,7 +37,7 @@ def batch(args: Batch) -> int:
     prepare = functools.partial(_load, pipe, args.reference_resize)
     progress = make_images(pipe, args, tasks, args.out, settings(args, pipe), prepare, invalid)
     if args.process == 0:
-        write_report(args.out, left_out)
+        write_report(LocalStore(args.out), left_out)
     if progress.invalid:
         name = "bad_rows.jsonl" if args.process == 0 else f"bad_rows-{args.process}.jsonl"
         print(f"{len(progress.invalid)} rows could not be used, see {args.out / name}", file=sys.stderr)

@@ -20,6 +20,7 @@ from ipadapter_jax.data.unused_files import UnusedFiles, summarize, write_report
 from ipadapter_jax.errors import InputError, errors_name_options
 from ipadapter_jax.evaluate.prompts import open_references
 from ipadapter_jax.images.formats import SUFFIXES
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train.dataset import log_record_count, write_unused_report
 
 
@@ -65,10 +66,10 @@ def test_what_is_not_used_is_counted_and_named(tmp_path) -> None:
         "(1: a.caption); captions without an image that is read (2: c.txt, d.txt); image prompts without an image "
         "(1: e.cond.jpg); images without a caption (1: b.jpg); other files (1: notes.md)"
     )
-    write_report(tmp_path, source.unused)
+    write_report(LocalStore(tmp_path), source.unused)
     lines = (tmp_path / "unused_files.txt").read_text().splitlines()
     assert len(lines) == 8 and lines[-1] == "notes.md: other files" and "b.jpg: images without a caption" in lines
-    write_report(tmp_path, UnusedFiles())
+    write_report(LocalStore(tmp_path), UnusedFiles())
     assert not (tmp_path / "unused_files.txt").exists()
 
 

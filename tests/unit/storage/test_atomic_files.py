@@ -365,8 +365,9 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from ipadapter_jax.data.feature_shards import CachePlan, SampleLayout, ShardWriter
+from ipadapter_jax.storage.store import LocalStore
 layout = SampleLayout({"features": (np.dtype(np.float32), (1024,))})
-with ShardWriter(Path(sys.argv[1]), CachePlan(9, 9, layout, {}), 0) as writer:
+with ShardWriter(LocalStore(Path(sys.argv[1])), CachePlan(9, 9, layout, {}), 0) as writer:
     for _ in range(2000):  # enough for the writer to have begun its file
         writer.add({"features": np.ones(1024, np.float32)})
     print("begun", flush=True)
