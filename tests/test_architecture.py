@@ -139,6 +139,55 @@ def test_nothing_runs_what_it_reads() -> None:
     assert not found, "\n".join(found)
 
 
+# Which kernels of cuDNN run on this GPU is tried once in a process, and remembered where the kernels are chosen.
+REMEMBERED = {"ipadapter_jax.ops.attention_kernels": {"_AGREED", "REFUSED"}}
+# Methods that change a list, dictionary, set or deque.
+MUTATORS = {"add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "popleft"}
+MUTATORS |= {"remove", "setdefault", "update"}
+
+
+def module_level_names(tree: ast.Module) -> set[str]:
+    """What the statements of a module, outside of its functions and classes, assign to or import from this package."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def changed_names(node: ast.AST) -> Iterator[str]:
+    """The names whose value one statement or call changes in place: NAME.add(...), NAME[...] = ..., NAME.attribute =
+    ..., del NAME[...]; and those that `global` declares, to be assigned again."""
+    if isinstance(node, ast.Global):
+        yield from node.names
+    elif isinstance(node, ast.Call):
+        if (
+            isinstance(node.func, ast.Attribute)
+            and node.func.attr in MUTATORS
+            and isinstance(node.func.value, ast.Name)
+        ):
+            yield node.func.value.id
+    elif isinstance(node, ast.Assign | ast.Delete | ast.AugAssign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [node.target]
+        for target in targets:
+            if isinstance(target, ast.Subscript | ast.Attribute) and isinstance(target.value, ast.Name):
+                yield target.value.id
+
+
+def test_no_module_level_mutable_state() -> None:
+    """State of a process belongs to an object with an owner, to a cached pure function or to a ContextVar."""
+    found = []
+    for name, tree in TREES.items():
+        shared = module_level_names(tree) - REMEMBERED.get(name, set())
+        for node in ast.walk(tree):
+            if changed := sorted(shared.intersection(changed_names(node))):
+                found.append(f"{name}:{getattr(node, 'lineno', '')} changes {', '.join(changed)}")
+    assert not found, "module-level state:\n" + "\n".join(found)
+
+
 def test_sizes() -> None:
     found = []
     for name, path in FILES.items():

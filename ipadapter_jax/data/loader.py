@@ -82,7 +82,7 @@ def load_batches(
         sample, _ = source.load(first * batch_size + rows[0])
         loading = load_in_workers(loading, workers, len(rows) * sum(array.nbytes for array in sample.values()))
     generator = _until_closed(loading)
-    _open.add(generator)
+    _close_at_exit(generator)
     return generator
 
 
@@ -145,12 +145,15 @@ def _until_closed(loading: grain.IterDataset) -> Generator[LoadedBatch, None, No
         yield from iterator
 
 
-_open: weakref.WeakSet[Generator] = weakref.WeakSet()
+def _close_at_exit(generator: Generator) -> None:
+    """Has the generator closed when the interpreter exits, if it is still open then: later, closing fails."""
+
+    def close() -> None:
+        if (still_open := reference()) is not None:
+            still_open.close()
+
+    reference = weakref.ref(generator, lambda _: atexit.unregister(close))
+    atexit.register(close)
 
 
-@atexit.register
-def _close_all() -> None:
-    """What nobody has closed: once the interpreter takes itself apart, closing fails."""
-    for generator in list(_open):
-        generator.close()
-    gc.collect()  # grain's iterators are in cycles with the last shared memory that they took
+atexit.register(gc.collect)  # runs last: grain's iterators are in reference cycles with their last shared memory
