@@ -1,11 +1,10 @@
-"""What a person did wrong, said in one line and in the words of whoever is told: a caller in Python has arguments, a
-command line options."""
+"""Errors of bad input: one line each, which names Python arguments or, under the command line, its options."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 
-_OPTIONS: ContextVar[Mapping[str, str]] = ContextVar("options", default={})  # noqa: B039, which nobody writes to
+_OPTIONS: ContextVar[Mapping[str, str]] = ContextVar("options", default={})  # noqa: B039, nothing writes to it
 
 
 class InputError(ValueError):
@@ -13,16 +12,18 @@ class InputError(ValueError):
 
 
 class NonFiniteImageError(InputError):
-    """An image came out that is none; others of its batch may be good."""
+    """A generated image holds NaN or infinity. Other images of its batch may be finite."""
 
 
 class WeightFileError(InputError):
-    """A weight file that cannot be used: damaged, hostile, of another kind, or made for another model."""
+    """A weight file that cannot be used: damaged, malicious, of another kind, or made for another model."""
 
 
 def argument(name: str, *value: object, part: str = "") -> str:
-    """An argument, with its value where one is given: width=65 in Python, --width 65 where a command line has an option
-    for it. A `part` of an argument may have an option of its own."""
+    """How an error names an argument and its value: width=65 in Python, --width 65 under the command line.
+
+    part: a part of the argument that may have an option of its own, as `errors_name_options` says.
+    """
     option = _OPTIONS.get().get(f"{name}/{part}" if part else name)
     if option is None:
         return "=".join([name, *map(str, value)])
@@ -30,15 +31,15 @@ def argument(name: str, *value: object, part: str = "") -> str:
 
 
 def option(name: str) -> str:
-    """The option for an argument that Python gives without its name: " (--model)", or nothing."""
+    """The option for an argument that is positional in Python, in parentheses: " (--model)"; "" without an option."""
     found = _OPTIONS.get().get(name)
     return "" if found is None else f" ({found})"
 
 
 @contextlib.contextmanager
 def errors_name_options(options: Mapping[str, str]) -> Iterator[None]:
-    """While this lasts, errors name a command line's options in the place of arguments: {"width": "--width"}, and
-    {"ip_adapter_scale/layers": "--layer-scales"} for a part of one."""
+    """Inside this context errors name options in place of arguments: {"width": "--width"}, and for a part of an
+    argument {"ip_adapter_scale/layers": "--layer-scales"}."""
     before = _OPTIONS.set(options)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A record as the networks take it: pixels for the VAE, pixels for the image encoder, token ids of the caption."""
+"""Samples from records: pixels for the VAE, pixels for the image encoder, token ids of the caption."""
 
 import functools
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.weights.tokenizer import Tokenizer, load_tokenizer
 from ipadapter_jax.weights.tokenizer_files import vocabulary_files
 
-_CAPTIONS = 256  # that are looked at before a run
+_CAPTIONS = 256  # whose lengths are checked before a run
 
 
 @functools.cache
 def _tokenizer(folder: Path) -> Tokenizer:
-    """One per process: samples that travel to worker processes take only its place along."""
+    """One tokenizer per process: pickled samples hold only the path of its folder."""
     return load_tokenizer(folder)
 
 
 @dataclass(frozen=True)
 class LiveSamples:
-    """Random access to samples made from records when they are asked for. For threads, and to pickle into other
-    processes. Without a `clip_size` there is no image prompt: no "clip_pixels".
+    """Random access to samples that are made from records on demand. Several threads may read; it can be pickled.
+    Without a `clip_size` there is no image prompt and no "clip_pixels".
 
     Raises InputError when `tokenizer_folder` holds no tokenizer.
     """
@@ -39,7 +39,7 @@ class LiveSamples:
     text_length: int = 77
 
     def __post_init__(self) -> None:
-        _tokenizer(self.tokenizer_folder)  # here, or every record would seem bad
+        _tokenizer(self.tokenizer_folder)  # here, else every record would seem unreadable
 
     def __len__(self) -> int:
         return len(self.source)
@@ -48,8 +48,8 @@ class LiveSamples:
         return self.source.key(index)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Of record `index` "pixels" (resolution, resolution, 3) and "clip_pixels" (clip_size, clip_size, 3) uint8,
-        and "input_ids" (text_length,) int32, where a longer caption loses its end.
+        """Sample `index`: "pixels" (resolution, resolution, 3) and "clip_pixels" (clip_size, clip_size, 3) uint8, and
+        "input_ids" (text_length,) int32; longer captions are truncated.
 
         Raises InputError naming the record's key when it cannot be read, or is not what it should be.
         """
@@ -66,7 +66,7 @@ class LiveSamples:
         return sample
 
     def identity(self) -> dict[str, Any]:
-        """What decides about the samples, as JSON, without the place of anything."""
+        """All that the samples depend on, as JSON, without paths."""
         files = vocabulary_files(self.tokenizer_folder)
         return {
             "source": self.source.identity(),
@@ -77,9 +77,9 @@ class LiveSamples:
         }
 
     def account(self) -> str:
-        """How many records there are, what is not used, and how many of the first captions are too long, in one line.
+        """In one line: the number of records, what is not used, and how many of the first captions are too long.
 
-        Reads the first records for that: to count all captions would be to read all data.
+        Reads the first records only: checking all captions would mean reading all data.
         """
         line, first = summarize(len(self), self.source.unused), min(_CAPTIONS, len(self))
         long = [record.key for record in map(self._readable, range(first)) if record and self._is_long(record)]
@@ -95,7 +95,7 @@ class LiveSamples:
             return self.source[index]
         except MemoryError:
             raise
-        except Exception:  # whatever a damaged record brings a reader to raise is said when it is its turn
+        except Exception:  # any error of a damaged record is reported when the record is loaded
             return None
 
     def _is_long(self, record: Record) -> bool:

@@ -99,7 +99,7 @@ class CachedSamples:
         return {"kind": "encoded", "records": len(self), "files": self.plan.shards, "digest": self.plan.digest}
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Sample `index`. Raises InputError naming it when it is damaged or was unusable in the source."""
+        """Sample `index`. Raises InputError naming it when it is damaged or could not be read in the source."""
         shard, position = divmod(index, self.plan.records_per_shard)
         try:
             payload = self._reader(shard).read([position])[0]
@@ -119,7 +119,7 @@ class CachedSamples:
         return found
 
     def _reader(self, shard: int) -> ArrayRecordReader:
-        """Opened on demand; one serves all threads."""
+        """The reader of a shard, for all threads, opened on first use."""
         if shard not in self._readers:
             with self._lock:
                 if shard not in self._readers:
@@ -127,7 +127,7 @@ class CachedSamples:
         return self._readers[shard]
 
     def account(self) -> str:
-        """How many records there are, and how many could not be encoded, in one line."""
+        """In one line: the number of records, and how many could not be encoded."""
         skipped = self._manifest.skipped
         where = f"; {skipped} more could not be encoded, see {self.store.path(_SKIPPED)}" if skipped else ""
         return f"{len(self) - skipped} records, 0 files not used{where}"

@@ -1,8 +1,8 @@
-"""Encoded samples in ArrayRecord shards: how a sample lies in bytes, what a whole cache holds, and its shards.
+"""Encoded samples in ArrayRecord shards: the bytes of a sample, the plan of a cache, and its shards.
 
-Shard s holds the source's records [s * n, (s + 1) * n) and then one more: its facts as JSON. A source record that could
-not be read is an empty one, so that record i of the cache is record i of the source, and training meets and replaces
-it as it would live. ArrayRecord stores every record with a 64-bit hash and checks it on reading.
+Shard s holds the source's records [s * n, (s + 1) * n) and one more, its footer as JSON. For a source record that could
+not be read the shard holds an empty record, so that record i of the cache is record i of the source, and training
+replaces it as it would without the cache. ArrayRecord stores a 64-bit hash of every record and checks it on reading.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from ipadapter_jax.storage.store import Store
 from ipadapter_jax.storage.text_files import parse_json
 
 FORMAT = 1
-_WRITE = "group_size:1,uncompressed"  # one record a chunk: read alone; floats do not compress
+_WRITE = "group_size:1,uncompressed"  # one record per chunk, so that each is read alone; floats do not compress
 _READ = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:65536"  # for random access
 _BUFFER = 1 << 17  # bytes
 _DTYPES = ("float32", "bfloat16", "float16", "int32")
@@ -32,7 +32,8 @@ _DTYPES = ("float32", "bfloat16", "float16", "int32")
 
 @dataclasses.dataclass(frozen=True)
 class SampleLayout:
-    """How a sample lies in a record: its arrays one after the other, little-endian. Stated once for a whole cache."""
+    """The layout of a sample in a record: its arrays one after the other, little-endian. One layout for a whole
+    cache."""
 
     arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
@@ -71,7 +72,7 @@ class SampleLayout:
 class CachePlan:
     """What a cache holds: a pure function of the data, the encoders and the settings that matter to the result.
 
-    made_from: JSON of whatever decides the content: "resolution", "features", "vae", "image_encoder", "data", ...
+    made_from: JSON of all that the content depends on: "resolution", "features", "vae", "image_encoder", "data", ...
     """
 
     records: int
@@ -107,7 +108,7 @@ class CachePlan:
 
 
 class ShardWriter:
-    """Writes one shard; it appears under its name when the block ends without an error, and whole.
+    """Writes one shard, which appears under its name when the block ends without an error.
 
     A part of it is never left behind. Raises InputError naming the file, for example when the disk is full.
     """
@@ -118,11 +119,11 @@ class ShardWriter:
         self.skipped: list[dict[str, object]] = []
 
     def add(self, sample: Mapping[str, np.ndarray]) -> None:
-        """The next record."""
+        """Writes the next record."""
         self._write(self._plan.layout.pack(sample))
 
     def skip(self, index: int, key: str, reason: str) -> None:
-        """The next record is one that cannot be used: number in the source, key and what is wrong."""
+        """Writes an empty record for one that cannot be read: its number in the source, its key and the error."""
         self.skipped.append({"index": index, "key": key, "reason": reason})
         self._write(b"")
 
@@ -145,7 +146,7 @@ class ShardWriter:
                 if error is None:
                     footer = {"plan": self._plan.digest, "shard": self._shard, "skipped": self.skipped}
                     self._write(json.dumps(footer).encode())
-                self._writer.close()  # what could not be written is told only here
+                self._writer.close()  # some write errors are raised only here
             except RuntimeError as fault:
                 raise error or _not_written(self._store.path(self._name), fault) from None
             if error is not None:
@@ -160,7 +161,7 @@ def _not_written(path: Path, error: Exception) -> InputError:
 
 
 def open_shard(store: Store, plan: CachePlan, shard: int) -> ArrayRecordReader:
-    """A reader for all threads: `read([position])` gives [bytes], or raises RuntimeError with what is wrong."""
+    """A reader for all threads: `read([position])` returns [bytes], or raises RuntimeError."""
     return ArrayRecordReader(str(store.path(plan.shard_name(shard))), _READ, file_reader_buffer_size=_BUFFER)
 
 

@@ -1,4 +1,4 @@
-"""The files that make up a data set: found, sorted, read, and what identifies them."""
+"""The files of a data set: finds, sorts, reads and identifies them."""
 
 import glob
 import hashlib
@@ -18,7 +18,7 @@ from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.storage.text_files import read_bytes
 
 MAX_TEXT = 16 << 20  # bytes of a caption
-MAX_BYTES = 256 << 20  # no encoded image needs more; a wrong file must not fill the memory of every worker
+MAX_BYTES = 256 << 20  # no encoded image is larger; a wrong file must not fill the memory of every worker
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class FileListing:
         return FileListing(self.root, PackedStrings(name for name in self.names if pattern.search(name)))
 
     def identity(self, kind: str, records: int) -> dict[str, Any]:
-        """What `Source.identity` promises."""
+        """The identity of a source, as `RecordSource.identity` describes it."""
         return {"kind": kind, "records": records, "files": len(self), "digest": digest(self._sizes())}
 
     def _sizes(self) -> Iterator[tuple[str, int]]:
@@ -54,7 +54,7 @@ def find_files(path: str) -> FileListing:
         raise InputError(f"{path} is a URL; download the data first and give the local path")
     path = expand_home(path)
     if os.path.isdir(path):
-        root, names = path, _walk(path)
+        root, names = path, _scan(path)
     elif os.path.exists(path):
         root, names = os.path.split(path)
         names = [names]
@@ -72,7 +72,7 @@ def find_files(path: str) -> FileListing:
 
 
 def check_exists(path: str) -> None:
-    """Raises InputError, as `find_files` does, where nothing is; what is there is not looked through."""
+    """Raises InputError, as `find_files` does, if nothing exists at a path. Does not list what exists."""
     place = expand_home(path)
     if not os.path.exists(place) and not glob.has_magic(place):
         find_files(path)
@@ -93,7 +93,7 @@ def check_size(size: int, key: str, is_text: bool = False) -> None:
 
 
 def size(path: str) -> int:
-    """Bytes of a file, -1 where there is none."""
+    """Bytes of a file; -1 if it does not exist."""
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):
@@ -101,7 +101,7 @@ def size(path: str) -> int:
 
 
 def allow_open_files(count: int) -> None:
-    """Lets this process hold so many files open besides its others: a soft limit of 1024 is usual."""
+    """Allows this process to open `count` more files: a soft limit of 1024 is usual."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -114,11 +114,11 @@ def digest(sizes: Iterable[tuple[str, int]]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def _walk(folder: str) -> list[str]:
+def _scan(folder: str) -> list[str]:
     names, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
         status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above would go round for ever
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above would be an endless loop
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))

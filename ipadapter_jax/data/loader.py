@@ -1,8 +1,8 @@
-"""Batch k of the one global order of the data, wherever and however it is loaded.
+"""Batches of the one global order of the data.
 
-Which record a row of a batch reads follows from the seed alone, so every number of worker processes, threads, machines
-and restarts gives the same batches, and a checkpoint needs to know only its step. Records that cannot be read are
-replaced by a fixed rule, which changes no other row.
+The record of each sample of a batch follows from the seed alone, so every number of worker processes, threads, machines
+and restarts gives the same batches, and a checkpoint stores only its step. Records that cannot be read are replaced by
+a fixed rule, which changes no other sample.
 """
 
 import atexit
@@ -23,11 +23,11 @@ from ipadapter_jax.data.workers import load_in_workers
 from ipadapter_jax.errors import InputError
 
 MAX_CONSECUTIVE_UNREADABLE = 64
-_AHEAD = 2  # batches that a process holds ready or is making: while one is finished, idle threads begin the next
+_AHEAD = 2  # batches that a process has ready or is making: while one is completed, idle threads start the next
 
 
 class SampleSource(Protocol):
-    """Random access to arrays, for several threads at once; samples of one set have the same names and shapes."""
+    """Random access to samples from several threads. All samples of a set have the same names and shapes."""
 
     def __len__(self) -> int: ...
 
@@ -37,7 +37,7 @@ class SampleSource(Protocol):
 
 
 class SkippedRecord(NamedTuple):
-    """A record that could not be used, and why, in one line."""
+    """A record that could not be used, and the reason in one line."""
 
     index: int
     key: str
@@ -45,7 +45,7 @@ class SkippedRecord(NamedTuple):
 
 
 class LoadedBatch(NamedTuple):
-    """Some rows of a global batch, arrays (rows, ...), and the records that were replaced in them."""
+    """The samples at some positions of a global batch, arrays (positions, ...), and the records that were replaced."""
 
     arrays: dict[str, np.ndarray]
     skipped: list[SkippedRecord]
@@ -62,14 +62,15 @@ def load_batches(
     workers: int = 0,
     threads: int = 8,
 ) -> Generator[LoadedBatch, None, None]:
-    """Global batches first, first + 1, ... first + count - 1, of each the given rows (0 <= row < batch_size).
+    """Global batches first, first + 1, ... first + count - 1; of each, the samples at positions `rows` (0 <= row <
+    batch_size).
 
-    Row r of batch k is global row g = k batch_size + r and reads the record `record_order(seed, len(samples), g)`. A
-    record that raises is replaced by the next one of the set that does not.
-    workers: processes that load; 0 loads in this one. threads: of every process that loads; 0 loads when asked, and
+    Position r of batch k is position g = k batch_size + r of the global order and reads the record
+    `record_order(seed, len(samples), g)`. A record that raises is replaced by the next one that does not.
+    workers: processes that load; 0 loads in this process. threads: of every process that loads; 0 loads on demand and
     nothing ahead. Memory: up to 2 batches ahead for this process, or 5 for every worker.
-    Raises InputError: no samples, a bad seed, or 64 records in a row that cannot be read. Closing the generator ends
-    its threads and processes; these end as well when this process does, however it ends.
+    Raises InputError: no samples, an invalid seed, or 64 consecutive records that cannot be read. Closing the generator
+    ends its threads and processes; they also end when this process ends, however it ends.
     """
     if not len(samples):
         raise InputError("the data set has no records: give one that has")
@@ -87,19 +88,24 @@ def load_batches(
 
 
 def load_or_skip(samples: SampleSource, index: int) -> dict[str, np.ndarray] | SkippedRecord:
-    """Sample `index`, or why it cannot be used."""
+    """Sample `index`, or the reason why it cannot be used."""
     try:
         return samples[index]
-    except MemoryError:  # that is not the record's fault
+    except MemoryError:  # not an error of the record
         raise
-    except Exception as error:  # InputError, or whatever else a damaged record brings a reader to raise
+    except Exception as error:  # InputError, or any error of a library that reads a damaged record
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         return SkippedRecord(index, samples.key(index), " ".join(f"{kind}{error}".split())[:300])
 
 
+class _LoadedSample(NamedTuple):
+    arrays: dict[str, np.ndarray]
+    skipped: list[SkippedRecord]
+
+
 @dataclass(frozen=True)
 class _Batches:
-    """The batches of this process, for grain to read at random. All threads load the rows of one batch together, so
+    """The batches of this process, for grain's random access. All threads load the samples of one batch together, so
     that memory does not grow with their number."""
 
     samples: SampleSource
@@ -114,20 +120,20 @@ class _Batches:
         return self.count
 
     def __getitem__(self, index: int) -> LoadedBatch:
-        places = [(self.first + index) * self.batch_size + row for row in self.rows]
-        loaded = list(_pool(self.threads).map(self.load, places) if self.threads else map(self.load, places))
+        positions = [(self.first + index) * self.batch_size + row for row in self.rows]
+        loaded = list(_pool(self.threads).map(self.load, positions) if self.threads else map(self.load, positions))
         arrays = {name: np.stack([sample[name] for sample, _ in loaded]) for name in loaded[0][0]}
         return LoadedBatch(arrays, [entry for _, skipped in loaded for entry in skipped])
 
-    def load(self, row: int) -> tuple[dict[str, np.ndarray], list[SkippedRecord]]:
-        """The sample of a global row, and the records that it stands in for."""
+    def load(self, position: int) -> _LoadedSample:
+        """The sample at a position of the global order, and the records that it replaces."""
         records = len(self.samples)
-        start = record_order(self.seed, records, row)
+        start = record_order(self.seed, records, position)
         skipped: list[SkippedRecord] = []
         for offset in range(min(MAX_CONSECUTIVE_UNREADABLE, records)):
             found = load_or_skip(self.samples, (start + offset) % records)
             if not isinstance(found, SkippedRecord):
-                return found, skipped
+                return _LoadedSample(found, skipped)
             skipped.append(found)
         raise InputError(
             f"{len(skipped)} records in a row cannot be read, check the data set; the first is {skipped[0].key}: "

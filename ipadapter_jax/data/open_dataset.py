@@ -1,9 +1,10 @@
-"""From a path to a source: what kind of data lies there is found out from the files themselves."""
+"""Opens a data set of any known format, which is recognized from the files themselves."""
 
 import os
 import re
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from ipadapter_jax.data.file_listing import FileListing, find_files
@@ -24,19 +25,22 @@ from ipadapter_jax.inputs.strings import replace_surrogates
 from ipadapter_jax.storage.nearby_paths import nearby_hint
 from ipadapter_jax.storage.paths import expand_home
 
-# What a folder may hold, by preference: img2dataset leaves .parquet files beside its shards and images.
-SUFFIXES = {
+# The formats in a folder, by preference: img2dataset leaves .parquet files next to its shards and images.
+SUFFIXES: Mapping[str, re.Pattern[str]] = {
     "tar": re.compile(r"\.tar$", re.IGNORECASE),
     "array_record": re.compile(r"\.array_?record(-\d+-of-\d+)?$", re.IGNORECASE),
     "folder": re.compile(rf"\.({'|'.join(suffix[1:] for suffix in sorted(IMAGES))})$", re.IGNORECASE),
     "parquet": re.compile(r"\.parquet$", re.IGNORECASE),
 }
-MAGIC = {b"PAR1": "parquet", bytes.fromhex("83af70d10d884a3f"): "array_record"}  # the latter begins Riegeli files
+MAGIC: Mapping[bytes, str] = {
+    b"PAR1": "parquet",
+    bytes.fromhex("83af70d10d884a3f"): "array_record",
+}  # the latter begins Riegeli files
 FORMATS = (
     f"give a JSON list like {EXAMPLE}, a folder of images with a .txt caption beside each, img2dataset's .tar, "
     "Parquet or ArrayRecord files, or a folder of TensorFlow Datasets"
 )
-HINTS = {
+HINTS: Mapping[str, str] = {
     ".json": "give the list itself, not its folder",
     ".jsonl": "give the list itself, not its folder",
     ".csv": "call it metadata.csv, with the columns file_name and text, and give the folder of its images",
@@ -59,8 +63,8 @@ def open_dataset(
     """The data set at `path`: a file, a folder, or a pattern such as "shards/*.tar"; see FORMATS.
 
     image_root: what the names in a JSON list are relative to; the folder of the list by default.
-    image_column, text_column, cond_image_column: for Parquet and TensorFlow Datasets, where `columns` does not know
-    the names; text_column also for the metadata.jsonl or .csv of a folder. `unused` of what is returned says which
+    image_column, text_column, cond_image_column: for Parquet and TensorFlow Datasets, where `column_names` does not
+    know the names; text_column also for the metadata.jsonl or .csv of a folder. `unused` of what is returned says which
     files and entries are in no record.
     Raises InputError naming what is wrong and what would be right, also when no record can be used.
     """
@@ -108,7 +112,7 @@ def _open(kind: str, files: FileListing, image_root: str | None, columns: Column
 
 
 def _kind(path: str, files: FileListing) -> str:
-    """Which kind of data the files are. Raises InputError when it is none that is known, or not given as it should."""
+    """The format of the files. Raises InputError when it is not known, or when the path has to be given otherwise."""
     folder = Path(expand_home(path))
     if len(files) == 1 and not folder.is_dir():
         return _kind_of_file(files.path(0))
@@ -161,7 +165,8 @@ def _unknown(path: str, suffixes: list[str]) -> InputError:
 
 
 def _probe(path: str, source: RecordSource) -> None:
-    """One bad record is left out later; when all of some that lie far apart are bad, the whole is not what it seems."""
+    """Raises InputError if all of a few distant records are unreadable: then the data set has another format than it
+    seems. Single unreadable records are replaced during loading."""
     first = None
     for i in range(PROBES):
         try:

@@ -6,10 +6,10 @@ import numpy as np
 
 
 class PackedStrings(Sequence[str]):
-    """An immutable list of strings that takes their UTF-8 and 8 bytes each, and pickles as fast as it copies."""
+    """An immutable list of strings that takes their UTF-8 bytes and 8 bytes each, and pickles as fast as it copies."""
 
     def __init__(self, strings: Iterable[str]):
-        # Bytes of file names that are not UTF-8 arrive as lone surrogates, and have to leave as such.
+        # File names that are not UTF-8 hold lone surrogates, which must survive.
         encoded = [text.encode("utf-8", "surrogatepass") for text in strings]
         self._block = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)

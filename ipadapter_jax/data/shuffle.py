@@ -1,9 +1,9 @@
-"""The order in which training reads its records: one shuffle per epoch, open at every place without the ones before.
+"""The order in which training reads its records: one shuffle per epoch, with random access to every position.
 
-A shuffle is a Feistel network, a permutation of the numbers below a power of 4, keyed by (seed, epoch); what is no
-record is permuted again until it is one. So nothing is stored, however many records there are. grain's own shuffle
-works alike, but its 4 rounds leave neighbouring places of a large set correlated (0.39 with 1M records, 0.55 with
-1,000M), and in a small set it is slow (2 ms a place with 10 records, against 4 us here).
+A shuffle is a Feistel network, a permutation of the numbers below a power of 4, keyed by (seed, epoch); a number that
+is not a record is permuted again until it is one. So nothing is stored, however many records there are. grain's own
+shuffle is similar, but its 4 rounds leave neighboring positions of a large set correlated (0.39 with 1M records, 0.55
+with 1,000M), and it is slow for a small set (2 ms per position with 10 records, against 4 us here).
 """
 
 import functools
@@ -14,12 +14,12 @@ _ROUNDS = 8
 _MASK = (1 << 64) - 1
 
 
-def record_order(seed: int, records: int, row: int) -> int:
-    """The record that global row `row` of training reads: the rows of each epoch read every record once.
+def record_order(seed: int, records: int, position: int) -> int:
+    """The record at a position of the global order of training; the positions of each epoch read every record once.
 
-    A pure function, which no release may change: resumed runs would see other data.
+    A pure function that no release may change: resumed runs would see other data.
     """
-    epoch, place = divmod(row, records)
+    epoch, place = divmod(position, records)
     bits = max(1, ((records - 1).bit_length() + 1) // 2)  # of either half
     keys = _keys(seed, epoch)
     while True:
@@ -37,7 +37,7 @@ def _keys(seed: int, epoch: int) -> list[int]:
 
 
 def _hash(x: int) -> int:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every bit in changes half of the 64 bits out."""
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every bit in changes half of the 64 bits out."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
     return x ^ x >> 31

@@ -1,4 +1,4 @@
-"""One training example as it lies in a data set, and what every kind of data set can do."""
+"""A record of a data set, and the interface of all data set formats."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from ipadapter_jax.data.unused_files import UnusedFiles
 class Record:
     """An image, its caption, and the image prompt where that is another image. Images stay encoded."""
 
-    key: str  # names it for a person: "images/1.png", "00003.tar:000031234", "part-0.parquet:17"
+    key: str  # what messages call it: "images/1.png", "00003.tar:000031234", "part-0.parquet:17"
     image: bytes
     text: str  # may be ""
     cond_image: bytes | None = None
@@ -19,8 +19,8 @@ class Record:
 class RecordSource(Protocol):
     """Random access to records, in an order that depends on the data alone.
 
-    Sources hold no open file that matters: they pickle into worker processes and are read from several threads at once.
-    `unused` is what lies there and is in no record.
+    Sources can be pickled into worker processes and read from several threads. `unused` counts the files and entries
+    that are in no record.
     """
 
     unused: UnusedFiles
@@ -36,7 +36,8 @@ class RecordSource(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What is data and not place, as JSON: {"kind", "records", "files", "digest"}, with the sha256 over the sorted
-        relative names and sizes of the files. The same after the data was moved, another once a file changed its size.
+        """Identifies the data, not their location, as JSON: {"kind", "records", "files", "digest"}, with the sha256
+        over the sorted relative names and sizes of the files. Unchanged when the data are moved, changed when the size
+        of a file changes.
         """
         ...

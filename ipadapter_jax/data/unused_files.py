@@ -1,4 +1,5 @@
-"""What lies in a data set and is in no record: counted, with names and reasons, so that nothing vanishes in silence."""
+"""Files and entries of a data set that are in no record, counted with names and reasons, so that nothing is lost
+silently."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,7 +7,7 @@ from typing import NamedTuple
 from ipadapter_jax.inputs.strings import replace_surrogates
 from ipadapter_jax.storage.store import Store
 
-# Reasons, as they are said of several files.
+# Reasons, in the plural, as messages give them.
 NO_CAPTION = "images without a caption"
 NO_IMAGE = "captions without an image that is read"
 NO_BYTES = "rows without the bytes of an image"
@@ -29,7 +30,7 @@ def not_read(kind: str) -> str:
 
 
 class Reason(NamedTuple):
-    """Why files are not used, how many, and the names of the first thousand."""
+    """A reason why files are not used, the number of files, and the names of the first thousand."""
 
     reason: str
     count: int
@@ -37,8 +38,8 @@ class Reason(NamedTuple):
 
 
 class UnusedFiles:
-    """Files, members and entries that are in no record that can be used, by reason. `records` counts those among them
-    that a source has as a record all the same, such as an image without a caption."""
+    """Files, members and entries that are in no usable record, by reason. `records` counts those among them that a
+    source has as an unusable record, such as an image without a caption."""
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = {}
@@ -53,7 +54,7 @@ class UnusedFiles:
         self.records += count if is_record else 0
 
     def extend(self, other: "UnusedFiles", prefix: str = "") -> None:
-        """Adds what another one has, with a prefix to its names."""
+        """Adds all of another collection, with a prefix to its names."""
         self.records += other.records
         for reason, count, names in other:
             for name in names:
@@ -64,16 +65,16 @@ class UnusedFiles:
         return sum(self._counts.values())
 
     def __iter__(self) -> Iterator[Reason]:
-        """The reasons, what else lies there last."""
+        """The reasons, other files last."""
         for reason in sorted(self._counts, key=lambda reason: reason == OTHER):
             yield Reason(reason, self._counts[reason], tuple(self._names[reason]))
 
     def names(self, reason: str) -> tuple[str, ...]:
-        """The names of the first thousand that are not used for a reason."""
+        """The names of the first thousand files that are not used for a reason."""
         return tuple(self._names.get(reason, ()))
 
     def report(self) -> str:
-        """A line for each name that is known, in the order of the reasons."""
+        """The list of names as text, a line each, in the order of the reasons."""
         lines = []
         for reason, count, names in self:
             lines += [f"{name}: {reason}" for name in names]

@@ -1,4 +1,4 @@
-"""Figures: images in rows with labels, and heat over an image."""
+"""Contact sheets (labeled images in rows), and heat maps over an image."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,8 +14,11 @@ LabeledImages = Sequence[tuple[str, Image.Image]]
 
 
 def contact_sheet(rows: Mapping[str, LabeledImages], note: str = "", side: int = 256) -> Image.Image:
-    """The rows, each under its title, with a note below; every image fitted into `side` by what the last one then has
-    in height. Text that is wider than its place is cut."""
+    """An image of all rows, each under its title, with a note below.
+
+    Every image is fitted into cells that are `side` wide and have the aspect ratio of the last image. Text that is
+    wider than its cell is truncated.
+    """
     *_, (_, last) = (cell for row in rows.values() for cell in row)
     width, height = side, round(side * last.height / last.width)
     columns, block = max(map(len, rows.values())), 2 * LINE + height + GAP
@@ -23,19 +26,19 @@ def contact_sheet(rows: Mapping[str, LabeledImages], note: str = "", side: int =
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
     for number, (title, row) in enumerate(rows.items()):
         top = number * block
-        title = _cut(title, font, canvas.width - 2 * GAP)
+        title = _truncated(title, font, canvas.width - 2 * GAP)
         draw.text((GAP, top + LINE / 2), title, "black", font, anchor="lm")
         for column, (label, cell) in enumerate(row):
             left = GAP + column * (width + GAP)
-            draw.text((left, top + 1.5 * LINE), _cut(label, font, width), "black", font, anchor="lm")
+            draw.text((left, top + 1.5 * LINE), _truncated(label, font, width), "black", font, anchor="lm")
             canvas.paste(ImageOps.contain(cell, (width, height), Image.Resampling.BICUBIC), (left, top + 2 * LINE))
-    note = _cut(note, font, canvas.width - 2 * GAP)
+    note = _truncated(note, font, canvas.width - 2 * GAP)
     draw.text((GAP, len(rows) * block + LINE / 2), note, "black", font, anchor="lm")
     return canvas
 
 
-def _cut(text: str, font: Font, width: float) -> str:
-    """The beginning of a text, on one line, that is not wider."""
+def _truncated(text: str, font: Font, width: float) -> str:
+    """A text on one line, truncated to a width in pixels."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
@@ -45,10 +48,10 @@ def _cut(text: str, font: Font, width: float) -> str:
 
 
 def overlay_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The image in grey under its heat (H, W): from blue, the least of the map, over white to red, the most."""
+    """The image in gray under its heat map (H, W): from blue, the minimum, over white to red, the maximum."""
     low, high = float(heat.min()), float(heat.max())
-    share = (heat - low) / (high - low) if high > low else np.full_like(heat, 0.5)
-    cold, warm = np.clip(1 - 2 * share, 0, 1), np.clip(2 * share - 1, 0, 1)
-    colour = np.stack([1 - cold, 1 - np.maximum(cold, warm), 1 - warm], axis=-1)
-    grey = np.asarray(image.convert("L"), np.float32)[:, :, None] / 255
-    return Image.fromarray(np.uint8(np.rint(255 * (0.35 + 0.65 * grey) * colour)))
+    fraction = (heat - low) / (high - low) if high > low else np.full_like(heat, 0.5)
+    cold, warm = np.clip(1 - 2 * fraction, 0, 1), np.clip(2 * fraction - 1, 0, 1)
+    color = np.stack([1 - cold, 1 - np.maximum(cold, warm), 1 - warm], axis=-1)
+    gray = np.asarray(image.convert("L"), np.float32)[:, :, None] / 255
+    return Image.fromarray(np.uint8(np.rint(255 * (0.35 + 0.65 * gray) * color)))

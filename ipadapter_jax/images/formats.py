@@ -1,18 +1,19 @@
-"""Image files before they are decoded: their endings, what is read of them, and what they declare.
+"""Image files before they are decoded: their file extensions, formats and declared sizes.
 
-A file may declare far more than it holds, and some readers allocate for that as soon as they open it. So what it
-declares is held against the limits first.
+A file may declare a far larger image than it holds, and some readers allocate memory for it when they open the file. So
+the declared size is compared with the limits first.
 """
 
 import io
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
 from ipadapter_jax.errors import InputError
 
-MAX_PIXELS = 64_000_000  # below PIL's own limit (89 million), so that whatever PIL only warns about is refused here
+MAX_PIXELS = 64_000_000  # below PIL's own limit (89 million), so that sizes that PIL only warns about are refused
 MAX_SIDE = 16_384
 LIMITS = f"give one of at least 1 x 1, at most {MAX_PIXELS // 1_000_000} megapixels and {MAX_SIDE} pixels a side"
 _MAX_TILES = 1 << 14  # of JPEG 2000, times its channels: OpenJPEG allocates some kilobytes for each
@@ -20,14 +21,14 @@ _MIN_TILE = 1 << 22  # pixels; a tile of TIFF may be larger only when the image 
 
 # PIL's names, one by one so that no file reaches its exotic readers: the one for EPS, for instance, runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
-# How the names of such files end, in lower case; MPO is what cameras call a JPEG file of several images.
+# The extensions of these formats; MPO is the name of a camera's JPEG file with several images.
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
     + (".pbm", ".pfm", ".pgm", ".pnm", ".ppm", ".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx", ".avif", ".avifs")
 )
-# Images that are not read, so that they can be named.
+# Formats that are not read, so that errors can name them.
 _RAW = (".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw")
-_UNREAD_SUFFIXES = {
+_UNSUPPORTED_SUFFIXES: Mapping[str, str] = {
     **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), "HEIC"),
     **dict.fromkeys(_RAW, "camera raw"),
     **dict.fromkeys((".svg", ".svgz"), "SVG"),
@@ -38,7 +39,7 @@ _UNREAD_SUFFIXES = {
     **{".dds": "DDS", ".qoi": "QOI", ".pcx": "PCX", ".icns": "icon", ".bpg": "BPG"},
 }
 _BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-_UNREAD_CONTENT = {
+_UNSUPPORTED_MAGIC: Mapping[bytes, str] = {
     b"\xff\x0a": "JPEG XL",
     b"\0\0\0\x0cJXL ": "JPEG XL",
     b"8BPS": "Photoshop",
@@ -51,7 +52,7 @@ _UNREAD_CONTENT = {
 
 
 class _Box(NamedTuple):
-    """A box of JPEG 2000: its kind, where its content begins and where it ends; None at the end of the file."""
+    """A box of JPEG 2000: its kind, and where its content starts and ends (None: at the end of the file)."""
 
     kind: bytes
     begin: int
@@ -59,20 +60,20 @@ class _Box(NamedTuple):
 
 
 def unread_format(name: str) -> str | None:
-    """What a file is, by the ending of its name, when it is an image of a kind that is not read."""
-    return _UNREAD_SUFFIXES.get(os.path.splitext(name)[1].lower())
+    """The format of an image file that is not read, by its extension; None for other files."""
+    return _UNSUPPORTED_SUFFIXES.get(os.path.splitext(name)[1].lower())
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is an image that is read, by the ending of its name."""
+    """Whether a file is an image that is read, by its extension."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def open_image(file: str | io.BytesIO, name: str) -> Image.Image:
-    """The file of this path, or with this content, opened but not decoded.
+    """Opens the image file of a path, or with a content, without decoding it.
 
-    Raises InputError, with `name` in the message: not an image, or declared to be above the limits in a way that would
-    cost memory before PIL says how large the image is.
+    Raises InputError with `name` in the message if it is not an image, or if its declared size is above the limits and
+    would cost memory before PIL reports it.
     """
     head = _head(file)
     if (size := _webp_size(head)) is not None:
@@ -81,14 +82,14 @@ def open_image(file: str | io.BytesIO, name: str) -> Image.Image:
     try:
         image = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
     except UnidentifiedImageError:
-        raise InputError(f"{name} {_what_else(head)}") from None
+        raise InputError(f"{name} {_describe_unreadable(head)}") from None
     _check_tiles(image, name)
     return image
 
 
 def check_size(width: int, height: int, name: str) -> None:
     """Raises InputError above the limits."""
-    most = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)  # PIL's own limit counts if someone has lowered it
+    most = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)  # PIL's own limit applies if it was lowered
     if min(width, height) < 1 or max(width, height) > MAX_SIDE or width * height > most:
         raise InputError(f"{name} is {width} x {height} pixels: {LIMITS}")
 
@@ -100,14 +101,14 @@ def _head(file: str | io.BytesIO) -> bytes:
     return file.getvalue()[:512]
 
 
-def _what_else(head: bytes) -> str:
-    """What a file that PIL does not know is, from its first bytes, with the remedy."""
+def _describe_unreadable(head: bytes) -> str:
+    """What a file that PIL cannot identify is, by its first bytes, with the remedy."""
     if not head.strip(b"\0"):
         return "is empty or all zeros: download or export it again"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!", b"<html", b"<head", b"<?xml", b"<svg")):
         return "is a web page or an SVG drawing (HTML/XML), not an image: download the image itself or export a PNG"
     found = "HEIC" if head[4:8] == b"ftyp" and head[8:12] in _BRANDS else None
-    found = found or next((kind for magic, kind in _UNREAD_CONTENT.items() if head.startswith(magic)), None)
+    found = found or next((kind for magic, kind in _UNSUPPORTED_MAGIC.items() if head.startswith(magic)), None)
     if found is not None:
         return f"is an image of a kind that is not read ({found}): convert it to JPEG or PNG"
     if head.isascii() and b"\0" not in head:
@@ -116,7 +117,8 @@ def _what_else(head: bytes) -> str:
 
 
 def _webp_size(head: bytes) -> tuple[int, int] | None:
-    """What a WebP file declares: libwebp allocates two canvases of this size when PIL opens it."""
+    """The declared (width, height) of a WebP file; None for other files. libwebp allocates two canvases of this size
+    when PIL opens it."""
     if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
         return None
     kind, content = head[12:16], head[20:30]
@@ -133,7 +135,7 @@ def _webp_size(head: bytes) -> tuple[int, int] | None:
 
 
 def _check_tiles(image: Image.Image, name: str) -> None:
-    """Raises InputError for tiles that would take more memory than the image: decoders allocate whole ones."""
+    """Raises InputError for tiles that need more memory than the image: decoders allocate whole tiles."""
     if image.format == "TIFF":
         tags = getattr(image, "tag_v2", {})
         area = 1
@@ -149,7 +151,7 @@ def _check_tiles(image: Image.Image, name: str) -> None:
 
 
 def _jpeg2000_tiles(file: io.IOBase) -> int:
-    """Tiles times channels that a JPEG 2000 file declares; 0 where it has no readable header."""
+    """Tiles times channels that a JPEG 2000 file declares; 0 if its header cannot be read."""
     here = file.tell()
     try:
         file.seek(0)

@@ -1,4 +1,4 @@
-"""Levels of grey and color as 8 bits: from floats, from 16 bits, and from the modes of PIL that hold these."""
+"""Conversion to 8 bits: from floats, from 16 bits, and from PIL modes of these."""
 
 import numpy as np
 from PIL import Image
@@ -23,15 +23,17 @@ def to_uint8(images: np.ndarray, name: str = "the image array") -> np.ndarray:
 
 
 def eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """Modes that PIL would clip (I;16*, I = 16 bits in 32, F = 0..1 or 0..255) as L; other modes as they are."""
+    """Modes that PIL would clip (I;16*, I = 16 bits in 32, F = 0..1 or 0..255) as L; other modes are unchanged."""
     if not image.mode.startswith(("I", "F")):
-        return image.convert("LA") if image.mode == "La" else image  # all that PIL makes of premultiplied grey
+        return (
+            image.convert("LA") if image.mode == "La" else image
+        )  # the only conversion of PIL from premultiplied gray
     values = np.asarray(image)
     if image.mode == "F":
         return array_to_image(values / 255 if 1 < values.max() <= 255 else values, name)
     if values.min() < 0 or values.max() > 65535:
-        raise InputError(f"{name} has grey values beyond 16 bits (0..65535): save it with 8 or 16 bits")
-    transparent = image.info.get("transparency")  # one grey value, in PNG
+        raise InputError(f"{name} has gray values beyond 16 bits (0..65535): save it with 8 or 16 bits")
+    transparent = image.info.get("transparency")  # one gray value, in PNG
     return array_to_image(np.where(values == transparent, 65535, values).astype(np.uint16), name)
 
 
@@ -49,10 +51,10 @@ def array_to_image(array: np.ndarray, name: str) -> Image.Image:
 
 
 def mask_levels(array: np.ndarray, name: str, *, labels: bool) -> np.ndarray:
-    """The numbers of a mask as uint8, by what they are rather than by their dtype: truth values are outside and inside,
-    and so are whole numbers up to 1 where they may be `labels`; up to 255 they are levels of 8 bits, beyond of 16 bits;
-    floats in [0, 1] are parts.
+    """The values of a mask as uint8, read by their range rather than by their dtype.
 
+    Booleans are outside and inside, and so are integers up to 1 if they may be `labels`. Integers up to 255 are levels
+    of 8 bits, larger ones of 16 bits. Floats in [0, 1] are fractions.
     Raises InputError, with `name` in the message, for other numbers.
     """
     if array.dtype.kind == "f":

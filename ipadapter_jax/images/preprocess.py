@@ -1,7 +1,7 @@
-"""Images in and out: any image file becomes plain RGB; RGB becomes the squares that the networks see.
+"""Reads any image as RGB, and crops or resizes RGB images to the squares that the networks take.
 
 Shapes: B batch, H and W pixels, C channels. Nothing here changes the settings of PIL or the warning filters, not even
-for a moment: data loaders read images in threads, and both are shared by all threads.
+temporarily: data loaders read images in threads, and both are shared by all threads.
 """
 
 import io
@@ -28,7 +28,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FITS = ("crop", "resize", "pad")
 MAX_TILES = 8
-_WHOLE_LIMIT = 1 << 24  # a scaled image of up to so many pixels (64 MiB in PIL) is made whole before it is cropped
+_WHOLE_LIMIT = 1 << 24  # a scaled image of up to this many pixels (64 MiB in PIL) is computed whole, then cropped
 # For EXIF orientations 2 to 8:
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
@@ -47,7 +47,8 @@ def load_image(source: Any, background: str = "white") -> Image.Image:
 
 
 def load_upright(source: Any) -> Image.Image:
-    """The same in the mode that it has, with its palette and transparency: what a mask is read from."""
+    """The image upright, but in its own mode with palette and transparency, as masks need it. Raises as
+    `load_image`."""
     return _loaded(source, _upright)
 
 
@@ -65,16 +66,16 @@ def _loaded(source: Any, prepare: Callable[[Image.Image, str], Image.Image]) -> 
         with open_image(place, name) as file:
             return prepare(file, name)
 
-    image = _named_errors(read, name)
+    image = _errors_naming(read, name)
     if min(image.size) == 1:
         warnings.warn(f"{name} is only 1 pixel wide or high: no shape is left in it; use a larger one", stacklevel=3)
     return image
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """`load_image` for the bytes of an image file, which messages call `name`; a side of 1 pixel is no warning here.
+    """`load_image` for the bytes of an image file, which messages call `name`. Does not warn of a side of 1 pixel.
 
-    Safe in threads. Raises InputError: damaged, not an image, above the limits (checked undecoded).
+    Thread-safe. Raises InputError: damaged, not an image, above the limits (checked undecoded).
     """
     name = repr(name)[:500]
 
@@ -82,7 +83,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         with open_image(io.BytesIO(data), name) as file:
             return _to_rgb(file, name)
 
-    return _named_errors(read, name)
+    return _errors_naming(read, name)
 
 
 def clip_pixel_values(
@@ -91,10 +92,10 @@ def clip_pixel_values(
     """Pixel values for the CLIP image encoder, (B, size, size, 3) float32.
 
     images: B images, or anything else that `load_image` takes. fit, always bicubic in uint8:
-    - "crop": the shortest edge becomes `size`, then the centre is cut out. Equal to CLIPImageProcessorPil of
-      transformers; above an aspect of 1:334 (at size 224) one value in a thousand may differ by a grey level or two.
+    - "crop": the shortest edge becomes `size`, then the center is cut out. Equal to CLIPImageProcessorPil of
+      transformers; above an aspect of 1:334 (at size 224) one value in a thousand may differ by a gray level or two.
     - "resize": stretched to the square; nothing is lost, but the aspect ratio changes.
-    - "pad": the longest edge becomes `size`; the borders get the mean colour, exactly 0 after normalisation. Zeros add
+    - "pad": the longest edge becomes `size`; the borders get the mean color, exactly 0 after normalization. Zeros add
       nothing in the encoder's bias-free patch convolution and are what IP-Adapter plus feeds for a dropped image; a
       black or white border would be image content, for the adapter to imitate.
     Raises InputError for an unknown fit, a size below 1, a bare image in place of a list, and as `load_image` does.
@@ -103,8 +104,8 @@ def clip_pixel_values(
         raise InputError(f"fit={fit!r}, size={size}: choose fit from {', '.join(FITS)} and a size of at least 1")
     if isinstance(images, str | os.PathLike | Image.Image) or is_array(images):
         raise InputError(f"images is a single {type(images).__name__}: put the images in a list")
-    table = _normalisation(mean, std)
-    values = np.zeros((len(images), size, size, 3), np.float32)  # zero is the pad colour
+    table = _normalization(mean, std)
+    values = np.zeros((len(images), size, size, 3), np.float32)  # zero is the pad color
     for out, source in zip(values, images, strict=True):
         image = load_image(source)
         if fit == "crop":
@@ -118,7 +119,7 @@ def clip_pixel_values(
 
 
 def square_tiles(image: Image.Image) -> list[Image.Image]:
-    """As few squares as cover an image along its longer side, evenly spread: so nothing of it is cropped away. Raises
+    """The fewest squares that cover an image along its longer side, evenly spaced, so that nothing is cropped. Raises
     InputError above MAX_TILES."""
     short, long = sorted(image.size)
     count = -(-long // short)
@@ -132,37 +133,38 @@ def square_tiles(image: Image.Image) -> list[Image.Image]:
 
 
 def clip_pixels(image: Image.Image, size: int = 224) -> np.ndarray:
-    """What `clip_pixel_values` with fit="crop" sees before it normalises, (size, size, 3) uint8. `image`: RGB.
+    """The pixels of `clip_pixel_values` with fit="crop" before normalization, (size, size, 3) uint8. `image`: RGB.
 
-    CLIP_TABLE[clip_pixels(image), [0, 1, 2]] is clip_pixel_values([image])[0], bit for bit: uint8 is a quarter of the
-    bytes to carry to a device, which can normalise.
+    CLIP_TABLE[clip_pixels(image), [0, 1, 2]] is bit-exactly clip_pixel_values([image])[0]: uint8 is a quarter of the
+    bytes to transfer to a device, which can normalize.
     """
     return np.asarray(_clip_crop(image, size))
 
 
 def square_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """What the authors of IP-Adapter train on: the shortest side to `size`, then the centre, (size, size, 3) uint8.
+    """The training pixels of IP-Adapter's authors: the shortest side resized to `size`, then a center crop, (size,
+    size, 3) uint8.
 
-    `image`: RGB. As Resize(size, BILINEAR) and CenterCrop(size) of torchvision on PIL images, which smooth what they
-    shrink; no pixel is touched where the shortest side is `size` already.
+    `image`: RGB. Equal to Resize(size, BILINEAR) and CenterCrop(size) of torchvision on PIL images, which antialias; an
+    image whose shortest side is `size` already is only cropped.
     """
     # CenterCrop rounds half to even; CLIP's crop rounds down.
     return np.asarray(_crop(image, size, Image.Resampling.BILINEAR, lambda spare: round(spare / 2)))
 
 
-def _normalisation(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Grey level and channel to the encoder's value, (256, 3) float32."""
+def _normalization(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """The table from gray level and channel to the encoder's value, (256, 3) float32."""
     unit = (np.arange(256) * (1 / 255)).astype(np.float32)  # rounded as in transformers: float64, then float32
     return (unit[:, None] - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
-CLIP_TABLE = _normalisation(CLIP_MEAN, CLIP_STD)
+CLIP_TABLE = _normalization(CLIP_MEAN, CLIP_STD)
 
 
 def image_grid(images: Sequence[Image.Image] | np.ndarray, columns: int | None = None) -> Image.Image:
-    """One RGB image of all `images` (images or (B, H, W, 3) uint8), row by row on white; near square by default.
+    """One RGB image of all `images` (images or (B, H, W, 3) uint8), row by row on white; nearly square by default.
 
-    Every cell is as large as the largest image. Raises InputError without images or with columns < 1.
+    Every cell has the size of the largest image. Raises InputError without images or with columns < 1.
     """
     cells = [load_image(image) for image in images]
     columns = math.ceil(math.sqrt(len(cells))) if columns is None else min(columns, len(cells))
@@ -175,15 +177,15 @@ def image_grid(images: Sequence[Image.Image] | np.ndarray, columns: int | None =
     return grid
 
 
-def _named_errors(read: Callable[[], Image.Image], name: str) -> Image.Image:
-    """`read()`, with whatever it raises as an InputError about `name`."""
+def _errors_naming(read: Callable[[], Image.Image], name: str) -> Image.Image:
+    """`read()`; whatever it raises becomes an InputError about `name`."""
     try:
         return read()
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"{name} is far too large: {LIMITS}") from None
-    except Exception as error:  # from the file system, or one of the many kinds that PIL's readers let through
+    except Exception as error:  # from the file system, or one of many kinds from PIL's readers
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{name} cannot be read ({why}): if damaged, download it again; else check access") from error
 
@@ -193,7 +195,7 @@ def _checked_path(path: object, name: str) -> str:
         raise InputError(f"{name} is of an unknown type: give a path (str), a PIL image or an array")
     if re.match(r"(https?|ftp|s3|gs|file):/|data:", path, re.IGNORECASE):
         raise InputError(f"{name} is a URL, not a file: download it first, then give the path of the file")
-    if not os.path.isfile(path):  # a pipe, for one, would be waited for without end
+    if not os.path.isfile(path):  # opening a pipe could block for ever
         if os.path.exists(path):
             raise InputError(f"{name} is a folder or device: give the path of an image file")
         raise InputError(f"{name} does not exist: give the path of an image file{nearby_hint(path)}")
@@ -201,27 +203,27 @@ def _checked_path(path: object, name: str) -> str:
 
 
 def _to_rgb(image: Image.Image, name: str, background: str = "white") -> Image.Image:
-    """Decodes, puts upright, makes opaque 8-bit RGB."""
+    """Decodes an image, applies its orientation, and converts it to opaque 8-bit RGB."""
     image = eight_bits(_upright(image, name), name)
     if image.has_transparency_data:
         behind = Image.new("RGBA", image.size, background)
         image = Image.alpha_composite(behind, image.convert("RGBA"))
     image = image.convert("RGB")
-    image.info.clear()  # else a second call would turn the image again
+    image.info.clear()  # else a second call would rotate the image again
     return image
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
-    """Decodes what is within the limits and applies its EXIF orientation."""
+    """Decodes an image within the limits and applies its EXIF orientation."""
     check_size(*image.size, name)
     image.load()
-    try:  # not ImageOps.exif_transpose: that writes the tags back, which fails for many a camera's odd tags
+    try:  # not ImageOps.exif_transpose, which writes the tags back and fails for the tags of some cameras
         orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # unreadable tags say nothing about the orientation; the image itself is fine
+    except Exception:  # with unreadable tags the image itself may be intact
         orientation = 1
     if orientation in range(2, 9):
         turned = image.transpose(Image.Transpose[_TURNS[orientation - 2]])
-        turned.format = image.format  # what it was read from matters to masks
+        turned.format = image.format  # masks depend on the file format
         return turned
     return image
 
@@ -231,8 +233,10 @@ def _clip_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _crop(image: Image.Image, size: int, resampling: Image.Resampling, offset: Callable[[int], int]) -> Image.Image:
-    """Shortest edge to `size`, then the centre (size, size); the new long edge is rounded down, as in transformers and
-    torchvision, and `offset` says where the square begins, given how much longer than itself that edge is.
+    """Resizes the shortest edge to `size`, then crops a square (size, size).
+
+    The new long edge is rounded down, as in transformers and torchvision. `offset` gives the start of the square from
+    the number of pixels that are cropped.
     """
     wide, short, long = image.width > image.height, min(image.size), max(image.size)
     new_long = int(size * long / short)
@@ -244,8 +248,9 @@ def _crop(image: Image.Image, size: int, resampling: Image.Resampling, offset: C
     if size * new_long <= _WHOLE_LIMIT:
         whole = image.resize((new_long, size) if wide else (size, new_long), resampling)
         return whole.crop(span(start, start + size, size))
-    # A sliver: 1 x 16384 would become 224 x 3,670,016, 3 GB in PIL. Scale only what the crop sees, with the source
-    # pixels that the filter reads around it. These are cut out first: PIL keeps boxes in float32, good near 0 only.
+    # A very thin image: 1 x 16384 would become 224 x 3,670,016, 3 GB in PIL. Only the cropped part is resized, with the
+    # source pixels that the filter reads around it. They are cut out first: PIL stores boxes in float32, which is
+    # precise only near 0.
     scale, margin = long / new_long, 3 + math.ceil(2 * long / new_long)
     low, high = start * scale, (start + size) * scale
     first, last = max(0, int(low) - margin), min(long, int(high) + margin)

@@ -1,6 +1,6 @@
-"""Images behind a URL, fetched where the network is allowed, within bounds of size and time.
+"""Downloads images from URLs, if the network is allowed, within limits of size and time.
 
-Only what a person names is fetched: data sets and lists of a job name files.
+Only a URL that the user names is fetched: data sets and lists of jobs name files.
 """
 
 import ipaddress
@@ -14,9 +14,9 @@ from http.client import HTTPException
 from ipadapter_jax.errors import InputError
 
 MAX_BYTES = 100_000_000
-_TIMEOUT, _DEADLINE = 20, 120  # seconds without an answer, and in all
+_TIMEOUT, _DEADLINE = 20, 120  # seconds without an answer, and in total
 _CHUNK = 1 << 16
-_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the first that is set counts
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the first one that is set applies
 _ON = ("1", "ON", "YES", "TRUE")
 _REMEDY = "download it first, then give the path of the file"
 
@@ -27,16 +27,16 @@ def is_url(path: str) -> bool:
 
 
 def fetch(url: str) -> bytes:
-    """What lies behind an https URL. Of http, this machine alone is asked.
+    """The content of an https URL; http only from this machine.
 
-    Raises InputError naming the URL: the network is off (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE), not https, not there,
+    Raises InputError naming the URL: the network is off (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE), not https, not found,
     too large or too slow.
     """
     name = repr(url)[:500]
-    # As huggingface_hub reads them, but now: it does so once, when it is imported.
-    said = next((variable for variable in _OFFLINE if os.environ.get(variable)), None)
-    if said is not None and os.environ[said].upper() in _ON:
-        raise InputError(f"{name} is a URL, and the network is off ({said}): {_REMEDY}")
+    # As huggingface_hub reads them, but at every call: it reads them once, at import.
+    offline = next((variable for variable in _OFFLINE if os.environ.get(variable)), None)
+    if offline is not None and os.environ[offline].upper() in _ON:
+        raise InputError(f"{name} is a URL, and the network is off ({offline}): {_REMEDY}")
     _check(url, name, local=True)
     try:
         return _read(url, name)
@@ -71,7 +71,7 @@ def _read(url: str, name: str) -> bytes:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows where a URL is sent on to, by the same rules: a server elsewhere does not send us to this machine."""
+    """Follows redirects by the same rules: another server may not redirect to this machine."""
 
     def __init__(self, name: str, *, local: bool):
         self._name, self._local = name, local
@@ -82,7 +82,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _check(url: str, name: str, *, local: bool) -> None:
-    """Raises InputError for a URL that is not to be asked; `local`: this machine may be."""
+    """Raises InputError for a URL that may not be fetched. local: whether this machine may be asked."""
     try:
         parts = urllib.parse.urlsplit(url)
         host, _ = parts.hostname, parts.port

@@ -1,6 +1,6 @@
-"""Arrays of numpy, jax and torch, and whatever else has numpy's array interface, as arrays of numpy.
+"""Converts arrays of numpy, jax, torch and any library with numpy's array interface to numpy.
 
-torch is never imported: a tensor's own methods bring it here.
+torch is never imported: a tensor is converted by its own methods.
 """
 
 from typing import Any, TypeVar
@@ -13,28 +13,29 @@ Given = TypeVar("Given")
 
 
 def is_array(value: Any) -> bool:
-    """Whether this is an array of any library; numbers, lists and PIL images are not arrays."""
+    """Whether a value is an array of any library. Numbers, lists and PIL images are not arrays."""
     if isinstance(value, np.ndarray) or _is_tensor(value):
         return True
     return hasattr(value, "__array__") and hasattr(value, "dtype") and getattr(value, "ndim", 0) > 0
 
 
 def to_numpy(value: Any, name: str) -> np.ndarray:
-    """The array in numpy, on the host and without a gradient; shapes stay, and so do dtypes, but for short floats that
-    numpy itself lacks (bfloat16, float8), which become float32. Lists of numbers, and of arrays, become one array.
+    """The array in numpy, on the host and without a gradient, with the same shape. The dtype stays, but floats that
+    numpy itself lacks (bfloat16, float8) become float32. A list of numbers or of arrays becomes one array.
 
-    Raises InputError naming the argument for what is no array, such as rows of unequal length.
+    Raises InputError naming the argument for what is not an array, such as rows of unequal length.
     """
     try:
         array = np.asarray(_off_device(value))
-    except Exception as error:  # every library has its own kinds
+    except Exception as error:  # each library raises its own kinds
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{name} could not be read as an array ({why}); give one of numbers") from None
     return array.astype(np.float32) if _is_extended(array.dtype) else array
 
 
 def to_python_number(value: Given) -> Given:
-    """A number of numpy, jax or torch as Python's own, in lists too; whatever else, as it is."""
+    """A scalar of numpy, jax or torch as a number of Python, also inside lists and tuples. Other values are returned as
+    they are."""
     found: Any = value
     if type(found) in (list, tuple):
         return type(found)(map(to_python_number, found))
@@ -42,8 +43,8 @@ def to_python_number(value: Given) -> Given:
 
 
 def image_array(value: Any, name: str) -> np.ndarray:
-    """An image as an array with its channels last. A tensor of torch has them first, (C, H, W) or (1, C, H, W), unless
-    only its last axis can be the channels. Raises InputError as `to_numpy`."""
+    """An image as a numpy array with channels last. A torch tensor is taken as (C, H, W) or (1, C, H, W), unless only
+    its last axis can be the channels. Raises InputError as `to_numpy` does."""
     array = to_numpy(value, name)
     if not _is_tensor(value):
         return array
@@ -55,7 +56,7 @@ def image_array(value: Any, name: str) -> np.ndarray:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Of torch, by the methods that no other array has together."""
+    """Whether this is a torch tensor: no other array has all of these methods."""
     return all(hasattr(value, name) for name in ("detach", "cpu", "numpy", "float"))
 
 

@@ -1,4 +1,4 @@
-"""From a published JSON configuration to one of our dataclasses: what is not supported is an error, never ignored."""
+"""Builds our configuration dataclasses from published JSON: a setting that is not supported is an error."""
 
 import dataclasses
 import sys
@@ -10,17 +10,17 @@ from typing import Any
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.strings import short_repr
 
-# Far more than any model has. Tracing takes time for every layer, and memory for every channel.
-_LARGEST = 1 << 20  # of a width, a vocabulary, a number of timesteps
-_LONGEST = 100  # list of whole numbers
-_MOST = {"layers_per_block": 16, "num_hidden_layers": 200}
+# Far beyond any model: tracing takes time for every layer and memory for every channel.
+_MAX_INTEGER = 1 << 20  # a width, a vocabulary, a number of timesteps
+_MAX_LENGTH = 100  # of a list of integers
+_MAX_LAYERS: Mapping[str, int] = {"layers_per_block": 16, "num_hidden_layers": 200}
 
 
 def build_config(cls: type, values: Mapping[str, Any], what: str) -> Any:
-    """cls(**values) with lists as tuples, after holding every value against its field's annotation.
+    """cls(**values) with lists as tuples, after checking every value against its field's annotation.
 
-    Whole numbers must neither be negative nor larger than those of any model, so that nothing is made of a size that
-    fits nowhere, and others must be finite. Raises InputError naming `what` and the setting.
+    Integers must be neither negative nor larger than those of any model, and floats must be finite.
+    Raises InputError naming `what` and the setting.
     """
     hints = typing.get_type_hints(cls)
     found = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -29,7 +29,7 @@ def build_config(cls: type, values: Mapping[str, Any], what: str) -> Any:
             kind = getattr(hints[name], "__name__", str(hints[name]))
             raise InputError(f"{what} config: {name}={short_repr(value)} is not usable, it must be of type {kind}")
         numbers = [item for item in (value if isinstance(value, tuple) else [value]) if type(item) is int]
-        if max(numbers, default=0) > _MOST.get(name, _LARGEST) or len(numbers) > _LONGEST:
+        if max(numbers, default=0) > _MAX_LAYERS.get(name, _MAX_INTEGER) or len(numbers) > _MAX_LENGTH:
             raise InputError(f"{what} config: {name}={short_repr(value)} is not usable, it is larger than in any model")
         if name.endswith("_eps") and not (isinstance(value, float) and 0 < value < 1):
             raise InputError(f"{what} config: {name}={value} is not usable, it must lie between 0 and 1")
@@ -51,11 +51,12 @@ def _fits(value: Any, hint: Any) -> bool:
 def select_fields(
     cls: type, raw: Mapping[str, Any], *, what: str, fixed: Mapping[str, tuple], ignored: set[str]
 ) -> dict[str, Any]:
-    """The values in `raw` for the fields of `cls`.
+    """The settings in `raw` that are fields of the dataclass `cls`.
 
-    A name in `fixed` may be present only with one of the values given there; a name in `ignored` does not change the
-    network; private names (`_class_name`) neither. Any other name with a value that switches something on raises
-    InputError: a network built without it would run and be wrong.
+    fixed: settings that may be present only with one of the values given here.
+    ignored: settings that do not change the network; names such as `_class_name` are ignored as well.
+    Raises InputError for any other setting that switches something on: without it the network would compute something
+    else.
     """
     fields = {field.name for field in dataclasses.fields(cls)}
     for name, value in raw.items():

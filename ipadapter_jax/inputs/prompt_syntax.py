@@ -1,4 +1,4 @@
-"""What other programs read in a prompt as instructions, and Stable Diffusion's own pipeline as plain text."""
+"""Finds prompt syntax of other programs, such as weights of words, which this pipeline reads as plain text."""
 
 import re
 import warnings
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 
 class PromptSyntaxWarning(UserWarning):
-    """A prompt is written in another program's syntax, which is read as plain text."""
+    """A prompt holds another program's syntax, which is read as plain text."""
 
 
 class ForeignSyntax(NamedTuple):
-    """A piece of a prompt, and what it means elsewhere, with the remedy."""
+    """A piece of a prompt, what it means in other programs, and the remedy."""
 
     piece: str
     meaning: str
@@ -20,7 +20,7 @@ class ForeignSyntax(NamedTuple):
 class _Syntax(NamedTuple):
     pattern: str
     meaning: str
-    capitals: bool = False  # a plain word where all of a prompt is in capitals
+    is_word_in_capitals: bool = False  # a plain word in a prompt that is all in capitals
 
 
 _WEIGHT = "a weight of words: take it out, or name what matters earlier"
@@ -42,32 +42,32 @@ _SYNTAX = (
     ),
     _Syntax(r"\{[^{}]+\}", "a stronger weight, or a choice of words: take the braces out"),
     _Syntax(r"(?<!\w)__[\w/*-]+?__(?!\w)", "a placeholder for words from a file: write one of them"),
-    _Syntax(r"\bBREAK\b", "a break between parts that are encoded apart: take it out", capitals=True),
-    _Syntax(r"\bAND\b", "a conjunction of prompts: write a comma, or and", capitals=True),
+    _Syntax(r"\bBREAK\b", "a break between parts that are encoded apart: take it out", is_word_in_capitals=True),
+    _Syntax(r"\bAND\b", "a conjunction of prompts: write a comma, or and", is_word_in_capitals=True),
 )
-_LENGTH = 2000  # characters that are looked at: many more than the 77 tokens that a model reads
+_LENGTH = 2000  # characters that are searched: many more than the 77 tokens that a model reads
 
 
 def find_foreign_syntax(prompt: str) -> list[ForeignSyntax]:
-    """The first piece of each syntax that this prompt has."""
+    """The first piece of each foreign syntax in a prompt."""
     prompt = prompt[:_LENGTH]
-    shouted, found = prompt == prompt.upper(), {}
+    all_capitals = prompt == prompt.upper()
+    found: dict[str, ForeignSyntax] = {}
     for syntax in _SYNTAX:
-        piece = None if shouted and syntax.capitals else re.search(syntax.pattern, prompt)
+        piece = None if all_capitals and syntax.is_word_in_capitals else re.search(syntax.pattern, prompt)
         if piece is not None:
             found.setdefault(syntax.meaning, ForeignSyntax(piece[0][:60], syntax.meaning))
     return list(found.values())
 
 
 def warn_of_foreign_syntax(prompts: Mapping[str, Iterable[str]], stacklevel: int = 2) -> None:
-    """Warns once for each syntax that the prompts have. `prompts`: by what they are called ("prompt",
-    "negative_prompt")."""
-    said = set()
+    """Warns once for each foreign syntax in the prompts, which are given by argument ("prompt", "negative_prompt")."""
+    warned = set()
     for name, texts in prompts.items():
         for text in dict.fromkeys(texts):
             for piece, meaning in find_foreign_syntax(text):
-                if meaning not in said:
-                    said.add(meaning)
+                if meaning not in warned:
+                    warned.add(meaning)
                     warnings.warn(
                         f"{name} has {piece!r}, which is read as plain text; in other programs it is {meaning}",
                         PromptSyntaxWarning,

@@ -1,11 +1,11 @@
-"""What a person may have meant by a word that is not known: the likeliest of few names, or names by likeness."""
+"""Suggests a known name for one that is not known, and sorts names by similarity."""
 
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-# What other programs, papers and habit call things, without signs between the words, and the names here, of which the
-# first that is known where the word stands is meant.
+# Names from other programs and papers, without separators, and their names here: the first one that is known where the
+# word stands is meant.
 _SYNONYMS: Mapping[str, tuple[str, ...]] = {
     # options
     "numinferencesteps": ("steps",),
@@ -71,12 +71,12 @@ _SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "plms": ("pndm",),
 }
 
-_LIKE = 0.6  # of 1: a likeness from which on a name may be a slip of another
+_MIN_SIMILARITY = 0.6  # from which on a name may be a misspelling of another; 1 is equal
 
 
 def find_synonym(word: str, known: Iterable[str]) -> str | None:
-    """The known name that is this one in another spelling (case, signs between words), or what this program calls what
-    another calls `word`; or None."""
+    """The known name that equals `word` but for case and separators, or that is our name for another program's `word`;
+    else None."""
     given = _compact(word)
     for did_you_mean_or_choose in ({given}, {_compact(name) for name in _SYNONYMS.get(given, ())}):
         for name in known:
@@ -86,8 +86,8 @@ def find_synonym(word: str, known: Iterable[str]) -> str | None:
 
 
 def closest_match(word: str, known: Iterable[str]) -> str | None:
-    """The one of the known names that was most likely meant, or None where none is near: the same in another spelling,
-    one that begins so, or the one with the fewest slips of the keyboard; of equals the first known one."""
+    """The known name that was most likely meant: the same in another spelling, one that begins with `word`, or the one
+    with the fewest typing errors; of equally close names the first. None if no name is close."""
     names = list(known)
     if found := find_synonym(word, names):
         return found
@@ -99,34 +99,34 @@ def closest_match(word: str, known: Iterable[str]) -> str | None:
 
 
 def is_slip(word: str, name: str) -> bool:
-    """Whether few slips of the keyboard, for its length, lie between a word and a name."""
+    """Whether a word may be a name with typing errors: few for its length."""
     given, known = _compact(word), _compact(name)
     most = min(max(1, len(given) // 3), len(given) - 1)
     return abs(len(given) - len(known)) <= most and _slips(given, known) <= most
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """'; did you mean NAME?', or nothing where no known name is near."""
+    """'; did you mean NAME?', or '' when no known name is close."""
     name = closest_match(str(word), known)
     return f"; did you mean {name}?" if name else ""
 
 
 def did_you_mean_or_choose(word: object, known: Collection[str]) -> str:
-    """The same, or where none is near all names, which are few."""
+    """The same, or when no name is close '; choose A, B, ...' with all of the few known names."""
     return did_you_mean(word, known) or f"; choose {', '.join(known)}"
 
 
 def sort_by_similarity(word: str, names: Iterable[str]) -> list[str]:
-    """The names, of files say, the likest to `word` first; equally like ones in their alphabetical order."""
-    return sorted(sorted(names), key=lambda name: -_likeness(word, name))
+    """The names, such as those of files, the most similar to `word` first; equally similar ones alphabetically."""
+    return sorted(sorted(names), key=lambda name: -_similarity(word, name))
 
 
 def close_matches(word: str, names: Iterable[str]) -> list[str]:
-    """Those of the names that `word` may be a slip of, the likest first."""
-    return [name for name in sort_by_similarity(word, names) if _likeness(word, name) >= _LIKE]
+    """The names that `word` may be a misspelling of, the most similar first."""
+    return [name for name in sort_by_similarity(word, names) if _similarity(word, name) >= _MIN_SIMILARITY]
 
 
-def _likeness(word: str, name: str) -> float:
+def _similarity(word: str, name: str) -> float:
     return difflib.SequenceMatcher(None, word.lower()[:200], name.lower()[:200]).ratio()
 
 
@@ -137,7 +137,7 @@ def _compact(word: str) -> str:
 
 
 def _slips(one: str, other: str) -> int:
-    """How many letters were left out, added, exchanged with another or with their neighbor."""
+    """The edit distance: letters that were left out, added, replaced or swapped with their neighbor."""
     before: list[int] = []
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):

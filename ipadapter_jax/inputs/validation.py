@@ -1,4 +1,4 @@
-"""What a person passes to a pipeline, checked and brought into form before anything is compiled."""
+"""Checks the arguments of a pipeline call and converts them, before anything is compiled."""
 
 import contextlib
 import secrets
@@ -23,14 +23,14 @@ full ones."""
 
 
 def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Prompts and as many negative prompts; none means empty ones."""
+    """Prompts, and as many negative prompts, which are empty when none are given. Raises InputError."""
     negative = "" if negative is None else negative
     for name, texts in (("prompt", prompt), ("negative_prompt", negative)):
         if not isinstance(texts, str | list | tuple) or (not texts and texts != ""):
             raise InputError(f"{argument(name)} must be a text or a list of texts")
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str) or not is_utf8(text):
-                raise InputError(f"{argument(name)} holds {text!r}, which is no text in UTF-8")
+                raise InputError(f"{argument(name)} holds {text!r}, which is not text in UTF-8")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if len(negatives) != len(prompts):
@@ -83,7 +83,8 @@ def check_dtype(dtype: object, known: Collection[str]) -> str:
 
 
 def latent_shape(height: int, width: int, downscale: int, channels: int) -> tuple[int, int, int]:
-    """Pixels to (h, w, C)."""
+    """The shape (h, w, C) of the latents of an image. Raises InputError for a size that is not a multiple of
+    `downscale`."""
     for name, pixels in (("height", height), ("width", width)):
         if not isinstance(pixels, Integral) or pixels < downscale or pixels % downscale:
             nearest = max(downscale, round(pixels / downscale) * downscale) if is_number(pixels) else downscale
@@ -94,7 +95,7 @@ def latent_shape(height: int, width: int, downscale: int, channels: int) -> tupl
 
 
 def check_guided(guidance_scale: float, negatives: Sequence[str], guidance_rescale: float) -> None:
-    """Raises InputError for what has no effect without guidance."""
+    """Raises InputError for an argument that has no effect without guidance."""
     if guidance_scale > 1:
         return
     for name, given in (("negative_prompt", any(negatives)), ("guidance_rescale", guidance_rescale)):
@@ -106,8 +107,12 @@ def check_guided(guidance_scale: float, negatives: Sequence[str], guidance_resca
 
 
 def resolve_seeds(seed: int | Sequence[int] | None, count: int, used: bool = True) -> np.ndarray:
-    """One seed per image, (count,) uint32: seed + i, or those given. Of none one is drawn, and said on standard
-    error, so that the images can be made again. Where no noise is drawn (not `used`), another than 0 is warned of."""
+    """One seed per image, (count,) uint32: seed + i, or the given ones. If `seed` is None, one is chosen at random and
+    printed to standard error, so that the images can be generated again.
+
+    used: whether sampling draws noise; if not, a seed other than 0 gives a warning.
+    Raises InputError for seeds that are not in [0, 2^32), or not as many as images.
+    """
     if not used and seed is None:
         seed = 0
     elif not used and np.any(np.asarray(seed) != 0):
@@ -133,7 +138,8 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int, used: bool = Tru
 
 
 def check_latents(latents: Any, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    """The caller's initial latents as float32, for networks that compute in `dtype`."""
+    """The caller's initial latents as float32. Raises InputError for another shape, or for values that are not finite
+    in `dtype`, that of the networks."""
     array = to_float32(latents, "latents", dtype)
     if array.shape != shape:
         raise InputError(f"latents have shape {array.shape}, these settings need {shape} (channels last)")
@@ -141,22 +147,22 @@ def check_latents(latents: Any, shape: tuple[int, ...], dtype: Any = np.float32)
 
 
 def to_float32(value: Any, name: str, dtype: Any = np.float32) -> np.ndarray:
-    """A float32 array whose numbers are finite in `dtype` too, from an array of any library or lists of numbers. Raises
-    InputError naming the argument."""
+    """A float32 array from an array of any library or lists of numbers. Raises InputError naming the argument unless
+    all numbers are finite, also in `dtype`."""
     array = to_numpy(value, name)
     if array.dtype.kind not in "iuf":
         raise InputError(f"{name} must be an array of numbers")
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds numbers that are not finite")
     check_range(array, name, dtype)
-    with np.errstate(over="ignore"):  # longer floats
+    with np.errstate(over="ignore"):  # float64
         array = array.astype(np.float32)
     check_range(array, name, np.float32)
     return array
 
 
 def check_range(numbers: np.ndarray, name: str, dtype: Any) -> None:
-    """Raises InputError naming the argument when its numbers become infinite in `dtype`, the networks' own."""
+    """Raises InputError naming the argument when its numbers become infinite in `dtype`, that of the networks."""
     most, dtype = largest_finite(dtype), np.dtype(dtype)
     found = float(np.abs(numbers).max(initial=0))
     if not found <= most:
@@ -172,10 +178,10 @@ def largest_finite(dtype: Any) -> float:
 
 
 def is_number(value: Any) -> bool:
-    """A finite real number, also as float32."""
+    """Whether a value is a real number that is finite as float32."""
     try:
         return isinstance(value, Real) and abs(float(value)) < 1e38  # not NaN: that compares as false
-    except OverflowError:  # whole numbers of any length
+    except OverflowError:  # integers of any length
         return False
 
 

@@ -1,4 +1,4 @@
-"""What a command is doing while it shows nothing else: reading and compiling take minutes, and look like a hang."""
+"""Announces slow work: reading and compiling take minutes and would look like a hang."""
 
 import contextlib
 import logging
@@ -15,18 +15,18 @@ log = logging.getLogger("ipadapter_jax")
 
 @contextlib.contextmanager
 def announce(what: str, remark: str = "") -> Iterator[None]:
-    """Says what is done inside, and afterwards how long it took; not when it fails, which says something itself."""
-    _say(f"{what}{remark and f' ({remark})'} ...")
+    """Logs what the block does, and afterwards how long it took, unless it raises."""
+    _log_line(f"{what}{remark and f' ({remark})'} ...")
     start = time.monotonic()
     yield
-    _say(f"{what}: done in {time.monotonic() - start:.1f} s")
+    _log_line(f"{what}: done in {time.monotonic() - start:.1f} s")
 
 
 @contextlib.contextmanager
 def announce_if_slow(what: str, seconds: float = 2) -> Iterator[None]:
-    """The same for what takes longer than that now and then, and is not worth a line otherwise."""
+    """Logs the same only if the block takes longer than `seconds`."""
     start = time.monotonic()
-    timer = threading.Timer(seconds, _say, [f"{what} ..."])
+    timer = threading.Timer(seconds, _log_line, [f"{what} ..."])
     timer.daemon = True
     timer.start()
     try:
@@ -34,11 +34,11 @@ def announce_if_slow(what: str, seconds: float = 2) -> Iterator[None]:
     finally:
         timer.cancel()
     if (took := time.monotonic() - start) > seconds:
-        _say(f"{what}: done in {took:.1f} s")
+        _log_line(f"{what}: done in {took:.1f} s")
 
 
 class AnnounceFirstCall:
-    """Announces what takes long the first time alone, for then it is compiled."""
+    """Announces work that is slow only the first time, because it is compiled then."""
 
     def __init__(self) -> None:
         self._done: set[str] = set()
@@ -50,6 +50,6 @@ class AnnounceFirstCall:
         return announce(what, "may take minutes")
 
 
-def _say(line: str) -> None:
-    with tqdm.tqdm.external_write_mode(file=sys.stderr):  # a bar on the terminal makes room
+def _log_line(line: str) -> None:
+    with tqdm.tqdm.external_write_mode(file=sys.stderr):  # a progress bar makes room for the line
         log.info("%s", line)

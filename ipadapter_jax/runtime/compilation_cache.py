@@ -21,8 +21,8 @@ _config: Any = jax.config  # its settings are made at run time, unknown to type 
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept: jax's own setting (JAX_COMPILATION_CACHE_DIR), else this project's folder.
-    Raises InputError where there is no home folder."""
+    """The folder of compiled programs: jax's own setting (JAX_COMPILATION_CACHE_DIR), else this project's folder.
+    Raises InputError when there is no home folder."""
     if _config.jax_compilation_cache_dir:
         return Path(_config.jax_compilation_cache_dir)
     try:
@@ -32,19 +32,20 @@ def cache_folder() -> Path:
 
 
 def cache_is_on() -> bool:
-    """False where JAX_ENABLE_COMPILATION_CACHE=0 turned it off, or `enable_compilation_cache` an unsafe folder."""
+    """False if JAX_ENABLE_COMPILATION_CACHE=0 or, for an unsafe folder, `enable_compilation_cache` turned it off."""
     return bool(_config.jax_enable_compilation_cache)
 
 
 def cache_is_local() -> bool:
-    """False where jax keeps its entries in an object store."""
+    """False if jax keeps its entries in an object store."""
     return "://" not in (_config.jax_compilation_cache_dir or "")
 
 
 def enable_compilation_cache() -> None:
     """Turns jax's persistent cache on, in this project's folder unless it has one already.
 
-    Where others could have put programs there it is turned off for this process, with a warning that says the remedy.
+    If other users could have put programs there, it is turned off for this process, with a warning that says the
+    remedy.
     """
     if not cache_is_on():
         return
@@ -56,13 +57,13 @@ def enable_compilation_cache() -> None:
         except (InputError, OSError) as error:
             problem = error.strerror if isinstance(error, OSError) else str(error)
         if problem is not None:
-            log.warning("compiled programs are neither read nor kept: %s", problem)
+            log.warning("compiled programs are neither read nor cached: %s", problem)
             _turn_off()
             return
     if _config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs add up
-    _look_after_entries()
+    _wrap_entry_access()
 
 
 def _turn_off() -> None:
@@ -73,31 +74,32 @@ def _turn_off() -> None:
         compilation_cache.reset_cache()
 
 
-def _look_after_entries() -> None:
-    """Has jax's reading and writing of its entries go through ours, once. Another release of jax may do both elsewhere:
-    it warns of an entry that is damaged, and compiles."""
+def _wrap_entry_access() -> None:
+    """Replaces jax's functions that read and write an entry by ours, once. A release of jax without these functions
+    warns of a damaged entry and compiles."""
     with contextlib.suppress(ImportError, AttributeError):
         from jax._src import compilation_cache as entries
 
-        if isinstance(entries.get_executable_and_time, _Read):
-            entries.get_executable_and_time.told = False
+        if isinstance(entries.get_executable_and_time, _EntryReader):
+            entries.get_executable_and_time.has_warned = False
         else:
             read, write = entries.get_executable_and_time, entries.put_executable_and_time
-            entries.get_executable_and_time, entries.put_executable_and_time = _Read(read), _Write(write)
+            entries.get_executable_and_time, entries.put_executable_and_time = _EntryReader(read), _EntryWriter(write)
 
 
-class _Read:
-    """jax's reader of an entry. One that is damaged, as a full disk or a power loss leave it, or not ours is removed:
-    jax would never write it again. The first is `told`, as they come in dozens."""
+class _EntryReader:
+    """jax's reader of an entry. An entry that is damaged (full disk, power loss) or that another user could have
+    written
+    is removed: jax would never write it again. Only the first removal is a warning, as they come in dozens."""
 
     def __init__(self, read: Callable[..., Any]):
-        self._read, self.told = read, False
+        self._read, self.has_warned = read, False
 
     def __call__(self, cache_key: str, *arguments: Any, **named: Any) -> Any:
         file = _entry(cache_key)
         if file is not None and (problem := ownership_problem(file)) is not None:
             removed = _remove(file)
-            self._tell(f"removed and compiled again: {problem.why}" if removed else f"not used: {problem}")
+            self._report(f"removed and compiled again: {problem.why}" if removed else f"not used: {problem}")
             return None, None
         before = _state(file)
         try:
@@ -108,16 +110,16 @@ class _Read:
             if _state(file) == before:  # else another process is writing it
                 if not _remove(file):
                     raise
-                self._tell(f"damaged, removed and compiled again: {file} ({' '.join(str(error).split())[:200]})")
+                self._report(f"damaged, removed and compiled again: {file} ({' '.join(str(error).split())[:200]})")
             return None, None
 
-    def _tell(self, what: str) -> None:
-        log.log(logging.DEBUG if self.told else logging.WARNING, "a compiled program on disk was %s", what)
-        self.told = True
+    def _report(self, what: str) -> None:
+        log.log(logging.DEBUG if self.has_warned else logging.WARNING, "a compiled program on disk was %s", what)
+        self.has_warned = True
 
 
-class _Write:
-    """jax's writer of an entry: no part of one stays, and nobody else may write to it."""
+class _EntryWriter:
+    """jax's writer of an entry: a partial entry is removed, and only this user may write to it."""
 
     def __init__(self, write: Callable[..., Any]):
         self._write = write
@@ -136,7 +138,7 @@ class _Write:
 
 
 def _entry(cache_key: str) -> Path | None:
-    """The file of an entry, if it is there, under the name that jax gives it."""
+    """The file of an entry, under the name that jax gives it; None if it does not exist."""
     if not cache_is_local():
         return None
     file = cache_folder() / f"{cache_key}-cache"
@@ -144,7 +146,7 @@ def _entry(cache_key: str) -> Path | None:
 
 
 def _state(file: Path | None) -> tuple[int, int] | None:
-    """Size and time of the last change, which tell an entry from what it was before."""
+    """Size and time of the last change, which show whether an entry has changed."""
     try:
         found = os.stat(file) if file is not None else None
     except OSError:
@@ -153,12 +155,12 @@ def _state(file: Path | None) -> tuple[int, int] | None:
 
 
 def _is_of_this_process(error: Exception) -> bool:
-    """Whether it says nothing about an entry: a whole one gives it too where memory or rights are wanting."""
+    """Whether an error says nothing about the entry: an intact entry causes it too, without memory or access rights."""
     return isinstance(error, MemoryError | OSError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _remove(file: Path) -> bool:
-    """Whether an entry is gone now."""
+    """Removes an entry. Returns whether it is gone."""
     try:
         file.unlink(missing_ok=True)
     except OSError:  # in a folder of the administrator

@@ -1,13 +1,13 @@
-"""Counts the work of a program from its jaxpr: nothing is run.
+"""Counts the floating-point operations of a program from its jaxpr, without running it.
 
 A multiplication with its addition is 2 FLOP, and only matrix products and convolutions count: the convention of
-published utilisation figures. What jax.checkpoint does a second time in the backward pass is counted apart, and so is
-what attention kernels form again there.
+published utilization figures. Rematerialized products of the backward pass are counted separately, those of
+jax.checkpoint and those inside attention kernels.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,30 +16,38 @@ from jax.interpreters import partial_eval
 
 
 class Product(NamedTuple):
-    """A matrix product or convolution, as often as it runs."""
+    """A matrix product or convolution, with all of its repetitions."""
 
-    where: str  # names of the modules and transformations that it stands in, "a/b/c"
+    where: str  # names of the modules and transformations around it, "a/b/c"
     kind: str  # "matmul" or "conv"
     flops: int
-    again: bool  # computed a second time, for the backward pass
+    rematerialized: bool  # computed a second time, for the backward pass
+
+
+class AttentionProducts(NamedTuple):
+    """The matrix products of an attention kernel: those that count, and those computed a second time."""
+
+    once: int
+    again: int
 
 
 def count_flops(jaxpr: ClosedJaxpr) -> Counter[str]:
     """FLOP per kind ("matmul", "conv") of a program of jax.make_jaxpr, all devices together.
 
-    What no result depends on is not counted: the compiler removes it. A loop's body counts as often as it runs. Raises
+    Products that no result depends on are not counted: the compiler removes them. The body of a loop counts as often as
+    it runs. Raises
     ValueError for products inside a loop of unknown length.
     """
-    return _by_kind(found for found in products(jaxpr) if not found.again)
+    return _by_kind(found for found in products(jaxpr) if not found.rematerialized)
 
 
 def count_recomputed_flops(jaxpr: ClosedJaxpr) -> Counter[str]:
-    """The same for what is computed again, which `count_flops` leaves out."""
-    return _by_kind(found for found in products(jaxpr) if found.again)
+    """The same for rematerialized products, which `count_flops` leaves out."""
+    return _by_kind(found for found in products(jaxpr) if found.rematerialized)
 
 
 def products(jaxpr: ClosedJaxpr) -> Iterator[Product]:
-    """All products of a program; `count_flops` says which."""
+    """All products of a program that `count_flops` or `count_recomputed_flops` count."""
     alive = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[0]
     yield from _products(alive, "", 1)
 
@@ -55,14 +63,14 @@ def _products(jaxpr: Any, outside: str, times: int) -> Iterator[Product]:
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         where = f"{outside}/{eqn.source_info.name_stack}"
-        again = "rematted_computation" in where  # so jax.checkpoint marks it
+        rematerialized = "rematted_computation" in where  # the name that jax.checkpoint gives
         kernel = attention_kernel(eqn)
         if name in _FORMULAE:
             kind, formula = _FORMULAE[name]
-            yield Product(where, kind, times * formula(eqn), again)
+            yield Product(where, kind, times * formula(eqn), rematerialized)
         elif kernel is not None:
             once, twice = (count * times * _attention_product(eqn) for count in kernel)
-            yield Product(where, "matmul", once, again)
+            yield Product(where, "matmul", once, rematerialized)
             yield Product(where, "matmul", twice, True)
         elif name == "cond":
             branches = ([*_products(branch, where, times)] for branch in params["branches"])
@@ -76,7 +84,7 @@ def _products(jaxpr: Any, outside: str, times: int) -> Iterator[Product]:
 
 
 def programs(values: Iterable[Any]) -> Iterator[Any]:
-    """The programs among an instruction's parameters: those of jit, scan, checkpoint, custom derivatives and so on."""
+    """The inner programs among an instruction's parameters: those of jit, scan, checkpoint, custom derivatives etc."""
     for value in values:
         if isinstance(value, Jaxpr | ClosedJaxpr):
             yield value
@@ -91,35 +99,38 @@ def _matmul(eqn: Any) -> int:
 
 
 def _conv(eqn: Any) -> int:
-    """The zeros between the inputs of a strided convolution's transpose are no work; those around the border are."""
+    """FLOP of a convolution. The zeros between the inputs of a transposed strided convolution do not count; padding
+    counts."""
     kernel, params = eqn.invars[1].aval, eqn.params
     output_channels = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
     return 2 * eqn.outvars[0].aval.size * (kernel.size // output_channels) // math.prod(params["lhs_dilation"])
 
 
-def attention_kernel(eqn: Any) -> tuple[int, int] | None:
-    """How many matrix products of queries, keys and values an attention kernel makes, and how many of these again: the
-    weights in the backward pass, and one gradient that both of Pallas's kernels need. None for anything else."""
+def attention_kernel(eqn: Any) -> AttentionProducts | None:
+    """The number of matrix products of queries, keys and values in an attention kernel, and how many it computes a
+    second
+    time: the weights in the backward pass, and one gradient that both of Pallas's kernels need. None for any other
+    instruction."""
     name = str(eqn.params.get("name")) if eqn.primitive.name == "pallas_call" else eqn.primitive.name
     return next((products for start, products in _ATTENTION.items() if name.startswith(start)), None)
 
 
-_ATTENTION = {
-    "dot_product_attention_fwd": (2, 0),
-    "dot_product_attention_bwd": (4, 1),
-    "splash_mha_fwd": (2, 0),
-    "splash_mha_dq": (2, 1),
-    "splash_mha_dkv": (2, 2),
+_ATTENTION: Mapping[str, AttentionProducts] = {
+    "dot_product_attention_fwd": AttentionProducts(2, 0),
+    "dot_product_attention_bwd": AttentionProducts(4, 1),
+    "splash_mha_fwd": AttentionProducts(2, 0),
+    "splash_mha_dq": AttentionProducts(2, 1),
+    "splash_mha_dkv": AttentionProducts(2, 2),
 }
 
 
 def _attention_product(eqn: Any) -> int:
-    """FLOP of one of them: queries (B, L, heads, d) and keys (B, S, heads, d), for Pallas (..., heads, L, d)."""
+    """FLOP of one such product: queries (B, L, heads, d) and keys (B, S, heads, d), for Pallas (..., heads, L, d)."""
     query, key, *_ = (var.aval for var in eqn.invars if var.aval.ndim > 2 and jnp.issubdtype(var.aval, jnp.floating))
     return 2 * query.size * key.shape[-2 if eqn.primitive.name == "pallas_call" else 1]
 
 
-_FORMULAE: dict[str, tuple[str, Callable[[Any], int]]] = {
+_FORMULAE: Mapping[str, tuple[str, Callable[[Any], int]]] = {
     "dot_general": ("matmul", _matmul),
     "conv_general_dilated": ("conv", _conv),
 }

@@ -9,16 +9,17 @@ import sys
 from collections.abc import Iterator
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # parameters of glibc's mallopt(3)
-_NEVER = -1  # as a size more than any
+_NEVER = -1  # read as the largest size
 
 
 def disable_trim() -> None:
-    """Tells glibc, for the whole process, to give no memory back to the kernel; elsewhere nothing happens. To be called
-    before jax has looked for devices: a thread stays with the arena that it began with.
+    """Has glibc return no memory to the kernel, for the whole process; without glibc nothing happens. Call it before
+    jax
+    looks for devices: a thread keeps the arena that it started with.
 
-    On a CPU a program of XLA allocates all its buffers anew at every call. As large ones they come from mmap, page by
-    page and zeroed by the kernel each time: a quarter to a third of a small network's training step, a sixth of Stable
-    Diffusion's. The process keeps its peak, which it needs again and again.
+    On a CPU an XLA program allocates all its buffers at every call. Large buffers come from mmap, page by page and
+    zeroed by the kernel each time: a quarter to a third of the training step of a small network, a sixth of Stable
+    Diffusion's. The process keeps its peak memory, which it needs at every step.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries than glibc have none
@@ -29,22 +30,22 @@ def disable_trim() -> None:
 
 
 def trim() -> None:
-    """Gives what is free back to the kernel, once: after work that is seldom done, whose peak would be kept for ever.
-    Under glibc alone; elsewhere nothing happens."""
+    """Returns free memory to the kernel, once: after rare work whose peak would be kept for the rest of the process.
+    Without glibc nothing happens."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def is_cpu_only() -> bool:
-    """Whether jax will find no accelerator, told without letting it look: it was told so, or no plugin is installed."""
+    """Whether jax will find no accelerator, without starting jax: JAX_PLATFORMS is cpu, or no plugin is installed."""
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
-    asked = os.environ.get("JAX_PLATFORMS", "")
-    return asked == "cpu" or not (asked or any(map(importlib.util.find_spec, plugins)))
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return platforms == "cpu" or not (platforms or any(map(importlib.util.find_spec, plugins)))
 
 
 def malloc_environment() -> dict[str, str]:
-    """The same for a process that is begun with these variables."""
+    """The environment variables that have the effect of `disable_trim` in a new process."""
     return {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**48), "MALLOC_ARENA_MAX": "1"}
 
 

@@ -1,4 +1,4 @@
-"""Bytes that a call cannot do without, held against the memory of the machine before anything is read or compiled."""
+"""Compares the least memory that a call needs with that of the machine, before anything is read or compiled."""
 
 import os
 from collections.abc import Iterable
@@ -13,24 +13,24 @@ _FLOAT = 4
 
 
 class _Arrays(NamedTuple):
-    """How many arrays of a network's longest layer lie in memory at once, at least."""
+    """The least number of arrays of a network's largest layer that are in memory at the same time."""
 
     decoder: int
     denoiser: int
 
 
-_ON_CPU = _Arrays(7, 12)  # in XLA's plans in float32: 7, and 18 to 45
+_ON_CPU = _Arrays(7, 12)  # in the buffer assignments of XLA in float32: 7, and 18 to 45
 _FUSED = _Arrays(3, 4)  # accelerators keep fewer
 _PIXELS = 2
-_WORK = 400  # bytes of one image that a job plans
+_TASK = 400  # bytes of one planned image of a job
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def machine_memory() -> int | None:
-    """Bytes of this machine, or of the container that this process may use; None where the system does not say."""
+    """Bytes of this machine, or of the container that this process may use; None if the system does not report it."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on every system
+    except (AttributeError, ValueError, OSError):  # not available on every system
         return None
     try:
         return min(total, int(_CGROUP.read_text()))
@@ -41,19 +41,19 @@ def machine_memory() -> int | None:
 def check_sampling_memory(
     unet: Any, vae: Any, images: int, points: tuple[int, int], run: Any, devices: Iterable[Any], *, guided: bool
 ) -> None:
-    """Raises InputError when sampling so many images of latents of (h, w) points takes more than there is.
+    """Raises InputError when sampling needs more memory than there is.
 
-    unet, vae: the networks, or what has their `config` and `dtype`. run: the sampler's, whose steps say whether they
-    need noise. devices: of jax.
+    unet, vae: the networks, or objects with their `config` and `dtype`. points: (h, w) of the latents. run: the
+    sampler's table, whose steps say whether they add noise. devices: jax's.
     """
     memory = device_memory(devices)
     arrays = _FUSED if memory else _ON_CPU
     scale, itemsize = vae.config.downscale, np.dtype(vae.dtype).itemsize
     height, width, latents = points[0] * scale, points[1] * scale, points[0] * points[1]
-    rows = images * (2 if guided else 1)
+    batch = images * (2 if guided else 1)
     decoder = arrays.decoder * height * width * vae.config.block_out_channels[0] * itemsize  # one image at a time
-    denoiser = arrays.denoiser * rows * latents * unet.config.block_out_channels[0] * itemsize
-    draws = 2 + (len(run.steps.noise) if np.any(run.steps.noise) else 0)  # stochastic samplers have one for each step
+    denoiser = arrays.denoiser * batch * latents * unet.config.block_out_channels[0] * itemsize
+    draws = 2 + (len(run.steps.noise) if np.any(run.steps.noise) else 0)  # stochastic samplers draw noise for each step
     noises = draws * images * latents * vae.config.latent_channels * _FLOAT
     pixels = _PIXELS * images * height * width * 3 * _FLOAT
     needed = max(decoder, denoiser) + noises + pixels
@@ -62,7 +62,8 @@ def check_sampling_memory(
 
 
 def check_memory(needed: int, what: str, remedy: str, available: int | None = None) -> None:
-    """Raises InputError, saying the bytes, when `what` needs more than is `available`, by default in this machine."""
+    """Raises InputError that states the bytes when `what` needs more than is `available`, by default in this
+    machine."""
     available = machine_memory() if available is None else available
     if available is not None and needed > available:
         raise InputError(
@@ -72,11 +73,11 @@ def check_memory(needed: int, what: str, remedy: str, available: int | None = No
 
 
 def check_job_memory(rows: int, images: int) -> None:
-    """Raises InputError for a job of more images than can be planned in memory."""
-    check_memory(rows * images * _WORK, f"a job of {rows * images:,} images", "give a smaller --num-images")
+    """Raises InputError for a job of more images than fit in memory as planned tasks."""
+    check_memory(rows * images * _TASK, f"a job of {rows * images:,} images", "give a smaller --num-images")
 
 
 def device_memory(devices: Iterable[Any]) -> int | None:
-    """Bytes of all devices together, where they say so; a CPU does not."""
+    """Bytes of all devices together; None if they do not report it, such as a CPU."""
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     return sum(limit for limit in limits if limit) if limits and all(limits) else None

@@ -1,4 +1,4 @@
-"""Asked to stop: SIGTERM and Ctrl-C, noticed where the work can be left."""
+"""Graceful shutdown: SIGTERM and Ctrl-C are noticed where the work can be interrupted."""
 
 import signal
 from collections.abc import Callable
@@ -6,11 +6,11 @@ from typing import Any, Self
 
 from ipadapter_jax.storage.cleanup import restore_handlers
 
-EXIT_PREEMPTED = 75  # the exit code that asks a scheduler to start the same command again
+EXIT_PREEMPTED = 75  # the exit code that asks a scheduler to rerun the same command
 
 
 class GracefulShutdown:
-    """Notices that this process is asked to stop, by SIGTERM (a scheduler's notice) or Ctrl-C.
+    """Notices a request to stop: SIGTERM (a scheduler's notice) or Ctrl-C.
 
         with GracefulShutdown() as stop:
             for batch in batches:
@@ -18,7 +18,7 @@ class GracefulShutdown:
                 if stop.requested:
                     break
 
-    A second Ctrl-C ends the process at once. Only for the main thread, as all signal handlers.
+    A second Ctrl-C ends the process immediately. For the main thread only, as all signal handlers.
     """
 
     def __enter__(self) -> Self:
@@ -30,11 +30,11 @@ class GracefulShutdown:
         restore_handlers(self._before)
 
     def _handlers(self) -> dict[signal.Signals, Callable[..., Any]]:
-        return {signal.SIGINT: self._interrupted, signal.SIGTERM: self._ask}
+        return {signal.SIGINT: self._on_interrupt, signal.SIGTERM: self._request}
 
-    def _ask(self, *_: object) -> None:
+    def _request(self, *_: object) -> None:
         self.requested = True
 
-    def _interrupted(self, *_: object) -> None:
+    def _on_interrupt(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])
         signal.raise_signal(signal.SIGTERM)

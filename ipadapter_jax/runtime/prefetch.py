@@ -1,4 +1,4 @@
-"""A function of many items, computed ahead by threads, one result after the other."""
+"""Applies a function to many items in threads, some items ahead, with the results in order."""
 
 import contextvars
 from collections import deque
@@ -11,17 +11,17 @@ Result = TypeVar("Result")
 
 
 def submit(pool: ThreadPoolExecutor, function: Callable[..., Result], *args: object) -> Future[Result]:
-    """`function(*args)` in a thread of the pool, with the caller's context variables: an error names options or
-    arguments by one of them, and threads begin with none."""
+    """Runs `function(*args)` in a thread of the pool, with the caller's context variables, which a thread does not
+    inherit: by one of them an error names options or arguments."""
     return pool.submit(contextvars.copy_context().run, function, *args)
 
 
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
 ) -> Generator[Result, None, None]:
-    """`function(item)` of every item in their order; at most `ahead` results are in memory. What it raises is raised
-    when its turn has come. It sees the context variables of the caller. Closing the generator drops what was computed
-    ahead."""
+    """`function(item)` for every item, in order; at most `ahead` results are in memory. An error of an item is raised
+    in place of its result. The function sees the caller's context variables. Closing the generator drops results that
+    were computed ahead."""
 
     pool, computing = ThreadPoolExecutor(threads), deque[Future[Result]]()
     try:

@@ -1,4 +1,4 @@
-"""A bar for the steps of a call, where somebody watches."""
+"""A progress bar for the steps of a call, in a terminal or a notebook."""
 
 import contextlib
 import sys
@@ -13,8 +13,9 @@ def is_interactive() -> bool:
 
 @contextlib.contextmanager
 def step_bar(wanted: bool, total: int, callback: Callable | None) -> Iterator[Callable | None]:
-    """What is to be called after every step with its number, its timestep and the latents: `callback`, and what moves a
-    bar if one is `wanted` and watched. None where neither is there, so that all steps can be one call."""
+    """The function to call after every step with its number, its timestep and the latents: it calls `callback` and
+    moves a progress bar, if one is `wanted` and somebody can see it. None without both, so that all steps can be one
+    call."""
     if not (wanted and is_interactive()):
         yield callback
         return

@@ -1,9 +1,9 @@
-"""The one random generator of images and runs: Threefry-2x32 in jax's partitionable layout, whatever the environment
-says.
+"""The random generator of images and runs: Threefry-2x32 in jax's partitionable layout, independent of environment
+variables.
 
 jax.random.key(seed) follows JAX_DEFAULT_PRNG_IMPL, and jax's own Threefry follows jax_threefry_partitionable when a
-program is compiled. With rbg, usual on TPUs, what one row of a batch is drawn depends on the other rows. So the
-generator is stated here in full: the hash is jax's, and the draws equal, bit for bit, those of its default.
+program is compiled. With rbg, usual on TPUs, the random draws of one sample depend on the other samples of its batch.
+So the generator is defined here in full: the hash is jax's, and the draws are bit-exactly those of its default.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ _config: Any = jax.config  # its settings are made at run time, unknown to type 
 
 
 def key(seed: ArrayLike) -> Array:
-    """The key of a seed for `jax.random`; below 2^32 equal to `jax.random.key(seed)` as jax comes."""
+    """The key of a seed for `jax.random`; below 2^32 equal to `jax.random.key(seed)` with jax's default settings."""
     return jax.random.key(seed, impl=_IMPLEMENTATION)  # pyright: ignore[reportArgumentType]
 
 
 def recorded_generator(record: Mapping[str, Any]) -> str:
-    """What the record of a run says about its generator; where it is older than this setting, what the environment
-    would have had it draw with, and still has."""
+    """The generator in the record of a run. For a record older than this entry: the one that the environment selects,
+    as it did for that run."""
     if "generator" in record:
         return record["generator"]
     layout = "partitionable" if _config.jax_threefry_partitionable else "original"
@@ -53,9 +53,9 @@ def _random_bits(data: Array, width: int, shape: tuple[int, ...]) -> Array:
 
 
 def _hashed(data: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """The hash of every place in an array of this shape, counted in row-major order."""
+    """The hash of every position in an array of this shape, counted in row-major order."""
     if np.prod(shape, dtype=object) > 2**32:
-        raise ValueError(f"no draws of shape {shape}: places are counted with 32 bits")
+        raise ValueError(f"no draws of shape {shape}: positions are counted with 32 bits")
     strides = [int(np.prod(shape[axis + 1 :], dtype=object)) for axis in range(len(shape))]
     count = jax.numpy.zeros(shape, np.uint32)
     for axis, stride in enumerate(strides):

@@ -1,4 +1,5 @@
-"""CSV with a header, row by row: a row that does not fit the header is an error of that row, never cut or filled up."""
+"""CSV with a header, row by row: a row that does not fit the header is an error of that row, never truncated or
+padded."""
 
 import csv
 import io
@@ -9,14 +10,14 @@ from ipadapter_jax.errors import InputError
 
 
 class CsvRow(NamedTuple):
-    """The number of its first line, from 1, and its values by column, or why it cannot be used."""
+    """The number of the first line of a row, from 1, and its values by column, or the error in it."""
 
     line: int
     values: dict[str, str] | InputError
 
 
 class CsvTable(NamedTuple):
-    """The columns that the header in `line` names, and the rows below it, read when it is their turn."""
+    """The columns that the header in `line` names, and an iterator that reads the rows below it."""
 
     line: int
     columns: list[str]
@@ -24,8 +25,8 @@ class CsvTable(NamedTuple):
 
 
 def read_csv(text: str, place: object) -> CsvTable:
-    """Without spaces around values, and without empty rows. Raises InputError naming the place for a header that is
-    not CSV or has a column twice."""
+    """A table without spaces around values and without empty rows. Raises InputError naming the place for a header that
+    is not CSV or has a column twice."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
         columns = [cell.strip() for cell in next((cells for cells in reader if cells), [])]
@@ -44,7 +45,7 @@ def _rows(reader, columns: list[str]) -> Iterator[CsvRow]:
             cells = [cell.strip() for cell in next(reader)]
         except StopIteration:
             return
-        except csv.Error as error:  # an open quote may have taken many lines with it
+        except csv.Error as error:  # an open quote may extend over many lines
             place = f"lines {first} to {reader.line_num}: " if reader.line_num > first else ""
             message = f'{place}not CSV ({error}); close every quote, and double those inside ("")'
             yield CsvRow(first, InputError(message))

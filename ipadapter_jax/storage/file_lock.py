@@ -1,4 +1,4 @@
-"""A file that one process at a time holds, and folders whose work is split among several."""
+"""File locks: one process at a time in a folder, or one per shard of the work in it."""
 
 import contextlib
 import fcntl
@@ -16,15 +16,15 @@ log = logging.getLogger("ipadapter_jax")
 
 @contextlib.contextmanager
 def shard_lock(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
-    """Holds the work of process p of P, shard (p, P), in a folder, making the folder.
+    """Holds the lock for process p of P, shard (p, P), in a folder, which is created.
 
-    Only processes of one job, with the same P, may be at work together: split in another way they would do the same
-    work twice. Raises InputError naming the process that is.
+    Only processes with the same P may work in it at the same time: with another P they would do the same work twice.
+    Raises InputError naming a process that holds the lock or works with another P.
     """
     process, processes = shard
     with file_lock(folder / _name(process, processes)):
         allowed = {_name(other, processes) for other in range(processes)}
-        for path in sorted(folder.glob("lock*")):  # after taking our own: of two that begin at once, one notices
+        for path in sorted(folder.glob("lock*")):  # after taking our own: of two that start together, one notices
             if path.name not in allowed and (holder := _holder(path)) is not None:
                 raise InputError(
                     f"{folder} is in use by {holder}, with another number of processes; wait until it ends, start all "
@@ -38,10 +38,10 @@ def _name(process: int, processes: int) -> str:
 
 
 def _holder(path: Path) -> str | None:
-    """Who holds a lock; None where nobody does, or where that cannot be told."""
+    """The process that holds a lock; None if none does, or if that cannot be determined."""
     with contextlib.suppress(OSError), path.open(encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who look do not meet
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: several processes may check together
         except BlockingIOError:
             return file.read().strip() or "another process"
     return None
@@ -49,9 +49,9 @@ def _holder(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Holds the lock `path`, making its folder.
+    """Holds the lock `path`, whose folder is created.
 
-    The kernel lets go of the lock when its process ends, however that ends; the file stays and means nothing.
+    The kernel releases the lock when the process ends, however it ends; the file that remains has no meaning.
     Raises InputError naming the process and the machine that hold it.
     """
     folder = path.parent

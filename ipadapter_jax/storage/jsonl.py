@@ -33,10 +33,10 @@ def parse_json_lines(text: str, remedy: str, path: Path | None = None) -> Iterat
 
 
 class JsonlAppender:
-    """A JSONL file that is appended to; each line leaves this process at once.
+    """A JSON Lines file that is appended to; each line is flushed immediately.
 
-    `found` are the lines that are there already: those that `keep` wants. All others, a last one that a killed run
-    left in part among them, are removed from the file. Raises InputError when it cannot be written.
+    `found` holds the values of the lines that were there already and that `keep` accepts. All other lines, also a
+    partial last line of a killed run, are removed from the file. Raises InputError when it cannot be written.
     """
 
     def __init__(self, path: Path, keep: Callable[[dict], bool]):
@@ -57,17 +57,17 @@ class JsonlAppender:
             self._file.flush()
 
     def sync(self) -> None:
-        """Waits until the disk has all lines: after that they outlive the machine, too."""
+        """Waits until all lines are on the disk, so that they survive a crash of the machine."""
         with errors_naming(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with errors_naming(self._path):  # closing writes what an earlier failure left
+        with errors_naming(self._path):  # closing writes what is still in the buffer
             self._file.close()
 
 
 def read_appended(path: Path) -> list[dict]:
-    """The objects in a file of `JsonlAppender`, which another process may be writing: a line in part is left out."""
+    """The objects in a file of `JsonlAppender`. Another process may be writing it: a partial line is left out."""
     return [value for _, value in _objects(path.read_bytes())]
 
 
@@ -83,7 +83,7 @@ def _objects(content: bytes) -> Iterator[tuple[bytes, dict]]:
 
 @contextlib.contextmanager
 def errors_naming(path: Path) -> Iterator[None]:
-    """An OSError inside becomes an InputError that names `path`."""
+    """Turns an OSError of the block into an InputError that names `path`."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Whether what lies at a path can come from this user alone: programs that are found on disk are run."""
+"""Checks that only this user can have put a file at a path: compiled programs that are cached on disk are run."""
 
 import grp
 import os
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_MOST_STEPS = 1000  # a chain of links ends before
+_MAX_STEPS = 1000  # folders and links of one path
 _ENTER = stat.S_IXGRP | stat.S_IXOTH
 
 
 @dataclass(frozen=True)
 class OwnershipProblem:
-    """Why somebody else may have put something there, and what to do about it."""
+    """Why another user may have written to a path, and the remedy."""
 
     why: str
     remedy: str
@@ -25,12 +25,12 @@ class OwnershipProblem:
 
 
 def ownership_problem(path: Path) -> OwnershipProblem | None:
-    """Why somebody else may have put there what lies at `path`, a file or a folder; None where only this user or the
-    administrator can have. What does not exist yet is judged by where it would lie.
+    """Why another user may have written the file or folder at `path`; None if only this user or the administrator can.
+    A path that does not exist yet is judged by its folders.
 
-    All that leads there counts: folders above it and links. Belonging to others, or open to their changes, they may
-    lead elsewhere tomorrow. A folder like /tmp, in which everyone changes only what is theirs, may lie above. Open
-    to a group is no harm where only this user is in it, nor in a folder that others cannot enter.
+    All folders above it and all links on the way are checked: if others own them or can write to them, the path may
+    lead elsewhere tomorrow. A folder such as /tmp, in which users can change only their own files, may be above it.
+    Write access of a group is allowed if only this user is in the group, or if others cannot enter the folder.
     """
     path = path.absolute()
     end, trusted = os.path.realpath(path), {0, os.geteuid(), os.stat("/").st_uid}
@@ -54,7 +54,7 @@ def ownership_problem(path: Path) -> OwnershipProblem | None:
 
 
 def make_private_folder(folder: Path) -> None:
-    """Makes a folder, and those above that are missing, for this user alone. Raises OSError."""
+    """Creates a folder, and the missing ones above it, with access for this user only. Raises OSError."""
     missing = [step for step in (folder, *folder.parents) if not step.exists()]
     for step in reversed(missing):
         step.mkdir(mode=0o700, exist_ok=True)
@@ -64,7 +64,7 @@ def _steps(path: Path) -> Iterator[Path]:
     """The root, and every folder, link and file after it that decides where an absolute path leads."""
     here, waiting = Path(path.anchor), list(reversed(path.parts[1:]))
     yield here
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_STEPS):
         if not waiting:
             return
         part = waiting.pop()
@@ -89,7 +89,7 @@ def _is_open(step: Path, found: os.stat_result) -> bool:
 
 
 def _is_own_group(group: int) -> bool:
-    """Whether nobody but this user is in a group, as where each user has one and files are made with a mask of 002."""
+    """Whether only this user is in a group, as on systems where each user has a group and the umask is 002."""
     try:
         user, found = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
     except KeyError:

@@ -1,4 +1,4 @@
-"""A place as a person writes it: a path, in which `~` is a home folder, or a name of a model."""
+"""Paths as a user writes them, in which `~` is a home folder."""
 
 import os
 from pathlib import Path
@@ -14,8 +14,8 @@ Given = TypeVar("Given", str, Path)
 
 
 def expand_home(place: Given) -> Given:
-    """With the home folder in the place of a `~` or `~user` at its beginning. A name that merely begins with `~` stays,
-    where it is here. Raises InputError where there is no such home folder."""
+    """The path with a leading `~` or `~user` replaced by the home folder. A name in the working folder that merely
+    begins with `~` stays. Raises InputError when there is no such home folder."""
     text = str(place)
     if not text.startswith("~"):
         return place
@@ -28,8 +28,7 @@ def expand_home(place: Given) -> Given:
 
 
 def check_utf8(place: str | Path, program: str) -> None:
-    """Raises InputError for a place whose whole name, with the folders above it, is not UTF-8, where a `program` that
-    is called with it takes no other."""
+    """Raises InputError if the absolute path is not UTF-8, for a `program` that accepts no other paths."""
     whole = os.path.abspath(place)
     if not is_utf8(whole):
         raise InputError(f"{whole}: {program} needs a name in UTF-8; choose another place or rename the folder")

@@ -1,26 +1,31 @@
-"""Text and JSON that others wrote, read within bounds: whatever a file holds, it gives a value or one clear error."""
+"""Reads text and JSON files within limits: whatever a file holds, the result is a value or one clear error."""
 
 import codecs
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.nearby_paths import nearby_hint
 
-SETTINGS_BYTES = 16 << 20  # no file of settings is longer
-LIST_BYTES = 1 << 30  # a list of millions of records is; whoever has more can have it read line by line
-MAX_DEPTH = 100  # of lists and objects in one another: far more than settings need, far less than Python's own limit
+SETTINGS_BYTES = 16 << 20  # the longest file of settings
+LIST_BYTES = 1 << 30  # the longest list of records: some millions
+MAX_DEPTH = 100  # of nested lists and objects: far more than settings need, far less than Python's own limit
 _PIECE = 1 << 16
-_BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_BYTE_ORDER_MARKS: Mapping[bytes, str] = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 def decode_text(content: bytes, place: object) -> str:
-    """UTF-8, with or without a byte order mark, as text. Raises InputError naming `place` and the encoding that it
-    seems to have: text in UTF-16 can be valid UTF-8 full of NUL characters, which nobody means."""
+    """Decodes UTF-8, with or without a byte order mark. Raises InputError naming `place` and the encoding that the
+    content seems to have: UTF-16 can be valid UTF-8 full of NUL characters."""
     found = byte_order_mark(content)
     if found is None and b"\0" in content:
         found = "UTF-16 without a byte order mark, or not text at all"
@@ -33,13 +38,13 @@ def decode_text(content: bytes, place: object) -> str:
 
 
 def encode_utf8(text: str) -> bytes:
-    """Text, JSON or not, as bytes, whatever it holds. A byte of a file name that is not UTF-8, which arrives as a lone
-    surrogate, is written as JSON writes it, \\udcff."""
+    """Encodes any string. A lone surrogate, which stands for a byte of a file name that is not UTF-8, is written as
+    JSON writes it, \\udcff."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def byte_order_mark(content: bytes) -> str | None:
-    """ "UTF-16" or "UTF-32" for what begins with its mark."""
+    """ "UTF-16" or "UTF-32" if the content begins with its byte order mark, else None."""
     return next((name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), None)
 
 
@@ -51,10 +56,12 @@ def read_bytes(
     shown: str | None = None,
     pipes: bool = False,
 ) -> bytes:
-    """A whole file. Raises InputError naming it, as `shown` where that is given, and the remedy when it cannot be read,
-    is not a regular file or is longer than `most` bytes, before more than that is in memory.
+    """The content of a file. Never holds more than `most` bytes in memory.
 
-    pipes: whether it may be a pipe too, which is waited for: only for what a user names.
+    shown: what messages call the file, if not by its path.
+    pipes: whether the file may be a pipe, which is waited for: only for a file that the user names.
+    Raises InputError naming the file and the remedy when it cannot be read, is not a regular file or is longer than
+    `most` bytes.
     """
     name = str(path) if shown is None else shown
     try:
@@ -67,7 +74,7 @@ def read_bytes(
         if isinstance(error, InputError):
             raise
         why = error.strerror if isinstance(error, OSError) else error
-        # Whoever has a name of its own for it reads thousands, and looks for none of them elsewhere.
+        # Files that have another name in messages are read by the thousand: no hints for those.
         there = nearby_hint(path) if shown is None and isinstance(error, FileNotFoundError) else ""
         raise InputError(f"{name} cannot be read ({why}); {remedy}{there}") from None
     if content is None:
@@ -76,8 +83,8 @@ def read_bytes(
 
 
 def _within(file: BinaryIO, size: int, most: int) -> bytes | None:
-    """All that a file holds, which is said to be `size` bytes but may have grown, or not know its size; None where that
-    is more than `most`."""
+    """The content of a file; None if it is longer than `most` bytes. The file may be longer than `size`, its reported
+    size: it may have grown, and special files report 0."""
     pieces: list[bytes] = []
     total, wanted = 0, size + 1  # one piece, as a rule, and no buffer of `most` bytes
     while size <= most and total <= most:
@@ -97,8 +104,8 @@ def parse_json(
 ) -> Any:
     """The value of a JSON text. NaN and Infinity are numbers, as in what Python writes.
 
-    Raises InputError, "PLACE: not JSON (why); REMEDY", also for what is nested so deeply that those who walk through it
-    would run out of stack.
+    Raises InputError, "PLACE: not JSON (why); REMEDY", also for values nested more than MAX_DEPTH levels deep, for
+    which recursive functions would run out of stack.
     """
     try:
         text = content if isinstance(content, str) else decode_text(content, place)
@@ -125,8 +132,8 @@ def read_json(path: Path, remedy: str = "check the file", most: int = SETTINGS_B
 def read_json_object(
     path: Path, remedy: str = "check the file", most: int = SETTINGS_BYTES, *, marked: bool = True
 ) -> dict[str, Any]:
-    """`read_json` for a file that must hold an object, and unless `marked` no byte order mark: other programs stumble
-    over it."""
+    """`read_json` for a file that must hold an object. marked: whether it may begin with a byte order mark, which other
+    programs refuse."""
     content = read_bytes(path, most, remedy)
     if not marked and content.startswith(codecs.BOM_UTF8):
         raise InputError(f"{path} begins with a byte order mark, which diffusers refuses: save it as UTF-8 without one")
@@ -137,7 +144,7 @@ def read_json_object(
 
 
 def _inside(value: Any) -> list[Any]:
-    """The lists and objects right inside a value."""
+    """The lists and objects directly inside a value."""
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [inner for inner in values if isinstance(inner, dict | list)]
 
@@ -147,4 +154,4 @@ def _too_deep(place: object, remedy: str) -> InputError:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would be waited for without end
+    return os.open(path, flags | os.O_NONBLOCK)  # else opening a pipe that has no writer would never return

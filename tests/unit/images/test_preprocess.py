@@ -31,16 +31,16 @@ from ipadapter_jax.images.preprocess import (
     to_uint8,
 )
 
-LEVEL = 1 / 255 / min(CLIP_STD)  # one grey level after normalisation
+LEVEL = 1 / 255 / min(CLIP_STD)  # one gray level after normalization
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
-QUARTERS = Image.new("RGB", (64, 32), "white")  # shows every turn and flip; JPEG keeps colours away from the edges
-for _colour, _box in {"red": (0, 0, 32, 16), "lime": (32, 0, 64, 16), "blue": (0, 16, 32, 32)}.items():
-    QUARTERS.paste(_colour, _box)
+QUARTERS = Image.new("RGB", (64, 32), "white")  # shows every turn and flip; JPEG keeps colors away from the edges
+for _color, _box in {"red": (0, 0, 32, 16), "lime": (32, 0, 64, 16), "blue": (0, 16, 32, 32)}.items():
+    QUARTERS.paste(_color, _box)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -53,11 +53,11 @@ def assert_quarters(image: Image.Image) -> None:
     assert np.abs(pixels(image)[8::16, 8::16] - pixels(QUARTERS)[8::16, 8::16]).max() < 16
 
 
-def png(width: int, height: int, bits: int, colour_type: int, rows: bytes) -> bytes:
+def png(width: int, height: int, bits: int, color_type: int, rows: bytes) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -140,7 +140,7 @@ def test_resize_stretches_and_pad_pads():
     stretched, padded = clip_pixel_values([image], 64, "resize")[0], clip_pixel_values([image], 64, "pad")[0]
     np.testing.assert_allclose(stretched, np.broadcast_to(red, (64, 64, 3)), atol=1e-6)
     np.testing.assert_allclose(padded[16:48], np.broadcast_to(red, (32, 64, 3)), atol=1e-6)
-    assert not padded[:16].any() and not padded[48:].any()  # the mean colour, exactly
+    assert not padded[:16].any() and not padded[48:].any()  # the mean color, exactly
     tall = clip_pixel_values([image.rotate(90, expand=True)], 64, "pad")[0]
     np.testing.assert_array_equal(tall, padded.swapaxes(0, 1))
 
@@ -215,7 +215,7 @@ def test_unreadable_exif_is_ignored(tmp_path):
     "name, options", [("a.gif", {}), ("a.png", {}), ("a.webp", {"lossless": True}), ("a.tiff", {})]
 )
 def test_first_frame_of_an_animation(tmp_path, name, options):
-    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (9, 9), color) for color in ("red", "lime", "blue")]
     path = saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **options)
     with Image.open(path) as image:
         assert image.n_frames == 3
@@ -230,8 +230,8 @@ def test_transparency_is_composited_on_white(tmp_path):
     assert (pixels(load_image(saved(tmp_path, rgba, "a.png"))) == expected).all()
     assert (pixels(load_image(np.asarray(rgba))) == expected).all()
     assert np.abs(pixels(load_image(rgba.convert("RGBa"))) - expected).max() <= 1  # premultiplied
-    for grey in (rgba.convert("LA"), rgba.convert("LA").convert("La")):
-        assert (pixels(load_image(grey))[:, :4] == 255).all() and (pixels(load_image(grey))[:, 4:] < 160).all()
+    for gray in (rgba.convert("LA"), rgba.convert("LA").convert("La")):
+        assert (pixels(load_image(gray))[:, :4] == 255).all() and (pixels(load_image(gray))[:, 4:] < 160).all()
 
     palette = Image.new("P", (8, 4), 0)
     palette.putpalette([10, 20, 30, 40, 50, 60])
@@ -239,8 +239,8 @@ def test_transparency_is_composited_on_white(tmp_path):
     for name in ("a.png", "a.gif"):
         shown = pixels(load_image(saved(tmp_path, palette, name, transparency=0)))
         assert (shown[:, :4] == 255).all() and (shown[:, 4:] == (40, 50, 60)).all()
-    colour_key = saved(tmp_path, Image.new("RGB", (3, 3), (1, 2, 3)), "b.png", transparency=(1, 2, 3))
-    assert (pixels(load_image(colour_key)) == 255).all()
+    color_key = saved(tmp_path, Image.new("RGB", (3, 3), (1, 2, 3)), "b.png", transparency=(1, 2, 3))
+    assert (pixels(load_image(color_key)) == 255).all()
 
 
 def test_cmyk(tmp_path):
@@ -258,22 +258,22 @@ def test_cmyk(tmp_path):
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     expected = np.round(ramp / 257).astype(int)
-    grey = Image.fromarray(ramp)
+    gray = Image.fromarray(ramp)
     wide = Image.fromarray(ramp.astype(np.int32))
-    assert (grey.mode, wide.mode) == ("I;16", "I")
+    assert (gray.mode, wide.mode) == ("I;16", "I")
     big_endian = Image.frombytes("I;16B", (16, 16), ramp.astype(">u2").tobytes())
-    for source in (grey, wide, big_endian, saved(tmp_path, grey, "a.png"), saved(tmp_path, grey, "a.tiff"), ramp):
+    for source in (gray, wide, big_endian, saved(tmp_path, gray, "a.png"), saved(tmp_path, gray, "a.tiff"), ramp):
         np.testing.assert_array_equal(pixels(load_image(source)), np.repeat(expected[..., None], 3, 2))
-    keyed = pixels(load_image(saved(tmp_path, grey, "b.png", transparency=int(ramp[0, 9]))))
+    keyed = pixels(load_image(saved(tmp_path, gray, "b.png", transparency=int(ramp[0, 9]))))
     assert (keyed[0, 9] == 255).all() and (keyed[0, 8] == expected[0, 8]).all()
     refused(Image.fromarray(ramp.astype(np.int32) * 9), "the image", "16 bits")
     refused(Image.fromarray(ramp.astype(np.int32) - 9), "the image", "16 bits")
 
 
-def test_sixteen_bit_colour_png(tmp_path):
-    colours = np.array([[(0, 0x8000, 0xFFFF), (0x1234, 0x5678, 0x9ABC)]] * 2, ">u2")
-    (tmp_path / "a.png").write_bytes(png(2, 2, 16, 2, b"".join(b"\0" + row.tobytes() for row in colours)))
-    assert np.abs(pixels(load_image(tmp_path / "a.png")) - colours / 257).max() <= 1
+def test_sixteen_bit_color_png(tmp_path):
+    colors = np.array([[(0, 0x8000, 0xFFFF), (0x1234, 0x5678, 0x9ABC)]] * 2, ">u2")
+    (tmp_path / "a.png").write_bytes(png(2, 2, 16, 2, b"".join(b"\0" + row.tobytes() for row in colors)))
+    assert np.abs(pixels(load_image(tmp_path / "a.png")) - colors / 257).max() <= 1
 
 
 def test_floating_point_images(tmp_path):
@@ -293,7 +293,7 @@ def test_floating_point_images(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "PA", "RGBX", "YCbCr", "HSV", "LAB"])
 def test_other_modes(mode):
-    image = Image.new("LAB", (6, 5), (255, 128, 128))  # white; PIL makes this mode only with a colour profile
+    image = Image.new("LAB", (6, 5), (255, 128, 128))  # white; PIL makes this mode only with a color profile
     if mode != "LAB":
         image = Image.new("P" if mode == "PA" else "RGB", (6, 5), "white").convert(mode)
     assert image.mode == mode
@@ -423,17 +423,17 @@ def test_decoding_in_threads():
 
 def test_arrays():
     rgb = np.asarray(noise(5, 4))
-    grey = rgb[..., 0]
+    gray = rgb[..., 0]
     for source, expected in [
         (rgb, rgb),
         (rgb.astype(np.float32) / 255, rgb),
         (rgb / 255, rgb),
         (rgb.astype(np.uint16) * 257, rgb),
         (rgb.astype(">u2") * 257, rgb),
-        (grey, np.repeat(grey[..., None], 3, 2)),
-        (grey[..., None], np.repeat(grey[..., None], 3, 2)),
+        (gray, np.repeat(gray[..., None], 3, 2)),
+        (gray[..., None], np.repeat(gray[..., None], 3, 2)),
         (rgb[::-1, ::-2], rgb[::-1, ::-2]),
-        (np.dstack([rgb, np.full_like(grey, 255)]), rgb),
+        (np.dstack([rgb, np.full_like(gray, 255)]), rgb),
     ]:
         np.testing.assert_array_equal(pixels(load_image(source)), expected)
 

@@ -107,7 +107,7 @@ def test_a_folder_that_others_write_to_is_not_used(folder, caplog):
         np.testing.assert_array_equal(compiled(), expected)
         compiled()
     assert [record.getMessage() for record in caplog.records if record.name == "ipadapter_jax"] == [
-        f"compiled programs are neither read nor kept: others can write to {folder} (mode 0777); "
+        f"compiled programs are neither read nor cached: others can write to {folder} (mode 0777); "
         f"run: chmod 700 {folder}"
     ]
     assert not cache_is_on() and set(entries(folder).values()) == {b"planted"} and before
@@ -190,4 +190,5 @@ print(cache_is_on())
     env = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ":".join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
-    assert "neither read nor kept: this user has no home folder; name another place with XDG_CACHE_HOME" in done.stderr
+    said = "neither read nor cached: this user has no home folder; name another place with XDG_CACHE_HOME"
+    assert said in done.stderr

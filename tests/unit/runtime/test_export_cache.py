@@ -138,7 +138,7 @@ def test_what_others_can_have_planted_is_not_run(folder, which, caplog):
         assert line.endswith(f"others can write to {folder} (mode 0777); run: chmod 700 {folder}")
         assert file.read_bytes() == before
     else:
-        assert line.endswith(f"made again: others can write to {file} (mode 0777)")  # nothing is left to do
+        assert line.endswith(f"compiled again: others can write to {file} (mode 0777)")  # nothing is left to do
         assert file.read_bytes() != before and file.stat().st_mode & 0o777 == 0o600
 
 
