@@ -1,14 +1,14 @@
-"""ArrayRecord files (of Google's array_record, which Grain reads) with one msgpack map a record:
+"""ArrayRecord files (Google's array_record, as Grain reads them) with one msgpack map per record:
 
     {"image": bytes, "text": str, "cond_image": bytes}       # cond_image only where it differs from the image
 
 To write them:
     writer = array_record_module.ArrayRecordWriter("train-00000.array_record", "group_size:1")
     writer.write(pack(record)); ...; writer.close()
-group_size:1 keeps each record by itself, which reading at random wants.
+group_size:1 stores each record in its own chunk, for fast random access.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -23,7 +23,7 @@ from ipadapter_jax.storage.paths import check_utf8
 
 
 def pack(record: Record) -> bytes:
-    """The payload of a record; its key is not kept."""
+    """The payload of a record, without its key."""
     fields: dict[str, bytes | str] = {"image": record.image, "text": record.text}
     if record.cond_image is not None:
         fields["cond_image"] = record.cond_image
@@ -31,49 +31,56 @@ def pack(record: Record) -> bytes:
 
 
 def unpack(payload: bytes, key: str) -> Record:
-    """What `pack` made. Raises InputError naming the key for anything else."""
+    """The record of a payload from `pack`. Raises InputError naming the key for any other payload."""
     try:
-        fields = msgpack.unpackb(payload)  # no length in it may exceed the payload's own
+        fields = msgpack.unpackb(payload)  # refuses lengths beyond the payload
         image, text, cond_image = fields["image"], fields["text"], fields.get("cond_image")
         if not (isinstance(image, bytes) and isinstance(text, str) and isinstance(cond_image, bytes | None)):
             raise TypeError
-    except Exception:  # the library raises many kinds
+    except Exception:  # the library raises many types
         raise InputError(f'{key}: not a msgpack map {{"image": bytes, "text": str}}; write records so') from None
     return Record(key, image, text, cond_image)
 
 
-class ArrayRecords:
-    """Payloads of several ArrayRecord files, in the order given. Raises InputError naming a file that is none.
+class _Location(NamedTuple):
+    shard: int
+    position: int
 
-    paths: where they are; names: what they are called in keys.
+
+class ArrayRecords:
+    """The payloads of several ArrayRecord files, in the given order. Raises InputError naming a file of another format.
+
+    paths: the files; names: what keys call them.
     """
 
     def __init__(self, paths: list[str], names: list[str]):
         allow_open_files(len(paths))
         self._names = names
-        self._shards = [_open(path) for path in paths]  # each opens its file when first read, and pickles without it
+        self._shards = [
+            _open(path) for path in paths
+        ]  # each opens its file on the first read, and is pickled without it
         self._starts = np.cumsum([0, *map(len, self._shards)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def read(self, index: int) -> bytes:
-        shard, position = self._place(index)
+        shard, position = self._locate(index)
         try:
             return self._shards[shard][position]
-        except Exception as error:  # the library raises bare kinds
+        except Exception as error:  # the library raises bare exceptions
             why = " ".join(str(error).split())[:100]
             raise InputError(f"{self.key(index)}: the file is damaged ({why}); copy it again") from None
 
     def key(self, index: int) -> str:
-        shard, position = self._place(index)
+        shard, position = self._locate(index)
         return replace_surrogates(f"{self._names[shard]}:{position}")
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def _locate(self, index: int) -> _Location:
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = int(np.searchsorted(self._starts, index, "right")) - 1
-        return shard, int(index - self._starts[shard])
+        return _Location(shard, int(index - self._starts[shard]))
 
 
 class ArrayRecordSource:
@@ -100,6 +107,6 @@ def _open(path: str) -> ArrayRecordDataSource:
     check_utf8(path, "the reader of ArrayRecord")
     try:
         return ArrayRecordDataSource(path)
-    except Exception as error:  # the library raises bare kinds
+    except Exception as error:  # the library raises bare exceptions
         why = " ".join(str(error).split())[:100]
         raise InputError(f"{replace_surrogates(path)}: not a whole ArrayRecord file ({why}); copy it again") from None

@@ -1,4 +1,4 @@
-"""Which columns of a table are the image, its caption and the image prompt."""
+"""Chooses the columns of a table that hold the image, its caption and the image prompt."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,17 +7,25 @@ from ipadapter_jax.errors import InputError, argument
 
 IMAGE, TEXT = "images as bytes", "text"
 
-# Role -> what its column holds, and its usual names by preference. `conditioning_image` is left out on purpose: in
-# published sets it holds edges or poses, not an image prompt.
-ROLES = {
-    "image": (IMAGE, ("image", "jpg", "jpeg", "png", "webp")),
-    "text": (TEXT, ("text", "caption", "txt", "prompt")),
-    "cond_image": (IMAGE, ("cond_image",)),
+
+class _Role(NamedTuple):
+    """What the column of a role holds (IMAGE or TEXT), and its usual names."""
+
+    kind: str
+    names: tuple[str, ...]
+
+
+# The usual column names of each role, by preference. `conditioning_image` is left out on purpose: in published data
+# sets it holds edges or poses, not an image prompt.
+ROLES: Mapping[str, _Role] = {
+    "image": _Role(IMAGE, ("image", "jpg", "jpeg", "png", "webp")),
+    "text": _Role(TEXT, ("text", "caption", "txt", "prompt")),
+    "cond_image": _Role(IMAGE, ("cond_image",)),
 }
 
 
 class ColumnNames(NamedTuple):
-    """Names of columns; None for one that was not given, or is not there."""
+    """Names of columns; None for a column that was not given, or that does not exist."""
 
     image: str | None = None
     text: str | None = None
@@ -25,10 +33,10 @@ class ColumnNames(NamedTuple):
 
 
 def choose_columns(given: ColumnNames, kinds: Mapping[str, str], where: str) -> ColumnNames:
-    """The given columns, and those with usual names for what was not given; only cond_image may stay None.
+    """The given columns, and the columns with usual names for those not given; only cond_image may stay None.
 
-    kinds: IMAGE, TEXT, or another type in words of every column there is.
-    Raises InputError that lists them when a column is missing or of another kind.
+    kinds: for every existing column IMAGE, TEXT, or the name of another type.
+    Raises InputError that lists the columns if one is missing or of another kind.
     """
     chosen = {}
     for (role, (wanted, usual)), name in zip(ROLES.items(), given, strict=True):

@@ -14,11 +14,11 @@ from ipadapter_jax.inputs.strings import replace_surrogates
 
 
 class FolderSource:
-    """Record by record what `members` describes, sorted by name: 1.jpg with 1.txt, at any depth. Images without a
-    caption file have that of a metadata.jsonl or .csv, if there is one; text_column names its column.
+    """The records that `file_groups` describes, sorted by name: 1.jpg with 1.txt, at any depth. An image without a
+    caption file has the caption from a metadata.jsonl or .csv, if there is one; text_column names its column.
 
-    Raises InputError for a list that cannot be used where an image needs one, for a text_column that no list has, and
-    for lists without captions where no image has one.
+    Raises InputError for a list that an image needs and that cannot be used, for a text_column that no list has, and
+    for lists without captions if no image has a caption.
     """
 
     def __init__(self, files: FileListing, text_column: str | None = None):
@@ -37,13 +37,13 @@ class FolderSource:
             records.append([*(members.get(role, -1) for role in ROLES), text])
         if 0 < len(records) == self.unused.records:
             listed.check_columns()
-        # Whatever else lies there is no part of the data, nor of its identity.
-        kept = [number for number, name in enumerate(names) if split_name(name)]
+        # Other files are not part of the data, nor of its identity.
+        used = [number for number, name in enumerate(names) if split_name(name)]
         self._files = FileListing(
-            files.root, PackedStrings([*(names[number] for number in kept), *listed.close(self.unused)])
+            files.root, PackedStrings([*(names[number] for number in used), *listed.close(self.unused)])
         )
         numbers = np.full(len(names) + 1, -1, np.int32)
-        numbers[kept] = np.arange(len(kept))
+        numbers[used] = np.arange(len(used))
         table = np.array(records, np.int32).reshape(-1, len(ROLES) + 1)
         self._members, self._listed = numbers[table[:, :-1]], table[:, -1]  # numbers of files and of texts, -1 for none
 

@@ -1,8 +1,8 @@
-"""The authors' list of images and captions, `[{"image_file": "1.png", "text": "A dog"}, ...]` (tutorial_train.py)."""
+"""The list format of IP-Adapter's authors, `[{"image_file": "1.png", "text": "A dog"}, ...]` (tutorial_train.py)."""
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ipadapter_jax.data.file_listing import digest, read_file, size
 from ipadapter_jax.data.packed_strings import PackedStrings
@@ -62,6 +62,14 @@ class JsonListSource:
         return read_file(self._path_of(name), key)
 
 
+class _Entry(NamedTuple):
+    """An entry of the list; "" for what is absent."""
+
+    image: str
+    text: str
+    cond_image: str
+
+
 def _entries(path: Path) -> list[object]:
     text, remedy = decode_text(read_bytes(path, LIST_BYTES), path), f"it should look like {EXAMPLE}"
     if text.lstrip().startswith("["):
@@ -75,8 +83,8 @@ def _entries(path: Path) -> list[object]:
     return entries
 
 
-def _checked(entry: Any, number: int, path: Path) -> tuple[str, str, str]:
-    """Image, caption and image prompt of one entry, "" for what is absent."""
+def _checked(entry: object, number: int, path: Path) -> _Entry:
+    """The names and the caption of one entry. Raises InputError naming the entry that is not of this form."""
     if not isinstance(entry, dict) or not entry.get("image_file"):
         found = f"has the keys {', '.join(map(repr, entry))}" if isinstance(entry, dict) else f"is {str(entry)[:40]!r}"
         listed = isinstance(entry, dict) and "file_name" in entry
@@ -87,4 +95,4 @@ def _checked(entry: Any, number: int, path: Path) -> tuple[str, str, str]:
         raise InputError(
             f"{path}: entry {number} holds something else than texts, or no 'text'; it should look like {EXAMPLE}"
         )
-    return image, replace_surrogates(text or ""), cond or ""
+    return _Entry(image, replace_surrogates(text or ""), cond or "")

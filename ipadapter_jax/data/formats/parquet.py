@@ -1,11 +1,11 @@
 """Parquet with the bytes of images in a column, as Hugging Face's datasets and img2dataset write it.
 
-Parquet is read by row groups: a record that is drawn at random costs its whole group. Of images of 60 kB in groups of
-10, 100 and 1000 rows, 3400, 530 and 29 records a second were read in that way on one core. 100 rows are what Hugging
-Face writes; larger groups are better rewritten: `pyarrow.parquet.write_table(table, file, row_group_size=100)`.
+Parquet is read by row groups: random access to a record costs its whole group. With images of 60 kB in groups of 10,
+100 and 1000 rows, 3400, 530 and 29 records per second were read at random on one core. Hugging Face writes groups of
+100 rows; larger groups should be rewritten: `pyarrow.parquet.write_table(table, file, row_group_size=100)`.
 
-A few bytes of Parquet can stand for gigabytes: a value that is repeated, or zeros that are compressed. So a group is
-held against limits by what it declares before any of it is read, and repeated values stay in their dictionary.
+A few bytes of Parquet can unpack to gigabytes: a repeated value, or compressed zeros. So the declared size of a group
+is compared with limits before it is read, and repeated values stay in their dictionary.
 """
 
 import functools
@@ -27,23 +27,23 @@ from ipadapter_jax.storage.paths import check_utf8
 
 LARGE_GROUP = 64 << 20  # bytes
 MAX_GROUP = 1 << 30  # bytes
-MAX_GROUP_ROWS = 1 << 20  # pyarrow's own choice when nobody says otherwise
-MAX_RATIO = 100  # of unpacked to packed bytes, in groups that are large: images and captions do not compress so far
-CACHED_GROUPS = 4  # so that reading in order, by a few threads, reads each group about once
+MAX_GROUP_ROWS = 1 << 20  # pyarrow's default
+MAX_RATIO = 100  # of unpacked to packed bytes in large groups: images and captions compress less
+CACHED_GROUPS = 4  # so that a few threads that read in order read each group about once
 
 
 class ParquetSource:
     """Rows in the order of their files' names. An image is binary, or a struct with a binary field `bytes`.
 
-    columns: their names, where they are not the usual ones.
-    Raises InputError: damaged, not Parquet, or no such column, listing those that there are.
+    columns: their names, if they are not the usual ones.
+    Raises InputError: damaged, not Parquet, or no such column, with a list of the existing ones.
     """
 
     def __init__(self, files: FileListing, columns: ColumnNames):
         self._files, self.unused = files, UnusedFiles()
         self._metadata = [_metadata(files.path(i)) for i in range(len(files))]
         schema = self._metadata[0].schema.to_arrow_schema()
-        for i, metadata in enumerate(self._metadata):  # what is chosen in the first file must be there in all
+        for i, metadata in enumerate(self._metadata):  # all files must have the columns chosen in the first one
             columns = choose_columns(
                 columns, _kinds(metadata.schema.to_arrow_schema()), replace_surrogates(files.path(i))
             )
@@ -96,7 +96,7 @@ class ParquetSource:
 
     def _read_group(self, group: int) -> pa.Table:
         file, number = self._groups[group]
-        # A reader must not be shared by threads; with its metadata at hand, a new one costs 0.03 ms.
+        # A reader must not be shared by threads; with known metadata a new one costs 0.03 ms.
         path, metadata = self._files.path(file), self._metadata[file]
         _check_pages(path, _chosen(metadata.row_group(number), self._read))
         with pq.ParquetFile(path, metadata=metadata, read_dictionary=self._read) as parquet:
@@ -149,14 +149,14 @@ def _chosen(group: pq.RowGroupMetaData, read: list[str]) -> list[pq.ColumnChunkM
 
 
 def _without_bytes(group: pq.RowGroupMetaData, image: str) -> int:
-    """How many rows have no image, where the file says it."""
+    """The number of rows without an image, if the file records it; else 0."""
     (column,) = _chosen(group, [image])
     statistics = column.statistics
     return statistics.null_count if statistics is not None and statistics.has_null_count else 0
 
 
 def _check_pages(path: str, columns: list[pq.ColumnChunkMetaData]) -> None:
-    """Raises Damaged for columns whose pages unpack to more than was declared, unless that is little."""
+    """Raises DamagedPage for columns whose pages unpack to more than declared and to more than LARGE_GROUP."""
     with open(path, "rb", buffering=0) as file:
         for column in columns:
             start = column.data_page_offset
@@ -168,7 +168,7 @@ def _check_pages(path: str, columns: list[pq.ColumnChunkMetaData]) -> None:
 
 
 def _check_group(group: pq.RowGroupMetaData, read: list[str], where: str) -> None:
-    """Raises InputError for a group that would take far more memory than images of its size."""
+    """Raises InputError for a group that would need far more memory than images of its size."""
     chosen = _chosen(group, read)
     unpacked = sum(column.total_uncompressed_size for column in chosen)
     packed = sum(column.total_compressed_size for column in chosen)

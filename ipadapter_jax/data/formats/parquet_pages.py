@@ -1,25 +1,28 @@
-"""What the pages of a Parquet column say that they unpack to, read from their headers alone.
+"""Reads the unpacked sizes of the pages of a Parquet column from their headers alone.
 
-The list of columns at the end of a file says it too, but the reader allocates what the pages say. A page header is a
+The metadata at the end of a file hold sizes too, but the reader allocates what the pages declare. A page header is a
 struct in Thrift's compact protocol; its first three fields are the type and both sizes
 (github.com/apache/parquet-format, parquet.thrift, and thrift-compact-protocol.md).
 """
 
 import os
+from collections.abc import Mapping
+from typing import NamedTuple
 
-_FIRST, _MOST = 1 << 9, 1 << 24  # bytes of a header that are read at first and at most: it may hold statistics
-_DEEPEST = 8  # structs in one another
+_FIRST_READ, _MAX_READ = 1 << 9, 1 << 24  # bytes of a header: it may hold statistics
+_MAX_DEPTH = 8  # of nested structs
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
-_FIXED = {_TRUE: 0, _FALSE: 0, _BYTE: 1, _DOUBLE: 8}
+_FIXED: Mapping[int, int] = {_TRUE: 0, _FALSE: 0, _BYTE: 1, _DOUBLE: 8}
 _UNPACKED, _PACKED = 2, 3  # fields of a page header
 
 
 class DamagedPage(ValueError):
-    """Not the header of a page."""
+    """The header of a page is invalid."""
 
 
 def unpacked_bytes(file: int, start: int, size: int) -> int:
-    """The bytes that all pages of a column unpack to, which lie in an open file from `start` on. Raises Damaged."""
+    """The unpacked bytes of all pages of a column, whose `size` bytes start at `start` in an open file. Raises
+    DamagedPage."""
     total, place = 0, start
     while place < start + size:
         fields, length = _header(file, place)
@@ -31,29 +34,35 @@ def unpacked_bytes(file: int, start: int, size: int) -> int:
     return total
 
 
-def _header(file: int, place: int) -> tuple[dict[int, int], int]:
-    """The whole numbers among the fields of a header, and its length."""
-    size = _FIRST
+class _Header(NamedTuple):
+    """The integer fields of a page header by their ids, and its length in bytes."""
+
+    fields: dict[int, int]
+    length: int
+
+
+def _header(file: int, place: int) -> _Header:
+    size = _FIRST_READ
     while True:
         content = os.pread(file, size, place)
         struct = _Compact(content)
         try:
-            return struct.fields(), struct.place
+            return _Header(struct.fields(), struct.place)
         except IndexError:
-            if len(content) < size or size >= _MOST:
+            if len(content) < size or size >= _MAX_READ:
                 raise DamagedPage("a page header that does not end") from None
             size *= 32
 
 
 class _Compact:
-    """Reads one struct after the other. Raises IndexError at the end of the content, Damaged for what is no struct."""
+    """Reads structs. Raises IndexError at the end of the content, DamagedPage for what is not a struct."""
 
     def __init__(self, content: bytes):
         self._content, self.place = content, 0
 
     def fields(self, depth: int = 0) -> dict[int, int]:
-        """Reads a struct; its fields of whole numbers by their ids."""
-        if depth > _DEEPEST:
+        """Reads a struct. Returns its integer fields by their ids."""
+        if depth > _MAX_DEPTH:
             raise DamagedPage("a page header that is too deep")
         found, field = {}, 0
         while (head := self._byte()) != 0:

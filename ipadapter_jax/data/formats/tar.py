@@ -1,6 +1,6 @@
-"""Tar shards as img2dataset and WebDataset write them, read at random without unpacking.
+"""Tar shards of img2dataset and WebDataset, with random access without unpacking.
 
-Opening reads the headers alone and keeps 80 bytes a record and its name.
+Opening reads only the headers; the index takes 80 bytes and the name of each record.
 """
 
 import os
@@ -8,7 +8,7 @@ import tarfile
 import warnings
 from collections.abc import Iterator
 from io import FileIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,14 +21,14 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.formats import is_image_name
 from ipadapter_jax.inputs.strings import replace_surrogates
 
-MEMBER = np.dtype([("offset", np.int64), ("size", np.int64)])  # of the content; size -1: there is no such member
+MEMBER = np.dtype([("offset", np.int64), ("size", np.int64)])  # of the content; size -1: no such member
 _MAX_HEADER = 1 << 20
 ENTRY = np.dtype([("shard", np.int32), *((role, MEMBER) for role in ROLES)])
 
 
 class _Headers(FileIO):
-    """A tar whose headers alone are read: extended ones say themselves how long they are, and a file that takes no room
-    on disk can hold one of gigabytes."""
+    """A tar of which only headers are read. Refuses long ones: extended headers declare their own length, and a sparse
+    file can hold one of gigabytes."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _MAX_HEADER:
@@ -36,11 +36,24 @@ class _Headers(FileIO):
         return super().read(size)
 
 
-class TarSource:
-    """Shards in the order of their names, records in the order of their shard; `members` says what makes a record.
+class _ShardIndex(NamedTuple):
+    stems: list[str]
+    entries: np.ndarray
 
-    A shard that is damaged or ends early keeps the records that are whole, with a warning that names it.
-    Raises InputError when not one record is left.
+
+class _Member(NamedTuple):
+    """A complete file in a tar: its content is `size` bytes from `offset` on."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class TarSource:
+    """Shards in the order of their names, records in the order of their shard; `file_groups` says what a record is.
+
+    Of a shard that is damaged or truncated the complete records are used, with a warning that names it.
+    Raises InputError if there are no records.
     """
 
     def __init__(self, files: FileListing):
@@ -69,7 +82,7 @@ class TarSource:
 
     def __getitem__(self, index: int) -> Record:
         key, entry = self.key(index), self._entries[index]
-        # Opened anew for each record: that costs microseconds, and nothing is shared by threads or lost in a pickle.
+        # Opened for each record: that costs microseconds, and threads and pickles share no file.
         try:
             with open(self._files.path(entry["shard"]), "rb", buffering=0) as file:
                 roles = [role for role in ROLES if entry[role]["size"] >= 0]
@@ -83,8 +96,8 @@ class TarSource:
     def identity(self) -> dict[str, Any]:
         return self._files.identity("tar", len(self))
 
-    def _index(self, shard: int) -> tuple[list[str], np.ndarray]:
-        """Stems and entries (ENTRY) of the records of one shard."""
+    def _index(self, shard: int) -> _ShardIndex:
+        """The stems and the index entries (ENTRY) of the records of one shard."""
         names, places, stems, entries = [], [], [], []
         for name, offset, size in _members(self._files.path(shard)):
             names.append(name)
@@ -97,21 +110,21 @@ class TarSource:
             entries.append((shard, *(places[members[role]] if role in members else (0, -1) for role in ROLES)))
             if not any(role in members for role in TEXTS):
                 self.unused.add(NO_CAPTION, f"{shown}:{names[members['image']]}", is_record=True)
-        return stems, np.array(entries, ENTRY)
+        return _ShardIndex(stems, np.array(entries, ENTRY))
 
 
-def _members(path: str) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of every whole file in a tar. Warns when the archive is not whole itself."""
+def _members(path: str) -> Iterator[_Member]:
+    """All complete files in a tar. Warns if the archive is incomplete."""
     try:
         end = os.stat(path).st_size
         with _Headers(path) as file, tarfile.open(path, "r:", file) as tar:
             while (member := tar.next()) is not None:
-                vars(tar)["members"] = []  # the library keeps them all, 1.5 kB each
+                vars(tar)["members"] = []  # the library would keep them all, 1.5 kB each
                 if member.offset_data + member.size > end:
                     break
                 if member.isreg() and not member.issparse():
-                    yield member.name, member.offset_data, member.size
-            # After a damaged header the library simply stops; a whole archive ends in blocks of zeros.
+                    yield _Member(member.name, member.offset_data, member.size)
+            # After a damaged header the library simply stops; a complete archive ends in blocks of zeros.
             if tar.fileobj is not None:
                 tar.fileobj.seek(tar.offset)
                 if member is None and tar.fileobj.read(512) == bytes(512):

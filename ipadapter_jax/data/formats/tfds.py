@@ -1,7 +1,7 @@
 """Data sets that TensorFlow Datasets prepared with `file_format="array_record"`, read without TensorFlow."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ipadapter_jax.data.file_listing import FileListing
 from ipadapter_jax.data.formats.array_record import ArrayRecords
@@ -12,13 +12,13 @@ from ipadapter_jax.data.unused_files import UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.text_files import read_json_object
 
-INFO, FEATURES = "dataset_info.json", "features.json"  # the two files that make a folder such a data set
+INFO, FEATURES = "dataset_info.json", "features.json"  # the two files that identify such a data set
 
 
 class TfdsSource:
-    """The split `train`, or the only one there is, in its stored order.
+    """The split `train`, or the only split, in its stored order.
 
-    columns: names of features, where they are not the usual ones.
+    columns: names of features, if they are not the usual ones.
     Raises InputError: tensorflow-datasets is not installed, another file format, no such feature.
     """
 
@@ -40,7 +40,7 @@ class TfdsSource:
             fields = self._features.deserialize_example_np(payload, decoders=_encoded_images(self._features))
             text = fields[self._columns.text].decode("utf-8")
             image, cond_image = fields[self._columns.image], fields.get(self._columns.cond_image)
-        except Exception as error:  # the library raises many kinds
+        except Exception as error:  # the library raises many types
             why = " ".join(str(error).split())[:100]
             raise InputError(f"{key}: not an example with the features of {INFO} ({why})") from None
         return Record(key, image, text, cond_image)
@@ -53,7 +53,7 @@ class TfdsSource:
 
 
 def _check_format(folder: Path) -> None:
-    """Raises InputError unless the records lie in ArrayRecord files."""
+    """Raises InputError unless the records are stored in ArrayRecord files."""
     stored = read_json_object(folder / INFO, "prepare the data set again").get("fileFormat", "tfrecord")
     if stored != "array_record":
         raise InputError(
@@ -63,8 +63,13 @@ def _check_format(folder: Path) -> None:
         )
 
 
-def _open(folder: Path) -> tuple[Any, list[Path]]:
-    """The features, a mapping by name, and the files of the split."""
+class _Split(NamedTuple):
+    features: Any  # of TensorFlow Datasets, a mapping by name
+    files: list[Path]
+
+
+def _open(folder: Path) -> _Split:
+    """Opens the data set. Raises InputError if that fails, or if it has several splits and none is `train`."""
     try:
         import tensorflow_datasets as tfds
     except ImportError:
@@ -74,14 +79,14 @@ def _open(folder: Path) -> tuple[Any, list[Path]]:
         ) from None
     try:
         info = tfds.builder_from_directory(str(folder)).info
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many types
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}: not readable by tensorflow-datasets ({why}); prepare it again") from None
     names = sorted(info.splits)
     if "train" not in names and len(names) != 1:
         raise InputError(f"{folder}: no split `train` among {', '.join(names) or 'none'}; prepare one of that name")
     split = info.splits["train" if "train" in names else names[0]]
-    return info.features, [Path(path) for path in split.filepaths]
+    return _Split(info.features, [Path(path) for path in split.filepaths])
 
 
 def _kinds(features: Any) -> dict[str, str]:
@@ -92,7 +97,7 @@ def _kinds(features: Any) -> dict[str, str]:
 
 
 def _encoded_images(features: Any) -> dict[str, Any]:
-    """Decoders that leave images as they were stored."""
+    """Decoders that leave images encoded."""
     import tensorflow_datasets as tfds
 
     images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
