@@ -1,15 +1,34 @@
-"""Documents use the field's terms: docs/glossary.md defines our own, and these words are not used.
+"""Identifiers and documents use the field's terms: docs/glossary.md defines our own, and these words are not used.
 
 A word belongs here only if it has no legitimate use. Keys of files on disk and quotations are in EXCEPTIONS.
 """
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("ipadapter_jax", "benchmarks", "examples", "scripts")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "Makefile", "docs/*.md", "configs/*.py")
 
-# What to write instead.
+# What to write instead. Identifiers are compared word by word: `bad_pictures` and `BadPictures` hold "pictures".
+IN_IDENTIFIERS = {
+    "picture": "image",
+    "pictures": "images",
+    "learnt": "trainable, learned",
+    "colour": "color",
+    "colours": "colors",
+    "grey": "gray",
+    "centre": "center",
+    "optimiser": "optimizer",
+    "licence": "license",
+    "floors": "layers",
+    "torture": "fault_injection",
+    "kept program": "cached program",
+    "own row": "batch sharding",
+    "own rows": "batch sharding",
+}
 IN_PROSE = {
     r"pictures?": "image",
     r"learnt": "learned, trained",
@@ -41,6 +60,37 @@ EXCEPTIONS = {
     ("docs/mini.md", "things` (shape, colour"): "a key of the data set",
     ("docs/results.md", "colour"): "the name of an attribute of the data set in tables",
 }
+
+
+def identifiers(path: Path) -> Iterator[tuple[int, str]]:
+    """Names that a file defines: modules, classes, functions, arguments, variables and attributes."""
+    yield 1, path.stem
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+
+
+def words_of(identifier: str) -> str:
+    """BadPictures, bad_pictures -> "bad pictures"."""
+    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)).lower()
+
+
+def test_identifiers() -> None:
+    found = set()
+    for path in (path for folder in SOURCES for path in sorted((ROOT / folder).rglob("*.py"))):
+        name = str(path.relative_to(ROOT))
+        for line, identifier in identifiers(path):
+            for word, instead in IN_IDENTIFIERS.items():
+                used = f" {word} " in f" {words_of(identifier)} "
+                if used:
+                    found.add(f"{name}:{line}: {identifier}: say {instead}")
+    assert not found, "\n".join(sorted(found))
 
 
 def test_documents() -> None:

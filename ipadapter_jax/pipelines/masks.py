@@ -94,7 +94,7 @@ def _levels(image: Image.Image, what: str) -> np.ndarray:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), Image.fromarray(pixels))
             labels = None
     colors = np.asarray(image.convert("RGB"))
-    if _is_grey(colors):
+    if _is_gray(colors):
         levels = mask_levels(np.asarray(image.convert("L")), f"the {what}", labels=may_label)
         return levels if labels is None or levels.max() >= 255 * _NEARLY_BLACK else labels
     brightest = colors.reshape(-1, 3)[colors.sum(axis=-1).argmax()].astype(np.float32)
@@ -120,7 +120,7 @@ def _is_one_color(colors: np.ndarray) -> bool:
     return bool(np.ptp(colors, axis=0).max() <= _FUZZ) if colors.size else True
 
 
-def _is_grey(colors: np.ndarray) -> bool:
+def _is_gray(colors: np.ndarray) -> bool:
     return bool((colors.max(axis=-1).astype(int) - colors.min(axis=-1)).max() <= _FUZZ)
 
 
