@@ -1,4 +1,4 @@
-"""Encodes a data set once with the frozen VAE and image encoder: `ipadapter-jax precompute`.
+"""Encodes a data set once with the frozen VAE and image encoder: `ipadapter-jax encode`.
 
 A shard depends on the data, the encoders and the settings alone. Whole shards are what an interrupted run leaves, and
 what the next one goes on from; the processes of a job take every P-th shard and need nothing of one another.

@@ -224,3 +224,9 @@ def _write_as_before(job: Path) -> None:
     for former, name in former_names(BatchOptions).items():
         settings[former] = settings.pop(name)
     job.write_text(json.dumps(settings | {"uncond": "zero pixels"}))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_options_and_its_function(command):
+    assert dataclasses.is_dataclass(COMMANDS[command].kind())
+    assert callable(COMMANDS[command].run())

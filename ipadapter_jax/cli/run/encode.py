@@ -1,14 +1,13 @@
-"""`ipadapter-jax precompute`: latents and image features of a data set, computed once."""
+"""Runs `ipadapter-jax encode`: latents and image features of a data set, computed once."""
 
 from ipadapter_jax.data.feature_cache import CachedSamples
 from ipadapter_jax.storage.store import LocalStore
-from ipadapter_jax.train.precompute import PrecomputeConfig
-from ipadapter_jax.train.precompute import precompute as run
+from ipadapter_jax.train.precompute import PrecomputeConfig, precompute
 
 
-def precompute(config: PrecomputeConfig) -> int:
-    """Runs it and says what is there now. Returns the exit code."""
-    skipped = run(config)
+def encode(config: PrecomputeConfig) -> int:
+    """Computes the missing samples and prints how many there are now. Returns the exit code."""
+    skipped = precompute(config)
     if skipped is not None:
         samples = CachedSamples(LocalStore(config.out))
         print(f"{config.out}: {len(samples) - skipped} samples, {skipped} records skipped")
