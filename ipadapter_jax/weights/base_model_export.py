@@ -11,7 +11,7 @@ import numpy as np
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.storage.atomic_files import atomic_replace, remove_partial_files_of, write_atomically
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel
-from ipadapter_jax.weights.component_export import class_name, convert_component, lazy_leaves, spelled
+from ipadapter_jax.weights.component_export import class_name, convert_component, lazy_leaves, to_state_dict
 from ipadapter_jax.weights.formats.safetensors_writer import safetensors_chunks
 from ipadapter_jax.weights.key_mapping import torch_layout
 from ipadapter_jax.weights.layouts import single_file
@@ -42,8 +42,8 @@ def _single_file(base: BaseModel, dtype: np.dtype | None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, prefix in single_file.PREFIXES.items():
         part = base.part(name)
-        spelling = single_file.layout_of(name, part.config) or torch_layout()
-        tensors |= spelled(lazy_leaves(part), spelling, dtype, part.component_config.component.title, prefix)
+        layout = single_file.layout_of(name, part.config) or torch_layout()
+        tensors |= to_state_dict(lazy_leaves(part), layout, dtype, part.component_config.component.title, prefix)
     return tensors
 
 

@@ -1,7 +1,7 @@
 """The model inside the package: `mini`, small, trained by this project, in diffusers' layout as any other.
 
-Its name comes before a path: mini is this model wherever one is asked for, ./mini is a folder of that name. A place
-inside it is written as one on the Hub: mini/image_encoder.
+Its name takes precedence over a path: mini is this model wherever a model is expected, ./mini is a folder of that
+name. A path inside it is written as on the Hub: mini/image_encoder.
 """
 
 from pathlib import Path, PurePosixPath
@@ -10,10 +10,10 @@ from ipadapter_jax.errors import InputError
 
 NAME = "mini"
 FOLDER = Path(__file__).parents[1] / NAME
-REFERENCE = FOLDER / "reference.png"  # a scene that none of its networks has learnt from
-GUIDANCE_SCALE = 4.0  # where a call names none
+REFERENCE = FOLDER / "reference.png"  # a scene that none of its networks was trained on
+GUIDANCE_SCALE = 4.0  # the default for this model
 
-# What is asked for, and the short name that finds it.
+# (kind of thing, short name) -> its place.
 _SHORT = {
     ("adapter", "mini"): "mini/ip-adapter_mini.safetensors",
     ("adapter", "mini-plus"): "mini/ip-adapter-plus_mini.safetensors",
@@ -23,13 +23,13 @@ _SHORT = {
 
 
 def names(what: str) -> list[str]:
-    """The short names under which the model inside the package has a `what`."""
+    """The short names by which the bundled model has a `what`, such as "adapter"."""
     return sorted({NAME} | {name for kind, name in _SHORT if kind == what})
 
 
 def bundled_path(reference: str, what: str) -> Path | None:
     """Where the model inside the package has the "base model", "adapter" or "image encoder" of this name; None for
-    every other name. Raises InputError where the package lies here without its model."""
+    every other name. Raises InputError where the package was installed without its model."""
     place = _SHORT.get((what, reference), reference)
     first, *rest = PurePosixPath(place).parts or ("",)
     if first != NAME or ".." in rest or place.startswith("."):
@@ -39,4 +39,4 @@ def bundled_path(reference: str, what: str) -> Path | None:
         return path
     if place == reference != NAME:
         return None
-    raise InputError(f"{what} {reference}: the package lies here without it ({path} is missing); install it again")
+    raise InputError(f"{what} {reference}: the package was installed without it ({path} is missing); install it again")

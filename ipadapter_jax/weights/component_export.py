@@ -1,9 +1,8 @@
-"""Networks as files: in diffusers' folder layout as PyTorch or Flax writes it, or all of them in one file."""
+"""A network as files in diffusers' folder layout, with the weights of PyTorch or of Flax."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ _METADATA = {"format": "pt"}
 
 
 def save_component(component: Component, folder: Path, params: Tree, dtype: np.dtype, config: bytes) -> None:
-    """Writes `params`, rounded to `dtype`, and the text of config.json into `folder`.
+    """Writes `params`, cast to `dtype`, and the text of config.json into `folder`.
 
     Raises InputError naming the tensor that is not finite or does not fit `dtype`, or the file that cannot be written.
     """
@@ -33,8 +32,8 @@ def save_component(component: Component, folder: Path, params: Tree, dtype: np.d
 
 
 def convert_component(opened: LazyComponent, folder: Path, dtype: np.dtype | None, *, flax: bool) -> None:
-    """Writes a network that was opened, tensor by tensor, in `dtype` or as it is stored, under PyTorch's or Flax's
-    names, and its config.json. Raises InputError as `save_component`."""
+    """Writes the weights of an opened network, tensor by tensor, under PyTorch's or Flax's names, and its config.json.
+    Tensors are cast to `dtype`; None keeps theirs. Raises InputError as `save_component`."""
     _save(opened.component_config.component, folder, lazy_leaves(opened), dtype, flax)
     settings = dict(opened.component_config.settings)
     if isinstance(name := settings.get("_class_name"), str):
@@ -58,26 +57,28 @@ def lazy_leaves(opened: LazyComponent) -> dict[TreePath, Tensor]:
     return {path: leaf(path, tuple(found.shape)) for path, found in leaves(opened.component_config.template).items()}
 
 
-def spelled(
-    ours: Mapping[TreePath, Tensor], spelling: StateDictLayout, dtype: np.dtype | None, title: str, prefix: str = ""
+def to_state_dict(
+    ours: Mapping[TreePath, Tensor], layout: StateDictLayout, dtype: np.dtype | None, title: str, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """The leaves of a tree under the names and with the axes of a file, in `dtype` or as they are stored."""
+    """The leaves of a tree under the keys and with the axes of `layout`, cast to `dtype`; None keeps theirs."""
 
     def entry(path: TreePath, key: str, tensor: Tensor) -> LazyTransform:
         tensor = cast_tensor(tensor, dtype, f"{title}: {key}")
-        shape = spelling.shape(path, tuple(tensor.shape))
-        return LazyTransform(shape, tensor.dtype, lambda: spelling.write(path, tensor.read()))
+        shape = layout.shape(path, tuple(tensor.shape))
+        return LazyTransform(shape, tensor.dtype, lambda: layout.write(path, tensor.read()))
 
-    keys = {path: prefix + spelling.key(path) for path in ours}
+    keys = {path: prefix + layout.key(path) for path in ours}
     return {key: entry(path, key, ours[path]) for path, key in keys.items()}
 
 
-def _save(component: Component, folder: Path, ours: Mapping[TreePath, Tensor], dtype: Any, flax: bool) -> None:
-    spelling = FLAX if flax else torch_layout(component.renames)
-    tensors = spelled(ours, spelling, dtype, component.title)
+def _save(
+    component: Component, folder: Path, ours: Mapping[TreePath, Tensor], dtype: np.dtype | None, flax: bool
+) -> None:
+    layout = FLAX if flax else torch_layout(component.renames)
+    tensors = to_state_dict(ours, layout, dtype, component.title)
     if flax:
         chunks, name = (
-            msgpack_chunks({path: tensors[spelling.key(path)] for path in ours}),
+            msgpack_chunks({path: tensors[layout.key(path)] for path in ours}),
             f"{component.flax_stem}.msgpack",
         )
     else:

@@ -18,7 +18,7 @@ from ipadapter_jax.weights import bundled
 
 log = logging.getLogger("ipadapter_jax")
 
-SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack")  # of files of weights
+SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack")  # of weight files
 _TIMEOUT = 20  # seconds
 
 # The name, the revision (the only ones with slashes that the Hub makes are those of pull requests), the place inside.
@@ -28,12 +28,12 @@ Choose = Callable[[Sequence[str]], Sequence[str]]
 
 
 def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revision: str | None = None) -> Path:
-    """Where the referenced folder or file lies on this machine, downloading what `choose` picks when it is on the Hub.
+    """The local path of the referenced folder or file; of one on the Hub, the files that `choose` picks are downloaded.
 
-    What is here wins (`path_here`), and what looks like a slip in a path to something that is here is a path, unless it
-    pins a revision: for such a slip the network is not asked. `choose` gets the names of all files below the reference,
-    relative to it, and returns those that are needed. `revision` is for a reference that pins none. Raises InputError
-    naming the reference, and what is there instead, when it is neither here nor on the Hub.
+    A local path comes first (`path_here`), and a misspelled local path is never looked up on the Hub, unless it pins a
+    revision. `choose` takes the names of all files below the reference, relative to it, and returns those that are
+    needed. `revision` is for a reference that pins none. Raises InputError naming the reference, and what exists
+    instead, when it is neither local nor on the Hub.
     """
     found = found_place(reference, what)
     if isinstance(found, Path):
@@ -42,8 +42,8 @@ def local_path(reference: str | os.PathLike, choose: Choose, *, what: str, revis
 
 
 def found_place(reference: str | os.PathLike, what: str) -> "Path | HubPlace":
-    """What is meant, without asking the network: what is here, else a place on the Hub, which may be there. Raises
-    InputError as `local_path` does for what is neither."""
+    """The local path, else the place on the Hub that a reference names, which may not exist; no network is used. Raises
+    InputError as `local_path` for what can be neither."""
     if not isinstance(reference, str | os.PathLike):
         raise InputError(f"{what} {reference!r}: give a path or a Hub id (owner/name)")
     if here := path_here(reference, what):
@@ -59,7 +59,7 @@ def found_place(reference: str | os.PathLike, what: str) -> "Path | HubPlace":
 
 
 def check_revision(reference: str | os.PathLike, revision: str | None, what: str) -> None:
-    """Raises InputError for a revision without effect: of what is here, or beside another one in the reference."""
+    """Raises InputError for a revision without effect: of a local path, or in addition to one in the reference."""
     if revision is None:
         return
     if path_here(reference, what) is not None:
@@ -73,15 +73,17 @@ def check_revision(reference: str | os.PathLike, revision: str | None, what: str
 
 
 def path_here(reference: str | os.PathLike, what: str) -> Path | None:
-    """The referenced folder or file where it needs no Hub: inside the package, else a path that exists; or None."""
+    """The referenced folder or file if it is local: inside the package, else a path that exists; or None."""
     inside = bundled.bundled_path(reference, what) if isinstance(reference, str) else None
     path = expand_home(os.fspath(reference))
     return inside or (Path(path) if os.path.exists(path) else None)
 
 
 def _is_path(reference: str) -> bool:
-    """Whether what is not there was meant as a path: it begins with the name of something in a folder that is here, or
-    with a slip in that name, or it is a file of weights where a repository would be."""
+    """Whether a reference that does not exist was meant as a local path.
+
+    Then it begins with the name of something in a local folder, perhaps misspelled, or has the ending of a weight file
+    in place of a repository's name."""
     first, second, *more = PurePosixPath(reference).parts
     if first == bundled.NAME or (not more and reference.endswith(SUFFIXES)):
         return True
@@ -89,10 +91,10 @@ def _is_path(reference: str) -> bool:
 
 
 def _missing(reference: str, what: str, repo: str) -> InputError:
-    """What to say of a path that leads nowhere. `repo` is the repository that it could also be, or empty."""
+    """The error for a path that does not exist. `repo` is the repository that it could also name, or empty."""
     about = f"{what} {one_line(reference)}: there is no such file or folder here"
     if not repo:
-        about += ", and it is no Hub id (owner/name)"
+        about += ", and it is not a Hub id (owner/name)"
         if meant := close_matches(reference, bundled.names(what)):
             return InputError(f"{about}; did you mean {' or '.join(meant)}?")
     if PurePosixPath(reference).parts[:1] == (bundled.NAME,):
@@ -124,17 +126,17 @@ def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str |
 
     if constants.HF_HUB_CACHE.startswith("~"):
         raise InputError(
-            f"{what} {repo}: not a path on this machine, and there is no place to keep it once it is downloaded, as "
-            "this user has no home folder; name one with HF_HOME"
+            f"{what} {repo}: not a path on this machine, and it cannot be downloaded, as this user has no home folder "
+            "to store it in; name a folder with HF_HOME"
         )
     try:
-        # Not list_repo_files, which tries for half a minute where there is no network.
+        # Not list_repo_files, which retries for half a minute without a network.
         found = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT).siblings or []
     except Exception as error:  # the errors of the HTTP client differ between releases of huggingface_hub
         cached = _cached(repo, revision)
         if cached is None or not (cached / inside).exists():
             raise InputError(
-                f"{what} {repo}: not a path on this machine, and not to be had from the Hugging Face Hub: "
+                f"{what} {repo}: not a path on this machine, and could not be downloaded from the Hugging Face Hub: "
                 f"{_reason(error)}{nearby_hint(repo)}"
             ) from None
         log.warning("%s %s: using the copy downloaded earlier (%s)", what, repo, _reason(error))
@@ -152,7 +154,7 @@ def _from_hub(repo: str, inside: str, choose: Choose, what: str, revision: str |
         snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:
         raise InputError(
-            f"{what} {repo}: the download has stopped: {_reason(error)}; the same command goes on with it"
+            f"{what} {repo}: the download stopped: {_reason(error)}; rerun the same command to resume"
         ) from None
     log.info("%s %s: %s", what, repo, snapshot)  # whose last part is the commit
     return snapshot / inside
@@ -164,16 +166,16 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 
     try:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # not there, or no name of a repository
+    except (OSError, ValueError):  # not downloaded, or not the name of a repository
         return None
 
 
 def _reason(error: Exception) -> str:
-    """Why the Hub gave nothing, in one line."""
+    """Why a download failed, in one line."""
     from huggingface_hub import errors
 
     known = {
-        errors.GatedRepoError: "accept its licence on its page there, then log in with `hf auth login`",
+        errors.GatedRepoError: "accept its license on its page there, then log in with `hf auth login`",
         errors.RepositoryNotFoundError: "it has no such repository, or a private one: log in with `hf auth login`",
         errors.RevisionNotFoundError: "the repository has no such revision",
     }

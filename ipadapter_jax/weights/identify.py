@@ -1,4 +1,4 @@
-"""What a file of weights is, told from the names and shapes of its tensors alone, and where such a file is of use."""
+"""Identifies weights by the names and shapes of their tensors, and says where such a file can be used."""
 
 import dataclasses
 import re
@@ -8,20 +8,20 @@ from ipadapter_jax.errors import option
 from ipadapter_jax.weights.formats.torch_pickle import UNNAMED
 from ipadapter_jax.weights.lazy import Tensor
 
-FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text that cross-attentions read
+FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text states that cross-attention reads
 _AS_BASE = "give it as the base model{base}"
 _AS_ENCODER = "give it as the image encoder{image_encoder}"
 _NO_PLACE = "there is no place for it here"
 _TEXT_WIDTHS = (*FAMILIES, 1280)
 _SECOND_ENCODER = "a model of text width 1280"
-# What tells FaceID's adapters but the portrait one: a resampler behind the projection, or a LoRA of the UNet.
+# Names in FaceID adapters except the portrait variant: a resampler after the projection, or a LoRA of the UNet.
 _FACE = r"(.*\.)?(perceiver_resampler\.|\d+\.to_(q|k|v|out)_lora\.)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """`name` with its article, the `family` of base models it belongs to or "", and what to do with it; `usable` is
-    what can be sampled with here, as far as the names and shapes tell."""
+class WeightKind:
+    """`name` with its article, the `family` of base models it belongs to or "", and what to do with such a file.
+    `usable` says whether it can be used for sampling here, as far as names and shapes tell."""
 
     name: str
     family: str
@@ -36,11 +36,11 @@ IP_ADAPTER, CHECKPOINT, UNET, VAE = "an IP-Adapter", "a whole Stable Diffusion c
 UNSUPPORTED = ("SD 2.x", "SDXL")  # of FAMILIES
 TEXT_ENCODER, IMAGE_ENCODER, LORA, CONTROLNET = "a text encoder", "a CLIP image encoder", "a LoRA", "a ControlNet"
 OPENCLIP = "a CLIP model in OpenCLIP's layout"
-TAESD, INVERSION = "a TAESD, a small stand-in for a VAE", "a textual inversion"
+TAESD, INVERSION = "a TAESD, a small approximation of a VAE", "a textual inversion"
 IMAGE_EMBEDS = "a set of image embeddings"
 UNKNOWN = "no known kind of weights"
 
-# The first that matches the beginning of some name decides, so what contains another kind stands before it.
+# The first pattern that matches the beginning of a name decides, so a kind comes before those that it contains.
 _SIGNATURES: tuple[tuple[str, str, str], ...] = (
     (
         r"((module|model|state_dict|model_state_dict)\.)*((image_proj|image_proj_model|ip_adapter|adapter_modules)\.|.*\.to_[kv]_ip\.)",
@@ -57,12 +57,12 @@ _SIGNATURES: tuple[tuple[str, str, str], ...] = (
     (
         r"time_embedding\.",
         UNET,
-        "give the folder that holds it as unet/, beside vae/ and text_encoder/, as the base model{base}",
+        "give the folder that holds it as unet/, next to vae/ and text_encoder/, as the base model{base}",
     ),
     (
         r"first_stage_model\.|(vae\.)?(encoder|decoder)\.(conv_in|mid|mid_block)\.",
         VAE,
-        "give it as the VAE{vae}, beside a base model",
+        "give it as the VAE{vae}, next to a base model",
     ),
     (r"visual\.(conv1|class_embedding)", OPENCLIP, _AS_ENCODER),
     (r"vision_model\.", IMAGE_ENCODER, _AS_ENCODER),
@@ -74,36 +74,36 @@ _SIGNATURES: tuple[tuple[str, str, str], ...] = (
     (
         r"(cond_stage_model\.(transformer\.|model\.)?)?(text_model\.)?(embeddings\.token_embedding|encoder\.layers)\.",
         TEXT_ENCODER,
-        "give it as the text encoder{text_encoder}, beside a base model",
+        "give it as the text encoder{text_encoder}, next to a base model",
     ),
     (r"emb_params$|string_to_(param|token)|clip_[lg]$", INVERSION, _NO_PLACE),
     (r"(image_embeds|hidden_states)$", IMAGE_EMBEDS, "give it in place of images{ip_adapter_image_embeds}"),
 )
 
 
-def identify(tensors: Mapping[str, Tensor]) -> Kind:
-    """The kind of these tensors; UNKNOWN with some of the names as its advice when there is no telling."""
+def identify(tensors: Mapping[str, Tensor]) -> WeightKind:
+    """The kind of these tensors; for unknown ones UNKNOWN, with some of the names as its advice."""
     for pattern, name, advice in _SIGNATURES:
         if any(re.match(pattern, key) for key in tensors):
             if name == CHECKPOINT:
                 return _checkpoint(tensors)
             family = _FAMILY.get(name, lambda _: "")(tensors)
             refusal = _refusal(name, family, tensors)
-            return Kind(name, family, refusal or _worded(advice), usable=not refusal)
+            return WeightKind(name, family, refusal or _worded(advice), usable=not refusal)
     if _is_inversion(tensors):
-        return Kind(INVERSION, "", _NO_PLACE, usable=False)
+        return WeightKind(INVERSION, "", _NO_PLACE, usable=False)
     shown = ", ".join(name[:60] for name in list(tensors)[:3])
-    return Kind(UNKNOWN, "", f"its tensors are {shown}" if shown else "it has no tensors")
+    return WeightKind(UNKNOWN, "", f"its tensors are {shown}" if shown else "it has no tensors")
 
 
 def _worded(advice: str) -> str:
-    """With the options of a command line, where it is one that is advised."""
+    """The advice with the names of command line options, in a command line."""
     names = ("base", "adapter", "image_encoder", "vae", "text_encoder", "ip_adapter_image_embeds")
     return advice.format_map({name: option(name) for name in names})
 
 
 def _refusal(name: str, family: str, tensors: Mapping[str, Tensor]) -> str:
-    """What to say of a file of a known kind that is refused wherever it belongs; empty for all others."""
+    """Why a file of a known kind cannot be used here; empty if it can."""
     not_yet = f"{family} is not supported here yet, only SD 1.x"
     if name == IP_ADAPTER and _reads_faces(tensors):
         return "it can be neither sampled with nor converted yet: it reads the face embedding of InsightFace"
@@ -123,13 +123,13 @@ def _reads_faces(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _is_inversion(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether this is diffusers' learned_embeds: the vectors of a token or few, of the width of some text encoder."""
+    """Whether this is diffusers' learned_embeds: vectors of one or a few tokens, of the width of some text encoder."""
     shapes = [tensor.shape for tensor in tensors.values()]
     bare = all("." not in name and name != UNNAMED and not name.isdecimal() for name in tensors)
     return bare and 0 < len(shapes) <= 16 and all(1 <= len(s) <= 2 and s[-1] in _TEXT_WIDTHS for s in shapes)
 
 
-def _checkpoint(tensors: Mapping[str, Tensor]) -> Kind:
+def _checkpoint(tensors: Mapping[str, Tensor]) -> WeightKind:
     family = _cross_attention(tensors)
     if any(name.startswith("conditioner.embedders.") for name in tensors):
         family = "SDXL"
@@ -140,8 +140,8 @@ def _checkpoint(tensors: Mapping[str, Tensor]) -> Kind:
     name = f"a whole {more} checkpoint" if more else CHECKPOINT
     if more not in ("", "inpainting") or family in UNSUPPORTED:
         advice = "not supported here yet; take one of the SD 1.x family, with 4 or 9 input channels"
-        return Kind(name, family, advice, usable=False)
-    return Kind(name, family, _worded(_AS_BASE))
+        return WeightKind(name, family, advice, usable=False)
+    return WeightKind(name, family, _worded(_AS_BASE))
 
 
 def _axis(tensors: Mapping[str, Tensor], pattern: str, axis: int) -> int:

@@ -1,6 +1,6 @@
-"""Image embeddings as files: what the image encoder gives for images, kept so that they can be used without it.
+"""Image embeddings as files: the output of the image encoder, saved so that it can be used without the encoder.
 
-G branches of guidance (2, the negative first; 1, the positive alone), n images, L positions, width F.
+Shapes: G guidance branches (2, the negative first; or 1, the positive alone), n images, L positions, width F.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _MAX_ADAPTERS = 32  # in one file; a hostile pickle of few bytes can name a tens
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageEmbeds:
     """`features`, float32: (G, n, F) for base and light adapters, (G, n, L, F) for plus and full ones. `variant` of the
-    adapter and `image_encoder` are what the file says of itself, if it does."""
+    adapter and `image_encoder` come from the file's metadata, if present."""
 
     features: np.ndarray
     variant: str | None = None
@@ -64,7 +64,7 @@ def save_image_embeds(path: Path, features: Any, metadata: Mapping[str, str]) ->
 
 
 def load_image_embeds(path: Path, patches: bool | None = None) -> list[ImageEmbeds]:
-    """The embeddings in a file, for one adapter after the other. What a file is, its content tells:
+    """The embeddings in a file, one for each adapter. The content tells the format:
 
     - ours: one tensor, with a digest that is checked;
     - diffusers' `torch.save(pipeline.prepare_ip_adapter_image_embeds(...))`: a list with (G, n, F) or (G, n, L, F) for
@@ -73,19 +73,19 @@ def load_image_embeds(path: Path, patches: bool | None = None) -> list[ImageEmbe
       positive before the negative, later the positive alone, (n, F) or (n, L, F);
     - numpy.save: the same, or the embedding of one image, (F,).
 
-    `patches` says whether the adapter reads hidden states (plus and full); it is asked only where the shape of a tensor
-    without a name leaves it open. Whether kind, positions and width are those that the adapter reads, the caller must
-    check. The width alone tells the projected tokens that A1111 keeps, (n, 4 or 16, 768), from hidden states.
+    `patches` says whether the adapter reads hidden states (plus and full); it is used only if the shape of a tensor
+    without a name is ambiguous. The caller must check that kind, positions and width are those that the adapter reads:
+    only the width distinguishes the projected tokens that A1111 saves, (n, 4 or 16, 768), from hidden states.
 
-    Raises WeightFileError naming the file for everything else, saying what it is and where it belongs.
+    Raises WeightFileError for all other files, naming the file, what it is and where it can be used.
     """
     path = expand_home(Path(path))
     container, tensors, metadata = open_file(path)
     kind = identify(tensors)
     if kind.name not in (IMAGE_EMBEDS, UNKNOWN):
-        raise WeightFileError(f"{path}: no image embeddings; this is {kind}: {kind.advice}")
+        raise WeightFileError(f"{path}: not image embeddings; this is {kind}: {kind.advice}")
     if not tensors:
-        raise WeightFileError(f"{path}: no image embeddings: it holds no tensors; save them again")
+        raise WeightFileError(f"{path}: not image embeddings: it holds no tensors; save them again")
     if DIGEST in metadata and metadata[DIGEST] != digest(tensors):
         raise WeightFileError(f"{path}: its embeddings are not those that were written: damaged; copy the file again")
     if container == ARRAY and len(tensors[UNNAMED].shape) == 1:
@@ -93,10 +93,12 @@ def load_image_embeds(path: Path, patches: bool | None = None) -> list[ImageEmbe
     if tensors.keys() == {UNNAMED}:
         return [ImageEmbeds(_alone(path, tensors[UNNAMED], patches))]
     if len(tensors) > _MAX_ADAPTERS:
-        raise WeightFileError(f"{path}: no image embeddings: it holds {len(tensors):,} tensors, not one for an adapter")
+        raise WeightFileError(
+            f"{path}: not image embeddings: it holds {len(tensors):,} tensors, not one for an adapter"
+        )
     for name, tensor in tensors.items():  # all of them before any is read
         if problem := _problem(tensor.shape):
-            raise WeightFileError(f"{path}: {name[:60]!r} is no image embedding: it has {problem}")
+            raise WeightFileError(f"{path}: {name[:60]!r} is not an image embedding: it has {problem}")
         if name in _KINDS.values() and name != _KINDS[len(tensor.shape)]:
             raise WeightFileError(f"{path}: {name} with {len(tensor.shape)} axes; {POOLED} have 3, {STATES} have 4")
     about = metadata.get("variant"), metadata.get("image_encoder")

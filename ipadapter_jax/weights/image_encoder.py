@@ -14,8 +14,8 @@ from ipadapter_jax.weights.weight_files import choose_files, choose_weights
 
 
 def open_image_encoder(image_encoder: str | os.PathLike, revision: str | None = None) -> LazyComponent:
-    """Opens a CLIP vision model: a folder (config.json beside the weights), one file in transformers' or OpenCLIP's
-    layout, or a Hub place of either. Raises InputError naming what is wrong."""
+    """Opens a CLIP vision model: a folder (config.json next to the weights), one file in transformers' or OpenCLIP's
+    layout, or a path on the Hub to either. Raises InputError naming what is wrong."""
 
     def choose(names: Sequence[str]) -> Sequence[str]:
         return choose_files(names, {"": IMAGE_ENCODER}, ("open_clip_config.json",), None)

@@ -1,4 +1,4 @@
-"""What a file or folder of weights is and what it needs, told without reading the weights."""
+"""Describes a file or folder of weights: what it is and what it needs, without reading the weights."""
 
 import collections
 import contextlib
@@ -26,7 +26,7 @@ from ipadapter_jax.weights.weight_files import choose_files, choose_weights
 _PARTS = {**BASE_COMPONENTS, "image_encoder": IMAGE_ENCODER}
 
 
-def describe(path: str | os.PathLike) -> dict[str, Any]:
+def inspect_weights(path: str | os.PathLike) -> dict[str, Any]:
     """Facts by name about a file of weights, a path, a place on the Hub, "mini" or "mini-plus": kind, container, base
     (the family), for an adapter variant, image_encoder, features and tokens, then dtype, parameters, tensors, sha256
     and metadata. A folder gives such facts for every network below "parts".
@@ -52,7 +52,7 @@ def _needed(names: Sequence[str]) -> Sequence[str]:
 
 
 def _no_one_file(files: Sequence[str], names: Sequence[str]) -> str:
-    """Why a folder is not described that holds these files of weights, none or several, among others."""
+    """Why a folder with these weight files, none or several, cannot be described."""
     if not files:
         return f"no weights here (it holds {', '.join(names[:5]) or 'nothing'})"
     return f"several files of weights; name one of {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}"

@@ -1,4 +1,4 @@
-"""An adapter as one file in the authors' spelling, which diffusers, ComfyUI and others read."""
+"""Writes an adapter as one file under the released names, which diffusers, ComfyUI and others read."""
 
 import importlib.metadata
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.suggestions import did_you_mean
 from ipadapter_jax.models.image_projections import ImageProjConfig
 from ipadapter_jax.storage.paths import expand_home
-from ipadapter_jax.weights.component_export import spelled
+from ipadapter_jax.weights.component_export import to_state_dict
 from ipadapter_jax.weights.dtype_cast import cast_tensor
 from ipadapter_jax.weights.formats.safetensors_writer import DTYPES, digest, safetensors_chunks
 from ipadapter_jax.weights.formats.torch_writer import torch_bytes
@@ -24,20 +24,20 @@ from ipadapter_jax.weights.verified_write import write_verified
 
 
 def adapter_metadata(config: ImageProjConfig, *, step: int | None = None) -> dict[str, str]:
-    """What an exported file says about itself: what cannot be told from its tensors, and what can, in words.
+    """The metadata of an exported file.
 
     variant        base, plus or full
     image_encoder  the CLIP vision model that feeds it, such as ViT-H/14
     features       image_embeds (the projected embedding) or penultimate_states, and their width
     num_tokens     image tokens per image
     base           the family of the base model: SD 1.x
-    step           training steps behind these weights, where they are known
+    step           number of training steps, if known
     ipadapter_jax  the version that wrote the file
     """
     features = "penultimate_states" if config.uses_patches else "image_embeds"
     width = config.cross_attention_dim
     known = {} if step is None else {"step": str(step)}
-    if config.num_tokens:  # a file of the full variant does not tell
+    if config.num_tokens:  # a file of the full variant does not determine it
         known["num_tokens"] = str(config.num_tokens)
     return {
         "variant": config.variant,
@@ -61,13 +61,13 @@ def save_ip_adapter(
     if dtype not in DTYPES:
         raise InputError(f"adapter dtype {dtype!r}: choose {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
     ours = {place: in_memory(np.asarray(leaf)) for place, leaf in leaves(params).items()}
-    return _write(expand_home(Path(path)), spelled(ours, torch_layout(), np.dtype(dtype), "adapter"), metadata)
+    return _write(expand_home(Path(path)), to_state_dict(ours, torch_layout(), np.dtype(dtype), "adapter"), metadata)
 
 
 def save_adapter_tensors(
     path: Path, tensors: Mapping[str, Tensor], dtype: str | None, metadata: Mapping[str, str]
 ) -> str:
-    """The same from tensors under the released names, in `dtype` or as they are stored."""
+    """The same from tensors under the released names, cast to `dtype`; None keeps theirs."""
     target = None if dtype is None else np.dtype(dtype)
     return _write(path, {name: cast_tensor(t, target, f"adapter: {name}") for name, t in tensors.items()}, metadata)
 
@@ -81,6 +81,6 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         return write_verified(path, [torch_bytes(tree)], tensors)
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: an adapter is saved as .safetensors or .bin; give it such a name")
-    # The third reader of this file may be strict: no tensors beyond the two parts; metadata are free.
+    # Other programs may be strict: no tensors beyond the two parts. Metadata may hold anything.
     about = {**metadata, "format": "pt", DIGEST: digest(tensors)}
     return write_verified(path, safetensors_chunks(tensors, about), tensors)

@@ -25,13 +25,13 @@ from ipadapter_jax.weights.layouts.ip_adapter import adapter_parts
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.load_tree import CheckedTensors, Tree, check_tree
 
-_MAX_DEPTH = 64  # the released Resamplers have 4 layers; what a file has beyond is reported as left over
-DIGEST = "tensors_sha256"  # in the metadata of our files: over names, dtypes, shapes and bytes
+_MAX_LAYERS = 64  # the released Resamplers have 4; tensors of further layers are reported as left over
+DIGEST = "tensors_sha256"  # a key in the metadata of our files: over names, dtypes, shapes and bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class IPAdapterFile:
-    """An opened adapter: its tensors under the released names, of which nothing but names and shapes has been read."""
+    """An opened adapter: its tensors under the released names; only names and shapes have been read."""
 
     path: Path
     image_proj: dict[str, Tensor]
@@ -41,11 +41,14 @@ class IPAdapterFile:
 
     @functools.cached_property
     def widths(self) -> tuple[int, ...]:
-        """Of the cross-attentions in file order, as the keys' shapes say. Raises WeightFileError for other shapes."""
+        """The widths of the cross-attention layers in file order, from the keys' shapes.
+
+        Raises WeightFileError for keys that are not matrices.
+        """
         keys = {name: tensor.shape for name, tensor in self.ip_adapter.items() if name.endswith(".to_k_ip.weight")}
         for name, shape in keys.items():
             if len(shape) != 2 or not all(shape):
-                raise WeightFileError(f"{self.path}: {name} has shape {shape}, no matrix; download it again")
+                raise WeightFileError(f"{self.path}: {name} has shape {shape}, not that of a matrix; download it again")
         return tuple(keys[name][0] for name in sorted(keys, key=_number))
 
     @property
@@ -61,8 +64,8 @@ def _number(name: str) -> int:
 
 
 def open_ip_adapter(path: Path) -> IPAdapterFile:
-    """Opens a file of the base, light, plus, plus-face or full-face kind, in any spelling of `adapter_names`, and finds
-    its variant from keys and shapes.
+    """Opens a file of the base, light, plus, plus-face or full-face variant, with any names that
+    `layouts.ip_adapter` knows, and finds its variant from keys and shapes.
 
     Raises WeightFileError for other files, saying what was found, and for one of ours whose bytes have changed.
     """
@@ -88,13 +91,13 @@ def to_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         raise WeightFileError(
             f"{path}: not an IP-Adapter file, which holds image_proj.* and ip_adapter.*; this is {kind}: {kind.advice}"
         )
-    report_ignored(others, str(path))  # the released .bin of plus hold a third part
+    report_ignored(others, str(path))  # the released .bin files of plus have a third part
     config = _detect(path, projection, adapter)
     return IPAdapterFile(path, projection, adapter, config, dict(metadata))
 
 
 def face_id(proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) -> str | None:
-    """The name of a FaceID variant, which reads a face recogniser's embedding; None for every other adapter."""
+    """The name of a FaceID variant, which reads the embedding of a face recognizer; None for every other adapter."""
     if "perceiver_resampler.proj_in.weight" in proj:
         return "FaceID Plus"
     if {"proj.2.weight", "norm.weight"} <= proj.keys():
@@ -140,7 +143,7 @@ def _projection(proj: Mapping[str, Tensor], width: int) -> ImageProjConfig | Non
             num_tokens=_ratio(tokens, 1),
             hidden_dim=hidden,
             heads=_ratio(proj["layers.0.0.to_q.weight"].shape[0], HEAD_DIM),
-            depth=min(_MAX_DEPTH, len({name.split(".")[1] for name in proj if name.startswith("layers.")})),
+            depth=min(_MAX_LAYERS, len({name.split(".")[1] for name in proj if name.startswith("layers.")})),
             ff_mult=_ratio(proj["layers.0.1.1.weight"].shape[0], hidden),
         )
     return None
@@ -179,7 +182,8 @@ def describe_adapter(proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) -> di
 
 
 def check_base(file: IPAdapterFile, cross_attention_dim: int, widths: tuple[int, ...]) -> None:
-    """Raises WeightFileError unless the adapter was made for a UNet with this text width and these cross-attentions."""
+    """Raises WeightFileError unless the adapter was made for a UNet with this text width and cross-attention layers of
+    these widths."""
     made_for = file.config.cross_attention_dim
     if made_for != cross_attention_dim:
         family, this = (FAMILIES.get(width, "no known family") for width in (made_for, cross_attention_dim))
@@ -188,10 +192,10 @@ def check_base(file: IPAdapterFile, cross_attention_dim: int, widths: tuple[int,
             f"{file.path}: made for tokens of width {made_for} ({family}), this base has {cross_attention_dim} "
             f"({this}); give an adapter of this base{option('adapter')}{its_base}"
         )
-    sites = len(file.ip_adapter) // 2
-    if sites != len(widths):
+    layers = len(file.ip_adapter) // 2
+    if layers != len(widths):
         raise WeightFileError(
-            f"{file.path}: made for a UNet with {sites} cross-attentions, this base has {len(widths)}; "
+            f"{file.path}: made for a UNet with {layers} cross-attention layers, this base has {len(widths)}; "
             f"give an adapter of this base{option('adapter')}"
         )
 
@@ -252,7 +256,7 @@ def _templates(config: ImageProjConfig, widths: tuple[int, ...]) -> dict[str, Tr
 
 
 def adapter_file(path: str | os.PathLike, revision: str | None = None) -> Path:
-    """Where an adapter file lies on this machine, downloaded if need be. Raises InputError naming it."""
+    """The local path of an adapter file, downloaded if it is on the Hub. Raises InputError naming it."""
     local = local_path(path, _refuse_folder, what="adapter", revision=revision)
     if local.is_dir():
         _refuse_folder([name.name for name in local.iterdir()])

@@ -1,6 +1,6 @@
-"""One rule between a parameter's place in our trees and its name in a file, in both directions.
+"""Maps the path of a parameter in our trees to its key in a file, and its array between both, in both directions.
 
-A tree carries the names of the published Flax trees; a PyTorch key is that path joined by dots, with `name_<int>`
+Trees have the names of the published Flax trees. A PyTorch key is that path joined by dots, with `name_<int>`
 written `name.<int>`, `kernel`, `scale` and `embedding` written `weight`, and linear and convolution kernels transposed.
 """
 
@@ -12,17 +12,17 @@ import numpy as np
 
 Path = tuple[str, ...]
 
-# The VAE's attention kept the spelling of the first Flax release; PyTorch files use these names.
+# The VAE's attention has the names of the first Flax release in our trees; PyTorch files use these.
 VAE_RENAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def torch_key(path: Path, renames: Mapping[str, str] = {}) -> str:
     """('down_blocks_0', 'resnets_1', 'conv1', 'kernel') -> 'down_blocks.0.resnets.1.conv1.weight'."""
     *parts, leaf = path
-    spelled = [
+    renamed = [
         renames.get(part, part if part.startswith("linear_") else re.sub(r"_(?=\d)", ".", part)) for part in parts
     ]
-    return ".".join([*spelled, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
+    return ".".join([*renamed, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
 
 
 def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -46,7 +46,8 @@ _FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 @dataclasses.dataclass(frozen=True)
 class StateDictLayout:
-    """How a file spells a tree: the key and the shape of a parameter there, how its array becomes ours, and back."""
+    """How a file stores a parameter tree: the key and shape of each parameter there, and functions that turn its array
+    into ours and back."""
 
     key: Callable[[Path], str]
     shape: Callable[[Path, tuple[int, ...]], tuple[int, ...]]

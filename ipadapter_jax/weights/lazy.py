@@ -1,4 +1,4 @@
-"""Tensors that still lie in their files, and others made of them that are computed when they are read."""
+"""Tensors that are still in their files, and tensors computed from those when they are read."""
 
 import dataclasses
 import mmap
@@ -22,13 +22,13 @@ class Tensor(Protocol):
     def dtype(self) -> np.dtype: ...
 
     def read(self) -> np.ndarray:
-        """Its elements, perhaps a read-only view of the file."""
+        """Its elements; the array may be a read-only view of the file."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class MappedTensor:
-    """An array inside a mapped file; only `read` touches its pages."""
+    """An array in a memory-mapped file; its pages are read on `read`."""
 
     buffer: mmap.mmap
     offset: int
@@ -37,19 +37,19 @@ class MappedTensor:
     strides: tuple[int, ...] | None = None  # in bytes; C order without them
 
     def read(self) -> np.ndarray:
-        """A read-only view of the file, which may not be aligned: copy what must outlive a change of the file."""
+        """A read-only view of the file, which may not be aligned. Copy it if it must survive a change of the file."""
         return np.ndarray(self.shape, self.dtype, self.buffer, self.offset, self.strides)
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """The bytes of a file that is not empty, read when touched."""
+    """The bytes of a file, memory-mapped. The file must not be empty."""
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyTransform:
-    """A tensor of known shape whose elements `compute` gives."""
+    """A tensor of known shape and dtype whose elements `compute` returns when it is read."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -65,7 +65,7 @@ def in_memory(array: np.ndarray) -> LazyTransform:
 
 
 def sliced(tensor: Tensor, start: int, stop: int) -> LazyTransform:
-    """A part of the first axis."""
+    """Elements `start` to `stop` of the first axis."""
     return LazyTransform((stop - start, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[start:stop])
 
 
@@ -75,14 +75,14 @@ def transposed(tensor: Tensor) -> LazyTransform:
 
 
 def concatenated(tensors: Sequence[Tensor]) -> LazyTransform:
-    """One after the other along the first axis; they must agree in the rest."""
+    """The tensors along the first axis; the other axes must agree."""
     first = tensors[0]
     shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
     return LazyTransform(shape, first.dtype, lambda: np.concatenate([tensor.read() for tensor in tensors]))
 
 
 def unsupported_form(path: str | os.PathLike[str], name: str, form: str) -> WeightFileError:
-    """What to say of a tensor of such a form or data type."""
+    """The error for a tensor that is stored in a form or data type that is not supported."""
     return WeightFileError(
         f"{path}: {name[:60]!r} is stored as {form[:60]}; only float64, float32, float16 and bfloat16 weights are "
         "read, so convert the file first"

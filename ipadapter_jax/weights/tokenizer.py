@@ -13,10 +13,10 @@ from ipadapter_jax.weights.tokenizer_files import TokenizerFiles, read_tokenizer
 
 MAX_CHARACTERS = 1 << 15  # of a text that are read: hundreds of times what a text encoder sees
 
-_MOST_LOST = 500  # characters of a prompt that a warning repeats
+_MOST_LOST = 500  # characters of a truncated prompt that a warning shows
 
 
-class Encoded(dict[str, list[int]]):
+class TokenizedText(dict[str, list[int]]):
     """Ids of one text, as `["input_ids"]` or `.input_ids`, as transformers' tokenizers give them."""
 
     @property
@@ -25,8 +25,11 @@ class Encoded(dict[str, list[int]]):
 
 
 class Tokenizer:
-    """CLIP's byte-pair tokenizer. Nothing in it ever changes, so that any number of threads may use one: cutting and
-    padding, which `tokenizers` would remember for whoever comes next, are done outside of it (`fitted`)."""
+    """CLIP's byte-pair tokenizer.
+
+    It is immutable, so that threads can share it: truncation and padding, which `tokenizers` would store in its own
+    state, are done outside of it (`fitted`).
+    """
 
     def __init__(self, files: TokenizerFiles):
         self._backend: Any = files.backend
@@ -36,16 +39,16 @@ class Tokenizer:
 
     @property
     def settings(self) -> tuple[str | int | None, ...]:
-        """All that decides about ids."""
+        """Everything that determines the ids."""
         return self._backend.to_str(), self.bos_token_id, self.eos_token_id, self.pad_token_id, self.model_max_length
 
     def __len__(self) -> int:
-        """The rows that a text encoder needs: the highest id and one."""
+        """The number of embeddings that a text encoder needs: the highest id plus one."""
         return self._length
 
-    def __call__(self, text: str) -> Encoded:
+    def __call__(self, text: str) -> TokenizedText:
         """The ids of a whole text between both ends. Raises InputError for what is not text."""
-        return Encoded(input_ids=self.encode(text))
+        return TokenizedText(input_ids=self.encode(text))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text between both ends; of one longer than MAX_CHARACTERS, those of its beginning, which are
@@ -60,9 +63,9 @@ class Tokenizer:
         return text.replace("</w>", " ").strip()
 
     def fitted(self, ids: Sequence[int], length: int) -> np.ndarray:
-        """Ids of a text, cut before its end or padded: (length,) int32."""
-        kept = [*ids[: length - 1], ids[-1]] if len(ids) > length else ids
-        return np.asarray([*kept, *[self.pad_token_id] * (length - len(kept))], np.int32)
+        """Ids of a text, truncated before its end token or padded: (length,) int32."""
+        cut = [*ids[: length - 1], ids[-1]] if len(ids) > length else ids
+        return np.asarray([*cut, *[self.pad_token_id] * (length - len(cut))], np.int32)
 
 
 def bounded(text: str) -> str:

@@ -1,5 +1,4 @@
-"""Which family of base models a folder in diffusers' layout belongs to, where that is one that is not supported: told
-from its settings, for messages."""
+"""Names the family of a folder in diffusers' layout that is not supported, from its settings, for messages."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.text_files import read_json_object
 
-# How the classes of pipelines begin that do more, or something else, than Stable Diffusion 1.x.
+# The first letters of the pipeline classes of other families than Stable Diffusion 1.x.
 _PIPELINES = {
     "StableDiffusionXL": "an SDXL base model",
     "StableDiffusion3": "an SD 3 base model",
@@ -21,7 +20,7 @@ _PIPELINES = {
     "PixArt": "a PixArt base model",
     "Kandinsky": "a Kandinsky base model",
 }
-# Classes of networks that are found where others are asked for.
+# Classes of networks that people give in place of others.
 _NETWORKS = {
     "AutoencoderTiny": "a TAESD (AutoencoderTiny)",
     "ControlNetModel": "a ControlNet (ControlNetModel)",
@@ -58,5 +57,5 @@ def of_class(name: str) -> str:
 def _settings(path: Path) -> Mapping[str, Any]:
     try:
         return read_json_object(path)
-    except InputError:  # not there, or damaged, which whoever needs it will say
+    except InputError:  # missing or damaged: whoever reads it for use raises
         return {}

@@ -14,7 +14,7 @@ _SHARD = r"-\d+-of-\d+"
 def choose_weights(component: Component, names: Collection[str], folder: str, variant: str | None) -> str:
     """The weight file to read among the names in a folder: safetensors first, then Flax msgpack, then a PyTorch pickle.
 
-    `variant` asks for the files that carry it. Without it they are the last resort: fp16, or the only one there is.
+    `variant` selects the files of that variant. Without it they are the last resort: fp16, or the only variant.
     Raises WeightFileError naming what was expected and what the folder holds.
     """
     there = variants(component, names)
@@ -32,18 +32,20 @@ def choose_weights(component: Component, names: Collection[str], folder: str, va
 def choose_files(
     names: Sequence[str], folders: Mapping[str, Component], extras: Sequence[str], variant: str | None
 ) -> list[str]:
-    """Of all files of a repository those that loading needs: configs, `extras`, and per network one weight file or its
-    shards, in `variant` where the network has it. Raises InputError when none has it."""
+    """The files of a repository that loading needs: configs, `extras`, and per network one weight file or its shards.
+
+    They are of `variant` if the network has it. Raises InputError if none has it.
+    """
     chosen = [name for name in names if any(fnmatch(name, pattern) for pattern in extras)]
-    held: dict[str, list[str]] = {folder: [] for folder in folders}
+    names_in: dict[str, list[str]] = {folder: [] for folder in folders}
     for name in names:
         folder, _, last = name.rpartition("/")
-        if folder in held:
-            held[folder].append(last)
-    picked = pick_variants({folder: (folders[folder], held[folder]) for folder in folders}, variant)
+        if folder in names_in:
+            names_in[folder].append(last)
+    picked = pick_variants({folder: (folders[folder], names_in[folder]) for folder in folders}, variant)
     for folder, component in folders.items():
-        weights = choose_weights(component, held[folder], folder or ".", picked[folder])
-        needed = ["config.json", weights, *(name for name in held[folder] if is_shard(name, weights))]
+        weights = choose_weights(component, names_in[folder], folder or ".", picked[folder])
+        needed = ["config.json", weights, *(name for name in names_in[folder] if is_shard(name, weights))]
         chosen += [f"{folder}/{name}" if folder else name for name in needed]
     return chosen
 
@@ -94,7 +96,7 @@ def _plain(component: Component) -> list[str]:
 
 
 def _marked(component: Component, variant: str) -> list[str]:
-    """Of an index of shards both spellings, diffusers' and transformers' of today and the older one."""
+    """The names of weight files of a variant; of an index of shards both today's and the older one."""
     stem = component.torch_stem
     return [
         f"{stem}.{variant}.safetensors",

@@ -30,7 +30,7 @@ from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.dtype_cast import all_finite
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.image_encoder import open_image_encoder
-from ipadapter_jax.weights.inspect import describe
+from ipadapter_jax.weights.inspect import inspect_weights
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.load_tree import leaves
 from ipadapter_jax.weights.model_source import ModelSource
@@ -53,7 +53,7 @@ class Content(NamedTuple):
 
 
 def read_adapter(path: Path) -> Content:
-    describe(path)
+    inspect_weights(path)
     file = open_ip_adapter(path)
     load_ip_adapter(file, file.widths, np.dtype("float32"), put=lambda array: array)
     return Content({name: np.array(tensor.read()) for name, tensor in file.tensors.items()}, DIGEST in file.metadata)
@@ -81,7 +81,7 @@ def _arrays(opened: LazyComponent) -> dict[str, np.ndarray]:
     return {"/".join(path): leaf for path, leaf in leaves(params).items()}
 
 
-class Kind(NamedTuple):
+class WeightKind(NamedTuple):
     """What writes good files into an empty folder, and what reads a damaged one there."""
 
     seeds: Callable[[Path], list[Path]]
@@ -89,12 +89,12 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "safetensors": Kind(fuzz_seeds.safetensors, read_adapter),
-    "bin": Kind(fuzz_seeds.pickles, read_adapter),
-    "openclip": Kind(fuzz_seeds.openclip, read_encoder),
-    "msgpack": Kind(fuzz_seeds.msgpack, read_network),
-    "index": Kind(fuzz_seeds.index, read_network),
-    "single file": Kind(fuzz_seeds.single_file, read_single_file),
+    "safetensors": WeightKind(fuzz_seeds.safetensors, read_adapter),
+    "bin": WeightKind(fuzz_seeds.pickles, read_adapter),
+    "openclip": WeightKind(fuzz_seeds.openclip, read_encoder),
+    "msgpack": WeightKind(fuzz_seeds.msgpack, read_network),
+    "index": WeightKind(fuzz_seeds.index, read_network),
+    "single file": WeightKind(fuzz_seeds.single_file, read_single_file),
 }
 
 

@@ -134,16 +134,13 @@ def test_words(line, tmp_path, monkeypatch, capsys):
 
 
 # Options that are right each by itself, and nothing is read: what stands first in the line of causes is said.
+NO_MINII = (
+    "base model minii: there is no such file or folder here, and it is not a Hub id (owner/name); did you mean mini?"
+)
 OPTIONS = {
-    "--model minii": (
-        "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?"
-    ),
-    "--model minii --image gone.png --steps 0": (
-        "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?"
-    ),
-    "--model minii --adapter gone.safetensors": (
-        "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?"
-    ),
+    "--model minii": (NO_MINII),
+    "--model minii --image gone.png --steps 0": (NO_MINII),
+    "--model minii --adapter gone.safetensors": (NO_MINII),
     f"--image a.png --layer-scales {'[' * 100_000}": (
         "--layer-scales: not JSON (nested more than 100 levels deep: too deep for any use); an example is "
         "'{\"mid\": 1}'"
@@ -208,7 +205,7 @@ FILES = [
     ),
     (
         "inspect minii",
-        "weights minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?",
+        "weights minii: there is no such file or folder here, and it is not a Hub id (owner/name); did you mean mini?",
     ),
     (
         "convert mini rv.safetensor",
@@ -253,7 +250,7 @@ FILES = [
     ),
     (
         "encode --model minii --image-encoder mini --data . --out y",
-        "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?",
+        NO_MINII,
     ),
     (
         "encode --model mini --image-encoder mini --data nowhere --out y",
@@ -261,7 +258,7 @@ FILES = [
     ),
     (
         "train mini --data.path nowhere --model.base minii",
-        "base model minii: there is no such file or folder here, and it is no Hub id (owner/name); did you mean mini?",
+        NO_MINII,
     ),
 ]
 

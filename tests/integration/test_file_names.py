@@ -23,7 +23,7 @@ from ipadapter_jax.storage.paths import check_utf8, expand_home
 from ipadapter_jax.storage.text_files import encode_utf8
 from ipadapter_jax.train.metrics_log import RunLog
 from ipadapter_jax.weights.image_embeds import load_image_embeds, save_image_embeds
-from ipadapter_jax.weights.inspect import describe
+from ipadapter_jax.weights.inspect import inspect_weights
 from ipadapter_jax.weights.open_base_model import open_base
 
 ADAPTER = ADAPTERS / "ip-adapter_tiny.safetensors"
@@ -70,7 +70,7 @@ def test_without_a_home_folder(monkeypatch):
 def test_home_folders_in_python(home):
     assert load_image("~/photos/a.png").size == load_image(Path("~/photos/a.png")).size == (8, 8)
     assert open_base("~/sd").folder == home / "sd"
-    assert describe(Path("~/adapter.safetensors"))["kind"] == "an IP-Adapter"
+    assert inspect_weights(Path("~/adapter.safetensors"))["kind"] == "an IP-Adapter"
     assert len(open_dataset("~/photos")) == 1
     assert read_rows(Path("~/photos"))[0][0].images == (home / "photos" / "a.png",)
     config, _ = load_recipe("~/mine.py")

@@ -9,16 +9,16 @@ from ipadapter_jax.cli.inspect import Inspect
 from ipadapter_jax.cli.option_types import names_of
 from ipadapter_jax.cli.options import ARGUMENTS
 from ipadapter_jax.errors import errors_name_options
-from ipadapter_jax.weights.inspect import describe
+from ipadapter_jax.weights.inspect import inspect_weights
 
 
 def inspect(args: Inspect) -> int:
     """Prints the facts. Raises InputError for what is damaged or holds no weights."""
     if args.json:  # for programs, which have no options
-        print(json.dumps(describe(args.file), indent=2))
+        print(json.dumps(inspect_weights(args.file), indent=2))
         return 0
     with errors_name_options(names_of(Generate, ARGUMENTS)):  # what it is of use for
-        print("\n".join(_rows(describe(args.file))))
+        print("\n".join(_rows(inspect_weights(args.file))))
     return 0
 
 

@@ -1,9 +1,10 @@
 """Follows the pickles inside a file of `torch.save` without PyTorch and without unpickling.
 
-A pickle is a program, and the usual reader runs whatever function it names. Here its opcodes drive a small machine that
-builds dicts, lists, tuples and descriptions of tensors, nothing else. What it does not know, such as the callbacks in a
-checkpoint of PyTorch Lightning, becomes OPAQUE and is never imported. Where in the file the bytes of the tensors lie is
-for `torch_pickle` to find out.
+A pickle is a program, and the usual reader runs whatever function it names. A `pickle.Unpickler` that allows only a few
+functions would still follow opcodes that allocate without bound, and would fail on objects of unknown classes. Here the
+opcodes drive a small interpreter with limits, which builds dicts, lists, tuples and descriptions of tensors only.
+What it does not know, such as the callbacks in a checkpoint of PyTorch Lightning, becomes OPAQUE and is never imported.
+`torch_pickle` finds where the bytes of the tensors are in the file.
 """
 
 import io
@@ -34,7 +35,7 @@ _GLOBALS: dict[tuple, Any] = {("torch", f"{name}Storage"): np.dtype(dtype) for n
     ("torch._utils", "_rebuild_parameter"): _PARAMETER,
     ("collections", "OrderedDict"): _ORDERED_DICT,
 }
-# What torch calls to build tensors that lie otherwise than in a storage of one number after the other.
+# Functions that torch calls to build tensors that are not stored as one number after the other.
 _FORMS = {
     "_rebuild_sparse_tensor": "a sparse tensor",
     "_rebuild_qtensor": "a quantized tensor",
@@ -82,7 +83,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that still lies in its file; the last three count bytes."""
+    """A tensor that is still in its file; offset, strides and span are in bytes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -106,7 +107,7 @@ class LazyTensor:
         return np.array(view, order="C")
 
 
-_KEPT = (bool, int, float, str, bytes, dict, LazyTensor, Unread)
+_PLAIN_VALUES = (bool, int, float, str, bytes, dict, LazyTensor, Unread)
 
 
 class PickleInterpreter:
@@ -164,7 +165,7 @@ class PickleInterpreter:
                     short = type(key) is str and len(key) <= _MAX_NAME
                     is_name = key.isprintable() if short else _is_size(key)  # hashing anything else may never end
                     if is_name and type(target) is dict:
-                        plain = value is None or type(value) in _KEPT
+                        plain = value is None or type(value) in _PLAIN_VALUES
                         target[key] = value if plain else OPAQUE
                 return target
             case "GLOBAL" | "STACK_GLOBAL":

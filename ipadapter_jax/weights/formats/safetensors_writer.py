@@ -18,7 +18,7 @@ def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     https://huggingface.co/docs/safetensors
 
     Not by the library's writer: it puts metadata in a random order, so that no digest could be compared, needs all
-    arrays in memory, and up to 0.8.0 it writes arrays that are not contiguous as they lie in memory.
+    arrays in memory, and up to 0.8.0 it writes non-contiguous arrays in their memory order.
     """
     header: dict[str, Any] = {
         "__metadata__": {name: encode_utf8(value).decode() for name, value in sorted(metadata.items())}
@@ -40,7 +40,7 @@ def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
 
 
 def raw(array: np.ndarray) -> memoryview:
-    """The bytes of an array in C order; copied only where it lies otherwise."""
+    """The bytes of an array in C order; copied only if it has another order."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 

@@ -1,4 +1,4 @@
-"""CLIP vision encoders in OpenCLIP's layout, brought to the names of transformers, and sizes told from tensors."""
+"""CLIP vision encoders in OpenCLIP's layout: their tensors under transformers' names, and their sizes."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from ipadapter_jax.weights.lazy import Tensor, sliced, transposed
 
 log = logging.getLogger("ipadapter_jax")
 
-# OpenCLIP's name -> transformers'. Its fused projection to queries, keys and values is cut below.
+# OpenCLIP's name -> transformers'. Its fused projection to queries, keys and values is split below.
 _RENAMES = {
     r"class_embedding": "vision_model.embeddings.class_embedding",
     r"positional_embedding": "vision_model.embeddings.position_embedding.weight",
@@ -34,7 +34,7 @@ def is_openclip(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a model in OpenCLIP's layout the image half under transformers' names; any other file as it is."""
+    """The image half of a model in OpenCLIP's layout under transformers' names; any other file unchanged."""
     if not is_openclip(tensors):
         return dict(tensors)
     found: dict[str, Tensor] = {}
@@ -56,10 +56,10 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vision_settings(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The config.json of an image encoder: the one beside its file, OpenCLIP's there, or for the published ViT-H/14 and
-    ViT-bigG/14 what their shapes say. `tensors` have transformers' names.
+    """The settings of an image encoder, as in a config.json: the one next to its file, or OpenCLIP's there, or for the
+    published ViT-H/14 and ViT-bigG/14 from the shapes. `tensors` have transformers' names.
 
-    Raises InputError where the number of heads and the activation cannot be told.
+    Raises InputError if the number of heads and the activation are not known.
     """
     for name, read in (("config.json", dict), ("open_clip_config.json", _from_openclip)):
         if (file.parent / name).is_file():
@@ -70,14 +70,14 @@ def vision_settings(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]
                 raise InputError(f"{file.parent / name} cannot be read; download it again") from None
     settings = _from_shapes(file, tensors)
     if settings["num_hidden_layers"] > _MAX_LAYERS or settings["image_size"] > _MAX_SIDE:
-        raise InputError(f"{file}: an image encoder of sizes that none has; download it again")
+        raise InputError(f"{file}: an image encoder of impossible sizes; download it again")
     heads = {1280: 16, 1664: 16}.get(settings["hidden_size"])
     if heads is None:
         raise InputError(
             f"{file}: an image encoder of width {settings['hidden_size']}, whose number of heads no tensor tells; "
-            "put its config.json beside it, or give its folder"
+            "put its config.json next to it, or give its folder"
         )
-    log.info("%s: no config.json beside it: read as OpenCLIP's own of this width, with gelu", file)
+    log.info("%s: no config.json next to it: read as OpenCLIP's own of this width, with gelu", file)
     return settings | {"num_attention_heads": heads, "hidden_act": "gelu"}
 
 
@@ -118,5 +118,5 @@ def _from_shapes(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         }
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(
-            f"{file}: not a whole CLIP image encoder ({error} is missing or odd); download it again"
+            f"{file}: not a whole CLIP image encoder ({error} is missing or malformed); download it again"
         ) from None

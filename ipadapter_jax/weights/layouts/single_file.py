@@ -1,5 +1,5 @@
 """Checkpoints of one file in the layout of the first Stable Diffusion code ("LDM"): UNet, VAE and text encoder under
-prefixes, block numbers run through. Here are its names and its parts; the arrays are PyTorch's."""
+prefixes, with blocks numbered consecutively. The arrays are PyTorch's."""
 
 import re
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ PREFIXES = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.",
 }
-# What lies under these prefixes and is no weight of the networks.
+# Tensors under these prefixes that are not weights of the networks.
 _IGNORED = r"loss\..*|model_ema\..*|.*position_ids|logit_scale|text_projection.*"
 _EMA = "model_ema.diffusion_model"
 
 
 def split(source: str, tensors: Mapping[str, Tensor], *, extract_ema: bool = False) -> dict[str, dict[str, Tensor]]:
     """{"unet", "vae", "text_encoder"} -> the tensors of each under their names without the prefix; {} where the file
-    has none. `extract_ema` takes the moving average of the UNet, which long trainings keep beside it.
+    has none. `extract_ema` takes the moving average of the UNet, which long trainings save in addition.
 
     Raises WeightFileError for a checkpoint of another family, saying which, and where there is no moving average.
     """
@@ -48,7 +48,7 @@ def split(source: str, tensors: Mapping[str, Tensor], *, extract_ema: bool = Fal
         if missing or not averages:
             raise WeightFileError(
                 f"{source}: it holds no moving average of the UNet (it lacks {(missing or [_EMA])[0]}); "
-                f"leave {argument('extract_ema')} away"
+                f"leave {argument('extract_ema')} out"
             )
         parts["unet"] = {name: tensors[average] for name, average in averages.items()}
     return {part: drop_ignored(found, _IGNORED, source) for part, found in parts.items()}
@@ -59,12 +59,12 @@ def is_single_file(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def input_channels(unet: Mapping[str, Tensor]) -> int:
-    """Of a UNet below its prefix: 9 where it is one for inpainting; 0 where its first convolution is missing."""
+    """The input channels of a UNet below its prefix: 9 for inpainting; 0 if its first convolution is missing."""
     first = unet.get("input_blocks.0.0.weight")
     return first.shape[1] if first is not None and len(first.shape) == 4 else 0
 
 
-# The parts of a residual block here, and there.
+# Names in a residual block: ours -> the single file's.
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -83,7 +83,7 @@ _OUTER = {
 
 
 def unet_layout(config: UNetConfig) -> StateDictLayout:
-    """Of the UNet below its prefix."""
+    """The layout of the UNet below its prefix."""
     return StateDictLayout(lambda path: _unet_key(torch_key(path), config), torch_shape, from_torch, to_torch)
 
 
@@ -114,7 +114,7 @@ _VAE_ATTENTION = {"group_norm": "norm", "query": "q", "key": "k", "value": "v", 
 
 
 def vae_layout(config: VAEConfig) -> StateDictLayout:
-    """Of the VAE below its prefix. Its attention's matrices are 1x1 convolutions there."""
+    """The layout of the VAE below its prefix. Its attention's matrices are 1x1 convolutions there."""
 
     def shape(path: Path, ours: tuple[int, ...]) -> tuple[int, ...]:
         return torch_shape(path, ours) + ((1, 1) if _is_matrix(path) else ())

@@ -140,7 +140,7 @@ def test_a_folder_that_has_an_owners_name(runs, monkeypatch, tmp_path):
 def test_a_file_of_weights_is_no_repository(runs):
     refused(lambda: adapter_file("run/adapter.safetensors"), "there is no such file or folder", "runs is here")
     refused(lambda: adapter_file("owner/adapter.bin"), "there is no such file or folder")
-    refused(lambda: adapter_file("adapter.safetensors"), "and it is no Hub id")
+    refused(lambda: adapter_file("adapter.safetensors"), "and it is not a Hub id")
 
 
 def unreachable(monkeypatch) -> None:

@@ -68,5 +68,5 @@ def test_an_adapter_inside_the_package_without_the_hub(inside):
 def test_a_package_without_its_model(inside, monkeypatch, what, name):
     if name == "mini":
         monkeypatch.setattr(module, "FOLDER", inside / "nowhere")
-    with pytest.raises(InputError, match=f"^{what} {name}: the package lies here without it .*; install it again$"):
+    with pytest.raises(InputError, match=f"^{what} {name}: the package was installed without it .*; install it again$"):
         local_path(name, list, what=what)

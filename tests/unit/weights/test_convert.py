@@ -25,7 +25,7 @@ from ipadapter_jax.weights.base_model import BASE_COMPONENTS
 from ipadapter_jax.weights.convert import convert
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.formats.torch_pickle import read_torch_file
-from ipadapter_jax.weights.inspect import describe
+from ipadapter_jax.weights.inspect import inspect_weights
 from ipadapter_jax.weights.model_source import ModelSource
 from ipadapter_jax.weights.open_base_model import open_base
 
@@ -294,7 +294,7 @@ def test_a_byte_order_mark(tmp_path):
     weights.with_suffix(".safetensors.index.json").write_text(json.dumps(index))
     mark(weights.with_suffix(".safetensors.index.json"))
     assert parts(folder) == parts(TORCH_MODEL)
-    assert describe(folder)["parts"]["vae"]["sha256"].keys() == {shard.name}
+    assert inspect_weights(folder)["parts"]["vae"]["sha256"].keys() == {shard.name}
     for path in ("unet/config.json", "scheduler/scheduler_config.json"):
         mark(folder / path)
         refused(lambda: convert(folder, tmp_path / "out"), f"{path} begins with a byte order mark")

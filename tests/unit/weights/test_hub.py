@@ -14,6 +14,7 @@ from ipadapter_jax import StableDiffusion
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.pipelines.ip_adapter import open_adapter
 from ipadapter_jax.weights.hub import local_path
+from ipadapter_jax.weights.model_source import ModelSource
 from ipadapter_jax.weights.open_base_model import open_base
 
 BASE = {path.relative_to(TORCH_MODEL).as_posix() for path in TORCH_MODEL.rglob("*") if path.is_file()}
@@ -108,7 +109,7 @@ def test_what_can_only_be_a_path(monkeypatch, tmp_path, reference):
     if reference == ".":
         assert local_path(reference, everything, what="adapter") == Path(".")
     else:
-        with pytest.raises(InputError, match="adapter .*there is no such file or folder here, and it is no Hub id"):
+        with pytest.raises(InputError, match="adapter .*there is no such file or folder here, and it is not a Hub id"):
             local_path(reference, everything, what="adapter")
     assert not hub.calls
 
@@ -162,7 +163,7 @@ def test_what_was_never_downloaded(cached, reference, revision):
     repo = "/".join(reference.split("/")[:2])
     refused(
         lambda: local_path(reference, everything, what="base model", revision=revision),
-        f"base model {repo}: not a path on this machine, and not to be had from the Hugging Face Hub: ",
+        f"base model {repo}: not a path on this machine, and could not be downloaded from the Hugging Face Hub: ",
     )
 
 
@@ -177,7 +178,7 @@ def response(kind: type[Exception]) -> Exception:
     ("error", "words"),
     [
         (response(errors.RepositoryNotFoundError), "no such repository, or a private one"),
-        (response(errors.GatedRepoError), "accept its licence"),
+        (response(errors.GatedRepoError), "accept its license"),
         (response(errors.RevisionNotFoundError), "no such revision"),
         (ConnectionError("[Errno 111] Connection refused\nmore"), "[Errno 111] Connection refused"),
         (TimeoutError(), "TimeoutError"),
@@ -200,17 +201,25 @@ def test_a_download_that_stops(monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    words = ["adapter owner/name: the download has stopped", "No space left on device"]
+    words = ["adapter owner/name: the download stopped", "No space left on device"]
     refused(lambda: local_path("owner/name/a.bin", everything, what="adapter"), *words)
     assert hub.calls
 
 
 def test_a_revision_without_effect_is_refused(tmp_path):
     adapter = small_adapter("ip-adapter_tiny")
+
+    def open_model(place, revision):
+        return open_base(ModelSource(place, revision=revision))
+
     for open_, place, words in (
-        (open_base, small_model(), "revision=v2 has no effect: base model .* is here and not on the Hub; leave it out"),
-        (open_base, "mini", "revision=v2 has no effect: base model mini is here"),
-        (open_base, "owner/name@v1", "revision=v2 has no effect: base model owner/name@v1 names its own"),
+        (
+            open_model,
+            small_model(),
+            "revision=v2 has no effect: base model .* is here and not on the Hub; leave it out",
+        ),
+        (open_model, "mini", "revision=v2 has no effect: base model mini is here"),
+        (open_model, "owner/name@v1", "revision=v2 has no effect: base model owner/name@v1 names its own"),
         (
             lambda place, revision: open_adapter(place, None, CONFIG, revision),
             adapter,

@@ -14,7 +14,7 @@ from weight_files import refused
 from ipadapter_jax.cli import main
 from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.weights.convert import convert
-from ipadapter_jax.weights.inspect import describe
+from ipadapter_jax.weights.inspect import inspect_weights
 from ipadapter_jax.weights.model_source import ModelSource
 from ipadapter_jax.weights.open_base_model import open_base
 
@@ -29,7 +29,7 @@ from ipadapter_jax.weights.open_base_model import open_base
 )
 def test_an_adapter(name, facts):
     path = ADAPTERS / name
-    found = describe(path)
+    found = inspect_weights(path)
     assert found | facts == found
     assert (found["kind"], found["base"]) == ("an IP-Adapter", "a model of text width 32")
     assert found["sha256"] == {name: sha256(path)} and found["bytes"] == path.stat().st_size
@@ -71,7 +71,7 @@ def published(path, width: int, projection: dict[str, tuple[int, ...]]):
     ],
 )
 def test_published_variants_by_their_shapes(tmp_path, width, projection, facts):
-    found = describe(published(tmp_path / "a.safetensors", width, projection))
+    found = inspect_weights(published(tmp_path / "a.safetensors", width, projection))
     assert found | facts == found
     sampled = width == 768 and "proj.weight" in projection
     assert ("give it as the adapter" in found["use"]) == (sampled or "other.weight" in projection)
@@ -79,27 +79,27 @@ def test_published_variants_by_their_shapes(tmp_path, width, projection, facts):
 
 def test_our_file_carries_its_digest(tmp_path):
     convert(ADAPTERS / "ip-adapter_tiny.safetensors", tmp_path / "a.safetensors")
-    assert describe(tmp_path / "a.safetensors")["intact"] is True
+    assert inspect_weights(tmp_path / "a.safetensors")["intact"] is True
     content = bytearray((tmp_path / "a.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "a.safetensors").write_bytes(content)
-    assert describe(tmp_path / "a.safetensors")["intact"] is False
+    assert inspect_weights(tmp_path / "a.safetensors")["intact"] is False
 
 
 def test_folders_and_single_files(tmp_path):
-    found = describe(TORCH_MODEL)
+    found = inspect_weights(TORCH_MODEL)
     assert [*found["parts"]] == ["unet", "vae", "text_encoder"]
     assert found["parts"]["unet"]["kind"] == "a UNet" and found["parts"]["unet"]["tensors"] == 686
-    assert describe(IMAGE_ENCODER)["kind"] == "a CLIP image encoder"
-    assert describe(ldm_file(tmp_path / "m.ckpt"))["kind"] == "a whole Stable Diffusion checkpoint"
+    assert inspect_weights(IMAGE_ENCODER)["kind"] == "a CLIP image encoder"
+    assert inspect_weights(ldm_file(tmp_path / "m.ckpt"))["kind"] == "a whole Stable Diffusion checkpoint"
     (tmp_path / "empty").mkdir()
-    refused(lambda: describe(tmp_path / "empty"), "no weights here")
+    refused(lambda: inspect_weights(tmp_path / "empty"), "no weights here")
 
 
 def test_the_command(capsys, tmp_path):
     path = ADAPTERS / "ip-adapter_tiny.safetensors"
     assert main(["inspect", str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == describe(path)
+    assert json.loads(capsys.readouterr().out) == inspect_weights(path)
     assert main(["inspect", str(path)]) == 0
     table = capsys.readouterr().out
     assert "variant        base" in table and sha256(path) in table
@@ -135,7 +135,7 @@ def test_folders_of_other_families(tmp_path, family):
     shutil.copytree(TORCH_MODEL, folder)
     for part, changes in FAMILIES[family].items():
         settings(folder, part, **changes)
-    found = describe(folder)
+    found = inspect_weights(folder)
     assert found["kind"] == f"{family} in diffusers' layout"
     assert found["use"] == f"{family} is not supported here yet, only SD 1.x"
     for refuse in (
@@ -148,13 +148,13 @@ def test_folders_of_other_families(tmp_path, family):
 
 def test_a_base_model_is_advised_as_one(tmp_path):
     settings(tmp_path, "", _class_name="StableDiffusionXLPipeline")
-    assert describe(TORCH_MODEL)["use"] == "give it as the base model"
+    assert inspect_weights(TORCH_MODEL)["use"] == "give it as the base model"
     refused(lambda: open_base(tmp_path), "an SDXL base model, which is not supported here yet")
 
 
 def of_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
     save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, path)
-    return describe(path)
+    return inspect_weights(path)
 
 
 UNET = {"time_embedding.linear_1.weight": (8, 8), "conv_in.weight": (8, 4, 3, 3), "conv_out.weight": (4, 8, 3, 3)}
@@ -204,8 +204,10 @@ def test_another_network_by_its_class(tmp_path):
 
 
 def test_the_model_inside_the_package(capsys):
-    assert [*describe("mini")["parts"]] == ["unet", "vae", "text_encoder", "image_encoder"]
-    assert describe("mini-plus")["variant"] == "plus" and describe("mini/image_encoder")["kind"].startswith("a CLIP")
+    assert [*inspect_weights("mini")["parts"]] == ["unet", "vae", "text_encoder", "image_encoder"]
+    assert inspect_weights("mini-plus")["variant"] == "plus" and inspect_weights("mini/image_encoder")[
+        "kind"
+    ].startswith("a CLIP")
     assert main(["inspect", "mini"]) == 0 and "give it as the base model" in capsys.readouterr().out
     assert main(["inspect", "minii"]) == 2
     assert "did you mean mini" in capsys.readouterr().err
@@ -217,16 +219,19 @@ def names_in(root: Path) -> list[str]:
 
 def test_places_on_the_hub(monkeypatch, tmp_path):
     hub = Hub(monkeypatch, TORCH_MODEL, tmp_path / "model", [*names_in(TORCH_MODEL), "v1-5-pruned.safetensors"])
-    assert [*describe("owner/name")["parts"]] == ["unet", "vae", "text_encoder"]
+    assert [*inspect_weights("owner/name")["parts"]] == ["unet", "vae", "text_encoder"]
     assert not any(name.startswith(("tokenizer", "v1-5")) for name in hub.downloaded)
     Hub(monkeypatch, ADAPTERS, tmp_path / "adapters", names_in(ADAPTERS))
-    assert describe("owner/name/ip-adapter_tiny.bin")["variant"] == "base"
-    assert describe("owner/name/image_encoder")["kind"] == "a CLIP image encoder"
+    assert inspect_weights("owner/name/ip-adapter_tiny.bin")["variant"] == "base"
+    assert inspect_weights("owner/name/image_encoder")["kind"] == "a CLIP image encoder"
 
 
 def test_a_repository_of_several_files(monkeypatch, tmp_path):
     hub = Hub(monkeypatch, tmp_path, tmp_path, ["README.md", "models/a.safetensors", "models/b.bin"])
-    refused(lambda: describe("owner/name"), "several files of weights; name one of models/a.safetensors, models/b.bin")
+    refused(
+        lambda: inspect_weights("owner/name"),
+        "several files of weights; name one of models/a.safetensors, models/b.bin",
+    )
     hub.names = ["README.md"]
-    refused(lambda: describe("owner/name"), "no weights here (it holds README.md)")
+    refused(lambda: inspect_weights("owner/name"), "no weights here (it holds README.md)")
     assert not hub.downloaded

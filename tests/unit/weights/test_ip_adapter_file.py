@@ -139,7 +139,7 @@ def test_an_adapter_for_another_base():
     )
     refused(
         lambda: check_base(file, 32, WIDTHS[:-1]),
-        f"{file.path}: made for a UNet with 16 cross-attentions, this base has 15; give an adapter of this base",
+        f"{file.path}: made for a UNet with 16 cross-attention layers, this base has 15; give an adapter of this base",
         error=WeightFileError,
     )
 

@@ -79,7 +79,7 @@ def test_the_same_tree(tmp_path, name, settings):
 
 def test_one_file_of_transformers(tmp_path):
     save_file(recorded(), tmp_path / "clip.safetensors")
-    refused(lambda: loaded(tmp_path / "clip.safetensors"), "width 48", "put its config.json beside it")
+    refused(lambda: loaded(tmp_path / "clip.safetensors"), "width 48", "put its config.json next to it")
     (tmp_path / "config.json").write_text((IMAGE_ENCODER / "config.json").read_text())
     assert_same_tree(loaded(tmp_path / "clip.safetensors"), loaded(IMAGE_ENCODER))
 

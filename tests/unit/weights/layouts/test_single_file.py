@@ -234,7 +234,7 @@ def test_other_checkpoints(tmp_path, tensors, change, words):
 
 
 def test_options_that_do_not_fit(ldm):
-    refused(lambda: loaded(ldm, extract_ema=True), "no moving average", "leave extract_ema away", error=WeightFileError)
+    refused(lambda: loaded(ldm, extract_ema=True), "no moving average", "leave extract_ema out", error=WeightFileError)
     refused(lambda: open_base(ModelSource(TORCH_MODEL, extract_ema=True)), "extract_ema", "is a folder")
     refused(lambda: open_base(ModelSource(TORCH_MODEL, config=TORCH_MODEL)), "config", "is a folder")
     refused(lambda: open_base(ModelSource(ldm, config=ADAPTERS)), "config", "unet/config.json")
