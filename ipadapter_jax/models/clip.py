@@ -11,7 +11,7 @@ from jax import Array
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.config_fields import build_config
 from ipadapter_jax.models.layers import ACTIVATIONS, Conv, Dense, Embed, layer_norm
-from ipadapter_jax.ops.attention import attend
+from ipadapter_jax.ops.attention import AttentionBranch, attend
 from ipadapter_jax.ops.fast_params import SkipShapeCheck
 
 
@@ -287,7 +287,7 @@ class Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         width = self.config.hidden_size
         q, k, v = (Dense(width, dtype=self.dtype, name=name)(x) for name in ("q_proj", "k_proj", "v_proj"))
-        y = attend(q, [(k, v, 1.0)], self.config.num_attention_heads, causal=self.causal)
+        y = attend(q, [AttentionBranch(k, v)], self.config.num_attention_heads, causal=self.causal)
         return Dense(width, dtype=self.dtype, name="out_proj")(y)
 
 

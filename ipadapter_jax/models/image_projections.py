@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.models.layers import Dense, gelu, layer_norm
-from ipadapter_jax.ops.attention import attend
+from ipadapter_jax.ops.attention import AttentionBranch, attend
 from ipadapter_jax.ops.fast_params import SkipShapeCheck
 
 HEAD_DIM = 64  # of the Resampler, in every released file
@@ -103,7 +103,9 @@ class PerceiverAttention(nn.Module):
         q = Dense(inner, use_bias=False, dtype=self.dtype, name="to_q")(y)
         kv = Dense(2 * inner, use_bias=False, dtype=self.dtype, name="to_kv")(jnp.concatenate([x, y], axis=1))
         k, v = jnp.split(kv, 2, axis=-1)
-        return Dense(self.width, use_bias=False, dtype=self.dtype, name="to_out")(attend(q, [(k, v, 1.0)], self.heads))
+        return Dense(self.width, use_bias=False, dtype=self.dtype, name="to_out")(
+            attend(q, [AttentionBranch(k, v)], self.heads)
+        )
 
 
 def example_features(config: ImageProjConfig) -> jax.ShapeDtypeStruct:

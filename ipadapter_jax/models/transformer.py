@@ -7,39 +7,41 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.models.layers import Dense, conv, gelu, group_norm, layer_norm, match_rows
-from ipadapter_jax.ops.attention import Entry, attend, attention_map
+from ipadapter_jax.ops.attention import AttentionBranch, attend, attention_map
 
 KeyValue = tuple[Array, Array]
 
 
 class Transformer(nn.Module):
-    """diffusers' Transformer2DModel with convolutional projections and one block: (B, h, w, C) -> (R, h, w, C),
-    with as many rows as the context has."""
+    """diffusers' Transformer2DModel with convolutional projections: (B, h, w, C) -> (R, h, w, C), where R is the batch
+    size of the contexts, B or a multiple. There is one context per layer."""
 
     width: int
     heads: int
+    layers: int
     groups: int
     dtype: jnp.dtype
 
     def setup(self):
         self.norm = group_norm(self.groups, 1e-6, self.dtype)  # 1e-6 here, 1e-5 elsewhere in the UNet
         self.proj_in = conv(self.width, 1, self.dtype)
-        self.transformer_blocks = [TransformerBlock(self.width, self.heads, self.dtype)]
+        self.transformer_blocks = [TransformerBlock(self.width, self.heads, self.dtype) for _ in range(self.layers)]
         self.proj_out = conv(self.width, 1, self.dtype)
 
-    def text_kv(self, text: Array) -> KeyValue:
-        return self.transformer_blocks[0].attn2.key_value(text)
+    def text_kv(self, text: Array, layer: int) -> KeyValue:
+        return self.transformer_blocks[layer].attn2.key_value(text)
 
-    def __call__(self, x: Array, context: Sequence[Entry]) -> Array:
-        y = self.proj_in(self.norm(x))
-        y = self.transformer_blocks[0](y.reshape(x.shape[0], -1, x.shape[-1]), context)
+    def __call__(self, x: Array, contexts: Sequence[Sequence[AttentionBranch]]) -> Array:
+        y = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
+        for block, context in zip(self.transformer_blocks, contexts, strict=True):
+            y = block(y, context)
         y = self.proj_out(y.reshape(-1, *x.shape[1:]))
         return match_rows(x, y.shape[0]) + y
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and a residual: (B, L, C) -> (R, L, C), R
-    being the rows of the context, B or a multiple."""
+    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and a residual: (B, L, C) -> (R, L, C). R
+    is the batch size of the context, B or a multiple."""
 
     width: int
     heads: int
@@ -51,16 +53,16 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(self.width, self.heads, self.dtype)
         self.ff = FeedForward(self.width, self.dtype)
 
-    def __call__(self, x: Array, context: Sequence[Entry]) -> Array:
+    def __call__(self, x: Array, context: Sequence[AttentionBranch]) -> Array:
         y = self.norm1(x)
-        x = match_rows(x + self.attn1(y, [(*self.attn1.key_value(y), 1.0)]), context[0][0].shape[0])
+        x = match_rows(x + self.attn1(y, [AttentionBranch(*self.attn1.key_value(y))]), context[0].key.shape[0])
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
 class Attention(nn.Module):
-    """Queries of x (B, L, C) against entries of keys and values. Who makes the collection "maps" mutable finds there
-    the attention to every entry but the first, which is the text: a list of (B, L, N) under `images`."""
+    """Queries of x (B, L, C) against branches of keys and values. A call with the collection "maps" mutable stores
+    there the attention to every branch but the first, which is the text: a list of (B, L, N) under `images`."""
 
     width: int
     heads: int
@@ -73,11 +75,12 @@ class Attention(nn.Module):
     def key_value(self, context: Array) -> KeyValue:
         return self.to_k(context), self.to_v(context)
 
-    def __call__(self, x: Array, entries: Sequence[Entry]) -> Array:
+    def __call__(self, x: Array, branches: Sequence[AttentionBranch]) -> Array:
         query = self.to_q(x)
-        if self.is_mutable_collection("maps") and len(entries) > 1:
-            self.put_variable("maps", "images", [attention_map(query, key, self.heads) for key, _, _ in entries[1:]])
-        return self.to_out[0](attend(query, entries, self.heads))
+        if self.is_mutable_collection("maps") and len(branches) > 1:
+            maps = [attention_map(query, branch.key, self.heads) for branch in branches[1:]]
+            self.put_variable("maps", "images", maps)
+        return self.to_out[0](attend(query, branches, self.heads))
 
 
 class FeedForward(nn.Module):

@@ -6,7 +6,7 @@ depends on the timestep alone is an argument too, for callers that know all time
 Parameter names are those of the published Flax trees.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,13 +25,16 @@ from ipadapter_jax.models.layers import (
 )
 from ipadapter_jax.models.transformer import KeyValue, Transformer
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
-from ipadapter_jax.ops.attention import Entry
+from ipadapter_jax.ops.attention import AttentionBranch
+
+Contexts = Sequence[Sequence[Sequence[AttentionBranch]]]
+"""What a block's cross-attentions attend to: [attention][layer], the text first, then every image branch."""
 
 
 class UNet(nn.Module):
     """Predicts the noise (or v) in latents. See `__call__`.
 
-    With `remat` a backward pass keeps the inputs of the resnets and transformers alone and computes their inside again.
+    With `remat` the resnets and transformers are rematerialized in the backward pass, which keeps only their inputs.
     """
 
     config: UNetConfig
@@ -65,10 +68,10 @@ class UNet(nn.Module):
     ) -> Array:
         """latents (B, h, w, 4), timesteps (B,) -> prediction (R, h, w, 4) float32.
 
-        R is the rows of the keys and values, B or a multiple: with two branches of guidance, row b * 2 + g is branch g
-        of latent b, and all that comes before the first cross-attention is computed once for both. text_kv holds
-        (k, v), each (R, S, C), per site of `cross_attention_layers`. image_kv holds the same for every image entry, and
-        image_weight[entry][site] that entry's weight there: a scalar or what broadcasts to (R, L, 1).
+        R is the batch size of the keys and values, B or a multiple: with two guidance branches, element b * 2 + g is
+        branch g of latent b, and everything before the first cross-attention is computed once for both. text_kv holds
+        (k, v), each (R, S, C), per layer of `cross_attention_layers`. image_kv holds the same for every image branch,
+        and image_weight[branch][layer] that branch's weight there: a scalar, or what broadcasts to (R, L, 1).
         """
         return self.at(latents, self.time_shifts(timesteps), text_kv, image_kv, image_weight)
 
@@ -80,8 +83,9 @@ class UNet(nn.Module):
         image_kv: Sequence[Sequence[KeyValue]] = (),
         image_weight: Array | Sequence = (),
     ) -> Array:
-        """The same with `time_shifts` of the timesteps, rows of B or 1."""
-        contexts, shifts = self._contexts(text_kv, image_kv, image_weight), iter(time_shifts)
+        """The same with `time_shifts` of the timesteps: one per latent, or one for all of them."""
+        contexts = self._contexts(text_kv, image_kv, image_weight)
+        shifts = iter(time_shifts)
         x = self.conv_in(latents.astype(self.dtype))
         skips = [x]
         for block in self.down_blocks:
@@ -101,32 +105,39 @@ class UNet(nn.Module):
         return [[resnet.time_shift(time) for resnet in block.resnets] for block in blocks]
 
     def text_kv(self, text: Array) -> list[KeyValue]:
-        """Text states (B, S, D) -> (k, v), each (B, S, C), per site in file order: once per prompt."""
+        """Text states (B, S, D) -> (k, v), each (B, S, C), per cross-attention layer in file order: once per prompt."""
         blocks = {block.name: block for block in (*self.down_blocks, *self.up_blocks, self.mid_block)}
         text = text.astype(self.dtype)
-        return [blocks[site.block].attentions[site.index].text_kv(text) for site in cross_attention_layers(self.config)]
+        layers = cross_attention_layers(self.config)
+        return [blocks[layer.block].attentions[layer.attention].text_kv(text, layer.layer) for layer in layers]
 
     @staticmethod
     def maps_of(collection: Mapping[str, Any], config: UNetConfig) -> list[list[Array]]:
-        """The collection "maps" of a call as attention (R, L, N) to the tokens of every image entry, per entry and
-        site."""
-        sites = cross_attention_layers(config)
-        blocks = [collection[site.block][f"attentions_{site.index}"]["transformer_blocks_0"] for site in sites]
-        return [list(entry) for entry in zip(*(block["attn2"]["images"] for block in blocks), strict=True)]
+        """The collection "maps" of a call as attention (R, L, N) to the tokens of every image branch, per branch and
+        cross-attention layer."""
+        found = [layer.subtree(collection)["images"] for layer in cross_attention_layers(config)]
+        return [list(branch) for branch in zip(*found, strict=True)]
 
     def from_text(self, latents: Array, timesteps: Array, text: Array) -> Array:
-        """The plain UNet of text states (B, S, D): touches every parameter, so it also initialises."""
+        """The plain UNet of text states (B, S, D): touches every parameter, so it also initializes."""
         return self(latents, timesteps, self.text_kv(text))
 
-    def _contexts(self, text_kv, image_kv, image_weight) -> dict[str, Iterator[list[Entry]]]:
-        """Per block an iterator over its sites' attention entries: the text first, then every image entry."""
-        sites = cross_attention_layers(self.config)
+    def _contexts(
+        self,
+        text_kv: Sequence[KeyValue],
+        image_kv: Sequence[Sequence[KeyValue]],
+        image_weight: Array | Sequence,
+    ) -> Mapping[str, Contexts]:
+        """The contexts of every block, by its name."""
         blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
-        entries: dict[str, list[list[Entry]]] = {str(block.name): [] for block in blocks}
-        for s, site in enumerate(sites):
-            images = [(*kv[s], weight[s]) for kv, weight in zip(image_kv, image_weight, strict=True)]
-            entries[site.block].append([(*text_kv[s], 1.0), *images])
-        return {name: iter(block) for name, block in entries.items()}
+        contexts: dict[str, list[list[list[AttentionBranch]]]] = {str(block.name): [] for block in blocks}
+        for i, layer in enumerate(cross_attention_layers(self.config)):
+            images = [AttentionBranch(*kv[i], weight[i]) for kv, weight in zip(image_kv, image_weight, strict=True)]
+            of_block = contexts[layer.block]
+            if layer.attention == len(of_block):
+                of_block.append([])
+            of_block[layer.attention].append([AttentionBranch(*text_kv[i]), *images])
+        return contexts
 
 
 class TimeEmbedding(nn.Module):
@@ -148,7 +159,8 @@ def _resnet(config: UNetConfig, width: int, dtype: jnp.dtype, remat: bool) -> Re
 
 def _transformer(config: UNetConfig, level: int, dtype: jnp.dtype, remat: bool) -> Transformer:
     kind = nn.remat(Transformer) if remat else Transformer
-    return kind(config.block_out_channels[level], config.heads(level), config.norm_num_groups, dtype)
+    layers = config.transformer_layers(level)
+    return kind(config.block_out_channels[level], config.heads(level), layers, config.norm_num_groups, dtype)
 
 
 class DownBlock(nn.Module):
@@ -169,14 +181,12 @@ class DownBlock(nn.Module):
         if self.level < config.levels - 1:
             self.downsamplers = [Downsample(width, ((1, 1), (1, 1)), self.dtype)]
 
-    def __call__(
-        self, x: Array, time_shifts: Sequence[Array], contexts: Iterator[list[Entry]]
-    ) -> tuple[Array, list[Array]]:
+    def __call__(self, x: Array, time_shifts: Sequence[Array], contexts: Contexts) -> tuple[Array, list[Array]]:
         outputs = []
         for i, (resnet, shift) in enumerate(zip(self.resnets, time_shifts, strict=True)):
             x = resnet(x, shift)
             if self.attention:
-                x = self.attentions[i](x, next(contexts))
+                x = self.attentions[i](x, contexts[i])
             outputs.append(x)
         if self.level < self.config.levels - 1:
             x = self.downsamplers[0](x)
@@ -196,8 +206,8 @@ class MidBlock(nn.Module):
         self.resnets = [_resnet(self.config, width, self.dtype, self.remat) for _ in range(2)]
         self.attentions = [_transformer(self.config, self.config.levels - 1, self.dtype, self.remat)]
 
-    def __call__(self, x: Array, time_shifts: Sequence[Array], contexts: Iterator[list[Entry]]) -> Array:
-        x = self.attentions[0](self.resnets[0](x, time_shifts[0]), next(contexts))
+    def __call__(self, x: Array, time_shifts: Sequence[Array], contexts: Contexts) -> Array:
+        x = self.attentions[0](self.resnets[0](x, time_shifts[0]), contexts[0])
         return self.resnets[1](x, time_shifts[1])
 
 
@@ -228,11 +238,11 @@ class UpBlock(nn.Module):
         skips: Sequence[Array],
         next_skip: tuple[int, ...] | None,
         time_shifts: Sequence[Array],
-        contexts: Iterator[list[Entry]],
+        contexts: Contexts,
     ) -> Array:
         """next_skip is the shape (B, h, w, C) of the next block's first skip: odd sizes do not double exactly."""
         for i, (resnet, skip, shift) in enumerate(zip(self.resnets, skips, time_shifts, strict=True)):
             x = resnet(jnp.concatenate([x, match_rows(skip, x.shape[0])], axis=-1), shift)
             if self.attention:
-                x = self.attentions[i](x, next(contexts))
+                x = self.attentions[i](x, contexts[i])
         return x if next_skip is None else self.upsamplers[0](x, *next_skip[1:3])

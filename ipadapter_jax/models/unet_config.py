@@ -1,4 +1,4 @@
-"""Sizes of the Stable Diffusion 1.x UNet, and where its cross-attentions are."""
+"""Sizes of the Stable Diffusion 1.x UNet, and its cross-attention layers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -47,8 +47,12 @@ class UNetConfig:
         """Attention heads at a resolution level, 0 being the finest."""
         return self.attention_head_dim if isinstance(self.attention_head_dim, int) else self.attention_head_dim[level]
 
+    def transformer_layers(self, level: int) -> int:
+        """Transformer layers of every attention at a resolution level: one at all of them in Stable Diffusion 1.x."""
+        return 1
+
     @property
-    def head_depths(self) -> tuple[int, ...]:
+    def head_dims(self) -> tuple[int, ...]:
         """Channels of one attention head, for every resolution level."""
         return tuple(width // self.heads(level) for level, width in enumerate(self.block_out_channels))
 
@@ -80,34 +84,40 @@ _IGNORED = {"dropout", "split_head_dim", "use_memory_efficient_attention"}
 
 @dataclasses.dataclass(frozen=True)
 class CrossAttentionLayer:
-    """One cross-attention: its block's name, its number inside the block, its width C, its level of resolution, 0 being
-    the finest."""
+    """One cross-attention: its block's name, which of the block's attentions (transformers) it is in, which layer of
+    that one, its width C, and its resolution level, 0 being the finest."""
 
     block: str
-    index: int
+    attention: int
+    layer: int
     width: int
     level: int
+
+    def subtree(self, tree: Mapping[str, Any]) -> Any:
+        """What a collection of the UNet's variables, parameters for example, holds of this cross-attention."""
+        return tree[self.block][f"attentions_{self.attention}"][f"transformer_blocks_{self.layer}"]["attn2"]
 
 
 def cross_attention_layers(config: UNetConfig) -> tuple[CrossAttentionLayer, ...]:
     """All cross-attentions in file order: down, up, mid (the order in which diffusers registers its processors)."""
-    sites = []
+    layers = []
     for level, kind in enumerate(config.down_block_types):
         if kind == "CrossAttnDownBlock2D":
-            width = config.block_out_channels[level]
-            sites += [
-                CrossAttentionLayer(f"down_blocks_{level}", i, width, level) for i in range(config.layers_per_block)
-            ]
+            layers += _of_block(config, f"down_blocks_{level}", level, config.layers_per_block)
     for block, kind in enumerate(config.up_block_types):
         if kind == "CrossAttnUpBlock2D":
-            width = config.block_out_channels[::-1][block]
             level = config.levels - 1 - block
-            sites += [
-                CrossAttentionLayer(f"up_blocks_{block}", i, width, level) for i in range(config.layers_per_block + 1)
-            ]
-    return (*sites, CrossAttentionLayer("mid_block", 0, config.block_out_channels[-1], config.levels - 1))
+            layers += _of_block(config, f"up_blocks_{block}", level, config.layers_per_block + 1)
+    return (*layers, *_of_block(config, "mid_block", config.levels - 1, 1))
 
 
-def site_grids(config: UNetConfig, h: int, w: int) -> list[tuple[int, int]]:
-    """Per site the rows and columns of its queries for latents of h x w: every level halves, rounding up."""
-    return [(-(-h // 2**site.level), -(-w // 2**site.level)) for site in cross_attention_layers(config)]
+def _of_block(config: UNetConfig, block: str, level: int, attentions: int) -> list[CrossAttentionLayer]:
+    width = config.block_out_channels[level]
+    layers = range(config.transformer_layers(level))
+    return [CrossAttentionLayer(block, i, layer, width, level) for i in range(attentions) for layer in layers]
+
+
+def attention_grids(config: UNetConfig, h: int, w: int) -> list[tuple[int, int]]:
+    """Per cross-attention layer the height and width of its queries for latents of h x w: every level halves, rounding
+    up."""
+    return [(-(-h // 2**layer.level), -(-w // 2**layer.level)) for layer in cross_attention_layers(config)]

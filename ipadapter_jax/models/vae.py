@@ -16,7 +16,7 @@ from jax import Array
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.config_fields import build_config, select_fields
 from ipadapter_jax.models.layers import Dense, Downsample, ResnetBlock, Upsample, conv, group_norm
-from ipadapter_jax.ops.attention import attend
+from ipadapter_jax.ops.attention import AttentionBranch, attend
 
 _EPSILON = 1e-6  # of every norm in the VAE
 _Images = TypeVar("_Images", np.ndarray, Array)
@@ -201,7 +201,7 @@ class Attention(nn.Module):
         batch, *_, width = x.shape
         y = group_norm(self.config.norm_num_groups, _EPSILON, self.dtype, "group_norm")(x).reshape(batch, -1, width)
         q, k, v = (Dense(width, dtype=self.dtype, name=name)(y) for name in ("query", "key", "value"))
-        y = Dense(width, dtype=self.dtype, name="proj_attn")(attend(q, [(k, v, 1.0)], num_heads=1))
+        y = Dense(width, dtype=self.dtype, name="proj_attn")(attend(q, [AttentionBranch(k, v)], num_heads=1))
         return x + y.reshape(x.shape)
 
 

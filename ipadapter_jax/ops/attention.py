@@ -5,6 +5,7 @@ D width. Images and latents are channels-last everywhere.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,27 +15,32 @@ from ipadapter_jax.ops.attention_kernels import kernel_for
 from ipadapter_jax.ops.attention_xla import Heads, by_head, chunked, dense
 from ipadapter_jax.ops.batch_sharding import batch_shards, is_batch_sharded, shard_map_batch
 
-# Logits of fewer elements than this are formed at once; above it the queries are walked in chunks (memory on
-# accelerators, cache on a CPU).
+# Fewer logits than this are computed together; above it the queries are processed in chunks (for memory on
+# accelerators, for the cache on a CPU).
 _DENSE_LOGITS = 1 << 20
 _ACCELERATOR_CHUNK_LOGITS = 1 << 28
-# On a CPU a head of more logits than this is walked by itself: 1.6 times faster at 4096 x 77, twice at 1024 x 1024, no
+# On a CPU a head of more logits than this is computed alone: 1.6 times faster at 4096 x 77, twice at 1024 x 1024, no
 # matter at 1024 x 77, 2.5 times slower at 65 x 65 (benchmarks/attention.py).
 _CPU_HEAD_LOGITS = 1 << 17
 
-Entry = tuple[Array, Array, Array | float]
-"""Keys (B, S, C), values (B, S, C) and a weight that broadcasts against (B, L, C)."""
+
+class AttentionBranch(NamedTuple):
+    """Keys and values that queries attend to by a softmax of their own, and the weight of the result."""
+
+    key: Array  # (B, S, C)
+    value: Array  # (B, S, C)
+    weight: Array | float = 1.0  # a scalar, or broadcasts against (B, L, C)
 
 
-def attend(query: Array, entries: Sequence[Entry], num_heads: int, *, causal: bool = False) -> Array:
+def attend(query: Array, branches: Sequence[AttentionBranch], num_heads: int, *, causal: bool = False) -> Array:
     """y = sum_i w_i softmax(q k_i^T / sqrt(d)) v_i: decoupled cross-attention (arXiv 2308.06721, equation 5).
 
-    query (B, L, C); every entry has its own softmax, computed in float32 whatever the input's dtype. Plain attention is
-    one entry of weight 1. A weight is a scalar, or (B, 1, 1) per row, or (B, L, 1) for a regional mask. Returns
-    (B, L, C) in the dtype of the query. All entries share one walk over the queries.
+    query (B, L, C); every branch has its own softmax, computed in float32 whatever the input's dtype. Plain attention
+    is one branch of weight 1. A weight is a scalar, or (B, 1, 1) per sample, or (B, L, 1) for a regional mask. Returns
+    (B, L, C) in the dtype of the query. All branches share one iteration over the queries.
     """
-    assert entries, "attention needs at least one entry"
-    (key, value, weight), *others = entries
+    assert branches, "attention needs at least one branch"
+    (key, value, weight), *others = branches
     if not others and not causal and _is_one(weight):
         kernel = kernel_for(query.shape, key.shape, num_heads, query.dtype)
         if kernel is not None:
@@ -43,10 +49,10 @@ def attend(query: Array, entries: Sequence[Entry], num_heads: int, *, causal: bo
     q = _split_heads(query, num_heads)
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     split = [
-        Heads(_split_heads(key, num_heads), _split_heads(value, num_heads), _by_head(weight, q))
-        for key, value, weight in entries
+        Heads(_split_heads(key, num_heads), _split_heads(value, num_heads), _weight_of_heads(weight, q))
+        for key, value, weight in branches
     ]
-    out = _written_out(q, split, causal)
+    out = _in_xla(q, split, causal)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, -1).astype(query.dtype)
 
 
@@ -66,14 +72,14 @@ def _split_heads(x: Array, num_heads: int) -> Array:
     return x.reshape(*x.shape[:2], num_heads, -1).transpose(0, 2, 1, 3)
 
 
-def _by_head(weight: Array | float, q: Array) -> Array | None:
+def _weight_of_heads(weight: Array | float, q: Array) -> Array | None:
     if _is_one(weight):
         return None
     weight = jnp.asarray(weight, jnp.float32)
     return jnp.broadcast_to(weight[..., None, :, :] if weight.ndim else weight, (*q.shape[:-1], 1))
 
 
-def _written_out(q: Array, entries: Sequence[Heads], causal: bool) -> Array:
+def _in_xla(q: Array, entries: Sequence[Heads], causal: bool) -> Array:
     """Attention with its logits in memory, or a part of them at a time: float32 (B, heads, L, d)."""
     batch, heads, length, _ = q.shape
     keys = sum(entry.key.shape[2] for entry in entries)

@@ -30,7 +30,7 @@ from ipadapter_jax.inputs.validation import (
 )
 from ipadapter_jax.models.clip import CLIPText
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import cross_attention_layers, site_grids
+from ipadapter_jax.models.unet_config import attention_grids, cross_attention_layers
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
@@ -254,7 +254,7 @@ class StableDiffusion:
         if maps is None:
             return found
         maps = [seen for seen, entry in zip(maps, entries, strict=True) if not entry.swapped]
-        sites, grids = cross_attention_layers(self.unet.config), site_grids(self.unet.config, *shape[:2])
+        sites, grids = cross_attention_layers(self.unet.config), attention_grids(self.unet.config, *shape[:2])
         return found, AttentionMaps(maps, sites, grids, np.asarray(run.steps.timestep), count)
 
     def _init_image(
@@ -300,7 +300,7 @@ class StableDiffusion:
             reference_of_image=batch.prompt_of_image if several else jnp.zeros_like(batch.prompt_of_image),
             text_kv=sampling.text_keys_values(self.unet, self.params["unet"], jnp.stack(branches, axis=1)),
             image_kv=image_kv,
-            image_masks=layer_masks([entry.mask for entry in entries], site_grids(self.unet.config, *shape[:2])),
+            image_masks=layer_masks([entry.mask for entry in entries], attention_grids(self.unet.config, *shape[:2])),
             guidance_scale=np.float32(guidance_scale),
             guidance_rescale=np.float32(guidance_rescale),
         )

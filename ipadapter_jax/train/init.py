@@ -69,8 +69,8 @@ def init_adapter(
 
 def _text_keys_values(unet_params: Tree, config: UNetConfig) -> Tree:
     tree: Tree = {}
-    for i, site in enumerate(cross_attention_layers(config)):
-        attention = unet_params[site.block][f"attentions_{site.index}"]["transformer_blocks_0"]["attn2"]
+    for i, layer in enumerate(cross_attention_layers(config)):
+        attention = layer.subtree(unet_params)
         kernels = {name: jnp.array(attention[name]["kernel"], jnp.float32) for name in ("to_k", "to_v")}
         tree[str(2 * i + 1)] = {f"{name}_ip": {"kernel": kernel} for name, kernel in kernels.items()}
     return tree

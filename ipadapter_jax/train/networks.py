@@ -52,10 +52,10 @@ class Networks:
     adapter: IPAdapter | None = None
 
     @property
-    def head_depths(self) -> tuple[int, ...]:
+    def head_dims(self) -> tuple[int, ...]:
         """Channels of one attention head, of every size that there is in UNet and image encoder."""
         vision = [] if self.image_encoder is None else [self.image_encoder.config]
-        return *self.unet.config.head_depths, *(config.hidden_size // config.num_attention_heads for config in vision)
+        return *self.unet.config.head_dims, *(config.hidden_size // config.num_attention_heads for config in vision)
 
     def posterior(self, frozen: dict[str, Any], pixels: Array) -> Posterior:
         """pixels (B, H, W, 3) uint8 -> the unscaled posterior of their latents (B, h, w, C)."""

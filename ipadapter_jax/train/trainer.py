@@ -90,7 +90,7 @@ class Run:
         check_precomputed(self.samples, config, self.loaded)
         log_record_count(config.data.path, samples)  # now that nothing is wrong with it: an error is to stand alone
         write_unused_report(folder, samples)
-        attention_kernels.agree(self.loaded.networks.head_depths, config.model.dtype)
+        attention_kernels.agree(self.loaded.networks.head_dims, config.model.dtype)
         self.about = self._about()
         keep = config.checkpoint
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every)

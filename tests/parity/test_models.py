@@ -16,8 +16,9 @@ from ipadapter_jax.models.image_projections import image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.layers import ResnetBlock
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import cross_attention_layers, site_grids
+from ipadapter_jax.models.unet_config import attention_grids, cross_attention_layers
 from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.ops.attention import AttentionBranch
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.masks import layer_masks, load_mask
 from ipadapter_jax.pipelines.scales import scale_table
@@ -127,13 +128,13 @@ def test_blocks_on_small_inputs_show_their_epsilons():
     down, mid = unet.params["down_blocks_0"], vae.params["decoder"]["mid_block"]
 
     def with_text(module, x, text):
-        return module(x, [(*module.text_kv(text), 1.0)])
+        return module(x, [[AttentionBranch(*module.text_kv(text, 0))]])
 
     def with_time(module, x, time):
         return module(x, module.time_shift(time))
 
     config = unet.module.config
-    attention = transformer.Transformer(hidden.shape[-1], config.heads(0), config.norm_num_groups, jnp.float32)
+    attention = transformer.Transformer(hidden.shape[-1], config.heads(0), 1, config.norm_num_groups, jnp.float32)
     resnet = ResnetBlock(config.block_out_channels[0], config.norm_num_groups, config.norm_eps, jnp.float32)
     vae_attention = vae_module.Attention(vae.module.config, jnp.float32)
     vae_resnet = ResnetBlock(hidden_vae.shape[-1], vae.module.config.norm_num_groups, 1e-6, jnp.float32)
@@ -161,7 +162,7 @@ def test_decoupled_attention_layer():
     [image_kv] = IPAdapter((64,)).apply({"params": {"1": adapter}}, context[:, 77:])
 
     def decoupled(module, x, text, scale):
-        return module(x, [(*module.key_value(text), 1.0), (*image_kv, scale)])
+        return module(x, [AttentionBranch(*module.key_value(text)), AttentionBranch(*image_kv, scale)])
 
     for scale in (0.0, 0.5, 1.0):
         out = layer.apply({"params": kernels}, case.inputs["hidden_states"], context[:, :77], scale, method=decoupled)
@@ -242,7 +243,7 @@ def test_unet_with_controls(name):
     x, times = nhwc(case.inputs["sample"]), case.inputs["timesteps"]
     config = unet.module.config
     sites = cross_attention_layers(config)
-    at_sites = layer_masks(of_entries, site_grids(config, *x.shape[1:3]))
+    at_sites = layer_masks(of_entries, attention_grids(config, *x.shape[1:3]))
     for output, scale in case.meta["scales"].items():
         weight = np.stack([scale_table(one(scale), sites, 1).weight for one in scales])  # (E, 1, s): one branch
         weights = sampling._site_weights(weight, at_sites, len(x))

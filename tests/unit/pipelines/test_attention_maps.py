@@ -13,8 +13,8 @@ from ipadapter_jax import InputError, Scale
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.models.transformer import Attention
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import CrossAttentionLayer, cross_attention_layers, site_grids
-from ipadapter_jax.ops.attention import attention_map
+from ipadapter_jax.models.unet_config import CrossAttentionLayer, attention_grids, cross_attention_layers
+from ipadapter_jax.ops.attention import AttentionBranch, attention_map
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
 
@@ -55,19 +55,20 @@ def test_maps_of_half_precision_are_in_float32():
 def test_a_layer_records_its_attention_to_the_tokens_of_every_image_branch():
     """Not to those of the text, whatever the weight of the branch; without the collection nothing is recorded."""
     x, text, images = drawn(2, 12, 16), (drawn(2, 7, 16), drawn(2, 7, 16)), [drawn(2, 4, 16), drawn(2, 9, 16)]
-    entries = [(*text, 1.0), (images[0], images[0], 0.0), (images[1], images[1], 2.0)]
+    prompts = [AttentionBranch(images[0], images[0], 0.0), AttentionBranch(images[1], images[1], 2.0)]
+    branches = [AttentionBranch(*text), *prompts]
     layer = Attention(16, 2, jnp.float32)
-    params = layer.init(jax.random.key(0), x, [(x, x, 1.0)], method=_all_parameters)["params"]
-    output, found = layer.apply({"params": params}, x, entries, mutable=["maps"])
+    params = layer.init(jax.random.key(0), x, [AttentionBranch(x, x)], method=_all_parameters)["params"]
+    output, found = layer.apply({"params": params}, x, branches, mutable=["maps"])
     query = x @ params["to_q"]["kernel"]
     for seen, key in zip(found["maps"]["images"], images, strict=True):
         np.testing.assert_allclose(seen, by_hand(query, key, 2), atol=1e-6)
-    np.testing.assert_allclose(layer.apply({"params": params}, x, entries), output, atol=1e-6)
+    np.testing.assert_allclose(layer.apply({"params": params}, x, branches), output, atol=1e-6)
 
 
-def _all_parameters(module: Attention, x, entries):
+def _all_parameters(module: Attention, x, branches):
     module.key_value(x)
-    return module(x, entries)
+    return module(x, branches)
 
 
 # --- of whole images -----------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def test_there_is_a_map_for_every_step_image_query_and_token(pipe, recorded):
     maps = recorded[1]
     assert isinstance(maps, AttentionMaps) and maps.count == 2
     assert maps.layers == cross_attention_layers(pipe.unet.config)
-    assert list(maps.grids) == site_grids(pipe.unet.config, 8, 8)
+    assert list(maps.grids) == attention_grids(pipe.unet.config, 8, 8)
     np.testing.assert_array_equal(maps.timesteps, [501, 1])
     [entry] = maps.maps
     for seen, (h, w) in zip(entry, maps.grids, strict=True):
@@ -165,7 +166,7 @@ def test_maps_need_an_image_prompt(pipe):
 
 # --- heat ------------------------------------------------------------------------------------------------------------
 
-LAYERS = (CrossAttentionLayer("down_blocks_0", 0, 32, 0), CrossAttentionLayer("mid_block", 0, 32, 1))
+LAYERS = (CrossAttentionLayer("down_blocks_0", 0, 0, 32, 0), CrossAttentionLayer("mid_block", 0, 0, 32, 1))
 
 
 @pytest.fixture(scope="module")

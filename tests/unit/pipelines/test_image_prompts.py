@@ -15,7 +15,7 @@ from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.errors import errors_name_options
 from ipadapter_jax.images.preprocess import CLIP_MEAN, CLIP_STD, clip_pixel_values
-from ipadapter_jax.models.unet_config import cross_attention_layers, site_grids
+from ipadapter_jax.models.unet_config import attention_grids, cross_attention_layers
 from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.pipelines.image_prompt_settings import ImagePromptSettings
 from ipadapter_jax.pipelines.image_prompts import entry_weights, plan_image_branches
@@ -379,7 +379,7 @@ def test_a_precise_preset_shows_the_other_layers_to_the_unconditional_branch_alo
     shape = (8, 8, 4)
     batch = sampling.SampleBatch(recorded.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
     conditions = recorded._conditions(["a cat"], [""], 0, 7.5, 0.0, [], shape, batch)
-    masks = [np.ones((2, h * w), np.float32) for h, w in site_grids(recorded.unet.config, 8, 8)]
+    masks = [np.ones((2, h * w), np.float32) for h, w in attention_grids(recorded.unet.config, 8, 8)]
     run = sample_table("ddim", recorded.schedule, 2)
     expected, _ = sampling.run_steps(
         functools.partial(sampling.denoise, recorded.unet, recorded.mesh, False, recorded.params["unet"]),

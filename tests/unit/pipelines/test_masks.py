@@ -11,7 +11,7 @@ from PIL import Image
 from ipadapter_jax import InputError
 from ipadapter_jax.errors import errors_name_options
 from ipadapter_jax.images.preprocess import load_upright
-from ipadapter_jax.models.unet_config import UNetConfig, site_grids
+from ipadapter_jax.models.unet_config import UNetConfig, attention_grids
 from ipadapter_jax.pipelines.inpainting import InitImage
 from ipadapter_jax.pipelines.masks import check_inside, check_latent_mask, latent_mask, layer_masks, load_mask
 
@@ -45,7 +45,7 @@ def test_masks_at_every_site_equal_diffusers(height, width):
     torch = pytest.importorskip("torch")
     image_processor = pytest.importorskip("diffusers.image_processor")
     masks = np.random.default_rng(height).random((2, height, width)).astype(np.float32)
-    grids = site_grids(UNetConfig(), height // 8, width // 8)
+    grids = attention_grids(UNetConfig(), height // 8, width // 8)
     for found, (h, w) in zip(layer_masks(list(masks), grids), grids, strict=True):
         for mask, row in zip(masks, found, strict=True):
             given = torch.from_numpy(mask)[None]
@@ -55,7 +55,7 @@ def test_masks_at_every_site_equal_diffusers(height, width):
 
 def test_odd_latents_have_masks_of_the_grids_that_the_network_has():
     """Where halves are rounded up, diffusers guesses the grid from the number of queries and can miss it."""
-    grids = site_grids(UNetConfig(), 9, 13)
+    grids = attention_grids(UNetConfig(), 9, 13)
     assert sorted(set(grids)) == [(2, 2), (3, 4), (5, 7), (9, 13)]
     mask = np.zeros((72, 104))
     mask[:, 52:] = 1

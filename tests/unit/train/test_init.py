@@ -85,7 +85,7 @@ def test_keys_and_values_begin_as_copies_of_those_of_the_text(dtype):
     sites = cross_attention_layers(TINY_UNET)
     assert list(found) == [str(2 * i + 1) for i in range(len(sites))]
     for number, site in zip(found, sites, strict=True):
-        attention = params[site.block][f"attentions_{site.index}"]["transformer_blocks_0"]["attn2"]
+        attention = params[site.block][f"attentions_{site.attention}"][f"transformer_blocks_{site.layer}"]["attn2"]
         for name in ("to_k", "to_v"):
             kernel = found[number][f"{name}_ip"]["kernel"]
             assert kernel.dtype == jnp.float32

@@ -116,7 +116,7 @@ def text_projections(config: UNetConfig) -> dict:
     for site in cross_attention_layers(config):
         kernel = {"kernel": jnp.zeros((config.cross_attention_dim, site.width))}
         blocks = tree.setdefault(site.block, {})
-        blocks[f"attentions_{site.index}"] = {"transformer_blocks_0": {"attn2": {"to_k": kernel, "to_v": kernel}}}
+        blocks[f"attentions_{site.attention}"] = {"transformer_blocks_0": {"attn2": {"to_k": kernel, "to_v": kernel}}}
     return tree
 
 
