@@ -32,8 +32,8 @@ WHAT_TO_SEE = (
 
 
 def main(
-    image: Annotated[Path, tyro.conf.arg(help="the image prompt; its centre is used")] = REFERENCE,
-    prompt: Annotated[str, tyro.conf.arg(help="text prompt; empty, the image is all that the model is told")] = "",
+    image: Annotated[Path, tyro.conf.arg(help="the image prompt; its center is used")] = REFERENCE,
+    prompt: Annotated[str, tyro.conf.arg(help="text prompt; empty for the image prompt alone")] = "",
     seed: Annotated[int, tyro.conf.arg(help="of the first image; the others count on")] = 0,
     out: Annotated[Path, tyro.conf.arg(help="the PNG to write")] = Path("out/sample.png"),
 ) -> int:
@@ -43,8 +43,11 @@ def main(
             raise InputError(f"--out {out}: give a name that ends in .png")
         check_writable(out)
         above, below = sample(load_image(image), prompt, seed)
-        told = f'the image and the words "{prompt}"' if prompt else "the image alone, no words"
-        titles = f"The prompt: {told}; scale 1", f"The same prompt, seed {seed}, the scale of the image from 0 to 1"
+        description = f'the image and the words "{prompt}"' if prompt else "the image alone, no words"
+        titles = (
+            f"The prompt: {description}; scale 1",
+            f"The same prompt, seed {seed}, the scale of the image from 0 to 1",
+        )
         buffer = io.BytesIO()
         contact_sheet(dict(zip(titles, (above, below), strict=True)), WHAT_TO_SEE).save(buffer, "PNG")
         write_atomically(out, buffer.getvalue())
@@ -60,7 +63,7 @@ def sample(reference: Image.Image, prompt: str, seed: int) -> tuple[LabeledImage
     compiles and the others run."""
     pipe = StableDiffusion.from_pretrained("mini").with_ip_adapter("mini")
 
-    def paint(scale: float, number: int) -> Image.Image:
+    def generate(scale: float, number: int) -> Image.Image:
         return pipe(
             prompt,
             ip_adapter_image=reference,
@@ -72,10 +75,10 @@ def sample(reference: Image.Image, prompt: str, seed: int) -> tuple[LabeledImage
 
     wanted = [(1.0, number) for number in range(RESULTS)] + [(scale, 0) for scale in SCALES if scale != 1]
     bar = tqdm.tqdm(wanted, desc="compiling, then sampling", unit="image", disable=None)
-    painted = {which: paint(*which) for which in bar}
+    images = {which: generate(*which) for which in bar}
     seen = Image.fromarray(clip_pixels(reference, pipe.adapters[0].encoder.module.config.image_size))
-    results = [(f"seed {seed + number}", painted[1.0, number]) for number in range(RESULTS)]
-    return [("reference", seen), *results], [(f"scale {scale:g}", painted[scale, 0]) for scale in SCALES]
+    results = [(f"seed {seed + number}", images[1.0, number]) for number in range(RESULTS)]
+    return [("reference", seen), *results], [(f"scale {scale:g}", images[scale, 0]) for scale in SCALES]
 
 
 if __name__ == "__main__":

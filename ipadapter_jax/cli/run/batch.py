@@ -1,4 +1,4 @@
-"""`ipadapter-jax batch`, done: thousands of images from a folder or a list."""
+"""Runs `ipadapter-jax batch`: thousands of images from a folder or a list."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""`ipadapter-jax convert`, done: weights from one format to another."""
+"""Runs `ipadapter-jax convert`: weights from one format to another."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`ipadapter-jax doctor`: what is here, what is missing."""
+"""Runs `ipadapter-jax doctor`: what is here, what is missing."""
 
 import importlib.metadata
 import os
@@ -56,8 +56,8 @@ def _programs() -> Iterator[str]:
     """What decides how programs are compiled. No flag of XLA is set here: none was measured to pay."""
     for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION"):
         yield f"{name}: {os.environ.get(name) or 'not set'}"
-    kernels = {depth: named_kernel(depth, "bfloat16") or "written out" for depth in _HEADS}
-    yield "attention in bfloat16, by depth of a head: " + ", ".join(f"{d} {name}" for d, name in kernels.items())
+    kernels = {head_dim: named_kernel(head_dim, "bfloat16") or "written out" for head_dim in _HEADS}
+    yield "attention in bfloat16, by head_dim: " + ", ".join(f"{d} {name}" for d, name in kernels.items())
 
 
 def _packages(missing: list[str]) -> Iterator[str]:

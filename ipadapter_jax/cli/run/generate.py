@@ -1,4 +1,4 @@
-"""`ipadapter-jax generate`, done: images from an image and a prompt."""
+"""Runs `ipadapter-jax generate`: images from an image and a prompt."""
 
 import dataclasses
 import warnings

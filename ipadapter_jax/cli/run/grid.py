@@ -30,7 +30,7 @@ def figure(
     count = args.num_images * len(SCALES) if what == "scales" else len(images) * len(presets)
     with tqdm.tqdm(total=count, desc="compiling, then sampling", unit="image", disable=None) as bar:
 
-        def paint(references: Sequence[Image.Image], scale: Scale, seed: int) -> Image.Image:
+        def generate(references: Sequence[Image.Image], scale: Scale, seed: int) -> Image.Image:
             [image] = pipe(
                 args.prompt,
                 negative_prompt=args.negative_prompt,
@@ -45,11 +45,11 @@ def figure(
         rows: dict[str, LabeledImages] = {}
         if what == "scales":
             for seed in range(args.seed, args.seed + args.num_images):
-                cells = [(f"scale {value:g}", paint(images, args.scale_of(value), seed)) for value in SCALES]
+                cells = [(f"scale {value:g}", generate(images, args.scale_of(value), seed)) for value in SCALES]
                 rows[f"seed {seed}"] = cells
         else:
             for number, reference in enumerate(images):
-                cells = [(name, paint([reference], args.scale_of(layer_scales=name), args.seed)) for name in presets]
+                cells = [(name, generate([reference], args.scale_of(layer_scales=name), args.seed)) for name in presets]
                 title = f"{args.image[number]}, scale {args.scale:g}, seed {args.seed}"
                 rows[title] = [("reference", Image.fromarray(clip_pixels(reference))), *cells]
     return contact_sheet(rows, side=192)

@@ -1,4 +1,4 @@
-"""`ipadapter-jax inspect`, done: what a file is, and what it needs."""
+"""Runs `ipadapter-jax inspect`: what a file is, and what it needs."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -35,8 +35,8 @@ def load(
     with_encoder: bool = True,
     inpainting: bool = False,
 ) -> StableDiffusion:
-    """Opens all that is needed, so that what does not fit is said at once, then reads it. `images`: how many are made
-    at once; `size`: height and width of an image to paint over."""
+    """Opens all models, so that errors are found first, then reads their weights. `images`: how many are made
+    at once; `size`: height and width of an initial image."""
     base = open_base(args.model_source(args.model, args.revision))
     unet = base.config("unet")
     if not inpainting:

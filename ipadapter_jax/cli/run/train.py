@@ -1,4 +1,4 @@
-"""`ipadapter-jax train`, done: a recipe with what the command line changes in it, run."""
+"""Runs `ipadapter-jax train`: a recipe with the changes of the command line."""
 
 import sys
 from pathlib import Path
