@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 from ipadapter_jax.batch.job_settings import CONFIGURATIONS, FILE_NAME, read_settings
 from ipadapter_jax.batch.plan import ImageTask
@@ -46,7 +46,7 @@ class JobFolder:
         self,
         store: Store,
         tasks: Sequence[ImageTask],
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         shard: tuple[int, int],
         digest_images: DigestImages,
     ):
@@ -135,7 +135,7 @@ class JobFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_settings(self, settings: Mapping[str, Any], started: bool) -> None:
+    def _check_settings(self, settings: Mapping[str, object], started: bool) -> None:
         """Raises InputError when the job that was `started` here has other settings, or the folder is not a job's."""
         path = self._store.path(FILE_NAME)
         if not started or self._store.size(FILE_NAME) is None:
@@ -175,7 +175,7 @@ class JobFolder:
 def job_folder(
     store: Store,
     tasks: Sequence[ImageTask],
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     shard: tuple[int, int],
     digest_images: DigestImages,
 ) -> Iterator[JobFolder]:
@@ -187,7 +187,7 @@ def job_folder(
         yield folder
 
 
-def _line(task: ImageTask) -> dict[str, Any]:
+def _line(task: ImageTask) -> dict[str, object]:
     row = task.row
     return {
         "picture": task.image_name,  # this key stays, so that older folders resume
@@ -200,7 +200,7 @@ def _line(task: ImageTask) -> dict[str, Any]:
     }
 
 
-def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _comparable(facts: Mapping[str, object]) -> dict[str, object]:
     """A line with the names of image prompts instead of their paths, as they may have moved, and without digests."""
     images = facts.get("images")
     names = [os.path.basename(str(path)) for path in images] if isinstance(images, list) else images

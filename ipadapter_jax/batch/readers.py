@@ -6,7 +6,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ipadapter_jax.data.formats.caption_lists import CaptionLists, is_metadata
 from ipadapter_jax.data.formats.file_groups import TEXTS, caption_of, group_files
@@ -31,7 +31,7 @@ class SourceRecord(NamedTuple):
     """
 
     line: int
-    values: dict[str, Any] | InputError
+    values: dict[str, object] | InputError
     place: str
 
 
@@ -134,7 +134,7 @@ def _images(folder: Path, images: list[_FolderRow]) -> Iterator[SourceRecord]:
         except InputError as error:
             yield SourceRecord(number, error, replace_surrogates(image.file))
         else:
-            fields = {"name": image.name, "image": image.file}
+            fields: dict[str, object] = {"name": image.name, "image": image.file}
             fields |= {} if prompt is None else {"prompt": prompt}
             yield SourceRecord(number, fields, replace_surrogates(image.file))
 

@@ -57,14 +57,14 @@ def digest_files() -> DigestImages:
     return digest_images
 
 
-def digests_as_json(digests: Digests) -> dict[str, Any]:
+def digests_as_json(digests: Digests) -> dict[str, object]:
     """What a line of job.jsonl records of them; empty if no digest is known."""
     if not any(digest.sha256 for digest in digests):
         return {}
     return {_SHA256: [digest.sha256 for digest in digests], _STATES: [digest.state for digest in digests]}
 
 
-def read_digests(line: Mapping[str, Any]) -> Digests:
+def read_digests(line: Mapping[str, object]) -> Digests:
     """The digests that a line records; empty if it records none."""
     digests, states = _list(line.get(_SHA256)), _list(line.get(_STATES))
     if len(states) != len(digests):
@@ -72,7 +72,7 @@ def read_digests(line: Mapping[str, Any]) -> Digests:
     return tuple(ImageDigest(digest, _state(state)) for digest, state in zip(digests, states, strict=True))
 
 
-def without_digests(line: Mapping[str, Any]) -> dict[str, Any]:
+def without_digests(line: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in line.items() if name not in (_SHA256, _STATES)}
 
 
@@ -94,9 +94,9 @@ def _of_file(path: Path, digest: Callable[[Path, FileState], str], before: Image
         return ImageDigest(None)
 
 
-def _state(value: Any) -> FileState | None:
+def _state(value: object) -> FileState | None:
     return FileState(*value) if isinstance(value, list) and len(value) == len(FileState._fields) else None
 
 
-def _list(value: Any) -> list[Any]:
+def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []

@@ -96,7 +96,7 @@ def _difference(row: BatchRow, other: BatchRow) -> str:
     return ", but for case" if is_case else ", but for how accents are written"
 
 
-def _row(index: int, line: int, fields: dict[str, Any], folder: str) -> BatchRow:
+def _row(index: int, line: int, fields: dict[str, object], folder: str) -> BatchRow:
     prompt, images = _string(fields, "prompt"), _images(fields.get("image"), folder)
     if not prompt and not images:
         raise InputError("neither prompt nor image; give one of them or both")
@@ -117,13 +117,13 @@ def _is_path(value: str) -> bool:
     return is_utf8(_UNDECODED.sub("", value))
 
 
-def _string(fields: dict[str, Any], column: str, is_good: Callable[[str], bool] = is_utf8) -> str:
+def _string(fields: dict[str, object], column: str, is_good: Callable[[str], bool] = is_utf8) -> str:
     """The text of a column, "" if it has none."""
     value = fields.get(column)
     return "" if value is None else _checked_text(value, column, is_good).strip()
 
 
-def _checked_text(value: Any, column: str, is_good: Callable[[str], bool] = is_utf8) -> str:
+def _checked_text(value: object, column: str, is_good: Callable[[str], bool] = is_utf8) -> str:
     if not isinstance(value, str):
         raise InputError(f"{column} {_shown(value)} is not a text; put it into quotes")
     if "\0" in value and column != "image":
@@ -133,7 +133,7 @@ def _checked_text(value: Any, column: str, is_good: Callable[[str], bool] = is_u
     return value
 
 
-def _images(value: Any, folder: str) -> tuple[Path, ...]:
+def _images(value: object, folder: str) -> tuple[Path, ...]:
     names = value if isinstance(value, list) else [value] if value not in (None, "") else []
     return tuple(_image(_checked_text(name, "image", _is_path), folder) for name in names)
 
@@ -154,7 +154,7 @@ def _name(name: str) -> str:
     return name
 
 
-def _seed(value: Any) -> int | None:
+def _seed(value: object) -> int | None:
     if value in (None, ""):
         return None
     number = _number(value)
@@ -163,7 +163,7 @@ def _seed(value: Any) -> int | None:
     return int(number)
 
 
-def _scale(value: Any) -> float | None:
+def _scale(value: object) -> float | None:
     if value in (None, ""):
         return None
     number = _number(value)
@@ -180,5 +180,5 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return repr(value)[:200]

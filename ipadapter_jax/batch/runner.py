@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ipadapter_jax.batch.output_dir import job_folder
 from ipadapter_jax.batch.plan import ImageTask, batches, count_images
@@ -50,7 +50,7 @@ def run_job(
     tasks: Sequence[ImageTask],
     out: Path,
     *,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     batch_size: int,
     load: Callable[[BatchRow], Content],
     make: Callable[[list[tuple[ImageTask, Content]]], Sequence[Generated]],

@@ -5,7 +5,6 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +51,7 @@ class LazyScorer:
         return CLIPConfig(text, config.vision) == _REFERENCE_CONFIG
 
     @functools.cached_property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What the embeddings depend on, as JSON: the config, and the sha256 of weights and tokenizer."""
         files = [*files_of(self.opened.source), *vocabulary_files(self.opened.source.parent).values()]
         digests = {file.name: sha256(file) for file in files if file.is_file()}

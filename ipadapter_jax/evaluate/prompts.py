@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -54,7 +54,7 @@ class References(NamedTuple):
     """All image prompts. identity: describes their source, but not its path, as JSON."""
 
     found: Sequence[Reference]
-    identity: dict[str, Any]
+    identity: dict[str, object]
 
 
 def open_references(

@@ -1,7 +1,7 @@
 """The paper's evaluation (arXiv 2308.06721, section 4.2.1 and Table 1), and how an evaluation deviates from it."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 CaptionChoice = Literal["first", "all", "best"]  # of several captions
 SCORER = "openai/clip-vit-large-patch14"
@@ -47,7 +47,7 @@ PUBLISHED = (
 
 
 def protocol_deviations(
-    *, data: Mapping[str, Any], images: int, is_reference: bool, prefix: str, made: Mapping[str, Any] | None
+    *, data: Mapping[str, object], images: int, is_reference: bool, prefix: str, made: Mapping[str, object] | None
 ) -> list[str]:
     """One line for each deviation from the paper's protocol.
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Results:
     intervals: dict[str, Interval]
     distances: dict[str, Distance]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Mapping[str, object]:
         """The numbers, as JSON."""
         return {name: found._asdict() for name, found in self.intervals.items()} | self.distances
 
@@ -42,7 +42,7 @@ class Results:
         """{name of a number: warning} for numbers that need one."""
         return {name: found.caveat for name, found in self.distances.items() if found.caveat}
 
-    def files(self) -> dict[str, Any]:
+    def files(self) -> dict[str, object]:
         """Identifies the images, as JSON: their number, and a digest of their names and sizes."""
         sizes = [(path.name, size(str(path))) for paths in self.images for path in paths]
         return {"files": len(sizes), "digest": digest(sizes)}
@@ -94,6 +94,6 @@ def write_tables(results: Results, folder: Path) -> None:
                 write_atomically(folder / f"{title}.{suffix}", file.getvalue())
 
 
-def _as_text(column: Any) -> Any:
+def _as_text(column: Any) -> object:
     """Names with bytes that are not UTF-8 replaced; numbers unchanged."""
     return [encode_utf8(value).decode() for value in column] if isinstance(column, list) else column

@@ -157,7 +157,7 @@ def _heat_figure(image: Image.Image, maps: AttentionMaps) -> Image.Image:
     return contact_sheet(rows, side=max(192, image.width))
 
 
-def _metadata(args: Generate, pipe: StableDiffusion) -> dict[str, Any]:
+def _metadata(args: Generate, pipe: StableDiffusion) -> dict[str, object]:
     outputs = ("out", "num_images", "attention_maps", "save_image_embeds", "grid")
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in outputs}
     if args.guidance_scale is None:
@@ -165,7 +165,7 @@ def _metadata(args: Generate, pipe: StableDiffusion) -> dict[str, Any]:
     return {**settings, "image": list(args.image), "sha256": digests(pipe), "versions": versions()}
 
 
-def _write(images: Sequence[Image.Image], args: Generate, metadata: dict[str, Any]) -> None:
+def _write(images: Sequence[Image.Image], args: Generate, metadata: dict[str, object]) -> None:
     contents = [png(image, metadata | {"seed": args.seed + i}) for i, image in enumerate(images)]
     if len(images) > 1:
         contents.append(png(image_grid(images), metadata | {"num_images": len(images)}))

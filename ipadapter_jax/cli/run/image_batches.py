@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tqdm
 from PIL import Image
@@ -27,7 +26,7 @@ from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.storage.atomic_files import sha256
 
 
-def settings(args: BatchOptions, pipe: StableDiffusion) -> dict[str, Any]:
+def settings(args: BatchOptions, pipe: StableDiffusion) -> dict[str, object]:
     """Everything that the images depend on besides the rows, as JSON."""
     apart = ("batch_size", "process", "processes")  # an image is the same in any batch
     names = [field.name for field in dataclasses.fields(BatchOptions) if field.name not in apart]
@@ -45,7 +44,7 @@ def make_images(
     args: BatchOptions,
     tasks: Sequence[ImageTask],
     out: Path,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     load: Callable[[BatchRow], Prepared | None],
     invalid: Sequence[InvalidRow] = (),
     digest_images: DigestImages | None = None,
@@ -128,7 +127,7 @@ def _make(
     return found[: len(given)]
 
 
-def _metadata(settings: Mapping[str, Any], task: ImageTask) -> dict[str, Any]:
+def _metadata(settings: Mapping[str, object], task: ImageTask) -> dict[str, object]:
     """The metadata of an image's file."""
     row = task.row
     own = {"prompt": row.prompt, "image": [str(path) for path in row.images], "seed": task.seed, "scale": task.scale}

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from ipadapter_jax.cli.generate import Generate
 from ipadapter_jax.cli.inspect import Inspect
@@ -22,7 +21,7 @@ def inspect(args: Inspect) -> int:
     return 0
 
 
-def _rows(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+def _rows(facts: Mapping[str, object], indent: str = "") -> Iterator[str]:
     names = {name: _printable(name, 40) for name in facts}
     width = max(map(len, names.values()), default=0)
     for fact, value in facts.items():

@@ -101,7 +101,7 @@ _HASHING_THREADS = 4  # one hashes about 1.2 GB/s; a model has about four large 
 def configurations(pipe: StableDiffusion) -> dict[str, str]:
     """Per part of the pipeline a digest of its settings, which decide as much as its weights: those of the networks,
     the noise schedule and the tokenizer."""
-    parts: dict[str, Any] = {part: getattr(pipe, part).config for part in ("unet", "vae", "text_encoder")}
+    parts: dict[str, object] = {part: getattr(pipe, part).config for part in ("unet", "vae", "text_encoder")}
     parts |= {"scheduler": pipe.schedule, "tokenizer": pipe.tokenizer.settings}
     encoders = [adapter.loaded_encoder for adapter in pipe.adapters if adapter.loaded_encoder is not None]
     parts["image_encoder"] = [encoder.module.config for encoder in encoders]
@@ -113,7 +113,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("ipadapter-jax", "jax", "jaxlib", "flax")}
 
 
-def png(image: Image.Image, metadata: dict[str, Any]) -> bytes:
+def png(image: Image.Image, metadata: dict[str, object]) -> bytes:
     """The image as PNG, with the metadata in its text chunk "ipadapter_jax"."""
     text = PngImagePlugin.PngInfo()
     text.add_itxt("ipadapter_jax", json.dumps(metadata))
