@@ -3,7 +3,6 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -65,7 +64,7 @@ class LiveSamples:
             sample["clip_pixels"] = clip_pixels(image, self.clip_size)
         return sample
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """All that the samples depend on, as JSON, without paths."""
         files = vocabulary_files(self.tokenizer_folder)
         return {

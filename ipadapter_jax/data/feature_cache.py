@@ -17,6 +17,7 @@ from safetensors.numpy import save
 
 from ipadapter_jax.data.feature_shards import FORMAT, CachePlan, open_shard, read_shard_footer
 from ipadapter_jax.data.file_listing import allow_open_files
+from ipadapter_jax.data.types import DataIdentity
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.paths import check_utf8
 from ipadapter_jax.storage.store import Store
@@ -95,7 +96,7 @@ class CachedSamples:
         shard, position = divmod(index, self.plan.records_per_shard)
         return f"{self.plan.shard_name(shard)}:{position}"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> DataIdentity:
         return {"kind": "encoded", "records": len(self), "files": self.plan.shards, "digest": self.plan.digest}
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:

@@ -8,9 +8,10 @@ import resource
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from ipadapter_jax.data.packed_strings import PackedStrings
+from ipadapter_jax.data.types import DataIdentity
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.strings import replace_surrogates
 from ipadapter_jax.storage.nearby_paths import nearby_hint
@@ -19,6 +20,13 @@ from ipadapter_jax.storage.text_files import read_bytes
 
 MAX_TEXT = 16 << 20  # bytes of a caption
 MAX_BYTES = 256 << 20  # no encoded image is larger; a wrong file must not fill the memory of every worker
+
+
+class FileSize(NamedTuple):
+    """The name of a file in a data set, and its bytes."""
+
+    name: str
+    size: int
 
 
 @dataclass(frozen=True)
@@ -37,12 +45,12 @@ class FileListing:
     def matching(self, pattern: re.Pattern[str]) -> "FileListing":
         return FileListing(self.root, PackedStrings(name for name in self.names if pattern.search(name)))
 
-    def identity(self, kind: str, records: int) -> dict[str, Any]:
+    def identity(self, kind: str, records: int) -> DataIdentity:
         """The identity of a source, as `RecordSource.identity` describes it."""
         return {"kind": kind, "records": records, "files": len(self), "digest": digest(self._sizes())}
 
-    def _sizes(self) -> Iterator[tuple[str, int]]:
-        return ((name, size(os.path.join(self.root, name))) for name in self.names)
+    def _sizes(self) -> Iterator[FileSize]:
+        return (FileSize(name, size(os.path.join(self.root, name))) for name in self.names)
 
 
 def find_files(path: str) -> FileListing:
@@ -108,7 +116,7 @@ def allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def digest(sizes: Iterable[tuple[str, int]]) -> str:
+def digest(sizes: Iterable[FileSize]) -> str:
     """sha256 over sorted names and sizes."""
     lines = (f"{name}\0{size}\n".encode("utf-8", "surrogatepass") for name, size in sorted(sizes))
     return hashlib.sha256(b"".join(lines)).hexdigest()

@@ -1,7 +1,7 @@
 """A record of a data set, and the interface of all data set formats."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 from ipadapter_jax.data.unused_files import UnusedFiles
 
@@ -14,6 +14,15 @@ class Record:
     image: bytes
     text: str  # may be ""
     cond_image: bytes | None = None
+
+
+class DataIdentity(TypedDict):
+    """Identifies data, not their location: moving them changes nothing, another size of a file does."""
+
+    kind: str
+    records: int
+    files: int
+    digest: str  # sha256 over the sorted relative names and the sizes of the files
 
 
 class RecordSource(Protocol):
@@ -35,9 +44,4 @@ class RecordSource(Protocol):
         """The key of record `index`, without reading its bytes."""
         ...
 
-    def identity(self) -> dict[str, Any]:
-        """Identifies the data, not their location, as JSON: {"kind", "records", "files", "digest"}, with the sha256
-        over the sorted relative names and sizes of the files. Unchanged when the data are moved, changed when the size
-        of a file changes.
-        """
-        ...
+    def identity(self) -> DataIdentity: ...

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from ipadapter_jax.data.file_listing import digest, size
+from ipadapter_jax.data.file_listing import FileSize, digest, size
 from ipadapter_jax.evaluate.embeddings import Chunk, read_embeddings
 from ipadapter_jax.evaluate.frechet import Distance, Moments
 from ipadapter_jax.evaluate.metrics import Interval, Scores, compute_scores, interval
@@ -44,7 +44,7 @@ class Results:
 
     def files(self) -> dict[str, object]:
         """Identifies the images, as JSON: their number, and a digest of their names and sizes."""
-        sizes = [(path.name, size(str(path))) for paths in self.images for path in paths]
+        sizes = [FileSize(path.name, size(str(path))) for paths in self.images for path in paths]
         return {"files": len(sizes), "digest": digest(sizes)}
 
 

@@ -116,7 +116,12 @@ def _describe_unreadable(head: bytes) -> str:
     return "is not an image, or damaged at its beginning: convert it to PNG or JPEG, or download it again"
 
 
-def _webp_size(head: bytes) -> tuple[int, int] | None:
+class _Size(NamedTuple):
+    width: int
+    height: int
+
+
+def _webp_size(head: bytes) -> _Size | None:
     """The declared (width, height) of a WebP file; None for other files. libwebp allocates two canvases of this size
     when PIL opens it."""
     if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
@@ -131,7 +136,7 @@ def _webp_size(head: bytes) -> tuple[int, int] | None:
         width, height = (int.from_bytes(content[i : i + 2], "little") & 0x3FFF for i in (6, 8))
     else:
         return None
-    return width, height
+    return _Size(width, height)
 
 
 def _check_tiles(image: Image.Image, name: str) -> None:

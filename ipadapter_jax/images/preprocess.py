@@ -10,7 +10,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,7 +32,7 @@ _WHOLE_LIMIT = 1 << 24  # a scaled image of up to this many pixels (64 MiB in PI
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
 
-def load_image(source: Any, background: str = "white") -> Image.Image:
+def load_image(source: object, background: str = "white") -> Image.Image:
     """Any image as a new, upright, opaque PIL image of mode RGB.
 
     source: a file; an https URL, where the network is allowed; a PIL image; or an array (H, W) or (H, W, 1 | 3 | 4)
@@ -46,13 +45,13 @@ def load_image(source: Any, background: str = "white") -> Image.Image:
     return _loaded(source, lambda image, name: _to_rgb(image, name, background))
 
 
-def load_upright(source: Any) -> Image.Image:
+def load_upright(source: object) -> Image.Image:
     """The image upright, but in its own mode with palette and transparency, as masks need it. Raises as
     `load_image`."""
     return _loaded(source, _upright)
 
 
-def _loaded(source: Any, prepare: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
+def _loaded(source: object, prepare: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
     path = expand_home(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
     shown = path or (getattr(source, "filename", None) if isinstance(source, Image.Image) else None)
     name = repr(shown)[:500] if shown else "the image array" if is_array(source) else "the image"

@@ -12,14 +12,14 @@ from ipadapter_jax.errors import InputError
 Given = TypeVar("Given")
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: object) -> bool:
     """Whether a value is an array of any library. Numbers, lists and PIL images are not arrays."""
     if isinstance(value, np.ndarray) or _is_tensor(value):
         return True
     return hasattr(value, "__array__") and hasattr(value, "dtype") and getattr(value, "ndim", 0) > 0
 
 
-def to_numpy(value: Any, name: str) -> np.ndarray:
+def to_numpy(value: object, name: str) -> np.ndarray:
     """The array in numpy, on the host and without a gradient, with the same shape. The dtype stays, but floats that
     numpy itself lacks (bfloat16, float8) become float32. A list of numbers or of arrays becomes one array.
 
@@ -42,7 +42,7 @@ def to_python_number(value: Given) -> Given:
     return found.tolist() if hasattr(found, "tolist") and getattr(found, "ndim", 1) == 0 else found
 
 
-def image_array(value: Any, name: str) -> np.ndarray:
+def image_array(value: object, name: str) -> np.ndarray:
     """An image as a numpy array with channels last. A torch tensor is taken as (C, H, W) or (1, C, H, W), unless only
     its last axis can be the channels. Raises InputError as `to_numpy` does."""
     array = to_numpy(value, name)
@@ -55,7 +55,7 @@ def image_array(value: Any, name: str) -> np.ndarray:
     return array
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(value: object) -> bool:
     """Whether this is a torch tensor: no other array has all of these methods."""
     return all(hasattr(value, name) for name in ("detach", "cpu", "numpy", "float"))
 

@@ -5,10 +5,12 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.strings import short_repr
+
+Config = TypeVar("Config")
 
 # Far beyond any model: tracing takes time for every layer and memory for every channel.
 _MAX_INTEGER = 1 << 20  # a width, a vocabulary, a number of timesteps
@@ -16,7 +18,7 @@ _MAX_LENGTH = 100  # of a list of integers
 _MAX_LAYERS: Mapping[str, int] = {"layers_per_block": 16, "num_hidden_layers": 200}
 
 
-def build_config(cls: type, values: Mapping[str, Any], what: str) -> Any:
+def build_config(cls: type[Config], values: Mapping[str, object], what: str) -> Config:
     """cls(**values) with lists as tuples, after checking every value against its field's annotation.
 
     Integers must be neither negative nor larger than those of any model, and floats must be finite.
@@ -36,7 +38,7 @@ def build_config(cls: type, values: Mapping[str, Any], what: str) -> Any:
     return cls(**found)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: Any) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_fits(value, choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
@@ -49,8 +51,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def select_fields(
-    cls: type, raw: Mapping[str, Any], *, what: str, fixed: Mapping[str, tuple], ignored: set[str]
-) -> dict[str, Any]:
+    cls: type, raw: Mapping[str, object], *, what: str, fixed: Mapping[str, tuple], ignored: set[str]
+) -> dict[str, object]:
     """The settings in `raw` that are fields of the dataclass `cls`.
 
     fixed: settings that may be present only with one of the values given here.

@@ -6,9 +6,10 @@ import sys
 import warnings
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.arrays import to_numpy
@@ -22,7 +23,14 @@ away from grain. The default is what adapters were trained with: zero features f
 full ones."""
 
 
-def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
+class PromptPairs(NamedTuple):
+    """Prompts, and a negative prompt for each."""
+
+    prompts: list[str]
+    negatives: list[str]
+
+
+def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | None) -> PromptPairs:
     """Prompts, and as many negative prompts, which are empty when none are given. Raises InputError."""
     negative = "" if negative is None else negative
     for name, texts in (("prompt", prompt), ("negative_prompt", negative)):
@@ -35,7 +43,7 @@ def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | No
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if len(negatives) != len(prompts):
         raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
-    return prompts, negatives
+    return PromptPairs(prompts, negatives)
 
 
 def check_choices(
@@ -46,7 +54,7 @@ def check_choices(
     text_layers: int,
     eta: float,
     output_type: str,
-    callback: Any,
+    callback: object,
 ) -> None:
     """Raises InputError naming the first argument that cannot be used."""
     if not isinstance(images_per_prompt, Integral) or images_per_prompt < 1:
@@ -137,7 +145,7 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int, used: bool = Tru
     return np.asarray(seeds, np.uint32)
 
 
-def check_latents(latents: Any, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+def check_latents(latents: object, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
     """The caller's initial latents as float32. Raises InputError for another shape, or for values that are not finite
     in `dtype`, that of the networks."""
     array = to_float32(latents, "latents", dtype)
@@ -146,7 +154,7 @@ def check_latents(latents: Any, shape: tuple[int, ...], dtype: Any = np.float32)
     return array
 
 
-def to_float32(value: Any, name: str, dtype: Any = np.float32) -> np.ndarray:
+def to_float32(value: object, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
     """A float32 array from an array of any library or lists of numbers. Raises InputError naming the argument unless
     all numbers are finite, also in `dtype`."""
     array = to_numpy(value, name)
@@ -161,7 +169,7 @@ def to_float32(value: Any, name: str, dtype: Any = np.float32) -> np.ndarray:
     return array
 
 
-def check_range(numbers: np.ndarray, name: str, dtype: Any) -> None:
+def check_range(numbers: np.ndarray, name: str, dtype: DTypeLike) -> None:
     """Raises InputError naming the argument when its numbers become infinite in `dtype`, that of the networks."""
     most, dtype = largest_finite(dtype), np.dtype(dtype)
     found = float(np.abs(numbers).max(initial=0))
@@ -172,12 +180,12 @@ def check_range(numbers: np.ndarray, name: str, dtype: Any) -> None:
         )
 
 
-def largest_finite(dtype: Any) -> float:
+def largest_finite(dtype: DTypeLike) -> float:
     """The largest finite number of float32, bfloat16 or float16."""
     return {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}.get(np.dtype(dtype).name, 3.4028234663852886e38)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value is a real number that is finite as float32."""
     try:
         return isinstance(value, Real) and abs(float(value)) < 1e38  # not NaN: that compares as false
@@ -185,7 +193,7 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def _listed(value: Any, name: str) -> list:
+def _listed(value: object, name: str) -> list:
     """A number, a list or an array as a list of Python numbers."""
     if isinstance(value, str):
         return [value]

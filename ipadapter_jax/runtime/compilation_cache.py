@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -145,13 +145,18 @@ def _entry(cache_key: str) -> Path | None:
     return file if os.path.lexists(file) else None
 
 
-def _state(file: Path | None) -> tuple[int, int] | None:
+class _FileState(NamedTuple):
+    size: int
+    modified: int  # nanoseconds
+
+
+def _state(file: Path | None) -> _FileState | None:
     """Size and time of the last change, which show whether an entry has changed."""
     try:
         found = os.stat(file) if file is not None else None
     except OSError:
         return None
-    return None if found is None else (found.st_size, found.st_mtime_ns)
+    return None if found is None else _FileState(found.st_size, found.st_mtime_ns)
 
 
 def _is_of_this_process(error: Exception) -> bool:

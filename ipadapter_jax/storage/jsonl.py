@@ -51,7 +51,7 @@ class JsonlAppender:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 closed by close()
 
-    def add(self, value: Mapping[str, Any]) -> None:
+    def add(self, value: Mapping[str, object]) -> None:
         with errors_naming(self._path):
             self._file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
             self._file.flush()
@@ -71,14 +71,19 @@ def read_appended(path: Path) -> list[dict]:
     return [value for _, value in _objects(path.read_bytes())]
 
 
-def _objects(content: bytes) -> Iterator[tuple[bytes, dict]]:
+class _StoredLine(NamedTuple):
+    content: bytes
+    value: dict[str, Any]
+
+
+def _objects(content: bytes) -> Iterator[_StoredLine]:
     for line in content.splitlines():
         try:
             value = parse_json(line, "the line")
         except InputError:
             continue
         if isinstance(value, dict):
-            yield line, value
+            yield _StoredLine(line, value)
 
 
 @contextlib.contextmanager

@@ -8,14 +8,14 @@ To write them:
 group_size:1 stores each record in its own chunk, for fast random access.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgpack
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from ipadapter_jax.data.file_listing import FileListing, allow_open_files
-from ipadapter_jax.data.types import Record
+from ipadapter_jax.data.types import DataIdentity, Record
 from ipadapter_jax.data.unused_files import UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.strings import replace_surrogates
@@ -99,7 +99,7 @@ class ArrayRecordSource:
     def key(self, index: int) -> str:
         return self._records.key(index)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> DataIdentity:
         return self._files.identity("array_record", len(self))
 
 

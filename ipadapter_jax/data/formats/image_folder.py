@@ -1,14 +1,12 @@
 """Images in a folder, with captions beside them or in a list."""
 
-from typing import Any
-
 import numpy as np
 
 from ipadapter_jax.data.file_listing import FileListing, read_file
 from ipadapter_jax.data.formats.caption_lists import CaptionLists, is_metadata
 from ipadapter_jax.data.formats.file_groups import ROLES, TEXTS, group_files, make_record, split_name
 from ipadapter_jax.data.packed_strings import PackedStrings
-from ipadapter_jax.data.types import Record
+from ipadapter_jax.data.types import DataIdentity, Record
 from ipadapter_jax.data.unused_files import NO_CAPTION
 from ipadapter_jax.inputs.strings import replace_surrogates
 
@@ -60,5 +58,5 @@ class FolderSource:
     def key(self, index: int) -> str:
         return replace_surrogates(self._files.names[self._members[index, 0]])
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> DataIdentity:
         return self._files.identity("folder", len(self))

@@ -2,11 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ipadapter_jax.data.file_listing import digest, read_file, size
+from ipadapter_jax.data.file_listing import FileSize, digest, read_file, size
 from ipadapter_jax.data.packed_strings import PackedStrings
-from ipadapter_jax.data.types import Record
+from ipadapter_jax.data.types import DataIdentity, Record
 from ipadapter_jax.data.unused_files import MISSING_IMAGE, UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.strings import replace_surrogates
@@ -47,12 +47,10 @@ class JsonListSource:
     def key(self, index: int) -> str:
         return replace_surrogates(self._images[index])
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> DataIdentity:
         names = [name for names in (self._images, self._conds) for name in names if name]
-        sizes = [
-            ("", size(str(self._path))),
-            *((name, size(self._path_of(name))) for name in set(names)),
-        ]
+        sizes = [FileSize("", size(str(self._path)))]
+        sizes += [FileSize(name, size(self._path_of(name))) for name in set(names)]
         return {"kind": "json", "records": len(self), "files": len(sizes), "digest": digest(sizes)}
 
     def _path_of(self, name: str) -> str:

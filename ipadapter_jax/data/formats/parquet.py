@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from ipadapter_jax.data.file_listing import FileListing
 from ipadapter_jax.data.formats.column_names import IMAGE, TEXT, ColumnNames, choose_columns
 from ipadapter_jax.data.formats.parquet_pages import DamagedPage, unpacked_bytes
-from ipadapter_jax.data.types import Record
+from ipadapter_jax.data.types import DataIdentity, Record
 from ipadapter_jax.data.unused_files import NO_BYTES, UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.strings import replace_surrogates
@@ -84,7 +84,7 @@ class ParquetSource:
         file = int(np.searchsorted(self._file_starts, index, "right")) - 1
         return replace_surrogates(f"{self._files.names[file]}:{index - self._file_starts[file]}")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> DataIdentity:
         return self._files.identity("parquet", len(self))
 
     def __getstate__(self) -> dict[str, Any]:

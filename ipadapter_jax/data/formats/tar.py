@@ -8,14 +8,14 @@ import tarfile
 import warnings
 from collections.abc import Iterator
 from io import FileIO
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ipadapter_jax.data.file_listing import FileListing, check_size
 from ipadapter_jax.data.formats.file_groups import ROLES, TEXTS, group_files, make_record, split_member
 from ipadapter_jax.data.packed_strings import PackedStrings
-from ipadapter_jax.data.types import Record
+from ipadapter_jax.data.types import DataIdentity, Record
 from ipadapter_jax.data.unused_files import NO_CAPTION, SECOND_DOT, UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.formats import is_image_name
@@ -93,7 +93,7 @@ class TarSource:
     def key(self, index: int) -> str:
         return replace_surrogates(f"{self._files.names[self._entries[index]['shard']]}:{self._stems[index]}")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> DataIdentity:
         return self._files.identity("tar", len(self))
 
     def _index(self, shard: int) -> _ShardIndex:

@@ -7,7 +7,7 @@ from ipadapter_jax.data.file_listing import FileListing
 from ipadapter_jax.data.formats.array_record import ArrayRecords
 from ipadapter_jax.data.formats.column_names import IMAGE, TEXT, ColumnNames, choose_columns
 from ipadapter_jax.data.packed_strings import PackedStrings
-from ipadapter_jax.data.types import Record
+from ipadapter_jax.data.types import DataIdentity, Record
 from ipadapter_jax.data.unused_files import UnusedFiles
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.text_files import read_json_object
@@ -48,7 +48,7 @@ class TfdsSource:
     def key(self, index: int) -> str:
         return self._records.key(index)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> DataIdentity:
         return self._files.identity("tfds", len(self))
 
 
