@@ -4,7 +4,6 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -87,7 +86,7 @@ _FLAX_SCHEDULERS = (
 )
 
 
-def _index(scheduler: str, flax: bool, inpainting: bool) -> dict[str, Any]:
+def _index(scheduler: str, flax: bool, inpainting: bool) -> dict[str, object]:
     """The model_index.json of a whole model without a safety checker."""
     classes = {
         "feature_extractor": (None, None),
@@ -102,5 +101,5 @@ def _index(scheduler: str, flax: bool, inpainting: bool) -> dict[str, Any]:
     return {"_class_name": whole, "_diffusers_version": "0.35.0", "requires_safety_checker": False, **classes}
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")

@@ -61,7 +61,7 @@ def _old_text_key(key: str) -> str:
     )
 
 
-def abstract_array(*shape: int, dtype: Any = jnp.float32) -> Any:
+def abstract_array(*shape: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Any:
     """The shape and dtype of an array, in place of one."""
     return jax.ShapeDtypeStruct(shape, dtype)
 

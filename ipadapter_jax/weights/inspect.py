@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ipadapter_jax.errors import InputError, WeightFileError, option
 from ipadapter_jax.storage.atomic_files import sha256
@@ -24,9 +23,10 @@ from ipadapter_jax.weights.unsupported_families import unsupported
 from ipadapter_jax.weights.weight_files import choose_files, choose_weights
 
 _PARTS = {**BASE_COMPONENTS, "image_encoder": IMAGE_ENCODER}
+Facts = dict[str, object]  # strings, numbers, booleans, or facts in turn, by name
 
 
-def inspect_weights(path: str | os.PathLike) -> dict[str, Any]:
+def inspect_weights(path: str | os.PathLike) -> Facts:
     """Facts by name about a file of weights, a path, a place on the Hub, "mini" or "mini-plus": kind, container, base
     (the family), for an adapter variant, image_encoder, features and tokens, then dtype, parameters, tensors, sha256
     and metadata. A folder gives such facts for every network below "parts".
@@ -58,8 +58,8 @@ def _no_one_file(files: Sequence[str], names: Sequence[str]) -> str:
     return f"several files of weights; name one of {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}"
 
 
-def _describe_folder(folder: Path) -> dict[str, Any]:
-    parts = {}
+def _describe_folder(folder: Path) -> Facts:
+    parts: dict[str, Facts] = {}
     for name, component in _PARTS.items():
         place = folder / name
         if place.is_dir():
@@ -84,16 +84,16 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def _describe_file(path: Path) -> dict[str, Any]:
+def _describe_file(path: Path) -> Facts:
     container, tensors, metadata = open_file(path)
     kind = identify(tensors)
-    facts: dict[str, Any] = {"path": str(path), "kind": kind.name, "container": container}
+    facts: Facts = {"path": str(path), "kind": kind.name, "container": container}
     if kind.family:
         facts["base"] = kind.family
     if kind.name == IP_ADAPTER:
-        projection, adapter, _ = adapter_parts(str(path), tensors)
-        facts |= describe_adapter(projection, adapter)
-    use = "none here yet" if "not supported" in facts.get("variant", "") else kind.advice
+        parts = adapter_parts(str(path), tensors)
+        facts |= describe_adapter(parts.image_proj, parts.ip_adapter)
+    use = "none here yet" if "not supported" in str(facts.get("variant", "")) else kind.advice
     facts |= {"use": use, **_numbers(tensors)}
     facts["bytes"] = sum(file.stat().st_size for file in files_of(path))
     facts["sha256"] = {file.name: sha256(file) for file in files_of(path)}
@@ -102,7 +102,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return facts | {"metadata": dict(sorted(metadata.items()))}
 
 
-def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _numbers(tensors: Mapping[str, Tensor]) -> Facts:
     sizes: collections.Counter[str] = collections.Counter()
     for tensor in tensors.values():
         sizes[tensor.dtype.name] += math.prod(tensor.shape)

@@ -3,7 +3,6 @@
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from ipadapter_jax.weights.identify import FAMILIES
 from ipadapter_jax.weights.ip_adapter_file import DIGEST, encoder_name
 from ipadapter_jax.weights.key_mapping import torch_layout
 from ipadapter_jax.weights.lazy import Tensor, in_memory
-from ipadapter_jax.weights.load_tree import leaves
+from ipadapter_jax.weights.load_tree import Tree, leaves
 from ipadapter_jax.weights.verified_write import write_verified
 
 
@@ -50,7 +49,7 @@ def adapter_metadata(config: ImageProjConfig, *, step: int | None = None) -> dic
 
 
 def save_ip_adapter(
-    path: Path, params: Mapping[str, Any], *, dtype: str = "float16", metadata: Mapping[str, str]
+    path: Path, params: Mapping[str, Tree], *, dtype: str = "float16", metadata: Mapping[str, str]
 ) -> str:
     """Writes the trees {"image_proj", "ip_adapter"}, rounded to `dtype`, and returns the file's sha256.
 

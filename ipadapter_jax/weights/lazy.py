@@ -3,7 +3,7 @@
 import dataclasses
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,9 @@ class Tensor(Protocol):
     def read(self) -> np.ndarray:
         """Its elements; the array may be a read-only view of the file."""
         ...
+
+
+TensorTree = Mapping[str, "TensorTree | Tensor"]  # nested names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,7 @@ class CheckedTensors:
 
 
 def check_tree(
-    tensors: Mapping[str, Tensor], template: Mapping[str, Any], layout: StateDictLayout, *, source: str
+    tensors: Mapping[str, Tensor], template: Tree, layout: StateDictLayout, *, source: str
 ) -> CheckedTensors:
     """Checks that these tensors are the parameters of `template`, a tree whose leaves have a shape, in this layout.
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ from ipadapter_jax.weights.key_mapping import FLAX, StateDictLayout, torch_layou
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.load_tree import CheckedTensors, Tree, check_tree
 from ipadapter_jax.weights.weight_files import choose_weights
+
+Built = TypeVar("Built")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -35,7 +37,7 @@ class ComponentConfig:
     """The configuration of a network, with the settings in `path`, a config.json, that it was built from."""
 
     component: Component
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     config: Any
     path: Path
 
@@ -88,7 +90,7 @@ def read_component_config(component: Component, path: Path) -> ComponentConfig:
     return build_component_config(component, read_json(path), path)
 
 
-def build_component_config(component: Component, settings: Mapping[str, Any], path: Path) -> ComponentConfig:
+def build_component_config(component: Component, settings: Mapping[str, object], path: Path) -> ComponentConfig:
     """From the settings in `path`. Raises InputError naming it when they are invalid or of another network."""
     name = settings.get("_class_name")
     if isinstance(name, str) and name.removeprefix("Flax") not in component.classes:
@@ -97,7 +99,7 @@ def build_component_config(component: Component, settings: Mapping[str, Any], pa
     return ComponentConfig(component, settings, _explained(component, path, lambda: component.config(settings)), path)
 
 
-def _explained(component: Component, path: Path, build: Callable[[], Any]) -> Any:
+def _explained(component: Component, path: Path, build: Callable[[], Built]) -> Built:
     try:
         return build()
     except InputError as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.text_files import read_json_object
@@ -40,7 +39,7 @@ def unsupported(folder: Path) -> str | None:
     return _of_unet(_settings(folder / "unet" / "config.json"))
 
 
-def _of_unet(settings: Mapping[str, Any]) -> str | None:
+def _of_unet(settings: Mapping[str, object]) -> str | None:
     if settings.get("addition_embed_type") == "text_time":
         return "an SDXL refiner" if settings.get("cross_attention_dim") == 1280 else "an SDXL base model"
     if settings.get("cross_attention_dim") == 1024 and settings.get("use_linear_projection"):
@@ -54,7 +53,7 @@ def of_class(name: str) -> str:
     return _NETWORKS.get(name, f"a network of the class {name[:60]!r}")
 
 
-def _settings(path: Path) -> Mapping[str, Any]:
+def _settings(path: Path) -> Mapping[str, object]:
     try:
         return read_json_object(path)
     except InputError:  # missing or damaged: whoever reads it for use raises

@@ -1,12 +1,11 @@
 """Named arrays as the bytes that `flax.serialization.to_bytes` gives for their tree, one array in memory at a time."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import msgpack
 
 from ipadapter_jax.weights.formats.safetensors_writer import raw
-from ipadapter_jax.weights.lazy import Tensor
+from ipadapter_jax.weights.lazy import Tensor, TensorTree
 from ipadapter_jax.weights.load_tree import nest
 
 _NDARRAY = 1  # flax's type of extension: [shape, dtype, bytes]
@@ -18,7 +17,7 @@ def msgpack_chunks(tensors: Mapping[tuple[str, ...], Tensor]) -> Iterator[bytes]
     yield from _map(nest(dict(sorted(tensors.items()))), msgpack.Packer(strict_types=True))
 
 
-def _map(tree: Mapping[str, Any], packer: msgpack.Packer) -> Iterator[bytes]:
+def _map(tree: TensorTree, packer: msgpack.Packer) -> Iterator[bytes]:
     yield packer.pack_map_header(len(tree))
     for name, value in tree.items():
         yield packer.pack(name)

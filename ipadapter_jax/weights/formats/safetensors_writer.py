@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     Not by the library's writer: it puts metadata in a random order, so that no digest could be compared, needs all
     arrays in memory, and up to 0.8.0 it writes non-contiguous arrays in their memory order.
     """
-    header: dict[str, Any] = {
+    header: dict[str, object] = {
         "__metadata__": {name: encode_utf8(value).decode() for name, value in sorted(metadata.items())}
     }
     position, ordered = 0, sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))

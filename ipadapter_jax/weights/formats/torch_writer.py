@@ -3,11 +3,10 @@
 import io
 import struct
 import zipfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from ipadapter_jax.weights.formats.safetensors_writer import raw
-from ipadapter_jax.weights.lazy import Tensor
+from ipadapter_jax.weights.lazy import Tensor, TensorTree
 
 _STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
 _ALIGNMENT = 64  # PyTorch pads its entries to it, so that storages can be mapped
@@ -16,7 +15,7 @@ _PROTOCOL, _MARK, _TUPLE, _STOP, _REDUCE = b"\x80\x02", b"(", b"t", b".", b"R"
 _PERSISTENT, _EMPTY_DICT, _SET_ITEMS, _FALSE = b"Q", b"}", b"u", b"\x89"
 
 
-def torch_bytes(tree: Mapping[str, Any]) -> bytes:
+def torch_bytes(tree: TensorTree) -> bytes:
     """{"image_proj": {...}, "ip_adapter": {...}} and the like, with Tensor leaves -> the file. Equal content gives
     equal bytes. `torch.load(weights_only=True)` reads it."""
     tensors: list[Tensor] = []
@@ -38,12 +37,12 @@ def _add(archive: zipfile.ZipFile, file: io.BytesIO, name: str, content: bytes |
     archive.writestr(entry, content)
 
 
-def pickled(tree: Mapping[str, Any], tensors: list[Tensor]) -> bytes:
+def pickled(tree: TensorTree, tensors: list[Tensor]) -> bytes:
     """The pickle of a tree; its tensors are appended to `tensors`, and named there by their place in it."""
     return _PROTOCOL + _pickled(tree, tensors) + _STOP
 
 
-def _pickled(value: Mapping[str, Any] | Tensor, tensors: list[Tensor]) -> bytes:
+def _pickled(value: TensorTree | Tensor, tensors: list[Tensor]) -> bytes:
     if isinstance(value, Mapping):
         items = b"".join(_text(name) + _pickled(inner, tensors) for name, inner in value.items())
         return _EMPTY_DICT + _MARK + items + _SET_ITEMS
@@ -73,5 +72,5 @@ def _int(value: int) -> bytes:
     return b"\x8a\x08" + struct.pack("<q", value)
 
 
-def _ints(values: Any) -> bytes:
+def _ints(values: Iterable[int]) -> bytes:
     return _MARK + b"".join(map(_int, values)) + _TUPLE
