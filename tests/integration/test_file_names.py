@@ -108,7 +108,7 @@ def test_every_name_is_printed(encoding, shown, tmp_path, monkeypatch):
     assert main(["inspect", str(target)]) == main(["inspect", "--json", str(target)]) == 0
 
 
-def test_names_in_what_is_written(tmp_path):
+def test_file_names_in_written_files(tmp_path):
     """JSON gives the same name back; what has to be text has the byte spelled out."""
     assert json.loads(encode_utf8(json.dumps([ODD, "\u00e9"], ensure_ascii=False))) == [ODD, "\u00e9"]
     lines = JsonlAppender(tmp_path / "a.jsonl", keep=bool)
@@ -137,7 +137,7 @@ def test_images_and_models_of_such_names(tmp_path):
     assert len(open_base(tmp_path / f"sd{ODD}").tokenizer) > 0
 
 
-def test_what_libraries_cannot_open_is_said(tmp_path, monkeypatch, capsys):
+def test_paths_that_libraries_cannot_open_are_refused(tmp_path, monkeypatch, capsys):
     """Their paths are text: nothing is begun that could not be kept."""
     monkeypatch.chdir(tmp_path)
     check_utf8(tmp_path / "\u00e9", "nobody")

@@ -144,7 +144,7 @@ def test_pages_that_say_more_than_the_list_of_columns(tmp_path) -> None:
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("statistics", [True, False])
-def test_headers_of_pages_say_what_the_list_says(tmp_path, version, statistics) -> None:
+def test_page_headers_agree_with_the_metadata(tmp_path, version, statistics) -> None:
     images = [jpeg(i) * 200 for i in range(30)]
     table = pa.table({"image": images, "text": ["a fox" * 1000] * 30})
     path = tmp_path / "a.parquet"
@@ -160,7 +160,7 @@ def test_headers_of_pages_say_what_the_list_says(tmp_path, version, statistics) 
 
 
 @pytest.mark.parametrize("content", [b"", bytes(100), b"\x15" * 100, b"\xff" * 100, b"\x1c" * 100, b"\x19\xff" * 50])
-def test_what_is_no_page_header(tmp_path, content) -> None:
+def test_invalid_page_headers(tmp_path, content) -> None:
     path = tmp_path / "pages"
     path.write_bytes(content)
     with open(path, "rb") as file, pytest.raises(DamagedPage, match="a page"):

@@ -96,7 +96,7 @@ def test_the_image_prompt_may_be_another_image():
         (Record("3.tar:7", png(image(0)), None), "'3.tar:7': its caption is not text"),  # type: ignore
     ],
 )
-def test_bad_records_are_named(record, words):
+def test_unreadable_records_are_named(record, words):
     with pytest.raises(InputError, match=f"^{words}"):
         live(record)[0]
 
@@ -119,7 +119,7 @@ def test_threads_and_pickles_give_the_same():
                     np.testing.assert_array_equal(found[name], array)
 
 
-def test_identity_is_the_data_and_what_is_made_of_it(tmp_path):
+def test_identity_depends_on_the_data_and_the_settings(tmp_path):
     samples = live(Record("a.png", b"", ""))
     identity = samples.identity()
     assert json.loads(json.dumps(identity)) == identity and str(TOKENIZER.parent) not in json.dumps(identity)
@@ -133,7 +133,7 @@ def test_identity_is_the_data_and_what_is_made_of_it(tmp_path):
     assert live(Record("a.png", b"", ""), clip_size=None).identity() != identity
 
 
-def test_an_account_counts_what_is_not_used_and_captions_that_lose_their_end():
+def test_an_account_counts_unused_files_and_truncated_captions():
     """75 tokens fit between both ends, and the 76th does not."""
     fits, long = " ".join(["!"] * 75), " ".join(["!"] * 76)
     records = [Record(f"{i}.png", b"", long if i in (3, 299) else fits) for i in range(300)]

@@ -64,7 +64,7 @@ def shard(folder: Path, number: int) -> Path:
     return folder / PLAN.shard_name(number)
 
 
-def test_what_was_written_is_read(folder):
+def test_written_samples_are_read_back(folder):
     cache = CachedSamples(LocalStore(folder))
     assert len(cache) == 23 and is_cache(LocalStore(folder))
     for index in np.random.default_rng(0).permutation(23):
@@ -89,7 +89,7 @@ def test_a_skipped_record_keeps_its_place(folder):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_is_refused_by_name(folder, value, monkeypatch):
+def test_features_that_are_not_finite_are_refused_by_name(folder, value, monkeypatch):
     cached = CachedSamples(LocalStore(folder))
     for name in ("mean", "logvar", "features"):
         found = sample(0)
@@ -126,7 +126,7 @@ def test_identity_is_of_content_not_of_place(folder, tmp_path):
     )
 
 
-def test_an_unfinished_cache_says_how_to_go_on(tmp_path):
+def test_an_unfinished_cache_says_how_to_resume(tmp_path):
     refused(lambda: CachedSamples(LocalStore(tmp_path)), str(tmp_path), "ipadapter-jax encode")
     assert not is_cache(LocalStore(tmp_path))
     start_cache(LocalStore(tmp_path), PLAN)
@@ -145,7 +145,7 @@ def test_an_unfinished_cache_says_how_to_go_on(tmp_path):
 WRONG_SHAPE = json.dumps(PLAN.to_json()).replace('"shape": [', '"shape": ["a", ')
 
 
-def test_a_folder_keeps_the_plan_that_it_was_begun_with(folder):
+def test_a_folder_keeps_the_plan_that_it_was_started_with(folder):
     assert start_cache(LocalStore(folder), CachePlan(24, 10, LAYOUT, {})) == PLAN
     for content in ("{", "[" * 100_000, "[]", '{"format": 1, "records": 1e999}', WRONG_SHAPE):
         (folder / "plan.json").write_text(content)

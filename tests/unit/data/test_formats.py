@@ -117,7 +117,7 @@ def test_a_pattern_and_a_single_file(written, monkeypatch) -> None:
     assert len(open_quietly("~/tar")) == 6
 
 
-def test_images_elsewhere_than_their_list(written, tmp_path) -> None:
+def test_images_in_another_folder_than_their_list(written, tmp_path) -> None:
     shutil.copy(written["json"], tmp_path / "other.json")
     source = open_quietly(tmp_path / "other.json", image_root=str(written["json"].parent))
     assert source[2].image == RECORDS[2].image
@@ -170,7 +170,7 @@ def test_tars_in_any_order_with_long_names_and_repeated_stems(tmp_path, format) 
 
 
 @pytest.mark.parametrize("keep", ["in an image", "in a header", "after a record", "damaged header", "compressed", ""])
-def test_a_tar_that_is_not_whole_keeps_its_good_records(tmp_path, keep) -> None:
+def test_the_complete_records_of_a_damaged_tar_are_used(tmp_path, keep) -> None:
     tars = write_tar(tmp_path / "tars", RECORDS)
     with tarfile.open(tars / "00000.tar") as tar:
         third = tar.getmember("000000002.jpg")
@@ -192,7 +192,7 @@ def test_a_tar_that_is_not_whole_keeps_its_good_records(tmp_path, keep) -> None:
     assert [r.image for r in read_all(source)] == [r.image for r in expected]
 
 
-def test_one_bad_record_is_named_when_it_is_read(tmp_path) -> None:
+def test_one_unreadable_record_is_named_when_it_is_read(tmp_path) -> None:
     folder = write_folder(tmp_path / "folder", RECORDS)
     (folder / "00000" / "000000000.txt").write_bytes(b"caf\xe9")
     (folder / "00000" / "000000001.jpg").unlink()
@@ -244,7 +244,7 @@ def test_damage_after_opening_is_an_input_error(written, kind, tmp_path) -> None
         pickle.loads(fresh)[0]
 
 
-def test_what_is_left_unread_or_slow_is_said(tmp_path, monkeypatch) -> None:
+def test_unread_files_and_slow_formats_are_reported(tmp_path, monkeypatch) -> None:
     tars = write_tar(tmp_path / "tars", RECORDS)
     (tars / "preview.png").write_bytes(jpeg(1))
     with pytest.warns(UserWarning, match="2 files of tar are read; beside them, not read: 1 of folder"):

@@ -92,7 +92,7 @@ def test_worker_processes_change_nothing_and_end():
     wait_for(lambda: shared_memory() <= before)
 
 
-def test_what_a_worker_raises_arrives():
+def test_errors_of_a_worker_are_raised_in_the_parent():
     readable = record_order(3, 200, 0)  # which this process reads to see how large a sample is
     bad = {(readable + i) % 200 for i in range(1, 200)}
     with pytest.raises(InputError, match="^64 records in a row .* shard.tar:"):
@@ -134,7 +134,7 @@ def test_the_next_record_stands_in():
     assert len(batch.skipped) == 4  # 4 once for itself and once after 3
 
 
-def test_too_many_bad_records_in_a_row_are_an_error():
+def test_too_many_consecutive_unreadable_records_are_an_error():
     def first_batch(records, bad):
         return next(load_batches(samples_of(records, bad), seed=0, batch_size=1, rows=[0], first=0, count=1))
 
@@ -149,7 +149,7 @@ def test_too_many_bad_records_in_a_row_are_an_error():
         first_batch(3, {0, 1, 2})
 
 
-def test_an_interrupt_is_no_bad_record():
+def test_an_interrupt_is_not_an_unreadable_record():
     class Interrupted:
         def __len__(self):
             return 3
@@ -164,7 +164,7 @@ def test_an_interrupt_is_no_bad_record():
         next(load_batches(Interrupted(), seed=0, batch_size=1, rows=[0], first=0, count=1, threads=0))
 
 
-def test_bad_arguments():
+def test_invalid_arguments():
     for samples, change, words in [
         (samples_of(0), {}, "no records"),
         (samples_of(3), {"seed": -1}, "seed -1"),
@@ -193,7 +193,7 @@ def test_closing_stops_loading():
     assert len(seen) <= 18 and list(loading) == []
 
 
-def test_little_shared_memory_is_left_alone(monkeypatch, tmp_path):
+def test_little_shared_memory_is_not_used(monkeypatch, tmp_path):
     assert worker_processes.shared_memory_threshold(1 << 10) == 1 << 16
     assert worker_processes.shared_memory_threshold(1 << 60) == sys.maxsize
     free = shutil.disk_usage("/").free  # whatever a container has

@@ -53,7 +53,7 @@ def test_every_ending_of_an_image_makes_a_record(tmp_path) -> None:
     assert said(tmp_path) == f"{len(SUFFIXES)} records, 0 files not used"
 
 
-def test_what_is_not_used_is_counted_and_named(tmp_path) -> None:
+def test_unused_files_are_counted_and_named(tmp_path) -> None:
     data = write(
         tmp_path / "data", a__jpg=jpeg(1), a__txt="a", b__jpg=jpeg(2), c__HEIC=b"\0\0\0\x18ftypheic", c__txt="c"
     )
@@ -88,7 +88,7 @@ def test_many_names_are_counted_and_bounded() -> None:
     assert len(twice) == 10_000
 
 
-def test_images_of_one_stem_share_a_caption(tmp_path) -> None:
+def test_images_of_one_stem_have_one_caption(tmp_path) -> None:
     data = write(tmp_path / "data", a__jpg=jpeg(1), a__png=jpeg(2), a__txt="a cat", b__png=jpeg(3), b__txt="b")
     write(data, a__cond__jpg=jpeg(4))
     assert texts(data) == {"a.jpg": "a cat", "a.png": "a cat", "b.png": "b"}
@@ -137,7 +137,7 @@ def test_a_shard_whose_keys_all_have_dots_says_so(tmp_path) -> None:
     assert reason.names == ("0.tar:img.v2.txt", "0.tar:img.v2.jpg", "1.tar:b.c.PNG", "1.tar:b.c.json")
 
 
-def test_files_beside_shards_and_missing_images_of_a_list(tmp_path) -> None:
+def test_files_next_to_shards_and_missing_images_of_a_list(tmp_path) -> None:
     records = images()
     assert said(write_tar(tmp_path / "tars", records)).startswith(
         "6 records, 4 files not used: other files (4: 00000.par"
@@ -208,7 +208,7 @@ def test_captions_in_a_list_of_hugging_face(tmp_path, name) -> None:
     assert identity["records"] == before["records"] and identity["digest"] != before["digest"]
 
 
-def test_lists_in_folders_other_columns_and_what_they_do_not_match(tmp_path) -> None:
+def test_lists_in_folders_other_columns_and_captions_without_an_image(tmp_path) -> None:
     (tmp_path / "train").mkdir()
     write(write(tmp_path, a__jpg=jpeg(1)) / "train", b__jpg=jpeg(2), c__jpg=jpeg(3), c__txt="own")
     outer = [{"file_name": "train/b.jpg", "text": "outer"}, {"file_name": "a.jpg", "text": "a", "alt": "A"}]
@@ -349,7 +349,7 @@ SAID = (
 )
 
 
-def test_a_run_says_what_is_not_used(tmp_path, caplog) -> None:
+def test_a_run_reports_unused_files(tmp_path, caplog) -> None:
     data = some(tmp_path / "data")
     samples = LiveSamples(open_dataset(str(data)), TORCH_MODEL / "tokenizer", 64, None)
     with caplog.at_level("INFO", "ipadapter_jax"):
@@ -361,7 +361,7 @@ def test_a_run_says_what_is_not_used(tmp_path, caplog) -> None:
     ] == "c.txt: captions without an image that is read"
 
 
-def test_batch_says_what_is_not_used(tmp_path, monkeypatch, capsys) -> None:
+def test_batch_reports_unused_files(tmp_path, monkeypatch, capsys) -> None:
     data, out = some(tmp_path / "data"), tmp_path / "out"
     for name, stand_in in {"load": None, "settings": {}, "make_images": BatchProgress(1, 0, [])}.items():
         monkeypatch.setattr(f"ipadapter_jax.cli.run.batch.{name}", lambda *_, found=stand_in, **__: found)
@@ -370,7 +370,7 @@ def test_batch_says_what_is_not_used(tmp_path, monkeypatch, capsys) -> None:
     assert len((out / "unused_files.txt").read_text().splitlines()) == 2
 
 
-def test_evaluate_says_what_is_not_used(tmp_path) -> None:
+def test_evaluate_reports_unused_files(tmp_path) -> None:
     said: list[str] = []
     references = open_references(some(tmp_path), say=said.append)
     assert [reference.key for reference in references.found] == ["a.jpg"] and said == [f"{tmp_path}: {SAID}"]

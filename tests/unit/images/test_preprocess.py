@@ -102,7 +102,7 @@ def test_crop_is_clip_image_processor(size):
 
 
 @pytest.mark.parametrize("width, height", [(30, 11000), (11000, 31), (46, 16384), (16384, 47)])
-def test_sliver_equals_the_whole(width, height, monkeypatch):
+def test_a_very_thin_image_equals_the_whole_crop(width, height, monkeypatch):
     image = noise(width, height)
     values = clip_pixel_values([image])
     monkeypatch.setattr(preprocess, "_WHOLE_LIMIT", 1 << 27)
@@ -156,7 +156,7 @@ def test_square_images_fit_alike_and_batches_are_stacked():
     np.testing.assert_array_equal((plain * 255).round(), [pixels(image) for image in images])
 
 
-def test_bad_arguments_of_clip_pixel_values():
+def test_invalid_arguments_of_clip_pixel_values():
     image = noise(8, 8)
     with pytest.raises(InputError, match=r"fit='squeeze'.*crop, resize, pad"):
         clip_pixel_values([image], fit="squeeze")
@@ -402,7 +402,7 @@ def test_decoding_is_loading(tmp_path):
         (png(20000, 1, 1, 0, bytes(99)), "16384"),
     ],
 )
-def test_bad_bytes_are_refused_by_name(data, words):
+def test_damaged_bytes_are_refused_by_name(data, words):
     with pytest.raises(InputError) as error:
         decode_image(data, "00003.tar:00\n17")
     message = str(error.value)
@@ -438,7 +438,7 @@ def test_arrays():
         np.testing.assert_array_equal(pixels(load_image(source)), expected)
 
 
-def test_bad_arrays():
+def test_invalid_arrays():
     refused(np.zeros((3, 8, 8), np.uint8), "the image array", "(3, 8, 8)", "(H, W, 3)")
     refused(np.zeros((2, 8, 8, 3), np.uint8), "the image array", "(2, 8, 8, 3)")
     refused(np.zeros(8, np.uint8), "the image array", "(8,)")

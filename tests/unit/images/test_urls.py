@@ -79,7 +79,7 @@ def test_an_image_is_fetched(server, online, path):
         ("/to/http://example.com/a.png", "without encryption or leads to one"),
     ],
 )
-def test_what_cannot_be_fetched_is_named(server, online, path, words):
+def test_failed_downloads_are_named(server, online, path, words):
     with pytest.raises(InputError, match=words) as caught:
         load_image(server + path)
     assert server in str(caught.value) and "\n" not in str(caught.value)
@@ -104,12 +104,12 @@ def test_an_endless_answer_is_cut(server, online, monkeypatch):
         ("https://127.0.0.1:1/a.png", "could not be fetched"),
     ],
 )
-def test_urls_that_are_not_asked(online, url, words):
+def test_urls_that_are_refused(online, url, words):
     with pytest.raises(InputError, match=words):
         load_image(url)
 
 
-def test_a_server_elsewhere_does_not_lead_to_this_machine():
+def test_a_redirect_to_this_machine_is_refused():
     with pytest.raises(InputError, match="leads to this machine itself"):
         urls._check("http://localhost/a.png", "'https://example.com'", local=False)
 
@@ -123,7 +123,7 @@ def test_a_server_elsewhere_does_not_lead_to_this_machine():
         ({"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "1"}, None),
     ],
 )
-def test_nothing_is_asked_where_the_network_is_off(server, online, variables, said, monkeypatch):
+def test_nothing_is_fetched_when_the_network_is_off(server, online, variables, said, monkeypatch):
     """The same that turns huggingface_hub off."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

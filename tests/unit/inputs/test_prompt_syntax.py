@@ -50,7 +50,7 @@ def test_plain_text_is_left_alone(prompt):
     assert find_foreign_syntax(prompt) == []
 
 
-def test_each_syntax_is_said_once():
+def test_each_syntax_is_warned_of_once():
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         warn_of_foreign_syntax({"prompt": ["(a:1.2)", "(b:1.3) [c]"]})

@@ -42,7 +42,7 @@ def test_controls_of_no_image_prompt_are_refused(base, control, name, monkeypatc
         base("a cat", **control, **SMALL)
 
 
-def test_all_images_for_every_prompt_are_said_by_a_list_in_the_list(pipe):
+def test_a_nested_list_gives_all_images_to_every_prompt(pipe):
     controls, sites = ImagePromptSettings(images=[[CAT, CAT]]), cross_attention_layers(pipe.unet.config)
     [entry] = plan_image_branches(controls, pipe.adapters, sites, 2, True, (64, 64), 2)
     assert entry.image_weight.shape == (1, 2)
@@ -90,7 +90,7 @@ def test_no_seed_draws_one_and_says_it(capsys):
     assert resolve_seeds(None, 1) != resolve_seeds(None, 1)
 
 
-def test_a_seed_beside_latents_is_a_warning_where_no_noise_is_drawn(capsys):
+def test_a_seed_without_random_draws_is_a_warning(capsys):
     with pytest.warns(UserWarning, match="seed has no effect: latents are given and this scheduler draws no noise"):
         assert resolve_seeds(3, 2, used=False).tolist() == [3, 4]
     with warnings.catch_warnings():
@@ -109,7 +109,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("called", [True, False])
-def test_a_bar_where_somebody_watches(monkeypatch, wanted, terminal, called):
+def test_a_progress_bar_in_a_terminal(monkeypatch, wanted, terminal, called):
     """Without a bar and without a callback there is nothing to call, so that all steps are one program."""
     seen, screen = [], Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
@@ -123,7 +123,7 @@ def test_a_bar_where_somebody_watches(monkeypatch, wanted, terminal, called):
 
 
 @pytest.mark.parametrize("form", ["latents of image", "image"])
-def test_what_is_not_finite_is_named(form):
+def test_numbers_that_are_not_finite_are_refused_by_name(form):
     rows = np.zeros((3, 2, 2, 4), np.float32)
     check_finite(rows, form)
     rows[0, 1, 1, 0], rows[2, 0, 0, 3] = np.nan, np.inf

@@ -34,7 +34,7 @@ def test_a_failure_is_not_done(said):
     assert said() == ["reading ..."]
 
 
-def test_what_is_long_alone(said):
+def test_only_slow_work_is_announced(said):
     with announce_if_slow("looking", seconds=5):
         pass
     assert said() == []
@@ -44,7 +44,7 @@ def test_what_is_long_alone(said):
     assert said() == ["looking ...", "looking: done in N s"]
 
 
-def test_the_second_time_nothing_is_said(said):
+def test_only_the_first_call_is_announced(said):
     first_time = AnnounceFirstCall()
     for what in ("compiling a", "compiling b", "compiling a"):
         with first_time(what):

@@ -126,7 +126,7 @@ def test_an_entry_that_others_write_to_is_made_again(folder, caplog):
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_what_a_mask_of_002_leaves_is_used(folder, caplog, monkeypatch):
+def test_entries_written_with_umask_002_are_used(folder, caplog, monkeypatch):
     """By an older release, by jax itself, and by another process that has just written an entry."""
     monkeypatch.setattr(ownership, "_is_own_group", lambda group: True)
     expected = compiled()
@@ -177,7 +177,7 @@ def test_an_entry_that_is_being_written_stays(folder, caplog, monkeypatch):
     assert file.read_bytes() == whole and not caplog.records
 
 
-def test_without_a_home_nothing_is_kept():
+def test_without_a_home_folder_nothing_is_cached():
     """And nothing fails."""
     program = """
 import logging, os, pwd

@@ -99,7 +99,7 @@ def test_every_other_thing_is(folder):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
-def test_damage_is_said_and_traced_anew(folder, damage, caplog):
+def test_a_damaged_program_is_reported_and_traced_again(folder, damage, caplog):
     expected = program()[0](3.0, pair(4), np.float32(2))
     (file,) = folder.iterdir()
     content = bytearray(file.read_bytes())
@@ -122,7 +122,7 @@ def planted(folder: Path, factor: float) -> None:
 
 
 @pytest.mark.parametrize("which", ["folder", "file"])
-def test_what_others_can_have_planted_is_not_run(folder, which, caplog):
+def test_programs_that_others_could_have_written_are_not_run(folder, which, caplog):
     """A digest beside it is no protection: who writes the one writes the other."""
     expected = program()[0](3.0, pair(4), np.float32(2))
     planted(folder, 100.0)
@@ -152,7 +152,7 @@ def test_programs_are_private(folder):
     assert [path.stat().st_mode & 0o777 for path in (folder, file)] == [0o700, 0o600]
 
 
-def test_where_nothing_can_be_written_it_still_runs(folder):
+def test_an_unwritable_cache_does_not_stop_a_run(folder):
     folder.write_text("a file, where a folder should be")
     function, traced = program()
     for _ in range(2):
@@ -160,7 +160,7 @@ def test_where_nothing_can_be_written_it_still_runs(folder):
     assert len(traced) <= 2
 
 
-def test_a_program_that_lacks_a_kernel_is_not_kept(folder, monkeypatch):
+def test_a_program_that_lacks_a_kernel_is_not_cached(folder, monkeypatch):
     """The kernel may run in the next process, whose program would be another one."""
     monkeypatch.setattr("ipadapter_jax.runtime.export_cache.REFUSED", {40})
     program()[0](3.0, pair(4), np.float32(2))
@@ -173,7 +173,7 @@ def test_who_turned_the_cache_off_finds_no_files(folder, monkeypatch):
     assert not folder.exists()
 
 
-def test_what_cannot_be_named_is_not_kept(folder):
+def test_static_arguments_without_a_stable_name_are_not_cached(folder):
     """An object that prints its address would be another one for every process, and the disk would fill."""
     function, traced = program()
     function.jitted = jax.jit(lambda factor, pair, x: pair.left + x, static_argnums=0)

@@ -42,7 +42,7 @@ def test_every_device_counts():
     assert count(spread, X) == {"matmul": PRODUCT}
 
 
-def test_what_no_result_needs_is_not_counted():
+def test_products_that_no_result_needs_are_not_counted():
     """Gradients of frozen weights, in a program inside a program too."""
 
     @jax.jit

@@ -56,14 +56,14 @@ print(kept, resident() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_memory_is_given_back_when_asked():
+def test_trim_returns_free_memory():
     done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
     kept, left = map(float, done.stdout.split())
     # MB of 256. Linux sums its counters of resident pages up now and then only: 1 MB was missing once.
     assert kept > 250 and left < 4
 
 
-def test_accelerators_are_told_without_looking(monkeypatch):
+def test_accelerators_are_detected_without_starting_jax(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert is_cpu_only()
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")

@@ -25,7 +25,7 @@ def test_results_are_in_order_and_few_are_ahead() -> None:
     assert threading.active_count() < threads_before + 9 and len(started) < 40
 
 
-def test_threads_say_options_where_their_caller_does() -> None:
+def test_errors_in_threads_name_options_as_their_caller_does() -> None:
     def said(item: int) -> str:
         return argument("fit", item)
 
@@ -34,7 +34,7 @@ def test_threads_say_options_where_their_caller_does() -> None:
         assert [*ordered_map(said, range(5), threads=2, ahead=2)] == [f"--reference-resize {item}" for item in range(5)]
 
 
-def test_what_a_function_raises_comes_in_its_turn() -> None:
+def test_an_error_is_raised_in_place_of_its_result() -> None:
     results = ordered_map(lambda item: 1 // item, [1, 0, 1], threads=2, ahead=3)
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):

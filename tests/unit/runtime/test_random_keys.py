@@ -96,7 +96,7 @@ def test_initial_weights(environment):
         jax.tree.map(np.testing.assert_array_equal, weights(), wanted)
 
 
-def test_what_older_runs_drew_with():
+def test_the_generator_of_older_runs():
     assert random_keys.recorded_generator({"generator": "rbg, original"}) == "rbg, original"
     assert random_keys.recorded_generator({}) == random_keys.GENERATOR
     with jax_settings({"jax_default_prng_impl": "rbg"}):

@@ -96,7 +96,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("folder", [[], ["folder"]], ids=["file", "folder"])
-def test_what_a_kill_leaves_goes_and_what_is_written_stays(tmp_path, folder):
+def test_partial_files_of_killed_processes_are_removed_others_stay(tmp_path, folder):
     dead, alive = (begun(WRITER, tmp_path / name, *folder) for name in ("dead", "alive"))
     dead.kill()
     dead.wait()
@@ -156,7 +156,7 @@ def test_a_handler_is_given_back_while_its_signal_waits(monkeypatch, block):
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 
 
-def test_what_is_ignored_stays_ignored(tmp_path):
+def test_ignored_signals_stay_ignored(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
         with atomic_replace(tmp_path / "a") as temporary:
@@ -196,7 +196,7 @@ def on_a_network(monkeypatch, is_network: bool = True) -> None:
 
 
 @pytest.mark.parametrize("left", [".part-a.png-abc_1234", ".part-a.png-01234567-abc_1234", ".unproven-{}-a"])
-def test_what_another_machine_may_be_writing_has_a_day(tmp_path, monkeypatch, ended, left):
+def test_partial_files_of_another_machine_stay_for_a_day(tmp_path, monkeypatch, ended, left):
     """Or an earlier version, which held no lock."""
     on_a_network(monkeypatch)
     left = left.format(ended)
@@ -209,7 +209,7 @@ def test_what_another_machine_may_be_writing_has_a_day(tmp_path, monkeypatch, en
     assert names(tmp_path) == []
 
 
-def test_what_was_left_before_this_machine_was_started_goes_at_once(tmp_path, monkeypatch, ended):
+def test_partial_files_from_before_the_last_boot_are_removed(tmp_path, monkeypatch, ended):
     """On a disk of its own a lock that is free is enough, and earlier versions named their processes."""
     on_a_network(monkeypatch, False)
     held = ".part-a.png-01234567-locked_1"
@@ -223,7 +223,7 @@ def test_what_was_left_before_this_machine_was_started_goes_at_once(tmp_path, mo
 
 
 @pytest.mark.parametrize("is_network", [True, False])
-def test_what_an_earlier_version_has_left_of_a_file_goes_when_it_is_written(tmp_path, monkeypatch, ended, is_network):
+def test_partial_files_of_earlier_versions_are_removed_by_the_next_write(tmp_path, monkeypatch, ended, is_network):
     on_a_network(monkeypatch, is_network)
     for name in ("a.safetensors", "b" * 168 + ".safetensors"):
         stay = [f".unproven-{os.getpid()}-{name}", f".part-.unproven-{os.getpid()}-{name}-abcdefgh"]
@@ -253,7 +253,7 @@ def test_whose_disk_a_folder_lies_on(monkeypatch, mounts, folder, is_local):
     assert _is_local(Path(folder)) == is_local
 
 
-def test_what_only_the_caller_writes_has_not(tmp_path):
+def test_partial_files_that_only_the_caller_writes_are_removed(tmp_path):
     for left in (".part-a.png-abc_1234", ".part-a.png-01234567-abc_1234"):
         (tmp_path / left).write_bytes(b"")
     remove_partial_files(tmp_path, mine=lambda name: name == "a.png")
@@ -312,7 +312,7 @@ def test_a_failure_leaves_the_older_file(tmp_path):
     assert names(tmp_path) == ["a", "full"]
 
 
-def test_a_missing_source_is_not_said_of_the_target(tmp_path):
+def test_an_error_about_a_missing_source_does_not_name_the_target(tmp_path):
     def copied(folder: bool) -> None:
         with atomic_replace(tmp_path / "y", folder=folder) as place:
             shutil.copyfile(str(tmp_path / "x"), place / "x" if folder else place)
@@ -329,7 +329,7 @@ def test_a_missing_source_is_not_said_of_the_target(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS])
-def test_errors_of_writing_are_said_of_the_target(tmp_path, number):
+def test_write_errors_name_the_target(tmp_path, number):
     def failing(*files: str) -> None:
         with atomic_replace(tmp_path / "y", folder=True) as place:
             raise OSError(number, os.strerror(number), *(place / name for name in files))

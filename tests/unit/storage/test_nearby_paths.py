@@ -99,7 +99,7 @@ SLIPS = {
         ("runs/mien/adapter.safetensors", "runs exists and holds mine"),
     ],
 )
-def test_a_slip_in_any_path_names_what_is_there(runs, kind, path, words):
+def test_a_misspelled_path_names_existing_files(runs, kind, path, words):
     message = refused(lambda: SLIPS[kind](path), path.removesuffix(".safetensors"), words)
     assert "download" not in message
     refused(lambda: SLIPS[kind](str(runs.parent / path)), words.split(" exists")[1])

@@ -30,7 +30,7 @@ def made(path: Path, mode: int) -> Path:
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o750, 0o755, 0o500])
-def test_what_is_ours_alone(home, mode):
+def test_paths_of_this_user_only(home, mode):
     file = made(home / "cache", 0o700) / "a"
     file.write_bytes(b"")
     file.chmod(mode & 0o666)
@@ -68,7 +68,7 @@ def test_a_folder_above_that_others_write_to(home):
     assert str(ownership_problem(above / "cache")) == expected == str(ownership_problem(above / "new" / "cache"))
 
 
-def test_what_is_open_to_our_own_group(home, monkeypatch):
+def test_paths_writable_by_the_users_own_group(home, monkeypatch):
     """As all is where every user has a group, and files are made with a mask of 002."""
     above = made(home / "open", 0o775)
     folder = made(above / "cache", 0o775)
@@ -93,7 +93,7 @@ def test_what_is_open_to_our_own_group(home, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o744])
-def test_what_lies_in_a_folder_that_others_cannot_enter(home, mode):
+def test_paths_in_a_folder_that_others_cannot_enter(home, mode):
     folder = made(home / "cache", 0o700)
     file = folder / "a"
     file.write_bytes(b"")
@@ -137,7 +137,7 @@ def test_links_are_followed(home):
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can give files away")
-def test_what_belongs_to_others(home):
+def test_paths_of_other_users(home):
     folder = made(home / "cache", 0o700)
     (folder / "a").write_bytes(b"")
     os.chown(folder / "a", 12345, -1)
@@ -155,7 +155,7 @@ def test_what_belongs_to_others(home):
     assert "belongs to user 12345" in str(ownership_problem(folder / "new"))
 
 
-def test_what_belongs_to_us_when_we_are_someone_else(home, monkeypatch):
+def test_paths_after_a_change_of_user(home, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     found = ownership_problem(home)
     assert (found is None) == ROOT  # the administrator's are trusted by all

@@ -51,13 +51,13 @@ def test_deep_nesting_is_one_clear_error(tmp_path, text, read) -> None:
         (b" " * (16 << 20) + b"{}", "is longer than 16 MiB"),
     ],
 )
-def test_what_is_not_json(tmp_path, content, reason) -> None:
+def test_invalid_json(tmp_path, content, reason) -> None:
     path = tmp_path / "settings.json"
     path.write_bytes(content)
     refused(lambda: read_json_object(path, "mend it"), "settings.json", reason)
 
 
-def test_what_cannot_be_read(tmp_path) -> None:
+def test_unreadable_files(tmp_path) -> None:
     refused(lambda: read_bytes(tmp_path / "gone"), "gone cannot be read (No such file or directory)")
     refused(lambda: read_bytes(f"{tmp_path}/a\0"), "cannot be read (embedded null byte)")
     refused(lambda: read_bytes(tmp_path, remedy="name a file"), "cannot be read (Is a directory); name a file")
@@ -102,7 +102,7 @@ def test_a_file_without_a_size() -> None:
     assert read_bytes("/proc/self/status").endswith(b"\n") and len(read_bytes("/proc/self/status")) > 100
 
 
-def test_a_pipe_where_a_user_may_name_one() -> None:
+def test_a_pipe_is_read_if_allowed() -> None:
     for content in (b"", b"x" * 60_000):
         end, begin = os.pipe()
         os.write(begin, content)
