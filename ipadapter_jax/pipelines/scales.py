@@ -12,6 +12,8 @@ from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.arrays import is_array, to_numpy
 from ipadapter_jax.inputs.suggestions import closest_match
 from ipadapter_jax.inputs.validation import is_number
+from ipadapter_jax.models import families
+from ipadapter_jax.models.families import layer_presets
 from ipadapter_jax.models.unet_config import CrossAttentionLayer
 
 
@@ -19,9 +21,9 @@ from ipadapter_jax.models.unet_config import CrossAttentionLayer
 class Scale:
     """Weight lambda of an image prompt (arXiv 2308.06721, equation 5): value x the layer's factor x the step's.
 
-    layers: a preset's name (PRESETS); a mapping of preset names to factors, which are added; diffusers' dictionary
-    ({"down": {"block_2": [0, 1]}, "mid": 1, "up": ...}, what is not named is 0); or one factor for each layer in the
-    order in which an image passes them (down, mid, up: as ComfyUI numbers them).
+    layers: a preset's name (`preset_names`); a mapping of preset names to factors, which are added; diffusers'
+    dictionary ({"down": {"block_2": [0, 1]}, "mid": 1, "up": ...}, what is not named is 0); or one factor for each
+    layer in the order in which an image passes them (down, mid, up: as ComfyUI numbers them).
     start, end: the part of the steps in which the prompt acts, as diffusers' control_guidance_start and _end.
     steps: factors spread evenly over all steps, linear between them: (1, 0) fades out, (0, 1) in, (1,) is constant.
     """
@@ -66,12 +68,8 @@ def _parts(down: float, mid: float, up: float) -> Callable[[Place], float]:
     return lambda place: {"down": down, "mid": mid, "up": up}[place.part]
 
 
-_COMPOSITION = {4: 0.25, 5: 1.0}  # layers of SD 1.5 in the order of execution
-_STYLE = dict.fromkeys((*range(4), *range(9, 16)), 1.0)
-_ALL_BUT_COMPOSITION = dict.fromkeys((t for t in range(16) if t not in _COMPOSITION), 1.0)
-
-# Names and factors as ComfyUI and A1111 have them; the dictionaries are for UNets with SD 1.5's 16 layers alone.
-PRESETS: Mapping[str, Callable[[Place], float] | Mapping[int, float]] = {
+# For UNets of any number of layers, with the names and factors of ComfyUI and A1111; models/families.py has the others.
+PRESETS: Mapping[str, Callable[[Place], float]] = {
     "linear": lambda place: 1.0,
     "ease in": _ramp(lambda x: 1 - x),
     "ease out": _ramp(lambda x: x),
@@ -81,17 +79,12 @@ PRESETS: Mapping[str, Callable[[Place], float] | Mapping[int, float]] = {
     "weak middle": _parts(1, 0.2, 1),
     "weak output": _parts(1, 1, 0.2),
     "strong middle": _parts(0.2, 1, 0.2),
-    "style": _STYLE,
-    "composition": _COMPOSITION,
-    "strong style": _ALL_BUT_COMPOSITION,
-    "style+composition": _STYLE | _COMPOSITION,
-    "precise style": _STYLE,
-    "precise composition": _COMPOSITION,
 }
-_SWAPPED: Mapping[str, Mapping[int, float]] = {
-    "precise style": _COMPOSITION,
-    "precise composition": _STYLE | dict.fromkeys((6, 7, 8), 0.1),
-}
+
+
+def preset_names() -> list[str]:
+    """The names of all presets: those for any UNet, then those of the families for their layers."""
+    return [*PRESETS, *layer_presets()]
 
 
 def scale_table(scale: Any, sites: Sequence[CrossAttentionLayer], num_steps: int) -> ScaleTable:
@@ -104,8 +97,9 @@ def scale_table(scale: Any, sites: Sequence[CrossAttentionLayer], num_steps: int
     steps = value * _step_factors(scale, num_steps)[:, None]
     layers = _layer_factors(scale.layers, sites)
     weight, swapped = steps * layers, np.zeros((num_steps, len(sites)))
-    if isinstance(scale.layers, str) and scale.layers in _SWAPPED:
-        swapped = steps * np.array([_SWAPPED[scale.layers].get(place.t, 0.0) for place in _places(sites)])
+    preset = layer_presets(len(sites)).get(scale.layers) if isinstance(scale.layers, str) else None
+    if preset is not None and preset.swapped:
+        swapped = steps * np.array([preset.swapped.get(place.t, 0.0) for place in _places(sites)])
     return ScaleTable(weight.astype(np.float32), swapped.astype(np.float32))
 
 
@@ -140,7 +134,7 @@ def _layer_factors(layers: Any, sites: Sequence[CrossAttentionLayer]) -> np.ndar
     if isinstance(layers, Mapping):
         if layers.keys() <= {"down", "mid", "up"}:
             return _blocks(layers, sites)
-        if precise := _SWAPPED.keys() & layers.keys():
+        if precise := {name for name, preset in layer_presets().items() if preset.swapped} & layers.keys():
             raise InputError(
                 f"{argument('ip_adapter_scale', part='layers')}: {min(precise)!r} cannot be a part of a "
                 "sum; give it alone"
@@ -164,20 +158,22 @@ def _places(sites: Sequence[CrossAttentionLayer]) -> list[Place]:
 
 
 def _preset(name: str, sites: Sequence[CrossAttentionLayer]) -> np.ndarray:
-    if name not in PRESETS:
-        near = closest_match(str(name), PRESETS)
-        meant = f"did you mean {near!r}?" if near else f"choose {', '.join(PRESETS)}"
+    places = _places(sites)
+    if name in PRESETS:
+        return np.array([PRESETS[name](place) for place in places])
+    if name not in preset_names():
+        near = closest_match(str(name), preset_names())
+        meant = f"did you mean {near!r}?" if near else f"choose {', '.join(preset_names())}"
         raise InputError(f"{argument('ip_adapter_scale', part='layers')}: no preset {name!r}; {meant}")
-    preset = PRESETS[name]
-    if isinstance(preset, Mapping) and len(sites) != 16:
+    preset = layer_presets(len(sites)).get(name)
+    if preset is None:
+        known = [family for family in families.FAMILIES if name in family.layer_presets]
+        wanted = " and ".join(f"the {family.num_layers} layers of {family.title}" for family in known)
         raise InputError(
-            f"{argument('ip_adapter_scale', part='layers')}: the preset {name!r} is for the 16 layers of Stable "
-            "Diffusion 1.x, this UNet has "
+            f"{argument('ip_adapter_scale', part='layers')}: the preset {name!r} is for {wanted}, this UNet has "
             f"{len(sites)}; give factors for its layers"
         )
-    return np.array(
-        [preset.get(place.t, 0.0) if isinstance(preset, Mapping) else preset(place) for place in _places(sites)]
-    )
+    return np.array([preset.weight.get(place.t, 0.0) for place in places])
 
 
 def _blocks(tree: Mapping[str, Any], sites: Sequence[CrossAttentionLayer]) -> np.ndarray:

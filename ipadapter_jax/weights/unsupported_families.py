@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.models import families
 from ipadapter_jax.storage.text_files import read_json_object
 
 # The first letters of the pipeline classes of other families than Stable Diffusion 1.x.
@@ -31,15 +32,20 @@ _NETWORKS = {
 def unsupported(folder: Path) -> str | None:
     """ "an SDXL base model" for such a folder, and so on for others that are known and not supported; else None."""
     pipeline = str(_settings(folder / "model_index.json").get("_class_name", "")).removeprefix("Flax")
+    settings = _settings(folder / "unet" / "config.json")
+    if any(pipeline in family.pipelines for family in families.FAMILIES):
+        return _of_unet(settings)
     for start, family in _PIPELINES.items():
         if pipeline.startswith(start):
             return family
     if pipeline and not pipeline.startswith("StableDiffusion") and not (folder / "unet").is_dir():
         return f"a base model of {pipeline[:60]}"
-    return _of_unet(_settings(folder / "unet" / "config.json"))
+    return _of_unet(settings)
 
 
 def _of_unet(settings: Mapping[str, object]) -> str | None:
+    if families.family_of(settings) is not None:
+        return None
     if settings.get("addition_embed_type") == "text_time":
         return "an SDXL refiner" if settings.get("cross_attention_dim") == 1280 else "an SDXL base model"
     if settings.get("cross_attention_dim") == 1024 and settings.get("use_linear_projection"):

@@ -11,7 +11,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.contact_sheet import LabeledImages, contact_sheet
 from ipadapter_jax.images.preprocess import clip_pixels
 from ipadapter_jax.models.unet_config import cross_attention_layers
-from ipadapter_jax.pipelines.scales import PRESETS, Scale, scale_table
+from ipadapter_jax.pipelines.scales import Scale, preset_names, scale_table
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -26,7 +26,7 @@ def figure(
 ) -> Image.Image:
     """Seeds by scales, or references by presets (those that the UNet's layers allow). One image a call, so
     that the first compiles and all others run."""
-    presets = [name for name in PRESETS if _possible(pipe, name)]
+    presets = [name for name in preset_names() if _possible(pipe, name)]
     count = args.num_images * len(SCALES) if what == "scales" else len(images) * len(presets)
     with tqdm.tqdm(total=count, desc="compiling, then sampling", unit="image", disable=None) as bar:
 
