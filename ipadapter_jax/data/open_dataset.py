@@ -37,7 +37,7 @@ MAGIC: Mapping[bytes, str] = {
     bytes.fromhex("83af70d10d884a3f"): "array_record",
 }  # the latter begins Riegeli files
 FORMATS = (
-    f"give a JSON list like {EXAMPLE}, a folder of images with a .txt caption beside each, img2dataset's .tar, "
+    f"give a JSON list like {EXAMPLE}, a folder of images with a .txt caption next to each, img2dataset's .tar, "
     "Parquet or ArrayRecord files, or a folder of TensorFlow Datasets"
 )
 HINTS: Mapping[str, str] = {
@@ -133,9 +133,9 @@ def _kind(path: str, files: FileListing) -> str:
         raise _unknown(path, list(suffixes))
     if kind == "folder" and not folder.is_dir():
         raise InputError(f"{path}: give the folder of the images, so that their captions are found")
-    if beside := {other: count for other, count in found.items() if other not in (kind, "parquet")}:
-        unused = ", ".join(f"{count} of {other}" for other, count in beside.items())
-        warnings.warn(f"{path}: {found[kind]} files of {kind} are read; beside them, not read: {unused}", stacklevel=3)
+    if others := {other: count for other, count in found.items() if other not in (kind, "parquet")}:
+        unused = ", ".join(f"{count} of {other}" for other, count in others.items())
+        warnings.warn(f"{path}: {found[kind]} files of {kind} are read; next to them, not read: {unused}", stacklevel=3)
     return kind
 
 

@@ -63,7 +63,7 @@ def mask_levels(array: np.ndarray, name: str, *, labels: bool) -> np.ndarray:
             return to_uint8(array, name)
         array = array.astype(np.int64)
     if array.dtype.kind not in "biu":
-        raise InputError(f"{name} has dtype {array.dtype}: make it whole numbers, truth values or floats in [0, 1]")
+        raise InputError(f"{name} has dtype {array.dtype}: make it integers, booleans or floats in [0, 1]")
     low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
     if low < 0 or high > 65535:
         raise InputError(f"{name} has values from {low} to {high}: scale them to 0..255 or to [0, 1]")

@@ -82,7 +82,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _check(url: str, name: str, *, local: bool) -> None:
-    """Raises InputError for a URL that may not be fetched. local: whether this machine may be asked."""
+    """Raises InputError for a URL that may not be fetched. local: whether it may lead to this machine."""
     try:
         parts = urllib.parse.urlsplit(url)
         host, _ = parts.hostname, parts.port

@@ -1,4 +1,4 @@
-"""JSON Lines: lists that a person gives, and files that grow while a program runs and outlive a kill."""
+"""JSON Lines: lists that a user gives, and files that grow while a program runs and outlive a kill."""
 
 import contextlib
 import json
@@ -43,11 +43,11 @@ class JsonlAppender:
         self._path = path
         with errors_naming(path):
             content = path.read_bytes() if path.exists() else b""
-            kept = [(line, value) for line, value in _objects(content) if keep(value)]
-            self.found = [value for _, value in kept]
-            cut = b"".join(line + b"\n" for line, _ in kept)
-            if cut != content:
-                write_atomically(path, cut)
+            lines = [line for line in _objects(content) if keep(line.value)]
+            self.found = [line.value for line in lines]
+            accepted = b"".join(line.content + b"\n" for line in lines)
+            if accepted != content:
+                write_atomically(path, accepted)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 closed by close()
 

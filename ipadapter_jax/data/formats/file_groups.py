@@ -165,7 +165,7 @@ def make_record(key: str, parts: dict[str, bytes], listed: str | None = None) ->
     """
     role = next((role for role in TEXTS if role in parts), None)
     if role is None and listed is None:
-        raise InputError(f'{key}: no caption; put a .txt of the same name and a text such as "a red fox" beside it')
+        raise InputError(f'{key}: no caption; put a .txt of the same name and a text such as "a red fox" next to it')
     text = listed or "" if role is None else caption_of(role, parts[role], key)
     return Record(key, parts["image"], text, parts.get("cond"))
 

@@ -1,4 +1,4 @@
-"""Images in a folder, with captions beside them or in a list."""
+"""Images in a folder, with captions in files next to them or in a list."""
 
 import numpy as np
 

@@ -247,7 +247,7 @@ def test_damage_after_opening_is_an_input_error(written, kind, tmp_path) -> None
 def test_unread_files_and_slow_formats_are_reported(tmp_path, monkeypatch) -> None:
     tars = write_tar(tmp_path / "tars", RECORDS)
     (tars / "preview.png").write_bytes(jpeg(1))
-    with pytest.warns(UserWarning, match="2 files of tar are read; beside them, not read: 1 of folder"):
+    with pytest.warns(UserWarning, match="2 files of tar are read; next to them, not read: 1 of folder"):
         open_dataset(str(tars))
     monkeypatch.setattr("ipadapter_jax.data.formats.parquet.LARGE_GROUP", 100)
     with pytest.warns(UserWarning, match="row_group_size=100"):
