@@ -51,7 +51,7 @@ class Tokenizer:
         return TokenizedText(input_ids=self.encode(text))
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text between both ends; of one longer than MAX_CHARACTERS, those of its beginning, which are
+        """The ids of a text between both ends; of a text longer than MAX_CHARACTERS, those of its beginning, which are
         more than any text encoder takes. Raises InputError for what is not text."""
         try:
             return self._backend.encode(bounded(text)).ids
@@ -90,8 +90,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def check_vocabulary(what: str, tokenizer: Tokenizer, rows: int) -> None:
-    """Holds a tokenizer against its text encoder, which has a row for every id. Raises InputError where rows are
-    missing, and warns of rows that no text reaches: tokens were learned, and the tokenizer is without them."""
+    """Compares a tokenizer with its text encoder, which has `rows` token embeddings.
+
+    Raises InputError if some tokens have none, and warns if some embeddings have no token: the model learned tokens
+    whose names the tokenizer lacks.
+    """
     ids = len(tokenizer)
     if ids > rows:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The files of a CLIP tokenizer: byte pairs, special tokens, and the tokens that a model has learned beside them.
+"""The files of a CLIP tokenizer: byte pairs, special tokens, and the tokens that a model has learned in addition.
 
 Read here and not by transformers: its fifth release ignores added_tokens.json, in which the fourth kept learned tokens,
 and its tokenizer changes with every call that pads or truncates, which other threads see.
@@ -87,7 +87,7 @@ def _read(folder: Path) -> TokenizerFiles:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file."""
+    """The object in a JSON file, empty if there is no such file."""
     return read_json_object(path, "download it again") if path.is_file() else {}
 
 
@@ -114,7 +114,7 @@ def _byte_pairs(folder: Path, whole: Mapping[str, Any], unknown: str) -> Any:
 
 
 def _merges(path: Path) -> Iterator[tuple[str, str]]:
-    """The pairs of merges.txt, a line each. Not by `tokenizers`, which takes no path that is not UTF-8."""
+    """The pairs in merges.txt, one per line. Not read by `tokenizers`, which refuses paths that are not UTF-8."""
     for number, line in enumerate(decode_text(read_bytes(path), path).split("\n"), 1):
         if not (pair := line.rstrip("\r")) or pair.startswith("#version"):
             continue
@@ -125,7 +125,7 @@ def _merges(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _content(token: Any) -> str:
-    """Of a special token, which is written as a string or as an object."""
+    """The text of a special token, which is written as a string or as an object."""
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str) or not content:
         raise InputError(f"{token!r} is not a token; fix tokenizer_config.json or special_tokens_map.json")
@@ -152,14 +152,14 @@ def _with_ids(whole: Mapping[str, Any], config: Mapping[str, Any], learned: Mapp
 
 
 def _add(backend: Any, tokens: Sequence[_Added]) -> None:
-    """In this order; of those that are spelled alike the first counts. Raises InputError where one would not get its
-    id: the text encoder's rows would be another token's."""
+    """Adds tokens in this order; of those with equal text the first counts. Raises InputError if a token would not get
+    its own id, and so another token's embedding."""
     from tokenizers import AddedToken
 
     first: dict[str, _Added] = {}
     for added in tokens:
         first.setdefault(added.content, added)
-    # Each call makes all that were added before anew.
+    # Each call rebuilds all tokens that were added before.
     for special, batch in itertools.groupby(first.values(), lambda added: added.special):
         add = backend.add_special_tokens if special else backend.add_tokens
         add([AddedToken(added.content, special=special, **added.flags) for added in batch])

@@ -138,9 +138,9 @@ NO_MINII = (
     "base model minii: there is no such file or folder here, and it is not a Hub id (owner/name); did you mean mini?"
 )
 OPTIONS = {
-    "--model minii": (NO_MINII),
-    "--model minii --image gone.png --steps 0": (NO_MINII),
-    "--model minii --adapter gone.safetensors": (NO_MINII),
+    "--model minii": NO_MINII,
+    "--model minii --image gone.png --steps 0": NO_MINII,
+    "--model minii --adapter gone.safetensors": NO_MINII,
     f"--image a.png --layer-scales {'[' * 100_000}": (
         "--layer-scales: not JSON (nested more than 100 levels deep: too deep for any use); an example is "
         "'{\"mid\": 1}'"
@@ -388,8 +388,8 @@ def test_a_user_without_a_home_folder(tmp_path):
     assert errors == [
         "ipadapter-jax: ~/a.png: there is no home folder (HOME is not set, and this user has none); write the path "
         "without ~",
-        "ipadapter-jax: base model owner/name: not a path on this machine, and there is no place to keep it once it is "
-        "downloaded, as this user has no home folder; name one with HF_HOME",
+        "ipadapter-jax: base model owner/name: not a path on this machine, and it cannot be downloaded, as this user "
+        "has no home folder to store it in; name a folder with HF_HOME",
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "out.png"}  # no folder that is called ~
 

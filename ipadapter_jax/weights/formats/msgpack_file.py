@@ -28,13 +28,13 @@ def read_msgpack_file(path: Path) -> dict[str, MappedTensor]:
     tensors: dict[str, MappedTensor] = {}
     try:
         reader = _Reader(map_file(path))
-        for name, tensor in _walk(reader, (), 0):
+        for name, tensor in _tensors_of(reader, (), 0):
             reader.require(name not in tensors, f"two tensors are called {name[:60]!r}")
             tensors[name] = tensor
         reader.require(reader.position == len(reader.buffer), "bytes follow after its end")
     except _NotRead as error:
         raise unsupported_form(path, error.name, error.dtype) from None
-    except (struct.error, IndexError, ValueError) as error:  # a header beyond the end, no UTF-8
+    except (struct.error, IndexError, ValueError) as error:  # a header beyond the end, or text that is not UTF-8
         reason = str(error) if isinstance(error, _Malformed) else "it is cut short or damaged"
         raise WeightFileError(f"{path}: not a whole Flax msgpack file ({reason}); download it again") from None
     return tensors
@@ -45,7 +45,7 @@ class _Malformed(ValueError):
 
 
 class _NotRead(Exception):
-    """An array of numbers of a kind that is not read, such as float8."""
+    """An array of a data type that is not supported, such as float8."""
 
     def __init__(self, name: str, dtype: str):
         self.name, self.dtype = name, dtype
@@ -104,7 +104,7 @@ _EXTENSION = (range(0), {0xC7: "B", 0xC8: "H", 0xC9: "I"})
 _POWER_OF_TWO_EXTENSION = (range(0xD4, 0xD9), {})  # of 1, 2, 4, 8 or 16 bytes
 
 
-def _walk(reader: _Reader, path: tuple[str, ...], depth: int) -> Iterator[tuple[str, MappedTensor]]:
+def _tensors_of(reader: _Reader, path: tuple[str, ...], depth: int) -> Iterator[tuple[str, MappedTensor]]:
     """The dotted names and tensors of the map at the reader's position, depth first."""
     entries = reader.length(*_MAP)
     if entries is None or depth > _MAX_DEPTH:
@@ -116,7 +116,7 @@ def _walk(reader: _Reader, path: tuple[str, ...], depth: int) -> Iterator[tuple[
         reader.require(reader.cost <= _MAX_NAMES, "too many names")
         code = reader.buffer[reader.position]
         if code in _MAP[0] or code in _MAP[1]:
-            yield from _walk(reader, inner, depth + 1)
+            yield from _tensors_of(reader, inner, depth + 1)
         else:
             yield name, _array(reader, name[:60])
 
