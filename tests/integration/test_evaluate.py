@@ -134,8 +134,8 @@ def test_what_is_there_is_not_made_again_and_what_has_changed_is(place, tmp_path
     out = tmp_path / "out"
     shutil.copytree(place / "whole", out)
     scored = []
-    make = embeddings.make
-    monkeypatch.setattr(embeddings, "make", lambda chunk, *rest: (scored.append(chunk), make(chunk, *rest)))
+    embed = embeddings.embed_chunk
+    monkeypatch.setattr(embeddings, "embed_chunk", lambda chunk, *rest: (scored.append(chunk), embed(chunk, *rest)))
     forbid_sampling(monkeypatch)
     assert main(words(place, out, caption="best")) == 0 and not scored  # another choice needs no network
     prompts, before = ([*csv.DictReader((f / "prompts.csv").open())] for f in (out, place / "whole"))
