@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.ops.attention_kernels import kernel_for
-from ipadapter_jax.ops.attention_xla import Heads, by_head, chunked, dense
+from ipadapter_jax.ops.attention_xla import Heads, chunked, dense
 from ipadapter_jax.ops.batch_sharding import batch_shards, is_batch_sharded, shard_map_batch
+from ipadapter_jax.ops.cpu.per_head_attention import per_head_attention
 
 # Fewer logits than this are computed together; above it the queries are processed in chunks (for memory on
 # accelerators, for the cache on a CPU).
@@ -84,7 +85,7 @@ def _in_xla(q: Array, entries: Sequence[Heads], causal: bool) -> Array:
     batch, heads, length, _ = q.shape
     keys = sum(entry.key.shape[2] for entry in entries)
     if jax.default_backend() == "cpu" and length * keys > _CPU_HEAD_LOGITS and is_batch_sharded() and not causal:
-        return shard_map_batch(by_head, q, entries)
+        return shard_map_batch(per_head_attention, q, entries)
     if causal or batch * heads * length * keys <= _DENSE_LOGITS:
         return dense(q, entries, causal)
     logits_per_query = -(-batch // batch_shards()) * heads * keys  # on each device

@@ -49,13 +49,13 @@ def named_kernel(depth: int, dtype: DTypeLike) -> str | None:
     return "Pallas (splash)" if platform == "tpu" else None
 
 
-def _by_head(num_heads: int, *arrays: Array) -> list[Array]:
+def _split_heads(num_heads: int, *arrays: Array) -> list[Array]:
     """(B, L, C) -> (B, L, heads, d)."""
     return [x.reshape(*x.shape[:2], num_heads, -1) for x in arrays]
 
 
 def _cudnn(num_heads: int, query: Array, key: Array, value: Array) -> Array:
-    out = jax.nn.dot_product_attention(*_by_head(num_heads, query, key, value), implementation="cudnn")
+    out = jax.nn.dot_product_attention(*_split_heads(num_heads, query, key, value), implementation="cudnn")
     return out.reshape(query.shape)
 
 
@@ -117,7 +117,7 @@ def _splash(num_heads: int, query: Array, key: Array, value: Array, interpret: b
     """Pallas's kernel; `interpret` runs it on any device, slowly."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in _by_head(num_heads, query, key, value))
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in _split_heads(num_heads, query, key, value))
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     rows, columns = (next(size for size in (512, 256, _LANES) if x.shape[2] % size == 0) for x in (q, k))
     of_queries = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), rows)

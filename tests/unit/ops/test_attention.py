@@ -8,9 +8,10 @@ from attention_reference import exact, random
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ipadapter_jax.ops import attention, attention_xla
+from ipadapter_jax.ops import attention
 from ipadapter_jax.ops.attention import attend
 from ipadapter_jax.ops.batch_sharding import batch_sharded
+from ipadapter_jax.ops.cpu import per_head_attention
 
 FORMS = ("dense", "per head", "chunked")
 
@@ -22,14 +23,14 @@ def form(request, monkeypatch):
     if chosen == "per head":
         monkeypatch.setattr(jax, "device_count", lambda: 1)
         monkeypatch.setattr(attention, "_CPU_HEAD_LOGITS", 0)
-        monkeypatch.setattr(attention_xla, "HEAD_CHUNK", 128)
+        monkeypatch.setattr(per_head_attention, "HEAD_CHUNK", 128)
     if chosen == "chunked":
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         monkeypatch.setattr(attention, "_DENSE_LOGITS", 0)
         monkeypatch.setattr(attention, "_ACCELERATOR_CHUNK_LOGITS", 1)  # chunks of 128
     if chosen == "dense":
         monkeypatch.setattr(attention, "_DENSE_LOGITS", 1 << 40)
-    used = {"per head": "by_head", "chunked": "chunked", "dense": "dense"}[chosen]
+    used = {"per head": "per_head_attention", "chunked": "chunked", "dense": "dense"}[chosen]
     calls, function = [], getattr(attention, used)
     monkeypatch.setattr(attention, used, lambda *given: calls.append(given) or function(*given))
     yield chosen
