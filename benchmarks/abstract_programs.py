@@ -28,6 +28,7 @@ from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.runtime.mesh import batch_sharding, replicated
 from ipadapter_jax.testing.random_weights import SCHEDULER
 from ipadapter_jax.testing.sizes import FULL, ModelConfigs
+from ipadapter_jax.train.batches import FrozenModels, batch_of
 from ipadapter_jax.train.config import Data, Model, Optim, Train
 from ipadapter_jax.train.networks import Networks
 from ipadapter_jax.train.optim import make_optimizer, partition, trainable_mask
@@ -160,7 +161,7 @@ def abstract_step(
 
     frozen = {name: abstract_params(*part) for name, part in parts.items() if live or name != "image_encoder"}
     frozen = jax.tree.map(lambda leaf: given(leaf.shape, compute, frozen_sharding(mesh, leaf)), frozen)
-    frozen["empty_ids"] = given((77,), jnp.int32, replicated(mesh))
+    models = FrozenModels(given((77,), jnp.int32, replicated(mesh)), frozen)
     tokens = jnp.zeros((1, 4, sizes.unet.cross_attention_dim))
     trainable = {
         "image_proj": jax.eval_shape(networks.projection.init, random_keys.key(0), example_features(projection)),
@@ -171,7 +172,7 @@ def abstract_step(
     mask = trainable_mask(config.model)
     optimizer = make_optimizer(config.optim, mask)
     trainable = partition(frozen | {part: tree["params"] for part, tree in trainable.items()}, mask)
-    state = jax.eval_shape(functools.partial(init_train_state, optimizer=optimizer, config=config), trainable)
+    state = jax.eval_shape(functools.partial(init_train_state, optimizer=optimizer, dtype=dtype, ema=False), trainable)
     state = jax.tree.map(lambda x, sharding: given(x.shape, x.dtype, sharding), state, state_shardings(mesh, state))
     rows = functools.partial(given, sharding=batch_sharding(mesh))
     images = {
@@ -183,6 +184,6 @@ def abstract_step(
         "logvar": rows((batch, latent, latent, 4), compute),
         "features": rows((batch, sizes.image_encoder.projection_dim), compute),
     }
-    given_batch = (images if live else cached) | {"input_ids": rows((batch, 77), jnp.int32)}
+    given_batch = batch_of((images if live else cached) | {"input_ids": rows((batch, 77), jnp.int32)})
     make = functools.partial(make_step, networks, optimizer, config)
-    return Step(make, mesh, (state, frozen, given_batch), config)
+    return Step(make, mesh, (state, models, given_batch), config)

@@ -113,10 +113,10 @@ class Ours:
         self.networks, self.frozen = loaded.networks, loaded.frozen
         mask = trainable_mask(self.config.model)
         optimizer = make_optimizer(self.config.optim, mask)
-        trainable = partition(loaded.frozen | loaded.params, mask)
+        trainable = partition(loaded.frozen.params | loaded.params, mask)
 
         def begin(params: Any) -> Any:
-            return init_train_state(params, optimizer, self.config)
+            return init_train_state(params, optimizer, dtype=self.dtype, ema=False)
 
         shardings = state_shardings(self.mesh, jax.eval_shape(begin, trainable))
         self.state = jax.jit(begin, out_shardings=shardings)(trainable)
@@ -128,11 +128,12 @@ class Ours:
             out_shardings=(shardings, replicated(self.mesh)),
         )
 
-    def _batch(self) -> dict[str, Any]:
+    def _batch(self) -> Any:
+        from ipadapter_jax.train.batches import batch_of
         from ipadapter_jax.train.sharding import global_batch
 
         size = self.settings.batch_size
-        return global_batch(self.mesh, self.arrays, list(range(size)), size)
+        return batch_of(global_batch(self.mesh, self.arrays, list(range(size)), size))
 
     def draws(self, path: str) -> None:
         """Writes what chance decides in the first step, and the tokens of no text."""
@@ -143,7 +144,7 @@ class Ours:
         rows, timesteps = jnp.arange(self.settings.batch_size), self.networks.schedule.num_train_timesteps
         random_keys = random_draws(self.config.seed, jnp.int32(0), rows, self.networks.latent_shape, timesteps, DROP)
         found: dict[str, Any] = {name: np.asarray(value) for name, value in random_keys._asdict().items()}
-        np.savez(path, **found, empty_ids=np.asarray(self.frozen["empty_ids"]))
+        np.savez(path, **found, empty_ids=np.asarray(self.frozen.empty_ids))
 
     def first(self, _draws: str, path: str) -> None:
         """Writes loss, norm of the gradient and the gradient of the adapter's matrices in the first step."""

@@ -21,6 +21,7 @@ from ipadapter_jax.images.preprocess import clip_pixels, load_image
 from ipadapter_jax.runtime.mesh import replicated
 from ipadapter_jax.testing.random_weights import write_model
 from ipadapter_jax.testing.sizes import MICRO
+from ipadapter_jax.train.batches import TrainBatch, batch_of
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train
 from ipadapter_jax.train.networks import LoadedNetworks
 from ipadapter_jax.train.optim import make_optimizer, partition, trainable_mask
@@ -39,13 +40,15 @@ def tiny(**changes) -> Train:
     return changed(TINY, **changes)
 
 
-def recorded_batch(case: Case) -> dict[str, np.ndarray]:
+def recorded_batch(case: Case) -> TrainBatch:
     images = [load_image(ORACLES / "assets" / f"{name}.png") for name in case.meta["images"]["clip_images"]]
-    return {
-        "pixels": nhwc(case.inputs["images"]),
-        "clip_pixels": np.stack([clip_pixels(image, 224) for image in images]),
-        "input_ids": case.inputs["text_input_ids"],
-    }
+    return batch_of(
+        {
+            "pixels": nhwc(case.inputs["images"]),
+            "clip_pixels": np.stack([clip_pixels(image, 224) for image in images]),
+            "input_ids": case.inputs["text_input_ids"],
+        }
+    )
 
 
 def recorded_draws(case: Case, step: int = 0) -> RandomDraws:
@@ -66,7 +69,8 @@ def started(
     once. `params` in place of those that were loaded."""
     mask = trainable_mask(config.model)
     optimizer = make_optimizer(config.optim, mask)
-    state = init_train_state(partition(loaded.frozen | (params or loaded.params), mask), optimizer, config)
+    init: Any = {"dtype": config.model.dtype, "ema": config.optim.ema is not None}
+    state = init_train_state(partition(loaded.frozen.params | (params or loaded.params), mask), optimizer, **init)
     shardings = state_shardings(mesh, state)
     step = jax.jit(make_step(loaded.networks, optimizer, config, mesh), out_shardings=(shardings, replicated(mesh)))
     return jax.device_put(state, shardings), step

@@ -5,9 +5,7 @@ read both as one sequence, and only the image projection is trained. "full" is f
 embedding replace the text tokens, and the whole UNet is trained with the projection.
 """
 
-import contextlib
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -17,15 +15,10 @@ from jax import Array
 from ipadapter_jax.models.clip import CLIPTextConfig, TextOutput
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
-from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
-from ipadapter_jax.runtime.mesh import global_mesh
-from ipadapter_jax.train.config import Train, check
-from ipadapter_jax.train.dataset import open_samples
+from ipadapter_jax.train import trainer
+from ipadapter_jax.train.build import Variation
+from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import Networks
-from ipadapter_jax.train.preemption import CoordinatedShutdown
-from ipadapter_jax.train.run_dir import run_lock
-from ipadapter_jax.train.sharding import check_batch
-from ipadapter_jax.train.trainer import Run
 
 Joined = Literal["simple", "full"]
 LEARNS: dict[Joined, tuple[str, ...]] = {"simple": ("image_proj",), "full": ("unet", "image_proj")}
@@ -37,33 +30,13 @@ def join(how: Joined, text: Array, tokens: Array) -> Array:
 
 
 def train(config: Train, how: Joined) -> int:
-    """As `ipadapter-jax train`, with another prediction: resumable, the same batches, draws, loss and optimiser."""
-    check(config)
-    enable_compilation_cache()
-    mesh, folder = global_mesh(config.mesh.fsdp), Path(config.out)
-    check_batch(mesh, config.data.batch_size, config.optim.accumulate)
-    samples = open_samples(config, config.data.path)
-    with (
-        run_lock(folder),
-        CoordinatedShutdown() as stop,
-        contextlib.closing(_Run(how, config, mesh, folder, samples)) as run,
-    ):
-        return run.go(stop)
+    """As `ipadapter-jax train`, with another prediction: resumable, the same batches, draws, loss and optimizer."""
 
-
-class _Run(Run):
-    def __init__(self, how: Joined, *arguments: Any):
-        self._how: Joined = how
-        super().__init__(*arguments)
-
-    def _about(self) -> dict[str, Any]:
-        return super()._about() | {"joined": self._how}
-
-    def _build_state(self) -> None:
-        plain = self.loaded.networks
+    def joined(plain: Networks) -> Networks:
         parts = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-        self.loaded = dataclasses.replace(self.loaded, networks=_Networks(**parts, how=self._how))
-        super()._build_state()
+        return _Networks(**parts, how=how)
+
+    return trainer.train(config, Variation(joined, {"joined": how}))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

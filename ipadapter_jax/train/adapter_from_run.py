@@ -6,8 +6,7 @@ import jax
 import numpy as np
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.train.checkpoint import Checkpoints
-from ipadapter_jax.train.trainer import CHECKPOINTS
+from ipadapter_jax.train.run_dir import CHECKPOINTS
 from ipadapter_jax.weights.ip_adapter_file import IPAdapterFile, to_adapter
 from ipadapter_jax.weights.key_mapping import to_torch, torch_key
 from ipadapter_jax.weights.lazy import Tensor, in_memory
@@ -26,6 +25,8 @@ def _is_step(folder: Path) -> bool:
 def open_run(folder: Path) -> IPAdapterFile:
     """The adapter of a run's newest good checkpoint, or of the checkpoint named, of the moving average where the run
     keeps one, in float32. Raises InputError when no checkpoint is good, or when the run trains no whole adapter."""
+    from ipadapter_jax.train.checkpoint import Checkpoints  # here, as it takes orbax a second to be imported
+
     step = int(folder.name) if _is_step(folder) else None
     checkpoints = Checkpoints(folder / CHECKPOINTS if step is None else folder.absolute().parent, read_only=True)
     try:

@@ -7,6 +7,7 @@ asked for; both are caught here.
 """
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import itertools
@@ -16,7 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -33,6 +34,21 @@ T = TypeVar("T")
 
 class DamagedStep(Exception):
     """A step that is not what was saved."""
+
+
+class Restored(NamedTuple):
+    """A step that was read, and what was recorded about its run."""
+
+    step: int
+    state: Any
+    about: dict[str, Any]
+
+
+class SavedLeaves(NamedTuple):
+    """A step, and its leaves by path."""
+
+    step: int
+    leaves: dict[str, Any]
 
 
 class Checkpoints:
@@ -77,8 +93,8 @@ class Checkpoints:
         )
         self._or_explain(lambda: self._manager.save(step, args=items, force=True))
 
-    def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest good step as (step, state, about), or None when nothing was ever saved here.
+    def restore(self, template: Any) -> Restored | None:
+        """The newest good step, or None when nothing was ever saved here.
 
         `template` is the state's tree of jax.ShapeDtypeStruct with shardings, which may differ from those it was saved
         with. A damaged step is skipped, saying why, and moved to damaged-STEP once an older one proved good.
@@ -88,20 +104,19 @@ class Checkpoints:
         found = self._newest_good(lambda step: self._read(step, template))
         if found is None:
             return None
-        step, (state, about), damaged = found
-        for bad, reason in damaged.items():
+        for bad, reason in found.damaged.items():
             log.warning("%s: step %d is damaged and skipped: %s", self._folder, bad, reason)
-        self._set_aside(list(damaged))
-        return step, state, about
+        self._set_aside(list(found.damaged))
+        return found.content
 
-    def leaves(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
+    def leaves(self, step: int | None = None) -> SavedLeaves | None:
         """A step, by default the newest good one, and its leaves by path, as they were saved, on one device; None when
         nothing was ever saved here. Raises InputError when the step is damaged, or all are."""
         if step is None:
             found = self._newest_good(self._leaves)
-            return None if found is None else found[:2]
+            return None if found is None else SavedLeaves(found.step, found.content)
         try:
-            return step, self._leaves(step)
+            return SavedLeaves(step, self._leaves(step))
         except DamagedStep as error:
             raise InputError(f"{self._folder}: step {step} is damaged ({error}); take another") from None
 
@@ -109,7 +124,7 @@ class Checkpoints:
         """What was said about the run at its newest step with a good manifest, without reading arrays; None when
         nothing was ever saved here. Raises InputError when there are steps, all damaged."""
         found = self._newest_good(self._manifest)
-        return None if found is None else found[1]["about"]
+        return None if found is None else found.content["about"]
 
     def wait(self) -> None:
         """Until everything is written. Raises InputError when the last save failed."""
@@ -128,13 +143,13 @@ class Checkpoints:
                 "make room or repair the place, and run the same command again"
             ) from error
 
-    def _newest_good(self, read: Callable[[int], Any]) -> tuple[int, Any, dict[int, str]] | None:
+    def _newest_good(self, read: Callable[[int], T]) -> "_NewestGood[T] | None":
         """The newest step that `read` can read, what it returned, and the newer steps with what is wrong with them."""
         self._manager.reload()
         damaged: dict[int, str] = {}
         for step in sorted(map(int, self._manager.all_steps()), reverse=True):
             try:
-                return step, read(step), damaged
+                return _NewestGood(step, read(step), damaged)
             except DamagedStep as error:
                 damaged[step] = str(error)
         if damaged:
@@ -148,12 +163,13 @@ class Checkpoints:
         """An item's folder as orbax's kind of path."""
         return self._manager.directory / str(step) / name
 
-    def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
+    def _read(self, step: int, template: Any) -> Restored:
         manifest = self._manifest(step)
         wanted = named_leaves(template)
         self._check_kinds(step, _kinds(manifest), wanted)
         leaves = self._verified(step, manifest, wanted)
-        return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted]), manifest["about"]
+        state = jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted])
+        return Restored(step, state, manifest["about"])
 
     def _leaves(self, step: int) -> dict[str, Any]:
         manifest = self._manifest(step)
@@ -210,6 +226,15 @@ class Checkpoints:
             raise InputError(
                 f"{self._folder}: cannot rename the damaged step ({error.strerror}); make the folder writable"
             ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _NewestGood(Generic[T]):
+    """The newest step that could be read, what came of it, and what is wrong with the newer ones."""
+
+    step: int
+    content: T
+    damaged: dict[int, str]
 
 
 def _read_on_all(read: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ from ipadapter_jax.inputs.config_fields import build_config
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.storage.store import LocalStore
-from ipadapter_jax.train.config import Train
+from ipadapter_jax.train.config import Data, Model
 from ipadapter_jax.train.networks import LoadedNetworks, PrecomputedEncoder
 from ipadapter_jax.train.precompute import check_cache
 from ipadapter_jax.weights.components import IMAGE_ENCODER
@@ -29,9 +29,8 @@ log = logging.getLogger("ipadapter_jax")
 Samples = LiveSamples | CachedSamples
 
 
-def open_samples(config: Train, path: str) -> Samples:
+def open_samples(path: str, data: Data, model: Model) -> Samples:
     """Opens data in any known format. Raises InputError naming the path and what is wrong with it."""
-    data, model = config.data, config.model
     place = Path(expand_home(path))
     names = ("image_root", "image_column", "text_column", "cond_image_column")
     named = {name: getattr(data, name) for name in names if path == data.path}  # validation data may be others
@@ -70,11 +69,11 @@ def precomputed_encoder(samples: Samples) -> PrecomputedEncoder | None:
     return PrecomputedEncoder(config, samples.zero_features())
 
 
-def check_precomputed(samples: Samples, config: Train, loaded: LoadedNetworks) -> None:
+def check_precomputed(samples: Samples, loaded: LoadedNetworks, resolution: int, image_encoder: str) -> None:
     """Raises InputError, listing the differences, for precomputed features that were made for another run, and for
     validation data that need an image encoder where the training data do without."""
     if isinstance(samples, LiveSamples):
-        if loaded.networks.projection is not None and "image_encoder" not in loaded.frozen:
+        if loaded.networks.projection is not None and "image_encoder" not in loaded.frozen.params:
             raise InputError(
                 "the training data are precomputed, the validation data are images: encode those as well "
                 "(ipadapter-jax encode)"
@@ -86,9 +85,9 @@ def check_precomputed(samples: Samples, config: Train, loaded: LoadedNetworks) -
         samples,
         vae=loaded.sources["vae"],
         tokenizer=loaded.base.folder / "tokenizer",
-        resolution=config.data.resolution,
+        resolution=resolution,
         features=features,
-        image_encoder=_encoder_here(config.model.image_encoder) if features else None,
+        image_encoder=_encoder_here(image_encoder) if features else None,
     )
 
 

@@ -34,7 +34,7 @@ def export_run(
     projection = loaded.networks.projection
     if projection is None:
         return
-    params = {part: tree for part, tree in combine(trainable, loaded.frozen).items() if part != "unet"}
+    params = {part: tree for part, tree in combine(trainable, loaded.frozen.params).items() if part != "unet"}
     metadata = adapter_metadata(projection.config, step=step)
     save_ip_adapter(folder / ADAPTER, params, dtype=dtype, metadata=metadata)
     card = model_card(

@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from ipadapter_jax.train.batches import FrozenModels, TrainBatch
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.memory_estimate import peak_bytes
 from ipadapter_jax.train.state import TrainState
@@ -45,7 +46,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    make: Callable[[Mesh], Callable], mesh: Mesh, state: TrainState, frozen: dict[str, Any], batch: dict[str, Any]
+    make: Callable[[Mesh], Callable], mesh: Mesh, state: TrainState, frozen: FrozenModels, batch: TrainBatch
 ) -> MemoryPlan:
     """The plan of the step `make(mesh)` of train/step.py. Its arguments are global arrays, or their shapes with
     shardings; nothing is allocated or compiled.

@@ -21,6 +21,7 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.models.vae import VAE, Posterior, normalize
 from ipadapter_jax.runtime.mesh import replicated
+from ipadapter_jax.train.batches import FrozenModels
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.init import init_adapter, load_adapter_params, projection_config
 from ipadapter_jax.train.optim import trainable_mask
@@ -39,8 +40,7 @@ def _apply(module: Any, params: Tree, *inputs: Any, method: Callable | None = No
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Networks:
-    """What a step calls. `frozen` holds the weights of whatever does not learn, under these names, `empty_ids` (77,),
-    the tokens of no text, and with precomputed patches `zero_features` (L, F), those of a zero image."""
+    """The modules that a training step applies, without their weights."""
 
     unet: UNet
     vae: VAE
@@ -57,17 +57,17 @@ class Networks:
         vision = [] if self.image_encoder is None else [self.image_encoder.config]
         return *self.unet.config.head_dims, *(config.hidden_size // config.num_attention_heads for config in vision)
 
-    def posterior(self, frozen: dict[str, Any], pixels: Array) -> Posterior:
+    def posterior(self, frozen: FrozenModels, pixels: Array) -> Posterior:
         """pixels (B, H, W, 3) uint8 -> the unscaled posterior of their latents (B, h, w, C)."""
-        return _apply(self.vae, frozen["vae"], normalize(pixels), method=VAE.posterior)
+        return _apply(self.vae, frozen.params["vae"], normalize(pixels), method=VAE.posterior)
 
-    def text_states(self, frozen: dict[str, Any], ids: Array) -> Array:
-        return _apply(self.text_encoder, frozen["text_encoder"], ids).last_hidden_state
+    def text_states(self, frozen: FrozenModels, ids: Array) -> Array:
+        return _apply(self.text_encoder, frozen.params["text_encoder"], ids).last_hidden_state
 
-    def image_features(self, frozen: dict[str, Any], pixels: Array) -> Array:
+    def image_features(self, frozen: FrozenModels, pixels: Array) -> Array:
         """Normalised pixels (B, S, S, 3) -> what the projection reads: (B, F), or for patches (B, L, F)."""
         assert self.projection is not None
-        output = _apply(self.image_encoder, frozen["image_encoder"], pixels)
+        output = _apply(self.image_encoder, frozen.params["image_encoder"], pixels)
         return output.hidden_states[-2] if self.projection.config.uses_patches else output.image_embeds
 
     def predict(
@@ -85,10 +85,10 @@ class Networks:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LoadedNetworks:
-    """Networks, the weights of the frozen ones, the initial weights of what learns, and where all came from."""
+    """Networks, their frozen weights, the initial weights of the trainable parts, and the files that all came from."""
 
     networks: Networks
-    frozen: dict[str, Any]
+    frozen: FrozenModels
     params: dict[str, Tree]
     tokenizer: Tokenizer
     sources: dict[str, Path]
@@ -130,8 +130,10 @@ def load_networks(config: Train, mesh: Mesh, encoded: PrecomputedEncoder | None)
         latent_shape=(side, side, unet.config.in_channels),
     )
     length = networks.text_encoder.config.max_position_embeddings
-    frozen = {name: part.params for name, part in parts.items() if not mask.get(name)}
-    frozen["empty_ids"] = put_global(tokenize(tokenizer, [""], length)[0], replicated(mesh))
+    frozen = FrozenModels(
+        empty_ids=put_global(tokenize(tokenizer, [""], length)[0], replicated(mesh)),
+        params={name: part.params for name, part in parts.items() if not mask.get(name)},
+    )
     params = {"unet": parts["unet"].params} if mask["unet"] else {}
     sources = {name: part.source for name, part in parts.items()}
     base = LoadedNetworks(networks, frozen, params, tokenizer, sources, opened)
@@ -143,7 +145,7 @@ def _with_adapter(
 ) -> LoadedNetworks:
     """The image encoder, unless its features are given, and the adapter's networks and initial weights."""
     model, unet, compute = config.model, base.networks.unet, jnp.dtype(config.model.dtype)
-    frozen, sources = dict(base.frozen), dict(base.sources)
+    frozen, sources, zero_features = dict(base.frozen.params), dict(base.sources), None
     if encoded is None:
         loaded = open_image_encoder(model.image_encoder).load(compute, functools.partial(_onto, mesh))
         vision, frozen["image_encoder"] = loaded.module.config, loaded.params
@@ -151,7 +153,7 @@ def _with_adapter(
     else:
         vision = encoded.encoder
         if encoded.zero_features is not None:
-            frozen["zero_features"] = put_global(encoded.zero_features, replicated(mesh))
+            zero_features = put_global(encoded.zero_features, replicated(mesh))
     projection = projection_config(
         model.adapter,
         vision,
@@ -161,7 +163,7 @@ def _with_adapter(
         heads=model.resampler_heads,
     )
     widths = tuple(site.width for site in cross_attention_layers(unet.config))
-    unet_params = base.params.get("unet", base.frozen.get("unet"))
+    unet_params = base.params.get("unet", base.frozen.params.get("unet"))
     if model.init_from is None:  # compiled, as no process alone may hold all of a UNet that is split
         begin = functools.partial(init_adapter, unet_config=unet.config, projection=projection, seed=config.seed)
         adapter = jax.jit(begin, out_shardings=replicated(mesh))(unet_params)
@@ -178,7 +180,8 @@ def _with_adapter(
         projection=image_projection(projection, compute),
         adapter=IPAdapter(widths, compute),
     )
-    return LoadedNetworks(networks, frozen, params, base.tokenizer, sources, base.base)
+    models = FrozenModels(base.frozen.empty_ids, frozen, zero_features)
+    return LoadedNetworks(networks, models, params, base.tokenizer, sources, base.base)
 
 
 def latent_side(resolution: int, downscale: int, levels: int) -> int:

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, and what its processes have to agree about."""
+"""The folder of a run, which one run at a time holds and all of its processes share."""
 
 import contextlib
 import socket
@@ -15,6 +15,8 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.atomic_files import remove_partial_files
 from ipadapter_jax.storage.file_lock import file_lock
 from ipadapter_jax.train.multihost import broadcast_error, run_on_first
+
+CHECKPOINTS = "checkpoints"  # the folder of the checkpoints in it
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from jax import Array
 from jax.sharding import Mesh
 
 from ipadapter_jax.runtime.mesh import replicated
-from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.optim import LossScale
 from ipadapter_jax.train.sharding import optimizer_sharding
 
@@ -24,12 +23,20 @@ class TrainState(NamedTuple):
     loss_scale: LossScale
     bad_steps: Array  # int32, updates skipped in a row
 
+    @property
+    def averaged_params(self) -> dict[str, Any]:
+        """What is validated and exported: the moving average where one is kept, else the parameters."""
+        return self.params if self.ema is None else self.ema
 
-def init_train_state(params: dict[str, Any], optimizer: optax.GradientTransformation, config: Train) -> TrainState:
-    """`params` is the view that learns."""
-    ema = None if config.optim.ema is None else jax.tree.map(jnp.copy, params)
-    scale = LossScale.initial(config.model.dtype)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, scale, jnp.int32(0))
+
+def init_train_state(
+    params: dict[str, Any], optimizer: optax.GradientTransformation, *, dtype: str, ema: bool
+) -> TrainState:
+    """The state before the first step. `params`: the trainable parameters, as `partition` gives them; `dtype`: of the
+    computation; `ema`: whether a moving average is kept."""
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    scale = LossScale.initial(dtype)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), average, scale, jnp.int32(0))
 
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:

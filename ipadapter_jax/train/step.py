@@ -21,6 +21,7 @@ from ipadapter_jax.models.vae import Posterior
 from ipadapter_jax.ops.batch_sharding import batch_sharded
 from ipadapter_jax.runtime.mesh import batch_sharding, replicated
 from ipadapter_jax.runtime.random_keys import key
+from ipadapter_jax.train.batches import EncodedBatch, FrozenModels, TrainBatch
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import Networks
 from ipadapter_jax.train.optim import all_finite, combine, learning_rate, updates_done
@@ -28,10 +29,6 @@ from ipadapter_jax.train.sharding import optimizer_sharding
 from ipadapter_jax.train.state import TrainState
 
 _GATHERED = "gathered"  # the name of split weights made whole, for what the backward pass keeps
-
-Batch = dict[str, Array]
-"""Live: pixels (B, H, W, 3) and clip_pixels (B, S, S, 3) uint8. Cached: mean and logvar (B, h, w, 4), features (B, F)
-or (B, L, F). Always input_ids (B, 77)."""
 
 
 class RandomDraws(NamedTuple):
@@ -76,38 +73,43 @@ class DenoisingInputs(NamedTuple):
     features: Array | None  # (B, F) or (B, L, F)
 
 
-def denoising_inputs(networks: Networks, frozen: dict[str, Any], batch: Batch, draws: RandomDraws) -> DenoisingInputs:
+def denoising_inputs(
+    networks: Networks, frozen: FrozenModels, batch: TrainBatch, draws: RandomDraws
+) -> DenoisingInputs:
     """Latents with noise, text states and image features, dropped where the draws say so."""
     latents = networks.vae.sample(posterior(networks, frozen, batch), draws.posterior_noise)
     signal = jnp.asarray(networks.schedule.alphas_cumprod)[draws.timestep][:, None, None, None]
     alpha, sigma = jnp.sqrt(signal), jnp.sqrt(1 - signal)
     noisy = add_noise(alpha, sigma, latents, draws.noise)
     target = training_target(networks.schedule.prediction_type, alpha, sigma, latents, draws.noise)
-    ids = jnp.where(draws.drop_text[:, None], frozen["empty_ids"], batch["input_ids"])
+    ids = jnp.where(draws.drop_text[:, None], frozen.empty_ids, batch.input_ids)
     text = networks.text_states(frozen, ids)
     return DenoisingInputs(
         noisy, draws.timestep, target, text, image_features(networks, frozen, batch, draws.drop_image)
     )
 
 
-def posterior(networks: Networks, frozen: dict[str, Any], batch: Batch) -> Posterior:
+def posterior(networks: Networks, frozen: FrozenModels, batch: TrainBatch) -> Posterior:
     """The unscaled posterior of the latents, float32: cached, or made from the pixels."""
-    if "mean" in batch:
-        return Posterior(batch["mean"].astype(jnp.float32), batch["logvar"].astype(jnp.float32))
-    return networks.posterior(frozen, batch["pixels"])
+    if isinstance(batch, EncodedBatch):
+        return Posterior(batch.mean.astype(jnp.float32), batch.logvar.astype(jnp.float32))
+    return networks.posterior(frozen, batch.pixels)
 
 
-def image_features(networks: Networks, frozen: dict[str, Any], batch: Batch, drop: Array) -> Array | None:
+def image_features(networks: Networks, frozen: FrozenModels, batch: TrainBatch, drop: Array) -> Array | None:
     """The encoder's features. A dropped image is a zero embedding for the base variant and the states of zero pixels
     for the others: what their samplers use as the unconditional image."""
     if networks.projection is None:
         return None
     patches = networks.projection.config.uses_patches
-    if "features" in batch:
-        features = batch["features"]
-        dropped = frozen["zero_features"].astype(features.dtype) if patches else 0
+    if isinstance(batch, EncodedBatch):
+        assert batch.features is not None
+        features, dropped = batch.features, 0
+        if patches:
+            assert frozen.zero_features is not None
+            dropped = frozen.zero_features.astype(features.dtype)
     else:
-        pixels = jnp.asarray(CLIP_TABLE)[batch["clip_pixels"], jnp.arange(3)]
+        pixels = jnp.asarray(CLIP_TABLE)[batch.clip_pixels, jnp.arange(3)]
         if patches:
             pixels = jnp.where(drop[:, None, None, None], 0, pixels)
         features, dropped = networks.image_features(frozen, pixels), 0
@@ -124,15 +126,15 @@ def sample_losses(networks: Networks, params: dict[str, Any], inputs: DenoisingI
 
 def make_step(
     networks: Networks, optimizer: optax.GradientTransformation, config: Train, mesh: Mesh
-) -> Callable[[TrainState, dict[str, Any], Batch], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, FrozenModels, TrainBatch], tuple[TrainState, dict[str, Array]]]:
     """The jittable step (state, frozen, batch) -> (state, metrics). Donate the state."""
 
-    def gradient(state: TrainState, frozen: dict[str, Any], batch: Batch, draws: RandomDraws):
+    def gradient(state: TrainState, frozen: FrozenModels, batch: TrainBatch, draws: RandomDraws):
         with batch_sharded(mesh):
             inputs = denoising_inputs(networks, gathered(frozen, mesh), batch, draws)
 
         def scaled(trainable, frozen):
-            loss = sample_losses(networks, combine(trainable, gathered(frozen, mesh)), inputs).mean()
+            loss = sample_losses(networks, combine(trainable, gathered(frozen, mesh).params), inputs).mean()
             return loss * state.loss_scale.scale, loss
 
         if mesh.shape["fsdp"] > 1:  # the backward pass gathers again rather than keep whole weights
@@ -141,8 +143,8 @@ def make_step(
             (_, loss), grads = jax.value_and_grad(scaled, has_aux=True)(state.params, frozen)
         return loss, jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
 
-    def step(state: TrainState, frozen: dict[str, Any], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        size = batch["input_ids"].shape[0]
+    def step(state: TrainState, frozen: FrozenModels, batch: TrainBatch) -> tuple[TrainState, dict[str, Array]]:
+        size = batch.input_ids.shape[0]
         rows = jax.lax.with_sharding_constraint(jnp.arange(size), batch_sharding(mesh))
         timesteps, data = networks.schedule.num_train_timesteps, config.data
         drop = (data.drop_image, data.drop_text, data.drop_both)
@@ -184,7 +186,7 @@ def make_step(
     return step
 
 
-def gathered(frozen: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+def gathered(frozen: FrozenModels, mesh: Mesh) -> FrozenModels:
     """Frozen weights that are split over `fsdp`, each whole where it is used."""
     if mesh.shape["fsdp"] == 1:
         return frozen

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,13 @@ from ipadapter_jax.ops.batch_sharding import batch_sharded
 from ipadapter_jax.pipelines.ip_adapter import Adapter
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.runtime.mesh import batch_sharding, local_mesh, replicated
-from ipadapter_jax.train.config import Log, Train
+from ipadapter_jax.train.batches import EncodedBatch, FrozenModels, ImageBatch, TrainBatch, batch_of
+from ipadapter_jax.train.config import Log
 from ipadapter_jax.train.dataset import Samples, first_readable_sample
 from ipadapter_jax.train.networks import LoadedNetworks, Networks
 from ipadapter_jax.train.optim import combine
 from ipadapter_jax.train.sharding import global_batch, local_indices, replicate_leaves
 from ipadapter_jax.train.step import (
-    Batch,
     denoising_inputs,
     gathered,
     image_features,
@@ -54,23 +54,23 @@ _LEAST_SIDE = 192  # of an image in the grid, in pixels: labels need room
 class Validation:
     """A fixed batch, encoded once. All processes call its methods together."""
 
-    def __init__(self, config: Train, mesh: Mesh, loaded: LoadedNetworks, samples: Samples):
-        self._log, self._mesh, self._loaded = config.log, mesh, loaded
-        size = -(-config.log.validation_size // mesh.size) * mesh.size
+    def __init__(self, log: Log, mesh: Mesh, loaded: LoadedNetworks, samples: Samples):
+        self._log, self._mesh, self._loaded = log, mesh, loaded
+        size = -(-log.validation_size // mesh.size) * mesh.size
         rows = local_indices(mesh, size)
         found = [first_readable_sample(samples, row, size) for row in rows]
         arrays = {name: np.stack([sample[name] for sample in found]) for name in found[0]}
-        batch = global_batch(mesh, arrays, rows, size)
+        batch = batch_of(global_batch(mesh, arrays, rows, size))
         encode_all = jax.jit(functools.partial(_encoded, loaded.networks, mesh))
         self._batch, dropped = encode_all(loaded.frozen, batch)
         # What a dropped image is must have a name, though here none is dropped.
-        self._frozen = loaded.frozen | ({} if dropped is None else {"zero_features": dropped})
+        self._frozen = loaded.frozen if dropped is None else loaded.frozen._replace(zero_features=dropped)
         self._losses = jax.jit(make_validation_losses(loaded.networks, mesh), out_shardings=replicated(mesh))
-        self._prompts = self._image_prompts() if config.log.sample_steps else None
-        if config.log.clip is not None and self._prompts is None:
+        self._prompts = self._image_prompts() if log.sample_steps else None
+        if log.clip is not None and self._prompts is None:
             raise InputError("log.clip scores the sample grid: give log.sample_steps as well")
-        scores = config.log.clip is not None and jax.process_index() == 0
-        self._scorer = open_scorer(str(config.log.clip)).load() if scores else None
+        scores = log.clip is not None and jax.process_index() == 0
+        self._scorer = open_scorer(str(log.clip)).load() if scores else None
 
     def losses(self, trainable: Any) -> dict[str, float]:
         """By name, "validation_loss_0" being that of the least noisy quarter of the timesteps."""
@@ -78,33 +78,34 @@ class Validation:
         named = {f"validation_loss_{i}": float(loss) for i, loss in enumerate(losses)}
         return {"validation_loss": float(np.mean(losses)), **named}
 
-    def grid(self, trainable: Any, step: int) -> tuple[Image.Image | None, dict[str, float]]:
+    def grid(self, trainable: Any, step: int) -> "Grid":
         """A row for every image prompt: the reference and images of fixed seeds, without text, labelled; and by name
         what the scoring CLIP says of them. For process 0, which samples on its own devices; nothing for the others, and
         where there is to be none."""
         if self._prompts is None:
-            return None, {}
+            return Grid(None, {})
         local, loaded = local_mesh(), self._loaded
-        params = combine(trainable, loaded.frozen) | {name: loaded.frozen[name] for name in ("vae", "text_encoder")}
+        params = combine(trainable, loaded.frozen.params)
+        params |= {name: loaded.frozen.params[name] for name in ("vae", "text_encoder")}
         params = local_copy(replicate_leaves(params, self._mesh), local)
         if jax.process_index():
-            return None, {}
+            return Grid(None, {})
         groups = samples_of(pipeline_of(loaded, params, local), self._prompts, self._log)
         captions = [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in self._prompts.input_ids]
         image = grid_sheet(self._prompts, captions, groups, self._log, step)
         if self._scorer is None:
-            return image, {}
+            return Grid(image, {})
         scores = score(self._scorer, groups, self._prompts.references, [[caption] for caption in captions])
-        return image, {name: float(values.mean()) for name, values in scores.prompt_means().items()}
+        return Grid(image, {name: float(values.mean()) for name, values in scores.prompt_means().items()})
 
     def _image_prompts(self) -> "ImagePrompts":
-        vae, params = self._loaded.networks.vae, self._loaded.frozen["vae"]
+        vae, params = self._loaded.networks.vae, self._loaded.frozen.params["vae"]
 
-        def head(params: Any, batch: Batch) -> tuple[Array, Array, Any]:
-            posterior = Posterior(batch["mean"][:_IMAGES], batch["logvar"][:_IMAGES])
+        def head(params: Any, batch: EncodedBatch) -> tuple[Array, Array, Any]:
+            batch = jax.tree.map(lambda x: x[:_IMAGES], batch)
+            posterior = Posterior(batch.mean, batch.logvar)
             decoded: Any = vae.apply({"params": params}, vae.sample(posterior, 0.0), method=VAE.decode)
-            features = batch["features"][:_IMAGES] if "features" in batch else None
-            return decoded, batch["input_ids"][:_IMAGES], features
+            return decoded, batch.input_ids, batch.features
 
         decoded, input_ids, positive = jax.tree.map(
             lambda x: np.asarray(x.addressable_data(0)),
@@ -114,9 +115,16 @@ class Validation:
         if positive is None:
             return ImagePrompts(references, input_ids, None)
         negative = np.zeros_like(positive)
-        if "zero_features" in self._frozen:
-            negative[:] = np.asarray(self._frozen["zero_features"].addressable_data(0))
+        if self._frozen.zero_features is not None:
+            negative[:] = np.asarray(self._frozen.zero_features.addressable_data(0))
         return ImagePrompts(references, input_ids, np.stack([negative, positive]))
+
+
+class Grid(NamedTuple):
+    """The sample grid as an image, and the scores of its images by name."""
+
+    image: Image.Image | None
+    scores: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,38 +136,45 @@ class ImagePrompts:
     features: np.ndarray | None  # (2, n, ...), the negative ones first
 
 
-def _encoded(networks: Networks, mesh: Mesh, frozen: dict[str, Any], batch: Batch) -> tuple[Batch, Array | None]:
-    """A batch as precomputed features, encoded a row per device at a time, and what a dropped image is to a variant
-    that reads patches."""
-    frozen = gathered(frozen, mesh)
-    rows = batch["input_ids"].shape[0]
+class _Encoded(NamedTuple):
+    """A batch of features, and those of a dropped image for a variant that reads patches."""
 
-    def some(part: Batch) -> Batch:
-        keep = jnp.zeros(part["input_ids"].shape[0], bool)
+    batch: EncodedBatch
+    zero_features: Array | None
+
+
+def _encoded(networks: Networks, mesh: Mesh, frozen: FrozenModels, batch: TrainBatch) -> _Encoded:
+    """Encodes a batch, one sample per device at a time."""
+    frozen = gathered(frozen, mesh)
+    rows = batch.input_ids.shape[0]
+
+    def some(part: TrainBatch) -> EncodedBatch:
+        keep = jnp.zeros(part.input_ids.shape[0], bool)
         with batch_sharded(mesh):
             mean, log_variance = posterior(networks, frozen, part)
             features = image_features(networks, frozen, part, keep)
-        found = {"mean": mean, "logvar": log_variance, "input_ids": part["input_ids"]}
-        return found if features is None else found | {"features": features.astype(jnp.float32)}
+        features = None if features is None else features.astype(jnp.float32)
+        return EncodedBatch(features, part.input_ids, log_variance, mean)
 
     parts = jax.lax.map(some, in_parts(batch, rows // mesh.size))
     whole_rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, *x.shape[2:]), parts)
     spread = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh)), whole_rows)
     if networks.projection is None or not networks.projection.config.uses_patches:
-        return spread, None
-    if "zero_features" in frozen:
-        return spread, frozen["zero_features"]
-    side = batch["clip_pixels"].shape[1]
-    return spread, networks.image_features(frozen, jnp.zeros((1, side, side, 3)))[0]
+        return _Encoded(spread, None)
+    if frozen.zero_features is not None:
+        return _Encoded(spread, frozen.zero_features)
+    assert isinstance(batch, ImageBatch) and batch.clip_pixels is not None
+    side = batch.clip_pixels.shape[1]
+    return _Encoded(spread, networks.image_features(frozen, jnp.zeros((1, side, side, 3)))[0])
 
 
-def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, dict[str, Any], Batch], Array]:
+def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, FrozenModels, EncodedBatch], Array]:
     """(learnt, frozen, batch) -> mean loss per bucket of timesteps (BUCKETS,), nothing dropped, noise fixed."""
     total = networks.schedule.num_train_timesteps
     width = total // BUCKETS
 
-    def losses(trainable: Any, frozen: dict[str, Any], batch: Batch) -> Array:
-        size = batch["input_ids"].shape[0]
+    def losses(trainable: Any, frozen: FrozenModels, batch: EncodedBatch) -> Array:
+        size = batch.input_ids.shape[0]
         rows = jax.lax.with_sharding_constraint(jnp.arange(size), batch_sharding(mesh))
 
         def of_bucket(bucket: Array) -> Array:
@@ -169,7 +184,7 @@ def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, dic
             full = gathered(frozen, mesh)
             with batch_sharded(mesh):
                 return sample_losses(
-                    networks, combine(trainable, full), denoising_inputs(networks, full, batch, draws)
+                    networks, combine(trainable, full.params), denoising_inputs(networks, full, batch, draws)
                 ).mean()
 
         return jax.lax.map(of_bucket, jnp.arange(BUCKETS))

@@ -14,7 +14,7 @@ import jax
 
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.checksums import tree_checksums
-from ipadapter_jax.train.trainer import CHECKPOINTS
+from ipadapter_jax.train.run_dir import CHECKPOINTS
 from tests.fault_injection.runs import contents, hold, logged, outcome, prepare, run_here
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.export import ADAPTER
 from ipadapter_jax.train.precompute import PrecomputeConfig, precompute
-from ipadapter_jax.train.trainer import CHECKPOINTS
+from ipadapter_jax.train.run_dir import CHECKPOINTS
 from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
 from tests.fault_injection.runs import changed, contents, hold, logged, outcome, prepare, quiet, refusal, run_here
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ipadapter_jax.train.config import Train
-from ipadapter_jax.train.trainer import CHECKPOINTS
+from ipadapter_jax.train.run_dir import CHECKPOINTS
 from tests.fault_injection.runs import HEARTBEAT, Job, hold, logged, outcome, prepare
 
 _GRACE = 5  # seconds beyond the heartbeat that a survivor may take

@@ -13,6 +13,7 @@ from ipadapter_jax.data.feature_shards import ShardWriter
 from ipadapter_jax.data.shuffle import record_order
 from ipadapter_jax.runtime.mesh import global_mesh
 from ipadapter_jax.storage.store import LocalStore
+from ipadapter_jax.train.build import build
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.checksums import tree_checksums
 from ipadapter_jax.train.config import Train
@@ -20,7 +21,8 @@ from ipadapter_jax.train.dataset import open_samples
 from ipadapter_jax.train.export import ADAPTER
 from ipadapter_jax.train.precompute import PrecomputeConfig, precompute
 from ipadapter_jax.train.preemption import CoordinatedShutdown
-from ipadapter_jax.train.trainer import CHECKPOINTS, Run
+from ipadapter_jax.train.run_dir import CHECKPOINTS
+from ipadapter_jax.train.trainer import run_steps
 from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
 from tests.fault_injection.runs import changed, hold, logged, prepare, quiet, refusal, run_here
 
@@ -107,11 +109,12 @@ def _poisoned(cache: Path, out: Path, bad: dict[int, float]) -> Path:
 
 
 def _frozen_before_and_after(config: Train) -> list[dict[str, str]]:
-    samples = open_samples(config, config.data.path)
-    with quiet(), contextlib.closing(Run(config, global_mesh(), Path(config.out), samples)) as run:
+    samples = open_samples(config.data.path, config.data, config.model)
+    with quiet(), contextlib.ExitStack() as files:
+        run, state = build(config, global_mesh(), Path(config.out), samples, files)
         before = tree_checksums(run.loaded.frozen)
         with CoordinatedShutdown() as stop:
-            run.go(stop)
+            run_steps(run, state, stop)
         return [before, tree_checksums(run.loaded.frozen)]
 
 

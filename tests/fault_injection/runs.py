@@ -24,7 +24,8 @@ from ipadapter_jax.testing.sizes import NANO
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.config import Checkpoint, Data, Log, Mesh, Model, Optim, Train
 from ipadapter_jax.train.export import ADAPTER
-from ipadapter_jax.train.trainer import CHECKPOINTS, train
+from ipadapter_jax.train.run_dir import CHECKPOINTS
+from ipadapter_jax.train.trainer import train
 
 SIDE = 8  # of the training images, in pixels
 HEARTBEAT = 10  # seconds; less than the default, so that a lost process is noticed within the patience of a test

@@ -15,6 +15,7 @@ from training import micro, micro_model, photographs, started
 
 from ipadapter_jax.data.loader import load_batches
 from ipadapter_jax.runtime.mesh import TRAIN_AXES
+from ipadapter_jax.train.batches import batch_of
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.dataset import open_samples
 from ipadapter_jax.train.networks import load_networks
@@ -32,14 +33,14 @@ def mesh_of(devices: int, fsdp: int = 1):
 
 def losses(config: Train, mesh, steps: int = 10):
     """The losses of the first steps, and the last state, of a run on this mesh."""
-    samples = open_samples(config, config.data.path)
+    samples = open_samples(config.data.path, config.data, config.model)
     loaded = load_networks(config, mesh, None)
     size = config.data.batch_size
     rows = local_indices(mesh, size)
     state, step = started(config, mesh, loaded)
     found = []
     for batch in load_batches(samples, seed=0, batch_size=size, rows=rows, first=0, count=steps, threads=2):
-        state, metrics = step(state, loaded.frozen, global_batch(mesh, batch.arrays, rows, size))
+        state, metrics = step(state, loaded.frozen, batch_of(global_batch(mesh, batch.arrays, rows, size)))
         found.append(float(metrics["loss"]))
     return np.asarray(found), state, loaded
 
@@ -66,7 +67,7 @@ def test_four_devices(run, expected) -> None:
 def test_fsdp(run, expected) -> None:
     found, _, loaded = losses(run, mesh_of(4, fsdp=2))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    kernels = [leaf for leaf in jax.tree.leaves(loaded.frozen["unet"]) if leaf.ndim == 4]
+    kernels = [leaf for leaf in jax.tree.leaves(loaded.frozen.params["unet"]) if leaf.ndim == 4]
     assert all(leaf.addressable_shards[0].data.size == leaf.size // 2 for leaf in kernels if leaf.shape[-1] % 2 == 0)
 
 

@@ -28,6 +28,7 @@ from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.runtime.mesh import batch_sharding, global_mesh
 from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train import precompute as precompute_module
+from ipadapter_jax.train.batches import FrozenModels, batch_of
 from ipadapter_jax.train.frozen_encoders import load_frozen_encoders
 from ipadapter_jax.train.networks import load_networks
 from ipadapter_jax.train.precompute import PrecomputeConfig, check_cache, precompute, precompute_shards
@@ -93,26 +94,26 @@ def test_training_sees_the_same_from_the_cache_as_live(images, whole, tmp_path, 
 
     def batch(source):
         arrays = {name: np.stack([source[i][name] for i in (0, 3, 4, 10)]) for name in source[0]}
-        return jax.device_put(arrays, batch_sharding(mesh))
+        return jax.device_put(batch_of(arrays), batch_sharding(mesh))
 
     live, cached = batch(samples), batch(cache)
 
     @jax.jit
     def encoders(frozen, batch):
-        posterior = networks.posterior(frozen, batch["pixels"])
-        normalised = jnp.asarray(CLIP_TABLE)[batch["clip_pixels"], jnp.arange(3)]
+        posterior = networks.posterior(frozen, batch.pixels)
+        normalised = jnp.asarray(CLIP_TABLE)[batch.clip_pixels, jnp.arange(3)]
         return *posterior, networks.image_features(frozen, normalised)
 
     for name, array in zip(("mean", "logvar", "features"), encoders(frozen, live), strict=True):
-        np.testing.assert_array_equal(cached[name], array, err_msg=name)
+        np.testing.assert_array_equal(getattr(cached, name), array, err_msg=name)
 
     noise, posterior_noise = np.random.default_rng(0).normal(size=(2, 4, *networks.latent_shape)).astype(np.float32)
     some = np.array([True, False, False, True])
     draws = RandomDraws(some, ~some, np.array([0, 10, 500, 999], np.int32), noise, posterior_noise)
     step_inputs = jax.jit(functools.partial(denoising_inputs, networks))
-    without_encoder = {name: tree for name, tree in frozen.items() if name != "image_encoder"}
-    if adapter == "plus":
-        without_encoder["zero_features"] = cache.zero_features()
+    without_encoder = {name: tree for name, tree in frozen.params.items() if name != "image_encoder"}
+    zero_features = cache.zero_features() if adapter == "plus" else None
+    without_encoder = FrozenModels(frozen.empty_ids, without_encoder, zero_features)
     expected, found = step_inputs(frozen, live, draws), step_inputs(without_encoder, cached, draws)
     for name in expected._fields:
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-6, err_msg=name)

@@ -137,7 +137,7 @@ def test_the_environments_generator_changes_nothing(done, run, tmp_path) -> None
 
 
 def test_another_generator_is_refused(done, run, monkeypatch) -> None:
-    monkeypatch.setattr("ipadapter_jax.train.trainer.GENERATOR", "philox")
+    monkeypatch.setattr("ipadapter_jax.train.build.GENERATOR", "philox")
     with pytest.raises(InputError, match='generator: "threefry2x32, partitionable" -> "philox"'):
         train(changed(run, out=str(done), steps=STEPS + 4))
 

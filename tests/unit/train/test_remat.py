@@ -7,7 +7,7 @@ import pytest
 from training import changed, micro, photographs
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.train import trainer
+from ipadapter_jax.train import build
 from ipadapter_jax.train.memory import MemoryPlan
 from ipadapter_jax.train.step import make_step
 from ipadapter_jax.train.trainer import train
@@ -36,9 +36,9 @@ def crowded(monkeypatch):
             make(mesh)
             return MemoryPlan(0, 0, 0, 0, needed if seen[-1] else 150)
 
-        monkeypatch.setattr(trainer, "make_step", recorded)
-        monkeypatch.setattr(trainer, "plan_memory", plan_memory)
-        monkeypatch.setattr(trainer, "device_memory_limit", lambda: 110)
+        monkeypatch.setattr(build, "make_step", recorded)
+        monkeypatch.setattr(build, "plan_memory", plan_memory)
+        monkeypatch.setattr(build, "device_memory_limit", lambda: 110)
         return seen
 
     return crowd

@@ -11,6 +11,7 @@ from training import LIGHT, PLUS, micro, recorded_batch, recorded_draws, started
 
 from ipadapter_jax.runtime.mesh import TRAIN_AXES, global_mesh
 from ipadapter_jax.train import step as step_module
+from ipadapter_jax.train.batches import batch_of
 from ipadapter_jax.train.networks import LoadedNetworks, load_networks
 from ipadapter_jax.train.optim import LossScale, combine, partition, trainable_mask
 from ipadapter_jax.train.sharding import global_batch, local_indices
@@ -35,13 +36,15 @@ def in_torch_names(params) -> dict[str, np.ndarray]:
 
 def loss_and_gradients(loaded: LoadedNetworks, config, case: Case):
     mask = trainable_mask(config.model)
-    trainable = partition(loaded.frozen | loaded.params, mask)
+    trainable = partition(loaded.frozen.params | loaded.params, mask)
 
     def compute(trainable, frozen, batch, draws):
         inputs = denoising_inputs(loaded.networks, frozen, batch, draws)
-        return inputs, *jax.value_and_grad(lambda v: sample_losses(loaded.networks, combine(v, frozen), inputs).mean())(
-            trainable
-        )
+
+        def mean_loss(trainable):
+            return sample_losses(loaded.networks, combine(trainable, frozen.params), inputs).mean()
+
+        return inputs, *jax.value_and_grad(mean_loss)(trainable)
 
     inputs, loss, grads = jax.jit(compute)(trainable, loaded.frozen, recorded_batch(case), recorded_draws(case))
     return inputs, loss, in_torch_names(grads)
@@ -120,7 +123,7 @@ def short_run():
         "clip_pixels": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
         "input_ids": np.full((8, 77), 5, np.int32),
     }
-    return loaded, state, step, global_batch(mesh, arrays, rows, 8)
+    return loaded, state, step, batch_of(global_batch(mesh, arrays, rows, 8))
 
 
 def test_frozen_parts_stay_and_have_no_state(short_run) -> None:
