@@ -1,4 +1,4 @@
-"""The adapter in a checkpoint of a run: what a run that was stopped has learnt, without starting it."""
+"""Reads the adapter out of a checkpoint of a run, without starting the run."""
 
 from pathlib import Path
 

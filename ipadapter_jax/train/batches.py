@@ -1,4 +1,4 @@
-"""What a training step takes beside its state: a batch of images or of precomputed features, and the frozen models.
+"""What a training step takes next to its state: a batch of images or of precomputed features, and the frozen models.
 
 Fields are in alphabetical order, which is the order of a program's arguments: compiled programs stay valid.
 """

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: written while it goes on, proved to the bit when read, and a damaged one never in the way.
+"""Checkpoints of a run: written in the background, verified bit by bit when read, with damaged ones set aside.
 
 A step is a folder of orbax with two items: `state`, the leaves of the training state under their paths, and `manifest`,
 a JSON object with a digest of every leaf, whatever the caller says about the run, and a digest of its own. Orbax makes
-a step appear under its name only when it is whole, but gives its bytes no checksums and casts to the dtype that is
-asked for; both are caught here.
+a step appear under its name only when it is whole, but stores no checksums, and casts to the requested
+dtype silently; both are checked here.
 """
 
 import contextlib
@@ -55,17 +55,17 @@ class Checkpoints:
     """The steps below `folder`. In a job of several processes all of them call every method, on a shared folder."""
 
     def __init__(self, folder: Path, *, keep_last: int = 1, keep_every: int | None = None, read_only: bool = False):
-        """Removes what killed runs left half written. Of the saved steps the newest `keep_last` stay, and the multiples
-        of `keep_every`. With `read_only` nothing is changed, so that the run may be going on.
+        """Removes the partial steps of killed runs. Of the saved steps the newest `keep_last` stay, and the multiples
+        of `keep_every`. With `read_only` nothing is changed: the run may be in progress.
 
         Raises InputError when the folder cannot be made or written.
         """
-        kept = [LatestN(keep_last)] + ([EveryNSteps(keep_every)] if keep_every else [])
+        policies = [LatestN(keep_last)] + ([EveryNSteps(keep_every)] if keep_every else [])
         self._folder = folder.absolute()
-        for noisy in ("absl", "asyncio"):  # what orbax fails at reaches us as exceptions; here it prints pages
+        for noisy in ("absl", "asyncio"):  # orbax logs long texts on failures that it also raises
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(kept),
+            preservation_policy=AnyPreservationPolicy(policies),
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             save_root_metadata=False,
@@ -79,7 +79,8 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, about: dict[str, Any]) -> None:
         """Writes a pytree of jax.Arrays and a JSON object in the background. `state` may be donated as soon as this
-        returns: its bytes are on the host, or held against being overwritten. A step that is there is left as it is.
+        returns: its bytes are on the host, or protected from being overwritten. A step that exists is not written
+        again.
 
         Raises InputError when this save or, more often, the one before it failed; the steps before that are intact.
         """
@@ -202,14 +203,14 @@ class Checkpoints:
     def _check_kinds(self, step: int, saved: dict[str, str], wanted: dict[str, Any]) -> None:
         """Raises InputError naming leaves that the state has and the step has not, or as something else, or vice versa:
         nothing is damaged then, it is another run."""
-        asked = {name: dtype_and_shape(leaf) for name, leaf in wanted.items()}
-        if saved == asked:
+        expected = {name: dtype_and_shape(leaf) for name, leaf in wanted.items()}
+        if saved == expected:
             return
-        odd = sorted(name for name in saved | asked if saved.get(name) != asked.get(name))
+        odd = sorted(name for name in saved | expected if saved.get(name) != expected.get(name))
         first = odd[0]
         raise InputError(
             f"{self._folder}: step {step} was saved by another configuration: {_some(odd)} "
-            f"({saved.get(first, 'absent')} there, {asked.get(first, 'absent')} here); "
+            f"({saved.get(first, 'absent')} there, {expected.get(first, 'absent')} here); "
             "resume with the configuration it was saved by, or choose another folder"
         )
 
@@ -256,7 +257,7 @@ def _read_on_all(read: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def _silenced_unraisable_errors() -> Iterator[None]:
-    """When one read of orbax fails, it abandons the others, and Python prints a page for each as it frees them."""
+    """When one read of orbax fails, it abandons the others, and Python prints a long text for each as it frees them."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:
@@ -267,7 +268,7 @@ def _silenced_unraisable_errors() -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in one line of readable length. Messages of tensorstore begin with what was tried, come to the
-    point at the end, and append pages of [name='...']."""
+    point at the end, and append long lists of [name='...']."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,16 +1,16 @@
-"""A digest of every array of a tree, computed where the arrays are and the same however they are laid out.
+"""A checksum of every array of a tree, computed on the devices and independent of the sharding.
 
-The digest of a leaf is two sums modulo 2^32 over its elements, of the element's bits mixed with its place:
+The checksum of a leaf is two sums modulo 2^32 over its elements, of the element's bits mixed with its index:
 
     y = mix(bits ^ mix(index)),    sum of y,    sum of mix(y + constant)
 
 `index` counts the elements of the global array in row-major order. Addition modulo 2^32 has no order and no rounding:
 the sums are exact, the same on any number of devices and processes, and nothing is gathered.
 
-One changed element never goes unnoticed: `mix` is a bijection of 32-bit numbers, and so is the exclusive or with a
-fixed number. At a fixed place other bits give another y, and as no other term changes, both sums change. Changes of
-several elements, exchanged ones among them, pass with a chance of about 2^-64. This finds accidents; it does not
-withstand somebody who wants to fool it.
+One changed element is always noticed: `mix` is a bijection of 32-bit numbers, and so is the exclusive or with a
+fixed number. At a fixed index other bits give another y, and as no other term changes, both sums change. Changes of
+several elements, exchanged ones among them, pass with a chance of about 2^-64. This detects accidents, not
+attacks.
 """
 
 import functools
@@ -36,7 +36,7 @@ def tree_checksums(tree: Any) -> dict[str, str]:
     A leaf with a NamedSharding must have a mesh of Auto axes. In a job of several processes all of them call this.
     """
     leaves = named_leaves(tree)
-    # One after the other: programs that run at once may meet their like in another process in another order, and hang.
+    # One after the other: concurrent programs may meet those of another process in another order, and deadlock.
     sums = [jax.device_get(_sums(leaf, _replicated_like(leaf))) for leaf in leaves.values()]
     return {
         name: f"{dtype_and_shape(leaf)}:{first:08x}{second:08x}"
@@ -45,7 +45,7 @@ def tree_checksums(tree: Any) -> dict[str, str]:
 
 
 def tree_fingerprint(checksums: Mapping[str, str]) -> str:
-    """One sha256 for the digests of a whole tree."""
+    """One sha256 for the checksums of a whole tree."""
     return hashlib.sha256(json.dumps(dict(checksums), sort_keys=True).encode()).hexdigest()
 
 
@@ -91,7 +91,7 @@ def _bits(leaf: Array) -> Array:
 
 
 def _index(shape: tuple[int, ...]) -> Array:
-    """The place of every element in row-major order, modulo 2^32."""
+    """The index of every element in row-major order, modulo 2^32."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -99,8 +99,8 @@ def _index(shape: tuple[int, ...]) -> Array:
 
 
 def _mix(x: Array) -> Array:
-    """A bijection of 32-bit numbers that spreads every bit over all: the finaliser of MurmurHash3 (fmix32), made of
-    exclusive or with a right shift and multiplication by an odd number, both of which can be undone."""
+    """A bijection of 32-bit numbers in which every bit affects all others: the finalizer of MurmurHash3 (fmix32), made
+    of exclusive or with a right shift and multiplication by an odd number, both of which can be undone."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

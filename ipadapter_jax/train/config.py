@@ -32,10 +32,10 @@ class Model:
     init_from: PathOrHubId | None = None
     """Begin from this adapter (.safetensors, .bin, or a place on the Hub), not from the paper's initial weights."""
     train: tuple[Literal["unet", "image_proj", "ip_adapter"], ...] = ("image_proj", "ip_adapter")
-    """The parts that learn; all others are frozen."""
+    """The trainable parts; all others are frozen."""
     dtype: Dtype = "bfloat16"
-    """Of the computation and of frozen weights; what learns is kept in float32, and begins as copies of the frozen keys
-    and values in this dtype. float16 scales its loss."""
+    """Of the computation and of frozen weights; trainable parameters are float32, and start as copies of the
+    frozen keys and values in this dtype. float16 scales its loss."""
     remat: Literal["auto", "always", "never"] = "auto"
     """Compute the inside of the UNet's blocks again in the backward pass: a third of the activations for a third more
     work. auto: where a step would not fit into a device's memory otherwise."""
@@ -46,7 +46,7 @@ class Model:
 @accepts_former_names
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where samples come from and how they are drawn."""
+    """Where samples come from and how they are loaded."""
 
     path: PathOrHubId = ""
     """JSON list, folder, tar shards, Parquet, ArrayRecord, a tfds directory, or what `ipadapter-jax encode` wrote."""
@@ -83,7 +83,7 @@ class Optim:
 
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
-    """Decoupled, on everything that learns, as the authors'."""
+    """Decoupled, on all trainable parameters, as the authors'."""
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -137,10 +137,10 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """How the devices share the work: the batch over all of them, the optimiser's state too."""
+    """How the work is sharded: the batch and the optimizer's state over all devices."""
 
     fsdp: int = 1
-    """Devices in a group that splits the frozen weights; 1 keeps a whole copy on every device."""
+    """Devices in a group that shards the frozen weights; with 1, every device has a whole copy."""
     coordinator: str | None = None
     """host:port of process 0, for several processes without SLURM or a TPU pod."""
     processes: int | None = None
@@ -153,7 +153,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Trains an IP-Adapter. A run that was stopped goes on from its newest checkpoint in `out`."""
+    """Trains an IP-Adapter. A run that was stopped resumes from its newest checkpoint in `out`."""
 
     out: PathOrHubId = "runs/adapter"
     """Folder of the run: checkpoints, logs, adapter.safetensors."""
@@ -169,7 +169,7 @@ class Train:
     """Print what every host would run, and stop."""
 
 
-# These may change when a run goes on: they do not touch what is learnt.
+# These may change when a run resumes: they do not affect the trained weights.
 _FREE = (
     "out",
     "steps",
@@ -244,7 +244,7 @@ def check(config: Train) -> None:
 
 def _check_model(model: Model) -> None:
     if not model.train or len(set(model.train)) != len(model.train):
-        raise InputError(f"--model.train {' '.join(model.train) or '(nothing)'}: name each part that learns once")
+        raise InputError(f"--model.train {' '.join(model.train) or '(nothing)'}: name each trainable part once")
     adapter_parts = {"image_proj", "ip_adapter"} & set(model.train)
     if model.adapter == "none" and (adapter_parts or model.init_from):
         raise InputError("--model.adapter none has no image_proj and ip_adapter to train: say --model.train unet")
@@ -253,12 +253,12 @@ def _check_model(model: Model) -> None:
 
 
 def check_batch_memory(config: Train, processes: int) -> None:
-    """Raises InputError when a process could not hold its share of a batch."""
+    """Raises InputError when a process could not hold its part of a batch."""
     data, log = config.data, config.log
-    rows = max(data.batch_size, log.validation_size if log.validate_every else 0)
-    what = f"a batch of {rows:,} images of {data.resolution} pixels"
+    samples = max(data.batch_size, log.validation_size if log.validate_every else 0)
+    what = f"a batch of {samples:,} images of {data.resolution} pixels"
     check_memory(
-        3 * data.resolution**2 * rows // processes, what, "give a smaller --data.batch-size or --log.validation-size"
+        3 * data.resolution**2 * samples // processes, what, "give a smaller --data.batch-size or --log.validation-size"
     )
 
 

@@ -20,7 +20,7 @@ _SHOWN = ("JAX_", "XLA_", "LIBTPU_", "NCCL_", "CUDA_VISIBLE_DEVICES")  # variabl
 
 
 def dry_run_report(config: Train, command: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
-    """What every process of the run would be: its command line with the variables that matter, and its share of mesh
+    """What every process of the run would be: its command line with the variables that matter, and its part of mesh
     and batch. `command` is the whole command line of this process. Other hosts are taken to have as many devices.
 
     Raises InputError for addresses, and for a mesh or a batch, that cannot be.
@@ -38,15 +38,17 @@ def dry_run_report(config: Train, command: Sequence[str], environment: Mapping[s
     lines = [
         f"processes: {processes}, each with {len(devices)} x {devices[0].device_kind}",
         f"mesh: {total // fsdp} (data) x {fsdp} (fsdp)",
-        f"batch: {batch} rows, {batch // total} on every device",
+        f"batch: {batch} samples, {batch // total} on every device",
     ]
-    rows = batch // processes
+    samples = batch // processes
     for process in range(processes):
         own = []
         if cluster is not None:
             values = (config.mesh.coordinator, processes, process)
             own = [str(word) for pair in zip(_OWN_OPTIONS, values, strict=True) for word in pair]
-        lines.append(f"process {process}, rows {process * rows} to {(process + 1) * rows - 1} of every batch, runs:")
+        lines.append(
+            f"process {process}, samples {process * samples} to {(process + 1) * samples - 1} of every batch, runs:"
+        )
         lines.append(f"  {_line([*words, *own], environment)}")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What a run leaves for others: adapter.safetensors with its page, and the UNet where that was trained."""
+"""What a run exports: adapter.safetensors with its model card, and the UNet where that was trained."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ ADAPTER = "adapter.safetensors"
 def export_run(
     folder: Path, trainable: Any, config: Train, loaded: LoadedNetworks, about: dict[str, Any], step: int
 ) -> None:
-    """Writes `trainable`, a view with arrays of this process, into the folder of the run.
+    """Writes `trainable`, partitioned parameters as arrays of this process, into the folder of the run.
 
     Raises InputError when something is not finite or cannot be written; older files then stay.
     """

@@ -38,11 +38,11 @@ class FrozenEncoders:
 
     def __call__(self, pixels: np.ndarray, clip_pixels: np.ndarray) -> dict[str, Array]:
         """(B, H, W, 3) and (B, S, S, 3) uint8, B a multiple of the devices -> see `_encode`. Does not wait."""
-        rows = jax.device_put((pixels, clip_pixels), batch_sharding(self.mesh))
-        return self._encode(*rows)
+        images = jax.device_put((pixels, clip_pixels), batch_sharding(self.mesh))
+        return self._encode(*images)
 
     def shapes(self, resolution: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What a batch of one row per device gives."""
+        """What a batch of one sample per device gives."""
         sides = (resolution, self.clip_size)
         return jax.eval_shape(
             self._encode, *(jax.ShapeDtypeStruct((self.mesh.size, side, side, 3), jnp.uint8) for side in sides)
@@ -68,17 +68,17 @@ def _encode(
 
     def run(params, pixels, clip_pixels):
         posterior: Any = vae.apply({"params": params[0]}, normalize(pixels), method=VAE.posterior)
-        normalised = jnp.asarray(CLIP_TABLE)[clip_pixels, jnp.arange(3)]
+        normalized = jnp.asarray(CLIP_TABLE)[clip_pixels, jnp.arange(3)]
         found = {name: moment.astype(vae.dtype) for name, moment in zip(("mean", "logvar"), posterior, strict=True)}
-        found["features"] = sampling.encode_image(image_encoder, patches, params[1], normalised)
+        found["features"] = sampling.encode_image(image_encoder, patches, params[1], normalized)
         finite = [jnp.isfinite(x).all(axis=range(1, x.ndim)) for x in found.values()]
         return found | {"finite": functools.reduce(jnp.logical_and, finite)}
 
     batch_spec = P("data")
-    spread = jax.shard_map(
+    sharded = jax.shard_map(
         run, mesh=mesh, in_specs=(P(), batch_spec, batch_spec), out_specs=batch_spec, check_vma=False
     )
-    return spread(params, pixels, clip_pixels)
+    return sharded(params, pixels, clip_pixels)
 
 
 def load_frozen_encoders(

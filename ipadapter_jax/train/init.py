@@ -58,9 +58,8 @@ def init_adapter(
     """The trees {"image_proj", "ip_adapter"} in float32 before the first step. Paper, section 3.2.2.
 
     to_k_ip and to_v_ip are copies of the UNet's own to_k and to_v, as exact as `unet_params` are; the projection is
-    drawn as PyTorch draws it. Pure, so that it may run inside jax.jit with any out_shardings: a leaf depends on the
-    seed and on its own path alone.
-    """
+    initialized as PyTorch does it. Pure, so that it may run inside jax.jit with any out_shardings: a leaf depends on
+    the seed and on its own path alone."""
     return {
         "image_proj": _init_projection(projection, random_keys.key(seed)),
         "ip_adapter": _text_keys_values(unet_params, unet_config),
@@ -80,23 +79,23 @@ def _init_projection(config: ImageProjConfig, key: Array) -> Tree:
     module = image_projection(config)
     template = leaves(parameter_shapes(module, example_features(config)))
 
-    def draw(path: tuple[str, ...]) -> Array:
+    def initialize(path: tuple[str, ...]) -> Array:
         shape = template[path].shape
         own = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
         if path == ("latents",):
-            # A barrier, or a compiler would fold the scale into that of the draw and round otherwise than without jit.
+            # A barrier, or a compiler would fold the two scales and round otherwise than without jit.
             return jax.lax.optimization_barrier(jax.random.normal(own, shape, jnp.float32)) / math.sqrt(shape[-1])
         kernel = template.get((*path[:-1], "kernel"))
         if kernel is None:  # a LayerNorm
             return (jnp.ones if path[-1] == "scale" else jnp.zeros)(shape, jnp.float32)
-        # A Linear: weight and bias alike. The draw in [-1, 1) is exact however a compiler contracts it.
+        # A Linear: weight and bias alike. A number in [-1, 1) is exact however a compiler contracts it.
         return jax.random.uniform(own, shape, jnp.float32, minval=-1.0, maxval=1.0) * (1 / math.sqrt(kernel.shape[0]))
 
-    return nest({path: draw(path) for path in template})
+    return nest({path: initialize(path) for path in template})
 
 
 def load_adapter_params(path: Path, unet_config: UNetConfig, projection: ImageProjConfig) -> dict[str, Tree]:
-    """The same trees, as numpy arrays, from a released or exported adapter file: to go on training it.
+    """The same trees, as numpy arrays, from a released or exported adapter file, to train it further.
 
     Raises WeightFileError or InputError when the file does not fit the base model, the image encoder or the sizes of
     this run, naming what differs.
@@ -118,4 +117,4 @@ def _check_same_sizes(path: Path, found: ImageProjConfig, wanted: ImageProjConfi
     if differing:
         names = ["variant"] if "variant" in differing else differing
         differences = ", ".join(f"{name}={theirs[name]} (this run: {ours[name]})" for name in names)
-        raise InputError(f"{path}: training cannot begin from this adapter, it has {differences}; change one of them")
+        raise InputError(f"{path}: training cannot start from this adapter, it has {differences}; change one of them")

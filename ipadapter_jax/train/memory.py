@@ -26,7 +26,7 @@ class MemoryPlan:
     trainable: int
     optimizer: int  # moments, and the moving average
     batch: int
-    activations: int  # what is kept for the backward pass, gradients, and what is on its way, where it is most
+    activations: int  # stored for the backward pass, gradients, and temporaries, at their peak
 
     @property
     def total(self) -> int:
@@ -36,11 +36,11 @@ class MemoryPlan:
         """One line per part and one for their sum, in GiB."""
         rows = {
             "frozen weights": self.frozen,
-            "weights that learn": self.trainable,
-            "optimiser": self.optimizer,
+            "trainable weights": self.trainable,
+            "optimizer": self.optimizer,
             "batch": self.batch,
             "activations": self.activations,
-            "in all, on each device": self.total,
+            "total on each device": self.total,
         }
         return "\n".join(f"{name:<24}{count / 2**30:8.2f} GiB" for name, count in rows.items())
 
@@ -51,13 +51,13 @@ def plan_memory(
     """The plan of the step `make(mesh)` of train/step.py. Its arguments are global arrays, or their shapes with
     shardings; nothing is allocated or compiled.
 
-    What one device computes is taken to be the step of its share of the batch on a mesh of its own: the memory that
+    It assumes that one device computes the step of its part of the batch on a mesh of its own: the memory that
     communication needs comes on top.
     """
     devices = np.asarray(mesh.local_devices[:1]).reshape((1,) * len(mesh.axis_names))
     alone = Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
-    whole, share = _shapes((state, frozen), lambda x: x.shape), _shapes(batch, _of_one_device)
-    program = jax.make_jaxpr(make(alone))(*whole, share)
+    whole, part = _shapes((state, frozen), lambda x: x.shape), _shapes(batch, _of_one_device)
+    program = jax.make_jaxpr(make(alone))(*whole, part)
     return MemoryPlan(
         frozen=_bytes(frozen),
         trainable=_bytes(state.params),
@@ -89,13 +89,13 @@ def device_memory_limit() -> int | None:
 def memory_remedies(config: Train, mesh: Mesh, *, live: bool) -> str:
     """What takes less memory than these settings, the cheapest first. `live`: images are encoded in every step."""
     accumulate = config.optim.accumulate
-    rows = config.data.batch_size // (mesh.size * accumulate)
+    samples = config.data.batch_size // (mesh.size * accumulate)
     ways = {
         "encode the data once (ipadapter-jax encode)": live,
         "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment, in place of 0.75": jax.default_backend() == "gpu",
         "--model.remat always": config.model.remat == "never",
         f"--mesh.fsdp {mesh.size}": mesh.size > 1 and config.mesh.fsdp == 1,
-        f"--optim.accumulate {2 * accumulate}": rows > 1 and rows % 2 == 0,
-        f"--data.batch-size {config.data.batch_size // 2}": rows > 1 and rows % 2 == 0,
+        f"--optim.accumulate {2 * accumulate}": samples > 1 and samples % 2 == 0,
+        f"--data.batch-size {config.data.batch_size // 2}": samples > 1 and samples % 2 == 0,
     }
     return ", or ".join(way for way, open_ in ways.items() if open_) or "a device with more memory"

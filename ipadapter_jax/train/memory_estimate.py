@@ -1,6 +1,6 @@
-"""How much memory a program needs at once, from its jaxpr: a walk in the order in which it is written.
+"""The peak memory of a program, estimated from its jaxpr by a scan in program order.
 
-The compiler fuses elementwise operations with what reads them and computes them again rather than keep them, so these
+The compiler fuses elementwise operations with what reads them and recomputes them rather than storing them, so these
 rules say what lies in memory:
 
 - what products, convolutions, kernels, reductions and loops give, and what all of these but reductions read. A product
@@ -51,8 +51,8 @@ class _Operation:
 
 
 def peak_bytes(jaxpr: ClosedJaxpr) -> int:
-    """Most bytes that a program of jax.make_jaxpr holds at once, beside its arguments. Elementwise results of the whole
-    program are not counted: those of a step take the place of the state that is donated."""
+    """Most bytes that a program of jax.make_jaxpr holds at a time, next to its arguments. Elementwise results of the
+    whole program are not counted: those of a step take the place of the state that is donated."""
     return _peak(partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[0])
 
 
@@ -82,7 +82,7 @@ def _flat(jaxpr: Any, values: dict[Any, _Value]) -> Iterator[_Operation]:
         if name in _CALLS:
             given = zip(reversed(inner[0].invars), reversed(eqn.invars), strict=False)
             inside = {own: values[var] for own, var in given if not isinstance(var, Literal) and var in values}
-            if name in _CHECKPOINTS:  # what is computed again begins with the arguments
+            if name in _CHECKPOINTS:  # what is rematerialized starts from the arguments
                 inside = {own: value for own, value in inside.items() if value not in kernels}
             yield from _flat(inner[0], inside)
             results = zip(eqn.outvars, inner[0].outvars, strict=True)
@@ -114,7 +114,7 @@ def _hold(operations: list[_Operation]) -> None:
     for operation in operations:
         for operand in operation.operands if operation.name in _READERS else ():
             while operand.source is not None and operand.source.bytes <= operand.bytes:
-                operand = operand.source  # a view is no copy
+                operand = operand.source  # a view is not a copy
             operand.held = True
         if operation.name == "convert_element_type" and operation.operands:
             (product,), (rounded,) = operation.operands, operation.results

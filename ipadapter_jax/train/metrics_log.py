@@ -23,7 +23,7 @@ class RunLog:
     """Metrics of one run in its folder: always metrics.jsonl, on wish TensorBoard events and wandb.
 
     A resumed run gives the step that it continues from as `first_step` (0: from the start): what a killed run wrote
-    after it is cut off, so that the log reads as if nothing had happened. `config`, JSON-able, is shown beside the
+    after it is cut off, so that the log reads as if nothing had happened. `config`, JSON-able, is shown next to the
     curves. Only one process of a run may have one. Raises InputError when a file cannot be written or wandb not used.
     """
 
@@ -79,32 +79,32 @@ class SkippedRecord(Protocol):
 class SkippedRecordLog:
     """The list skipped.jsonl: every record that could not be used, once, over all resumes and epochs.
 
-    `seen` and `bad` count the rows of this run (since its last start).
+    `seen` and `bad` count the samples of this run (since its last start).
     """
 
-    ENOUGH = 200  # rows before a share says something
+    ENOUGH = 200  # samples before a fraction is meaningful
 
-    def __init__(self, path: Path, max_share: float):
+    def __init__(self, path: Path, max_fraction: float):
         self.seen = self.bad = 0
-        self._path, self._max_share = path, max_share
+        self._path, self._max_fraction = path, max_fraction
         self._lines = JsonlAppender(path, lambda line: isinstance(line.get("index"), int))
         self._listed = {line["index"] for line in self._lines.found}
 
-    def add(self, rows: int, skipped: Iterable[SkippedRecord]) -> None:
-        """Counts a batch of `rows` rows, some of which replace the records in `skipped`.
+    def add(self, samples: int, skipped: Iterable[SkippedRecord]) -> None:
+        """Counts a batch of `samples` samples, some of which replace the records in `skipped`.
 
-        Raises InputError when more than `max_share` of at least 200 rows had to be replaced.
+        Raises InputError when more than `max_fraction` of at least 200 samples had to be replaced.
         """
-        self.seen += rows
+        self.seen += samples
         for record in skipped:
             self.bad += 1
             if record.index not in self._listed:
                 self._listed.add(record.index)
                 self._lines.add({"index": record.index, "key": record.key, "reason": record.reason})
-        if self.seen >= self.ENOUGH and self.bad > self._max_share * self.seen:
+        if self.seen >= self.ENOUGH and self.bad > self._max_fraction * self.seen:
             raise InputError(
                 f"{self.bad} of {self.seen} records cannot be used, {self.bad / self.seen:.1%} where "
-                f"{self._max_share:.1%} is allowed: {self._path} lists them with the reasons; repair or remove them, "
+                f"{self._max_fraction:.1%} is allowed: {self._path} lists the reasons; repair or remove them, "
                 "or raise data.max_unreadable_fraction"
             )
 
@@ -113,7 +113,7 @@ class SkippedRecordLog:
 
 
 class _TensorBoard:
-    """Events for TensorBoard, written at once and from this thread.
+    """Events for TensorBoard, written immediately and from this thread.
 
     tensorboardX' own SummaryWriter hands them to a thread that dies when the disk is full; then the run would hang.
     """
@@ -155,7 +155,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Metrics for Weights & Biases. The id of the run is kept in the folder, so that a resumed run continues it."""
+    """Metrics for Weights & Biases. The id of the run is stored in the folder, so that a resumed run continues it."""
 
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any]):
         try:
@@ -165,7 +165,7 @@ class _WandB:
         identity = folder / "wandb-id.txt"
         if not identity.exists():
             write_atomically(identity, os.urandom(8).hex().encode())
-        name = decode_text(read_bytes(identity, remedy="remove it to begin another run there"), identity)
+        name = decode_text(read_bytes(identity, remedy="remove it to start another run there"), identity)
         try:
             self._run = self._module.init(
                 project=project, id=name, resume="allow", dir=str(folder), config=dict(config)
@@ -186,4 +186,4 @@ class _WandB:
 
 
 def _is_step(value: Any, last: int) -> bool:
-    return isinstance(value, int) and value <= last and last > 0  # a run that begins anew validates step 0 again
+    return isinstance(value, int) and value <= last and last > 0  # a run that starts anew validates step 0 again

@@ -1,4 +1,4 @@
-"""The page that goes beside an exported adapter: what it is, what it was trained on, how to use it elsewhere."""
+"""The model card of an exported adapter: what it is, what it was trained on, how to use it elsewhere."""
 
 import json
 import os

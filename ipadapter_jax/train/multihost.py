@@ -84,7 +84,7 @@ def initialize(mesh: Mesh, environment: Mapping[str, str] = os.environ) -> None:
         raise
     words.say(
         f"process {os.getpid()} on {socket.gethostname()} is gone: it was killed, or another one of the run died or "
-        f"was silent for {seconds} s; the same command on every host goes on from the last checkpoint"
+        f"was silent for {seconds} s; rerun the same command on every host to resume from the last checkpoint"
     )
     atexit.register(_leave, words)
 

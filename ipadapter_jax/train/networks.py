@@ -1,4 +1,4 @@
-"""The networks of a run: the frozen ones with their weights on the mesh, and the adapter's, which learns."""
+"""The networks of a run: the frozen ones with their weights on the mesh, and the adapter's, which is trainable."""
 
 import dataclasses
 import functools
@@ -104,7 +104,7 @@ class PrecomputedEncoder:
 
 
 def load_networks(config: Train, mesh: Mesh, encoded: PrecomputedEncoder | None) -> LoadedNetworks:
-    """Reads all weights, each onto its place on the mesh. With precomputed features the image encoder stays away.
+    """Reads all weights, each onto its place on the mesh. With precomputed features the image encoder is not read.
 
     Raises InputError and WeightFileError as the readers do.
     """
@@ -165,8 +165,8 @@ def _with_adapter(
     widths = tuple(site.width for site in cross_attention_layers(unet.config))
     unet_params = base.params.get("unet", base.frozen.params.get("unet"))
     if model.init_from is None:  # compiled, as no process alone may hold all of a UNet that is split
-        begin = functools.partial(init_adapter, unet_config=unet.config, projection=projection, seed=config.seed)
-        adapter = jax.jit(begin, out_shardings=replicated(mesh))(unet_params)
+        initial = functools.partial(init_adapter, unet_config=unet.config, projection=projection, seed=config.seed)
+        adapter = jax.jit(initial, out_shardings=replicated(mesh))(unet_params)
     else:
         loaded = load_adapter_params(adapter_file(model.init_from), unet.config, projection)
         adapter = jax.tree.map(lambda x: put_global(x, replicated(mesh)), loaded)

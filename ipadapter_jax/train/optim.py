@@ -1,4 +1,4 @@
-"""What learns, and how: one mask, the optimiser over it, the scale of the loss."""
+"""Which parameters are trainable, and how: one mask, the optimizer over it, the scale of the loss."""
 
 import math
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ _FIRST_SCALE = 2.0**15
 
 
 def trainable_mask(model: Model) -> dict[str, bool]:
-    """The mask, a prefix of the parameter tree: which of its parts learn."""
+    """The mask, a prefix of the parameter tree: which of its parts are trainable."""
     return {part: part in model.train for part in PARTS if part == "unet" or model.adapter != "none"}
 
 
@@ -36,7 +36,7 @@ def learning_rate(optim: Optim) -> optax.Schedule:
 
 
 def updates_done(opt_state: Any) -> Array:
-    """The updates that an optimiser has made, without those that were skipped."""
+    """The updates that an optimizer has made, without those that were skipped."""
     _, count = next(iter(optax.tree_utils.tree_get_all_with_path(opt_state, "count")))
     return count
 
@@ -61,12 +61,13 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientT
 
 
 def partition(params: dict[str, Any], mask: dict[str, bool]) -> dict[str, Any]:
-    """The parameters that learn; a frozen part is an empty place, for the gradient and the optimiser alike."""
-    return {part: params[part] if learns else optax.MaskedNode() for part, learns in mask.items()}
+    """The trainable parameters. A frozen part is optax.MaskedNode, without leaves for the gradient and the
+    optimizer."""
+    return {part: params[part] if is_trainable else optax.MaskedNode() for part, is_trainable in mask.items()}
 
 
 def combine(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
-    """The view with its empty places filled from the frozen parts."""
+    """All parameters: trainable parts, and in place of optax.MaskedNode the frozen ones."""
     return {part: frozen[part] if isinstance(tree, optax.MaskedNode) else tree for part, tree in trainable.items()}
 
 

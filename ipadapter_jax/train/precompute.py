@@ -1,7 +1,7 @@
 """Encodes a data set once with the frozen VAE and image encoder: `ipadapter-jax encode`.
 
 A shard depends on the data, the encoders and the settings alone. Whole shards are what an interrupted run leaves, and
-what the next one goes on from; the processes of a job take every P-th shard and need nothing of one another.
+what the next one resumes from; the processes of a job take every P-th shard and need nothing of one another.
 """
 
 import contextlib
@@ -47,14 +47,14 @@ from ipadapter_jax.weights.tokenizer_files import vocabulary_files
 
 log = logging.getLogger("ipadapter_jax")
 
-_ENOUGH = 200  # records before a share of them says something
+_ENOUGH = 200  # records before a fraction of them is meaningful
 
 Row = dict[str, np.ndarray] | SkippedRecord
 
 
 def precompute(config: PrecomputeConfig) -> int | None:
-    """Writes all of it, or this process's part. Returns how many records could not be used; None where that is for
-    process 0 to say. Raises InputError for what cannot be used, and when there is no more room."""
+    """Writes all of it, or this process's part. Returns how many records could not be used; None in
+    other processes than 0. Raises InputError for what cannot be used, and when there is no more room."""
     _check(config)
     initialize(Mesh())
     enable_compilation_cache()
@@ -68,7 +68,7 @@ def precompute_shards(config: PrecomputeConfig, process: int, processes: int) ->
     job, store = _job(config), LocalStore(config.out)
     if changed := diff_configs(start_cache(store, job.plan).to_json(), job.plan.to_json()):
         raise InputError(
-            f"{config.out} was begun with other settings or data ({'; '.join(changed[:8])}); go on with those, or "
+            f"{config.out} was started with other settings or data ({'; '.join(changed[:8])}); resume with those, or "
             "choose another --out"
         )
     footers = [read_shard_footer(store, job.plan, shard) for shard in range(job.plan.shards)]
@@ -164,9 +164,9 @@ class _Job:
                             writer.add(row)
                         bar.update()
                 done, skipped = done + len(part), skipped + writer.skipped
-                self._check_share(done, skipped)
+                self._check_fraction(done, skipped)
 
-    def _check_share(self, done: int, skipped: list[dict]) -> None:
+    def _check_fraction(self, done: int, skipped: list[dict]) -> None:
         if done >= min(_ENOUGH, len(self.samples)) and len(skipped) > self.config.max_unreadable_fraction * done:
             raise InputError(
                 f"{len(skipped)} of {done} records cannot be used, {skipped[-1]['key']} for one: "
@@ -232,7 +232,7 @@ def _job(config: PrecomputeConfig) -> _Job:
 
 
 def _stacked(rows: Sequence[Row], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A batch, with zeros where a row is missing: every batch has one shape, so that one program serves all."""
+    """A batch, with zeros where a sample is missing: every batch has one shape, so that one program serves all."""
     batch = np.zeros(shape, np.uint8)
     for place, row in zip(batch, rows, strict=False):
         if not isinstance(row, SkippedRecord):
@@ -256,9 +256,9 @@ def _check(config: PrecomputeConfig) -> None:
     for name in ("resolution", "batch_size", "threads", "shard_records"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
-    held = 3 * config.resolution**2 * config.batch_size * 3  # two batches are read ahead of the one that is computed
+    needed = 3 * config.resolution**2 * config.batch_size * 3  # two batches are read ahead of the one that is computed
     what = f"batches of {config.batch_size:,} images of {config.resolution} pixels"
-    check_memory(held, what, "give a smaller --resolution or --batch-size")
+    check_memory(needed, what, "give a smaller --resolution or --batch-size")
     if not 0 <= config.max_unreadable_fraction <= 1:
         raise InputError(f"--max-unreadable-fraction {config.max_unreadable_fraction} must lie between 0 and 1")
     found_place(config.model, "base model")

@@ -13,7 +13,7 @@ from ipadapter_jax.train.config import Dtype
 class PrecomputeConfig:
     """Computes the VAE's latents and the image encoder's features of a data set once, for `train --data.path OUT`.
 
-    A run that was stopped goes on with the same command. Several processes (SLURM, a TPU pod) share the work.
+    A run that was stopped resumes with the same command. Several processes (SLURM, a TPU pod) share the work.
     """
 
     model: Annotated[PathOrHubId, FormerName("base")]
@@ -31,7 +31,7 @@ class PrecomputeConfig:
     dtype: Dtype = "bfloat16"
     """Of the computation, and of what is stored."""
     batch_size: int = 8
-    """Images that a device encodes at once."""
+    """Images that a device encodes at a time."""
     image_root: PathOrHubId | None = None
     """Folder that the file names of a JSON list are relative to; by default the list's own."""
     image_column: str | None = None

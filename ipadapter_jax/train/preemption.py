@@ -1,4 +1,4 @@
-"""Asked to stop, noticed at the same step by every process of a run."""
+"""Preemption, noticed at the same step by every process of a run."""
 
 import signal
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from ipadapter_jax.runtime.preemption import GracefulShutdown
 
 
 class CoordinatedShutdown(GracefulShutdown):
-    """Notices that the run is asked to stop, by SIGTERM or Ctrl-C to any of its processes.
+    """Notices that the run is preempted, by SIGTERM or Ctrl-C to any of its processes.
 
     with CoordinatedShutdown() as stop:
         for step in steps:
@@ -21,8 +21,8 @@ class CoordinatedShutdown(GracefulShutdown):
     """
 
     def should_stop(self, step: int) -> bool:
-        """Whether to stop after this step. Every process asks once after every step, with the step's number; all of
-        them get True at the same one. Takes microseconds."""
+        """Whether to stop after this step. Every process calls this once after every step, with the step's number; all
+        get True at the same one. Takes microseconds."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
         return self.requested

@@ -1,4 +1,4 @@
-"""What process 0 does for the person who watches: numbers, curves, images, and the adapter file."""
+"""What process 0 writes of a run: metrics, curves, images, and the adapter file."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -61,7 +61,7 @@ class Reporter:
             self._log.image(number, "samples", grid)
 
     def export(self, number: int, trainable: Any) -> None:
-        """Writes what was learnt, arrays of this process, as the files that others read."""
+        """Exports the trainable parameters, given as arrays of this process."""
         export_run(self._folder, trainable, self._config, self._loaded, self._about, number)
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""Where arrays live: one mesh of two axes, `data` and `fsdp`, and what is split over which.
+"""How arrays are sharded over the mesh of training, which has the axes `data` and `fsdp`.
 
-The batch is split over both axes, the optimiser's state too (ZeRO-2), frozen weights over `fsdp`. The compiler places
+The batch is split over both axes, the optimizer's state too (ZeRO-2), frozen weights over `fsdp`. The compiler places
 the communication: gradients are summed over all devices, a frozen weight is gathered where it is used.
 """
 
@@ -20,7 +20,7 @@ from ipadapter_jax.runtime.mesh import TRAIN_AXES, batch_sharding, replicated
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
-    """Raises InputError unless every device gets the same whole number of rows in every part of a batch."""
+    """Raises InputError unless every device gets the same number of samples in every part of a batch."""
     if batch_size % (mesh.size * accumulate):
         parts = f" in {accumulate} parts" if accumulate > 1 else ""
         raise InputError(
@@ -54,7 +54,7 @@ def _gather(mesh: Mesh) -> Callable[[Any], Any]:
 
 def replicate_leaves(tree: Any, mesh: Mesh) -> Any:
     """Arrays with a copy on every device; what has one already is not touched. All processes call this together."""
-    # One after the other: programs that run at once may meet their like in another process in another order, and hang.
+    # One after the other: concurrent programs may meet those of another process in another order, and deadlock.
     return jax.tree.map(lambda x: x if x.is_fully_replicated else _gather(mesh)(x).block_until_ready(), tree)
 
 
@@ -65,20 +65,21 @@ def put_global(array: np.ndarray | Array, sharding: NamedSharding) -> Array:
 
 
 def local_indices(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a global batch that this process's devices own, ascending."""
+    """The indices of the samples of a global batch that this process's devices hold, ascending."""
     owned = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for index in owned if index is not None for row in range(batch_size)[index[0]]})
+    return sorted({sample for index in owned if index is not None for sample in range(batch_size)[index[0]]})
 
 
-def global_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray], rows: list[int], batch_size: int) -> dict[str, Array]:
-    """This process's `rows` of every array (len(rows), ...) -> arrays (batch_size, ...) spread over all devices."""
-    place = {row: i for i, row in enumerate(rows)}
+def global_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray], indices: list[int], batch_size: int) -> dict[str, Array]:
+    """The samples of this process with these `indices`, arrays (len(indices), ...), as arrays (batch_size, ...) sharded
+    over all devices of all processes."""
+    position = {index: i for i, index in enumerate(indices)}
 
-    def spread(local: np.ndarray) -> Array:
+    def sharded(local: np.ndarray) -> Array:
         def part(index: Any) -> np.ndarray:
             wanted = range(batch_size)[index[0]]
-            return local[place[wanted.start] : place[wanted.start] + len(wanted)]
+            return local[position[wanted.start] : position[wanted.start] + len(wanted)]
 
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), batch_sharding(mesh), part)
 
-    return {name: spread(local) for name, local in arrays.items()}
+    return {name: sharded(local) for name, local in arrays.items()}

@@ -14,7 +14,7 @@ from ipadapter_jax.train.sharding import optimizer_sharding
 
 
 class TrainState(NamedTuple):
-    """The parameters that learn, in float32, with their optimiser. A frozen part is optax.MaskedNode, no leaf."""
+    """The trainable parameters, in float32, with their optimizer. A frozen part is optax.MaskedNode, no leaf."""
 
     step: Array  # int32, updates done, skipped ones too
     params: dict[str, Any]
@@ -40,7 +40,7 @@ def init_train_state(
 
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
-    """The optimiser's moments and the moving average split over all devices, the parameters on every one."""
+    """The optimizer's moments and the moving average are sharded over all devices, the parameters replicated."""
     whole = jax.tree.map(lambda _: replicated(mesh), state)
-    spread = jax.tree.map(lambda leaf: optimizer_sharding(mesh, leaf), state)
-    return whole._replace(opt_state=spread.opt_state, ema=spread.ema)
+    sharded = jax.tree.map(lambda leaf: optimizer_sharding(mesh, leaf), state)
+    return whole._replace(opt_state=sharded.opt_state, ema=sharded.ema)

@@ -1,8 +1,7 @@
-"""One training step: the paper's loss (arXiv 2308.06721, equation 6) and an update of what learns.
+"""One training step: the paper's loss (arXiv 2308.06721, equation 6) and an update of the trainable parameters.
 
-All randomness is drawn here, each sample's from (seed, step, its row in the global batch) alone: a step gives the same
-loss on any number of devices and processes, and a resumed run needs to know only its step.
-"""
+All random draws are made here. Those of a sample depend on (seed, step, index in the global batch) alone: a step gives
+the same loss on any number of devices and processes, and a resumed run needs to know only its step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,11 +27,11 @@ from ipadapter_jax.train.optim import all_finite, combine, learning_rate, update
 from ipadapter_jax.train.sharding import optimizer_sharding
 from ipadapter_jax.train.state import TrainState
 
-_GATHERED = "gathered"  # the name of split weights made whole, for what the backward pass keeps
+_GATHERED = "gathered"  # names the gathered weights, which the backward pass does not store
 
 
 class RandomDraws(NamedTuple):
-    """What chance decides for every row."""
+    """The random decisions for every sample of a batch."""
 
     drop_image: Array  # (B,) bool
     drop_text: Array  # (B,) bool
@@ -42,15 +41,16 @@ class RandomDraws(NamedTuple):
 
 
 def random_draws(
-    seed: int, step: Array, rows: Array, shape: tuple[int, ...], timesteps: int, drop: tuple[float, float, float]
+    seed: int, step: Array, indices: Array, shape: tuple[int, ...], timesteps: int, drop: tuple[float, float, float]
 ) -> RandomDraws:
-    """Draws for the given rows of a step; shape (h, w, 4). One number decides what is dropped, as in the authors' data
-    set: below drop[0] the image, below drop[0] + drop[1] the text, below the sum of all three both."""
+    """Draws for the samples of a step with these indices; shape: (h, w, 4). One number decides what is dropped, as in
+    the authors' data set: below drop[0] the image, below drop[0] + drop[1] the text, below the sum of all three
+    both."""
     image, text, both = np.cumsum(np.asarray(drop, np.float32))
     of_step = jax.random.fold_in(key(seed), step)
 
-    def one(row: Array) -> RandomDraws:
-        keys = jax.random.split(jax.random.fold_in(of_step, row), 4)
+    def one(index: Array) -> RandomDraws:
+        keys = jax.random.split(jax.random.fold_in(of_step, index), 4)
         chance = jax.random.uniform(keys[0], (), jnp.float32)
         return RandomDraws(
             drop_image=(chance < image) | ((text <= chance) & (chance < both)),
@@ -60,11 +60,11 @@ def random_draws(
             posterior_noise=jax.random.normal(keys[3], shape, jnp.float32),
         )
 
-    return jax.vmap(one)(rows)
+    return jax.vmap(one)(indices)
 
 
 class DenoisingInputs(NamedTuple):
-    """What the trained part sees of a batch: all that frozen networks make of it."""
+    """What the trainable networks take: what the frozen ones make of a batch."""
 
     noisy: Array  # (B, h, w, 4)
     timestep: Array  # (B,)
@@ -119,7 +119,7 @@ def image_features(networks: Networks, frozen: FrozenModels, batch: TrainBatch, 
 
 
 def sample_losses(networks: Networks, params: dict[str, Any], inputs: DenoisingInputs) -> Array:
-    """Mean squared error per row, (B,) float32."""
+    """Mean squared error of each sample, (B,) float32."""
     output = networks.predict(params, inputs.noisy, inputs.timestep, inputs.text, inputs.features)
     return jnp.mean((output - inputs.target) ** 2, axis=(1, 2, 3))
 
@@ -127,41 +127,42 @@ def sample_losses(networks: Networks, params: dict[str, Any], inputs: DenoisingI
 def make_step(
     networks: Networks, optimizer: optax.GradientTransformation, config: Train, mesh: Mesh
 ) -> Callable[[TrainState, FrozenModels, TrainBatch], tuple[TrainState, dict[str, Array]]]:
-    """The jittable step (state, frozen, batch) -> (state, metrics). Donate the state."""
-
-    def gradient(state: TrainState, frozen: FrozenModels, batch: TrainBatch, draws: RandomDraws):
-        with batch_sharded(mesh):
-            inputs = denoising_inputs(networks, gathered(frozen, mesh), batch, draws)
-
-        def scaled(trainable, frozen):
-            loss = sample_losses(networks, combine(trainable, gathered(frozen, mesh).params), inputs).mean()
-            return loss * state.loss_scale.scale, loss
-
-        if mesh.shape["fsdp"] > 1:  # the backward pass gathers again rather than keep whole weights
-            scaled = jax.checkpoint(scaled, policy=jax.checkpoint_policies.save_anything_except_these_names(_GATHERED))
-        with batch_sharded(mesh):
-            (_, loss), grads = jax.value_and_grad(scaled, has_aux=True)(state.params, frozen)
-        return loss, jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
+    """The step (state, frozen, batch) -> (state, metrics), for jax.jit, which is to donate the state."""
 
     def step(state: TrainState, frozen: FrozenModels, batch: TrainBatch) -> tuple[TrainState, dict[str, Array]]:
         size = batch.input_ids.shape[0]
-        rows = jax.lax.with_sharding_constraint(jnp.arange(size), batch_sharding(mesh))
+        indices = jax.lax.with_sharding_constraint(jnp.arange(size), batch_sharding(mesh))
         timesteps, data = networks.schedule.num_train_timesteps, config.data
         drop = (data.drop_image, data.drop_text, data.drop_both)
-        draws = random_draws(config.seed, state.step, rows, networks.latent_shape, timesteps, drop)
+        draws = random_draws(config.seed, state.step, indices, networks.latent_shape, timesteps, drop)
         parts = config.optim.accumulate
         if parts == 1:
             loss, grads = gradient(state, frozen, batch, draws)
         else:
             loss, grads = _accumulated(lambda b, d: gradient(state, frozen, b, d), (batch, draws), parts)
-        return _update(state, loss, grads)
+        return update(state, loss, grads)
 
-    def _update(state: TrainState, loss: Array, grads: Any) -> tuple[TrainState, dict[str, Array]]:
-        # Split as the optimiser's state is: each device updates its part, and the parts are gathered.
+    def gradient(state: TrainState, frozen: FrozenModels, batch: TrainBatch, draws: RandomDraws):
+        with batch_sharded(mesh):
+            inputs = denoising_inputs(networks, gathered(frozen, mesh), batch, draws)
+
+        def scaled_loss(trainable, frozen):
+            loss = sample_losses(networks, combine(trainable, gathered(frozen, mesh).params), inputs).mean()
+            return loss * state.loss_scale.scale, loss
+
+        if mesh.shape["fsdp"] > 1:  # the backward pass gathers the weights again rather than storing them
+            policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
+            scaled_loss = jax.checkpoint(scaled_loss, policy=policy)
+        with batch_sharded(mesh):
+            (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(state.params, frozen)
+        return loss, jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
+
+    def update(state: TrainState, loss: Array, grads: Any) -> tuple[TrainState, dict[str, Array]]:
+        # Sharded as the optimizer's state is: each device updates its part, and the parts are gathered.
         grads = jax.tree.map(lambda g: jax.lax.with_sharding_constraint(g, optimizer_sharding(mesh, g)), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # A finite gradient may have an infinite square, which would stay in the moments and still its weight for ever.
+        # A finite gradient may have an infinite square, which would stay in the moments and freeze its weight for good.
         finite = all_finite((loss, grads, opt_state, params))
         ema = state.ema
         if config.optim.ema is not None:
@@ -175,19 +176,19 @@ def make_step(
             bad_steps=jnp.int32(0),
         )
         old = new._replace(params=state.params, opt_state=state.opt_state, ema=state.ema, bad_steps=state.bad_steps + 1)
-        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        chosen = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         rate = jnp.float32(learning_rate(config.optim)(updates_done(state.opt_state)))
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), "bad_steps": kept.bad_steps}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), "bad_steps": chosen.bad_steps}
         metrics["learning_rate"] = rate
         if config.model.dtype == "float16":
-            metrics["loss_scale"] = kept.loss_scale.scale
-        return kept, metrics
+            metrics["loss_scale"] = chosen.loss_scale.scale
+        return chosen, metrics
 
     return step
 
 
 def gathered(frozen: FrozenModels, mesh: Mesh) -> FrozenModels:
-    """Frozen weights that are split over `fsdp`, each whole where it is used."""
+    """Frozen weights that are sharded over `fsdp`, gathered where they are used."""
     if mesh.shape["fsdp"] == 1:
         return frozen
 
@@ -197,15 +198,15 @@ def gathered(frozen: FrozenModels, mesh: Mesh) -> FrozenModels:
     return jax.tree.map(gather, frozen)
 
 
-def in_parts(rows: Any, parts: int) -> Any:
-    """Arrays (B, ...) -> (parts, B / parts, ...). Part i has the rows i, i + parts, ...: every device's share of a part
-    is among the rows that it has."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), rows)
+def in_parts(batch: Any, parts: int) -> Any:
+    """Arrays (B, ...) -> (parts, B / parts, ...). Part i has the samples i, i + parts, ...: each device
+    holds the samples of its shard already."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
 
-def _accumulated(gradient: Callable, rows: Any, parts: int) -> tuple[Array, Any]:
-    """Loss and gradient of the mean over all rows, computed in `parts`."""
-    split = in_parts(rows, parts)
+def _accumulated(gradient: Callable, batch: Any, parts: int) -> tuple[Array, Any]:
+    """Loss and gradient of the mean over a batch, computed in `parts`, one after the other."""
+    split = in_parts(batch, parts)
     like = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], split))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 

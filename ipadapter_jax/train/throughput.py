@@ -57,7 +57,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside (validation, sampling, compiling) is no training time."""
+        """What happens inside (validation, sampling, compiling) is not training time."""
         start = self._clock()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Settings of a run that have no effect beside its others: said, not refused, as a recipe may state them."""
+"""Warns of settings that have no effect with the others of a run. A recipe may state them, so they are not an error."""
 
 import warnings
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What the training loss does not say: the loss on a fixed batch with fixed noise, by timestep, and images.
+"""Validation: the loss on a fixed batch with fixed noise, by timestep, and a grid of samples.
 
 The loss of a training step depends mostly on the timesteps that it drew; here they are the same at every call, so that
 a difference is one of the weights.
@@ -45,7 +45,7 @@ from ipadapter_jax.train.step import (
 from ipadapter_jax.weights.open_component import LoadedComponent
 
 BUCKETS = 4  # quarters of the timesteps, the first being the least noisy
-_SEED, _STEP = 0, 2**32 - 1  # of noise that no training step draws
+_SEED, _STEP = 0, 2**32 - 1  # of noise that no training step uses
 _IMAGES = 4  # image prompts of the sample grid
 _COLUMNS = 2  # images for each
 _LEAST_SIDE = 192  # of an image in the grid, in pixels: labels need room
@@ -57,10 +57,10 @@ class Validation:
     def __init__(self, log: Log, mesh: Mesh, loaded: LoadedNetworks, samples: Samples):
         self._log, self._mesh, self._loaded = log, mesh, loaded
         size = -(-log.validation_size // mesh.size) * mesh.size
-        rows = local_indices(mesh, size)
-        found = [first_readable_sample(samples, row, size) for row in rows]
+        indices = local_indices(mesh, size)
+        found = [first_readable_sample(samples, index, size) for index in indices]
         arrays = {name: np.stack([sample[name] for sample in found]) for name in found[0]}
-        batch = batch_of(global_batch(mesh, arrays, rows, size))
+        batch = batch_of(global_batch(mesh, arrays, indices, size))
         encode_all = jax.jit(functools.partial(_encoded, loaded.networks, mesh))
         self._batch, dropped = encode_all(loaded.frozen, batch)
         # What a dropped image is must have a name, though here none is dropped.
@@ -146,7 +146,7 @@ class _Encoded(NamedTuple):
 def _encoded(networks: Networks, mesh: Mesh, frozen: FrozenModels, batch: TrainBatch) -> _Encoded:
     """Encodes a batch, one sample per device at a time."""
     frozen = gathered(frozen, mesh)
-    rows = batch.input_ids.shape[0]
+    size = batch.input_ids.shape[0]
 
     def some(part: TrainBatch) -> EncodedBatch:
         keep = jnp.zeros(part.input_ids.shape[0], bool)
@@ -156,30 +156,30 @@ def _encoded(networks: Networks, mesh: Mesh, frozen: FrozenModels, batch: TrainB
         features = None if features is None else features.astype(jnp.float32)
         return EncodedBatch(features, part.input_ids, log_variance, mean)
 
-    parts = jax.lax.map(some, in_parts(batch, rows // mesh.size))
-    whole_rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, *x.shape[2:]), parts)
-    spread = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh)), whole_rows)
+    parts = jax.lax.map(some, in_parts(batch, size // mesh.size))
+    merged = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(size, *x.shape[2:]), parts)
+    sharded = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh)), merged)
     if networks.projection is None or not networks.projection.config.uses_patches:
-        return _Encoded(spread, None)
+        return _Encoded(sharded, None)
     if frozen.zero_features is not None:
-        return _Encoded(spread, frozen.zero_features)
+        return _Encoded(sharded, frozen.zero_features)
     assert isinstance(batch, ImageBatch) and batch.clip_pixels is not None
     side = batch.clip_pixels.shape[1]
-    return _Encoded(spread, networks.image_features(frozen, jnp.zeros((1, side, side, 3)))[0])
+    return _Encoded(sharded, networks.image_features(frozen, jnp.zeros((1, side, side, 3)))[0])
 
 
 def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, FrozenModels, EncodedBatch], Array]:
-    """(learnt, frozen, batch) -> mean loss per bucket of timesteps (BUCKETS,), nothing dropped, noise fixed."""
+    """(trainable, frozen, batch) -> mean loss per bucket of timesteps (BUCKETS,), nothing dropped, noise fixed."""
     total = networks.schedule.num_train_timesteps
     width = total // BUCKETS
 
     def losses(trainable: Any, frozen: FrozenModels, batch: EncodedBatch) -> Array:
         size = batch.input_ids.shape[0]
-        rows = jax.lax.with_sharding_constraint(jnp.arange(size), batch_sharding(mesh))
+        indices = jax.lax.with_sharding_constraint(jnp.arange(size), batch_sharding(mesh))
 
         def of_bucket(bucket: Array) -> Array:
             step = jnp.uint32(_STEP) - bucket.astype(jnp.uint32)
-            draws = random_draws(_SEED, step, rows, networks.latent_shape, width, drop=(0.0, 0.0, 0.0))
+            draws = random_draws(_SEED, step, indices, networks.latent_shape, width, drop=(0.0, 0.0, 0.0))
             draws = draws._replace(timestep=bucket * width + draws.timestep)
             full = gathered(frozen, mesh)
             with batch_sharded(mesh):
@@ -219,8 +219,8 @@ def samples_of(pipe: StableDiffusion, prompts: ImagePrompts, log: Log) -> list[l
 def grid_sheet(
     prompts: ImagePrompts, captions: Sequence[str], groups: Sequence[Sequence[Image.Image]], log: Log, step: int
 ) -> Image.Image:
-    """The samples of a step as a sheet: a row for each image prompt under its caption, the reference first, then its
-    samples by seed."""
+    """The samples of a step as a contact sheet: a row for each image prompt under its caption, the reference first,
+    then its samples by seed."""
     rows = {}
     for number, (reference, caption, group) in enumerate(zip(prompts.references, captions, groups, strict=True)):
         samples = [(f"seed {number * _COLUMNS + column}", image) for column, image in enumerate(group)]

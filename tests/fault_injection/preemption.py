@@ -61,7 +61,7 @@ class Stop:
             seen = max(logged(out))
         codes = job.wait()
         hold(set(codes) == {EXIT_PREEMPTED}, f"exit codes {codes}: {job.said()[-1000:]}")
-        saved = {int(step) for step in re.findall(r"told to stop: step (\d+) is saved", job.said())}
+        saved = {int(step) for step in re.findall(r"preempted: step (\d+) is saved", job.said())}
         hold(len(saved) == 1, f"the processes saved the steps {saved}")
         (step,) = saved
         hold(max(logged(out)) == step, f"step {step} is saved, {max(logged(out))} is the last in the log")

@@ -134,7 +134,7 @@ class Job:
 
     def began_at(self) -> int:
         """The step that this run went on from."""
-        found = re.search(r"going on from step (\d+)", self.said())
+        found = re.search(r"resuming from step (\d+)", self.said())
         return int(found[1]) if found else 0
 
     def __enter__(self) -> "Job":

@@ -198,13 +198,13 @@ def test_a_dry_run_describes_every_process():
     command = ["ipadapter-jax", "train", "sd15", "--dry-run", "--mesh.fsdp", "2", "--mesh.coordinator", "b:2"]
     environment = {"XLA_FLAGS": "--a --b", "HOME": "/home/me"}
     lines = dry_run_report(config, command, environment).splitlines()
-    assert lines[1:3] == ["mesh: 4 (data) x 2 (fsdp)", "batch: 16 rows, 2 on every device"]
+    assert lines[1:3] == ["mesh: 4 (data) x 2 (fsdp)", "batch: 16 samples, 2 on every device"]
     assert lines[0].startswith("processes: 2, each with 4 x ")
     common = "  XLA_FLAGS='--a --b' ipadapter-jax train sd15 --mesh.fsdp 2 --mesh.coordinator a:1 --mesh.processes 2"
     assert lines[3:] == [
-        "process 0, rows 0 to 7 of every batch, runs:",
+        "process 0, samples 0 to 7 of every batch, runs:",
         f"{common} --mesh.process 0",
-        "process 1, rows 8 to 15 of every batch, runs:",
+        "process 1, samples 8 to 15 of every batch, runs:",
         f"{common} --mesh.process 1",
     ]
     assert "each of the 4 SLURM tasks" in dry_run_report(Train(), command, SLURM)

@@ -132,5 +132,5 @@ def test_a_dry_run_says_what_each_process_runs(capsys) -> None:
     words = ["sd15", "--data.path", "x", "--mesh.coordinator", "h:1", "--mesh.processes", "2", "--dry-run"]
     assert main(["train", *words]) == 0
     output = capsys.readouterr().out
-    assert "mesh: 8 (data) x 1 (fsdp)" in output and "batch: 64 rows, 8 on every device" in output
+    assert "mesh: 8 (data) x 1 (fsdp)" in output and "batch: 64 samples, 8 on every device" in output
     assert "process 1, rows 32 to 63" in output and "--mesh.process 1" in output

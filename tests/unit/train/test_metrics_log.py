@@ -197,7 +197,7 @@ def test_missing_wandb_names_the_remedy(tmp_path, monkeypatch):
 
 def test_a_record_is_listed_once_over_epochs_and_resumes(tmp_path):
     path = tmp_path / "skipped.jsonl"
-    skips = SkippedRecordLog(path, max_share=0.5)
+    skips = SkippedRecordLog(path, max_fraction=0.5)
     skips.add(8, [SkippedRecord(3, "a/3.png", "truncated")])
     skips.add(8, [SkippedRecord(3, "a/3.png", "truncated"), SkippedRecord(5, "ü.png", "no image")])
     skips.close()
@@ -205,7 +205,7 @@ def test_a_record_is_listed_once_over_epochs_and_resumes(tmp_path):
     with open(path, "a") as file:
         file.write('{"index": 9, "ke')  # a kill while writing
 
-    resumed = SkippedRecordLog(path, max_share=0.5)
+    resumed = SkippedRecordLog(path, max_fraction=0.5)
     resumed.add(8, [SkippedRecord(5, "ü.png", "no image"), SkippedRecord(7, "b.png", "too large")])
     resumed.close()
     assert lines(path) == [
@@ -217,7 +217,7 @@ def test_a_record_is_listed_once_over_epochs_and_resumes(tmp_path):
 
 
 def test_too_large_a_share_stops_the_run_once_enough_was_seen(tmp_path):
-    skips = SkippedRecordLog(tmp_path / "skipped.jsonl", max_share=0.1)
+    skips = SkippedRecordLog(tmp_path / "skipped.jsonl", max_fraction=0.1)
     bad = [SkippedRecord(i, f"{i}.png", "no image") for i in range(21)]
     skips.add(100, bad[:10])
     skips.add(99, bad[10:20])  # 20 of 199: more than allowed, too few rows to tell

@@ -1,4 +1,4 @@
-"""Blocks are computed again in the backward pass where a step would not fit otherwise."""
+"""Blocks are rematerialized in the backward pass where a step would not fit otherwise."""
 
 import json
 
