@@ -236,7 +236,13 @@ def _fitted(
         needed = plan_memory(_step_of(config, loaded.networks), mesh, state, loaded.frozen, batch)
     log.info("memory:\n%s", needed.table())
     if needed.total > limit:
-        ways = memory_remedies(config, mesh, live=not isinstance(batch, EncodedBatch))
+        ways = memory_remedies(
+            mesh,
+            batch_size=config.data.batch_size,
+            accumulate=config.optim.accumulate,
+            remat=config.model.remat,
+            live=not isinstance(batch, EncodedBatch),
+        )
         numbers = f"about {needed.total / 2**30:.1f} GiB on each device, which has {limit / 2**30:.1f}"
         if needed.total > _MEMORY_MARGIN * limit:
             raise InputError(f"a step needs {numbers}; use {ways}")

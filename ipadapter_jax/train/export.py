@@ -1,6 +1,7 @@
 """What a run exports: adapter.safetensors with its model card, and the UNet where that was trained."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +10,33 @@ import optax
 
 from ipadapter_jax.storage.atomic_files import write_atomically
 from ipadapter_jax.storage.text_files import encode_utf8
-from ipadapter_jax.train.config import Train
+from ipadapter_jax.train.config import Model
 from ipadapter_jax.train.model_card import model_card
 from ipadapter_jax.train.networks import LoadedNetworks
 from ipadapter_jax.train.optim import combine
 from ipadapter_jax.weights.component_export import save_component
 from ipadapter_jax.weights.components import UNET
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_adapter
+from ipadapter_jax.weights.load_tree import Tree
 
 ADAPTER = "adapter.safetensors"
 
 
 def export_run(
-    folder: Path, trainable: Any, config: Train, loaded: LoadedNetworks, about: dict[str, Any], step: int
+    folder: Path,
+    trainable: dict[str, Tree],
+    loaded: LoadedNetworks,
+    *,
+    model: Model,
+    dtype: str,
+    identity: Mapping[str, Any],
+    step: int,
 ) -> None:
-    """Writes `trainable`, partitioned parameters as arrays of this process, into the folder of the run.
+    """Writes `trainable`, partitioned parameters as arrays of this process, into the folder of the run, in `dtype`.
 
-    Raises InputError when something is not finite or cannot be written; older files then stay.
+    `identity`: what the run's checkpoints record, whose data and settings the model card shows. Raises InputError when
+    something is not finite or cannot be written; older files then stay.
     """
-    dtype = config.checkpoint.export_dtype
     if not isinstance(trainable["unet"], optax.MaskedNode):
         settings = json.dumps(loaded.base.component_config("unet").settings, indent=2)
         save_component(UNET, folder / "unet", trainable["unet"], np.dtype(dtype), settings.encode())
@@ -40,10 +49,10 @@ def export_run(
     card = model_card(
         ADAPTER,
         metadata,
-        base=config.model.base,
-        image_encoder=config.model.image_encoder,
-        variant=config.model.variant,
-        data=about["data"],
-        settings=about["settings"],
+        base=model.base,
+        image_encoder=model.image_encoder,
+        variant=model.variant,
+        data=identity["data"],
+        settings=identity["settings"],
     )
     write_atomically(folder / "README.md", encode_utf8(card))

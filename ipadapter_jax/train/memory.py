@@ -11,7 +11,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ipadapter_jax.train.batches import FrozenModels, TrainBatch
-from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.memory_estimate import peak_bytes
 from ipadapter_jax.train.state import TrainState
 
@@ -86,16 +85,15 @@ def device_memory_limit() -> int | None:
     return None if least >= _UNKNOWN else least
 
 
-def memory_remedies(config: Train, mesh: Mesh, *, live: bool) -> str:
+def memory_remedies(mesh: Mesh, *, batch_size: int, accumulate: int, remat: str, live: bool) -> str:
     """What takes less memory than these settings, the cheapest first. `live`: images are encoded in every step."""
-    accumulate = config.optim.accumulate
-    samples = config.data.batch_size // (mesh.size * accumulate)
+    samples = batch_size // (mesh.size * accumulate)
     ways = {
         "encode the data once (ipadapter-jax encode)": live,
         "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment, in place of 0.75": jax.default_backend() == "gpu",
-        "--model.remat always": config.model.remat == "never",
-        f"--mesh.fsdp {mesh.size}": mesh.size > 1 and config.mesh.fsdp == 1,
+        "--model.remat always": remat == "never",
+        f"--mesh.fsdp {mesh.size}": mesh.size > 1 and mesh.shape["fsdp"] == 1,
         f"--optim.accumulate {2 * accumulate}": samples > 1 and samples % 2 == 0,
-        f"--data.batch-size {config.data.batch_size // 2}": samples > 1 and samples % 2 == 0,
+        f"--data.batch-size {batch_size // 2}": samples > 1 and samples % 2 == 0,
     }
     return ", or ".join(way for way, open_ in ways.items() if open_) or "a device with more memory"

@@ -1,5 +1,6 @@
 """What process 0 writes of a run: metrics, curves, images, and the adapter file."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ipadapter_jax.train.export import export_run
 from ipadapter_jax.train.metrics_log import RunLog
 from ipadapter_jax.train.networks import LoadedNetworks
 from ipadapter_jax.train.throughput import ProgressLine, Throughput, peak_flops
+from ipadapter_jax.weights.load_tree import Tree
 
 
 class Reporter:
@@ -22,19 +24,20 @@ class Reporter:
         self,
         config: Train,
         folder: Path,
-        about: dict[str, Any],
+        identity: Mapping[str, Any],
         loaded: LoadedNetworks,
         first: int,
         flops: float | None,
     ):
-        self._config, self._folder, self._about, self._loaded = config, folder, about, loaded
+        self._config, self._loaded, self._identity = config, loaded, identity
+        self._folder = folder
         sources = {part: str(path) for part, path in loaded.sources.items()}  # of the Hub, with the commit
-        written = about | {"sources": sources}
+        written = {**identity, "sources": sources}
         self._log = RunLog(
             folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=written, first_step=first
         )
         peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
-        self._meter = Throughput(
+        self._throughput = Throughput(
             first_step=first,
             total_steps=config.steps,
             batch_size=config.data.batch_size,
@@ -47,22 +50,30 @@ class Reporter:
         """Logs a finished step when it is its turn."""
         if number % self._config.log.every and number != self._config.steps:
             return
-        numbers = {name: value.item() for name, value in metrics.items()} | self._meter.report(number)
+        numbers = {name: value.item() for name, value in metrics.items()} | self._throughput.report(number)
         self._log.write(number, numbers | counts)
-        self._progress.show(number, numbers, self._meter.eta())
+        self._progress.show(number, numbers, self._throughput.eta())
 
     def paused(self) -> AbstractContextManager[None]:
         """What happens inside does not count as training time."""
-        return self._meter.paused()
+        return self._throughput.paused()
 
     def validated(self, number: int, losses: dict[str, float], grid: Image.Image | None) -> None:
         self._log.write(number, losses)
         if grid is not None:
             self._log.image(number, "samples", grid)
 
-    def export(self, number: int, trainable: Any) -> None:
+    def export(self, number: int, trainable: dict[str, Tree]) -> None:
         """Exports the trainable parameters, given as arrays of this process."""
-        export_run(self._folder, trainable, self._config, self._loaded, self._about, number)
+        export_run(
+            self._folder,
+            trainable,
+            self._loaded,
+            model=self._config.model,
+            dtype=self._config.checkpoint.export_dtype,
+            identity=self._identity,
+            step=number,
+        )
 
     def close(self) -> None:
         self._progress.close()

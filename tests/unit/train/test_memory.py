@@ -164,11 +164,13 @@ def test_what_a_person_reads():
 
 
 def test_remedies_name_what_is_left_to_try():
-    mesh = mesh_of(2, 2)
-    assert memory_remedies(small(mesh, batch=16).config, mesh, live=True) == (
+    def ways(shape: tuple[int, int], **options) -> str:
+        return memory_remedies(mesh_of(*shape), **options)
+
+    assert ways((4, 1), batch_size=16, accumulate=1, remat="never", live=True) == (
         "encode the data once (ipadapter-jax encode), or --model.remat always, or --mesh.fsdp 4, or --optim.accumulate "
         "2, or --data.batch-size 8"
     )
-    config = small(mesh_of(1, 1), batch=2, remat=True, accumulate=2).config
-    assert memory_remedies(config, mesh_of(1, 1), live=False) == "a device with more memory"
+    found = ways((1, 1), batch_size=2, accumulate=2, remat="always", live=False)
+    assert found == "a device with more memory"
     assert device_memory_limit() is None  # on a CPU
