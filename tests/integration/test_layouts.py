@@ -57,21 +57,21 @@ def expected(run) -> np.ndarray:
     return found
 
 
-def test_four_devices(run, expected) -> None:
+def test_losses_on_four_devices(run, expected) -> None:
     found, state, _ = losses(run, mesh_of(4))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 2]
     assert moments and all(leaf.addressable_shards[0].data.size == leaf.size // 4 for leaf in moments)
 
 
-def test_fsdp(run, expected) -> None:
+def test_losses_with_sharded_frozen_weights(run, expected) -> None:
     found, _, loaded = losses(run, mesh_of(4, fsdp=2))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     kernels = [leaf for leaf in jax.tree.leaves(loaded.frozen.params["unet"]) if leaf.ndim == 4]
     assert all(leaf.addressable_shards[0].data.size == leaf.size // 2 for leaf in kernels if leaf.shape[-1] % 2 == 0)
 
 
-def test_accumulated(run, expected) -> None:
+def test_losses_with_accumulated_gradients(run, expected) -> None:
     config = dataclasses.replace(run, optim=dataclasses.replace(run.optim, accumulate=2))
     found, *_ = losses(config, mesh_of(4))
     np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -119,7 +119,7 @@ def test_the_survivor_of_two_ends_soon_and_its_last_line_says_why(start):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_one_process_notices_a_signal_and_puts_the_handlers_back(number):
+def test_one_process_notices_a_signal_and_restores_the_handlers(number):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets a job in the background ignore it
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     with CoordinatedShutdown() as stop:
@@ -132,7 +132,7 @@ def test_one_process_notices_a_signal_and_puts_the_handlers_back(number):
     assert {n: signal.getsignal(n) for n in before} == before
 
 
-def test_a_process_alone_joins_nothing():
+def test_a_single_process_joins_no_cluster():
     initialize(Mesh(), {})
     for environment in ({}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, {"SLURM_STEP_NUM_TASKS": "1"}):
         assert find_cluster(Mesh(), environment) is None
@@ -155,7 +155,7 @@ def test_addresses_come_before_slurm_and_slurm_before_a_pod():
         ("1", "0", True),  # a task per GPU, of which it sees its own only
     ],
 )
-def test_a_slurm_task_takes_its_own_gpus(nodes, visible, all_devices):
+def test_a_slurm_task_uses_its_own_gpus(nodes, visible, all_devices):
     environment = SLURM | {"SLURM_STEP_NUM_NODES": nodes, "CUDA_VISIBLE_DEVICES": visible}
     cluster = find_cluster(Mesh(), environment)
     assert cluster is not None
@@ -254,6 +254,6 @@ def test_a_pod_runs_the_same_command_on_every_worker(tmp_path):
 
 
 @pytest.mark.parametrize(("script", "arguments"), [("train_slurm.sh", ["sd15"]), ("train_tpu_pod.sh", ["pod"])])
-def test_a_launcher_says_how_it_is_used(tmp_path, script, arguments):
+def test_a_launcher_shows_its_usage(tmp_path, script, arguments):
     done = launch(tmp_path, script, arguments, {})
     assert done.returncode == 2 and done.stderr.startswith("usage: ")

@@ -128,7 +128,7 @@ def test_captions_are_as_long_as_the_text_encoder_reads(images, tmp_path):
     assert CachedSamples(LocalStore(tmp_path / "cache"))[0]["input_ids"].shape == (40,)
 
 
-def test_a_bad_record_keeps_its_place_and_is_listed(whole):
+def test_an_unreadable_record_keeps_its_index_and_is_listed(whole):
     cache = CachedSamples(LocalStore(whole))
     refused(lambda: cache[BAD], cache.key(BAD), "skipped.jsonl")
     assert all(np.isfinite(cache[i]["mean"]).all() for i in range(11) if i != BAD)
@@ -154,7 +154,7 @@ precompute(PrecomputeConfig(base, image_encoder, images, Path(out), dtype="float
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(images, whole, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(images, whole, tmp_path):
     out = tmp_path / "cache"
     words = [sys.executable, "-c", KILLED, "7", str(images), str(out), str(TORCH_MODEL), str(IMAGE_ENCODER)]
     assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
@@ -181,7 +181,7 @@ def test_a_lost_shard_is_made_again(images, whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
-def test_a_full_disk_keeps_whole_shards(images, whole, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_complete_shards(images, whole, tmp_path, monkeypatch):
     config = settings(images, tmp_path / "cache")
 
     class Full(feature_shards.ArrayRecordWriter):
@@ -216,7 +216,7 @@ def test_other_settings_and_other_data_are_refused(images, whole, tmp_path):
     assert contents(whole) == before
 
 
-def test_a_run_is_held_against_the_cache(whole, tmp_path):
+def test_a_run_is_checked_against_the_cache(whole, tmp_path):
     vae, tokenizer = TORCH_MODEL / "vae" / "diffusion_pytorch_model.safetensors", TORCH_MODEL / "tokenizer"
     needed = {"vae": vae, "tokenizer": tokenizer, "resolution": 64, "features": "pooled"}
     needed["image_encoder"] = IMAGE_ENCODER / "model.safetensors"
@@ -241,7 +241,7 @@ def test_a_run_is_held_against_the_cache(whole, tmp_path):
         )
 
 
-def test_too_many_bad_records_stop_with_advice(images, tmp_path, monkeypatch):
+def test_too_many_unreadable_records_stop_with_advice(images, tmp_path, monkeypatch):
     config = settings(images, tmp_path / "cache", max_unreadable_fraction=0.05)
     refused(lambda: precompute(config), "1 of 11", "05.png", "web page", "--max-unreadable-fraction")
     assert precompute(dataclasses.replace(config, max_unreadable_fraction=0.1)) == 1

@@ -65,7 +65,7 @@ def done(run, tmp_path_factory) -> Path:
     return folder
 
 
-def test_what_a_run_leaves(done) -> None:
+def test_the_files_of_a_run(done) -> None:
     assert list(logged(done)) == list(range(1, STEPS + 1))
     validation = logged(done, "validation_loss")
     assert list(validation) == [0, 4, STEPS] and validation[STEPS] < validation[0]
@@ -85,7 +85,7 @@ def test_what_a_run_leaves(done) -> None:
 
 
 @pytest.mark.torch
-def test_a_scoring_clip_draws_curves(run, tmp_path) -> None:
+def test_a_scoring_clip_writes_curves(run, tmp_path) -> None:
     """Of the images of the sample grid, whose captions are those of the data."""
     from clip_models import clip_model  # writes a tiny CLIPModel of transformers
 
@@ -105,7 +105,7 @@ def test_the_adapter_is_used_by_the_sampler(done, run, data) -> None:
     assert np.abs(images[0] - images[1]).max() > 1e-3
 
 
-def test_it_goes_on_to_the_bit(done, run, tmp_path, caplog) -> None:
+def test_resuming_is_bit_exact(done, run, tmp_path, caplog) -> None:
     config = changed(run, out=str(tmp_path / "run"))
     with caplog.at_level("INFO", "ipadapter_jax"):
         assert train(changed(config, steps=5)) == 0
@@ -127,7 +127,7 @@ def test_it_goes_on_to_the_bit(done, run, tmp_path, caplog) -> None:
     assert logged(tmp_path / "run") == logged(done) and digest(tmp_path / "run") == digest(done)
 
 
-def test_the_environments_generator_changes_nothing(done, run, tmp_path) -> None:
+def test_the_random_generator_of_the_environment_has_no_effect(done, run, tmp_path) -> None:
     config = changed(run, out=str(tmp_path / "run"))
     assert train(changed(config, steps=3)) == 0
     with jax_settings({"jax_default_prng_impl": "rbg", "jax_threefry_partitionable": False}):
@@ -142,7 +142,7 @@ def test_another_generator_is_refused(done, run, monkeypatch) -> None:
         train(changed(run, out=str(done), steps=STEPS + 4))
 
 
-def test_sigterm_saves_and_says_so(done, run, tmp_path, monkeypatch) -> None:
+def test_sigterm_saves_and_exits_as_preempted(done, run, tmp_path, monkeypatch) -> None:
     folder, should_stop = tmp_path / "run", CoordinatedShutdown.should_stop
 
     def at_step_3(self, step: int) -> bool:
@@ -178,12 +178,12 @@ def test_other_data_are_refused(done, run, tmp_path) -> None:
         train(changed(run, out=str(done), data__path=str(photographs(tmp_path / "other", count=9))))
 
 
-def test_moved_data_are_not(done, run, tmp_path) -> None:
+def test_moved_data_are_accepted(done, run, tmp_path) -> None:
     folder = tmp_path / "moved"
     assert train(changed(run, out=str(done), data__path=str(photographs(folder)))) == 0
 
 
-def test_bad_records_are_replaced_and_listed(run, tmp_path) -> None:
+def test_unreadable_records_are_replaced_and_listed(run, tmp_path) -> None:
     data = photographs(tmp_path / "photos")
     (data / "003.png").write_bytes(b"no image")
     config = changed(run, data__path=str(data), out=str(tmp_path / "run"), data__max_unreadable_fraction=1.0)
@@ -210,7 +210,7 @@ def test_precomputed_features_give_the_losses_of_images(done, run, data, tmp_pat
 
 @pytest.mark.slow  # test_precompute.py compares the batches of both
 @pytest.mark.parametrize("adapter", ["plus", "full"])
-def test_precomputed_patches_do_so_too(run, patches, tmp_path, adapter) -> None:
+def test_precomputed_patches_give_the_losses_of_images(run, patches, tmp_path, adapter) -> None:
     live = changed(run, model__adapter=adapter, model__resampler_heads=2, steps=3)
     live = changed(live, log__validate_every=3, log__sample_steps=0)
     for name, path in (("live", run.data.path), ("cached", str(patches))):
@@ -238,7 +238,7 @@ def test_a_run_that_diverges_stops_with_advice(run, tmp_path) -> None:
         train(config)
 
 
-def test_the_unet_alone(run, tmp_path) -> None:
+def test_training_the_unet_alone(run, tmp_path) -> None:
     """The same step with the mask the other way round, and then an adapter on the UNet that this leaves."""
     config = changed(
         run,
@@ -260,7 +260,7 @@ def test_the_unet_alone(run, tmp_path) -> None:
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
 
 
-def test_the_newest_checkpoint_as_a_file(done, tmp_path, capsys):
+def test_the_newest_checkpoint_is_converted_to_a_file(done, tmp_path, capsys):
     """What the run itself exported, to the bit; the run is left as it is."""
     before = sorted(path.name for path in (done / "checkpoints").iterdir())
     half = ["--dtype", "float16"]

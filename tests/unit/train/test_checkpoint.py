@@ -107,7 +107,7 @@ def test_each_flipped_bit_changes_both_sums(dtype: Any) -> None:
     assert len(set(sums.values())) == 6 * bits
 
 
-def test_digest_sees_order_shape_dtype_and_paired_sign_flips() -> None:
+def test_checksums_depend_on_order_shape_dtype_and_paired_sign_flips() -> None:
     x = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
     signs = x.copy()
     signs[[0, 1], 0] *= -1  # the top bits of two elements: what a sum of odd multiples would miss
@@ -119,7 +119,7 @@ def test_digest_sees_order_shape_dtype_and_paired_sign_flips() -> None:
     assert tree_fingerprint(found) == tree_fingerprint(dict(reversed(found.items())))
 
 
-def test_digest_does_not_depend_on_the_layout() -> None:
+def test_checksums_do_not_depend_on_the_sharding() -> None:
     x = np.random.default_rng(0).standard_normal((8, 12), np.float32)
     layouts = [jnp.asarray(x), put(x), put(x, "data"), put(x, None, "data")]
     assert len({tree_checksums({"x": layout})["x"] for layout in layouts}) == 1
@@ -149,7 +149,7 @@ def test_another_sharding_and_none_without_steps(two_steps: Path, tmp_path: Path
     assert open_(tmp_path / "new").about() is None
 
 
-def test_the_state_may_be_donated_at_once(tmp_path: Path) -> None:
+def test_the_state_may_be_donated_after_save_returns(tmp_path: Path) -> None:
     checkpoints = open_(tmp_path)
     advance = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = {
@@ -169,7 +169,7 @@ def test_the_state_may_be_donated_at_once(tmp_path: Path) -> None:
     checkpoints.close()
 
 
-def test_which_steps_stay(tmp_path: Path) -> None:
+def test_which_steps_are_retained(tmp_path: Path) -> None:
     fill(tmp_path, *range(1, 8), keep_last=2, keep_every=3)
     assert names(tmp_path) == {"3", "6", "7"}
 
@@ -182,7 +182,7 @@ def test_a_saved_step_is_not_saved_again(tmp_path: Path) -> None:
     checkpoints.close()
 
 
-def test_another_model_is_an_error_and_no_damage(two_steps: Path) -> None:
+def test_another_model_is_an_error_and_not_damage(two_steps: Path) -> None:
     wanted = template(make_state(0))
     wanted["params"]["ip"] = jax.ShapeDtypeStruct((4, 7), jnp.bfloat16, sharding=wanted["step"].sharding)
     wanted["scale"] = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=wanted["step"].sharding)  # orbax would cast
@@ -196,7 +196,7 @@ def test_another_model_is_an_error_and_no_damage(two_steps: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", *slow(*sorted(DAMAGES.keys() - {"flip"}))])
-def test_damage_is_noticed_or_harmless(two_steps: Path, tmp_path: Path, damage: str, caplog) -> None:
+def test_damage_is_detected_or_harmless(two_steps: Path, tmp_path: Path, damage: str, caplog) -> None:
     rng, good = random.Random(damage), {step: tree_checksums(make_state(step)) for step in (1, 2)}
     wanted, outcomes = template(make_state(0)), []
     files = [path.relative_to(two_steps) for path in sorted((two_steps / "2").rglob("*")) if path.is_file()]
@@ -215,7 +215,7 @@ def test_damage_is_noticed_or_harmless(two_steps: Path, tmp_path: Path, damage: 
     assert outcomes.count(1) >= 3, "nothing was damaged"
 
 
-def test_a_damaged_step_is_in_nobodys_way(two_steps: Path, tmp_path: Path) -> None:
+def test_a_damaged_step_is_set_aside(two_steps: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(two_steps, folder)
     for number in ("damaged-2", "damaged-2-2"):
@@ -240,7 +240,7 @@ def test_nothing_is_moved_when_no_step_is_good(two_steps: Path, tmp_path: Path) 
     assert names(folder) == {"1", "2"}
 
 
-def test_a_full_disk_is_said_at_the_next_save(tmp_path: Path, capfd) -> None:
+def test_a_full_disk_is_reported_at_the_next_save(tmp_path: Path, capfd) -> None:
     fill(tmp_path, 1)
     checkpoints, (soft, hard) = open_(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -286,7 +286,7 @@ for step in range(1, 100):
 """
 
 
-def test_a_kill_while_saving_costs_nothing_that_was_saved(tmp_path: Path) -> None:
+def test_a_kill_while_saving_loses_no_saved_step(tmp_path: Path) -> None:
     process = start(KILLED, tmp_path)
     while int(process.stdout.readline()) < 3:
         pass

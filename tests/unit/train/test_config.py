@@ -121,7 +121,7 @@ def test_settings_that_cannot_be(change) -> None:
         check(changed(GOOD, **change))
 
 
-def test_only_what_is_learnt_identifies_a_run() -> None:
+def test_only_settings_that_affect_the_weights_identify_a_run() -> None:
     free = {"out": "elsewhere", "steps": 5, "data__workers": 3, "log__every": 7, "mesh__fsdp": 2, "data__path": "moved"}
     assert identity(changed(GOOD, **free)) == identity(GOOD)
     for change in ({"seed": 1}, {"optim__ema": 0.9}, {"data__batch_size": 8}, {"model__dtype": "float32"}):
@@ -133,4 +133,4 @@ def test_a_dry_run_says_what_each_process_runs(capsys) -> None:
     assert main(["train", *words]) == 0
     output = capsys.readouterr().out
     assert "mesh: 8 (data) x 1 (fsdp)" in output and "batch: 64 samples, 8 on every device" in output
-    assert "process 1, rows 32 to 63" in output and "--mesh.process 1" in output
+    assert "process 1, samples 32 to 63" in output and "--mesh.process 1" in output

@@ -78,7 +78,7 @@ def test_the_trees_are_those_of_a_file(variant):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_keys_and_values_begin_as_copies_of_those_of_the_text(dtype):
+def test_keys_and_values_start_as_copies_of_those_of_the_text(dtype):
     """In file order: down, up, mid. From a bfloat16 UNet they are its weights, exactly."""
     params = jax.tree.map(lambda x: x.astype(dtype), unet_params())
     found = init_adapter(params, TINY_UNET, CONFIGS["base"], 0)["ip_adapter"]
@@ -97,7 +97,7 @@ def test_keys_and_values_begin_as_copies_of_those_of_the_text(dtype):
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_the_projection_is_drawn_as_pytorch_draws_it(variant):
+def test_the_projection_is_initialized_as_in_pytorch(variant):
     """Linear: weight and bias uniform within 1/sqrt(inputs). LayerNorm: 1 and 0. Latents: normal, 1/sqrt(width)."""
     tree = leaves(initial(CONFIGS[variant])["image_proj"])
     drawn = 0
@@ -120,7 +120,7 @@ def test_the_projection_is_drawn_as_pytorch_draws_it(variant):
     assert drawn == {"base": 2, "plus": 4 * 5 + 5, "full": 4}[variant]
 
 
-def test_every_seed_and_every_leaf_has_its_own_draw():
+def test_every_seed_and_every_leaf_has_its_own_random_numbers():
     first, second = (leaves(initial(CONFIGS["plus"], seed)["image_proj"]) for seed in (0, 1))
     queries = [("layers_0_0", "to_q", "kernel"), ("layers_1_0", "to_q", "kernel")]
     assert not np.array_equal(first[queries[0]], first[queries[1]])
@@ -156,7 +156,7 @@ print(hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(t
 """
 
 
-def test_one_device_draws_what_four_draw():
+def test_one_device_initializes_as_four_do():
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     done = subprocess.run([sys.executable, "-c", ONE_DEVICE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -168,14 +168,14 @@ def test_one_device_draws_what_four_draw():
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_a_released_file_to_begin_with(variant):
+def test_training_starts_from_a_released_file(variant):
     path = ADAPTERS / FILES[variant]
     widths = tuple(site.width for site in cross_attention_layers(TINY_UNET))
     found = load_adapter_params(path, TINY_UNET, CONFIGS[variant])
     assert_same_tree(found, load_ip_adapter(open_ip_adapter(path), widths, np.dtype("float32")))
 
 
-def test_what_was_exported_in_float32_comes_back(tmp_path):
+def test_a_float32_export_is_read_back_exactly(tmp_path):
     params = initial(CONFIGS["full"])
     save_ip_adapter(tmp_path / "a.safetensors", params, dtype="float32", metadata={})
     assert_same_tree(load_adapter_params(tmp_path / "a.safetensors", TINY_UNET, CONFIGS["full"]), params)

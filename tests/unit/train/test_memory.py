@@ -30,7 +30,7 @@ def peak(function, *args) -> float:
     return peak_bytes(jax.make_jaxpr(function)(*args)) / ROW
 
 
-def test_products_are_held_while_they_are_read():
+def test_products_are_in_memory_while_they_are_read():
     assert peak(lambda x: x @ W, X) == 1
     assert peak(lambda x: x @ W @ W @ W, X) == 2  # what is read, and what is written
     assert peak(jax.jit(lambda x: jax.jit(lambda y: y @ W)(x @ W) @ W), X) == 2
@@ -40,7 +40,7 @@ def test_an_elementwise_chain_is_one_array():
     assert peak(lambda x: jnp.sin(jnp.cos(x @ W) + 1) @ W, X) == 2
 
 
-def test_a_chain_that_is_read_again_later_is_computed_again():
+def test_a_chain_that_is_read_again_later_is_recomputed():
     def program(x):
         y = x @ W
         return jnp.sin(y) @ W @ W + jnp.cos(jnp.sin(y))
@@ -48,7 +48,7 @@ def test_a_chain_that_is_read_again_later_is_computed_again():
     assert peak(program, X) == 3  # y, and what is read and written by the last product
 
 
-def test_a_kernel_is_copied_and_the_copy_kept_for_the_backward_pass():
+def test_a_kernel_is_copied_and_the_copy_stored_for_the_backward_pass():
     """Both the kernel and the images are as large as X."""
     images, kernel = jnp.ones((1, 8, 8, 64)), jnp.ones((1, 1, 64, 64))
 
@@ -63,7 +63,7 @@ def test_a_kernel_is_copied_and_the_copy_kept_for_the_backward_pass():
     assert peak(gradient(jax.checkpoint(conv)), images) == peak(gradient(lambda x: x @ W), images)  # copied twice
 
 
-def test_a_backward_pass_keeps_the_inside_of_a_chain_and_remat_does_not():
+def test_a_backward_pass_stores_the_inside_of_a_chain_and_remat_does_not():
     """10 layers: each keeps its product, from which cos and sin are computed again."""
 
     def loss(x, layer):
@@ -116,7 +116,7 @@ def accelerator(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
-def test_every_device_holds_its_share(accelerator):
+def test_every_device_holds_its_shard(accelerator):
     whole, split = (small(mesh_of(*shape), batch=8, latent=32) for shape in ((1, 1), (2, 2)))
     one, four = (plan_memory(step.make, step.mesh, *step.arguments) for step in (whole, split))
     assert four.trainable == one.trainable
@@ -156,7 +156,7 @@ def test_the_plan_of_a_gpu_compiler(monkeypatch, remat):
     assert arguments + found.activations == pytest.approx(arguments + memory.temp_size_in_bytes, rel=0.15)
 
 
-def test_what_a_person_reads():
+def test_the_table_of_the_memory_plan():
     table = MemoryPlan(2**31, 2**30, 2**30, 2**20, 2**32).table().splitlines()
     assert len({len(line) for line in table}) == 1
     assert table[0].split() == ["frozen", "weights", "2.00", "GiB"]

@@ -61,7 +61,7 @@ def test_metrics_read_back_exactly(tmp_path):
     assert line == {"step": 50, "loss": float(third), "bad_rows": 2, "ratio": 0.1 + 0.2}
 
 
-def test_not_finite_numbers_stay_json(tmp_path):
+def test_non_finite_numbers_are_valid_json(tmp_path):
     with run_log(tmp_path) as log:
         log.write(1, {"loss": math.nan, "norm": np.float32(-np.inf)})
     (line,) = lines(tmp_path / "metrics.jsonl")
@@ -82,7 +82,7 @@ def test_resuming_cuts_what_was_written_after_the_checkpoint(tmp_path, tail):
     assert path.read_bytes() == b"".join(before)
 
 
-def test_starting_again_from_the_start_keeps_nothing(tmp_path):
+def test_restarting_from_step_0_removes_old_metrics(tmp_path):
     with run_log(tmp_path) as log:
         log.write(1, {"loss": 1.0})
     with run_log(tmp_path):
@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full, on Linux")
-def test_a_full_disk_is_said(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     log = RunLog(tmp_path, tensorboard=False, wandb=None, config=CONFIG, first_step=0)
     log._metrics._file = open("/dev/full", "w")  # noqa: SIM115 closing it would fail, too
     with pytest.raises(InputError, match=r"metrics.jsonl: not written \(No space left on device\); make room"):
@@ -216,7 +216,7 @@ def test_a_record_is_listed_once_over_epochs_and_resumes(tmp_path):
     assert (resumed.seen, resumed.bad) == (8, 2)
 
 
-def test_too_large_a_share_stops_the_run_once_enough_was_seen(tmp_path):
+def test_too_large_a_fraction_stops_the_run_after_enough_samples(tmp_path):
     skips = SkippedRecordLog(tmp_path / "skipped.jsonl", max_fraction=0.1)
     bad = [SkippedRecord(i, f"{i}.png", "no image") for i in range(21)]
     skips.add(100, bad[:10])

@@ -61,7 +61,7 @@ def test_the_other_variants(variant):
     assert "a preprocessor for this image encoder" in text
 
 
-def test_no_path_of_this_machine_is_told(tmp_path, monkeypatch):
+def test_no_path_of_this_machine_is_shown(tmp_path, monkeypatch):
     """Of a path only the last part; a relative path is known by its being there."""
     secret = tmp_path / "secret"
     (secret / "sd15").mkdir(parents=True)

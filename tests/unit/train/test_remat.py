@@ -50,7 +50,7 @@ def losses(folder):
 
 
 @pytest.mark.slow  # two runs; models/test_unet.py holds that blocks computed again give the same
-def test_where_it_would_not_fit_and_the_losses_are_the_same(run, crowded, tmp_path):
+def test_blocks_are_rematerialized_if_needed_and_losses_are_the_same(run, crowded, tmp_path):
     plain = changed(run, out=str(tmp_path / "plain"))
     assert train(plain) == 0
     seen = crowded(80)
@@ -59,7 +59,7 @@ def test_where_it_would_not_fit_and_the_losses_are_the_same(run, crowded, tmp_pa
     np.testing.assert_allclose(losses(tmp_path / "crowded"), losses(tmp_path / "plain"), rtol=1e-6)
 
 
-def test_what_does_not_fit_either_way_is_refused(run, crowded, tmp_path):
+def test_a_step_that_does_not_fit_even_with_remat_is_refused(run, crowded, tmp_path):
     crowded(10_000)
     with pytest.raises(InputError) as found:
         train(changed(run, out=str(tmp_path / "run")))
@@ -67,7 +67,7 @@ def test_what_does_not_fit_either_way_is_refused(run, crowded, tmp_path):
     assert "--data.batch-size" in str(found.value) or "--optim.accumulate" in str(found.value)
 
 
-def test_who_forbids_it_is_told_of_it(run, crowded, tmp_path):
+def test_with_remat_never_the_error_names_remat_always(run, crowded, tmp_path):
     seen = crowded(80)
     with pytest.raises(InputError, match="--model.remat always"):
         train(changed(run, out=str(tmp_path / "run"), model__remat="never", optim__accumulate=1))

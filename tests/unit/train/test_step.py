@@ -150,7 +150,7 @@ def test_the_moving_average(short_run) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.ema, expected)
 
 
-def test_a_step_with_bad_gradients_is_skipped(short_run) -> None:
+def test_a_step_with_non_finite_gradients_is_skipped(short_run) -> None:
     loaded, state, step, batch = short_run
     bad = state._replace(params=jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params))
     after, metrics = step(bad, loaded.frozen, batch)
@@ -183,7 +183,7 @@ def test_the_loss_scale() -> None:
     assert LossScale.initial("bfloat16").after(jnp.bool_(False), "bfloat16").scale == 1.0
 
 
-def test_draws_depend_on_seed_step_and_row_alone() -> None:
+def test_random_draws_depend_only_on_seed_step_and_index() -> None:
     shape, rates = (4, 4, 4), (0.05, 0.05, 0.05)
     whole = random_draws(3, jnp.int32(7), jnp.arange(64), shape, 1000, rates)
     part = random_draws(3, jnp.int32(7), jnp.arange(32, 40), shape, 1000, rates)

@@ -41,7 +41,7 @@ def test_the_median_leaves_the_compilation_out_and_gives_the_rest():
     assert meter.eta() == "8 min 0 s"  # 960 steps of 8 images
 
 
-def test_pauses_are_no_training_time():
+def test_pauses_are_not_training_time():
     clock = Clock()
     meter = make(clock)
     clock.now += 4

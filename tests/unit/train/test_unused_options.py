@@ -37,7 +37,7 @@ def said(config: Train) -> list[str]:
         ),
     ],
 )
-def test_settings_without_effect_are_said(changes, words):
+def test_settings_without_effect_are_reported(changes, words):
     [line] = said(dataclasses.replace(Train(), **changes))
     assert words in line
 
@@ -48,11 +48,11 @@ def test_settings_with_effect_are_not():
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_recipes_say_nothing_in_vain(name):
+def test_recipes_have_no_settings_without_effect(name):
     assert said(load_recipe(name)[0]) == []
 
 
-def test_what_no_memory_holds_is_refused_before_anything_is_read():
+def test_too_large_settings_are_refused_before_anything_is_read():
     huge = Train(data=Data(path="x", resolution=10_000_000))
     with pytest.raises(
         InputError, match=r"--data.resolution 10000000 would need at least .* \(1,500,000,000,000,000 bytes"
