@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,15 @@ from ipadapter_jax.runtime.mesh import batch_sharding, local_mesh, replicated
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.open_base_model import open_base_folder
 from ipadapter_jax.weights.open_component import LoadedComponent
+
+
+class EncodedImages(NamedTuple):
+    """What both networks make of B images, in their dtype."""
+
+    features: Array  # (B, F), or with patches (B, L, F)
+    finite: Array  # (B,) bool: whether all of a sample is
+    logvar: Array  # (B, h, w, 4), of the latents' posterior, unscaled
+    mean: Array  # (B, h, w, 4)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,19 +45,19 @@ class FrozenEncoders:
     def clip_size(self) -> int:
         return self.image_encoder.module.config.image_size
 
-    def __call__(self, pixels: np.ndarray, clip_pixels: np.ndarray) -> dict[str, Array]:
-        """(B, H, W, 3) and (B, S, S, 3) uint8, B a multiple of the devices -> see `_encode`. Does not wait."""
+    def __call__(self, pixels: np.ndarray, clip_pixels: np.ndarray) -> EncodedImages:
+        """Takes (B, H, W, 3) and (B, S, S, 3) uint8, B a multiple of the devices. Does not wait for the result."""
         images = jax.device_put((pixels, clip_pixels), batch_sharding(self.mesh))
         return self._encode(*images)
 
-    def shapes(self, resolution: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What a batch of one sample per device gives."""
+    def shapes(self, resolution: int) -> EncodedImages:
+        """The shapes and dtypes (jax.ShapeDtypeStruct) for a batch of one sample per device."""
         sides = (resolution, self.clip_size)
         return jax.eval_shape(
             self._encode, *(jax.ShapeDtypeStruct((self.mesh.size, side, side, 3), jnp.uint8) for side in sides)
         )
 
-    def _encode(self, pixels: Any, clip_pixels: Any) -> dict[str, Array]:
+    def _encode(self, pixels: Array, clip_pixels: Array) -> EncodedImages:
         params = self.vae.params, self.image_encoder.params
         return _encode(self.vae.module, self.image_encoder.module, self.patches, self.mesh, params, pixels, clip_pixels)
 
@@ -63,16 +72,14 @@ class FrozenEncoders:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _encode(
     vae: VAE, image_encoder: Any, patches: bool, mesh: jax.sharding.Mesh, params: Any, pixels: Array, clip_pixels: Array
-) -> dict[str, Array]:
-    """ "mean" and "logvar" (B, h, w, 4), "features" (B, F) or (B, L, F), all in the networks' dtype, "finite" (B,)."""
-
+) -> EncodedImages:
     def run(params, pixels, clip_pixels):
         posterior: Any = vae.apply({"params": params[0]}, normalize(pixels), method=VAE.posterior)
         normalized = jnp.asarray(CLIP_TABLE)[clip_pixels, jnp.arange(3)]
-        found = {name: moment.astype(vae.dtype) for name, moment in zip(("mean", "logvar"), posterior, strict=True)}
-        found["features"] = sampling.encode_image(image_encoder, patches, params[1], normalized)
-        finite = [jnp.isfinite(x).all(axis=range(1, x.ndim)) for x in found.values()]
-        return found | {"finite": functools.reduce(jnp.logical_and, finite)}
+        mean, logvar = (moment.astype(vae.dtype) for moment in posterior)
+        features = sampling.encode_image(image_encoder, patches, params[1], normalized)
+        finite = [jnp.isfinite(x).all(axis=range(1, x.ndim)) for x in (mean, logvar, features)]
+        return EncodedImages(features, functools.reduce(jnp.logical_and, finite), logvar, mean)
 
     batch_spec = P("data")
     sharded = jax.shard_map(

@@ -11,13 +11,12 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 import tqdm
-from jax import Array
 
 from ipadapter_jax.data.dataset import LiveSamples
 from ipadapter_jax.data.feature_cache import CachedSamples, finish_cache, is_cache, start_cache
@@ -36,7 +35,7 @@ from ipadapter_jax.storage.config_diff import diff_configs
 from ipadapter_jax.storage.paths import check_utf8, expand_home
 from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train.config import Mesh
-from ipadapter_jax.train.frozen_encoders import FrozenEncoders, load_frozen_encoders
+from ipadapter_jax.train.frozen_encoders import EncodedImages, FrozenEncoders, load_frozen_encoders
 from ipadapter_jax.train.multihost import barrier, initialize
 from ipadapter_jax.train.precompute_config import PrecomputeConfig
 from ipadapter_jax.train.run_dir import run_lock
@@ -191,8 +190,8 @@ class _Job:
         if before is not None:
             yield from self._unstacked(*before)
 
-    def _unstacked(self, indices: Sequence[int], rows: Sequence[Row], encoded: Mapping[str, Array]) -> Iterator[Row]:
-        arrays = {name: np.asarray(array) for name, array in encoded.items()}
+    def _unstacked(self, indices: Sequence[int], rows: Sequence[Row], encoded: EncodedImages) -> Iterator[Row]:
+        arrays = {name: np.asarray(array) for name, array in encoded._asdict().items()}
         finite = arrays.pop("finite")
         for i, (index, row) in enumerate(zip(indices, rows, strict=True)):
             if isinstance(row, SkippedRecord):
@@ -214,7 +213,7 @@ def _job(config: PrecomputeConfig) -> _Job:
     columns = {name: getattr(config, name) for name in ("image_root", "image_column", "text_column")}
     source = open_dataset(config.data, cond_image_column=config.cond_image_column, **columns)
     samples = LiveSamples(source, encoders.tokenizer, config.resolution, encoders.clip_size, encoders.text_length)
-    shapes = encoders.shapes(config.resolution)
+    shapes = encoders.shapes(config.resolution)._asdict()
     arrays = {name: (np.dtype(x.dtype), x.shape[1:]) for name, x in shapes.items() if name != "finite"}
     arrays["input_ids"] = (np.dtype(np.int32), (samples.text_length,))
     vision = encoders.image_encoder

@@ -101,15 +101,15 @@ class Validation:
     def _image_prompts(self) -> "ImagePrompts":
         vae, params = self._loaded.networks.vae, self._loaded.frozen.params["vae"]
 
-        def head(params: Any, batch: EncodedBatch) -> tuple[Array, Array, Any]:
+        def first_samples(params: Any, batch: EncodedBatch) -> _GridInputs:
             batch = jax.tree.map(lambda x: x[:_IMAGES], batch)
             posterior = Posterior(batch.mean, batch.logvar)
             decoded: Any = vae.apply({"params": params}, vae.sample(posterior, 0.0), method=VAE.decode)
-            return decoded, batch.input_ids, batch.features
+            return _GridInputs(decoded, batch.input_ids, batch.features)
 
         decoded, input_ids, positive = jax.tree.map(
             lambda x: np.asarray(x.addressable_data(0)),
-            jax.jit(head, out_shardings=replicated(self._mesh))(params, self._batch),
+            jax.jit(first_samples, out_shardings=replicated(self._mesh))(params, self._batch),
         )
         references = [Image.fromarray(image) for image in to_uint8(denormalize(decoded))]
         if positive is None:
@@ -118,6 +118,14 @@ class Validation:
         if self._frozen.zero_features is not None:
             negative[:] = np.asarray(self._frozen.zero_features.addressable_data(0))
         return ImagePrompts(references, input_ids, np.stack([negative, positive]))
+
+
+class _GridInputs(NamedTuple):
+    """The first samples of the validation batch."""
+
+    decoded: Array  # (n, H, W, 3), the latents as images
+    input_ids: Array  # (n, S)
+    features: Array | None  # (n, ...)
 
 
 class Grid(NamedTuple):
