@@ -23,7 +23,10 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.ops import attention_kernels
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines import programs
+from ipadapter_jax.pipelines.conditioning import Conditioning, Guidance, ImageBranch
+from ipadapter_jax.pipelines.denoise import STATE, Steps
+from ipadapter_jax.pipelines.denoiser import Denoiser
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.runtime.mesh import batch_sharding, replicated
 from ipadapter_jax.testing.random_weights import SCHEDULER
@@ -60,12 +63,12 @@ def as_on(platform: str) -> Iterator[None]:
 
 
 class Sampler(NamedTuple):
-    """`sampling.denoise` and its arguments."""
+    """`programs.denoise` and its arguments."""
 
     arguments: tuple[Any, ...]
 
     def trace(self):
-        return sampling.denoise.jitted.trace(*self.arguments)
+        return programs.denoise.jitted.trace(*self.arguments)
 
 
 def abstract_sampler(
@@ -89,25 +92,26 @@ def abstract_sampler(
 
     run = sample_table("ddim", NoiseSchedule.from_json(SCHEDULER), steps, 0.0, 1.0)
     state = jax.eval_shape(init_state, given((batch, latent, latent, 4), jnp.float32))
-    shardings = sampling.State._make(NamedSharding(mesh, spec) for spec in sampling.STATE)
-    sites = cross_attention_layers(sizes.unet)
+    shardings = jax.tree.map(functools.partial(NamedSharding, mesh), STATE)
+    state = jax.tree.map(lambda x, sharding: given(x.shape, x.dtype, sharding), state, shardings)
+    layers = cross_attention_layers(sizes.unet)
     text, image = (
-        [tuple(given((1, 2, tokens, site.width), compute) for _ in "kv") for site in sites]
+        [tuple(given((1, 2, tokens, layer.width), compute) for _ in "kv") for layer in layers]
         for tokens in (TEXT_TOKENS, IMAGE_TOKENS)
     )
-    conditions = sampling.Conditions(
-        prompt_of_image=given((batch,), jnp.int32, rows),
-        reference_of_image=given((batch,), jnp.int32, rows),
+    branch = ImageBranch(
+        kv=image,
+        weight=given((steps, 2, len(layers)), jnp.float32),
+        mask=[given(((-(-latent // 2**layer.level)) ** 2,), jnp.float32) for layer in layers],
+    )
+    conditioning = Conditioning(
+        prompt_of_sample=given((batch,), jnp.int32, rows),
         text_kv=text,
-        image_kv=[image],
-        image_masks=[given((1, (-(-latent // 2**site.level)) ** 2), jnp.float32) for site in sites],
-        guidance_scale=given((), jnp.float32),
-        guidance_rescale=given((), jnp.float32),
+        image_branches=[branch],
+        guidance=Guidance(scale=given((), jnp.float32), rescale=given((), jnp.float32)),
     )
     params = jax.tree.map(lambda leaf: given(leaf.shape, compute), abstract_params(UNET, unet))
-    state = jax.tree.map(lambda x, sharding: given(x.shape, x.dtype, sharding), state, shardings)
-    inputs = sampling.Inputs(like(run.steps), None, given((steps, 1, 2, len(sites)), jnp.float32))
-    return Sampler((unet, mesh, False, params, state, inputs, conditions))
+    return Sampler((Denoiser(unet), mesh, {"unet": params}, state, Steps(like(run.steps), None), conditioning))
 
 
 class Step(NamedTuple):

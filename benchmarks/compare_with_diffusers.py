@@ -104,14 +104,15 @@ def _sample_ours(
 
     from ipadapter_jax.images.preprocess import to_uint8
     from ipadapter_jax.models.vae import denormalize
-    from ipadapter_jax.pipelines import sampling
+    from ipadapter_jax.pipelines import programs
+    from ipadapter_jax.pipelines.sample_batch import SampleBatch
 
     with jax.default_matmul_precision("highest"):
         pipe = load_ours(weights, "float32", adapter)
         latents = pipe(**call, ip_adapter_scale=scale, seed=seed, progress_bar=False)
-        batch = sampling.SampleBatch(pipe.mesh, np.asarray([seed], np.uint32), np.zeros(1, int))
+        batch = SampleBatch(pipe.mesh, np.asarray([seed], np.uint32), np.zeros(1, int))
         noise = batch.noise(latents.shape[1:], 0)
-        decoded = sampling.decode(pipe.vae, pipe.mesh, pipe.params["vae"], batch.sharded(latents))
+        decoded = programs.decode(pipe.vae, pipe.mesh, pipe.params["vae"], batch.sharded(latents))
     pixels = denormalize(np.asarray(decoded)[0])
     return np.asarray(noise)[0], latents[0], to_uint8(pixels)
 

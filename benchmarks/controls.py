@@ -19,7 +19,7 @@ import tyro
 from benchmarks.interleaved_timing import seconds_in_turns
 from ipadapter_jax import Scale, StableDiffusion
 from ipadapter_jax.models.unet_config import cross_attention_layers
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines import programs
 
 GOAL = 1.10
 
@@ -58,12 +58,12 @@ class _step:
     """The jitted call of one step of a pipeline's call, to be repeated."""
 
     def __init__(self, pipe: StableDiffusion, **arguments: Any):
-        self._real, self._given = sampling.denoise, ()
-        sampling.denoise = self._recorded  # type: ignore[assignment]
+        self._real, self._given = programs.denoise, ()
+        programs.denoise = self._recorded  # type: ignore[assignment]
         try:
             pipe("", progress_bar=False, **arguments)
         finally:
-            sampling.denoise = self._real
+            programs.denoise = self._real
 
     def _recorded(self, *given: Any) -> Any:
         self._given = given

@@ -72,12 +72,12 @@ class Ours:
     def imports(self) -> None:
         import jax
 
-        from ipadapter_jax.pipelines import sampling
+        from ipadapter_jax.pipelines import programs
 
         if self.settings.dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")
         # So that the loop can be timed alone, with the arguments and thus the program that the pipeline gives it.
-        self._denoise, sampling.denoise = sampling.denoise, self._recorded  # type: ignore[assignment]
+        self._denoise, programs.denoise = programs.denoise, self._recorded  # type: ignore[assignment]
 
     def _recorded(self, *args, **kwargs):
         self._loop = functools.partial(self._denoise, *args, **kwargs)

@@ -19,6 +19,7 @@ from PIL import Image
 from ipadapter_jax import InputError, StableDiffusion
 from ipadapter_jax.images.contact_sheet import LabeledImages, contact_sheet
 from ipadapter_jax.images.preprocess import clip_pixels, load_image
+from ipadapter_jax.pipelines.ip_adapter import encoders_of
 from ipadapter_jax.storage.atomic_files import check_writable, write_atomically
 from ipadapter_jax.weights.bundled import REFERENCE
 
@@ -76,7 +77,7 @@ def sample(reference: Image.Image, prompt: str, seed: int) -> tuple[LabeledImage
     wanted = [(1.0, number) for number in range(RESULTS)] + [(scale, 0) for scale in SCALES if scale != 1]
     bar = tqdm.tqdm(wanted, desc="compiling, then sampling", unit="image", disable=None)
     images = {which: generate(*which) for which in bar}
-    seen = Image.fromarray(clip_pixels(reference, pipe.adapters[0].encoder.module.config.image_size))
+    seen = Image.fromarray(clip_pixels(reference, encoders_of(pipe.adapters)[0].module.config.image_size))
     results = [(f"seed {seed + number}", images[1.0, number]) for number in range(RESULTS)]
     return [("reference", seen), *results], [(f"scale {scale:g}", images[scale, 0]) for scale in SCALES]
 

@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import ipadapter_jax.pipelines.sampling
 from ipadapter_jax import StableDiffusion
+from ipadapter_jax.pipelines import programs, sample_batch
+from ipadapter_jax.pipelines.conditioning import Conditioning, Guidance, ImageBranch
+from ipadapter_jax.pipelines.sample_batch import SampleBatch
+from ipadapter_jax.runtime.export_cache import ExportedFunction
 
 ORACLES = Path(__file__).parent / "data" / "oracles"
 TORCH_MODEL = ORACLES / "models" / "sd15_torch"
@@ -102,15 +105,27 @@ def _sorted(tree):
     return {name: _sorted(tree[name]) for name in sorted(tree)} if isinstance(tree, dict) else tree
 
 
+def conditioned(pipe: StableDiffusion, batch: SampleBatch, image_branches: list[ImageBranch]) -> Conditioning:
+    """The prompt "a cat" under guidance of 7.5, with these image branches."""
+    text = np.stack([pipe._text([prompt], 0) for prompt in ("", "a cat")], axis=1)
+    return Conditioning(
+        prompt_of_sample=batch.prompt_of_sample,
+        text_kv=programs.text_keys_values(pipe.unet, pipe.params["unet"], text),
+        image_branches=image_branches,
+        guidance=Guidance(scale=np.float32(7.5), rescale=np.float32(0)),
+    )
+
+
 def forbid_sampling(monkeypatch) -> None:
     """From here on no jitted function of the sampler may be called: what is wrong must be found before."""
 
     def reached(*_args, **_kwargs):
         raise AssertionError("the sampler was reached")
 
-    for name, function in vars(ipadapter_jax.pipelines.sampling).items():
-        if hasattr(function, "lower"):  # jitted
-            monkeypatch.setattr(ipadapter_jax.pipelines.sampling, name, reached)
+    for name, function in vars(programs).items():
+        if isinstance(function, ExportedFunction):
+            monkeypatch.setattr(programs, name, reached)
+    monkeypatch.setattr(sample_batch, "draw_noise", reached)
 
 
 @contextlib.contextmanager

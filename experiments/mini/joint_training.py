@@ -58,7 +58,7 @@ def with_image(pipe: StableDiffusion, how: Joined, image: np.ndarray, guided: bo
     projection is used."""
     adapter = pipe.adapters[0]
     encoder: Any = _TextAndImage(pipe.text_encoder, adapter.projection, how)
-    features = adapter.from_images([[image]], "crop", guided)[0]()[0, :, 0]
+    features = adapter.encode(adapter.inputs.from_images([[image]], "crop", guided))[0, :, 0]
     both = {"text": pipe.params["text_encoder"], "image_proj": adapter.params["image_proj"], "features": features}
     return dataclasses.replace(pipe, text_encoder=encoder, params={**pipe.params, "text_encoder": both}, adapters=())
 

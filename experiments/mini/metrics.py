@@ -12,8 +12,10 @@ from experiments.mini.attribute_classifier import ATTRIBUTES, judge, truth
 from experiments.mini.test_scenes import Prompt
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.images.preprocess import CLIP_TABLE
+from ipadapter_jax.models.image_features import FeatureKind
 from ipadapter_jax.models.vae import normalize
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines import programs
+from ipadapter_jax.pipelines.ip_adapter import encoders_of
 from ipadapter_jax.weights.tokenizer import tokenize
 
 SEED, DRAWS = 0, 2000  # of the bootstrap
@@ -51,13 +53,13 @@ class Eyes:
     """The networks of a pipeline that look at images: its VAE, its text encoder, the image encoder of its adapter."""
 
     def __init__(self, pipe: StableDiffusion):
-        self._pipe, self._encoder = pipe, pipe.adapters[0].encoder
+        self._pipe, [self._encoder] = pipe, encoders_of(pipe.adapters)
 
     def images(self, pixels: np.ndarray) -> np.ndarray:
         """Unit embeddings (B, D) of images (B, 64, 64, 3) uint8."""
 
         def run(batch: np.ndarray) -> Any:
-            return sampling.encode_image(self._encoder.module, False, self._encoder.params, batch)
+            return programs.encode_image(self._encoder.module, FeatureKind.IMAGE_EMBEDS, self._encoder.params, batch)
 
         return _unit(_in_batches(lambda part: run(CLIP_TABLE[part, np.arange(3)]), pixels))
 

@@ -167,8 +167,8 @@ class Sampling(ModelOptions):
         return Scale(self.scale if value is None else value, given, self.scale_start, self.scale_end, self.scale_steps)
 
     def arguments(self, negative: Any) -> dict[str, Any]:
-        """Arguments of a pipeline's call that are the same for all images. negative: the image of --negative-image, or
-        its path."""
+        """Arguments of a `SamplingRequest` that are the same for all images. negative: the image of --negative-image,
+        or its path."""
         return {
             "negative_ip_adapter_image": negative,
             "ip_adapter_uncond": self.uncond,
@@ -182,7 +182,6 @@ class Sampling(ModelOptions):
             "eta": self.eta,
             "height": self.height,
             "width": self.width,
-            "progress_bar": False,  # commands have their own
         }
 
 

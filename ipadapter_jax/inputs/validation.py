@@ -54,7 +54,6 @@ def check_choices(
     text_layers: int,
     eta: float,
     output_type: str,
-    callback: object,
 ) -> None:
     """Raises InputError naming the first argument that cannot be used."""
     if not isinstance(images_per_prompt, Integral) or images_per_prompt < 1:
@@ -73,10 +72,14 @@ def check_choices(
         )
     if not is_number(eta) or not 0 <= eta <= 1:
         raise InputError(f"{argument('eta', eta)} must lie between 0 (deterministic) and 1 (as DDPM)")
-    if callback is not None and not callable(callback):
-        raise InputError("callback must be a function of (step, timestep, latents)")
     if output_type not in ("pil", "np", "latent"):
         raise InputError(f"output_type {output_type!r} is not known; choose pil, np or latent")
+
+
+def check_callback(callback: object) -> None:
+    """Raises InputError for what cannot be called."""
+    if callback is not None and not callable(callback):
+        raise InputError("callback must be a function of (step, timestep, latents)")
 
 
 def check_dtype(dtype: object, known: Collection[str]) -> str:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ipadapter_jax.models.image_features import FeatureKind
 from ipadapter_jax.models.layers import Dense, gelu, layer_norm
 from ipadapter_jax.ops.attention import AttentionBranch, attend
 from ipadapter_jax.ops.fast_params import SkipShapeCheck
@@ -31,9 +32,9 @@ class ImageProjConfig:
     ff_mult: int = 4  # "plus"
 
     @property
-    def uses_patches(self) -> bool:
-        """Whether the features are the penultimate states (B, L, F) rather than the projected embedding (B, F)."""
-        return self.variant != "base"
+    def feature_kind(self) -> FeatureKind:
+        """What the projection reads of each image."""
+        return FeatureKind.IMAGE_EMBEDS if self.variant == "base" else FeatureKind.PENULTIMATE_STATES
 
 
 def image_projection(config: ImageProjConfig, dtype: jnp.dtype = jnp.float32) -> "Projection":
@@ -110,7 +111,7 @@ class PerceiverAttention(nn.Module):
 
 def example_features(config: ImageProjConfig) -> jax.ShapeDtypeStruct:
     """The shape of one image's features, to initialise or to check with."""
-    shape = (1, config.num_tokens, config.feature_dim) if config.uses_patches else (1, config.feature_dim)
+    shape = (1, config.num_tokens, config.feature_dim) if config.feature_kind.has_positions else (1, config.feature_dim)
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 

@@ -7,7 +7,7 @@ Parameter names are those of the published Flax trees.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -29,6 +29,14 @@ from ipadapter_jax.ops.attention import AttentionBranch
 
 Contexts = Sequence[Sequence[Sequence[AttentionBranch]]]
 """What a block's cross-attentions attend to: [attention][layer], the text first, then every image branch."""
+
+
+class UNetResiduals(NamedTuple):
+    """What another network, such as a ControlNet, adds inside the UNet: to each skip connection in the order in which
+    the UNet makes them, and to the middle block's output. All are (R, h, w, C), R the UNet's batch, or (1, h, w, C)."""
+
+    skips: Sequence[Array]
+    mid: Array
 
 
 class UNet(nn.Module):
@@ -82,8 +90,10 @@ class UNet(nn.Module):
         text_kv: Sequence[KeyValue],
         image_kv: Sequence[Sequence[KeyValue]] = (),
         image_weight: Array | Sequence = (),
+        residuals: UNetResiduals | None = None,
     ) -> Array:
-        """The same with `time_shifts` of the timesteps: one per latent, or one for all of them."""
+        """The same with `time_shifts` of the timesteps, one per latent or one for all of them, and with what other
+        networks add inside."""
         contexts = self._contexts(text_kv, image_kv, image_weight)
         shifts = iter(time_shifts)
         x = self.conv_in(latents.astype(self.dtype))
@@ -92,6 +102,9 @@ class UNet(nn.Module):
             x, outputs = block(x, next(shifts), contexts[str(block.name)])
             skips += outputs
         x = self.mid_block(x, next(shifts), contexts["mid_block"])
+        if residuals is not None:
+            skips = [_add(skip, residual) for skip, residual in zip(skips, residuals.skips, strict=True)]
+            x = _add(x, residuals.mid)
         for block in self.up_blocks:
             taken = [skips.pop() for _ in range(block.layers)]
             x = block(x, taken, skips[-1].shape if skips else None, next(shifts), contexts[str(block.name)])
@@ -138,6 +151,11 @@ class UNet(nn.Module):
                 of_block.append([])
             of_block[layer.attention].append([AttentionBranch(*text_kv[i]), *images])
         return contexts
+
+
+def _add(x: Array, residual: Array) -> Array:
+    """x (B or R, h, w, C) + residual (R or 1, h, w, C), in the dtype of x."""
+    return match_rows(x, max(x.shape[0], residual.shape[0])) + residual.astype(x.dtype)
 
 
 class TimeEmbedding(nn.Module):

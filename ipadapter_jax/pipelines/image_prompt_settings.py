@@ -8,7 +8,7 @@ from typing import Any
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.arrays import is_array, to_python_number
 from ipadapter_jax.inputs.validation import Uncond
-from ipadapter_jax.pipelines.ip_adapter import ImageLike, Prepared
+from ipadapter_jax.pipelines.feature_encoder import ImageLike, PreparedImages
 from ipadapter_jax.pipelines.scales import Scale
 
 ImagePrompt = ImageLike | Sequence[ImageLike]
@@ -58,7 +58,7 @@ def check_combination(settings: ImagePromptSettings, guided: bool) -> None:
 
 
 def images_of_prompt(prompt: Any) -> Any:
-    if isinstance(prompt, Prepared):
+    if isinstance(prompt, PreparedImages):
         return prompt
     return list(prompt) if isinstance(prompt, list | tuple) else [prompt]
 

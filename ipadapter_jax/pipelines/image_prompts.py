@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -13,6 +13,8 @@ from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.validation import check_range
 from ipadapter_jax.models.unet import KeyValue
 from ipadapter_jax.models.unet_config import CrossAttentionLayer
+from ipadapter_jax.pipelines.adapter_inputs import AdapterInputs, PlannedFeatures
+from ipadapter_jax.pipelines.conditioning import ImageBranch
 from ipadapter_jax.pipelines.image_prompt_settings import (
     ImagePromptSettings,
     PerPrompt,
@@ -24,8 +26,7 @@ from ipadapter_jax.pipelines.image_prompt_settings import (
     scales_by_adapter,
 )
 from ipadapter_jax.pipelines.ip_adapter import Adapter
-from ipadapter_jax.pipelines.masks import check_inside, load_mask
-from ipadapter_jax.pipelines.sampling import Conditions
+from ipadapter_jax.pipelines.masks import check_inside, layer_mask, load_mask
 from ipadapter_jax.pipelines.scales import Scale, scale_table
 
 
@@ -33,39 +34,53 @@ from ipadapter_jax.pipelines.scales import Scale, scale_table
 class PlannedImageBranch:
     """One attention of every layer next to that of the text: to an adapter's images, or to one of them with a mask.
 
-    `features` encodes the images, (Q, G, n, ...). `images` selects those of this branch, and `image_weight` (Q or 1, n)
-    scales the values of each. `weight` (steps, G, layers) and `mask` (H, W) say where the branch acts. With `swapped`
+    Of the adapter's images `images` selects those of this branch, and `image_weight` (Q or 1, n) scales the values of
+    each. `weight` (steps, G, layers) and `mask` (H, W) say where the branch acts. With `swapped`
     each branch of guidance sees the images of the other one.
     """
 
-    adapter: Adapter
-    features: Callable[[], Array]
     images: slice
     image_weight: np.ndarray
     weight: np.ndarray
     mask: np.ndarray | None
     swapped: bool = False
 
-    def keys_values(self) -> list[KeyValue]:
-        """Per layer (Q, G, n N, C)."""
-        features = self.features()[:, :, self.images]
-        return self.adapter.keys_values(features[:, ::-1] if self.swapped else features, self.image_weight)
+    def keys_values(self, adapter: Adapter, features: Array) -> list[KeyValue]:
+        """Of the adapter's features (Q, G, n, ...) -> per layer (Q, G, n N, C)."""
+        chosen = features[:, :, self.images]
+        return adapter.keys_values(chosen[:, ::-1] if self.swapped else chosen, self.image_weight)
 
 
-def plan_image_branches(
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlannedImagePrompt:
+    """What one adapter contributes: its images and its image branches."""
+
+    features: PlannedFeatures
+    branches: list[PlannedImageBranch]
+
+    def encode(self, adapter: Adapter, grids: Sequence[tuple[int, int]]) -> list[ImageBranch]:
+        """Runs the encoder once; masks are brought to each layer's grid of queries."""
+        features = adapter.encode(self.features)
+        return [
+            ImageBranch(
+                kv=branch.keys_values(adapter, features), weight=branch.weight, mask=layer_mask(branch.mask, grids)
+            )
+            for branch in self.branches
+        ]
+
+
+def plan_image_prompts(
     settings: ImagePromptSettings,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[AdapterInputs],
     layers: Sequence[CrossAttentionLayer],
     num_steps: int,
     guided: bool,
     size: tuple[int, int],
     num_prompts: int,
     multiple: int = 8,
-) -> list[PlannedImageBranch]:
-    """All image branches of a call for images of `size` (height, width), one adapter after the other. multiple: pixels
-    along each side of a latent.
-
-    Reads and checks what was given; encoders run when a branch is asked for its keys and values. Raises InputError.
+) -> list[PlannedImagePrompt]:
+    """What each adapter contributes to a call for images of `size` (height, width). multiple: pixels along each side of
+    a latent. Reads and checks what was given, from configurations alone; no encoder runs. Raises InputError.
     """
     for name, word in (("fit", settings.fit), ("ip_adapter_uncond", settings.uncond)):
         if not isinstance(word, str):
@@ -78,7 +93,7 @@ def plan_image_branches(
     found = []
     for adapter, prompt, negative, scale, its_masks in zip(adapters, given, negatives, scales, masks, strict=True):
         if settings.embeds is not None:
-            features, count = adapter.from_embeds(prompt, guided, settings.uncond)
+            features = adapter.from_embeds(prompt, guided, settings.uncond)
         else:
             prompts = [images_of_prompt(p) for p in (prompt.items if isinstance(prompt, PerPrompt) else [prompt])]
             if len(prompts) not in (1, num_prompts):
@@ -86,11 +101,9 @@ def plan_image_branches(
                     f"{argument('ip_adapter_image')} has {len(prompts)} image prompts for {num_prompts} prompts; "
                     "PerPrompt takes one for each"
                 )
-            features, count = adapter.from_images(prompts, settings.fit, guided, negative, settings.uncond)
+            features = adapter.from_images(prompts, settings.fit, guided, negative, settings.uncond)
         guidance_branches = 2 if guided else 1
-        plan = _AdapterPlan(
-            adapter, functools.cache(features), count, layers, num_steps, guidance_branches, num_prompts
-        )
+        plan = _AdapterPlan(features.count, layers, num_steps, guidance_branches, num_prompts)
         if its_masks is None:
             planned = plan.together(scale)
         else:
@@ -99,25 +112,16 @@ def plan_image_branches(
                 check_inside(mask, f"mask {i + 1}", multiple)
             planned = plan.apart(scale, loaded)
         for branch in planned:
-            check_range(branch.weight, "ip_adapter_scale", adapter.projection.dtype)
-            check_range(branch.image_weight, "ip_adapter_scale", adapter.projection.dtype)
-        found += planned
+            check_range(branch.weight, "ip_adapter_scale", adapter.dtype)
+            check_range(branch.image_weight, "ip_adapter_scale", adapter.dtype)
+        found.append(PlannedImagePrompt(features, planned))
     return found
-
-
-def entry_weights(entries: Sequence[PlannedImageBranch], conditions: Conditions, num_steps: int) -> np.ndarray:
-    """The weights of all entries (steps, E, G, sites) for a run under these conditions."""
-    if entries:
-        return np.stack([entry.weight for entry in entries], axis=1)
-    return np.zeros((num_steps, 0, conditions.text_kv[0][0].shape[1], len(conditions.text_kv)), np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class _AdapterPlan:
     """From one adapter's images to its image branches."""
 
-    adapter: Adapter
-    features: Callable[[], Array]
     count: int
     layers: Sequence[CrossAttentionLayer]
     num_steps: int
@@ -180,7 +184,7 @@ class _AdapterPlan:
     ) -> list[PlannedImageBranch]:
         """One branch, and with a precise preset under guidance a second one whose guidance branches are swapped."""
         table = scale_table(scale, self.layers, self.num_steps)
-        plan = functools.partial(PlannedImageBranch, self.adapter, self.features, images, image_weight)
+        plan = functools.partial(PlannedImageBranch, images, image_weight)
         found = [plan(np.repeat(table.weight[:, None], self.guidance_branches, axis=1), mask)]
         if table.swapped.any() and self.guidance_branches == 2:
             weight = np.stack([table.swapped, np.zeros_like(table.swapped)], axis=1)

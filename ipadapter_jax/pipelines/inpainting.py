@@ -1,10 +1,12 @@
 """Image-to-image and inpainting: an image as the start of a run (SDEdit, arXiv 2108.01073), and what is kept of it."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from PIL import Image
 
 from ipadapter_jax.diffusion.parameterization import add_noise
@@ -12,11 +14,11 @@ from ipadapter_jax.diffusion.samplers import SamplerRun
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.images.preprocess import load_image
 from ipadapter_jax.inputs.validation import latent_shape
-from ipadapter_jax.models.vae import VAE, normalize
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.models.vae import normalize
+from ipadapter_jax.pipelines.conditioning import PreservedRegion
 from ipadapter_jax.pipelines.masks import check_latent_mask, latent_mask, load_mask
 from ipadapter_jax.pipelines.noise import INITIAL, MASKED_POSTERIOR, POSTERIOR
-from ipadapter_jax.weights.load_tree import Tree
+from ipadapter_jax.pipelines.sample_batch import SampleBatch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,33 +111,42 @@ def encoded_posteriors(init_image: InitImage | None, strength: float, *, inpaint
     return frozenset({MASKED_POSTERIOR} if strength == 1 else {POSTERIOR, MASKED_POSTERIOR})
 
 
+class Start(NamedTuple):
+    """What sampling starts from: latents (B, h, w, C), and how inpainting enters the conditioning."""
+
+    latents: Array
+    preserved: PreservedRegion | None = None
+    extra_channels: Array | None = None
+
+
 def start(
     init_image: InitImage | None,
-    vae: VAE,
-    params: Tree,
-    batch: sampling.SampleBatch,
+    encode: Callable[[np.ndarray, Array], Array],
+    batch: SampleBatch,
     run: SamplerRun,
     encoded: frozenset[int],
     shape: tuple[int, ...],
     strength: float,
-) -> sampling.Start:
-    """What a run of B images starts from: noise (B, *shape), or with less than full strength, or without a mask, the
-    initial image under noise. `encoded` is what `encoded_posteriors` gives for the initial image."""
+) -> Start:
+    """Latents of pure noise (B, *shape); or with less than full strength, or without a mask, of the initial image under
+    noise. `encode` gives the latents of pixels and the noise of their posterior; `encoded` is what `encoded_posteriors`
+    gives for the initial image."""
     noise = batch.noise(shape, INITIAL)
-    latents, mask, kept, more_channels = noise * np.float32(run.init_noise_sigma), None, None, None
+    latents = noise * np.float32(run.init_noise_sigma)
     if init_image is None:
-        return sampling.Start(latents)
+        return Start(latents)
+    mask, preserved, extra_channels = None, None, None
     if init_image.mask is not None:
         h, w, _ = shape
         inside = np.broadcast_to(latent_mask(init_image.mask, h, w)[:, :, None], (batch.count, h, w, 1))
         mask = batch.sharded(inside)
     if POSTERIOR in encoded:
-        clean = sampling.encode_init_image(vae, params, init_image.pixels, batch.noise(shape, POSTERIOR))
+        clean = encode(init_image.pixels, batch.noise(shape, POSTERIOR))
         if mask is None or strength < 1:
             latents = add_noise(run.level.alpha, run.level.sigma, clean, noise)
         if mask is not None and MASKED_POSTERIOR not in encoded:
-            kept = sampling.Kept(mask, clean, noise)
+            preserved = PreservedRegion(mask=mask, latents=clean, noise=noise)
     if mask is not None and MASKED_POSTERIOR in encoded:
-        seen = sampling.encode_init_image(vae, params, init_image.masked_pixels, batch.noise(shape, MASKED_POSTERIOR))
-        more_channels = jnp.concatenate([mask, seen], axis=-1)
-    return sampling.Start(latents, kept, more_channels)
+        masked = encode(init_image.masked_pixels, batch.noise(shape, MASKED_POSTERIOR))
+        extra_channels = jnp.concatenate([mask, masked], axis=-1)
+    return Start(latents, preserved, extra_channels)

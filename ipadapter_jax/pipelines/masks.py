@@ -124,10 +124,11 @@ def _is_gray(colors: np.ndarray) -> bool:
     return bool((colors.max(axis=-1).astype(int) - colors.min(axis=-1)).max() <= _FUZZ)
 
 
-def layer_masks(masks: Sequence[np.ndarray | None], grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """Masks (H, W) of E entries, or None for everywhere -> per site their values at its queries, (E, L)."""
-    made = {grid: [np.ones(grid) if mask is None else _bicubic(mask, *grid) for mask in masks] for grid in set(grids)}
-    return [np.reshape(made[h, w], (len(masks), h * w)).astype(np.float32) for h, w in grids]
+def layer_mask(mask: np.ndarray | None, grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """A mask (H, W), or None for everywhere -> per layer its values (h w,) float32 at the queries, which lie on a grid
+    of h x w."""
+    by_grid = {grid: np.ones(grid) if mask is None else _bicubic(mask, *grid) for grid in set(grids)}
+    return [by_grid[grid].reshape(-1).astype(np.float32) for grid in grids]
 
 
 def _bicubic(image: np.ndarray, rows: int, columns: int) -> np.ndarray:

@@ -13,39 +13,32 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from ipadapter_jax.diffusion.samplers import SamplerRun, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
-from ipadapter_jax.errors import InputError, argument
-from ipadapter_jax.inputs.arrays import to_python_number
-from ipadapter_jax.inputs.prompt_syntax import warn_of_foreign_syntax
 from ipadapter_jax.inputs.validation import (
     Uncond,
-    check_choices,
+    check_callback,
     check_dtype,
-    check_guided,
-    check_latents,
-    latent_shape,
-    prompt_pairs,
-    resolve_seeds,
 )
 from ipadapter_jax.models.clip import CLIPText
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import attention_grids, cross_attention_layers
 from ipadapter_jax.models.vae import VAE
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines import programs
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
-from ipadapter_jax.pipelines.image_prompt_settings import ImagePrompt, ImagePromptSettings, PerPrompt
-from ipadapter_jax.pipelines.image_prompts import PlannedImageBranch, entry_weights, plan_image_branches
-from ipadapter_jax.pipelines.inpainting import InitImage, encoded_posteriors, open_init_image, start, strength_of
-from ipadapter_jax.pipelines.ip_adapter import Adapter, ImageLike, OpenedAdapter, open_adapter
-from ipadapter_jax.pipelines.masks import layer_masks
-from ipadapter_jax.pipelines.noise import INITIAL, taken_noise
+from ipadapter_jax.pipelines.conditioning import Conditioning, Guidance
+from ipadapter_jax.pipelines.denoise import OnStep, run_sampler
+from ipadapter_jax.pipelines.denoiser import UNET, Denoiser
+from ipadapter_jax.pipelines.feature_encoder import ImageLike
+from ipadapter_jax.pipelines.image_prompt_settings import ImagePrompt, PerPrompt
+from ipadapter_jax.pipelines.inpainting import Start, start
+from ipadapter_jax.pipelines.ip_adapter import Adapter, OpenedAdapter, open_adapter
 from ipadapter_jax.pipelines.outputs import check_finite, images_of
+from ipadapter_jax.pipelines.request import ModelConfigs, SamplingPlan, SamplingRequest
+from ipadapter_jax.pipelines.sample_batch import SampleBatch
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
-from ipadapter_jax.runtime.memory_limits import check_sampling_memory
 from ipadapter_jax.runtime.mesh import local_mesh, replicated
 from ipadapter_jax.runtime.progress_bar import step_bar
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel, check_text_to_image
+from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel
 from ipadapter_jax.weights.load_tree import Tree
 from ipadapter_jax.weights.model_source import ModelSource
 from ipadapter_jax.weights.open_base_model import open_base
@@ -169,7 +162,7 @@ class StableDiffusion:
         latents: np.ndarray | None = None,
         output_type: str = "pil",
         return_attention_maps: bool = False,
-        callback: sampling.OnStep | None = None,
+        callback: OnStep | None = None,
         progress_bar: bool = True,
     ) -> Any:
         """Images for every prompt, prompt-major.
@@ -197,124 +190,102 @@ class StableDiffusion:
         return_attention_maps in a pair with `AttentionMaps`. Raises InputError before anything is compiled when an
         argument cannot be used or would have no effect, NonFiniteImageError when what comes out is not finite.
         """
-        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        numbers = guidance_scale, guidance_rescale, eta, strength, height, width
-        guidance_scale, guidance_rescale, eta, strength, height, width = to_python_number(numbers)
-        prompts, negatives = prompt_pairs(prompt, negative_prompt)
-        layers = self.text_encoder.config.num_hidden_layers
-        check_choices(
-            num_images_per_prompt, guidance_scale, guidance_rescale, clip_skip, layers, eta, output_type, callback
-        )
-        check_guided(guidance_scale, negatives, guidance_rescale)
-        warn_of_foreign_syntax({"prompt": prompts, "negative_prompt": negatives})
-        if exact_outside_mask and output_type == "latent":
-            raise InputError(f"{argument('exact_outside_mask')} is for images; latents hold no pixels to keep")
-        init_image = self._init_image(image, mask_image, strength, exact_outside_mask, height, width)
-        strength = strength_of(strength, image, mask_image)
-        schedule = self.schedule.changed(scheduler_config or {}, scheduler)
-        run = sample_table(scheduler, schedule, num_inference_steps, eta, strength)
-        shape = self._latent_shape(*((height, width) if init_image is None else init_image.image.shape[:2]))
-        count = len(prompts) * num_images_per_prompt
-        check_sampling_memory(
-            self.unet, self.vae, count, shape[:2], run, self.mesh.devices.flat, guided=guidance_scale > 1
-        )
-        given = {} if latents is None else {INITIAL: check_latents(latents, (count, *shape), self.unet.dtype)}
-        controls = ImagePromptSettings(
-            images=ip_adapter_image,
-            embeds=ip_adapter_image_embeds,
-            negative=negative_ip_adapter_image,
-            uncond=ip_adapter_uncond,
-            scale=ip_adapter_scale,
-            masks=ip_adapter_masks,
+        request = SamplingRequest(
+            prompt=prompt,
+            ip_adapter_image=ip_adapter_image,
+            ip_adapter_image_embeds=ip_adapter_image_embeds,
+            negative_ip_adapter_image=negative_ip_adapter_image,
+            ip_adapter_uncond=ip_adapter_uncond,
+            ip_adapter_scale=ip_adapter_scale,
+            ip_adapter_masks=ip_adapter_masks,
             fit=fit,
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
+            exact_outside_mask=exact_outside_mask,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            clip_skip=clip_skip,
+            scheduler=scheduler,
+            scheduler_config=scheduler_config,
+            eta=eta,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            seed=seed,
+            latents=latents,
+            output_type=output_type,
+            return_attention_maps=return_attention_maps,
         )
-        entries = self._entries(controls, run, guidance_scale, shape, len(prompts))
-        if return_attention_maps and not entries:
-            raise InputError(f"{argument('return_attention_maps')} needs an image prompt to look at")
-        seeds = resolve_seeds(seed, count, used=not given or init_image is not None or bool(np.any(run.steps.noise)))
-        inpaint_unet = self.unet.config.in_channels != shape[-1]
-        encoded = encoded_posteriors(init_image, strength, inpaint_unet=inpaint_unet)
-        given |= taken_noise().by_number(encoded, not given, np.asarray(run.steps.noise), (count, *shape))
+        check_callback(callback)
+        return self.sample(request.resolve(self.configs), callback=callback, progress_bar=progress_bar)
 
-        batch = sampling.SampleBatch(self.mesh, seeds, np.repeat(np.arange(len(prompts)), num_images_per_prompt), given)
-        began = start(init_image, self.vae, self.params["vae"], batch, run, encoded, shape, strength)
-        conditions = self._conditions(
-            prompts, negatives, clip_skip, guidance_scale, guidance_rescale, entries, shape, batch
+    @property
+    def configs(self) -> ModelConfigs:
+        """What `SamplingRequest.resolve` needs of this pipeline."""
+        return ModelConfigs(
+            name=str(self.sources.get("unet", "of this pipeline")),
+            unet=self.unet.config,
+            vae=self.vae.config,
+            text_encoder=self.text_encoder.config,
+            schedule=self.schedule,
+            dtype=self.unet.dtype,
+            guidance_scale=self.guidance_scale,
+            adapters=[adapter.inputs for adapter in self.adapters],
         )
-        denoise = functools.partial(sampling.denoise, self.unet, self.mesh, return_attention_maps, self.params["unet"])
-        weight = entry_weights(entries, conditions, len(run.steps.timestep))
-        with step_bar(progress_bar, len(run.steps.timestep), callback) as on_step:
-            final, maps = sampling.run_steps(denoise, run.steps, weight, conditions, batch, began, on_step)
-        if output_type == "latent":
+
+    def sample(self, plan: SamplingPlan, *, callback: OnStep | None = None, progress_bar: bool = True) -> Any:
+        """The images of a plan that was made for this pipeline's `configs`, as `__call__` returns them."""
+        count, vae_params = len(plan.seeds), self.params["vae"]
+        batch = SampleBatch(self.mesh, plan.seeds, plan.prompt_of_sample, plan.given_noise)
+        encode = functools.partial(programs.encode_init_image, self.vae, vae_params)
+        begin = start(
+            plan.init_image, encode, batch, plan.run, plan.encoded_posteriors, plan.latent_shape, plan.strength
+        )
+        conditioning = self._conditioning(plan, batch, begin)
+        denoiser = Denoiser(self.unet, attention_maps=plan.attention_maps)
+        program = functools.partial(programs.denoise, denoiser, self.mesh, {UNET: self.params["unet"]})
+        with step_bar(progress_bar, plan.num_steps, callback) as on_step:
+            final, maps = run_sampler(program, plan.run.steps, begin.latents, conditioning, batch, on_step)
+        if plan.output_type == "latent":
             found = np.asarray(final)[:count]
             check_finite(found, "latents of image")
         else:
-            decoded = np.asarray(sampling.decode(self.vae, self.mesh, self.params["vae"], final))[:count]
-            found = images_of(decoded, output_type, init_image if exact_outside_mask else None)
+            decoded = np.asarray(programs.decode(self.vae, self.mesh, vae_params, final))[:count]
+            found = images_of(decoded, plan.output_type, plan.init_image if plan.exact_outside_mask else None)
         if maps is None:
             return found
-        maps = [seen for seen, entry in zip(maps, entries, strict=True) if not entry.swapped]
-        sites, grids = cross_attention_layers(self.unet.config), attention_grids(self.unet.config, *shape[:2])
-        return found, AttentionMaps(maps, sites, grids, np.asarray(run.steps.timestep), count)
+        branches = [branch for prompt in plan.image_prompts for branch in prompt.branches]
+        maps = [attention for attention, branch in zip(maps, branches, strict=True) if not branch.swapped]
+        layers, grids = (
+            cross_attention_layers(self.unet.config),
+            attention_grids(self.unet.config, *plan.latent_shape[:2]),
+        )
+        return found, AttentionMaps(maps, layers, grids, np.asarray(plan.run.steps.timestep), count)
 
-    def _init_image(
-        self, image: Any, mask: Any, strength: float | None, exact: bool, height: int | None, width: int | None
-    ) -> InitImage | None:
-        """The image to paint over, if there is one. Raises InputError when the model cannot, or has to."""
-        if mask is None:
-            check_text_to_image(str(self.sources.get("unet", "of this pipeline")), self.unet.config)
-        size, sees_mask = (height, width), self.unet.config.in_channels != self.unet.config.out_channels
-        return open_init_image(image, mask, strength, exact, size, self.vae.config.downscale, sees_mask=sees_mask)
-
-    def _entries(
-        self,
-        controls: ImagePromptSettings,
-        run: SamplerRun,
-        guidance_scale: float,
-        shape: tuple[int, ...],
-        prompts: int,
-    ) -> list[PlannedImageBranch]:
-        scale, steps = self.vae.config.downscale, len(run.steps.timestep)
-        sites, size = cross_attention_layers(self.unet.config), (shape[0] * scale, shape[1] * scale)
-        return plan_image_branches(controls, self.adapters, sites, steps, guidance_scale > 1, size, prompts, scale)
-
-    def _conditions(
-        self,
-        prompts: Sequence[str],
-        negatives: Sequence[str],
-        clip_skip: int,
-        guidance_scale: float,
-        guidance_rescale: float,
-        entries: Sequence[PlannedImageBranch],
-        shape: tuple[int, ...],
-        batch: sampling.SampleBatch,
-    ) -> sampling.Conditions:
-        """Runs the encoders: all that a network sees beside latents and time."""
-        branches = [self._text(prompts, clip_skip)]
-        if guidance_scale > 1:
-            branches.insert(0, self._text(negatives, 0))  # diffusers leaves out layers for the prompt alone
-        image_kv = [entry.keys_values() for entry in entries]
-        several = max([kv[0][0].shape[0] for kv in image_kv], default=1) > 1
-        return sampling.Conditions(
-            prompt_of_image=batch.prompt_of_image,
-            reference_of_image=batch.prompt_of_image if several else jnp.zeros_like(batch.prompt_of_image),
-            text_kv=sampling.text_keys_values(self.unet, self.params["unet"], jnp.stack(branches, axis=1)),
-            image_kv=image_kv,
-            image_masks=layer_masks([entry.mask for entry in entries], attention_grids(self.unet.config, *shape[:2])),
-            guidance_scale=np.float32(guidance_scale),
-            guidance_rescale=np.float32(guidance_rescale),
+    def _conditioning(self, plan: SamplingPlan, batch: SampleBatch, begin: Start) -> Conditioning:
+        """Runs the encoders: all that the networks see next to latents and time."""
+        branches = [self._text(plan.prompts, plan.clip_skip)]
+        if plan.guided:
+            branches.insert(0, self._text(plan.negative_prompts, 0))  # diffusers leaves out layers for the prompt alone
+        grids = attention_grids(self.unet.config, *plan.latent_shape[:2])
+        encoded = [
+            planned.encode(adapter, grids) for adapter, planned in zip(self.adapters, plan.image_prompts, strict=True)
+        ]
+        guidance = Guidance(scale=np.float32(plan.guidance_scale), rescale=np.float32(plan.guidance_rescale))
+        return Conditioning(
+            prompt_of_sample=batch.prompt_of_sample,
+            text_kv=programs.text_keys_values(self.unet, self.params["unet"], jnp.stack(branches, axis=1)),
+            image_branches=[branch for of_adapter in encoded for branch in of_adapter],
+            guidance=guidance,
+            preserved=begin.preserved,
+            extra_channels=begin.extra_channels,
         )
 
     def _text(self, prompts: Sequence[str], clip_skip: int) -> Array:
         """Text states (P, S, D)."""
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         ids = tokenize(self.tokenizer, prompts, length)
-        return sampling.encode_prompt(self.text_encoder, clip_skip, self.params["text_encoder"], ids)
-
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        scale, own = self.vae.config.downscale, self.unet.config.sample_size
-        if own is None and (height is None or width is None):
-            raise InputError(f"this model does not say its size; give {argument('height')} and {argument('width')}")
-        h, w = own if isinstance(own, tuple) else (own or 0, own or 0)
-        height, width = h * scale if height is None else height, w * scale if width is None else width
-        return latent_shape(height, width, scale, self.vae.config.latent_channels)
+        return programs.encode_prompt(self.text_encoder, clip_skip, self.params["text_encoder"], ids)

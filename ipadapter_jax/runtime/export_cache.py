@@ -6,11 +6,12 @@ from all that it depends on: the source of this package, the releases of jax, de
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,15 +121,32 @@ def _read(file: Path) -> bytes | None:
     return content
 
 
-def export_cached(fixed: int) -> Callable[[Callable], ExportedFunction]:
-    """Decorates a pure function of which the first `fixed` arguments are static."""
-    return lambda function: ExportedFunction(function, fixed)
+def export_cached(function: Callable, *, static: int) -> ExportedFunction:
+    """A pure function, whose first `static` arguments are static, jitted and with its programs kept on disk."""
+    return ExportedFunction(function, static)
 
 
-def register_serializable(*kinds: type[tuple]) -> None:
-    """Allows caching of programs whose arguments or results hold these named tuples."""
+def register_serializable(*kinds: type) -> None:
+    """Allows caching of programs whose arguments or results hold these named tuples, or dataclasses that are pytrees
+    without static fields."""
     for kind in kinds:
-        export.register_namedtuple_serialization(kind, serialized_name=f"{kind.__module__}.{kind.__name__}")
+        name = f"{kind.__module__}.{kind.__name__}"
+        if issubclass(kind, tuple):
+            export.register_namedtuple_serialization(kind, serialized_name=name)
+            continue
+        export.register_pytree_node_serialization(
+            kind,
+            serialized_name=name,
+            serialize_auxdata=lambda _: b"",
+            deserialize_auxdata=lambda _: (),
+            from_children=functools.partial(_dataclass_of, kind),  # pyright: ignore[reportArgumentType]
+        )
+
+
+def _dataclass_of(kind: Any, _: Any, children: Sequence[Any]) -> Any:
+    """A dataclass from the values of its fields in order."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**dict(zip(names, children, strict=True)))
 
 
 def _place(leaf: Any) -> Any:

@@ -80,7 +80,9 @@ def check_precomputed(samples: Samples, loaded: LoadedNetworks, resolution: int,
             )
         return
     projection = loaded.networks.projection
-    features = None if projection is None else "penultimate" if projection.config.uses_patches else "pooled"
+    features = (
+        None if projection is None else "penultimate" if projection.config.feature_kind.has_positions else "pooled"
+    )
     check_cache(
         samples,
         vae=loaded.sources["vae"],

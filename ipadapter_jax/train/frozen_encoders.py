@@ -12,8 +12,9 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.images.preprocess import CLIP_TABLE
+from ipadapter_jax.models.image_features import FeatureKind
 from ipadapter_jax.models.vae import VAE, normalize
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines import encode, programs
 from ipadapter_jax.runtime.mesh import batch_sharding, local_mesh, replicated
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.open_base_model import open_base_folder
@@ -35,7 +36,7 @@ class FrozenEncoders:
 
     vae: LoadedComponent
     image_encoder: LoadedComponent
-    patches: bool  # penultimate states rather than the embedding
+    kind: FeatureKind
     mesh: jax.sharding.Mesh
     tokenizer: Path
     text_length: int  # tokens of a caption, as many as the base model's text encoder reads
@@ -59,25 +60,33 @@ class FrozenEncoders:
 
     def _encode(self, pixels: Array, clip_pixels: Array) -> EncodedImages:
         params = self.vae.params, self.image_encoder.params
-        return _encode(self.vae.module, self.image_encoder.module, self.patches, self.mesh, params, pixels, clip_pixels)
+        return _encode(self.vae.module, self.image_encoder.module, self.kind, self.mesh, params, pixels, clip_pixels)
 
     def zero_features(self) -> np.ndarray | None:
         """(L, F), the states of zero pixels: what a dropped image is where patches are read."""
-        if not self.patches:
+        if not self.kind.has_positions:
             return None
         zeros = jnp.zeros((1, self.clip_size, self.clip_size, 3))
-        return np.asarray(sampling.encode_image(self.image_encoder.module, True, self.image_encoder.params, zeros)[0])
+        return np.asarray(
+            programs.encode_image(self.image_encoder.module, self.kind, self.image_encoder.params, zeros)[0]
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _encode(
-    vae: VAE, image_encoder: Any, patches: bool, mesh: jax.sharding.Mesh, params: Any, pixels: Array, clip_pixels: Array
+    vae: VAE,
+    image_encoder: Any,
+    kind: FeatureKind,
+    mesh: jax.sharding.Mesh,
+    params: Any,
+    pixels: Array,
+    clip_pixels: Array,
 ) -> EncodedImages:
     def run(params, pixels, clip_pixels):
         posterior: Any = vae.apply({"params": params[0]}, normalize(pixels), method=VAE.posterior)
         normalized = jnp.asarray(CLIP_TABLE)[clip_pixels, jnp.arange(3)]
         mean, logvar = (moment.astype(vae.dtype) for moment in posterior)
-        features = sampling.encode_image(image_encoder, patches, params[1], normalized)
+        features = encode.encode_image(image_encoder, kind, params[1], normalized)
         finite = [jnp.isfinite(x).all(axis=range(1, x.ndim)) for x in (mean, logvar, features)]
         return EncodedImages(features, functools.reduce(jnp.logical_and, finite), logvar, mean)
 
@@ -98,4 +107,5 @@ def load_frozen_encoders(
     length, levels = model.config("text_encoder").max_position_embeddings, model.config("unet").levels
     step = model.config("vae").downscale * 2 ** (levels - 1)
     vae, encoder = (part.load(np.dtype(dtype), put) for part in (model.part("vae"), vision))
-    return FrozenEncoders(vae, encoder, patches, mesh, model.folder / "tokenizer", length, step)
+    kind = FeatureKind.PENULTIMATE_STATES if patches else FeatureKind.IMAGE_EMBEDS
+    return FrozenEncoders(vae, encoder, kind, mesh, model.folder / "tokenizer", length, step)

@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.models import forward
 from ipadapter_jax.models.clip import CLIPText, CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.image_features import clip_features
 from ipadapter_jax.models.image_projections import Projection, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
@@ -68,19 +70,19 @@ class Networks:
         """Normalised pixels (B, S, S, 3) -> what the projection reads: (B, F), or for patches (B, L, F)."""
         assert self.projection is not None
         output = _apply(self.image_encoder, frozen.params["image_encoder"], pixels)
-        return output.hidden_states[-2] if self.projection.config.uses_patches else output.image_embeds
+        return clip_features(output, self.projection.config.feature_kind)
 
     def predict(
         self, params: dict[str, Any], noisy: Array, timestep: Array, text: Array, features: Array | None
     ) -> Array:
         """The UNet's output (B, h, w, C) float32 with the image prompt at weight 1."""
-        unet = functools.partial(_apply, self.unet, params["unet"])
-        text_kv = unet(text, method=UNet.text_kv)
-        if features is None:
-            return unet(noisy, timestep, text_kv)
-        tokens = _apply(self.projection, params["image_proj"], features)
-        image_kv = _apply(self.adapter, params["ip_adapter"], tokens)
-        return unet(noisy, timestep, text_kv, [image_kv], [[1.0] * len(image_kv)])
+        text_kv = forward.text_keys_values(self.unet, params["unet"], text)
+        context = forward.UNetContext(text_kv)
+        if features is not None and self.projection is not None and self.adapter is not None:
+            image_kv, _ = forward.image_keys_values(self.projection, self.adapter, params, features, len(features))
+            context = forward.UNetContext(text_kv, [image_kv], [[1.0] * len(image_kv)])
+        shifts = forward.time_shifts(self.unet, params["unet"], timestep)
+        return forward.unet_output(self.unet, params["unet"], noisy, shifts, context)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

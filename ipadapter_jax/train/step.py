@@ -101,7 +101,7 @@ def image_features(networks: Networks, frozen: FrozenModels, batch: TrainBatch, 
     for the others: what their samplers use as the unconditional image."""
     if networks.projection is None:
         return None
-    patches = networks.projection.config.uses_patches
+    patches = networks.projection.config.feature_kind.has_positions
     if isinstance(batch, EncodedBatch):
         assert batch.features is not None
         features, dropped = batch.features, 0

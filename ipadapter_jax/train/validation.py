@@ -24,6 +24,7 @@ from ipadapter_jax.images.contact_sheet import contact_sheet
 from ipadapter_jax.images.preprocess import to_uint8
 from ipadapter_jax.models.vae import VAE, Posterior, denormalize
 from ipadapter_jax.ops.batch_sharding import batch_sharded
+from ipadapter_jax.pipelines.feature_encoder import CLIPFeatureEncoder
 from ipadapter_jax.pipelines.ip_adapter import Adapter
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.runtime.mesh import batch_sharding, local_mesh, replicated
@@ -167,7 +168,7 @@ def _encoded(networks: Networks, mesh: Mesh, frozen: FrozenModels, batch: TrainB
     parts = jax.lax.map(some, in_parts(batch, size // mesh.size))
     merged = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(size, *x.shape[2:]), parts)
     sharded = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh)), merged)
-    if networks.projection is None or not networks.projection.config.uses_patches:
+    if networks.projection is None or not networks.projection.config.feature_kind.has_positions:
         return _Encoded(sharded, None)
     if frozen.zero_features is not None:
         return _Encoded(sharded, frozen.zero_features)
@@ -243,7 +244,8 @@ def pipeline_of(loaded: LoadedNetworks, params: dict[str, Any], mesh: Mesh) -> S
     networks, adapters = loaded.networks, ()
     if networks.projection is not None and networks.adapter is not None:
         own = {part: params[part] for part in ("image_proj", "ip_adapter")}
-        encoder = LoadedComponent(networks.image_encoder, {}, Path())
+        component = LoadedComponent(networks.image_encoder, {}, Path())
+        encoder = CLIPFeatureEncoder(component, networks.projection.config.feature_kind)
         adapters = (Adapter(networks.projection, networks.adapter, own, encoder, Path()),)
     return StableDiffusion(
         unet=networks.unet,

@@ -33,7 +33,7 @@ def adapter_metadata(config: ImageProjConfig, *, step: int | None = None) -> dic
     step           number of training steps, if known
     ipadapter_jax  the version that wrote the file
     """
-    features = "penultimate_states" if config.uses_patches else "image_embeds"
+    features = config.feature_kind.value
     width = config.cross_attention_dim
     known = {} if step is None else {"step": str(step)}
     if config.num_tokens:  # a file of the full variant does not determine it

@@ -159,7 +159,7 @@ def encoder_name(config: ImageProjConfig) -> str | None:
     """The published encoder whose features have the width that a projection reads, or None."""
     patches = {1024: "ViT-L/14", 1280: "ViT-H/14", 1664: "ViT-bigG/14"}
     embeddings = {768: "ViT-L/14", 1024: "ViT-H/14", 1280: "ViT-bigG/14"}
-    return (patches if config.uses_patches else embeddings).get(config.feature_dim)
+    return (patches if config.feature_kind.has_positions else embeddings).get(config.feature_dim)
 
 
 def describe_adapter(proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) -> dict[str, str | int]:
@@ -176,7 +176,7 @@ def describe_adapter(proj: Mapping[str, Tensor], ip: Mapping[str, Tensor]) -> di
     return {
         "variant": config.variant,
         "image_encoder": encoder_name(config) or "custom",
-        "features": f"{'penultimate_states' if config.uses_patches else 'image_embeds'} {config.feature_dim}",
+        "features": f"{config.feature_kind.value} {config.feature_dim}",
         "tokens": config.num_tokens or "one per position of the encoder (257 of ViT-H/14)",
     }
 
@@ -202,7 +202,9 @@ def check_base(file: IPAdapterFile, cross_attention_dim: int, widths: tuple[int,
 
 def check_encoder(file: IPAdapterFile, embedding: int, hidden: int, encoder: str) -> None:
     """Raises WeightFileError unless the image encoder's features have the width that the projection reads."""
-    kind, found = ("hidden states", hidden) if file.config.uses_patches else ("image embeddings", embedding)
+    kind, found = (
+        ("hidden states", hidden) if file.config.feature_kind.has_positions else ("image embeddings", embedding)
+    )
     if found != file.config.feature_dim:
         needed = encoder_name(file.config) or "another encoder"
         raise WeightFileError(

@@ -42,7 +42,6 @@ from ipadapter_jax import StableDiffusion
 from ipadapter_jax.images.preprocess import CLIP_TABLE
 from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.models.vae import VAEConfig
-from ipadapter_jax.pipelines import sampling
 from ipadapter_jax.testing.random_weights import write_model
 from ipadapter_jax.testing.sizes import NANO, ModelConfigs
 from ipadapter_jax.train.init import init_adapter, projection_config
@@ -227,7 +226,7 @@ def test_joined_tokens_are_sampled_as_they_were_trained(base, how) -> None:
     pipe = pipe.with_ip_adapter(base / SHIPPED["mini"], image_encoder=base / "image_encoder")
     image, ids = prompt(0).pixels, np.array([[0, 5, 513], [0, 513, 513]])
     adapter: Any = pipe.adapters[0]
-    seen = sampling.encode_image(adapter.encoder.module, False, adapter.encoder.params, clip_values(image))
+    seen = adapter.feature_encoder.encode(clip_values(image))
     features = jnp.concatenate([jnp.zeros_like(seen), seen])
     tokens = adapter.projection.apply({"params": adapter.params["image_proj"]}, features)
     encoder: Any = pipe.text_encoder

@@ -182,7 +182,7 @@ def test_processes_that_split_the_work_otherwise_are_refused(place, tmp_path, mo
 def test_images_of_another_program(place, tmp_path, monkeypatch):
     """The same images by name and by a list, in a folder that knows nothing of them: the same numbers."""
     forbid_sampling(monkeypatch)
-    monkeypatch.setattr("ipadapter_jax.pipelines.sampling.draw_noise", None)
+    monkeypatch.setattr("ipadapter_jax.pipelines.sample_batch.draw_noise", None)
     monkeypatch.setattr("ipadapter_jax.pipelines.stable_diffusion.StableDiffusion.from_opened", None)
     theirs = tmp_path / "theirs"
     shutil.copytree(place / "whole" / "images", theirs, ignore=shutil.ignore_patterns("job*", "lock*"))

@@ -46,7 +46,7 @@ def test_the_reference_is_a_square_that_the_encoder_can_shrink():
 def test_images_by_name(pipe, name, file, tokens):
     own = pipe.with_ip_adapter(name)
     assert own.adapters[0].source == FOLDER / file
-    assert own.adapters[0].encoder.source.parent == FOLDER / "image_encoder"
+    assert own.adapters[0].feature_encoder.source.parent == FOLDER / "image_encoder"
     assert own.adapters[0].projection.config.num_tokens == tokens
     assert own.guidance_scale == GUIDANCE_SCALE
     call = {"ip_adapter_image": REFERENCE, "num_inference_steps": 2, "output_type": "np"}

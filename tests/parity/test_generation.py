@@ -10,9 +10,9 @@ import pytest
 from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, flax_folder, load_case, nchw, nhwc, slow
 from safetensors.numpy import save_file
 
-import ipadapter_jax.pipelines.sampling
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
+from ipadapter_jax.pipelines import programs, stable_diffusion
 from ipadapter_jax.testing import given_noise
 from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
 
@@ -46,7 +46,7 @@ def one_device():
     depend on their number."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ipadapter_jax.pipelines.stable_diffusion, "local_mesh", lambda: mesh)
+        patch.setattr(stable_diffusion, "local_mesh", lambda: mesh)
         yield
 
 
@@ -97,9 +97,7 @@ def generate(base: StableDiffusion, case: Case, folder: Path):
         callback=lambda number, timestep, latents: seen.append((timestep, np.asarray(latents))),
     )
     timesteps, steps = zip(*seen, strict=True)
-    decoded = ipadapter_jax.pipelines.sampling.decode(
-        pipe.vae, pipe.mesh, pipe.params["vae"], np.repeat(final, pipe.mesh.size, 0)
-    )
+    decoded = programs.decode(pipe.vae, pipe.mesh, pipe.params["vae"], np.repeat(final, pipe.mesh.size, 0))
     return np.asarray(timesteps, np.float32), np.stack(steps), final, np.asarray(decoded)[: len(final)]
 
 

@@ -10,12 +10,12 @@ import pytest
 from helpers import ORACLES, TORCH_MODEL, compilations, nhwc
 from PIL import Image
 
-import ipadapter_jax.pipelines.sampling
 from ipadapter_jax import InputError, StableDiffusion
 from ipadapter_jax.diffusion.samplers import SAMPLERS, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
+from ipadapter_jax.pipelines import programs
 from ipadapter_jax.pipelines.inpainting import InitImage
 from ipadapter_jax.testing import given_noise
 
@@ -83,7 +83,7 @@ def test_latents_outside_of_the_mask_are_those_of_the_image(pipe, original):
     with given_noise(posterior=noise):
         found = pipe("a cat", image=original, mask_image=half_mask(), **SMALL | {"output_type": "latent"})
     pixels = np.asarray(original, np.float32)[None] / 127.5 - 1
-    clean = ipadapter_jax.pipelines.sampling.encode_init_image(pipe.vae, pipe.params["vae"], pixels, noise)
+    clean = programs.encode_init_image(pipe.vae, pipe.params["vae"], pixels, noise)
     np.testing.assert_allclose(found[:, :, :4], clean[:, :, :4], atol=1e-5)
     assert np.abs(found - clean)[:, :, 4:].min(axis=-1).max() > 0.01
 

@@ -19,8 +19,10 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import attention_grids, cross_attention_layers
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.ops.attention import AttentionBranch
-from ipadapter_jax.pipelines import sampling
-from ipadapter_jax.pipelines.masks import layer_masks, load_mask
+from ipadapter_jax.pipelines import programs
+from ipadapter_jax.pipelines.conditioning import ImageBranch
+from ipadapter_jax.pipelines.denoiser import branch_weights
+from ipadapter_jax.pipelines.masks import layer_mask, load_mask
 from ipadapter_jax.pipelines.scales import scale_table
 from ipadapter_jax.weights.components import IMAGE_ENCODER as IMAGE_ENCODER_COMPONENT
 from ipadapter_jax.weights.components import TEXT_ENCODER, UNET, VAE_COMPONENT
@@ -218,7 +220,7 @@ def entries_of(case, masks):
         for images in [slice(i, i + 1) for i in range(count)] if masks is not None else [slice(None)]:
             chosen = features[:, :, images]
             weight = np.ones((1, chosen.shape[2]), np.float32)
-            rows = sampling.image_keys_values(projection.module, keys.module, params, chosen, weight)
+            rows = programs.image_keys_values(projection.module, keys.module, params, chosen, weight)
             image_kv.append([(k[:, 0], v[:, 0]) for k, v in rows])
             scales.append(lambda scale, n=number, i=images.start: nested(scale, n, i))
             of_entries.append(None if masks is None else masks[len(of_entries)])
@@ -243,10 +245,13 @@ def test_unet_with_controls(name):
     x, times = nhwc(case.inputs["sample"]), case.inputs["timesteps"]
     config = unet.module.config
     sites = cross_attention_layers(config)
-    at_sites = layer_masks(of_entries, attention_grids(config, *x.shape[1:3]))
+    grids = attention_grids(config, *x.shape[1:3])
+    at_layers = [layer_mask(mask, grids) for mask in of_entries]
     for output, scale in case.meta["scales"].items():
-        weight = np.stack([scale_table(one(scale), sites, 1).weight for one in scales])  # (E, 1, s): one branch
-        weights = sampling._site_weights(weight, at_sites, len(x))
+        weights = []
+        for one, kv, mask in zip(scales, image_kv, at_layers, strict=True):
+            branch = ImageBranch(kv=kv, weight=scale_table(one(scale), sites, 1).weight, mask=mask)
+            weights.append(branch_weights(branch, len(x)))
         case.check(**{output: nchw(unet_output(unet.module, unet.params, x, times, text_kv, image_kv, weights))})
 
 

@@ -11,10 +11,10 @@ from ipadapter_jax.batch.rows import BatchRow, read_rows
 from ipadapter_jax.cli.batch import Batch
 from ipadapter_jax.cli.options import OF_IMAGE_PROMPTS, refuse
 from ipadapter_jax.cli.run.image_batches import make_images, settings
-from ipadapter_jax.cli.run.sampling import load
+from ipadapter_jax.cli.run.sampling import load_for_job
 from ipadapter_jax.data.unused_files import summarize, write_report
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.pipelines.ip_adapter import Prepared
+from ipadapter_jax.pipelines.feature_encoder import PreparedImages
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.runtime.memory_limits import check_job_memory
 from ipadapter_jax.storage.store import LocalStore
@@ -31,7 +31,7 @@ def batch(args: Batch) -> int:
         if args.model != bundled.NAME:
             raise InputError(f"{args.source} has image prompts: name the IP-Adapter that reads them with --adapter")
         args = dataclasses.replace(args, adapter=bundled.NAME)
-    pipe = load(args, images=args.batch_size, with_encoder=has_references)
+    pipe = load_for_job(args, images=args.batch_size, with_encoder=has_references)
     print(f"{args.source}: {summarize(len(rows), left_out)}", file=sys.stderr)
     tasks = plan_tasks(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)
     prepare = functools.partial(_load, pipe, args.reference_resize)
@@ -72,6 +72,6 @@ def check_effects(args: Batch, rows: Sequence[BatchRow]) -> None:
             warnings.warn(f"{option} has no effect: every row of {args.source} has its own", stacklevel=2)
 
 
-def _load(pipe: StableDiffusion, fit: str, row: BatchRow) -> Prepared | None:
+def _load(pipe: StableDiffusion, fit: str, row: BatchRow) -> PreparedImages | None:
     """What the image encoder sees of a row's images."""
-    return pipe.adapters[0].prepare([str(path) for path in row.images], fit) if row.images else None
+    return pipe.adapters[0].inputs.prepare([str(path) for path in row.images], fit) if row.images else None

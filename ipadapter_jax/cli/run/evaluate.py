@@ -16,7 +16,7 @@ from ipadapter_jax.batch.reference_digests import Digests, ImageDigest
 from ipadapter_jax.batch.rows import BatchRow
 from ipadapter_jax.cli.evaluate import Evaluate
 from ipadapter_jax.cli.run.image_batches import make_images, settings
-from ipadapter_jax.cli.run.sampling import load, versions
+from ipadapter_jax.cli.run.sampling import load_for_job, versions
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate import embeddings
 from ipadapter_jax.evaluate.clip_scorer import LazyScorer, open_scorer
@@ -27,7 +27,7 @@ from ipadapter_jax.evaluate.prompts import Reference, References, open_reference
 from ipadapter_jax.evaluate.protocol import protocol_deviations
 from ipadapter_jax.evaluate.report import html_report
 from ipadapter_jax.evaluate.results import METRIC_TITLES, Results, compute_results, write_tables
-from ipadapter_jax.pipelines.ip_adapter import Prepared
+from ipadapter_jax.pipelines.feature_encoder import PreparedImages
 from ipadapter_jax.runtime.memory_limits import check_job_memory
 from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED, GracefulShutdown
 from ipadapter_jax.storage.atomic_files import remove_partial_files, write_atomically
@@ -101,11 +101,11 @@ def _generate(args: Evaluate, references: References, notices: Sequence[str]) ->
     check_job_memory(len(rows), args.num_images)
     tasks = plan_tasks(rows, num_images=args.num_images, seed=args.seed, scale=args.scale)
     mine = [task for task in tasks if task.row.index // embeddings.CHUNK % args.processes == args.process]
-    pipe = load(args, images=args.batch_size)
+    pipe = load_for_job(args, images=args.batch_size)
     print(*notices, file=sys.stderr)
 
-    def prepare(row: BatchRow) -> Prepared:
-        return pipe.adapters[0].prepare([references.found[row.index].image()], args.reference_resize)
+    def prepare(row: BatchRow) -> PreparedImages:
+        return pipe.adapters[0].inputs.prepare([references.found[row.index].image()], args.reference_resize)
 
     def digest_images(row: BatchRow, before: Digests) -> Digests:
         return (ImageDigest(references.found[row.index].digest()),)

@@ -12,13 +12,13 @@ from PIL import Image
 
 from ipadapter_jax.cli.generate import Generate, targets
 from ipadapter_jax.cli.run import grid
-from ipadapter_jax.cli.run.sampling import digests, load, png, versions
-from ipadapter_jax.diffusion.samplers import sample_table
+from ipadapter_jax.cli.run.sampling import OpenedModels, digests, png, versions
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.contact_sheet import contact_sheet, overlay_heatmap
 from ipadapter_jax.images.preprocess import image_grid, load_image, load_upright
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
-from ipadapter_jax.pipelines.inpainting import strength_of
+from ipadapter_jax.pipelines.ip_adapter import encoders_of
+from ipadapter_jax.pipelines.request import ModelConfigs, SamplingPlan, SamplingRequest
 from ipadapter_jax.pipelines.scales import Scale
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.storage.atomic_files import write_atomically
@@ -48,22 +48,24 @@ class Given:
 
 
 def generate(args: Generate) -> int:
-    """Loads, samples, writes. Raises InputError."""
+    """Checks all that was given, then loads, samples, writes. Raises InputError."""
     given = Given.load(args)
-    size = None if given.init is None else (given.init.height, given.init.width)
-    images = args.num_images if args.grid is None else 1
     with_encoder = args.image_embeds is None or args.image_encoder is not None
-    pipe = load(args, images=images, size=size, with_encoder=with_encoder, inpainting=args.mask_image is not None)
-    if args.image_embeds is not None and args.image_encoder is not None and not _needs_encoder(pipe, args):
-        warnings.warn(
-            "--image-encoder has no effect on these --image-embeds, whose negative branch is zeros", stacklevel=1
-        )
+    opened = OpenedModels.open(args, with_encoder=with_encoder, inpainting=args.mask_image is not None)
     if args.grid is not None:
-        drawn = grid.figure(pipe, args, args.grid, given.references, given.negative)
+        figure = grid.plan_figure(opened.configs, args, args.grid, given.references, given.negative)
+        pipe = opened.load()
+        drawn = figure.draw(pipe)
         write_atomically(args.out, png(drawn, {**_metadata(args, pipe), "grid": args.grid}))
         print(args.out)
         return 0
-    made = _sample(pipe, args, given)
+    plan = _request(args, given).resolve(opened.configs)
+    if args.image_embeds is not None and args.image_encoder is not None and not _needs_encoder(opened.configs, args):
+        warnings.warn(
+            "--image-encoder has no effect on these --image-embeds, whose negative branch is zeros", stacklevel=1
+        )
+    pipe = opened.load()
+    made = _sample(pipe, plan)
     metadata = _metadata(args, pipe)
     _write(made.images, args, metadata)
     if args.save_image_embeds is not None:
@@ -73,9 +75,29 @@ def generate(args: Generate) -> int:
     return 0
 
 
-def _needs_encoder(pipe: StableDiffusion, args: Generate) -> bool:
+def _request(args: Generate, given: Given) -> SamplingRequest:
+    """What the options ask for."""
+    return SamplingRequest(
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        ip_adapter_image=given.references or None,
+        ip_adapter_image_embeds=None if args.image_embeds is None else [args.image_embeds],
+        ip_adapter_scale=_scales(args),
+        ip_adapter_masks=given.masks or None,
+        image=given.init,
+        mask_image=given.mask,
+        strength=args.strength,
+        exact_outside_mask=args.preserve_unmasked,
+        num_images_per_prompt=args.num_images,
+        seed=args.seed,
+        return_attention_maps=args.attention_maps is not None,
+        **args.arguments(given.negative),
+    )
+
+
+def _needs_encoder(configs: ModelConfigs, args: Generate) -> bool:
     """Whether the encoder makes the negative branch of embeddings."""
-    return args.uncond not in ("default", "zeros") or pipe.adapters[0].projection.config.uses_patches
+    return args.uncond not in ("default", "zeros") or configs.adapters[0].projection.feature_kind.has_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,36 +108,17 @@ class Sampled:
     maps: AttentionMaps | None
 
 
-def _sample(pipe: StableDiffusion, args: Generate, given: Given) -> Sampled:
+def _sample(pipe: StableDiffusion, plan: SamplingPlan) -> Sampled:
     """Samples one step per call, so that the progress bar moves; it is shown in a terminal only."""
-    strength = strength_of(args.strength, args.init_image, args.mask_image)
-    run = sample_table(args.scheduler, pipe.schedule.changed(args.scheduler_config()), args.steps, args.eta, strength)
-    total = len(run.steps.timestep)
-    with tqdm.tqdm(total=total, desc="compiling, then sampling", unit="step", disable=None) as bar:
+    with tqdm.tqdm(total=plan.num_steps, desc="compiling, then sampling", unit="step", disable=None) as bar:
 
         def on_step(number: int, timestep: float, latents: Any) -> None:
             latents.block_until_ready()
             bar.set_description("sampling")
             bar.update()
 
-        found = pipe(
-            args.prompt,
-            negative_prompt=args.negative_prompt,
-            ip_adapter_image=given.references or None,
-            ip_adapter_image_embeds=None if args.image_embeds is None else [args.image_embeds],
-            ip_adapter_scale=_scales(args),
-            ip_adapter_masks=given.masks or None,
-            image=given.init,
-            mask_image=given.mask,
-            strength=args.strength,
-            exact_outside_mask=args.preserve_unmasked,
-            num_images_per_prompt=args.num_images,
-            seed=args.seed,
-            return_attention_maps=args.attention_maps is not None,
-            callback=on_step,
-            **args.arguments(given.negative),
-        )
-    images, maps = found if args.attention_maps is not None else (found, None)
+        found = pipe.sample(plan, callback=on_step, progress_bar=False)
+    images, maps = found if plan.attention_maps else (found, None)
     return Sampled(images, maps)
 
 
@@ -135,9 +138,10 @@ def _scales(args: Generate) -> Any:
 def _save_embeds(path: Path, pipe: StableDiffusion, args: Generate, given: Given) -> None:
     [adapter] = pipe.adapters
     negative = None if given.negative is None else [given.negative]
-    features, _ = adapter.from_images([given.references], args.reference_resize, True, negative, args.uncond)
-    about = {"variant": adapter.projection.config.variant, "image_encoder": adapter.encoder.source.name}
-    save_image_embeds(path, np.asarray(features()[0]), about)
+    planned = adapter.inputs.from_images([given.references], args.reference_resize, True, negative, args.uncond)
+    [encoder] = encoders_of([adapter])
+    about = {"variant": adapter.projection.config.variant, "image_encoder": encoder.source.name}
+    save_image_embeds(path, np.asarray(adapter.encode(planned)[0]), about)
 
 
 _MOST_TOKENS = 16  # of a figure

@@ -20,8 +20,8 @@ from ipadapter_jax.batch.runner import BatchProgress, run_job
 from ipadapter_jax.cli.batch_options import BatchOptions
 from ipadapter_jax.cli.run.sampling import configurations, digests, png, versions
 from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning, find_foreign_syntax, warn_of_foreign_syntax
+from ipadapter_jax.pipelines.feature_encoder import PreparedImages
 from ipadapter_jax.pipelines.image_prompt_settings import PerPrompt
-from ipadapter_jax.pipelines.ip_adapter import Prepared
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.storage.atomic_files import sha256
 
@@ -45,7 +45,7 @@ def make_images(
     tasks: Sequence[ImageTask],
     out: Path,
     settings: Mapping[str, object],
-    load: Callable[[BatchRow], Prepared | None],
+    load: Callable[[BatchRow], PreparedImages | None],
     invalid: Sequence[InvalidRow] = (),
     digest_images: DigestImages | None = None,
 ) -> BatchProgress:
@@ -105,7 +105,7 @@ def _warn_of_syntax(args: BatchOptions, tasks: Sequence[ImageTask]) -> None:
 
 
 def _make(
-    pipe: StableDiffusion, args: BatchOptions, given: list[tuple[ImageTask, Prepared | None]]
+    pipe: StableDiffusion, args: BatchOptions, given: list[tuple[ImageTask, PreparedImages | None]]
 ) -> Sequence[Image.Image]:
     """Makes the images of a batch. A short batch is padded with its last item, so that one program
     serves all."""
@@ -122,6 +122,7 @@ def _make(
         [task.row.prompt for task in tasks],
         negative_prompt=[task.row.negative_prompt or args.negative_prompt for task in tasks],
         seed=[task.seed for task in tasks],
+        progress_bar=False,
         **arguments,
     )
     return found[: len(given)]

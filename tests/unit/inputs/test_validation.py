@@ -16,15 +16,19 @@ from ipadapter_jax.images.preprocess import load_image
 from ipadapter_jax.inputs.arrays import to_python_number
 from ipadapter_jax.inputs.validation import check_dtype, check_latents, resolve_seeds
 from ipadapter_jax.models.unet_config import cross_attention_layers
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines import stable_diffusion
 from ipadapter_jax.pipelines.image_prompt_settings import ImagePromptSettings
-from ipadapter_jax.pipelines.image_prompts import plan_image_branches
+from ipadapter_jax.pipelines.image_prompts import plan_image_prompts
 from ipadapter_jax.pipelines.outputs import check_finite
 from ipadapter_jax.runtime.progress_bar import step_bar
 
 CAT = ORACLES / "assets" / "img_a.png"
 SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
 EMBEDS = {"ip_adapter_image_embeds": [np.zeros((2, 1, 40))]}
+
+
+def inputs(pipe):
+    return [adapter.inputs for adapter in pipe.adapters]
 
 
 @pytest.mark.parametrize(
@@ -44,8 +48,9 @@ def test_controls_of_no_image_prompt_are_refused(base, control, name, monkeypatc
 
 def test_a_nested_list_gives_all_images_to_every_prompt(pipe):
     controls, sites = ImagePromptSettings(images=[[CAT, CAT]]), cross_attention_layers(pipe.unet.config)
-    [entry] = plan_image_branches(controls, pipe.adapters, sites, 2, True, (64, 64), 2)
-    assert entry.image_weight.shape == (1, 2)
+    [planned] = plan_image_prompts(controls, inputs(pipe), sites, 2, True, (64, 64), 2)
+    [branch] = planned.branches
+    assert branch.image_weight.shape == (1, 2)
 
 
 FLOAT16 = {"latents": np.full((1, 8, 8, 4), 7e4), "ip_adapter_scale": 7e4, **EMBEDS}
@@ -76,8 +81,8 @@ def test_tensors_of_any_kind_are_arguments(pipe):
     given = torch.ones((2, 1, 40), dtype=torch.bfloat16, requires_grad=True)
     for embeds in ([given], [jnp.ones((2, 1, 40), jnp.bfloat16)], [[[[1.0] * 40]] * 2]):
         sites = cross_attention_layers(pipe.unet.config)
-        [entry] = plan_image_branches(ImagePromptSettings(embeds=embeds), pipe.adapters, sites, 2, True, (64, 64), 1)
-        np.testing.assert_array_equal(entry.features(), np.ones((1, 2, 1, 40)))
+        [planned] = plan_image_prompts(ImagePromptSettings(embeds=embeds), inputs(pipe), sites, 2, True, (64, 64), 1)
+        np.testing.assert_array_equal(pipe.adapters[0].encode(planned.features), np.ones((1, 2, 1, 40)))
     with pytest.raises(InputError, match="latents could not be read as an array .*Sparse"):
         check_latents(torch.ones(2, 2).to_sparse(), (2, 2))
     np.testing.assert_array_equal(resolve_seeds(torch.tensor([3, 4]), 2), [3, 4])
@@ -133,7 +138,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(form):
 
 def test_latents_that_are_not_finite_are_refused(pipe, monkeypatch):
     shape = (pipe.mesh.size, 8, 8, 4)
-    monkeypatch.setattr(sampling, "run_steps", lambda *_: (jnp.full(shape, jnp.nan), None))
+    monkeypatch.setattr(stable_diffusion, "run_sampler", lambda *_: (jnp.full(shape, jnp.nan), None))
     with pytest.raises(NonFiniteImageError, match="latents of image 0 of 1"):
         pipe("a cat", ip_adapter_image=CAT, **SMALL)
 
@@ -151,15 +156,16 @@ def test_numbers_may_be_tensors(pipe):
     short = torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)
     sites = cross_attention_layers(pipe.unet.config)
     for scale in (short, [short], [[short]], short[None], [[jnp.float32(0.5)]], np.array([[0.5]])):
-        [entry] = plan_image_branches(
-            ImagePromptSettings(images=CAT, scale=scale), pipe.adapters, sites, 2, True, (64, 64), 1
-        )
-        np.testing.assert_array_equal(entry.weight * entry.image_weight[0, 0], np.full((2, 2, len(sites)), 0.5))
+        settings = ImagePromptSettings(images=CAT, scale=scale)
+        [planned] = plan_image_prompts(settings, inputs(pipe), sites, 2, True, (64, 64), 1)
+        [branch] = planned.branches
+        np.testing.assert_array_equal(branch.weight * branch.image_weight[0, 0], np.full((2, 2, len(sites)), 0.5))
     assert to_python_number((torch.tensor(3), [np.float32(0.5)], None, "a")) == (3, [0.5], None, "a")
     masks = torch.stack([torch.eye(64), 1 - torch.eye(64)])
     for given in (masks, masks[None], masks[:, None], [masks[None]]):
         controls = ImagePromptSettings(images=[[CAT, CAT]], masks=given)
-        assert len(plan_image_branches(controls, pipe.adapters, sites, 2, True, (64, 64), 1)) == 2
+        [planned] = plan_image_prompts(controls, inputs(pipe), sites, 2, True, (64, 64), 1)
+        assert len(planned.branches) == 2
 
 
 @pytest.mark.torch

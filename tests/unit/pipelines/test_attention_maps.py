@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ORACLES, recorded_pipe
+from helpers import ORACLES, conditioned, recorded_pipe
 from PIL import Image
 
 from ipadapter_jax import InputError, Scale
@@ -15,8 +15,11 @@ from ipadapter_jax.models.transformer import Attention
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import CrossAttentionLayer, attention_grids, cross_attention_layers
 from ipadapter_jax.ops.attention import AttentionBranch, attention_map
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines import stable_diffusion
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
+from ipadapter_jax.pipelines.conditioning import ImageBranch
+from ipadapter_jax.pipelines.denoise import run_sampler
+from ipadapter_jax.pipelines.sample_batch import SampleBatch
 
 CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
 SMALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
@@ -101,8 +104,8 @@ def test_there_is_a_map_for_every_step_image_query_and_token(pipe, recorded):
 def test_the_first_steps_maps_are_those_of_the_network_on_the_initial_latents(pipe, recorded):
     """Of the conditional branch: the very prompt and image, with guidance left out."""
     [adapter] = pipe.adapters
-    features, _ = adapter.from_images([[CAT]], "crop", guided=False)
-    image_kv = [(k[0], v[0]) for k, v in adapter.keys_values(features(), np.ones((1, 1), np.float32))]
+    features = adapter.encode(adapter.inputs.from_images([[CAT]], "crop", guided=False))
+    image_kv = [(k[0], v[0]) for k, v in adapter.keys_values(features, np.ones((1, 1), np.float32))]
     noise = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
     arguments = {"ip_adapter_image": CAT, "latents": np.concatenate([noise, noise[:, ::-1]]), **SMALL}
     _, found = pipe("a cat", num_images_per_prompt=2, return_attention_maps=True, **arguments)
@@ -123,17 +126,19 @@ def test_the_first_steps_maps_are_those_of_the_network_on_the_initial_latents(pi
 
 @pytest.mark.parametrize("on_step", [None, lambda *_: None], ids=["one call", "one call a step"])
 def test_maps_of_all_steps_are_one_array_without_padding_samples(pipe, on_step):
-    batch = sampling.SampleBatch(pipe.mesh, np.zeros(3, np.uint32), np.zeros(3, np.int64))
+    batch = SampleBatch(pipe.mesh, np.zeros(3, np.uint32), np.zeros(3, np.int64))
     run = sample_table("ddim", pipe.schedule, 5)
     whole = drawn(5, 4, 6, 2)
 
-    def denoise(state, inputs, *_):
-        steps = [list(run.steps.timestep).index(t) for t in inputs.steps.timestep]
-        return state, [[whole[steps]]]
+    def denoise(state, steps, conditioning):
+        numbers = [list(run.steps.timestep).index(t) for t in steps.table.timestep]
+        assert [len(branch.weight) for branch in conditioning.image_branches] == [len(numbers)]
+        return state, [[whole[numbers]]]
 
-    begin = sampling.Start(batch.noise((8, 8, 4), 0))
-    conditions = pipe._conditions(["a cat"], [""], 0, 7.5, 0.0, [], (8, 8, 4), batch)
-    _, [[found]] = sampling.run_steps(denoise, run.steps, np.zeros((5, 1, 2, 4)), conditions, batch, begin, on_step)
+    branch = ImageBranch(kv=[], weight=np.zeros((5, 2, 4)), mask=[])
+    conditioning = conditioned(pipe, batch, [branch])
+    latents = batch.noise((8, 8, 4), 0)
+    _, [[found]] = run_sampler(denoise, run.steps, latents, conditioning, batch, on_step)
     np.testing.assert_array_equal(found, whole[:, :3])
 
 
@@ -148,10 +153,10 @@ def test_scale_and_mask_do_not_enter_the_first_maps(pipe, recorded):
 def test_a_precise_preset_gives_no_maps_of_its_swapped_branch(monkeypatch):
     """Which is a second image branch of the same adapter, without weight in the conditional branch of guidance."""
 
-    def run_steps(_denoise, _steps, weight, _conditions, batch, *_):
-        return batch.noise((8, 8, 4), 0), [[np.full(1, entry)] for entry in range(weight.shape[1])]
+    def run_sampler(_denoise, _steps, latents, conditioning, *_):
+        return latents, [[np.full(1, branch)] for branch in range(len(conditioning.image_branches))]
 
-    monkeypatch.setattr(sampling, "run_steps", run_steps)
+    monkeypatch.setattr(stable_diffusion, "run_sampler", run_sampler)
     recorded = recorded_pipe()
     two = dataclasses.replace(recorded, adapters=recorded.adapters * 2)
     given = {"ip_adapter_image": [CAT, DOG], "ip_adapter_scale": ["precise style", 1.0], **SMALL}

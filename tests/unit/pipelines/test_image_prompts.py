@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import IMAGE_ENCODER, ORACLES, compilations, recorded_pipe
+from helpers import IMAGE_ENCODER, ORACLES, compilations, conditioned, recorded_pipe
 from PIL import Image
 from small_model import small_adapter
 
@@ -16,9 +16,14 @@ from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.errors import errors_name_options
 from ipadapter_jax.images.preprocess import CLIP_MEAN, CLIP_STD, clip_pixel_values
 from ipadapter_jax.models.unet_config import attention_grids, cross_attention_layers
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines import programs
+from ipadapter_jax.pipelines.conditioning import ImageBranch
+from ipadapter_jax.pipelines.denoise import run_sampler
+from ipadapter_jax.pipelines.denoiser import Denoiser
 from ipadapter_jax.pipelines.image_prompt_settings import ImagePromptSettings
-from ipadapter_jax.pipelines.image_prompts import entry_weights, plan_image_branches
+from ipadapter_jax.pipelines.image_prompts import PlannedImageBranch, PlannedImagePrompt, plan_image_prompts
+from ipadapter_jax.pipelines.ip_adapter import Adapter
+from ipadapter_jax.pipelines.sample_batch import SampleBatch
 from ipadapter_jax.weights.image_embeds import save_image_embeds
 
 CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
@@ -37,19 +42,39 @@ def recorded() -> StableDiffusion:
 
 
 def encoded(pipe: StableDiffusion, pixels: np.ndarray) -> np.ndarray:
-    """What the encoder gives for normalised pixels (n, 224, 224, 3)."""
+    """What the encoder gives for normalized pixels (n, 224, 224, 3)."""
     [adapter] = pipe.adapters
-    encoder, patches = adapter.encoder, adapter.projection.config.uses_patches
-    return np.asarray(sampling.encode_image(encoder.module, patches, encoder.params, pixels))
+    return np.asarray(adapter.feature_encoder.encode(pixels))
 
 
 def features(pipe: StableDiffusion, *images) -> np.ndarray:
     return encoded(pipe, clip_pixel_values(list(images)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """A planned image branch with the adapter that encodes it."""
+
+    planned: PlannedImageBranch
+    prompt: PlannedImagePrompt
+    adapter: Adapter
+
+    def __getattr__(self, name: str):
+        return getattr(self.planned, name)
+
+    def features(self):
+        return self.adapter.encode(self.prompt.features)
+
+    def keys_values(self):
+        return self.planned.keys_values(self.adapter, self.features())
+
+
 def entries(pipe: StableDiffusion, guided: bool = True, steps: int = 2, size=(64, 64), prompts: int = 1, **controls):
-    sites = cross_attention_layers(pipe.unet.config)
-    return plan_image_branches(ImagePromptSettings(**controls), pipe.adapters, sites, steps, guided, size, prompts)
+    layers, settings = cross_attention_layers(pipe.unet.config), ImagePromptSettings(**controls)
+    inputs = [adapter.inputs for adapter in pipe.adapters]
+    planned = plan_image_prompts(settings, inputs, layers, steps, guided, size, prompts)
+    pairs = zip(pipe.adapters, planned, strict=True)
+    return [Branch(branch, prompt, adapter) for adapter, prompt in pairs for branch in prompt.branches]
 
 
 def same(found, expected) -> None:
@@ -113,7 +138,7 @@ def test_weights_of_images_scale_their_values_alone(pipe):
     [adapter] = pipe.adapters
     given = features(pipe, CAT, DOG)
     each = [
-        sampling.image_keys_values(
+        programs.image_keys_values(
             adapter.projection,
             adapter.keys,
             adapter.params,
@@ -167,7 +192,7 @@ def test_a_mask_of_nearly_nothing_is_a_warning(pipe):
         entries(pipe, images=CAT, masks=[dot])
 
 
-def test_masked_images_are_entries_of_their_own(recorded):
+def test_each_masked_image_is_an_image_branch(recorded):
     left = np.zeros((64, 64), np.uint8)
     left[:, :32] = 1
     found = entries(recorded, images=[CAT, DOG], masks=[left, 1 - left], scale=[[0.3, "style"]])
@@ -363,33 +388,28 @@ def test_a_file_of_another_adapters_embeddings_is_refused(pipe, tmp_path):
 
 
 def test_a_precise_preset_shows_the_other_layers_to_the_unconditional_branch_alone(recorded):
-    """By hand: two entries, the second one with its branches exchanged, which weighs nothing for the conditional."""
+    """By hand: two image branches; the second has swapped guidance branches and no weight in the conditional one."""
     [adapter] = recorded.adapters
     positive = features(recorded, CAT)
     given = np.stack([np.zeros_like(positive), positive])[None]
     kv = [
-        sampling.image_keys_values(adapter.projection, adapter.keys, adapter.params, order, np.ones((1, 1), np.float32))
+        programs.image_keys_values(adapter.projection, adapter.keys, adapter.params, order, np.ones((1, 1), np.float32))
         for order in (given, given[:, ::-1])
     ]
-    acts = np.array([t in {0, 1, 2, 3, *range(9, 16)} for t in (*range(6), *range(7, 16), 6)])  # in file order
-    weight = np.zeros((2, 2, 2, 16), np.float32)  # steps, entries, branches, sites
-    weight[:, 0] = 0.8 * acts
-    weight[:, 1, 0] = 0.8 * np.array([{4: 0.25, 5: 1.0}.get(t, 0) for t in (*range(6), *range(7, 16), 6)])
-
-    shape = (8, 8, 4)
-    batch = sampling.SampleBatch(recorded.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
-    conditions = recorded._conditions(["a cat"], [""], 0, 7.5, 0.0, [], shape, batch)
-    masks = [np.ones((2, h * w), np.float32) for h, w in attention_grids(recorded.unet.config, 8, 8)]
+    in_file_order = (*range(6), *range(7, 16), 6)
+    acts = np.array([t in {0, 1, 2, 3, *range(9, 16)} for t in in_file_order])
+    weights = np.zeros((2, 2, 2, 16), np.float32)  # image branches, steps, branches of guidance, layers
+    weights[0] = 0.8 * acts
+    weights[1, :, 0] = 0.8 * np.array([{4: 0.25, 5: 1.0}.get(t, 0) for t in in_file_order])
+    mask = [np.ones(h * w, np.float32) for h, w in attention_grids(recorded.unet.config, 8, 8)]
+    branches = [ImageBranch(kv=kv, weight=weight, mask=mask) for kv, weight in zip(kv, weights, strict=True)]
+    batch = SampleBatch(recorded.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
     run = sample_table("ddim", recorded.schedule, 2)
-    expected, _ = sampling.run_steps(
-        functools.partial(sampling.denoise, recorded.unet, recorded.mesh, False, recorded.params["unet"]),
-        run.steps,
-        weight,
-        conditions._replace(image_kv=kv, image_masks=masks),
-        batch,
-        sampling.Start(batch.noise(shape, 0)),
-        None,
+    program = functools.partial(
+        programs.denoise, Denoiser(recorded.unet), recorded.mesh, {"unet": recorded.params["unet"]}
     )
+    conditioning = conditioned(recorded, batch, branches)
+    expected, _ = run_sampler(program, run.steps, batch.noise((8, 8, 4), 0), conditioning, batch)
     found = recorded("a cat", ip_adapter_image=CAT, ip_adapter_scale=Scale(0.8, "precise style"), **SMALL)
     np.testing.assert_allclose(found, expected[:1], atol=1e-6)
     assert (
@@ -402,12 +422,6 @@ def test_a_precise_preset_without_guidance_is_the_plain_one(recorded):
     [precise] = entries(recorded, guided=False, images=CAT, scale="precise style")
     [plain] = entries(recorded, guided=False, images=CAT, scale="style")
     np.testing.assert_array_equal(precise.weight, plain.weight)
-
-
-def test_weights_of_no_entries_have_their_shape(base):
-    batch = sampling.SampleBatch(base.mesh, np.zeros(1, np.uint32), np.zeros(1, np.int64))
-    conditions = base._conditions(["a cat"], [""], 0, 7.5, 0.0, [], (8, 8, 4), batch)
-    assert entry_weights([], conditions, 3).shape == (3, 0, 2, 4)
 
 
 # --- nothing compiles again ------------------------------------------------------------------------------------------

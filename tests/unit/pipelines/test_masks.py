@@ -13,7 +13,7 @@ from ipadapter_jax.errors import errors_name_options
 from ipadapter_jax.images.preprocess import load_upright
 from ipadapter_jax.models.unet_config import UNetConfig, attention_grids
 from ipadapter_jax.pipelines.inpainting import InitImage
-from ipadapter_jax.pipelines.masks import check_inside, check_latent_mask, latent_mask, layer_masks, load_mask
+from ipadapter_jax.pipelines.masks import check_inside, check_latent_mask, latent_mask, layer_mask, load_mask
 
 RANDOM = np.random.default_rng(7).random((96, 120)).astype(np.float32)  # not symmetric in any way
 CIRCLE = (np.hypot(*np.mgrid[-1:1:96j, -1:1:120j]) < 0.7).astype(np.float32)
@@ -28,29 +28,29 @@ def test_masks_shrink_as_pytorchs_bicubic_interpolation_does(mask, grid):
     expected = torch.nn.functional.interpolate(
         torch.tensor(mask, dtype=torch.float64)[None, None], grid, mode="bicubic"
     )
-    [found] = layer_masks([mask], [grid])
-    assert found.shape == (1, grid[0] * grid[1]) and found.dtype == np.float32
-    np.testing.assert_allclose(found[0], expected.numpy().ravel(), atol=1e-6)  # float32's rounding of numbers up to 1.3
+    [found] = layer_mask(mask, [grid])
+    assert found.shape == (grid[0] * grid[1],) and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected.numpy().ravel(), atol=1e-6)  # float32's rounding of numbers up to 1.3
 
 
 def test_overshoot_is_kept():
-    [found] = layer_masks([CIRCLE], [(31, 33)])
+    [found] = layer_mask(CIRCLE, [(31, 33)])
     assert found.min() < -0.01 and found.max() > 1.01
 
 
 # Pixels of an image, and so of its masks: sides that are, and are not, divisible by all levels of SD 1.5.
 @pytest.mark.torch
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (128, 64), (64, 96), (192, 320), (128, 256)])
-def test_masks_at_every_site_equal_diffusers(height, width):
+def test_masks_at_every_layer_equal_diffusers(height, width):
     torch = pytest.importorskip("torch")
     image_processor = pytest.importorskip("diffusers.image_processor")
     masks = np.random.default_rng(height).random((2, height, width)).astype(np.float32)
     grids = attention_grids(UNetConfig(), height // 8, width // 8)
-    for found, (h, w) in zip(layer_masks(list(masks), grids), grids, strict=True):
-        for mask, row in zip(masks, found, strict=True):
+    for mask in masks:
+        for found, (h, w) in zip(layer_mask(mask, grids), grids, strict=True):
             given = torch.from_numpy(mask)[None]
             expected = image_processor.IPAdapterMaskProcessor.downsample(given, 1, h * w, 1)
-            np.testing.assert_allclose(row, expected[0, :, 0], atol=2e-6)  # it computes in float32
+            np.testing.assert_allclose(found, expected[0, :, 0], atol=2e-6)  # it computes in float32
 
 
 def test_odd_latents_have_masks_of_the_grids_that_the_network_has():
@@ -59,7 +59,7 @@ def test_odd_latents_have_masks_of_the_grids_that_the_network_has():
     assert sorted(set(grids)) == [(2, 2), (3, 4), (5, 7), (9, 13)]
     mask = np.zeros((72, 104))
     mask[:, 52:] = 1
-    for found, (h, w) in zip(layer_masks([mask], grids), grids, strict=True):
+    for found, (h, w) in zip(layer_mask(mask, grids), grids, strict=True):
         rows = found.reshape(h, w)
         np.testing.assert_array_equal(rows, np.repeat(rows[:1], h, 0))  # nothing differs from top to bottom
         assert rows[0, 0] < 0.1 and rows[0, -1] > 0.9
@@ -67,10 +67,9 @@ def test_odd_latents_have_masks_of_the_grids_that_the_network_has():
 
 def test_no_mask_is_everywhere():
     grids = [(4, 6), (2, 3)]
-    for found, (h, w) in zip(layer_masks([None, np.ones((32, 48)), None], grids), grids, strict=True):
-        np.testing.assert_array_equal(found[[0, 2]], np.ones((2, h * w)))
-        np.testing.assert_allclose(found[1], 1, rtol=1e-7)  # the four weights sum to 1 but for rounding
-    assert [mask.shape for mask in layer_masks([], grids)] == [(0, 24), (0, 6)]
+    for none, ones, (h, w) in zip(layer_mask(None, grids), layer_mask(np.ones((32, 48)), grids), grids, strict=True):
+        np.testing.assert_array_equal(none, np.ones(h * w))
+        np.testing.assert_allclose(ones, none, rtol=1e-7)  # the four weights sum to 1 but for rounding
 
 
 HALVES = np.zeros((48, 64), np.float32)

@@ -24,9 +24,10 @@ from small_model import small_adapter, small_model
 
 from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion, WeightFileError
 from ipadapter_jax.models.image_projections import ImageProjConfig
-from ipadapter_jax.pipelines import sampling, stable_diffusion
-from ipadapter_jax.pipelines.ip_adapter import Adapter
+from ipadapter_jax.pipelines import stable_diffusion
+from ipadapter_jax.pipelines.ip_adapter import Adapter, encoders_of
 from ipadapter_jax.pipelines.outputs import images_of
+from ipadapter_jax.pipelines.sample_batch import draw_noise
 from ipadapter_jax.runtime.mesh import batch_sharding
 
 CAT, DOG = (ORACLES / "assets" / f"img_{name}.png" for name in "ab")
@@ -114,7 +115,7 @@ def test_a_image_does_not_depend_on_the_number_of_devices(pipe, monkeypatch):
     assert (alone.mesh.size, pipe.mesh.size) == (1, 4)
     seeds = np.repeat(np.uint32(13), 4)
     noise = [
-        sampling.draw_noise((8, 8, 4), jax.device_put(seeds, batch_sharding(mesh)), np.uint32(0), mesh)
+        draw_noise((8, 8, 4), jax.device_put(seeds, batch_sharding(mesh)), np.uint32(0), mesh)
         for mesh in (alone.mesh, pipe.mesh)
     ]
     np.testing.assert_array_equal(*noise)
@@ -140,14 +141,15 @@ def test_the_same_image_twice_is_that_image_once(pipe):
 
 def test_two_adapters_at_weight_zero_and_one(base, pipe):
     two = pipe.with_ip_adapter(small_adapter("ip-adapter-plus_tiny"), image_encoder=IMAGE_ENCODER)
-    assert two.adapters[1].encoder is pipe.adapters[0].encoder  # the same weights are not loaded twice
+    first, second = encoders_of([pipe.adapters[0], two.adapters[1]])
+    assert first is second  # the same weights are not loaded twice
     found = two("a cat", ip_adapter_image=[CAT, [DOG, CAT]], ip_adapter_scale=[1.0, 0.0], **SMALL)
     np.testing.assert_allclose(found, pipe("a cat", ip_adapter_image=CAT, **SMALL), atol=2e-5)
 
 
 def test_given_embeddings_replace_the_image(pipe):
     adapter = pipe.adapters[0]
-    features = np.asarray(adapter.from_images([[CAT]], "crop", guided=True)[0]())[0]
+    features = np.asarray(adapter.encode(adapter.inputs.from_images([[CAT]], "crop", guided=True)))[0]
     expected = pipe("a cat", ip_adapter_image=CAT, **SMALL)
     np.testing.assert_array_equal(pipe("a cat", ip_adapter_image_embeds=[features], **SMALL), expected)
 

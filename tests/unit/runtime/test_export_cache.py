@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines import programs
 from ipadapter_jax.runtime.export_cache import ExportedFunction, register_serializable
 
 
@@ -190,7 +190,7 @@ def test_inside_another_program_it_is_a_part_of_it(folder):
 def test_a_second_process_samples_without_tracing_the_networks(folder, monkeypatch):
     pipe = StableDiffusion.from_pretrained("mini").with_ip_adapter("mini")
     call = {"ip_adapter_image": np.full((64, 64, 3), 200, np.uint8), "num_inference_steps": 2, "output_type": "np"}
-    functions = [f for f in vars(sampling).values() if isinstance(f, ExportedFunction)]
+    functions = [f for f in vars(programs).values() if isinstance(f, ExportedFunction)]
     for function in functions:
         function.forget()
     expected = pipe("a red heart", **call)

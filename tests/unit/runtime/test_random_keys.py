@@ -10,7 +10,7 @@ import pytest
 from helpers import jax_settings
 
 from ipadapter_jax.models.image_projections import ImageProjConfig
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines.sample_batch import SampleBatch
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.runtime.mesh import local_mesh
 from ipadapter_jax.train.init import _init_projection
@@ -54,7 +54,7 @@ def test_draws_are_those_of_jax_as_it_comes(seed):
 
 
 def noise(seeds: list[int], step: int) -> np.ndarray:
-    batch = sampling.SampleBatch(local_mesh(), np.asarray(seeds, np.uint32), np.zeros(len(seeds), int))
+    batch = SampleBatch(local_mesh(), np.asarray(seeds, np.uint32), np.zeros(len(seeds), int))
     return np.asarray(batch.noise((8, 8, 4), step))[: len(seeds)]
 
 

@@ -10,8 +10,9 @@ import pytest
 from helpers import compilations
 
 from ipadapter_jax import InputError, StableDiffusion
-from ipadapter_jax.pipelines import sampling
+from ipadapter_jax.pipelines import programs
 from ipadapter_jax.pipelines.noise import INITIAL, MASKED_POSTERIOR, POSTERIOR
+from ipadapter_jax.pipelines.sample_batch import SampleBatch
 from ipadapter_jax.testing import given_noise, tiny_pipeline
 from ipadapter_jax.testing.sizes import NANO
 
@@ -36,7 +37,7 @@ def inpainting() -> StableDiffusion:
 
 def drawn(pipe: StableDiffusion, number: int) -> np.ndarray:
     """What a call of the seeds 7 and 8 draws."""
-    batch = sampling.SampleBatch(pipe.mesh, np.uint32([7, 8]), np.zeros(2, np.int64))
+    batch = SampleBatch(pipe.mesh, np.uint32([7, 8]), np.zeros(2, np.int64))
     return np.asarray(batch.noise(SHAPE[1:], number))[:2]
 
 
@@ -98,10 +99,10 @@ def test_programs_on_disk_hold_no_noise(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("ipadapter_jax.runtime.export_cache.cache_is_on", lambda: True)
     with given_noise(initial=NOISE[0], steps=NOISE[1:4]):
         given = pipe("a cat", **STEPS)
-    programs = sorted((tmp_path / "compiled").iterdir())
+    files = sorted((tmp_path / "compiled").iterdir())
     found = pipe("a cat", **STEPS, seed=3)
-    sampling.denoise.forget()
-    assert programs and sorted((tmp_path / "compiled").iterdir()) == programs
+    programs.denoise.forget()
+    assert files and sorted((tmp_path / "compiled").iterdir()) == files
     np.testing.assert_array_equal(found, expected)
     assert np.abs(found - given).max() > 0.01
 

@@ -1,0 +1,67 @@
+"""The forward pass of the UNet with its image prompt, the same for sampling and for training.
+
+text_kv  = text_keys_values(unet, params, text)                       once per prompt
+image_kv = image_keys_values(projection, adapter, params, features)   once per image prompt
+output   = unet_output(unet, params, latents, time_shifts, UNetContext(text_kv, [image_kv], weights))
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from ipadapter_jax.models.image_projections import Projection
+from ipadapter_jax.models.ip_adapter import IPAdapter
+from ipadapter_jax.models.unet import KeyValue, UNet, UNetResiduals
+
+Params = Mapping[str, Any]
+"""The parameter tree of one network."""
+
+
+class UNetContext(NamedTuple):
+    """What the UNet sees next to latents and time, for each of the R elements of its batch.
+
+    text_kv holds keys and values (R, S, C) per cross-attention layer, image_kv the same (R, N, C) for every image
+    branch, and image_weight[branch][layer] the weight of that branch there: a scalar or what broadcasts to (R, L, 1).
+    residuals: what other networks add to the skip connections and the middle block.
+    """
+
+    text_kv: Sequence[KeyValue]
+    image_kv: Sequence[Sequence[KeyValue]] = ()
+    image_weight: Sequence[Sequence[Array | float]] = ()
+    residuals: UNetResiduals | None = None
+
+
+def text_keys_values(unet: UNet, params: Params, text: Array) -> list[KeyValue]:
+    """Text states (R, S, D) -> keys and values (R, S, C) per cross-attention layer."""
+    return unet.apply({"params": params}, text, method=UNet.text_kv)  # pyright: ignore[reportReturnType]
+
+
+def image_keys_values(
+    projection: Projection, adapter: IPAdapter, params: Mapping[str, Params], features: Array, prompts: int
+) -> tuple[list[KeyValue], int]:
+    """Image features (R n, ...) of R image prompts -> keys and values (R, n N, C) per cross-attention layer, the tokens
+    of a prompt's n images one after the other; and N, the tokens of one image."""
+    tokens: Any = projection.apply({"params": params["image_proj"]}, features)
+    joined = tokens.reshape(prompts, -1, tokens.shape[-1])
+    return adapter.apply({"params": params["ip_adapter"]}, joined), tokens.shape[-2]  # pyright: ignore[reportReturnType]
+
+
+def time_shifts(unet: UNet, params: Params, timesteps: Array) -> list[list[Array]]:
+    """Timesteps (n,) -> what time adds in each resnet, (n, C)."""
+    return unet.apply({"params": params}, timesteps, method=UNet.time_shifts)  # pyright: ignore[reportReturnType]
+
+
+def unet_output(
+    unet: UNet, params: Params, latents: Array, shifts: Sequence[Sequence[Array]], context: UNetContext
+) -> Array:
+    """Latents (B, h, w, C) and time shifts, of 1 or B timesteps -> the UNet's output (R, h, w, C) float32."""
+    return unet.apply({"params": params}, latents, shifts, *context, method=UNet.at)  # pyright: ignore[reportReturnType]
+
+
+def unet_output_with_maps(
+    unet: UNet, params: Params, latents: Array, shifts: Sequence[Sequence[Array]], context: UNetContext
+) -> tuple[Array, list[list[Array]]]:
+    """The same, and the attention (R, L, N) to the image tokens per image branch and layer."""
+    output, collections = unet.apply({"params": params}, latents, shifts, *context, method=UNet.at, mutable=["maps"])
+    return output, UNet.maps_of(collections["maps"], unet.config)  # pyright: ignore[reportReturnType]
