@@ -20,7 +20,7 @@ import tyro
 
 from benchmarks.compare_with_diffusers import require_peers
 from benchmarks.interleaved_timing import seconds_in_turns
-from ipadapter_jax.ops.attention import attend
+from ipadapter_jax.ops.attention import AttentionBranch, attend
 
 HEADS, TEXT, IMAGE, SCALE = 8, 77, 4, 0.7
 SHAPES = ((4096, 320), (1024, 640), (256, 1280), (64, 1280))  # positions, width
@@ -50,8 +50,8 @@ def sides(settings: Settings, positions: int, width: int, cross: bool) -> dict[s
 
     def in_jax(q: Any, *kv: Any) -> Any:
         weights = (1.0, jnp.float32(SCALE))
-        entries = [(k, v, weight) for k, v, weight in zip(kv[::2], kv[1::2], weights, strict=False)]
-        return attend(q, entries, HEADS)
+        branches = [AttentionBranch(k, v, weight) for k, v, weight in zip(kv[::2], kv[1::2], weights, strict=False)]
+        return attend(q, branches, HEADS)
 
     def in_torch(*given: Any) -> Any:
         q, *kv = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in given)

@@ -24,6 +24,7 @@ from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.images.preprocess import clip_pixel_values, image_grid, load_image, to_uint8
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.vae import VAE, denormalize
+from ipadapter_jax.pipelines.ip_adapter import encoders_of
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.weights.tokenizer import tokenize
 
@@ -46,7 +47,8 @@ def main(
     pipe = StableDiffusion.from_pretrained(model).with_ip_adapter(adapter)
     unet, vae, text_encoder, schedule = pipe.unet, pipe.vae, pipe.text_encoder, pipe.schedule
     ip = pipe.adapters[0]
-    params = pipe.params | ip.params | {"image_encoder": ip.encoder.params}
+    [encoder] = encoders_of(pipe.adapters)
+    params = pipe.params | ip.params | {"image_encoder": encoder.params}
 
     @jax.jit
     def sample(params, ids, pixels, latents, scale, guidance_scale):
@@ -57,7 +59,7 @@ def main(
 
         batch = latents.shape[0]
         text = apply(text_encoder, "text_encoder", ids).last_hidden_state
-        embeds = apply(ip.encoder.module, "image_encoder", pixels).image_embeds
+        embeds = apply(encoder.module, "image_encoder", pixels).image_embeds
         tokens = apply(ip.projection, "image_proj", jnp.concatenate([jnp.zeros_like(embeds), embeds]))
 
         # Keys and values of both branches, once: row 2 b + g of the network's batch is branch g of image b.
@@ -79,7 +81,7 @@ def main(
         return denormalize(decoded)
 
     ids = tokenize(pipe.tokenizer, [negative_prompt, prompt], text_encoder.config.max_position_embeddings)
-    pixels = clip_pixel_values([load_image(image)], ip.encoder.module.config.image_size)
+    pixels = clip_pixel_values([load_image(image)], encoder.module.config.image_size)
     side = size // vae.config.downscale
     latents = jax.random.normal(random_keys.key(seed), (num_images, side, side, unet.config.in_channels))
     images = to_uint8(np.asarray(sample(params, ids, pixels, latents, scale, guidance_scale)))
