@@ -1,4 +1,5 @@
-"""Image-to-image and inpainting: an image as the start of a run (SDEdit, arXiv 2108.01073), and what is kept of it."""
+"""Image-to-image (SDEdit, arXiv 2108.01073) and inpainting: the initial image, its mask, and the latents that sampling
+starts from."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,24 +24,22 @@ from ipadapter_jax.pipelines.sample_batch import SampleBatch
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InitImage:
-    """The image to paint over, (H, W, 3) uint8, and with inpainting the mask (H, W) in [0, 1], 1 where to paint."""
+    """The initial image (H, W, 3) uint8, and for inpainting the mask (H, W) in [0, 1], 1 where to generate."""
 
     image: np.ndarray
     mask: np.ndarray | None
 
     @classmethod
     def load(cls, image: Any, mask: Any, height: int | None, width: int | None, multiple: int) -> "InitImage":
-        """Image and mask in this size, by default the image's own rounded down to a `multiple`. Raises
+        """Reads image and mask in this size in pixels, by default the image's own rounded down to a `multiple`. Raises
         InputError."""
         if image is None:
             raise InputError(
-                f"{argument('mask_image')} says where to paint, {argument('image')} what to paint on: give both"
+                f"{argument('mask_image')} says where to generate, {argument('image')} what the rest shows: give both"
             )
         loaded = load_image(image)
         if (height is None and loaded.height < multiple) or (width is None and loaded.width < multiple):
-            raise InputError(
-                f"{argument('image')}, to paint on, is {loaded.width} x {loaded.height} pixels; give a larger one"
-            )
+            raise InputError(f"{argument('image')} is {loaded.width} x {loaded.height} pixels; give a larger one")
         height = loaded.height // multiple * multiple if height is None else height
         width = loaded.width // multiple * multiple if width is None else width
         latent_shape(height, width, multiple, 0)  # refuses what is no size
@@ -57,13 +56,13 @@ class InitImage:
 
     @property
     def masked_pixels(self) -> np.ndarray:
-        """`pixels` with those to paint at 0, as inpainting models are shown them."""
+        """`pixels` with 0 where to generate, as inpainting UNets take them."""
         assert self.mask is not None
         return self.pixels * (self.mask < 0.5)[None, :, :, None]
 
     def restored(self, images: np.ndarray) -> np.ndarray:
-        """Images (B, H, W, 3) in [0, 1] with the very pixels of this one where the mask is black, up to 1 % of white,
-        which is how far JPEG strays."""
+        """Images (B, H, W, 3) in [0, 1] with the pixels of this one where the mask is black. Up to 1 % of white
+        counts as black, because JPEG changes black by as much."""
         assert self.mask is not None
         mask = np.where(self.mask < 0.01, 0, self.mask)[:, :, None]
         return mask * images + (1 - mask) * (self.image.astype(np.float32) / 255)
@@ -79,12 +78,12 @@ def open_init_image(
     *,
     sees_mask: bool,
 ) -> InitImage | None:
-    """What a call says of painting over an image; None where it does not. `sees_mask`: the UNet is an inpainting one.
-    Raises InputError, also for what would have no effect."""
+    """The initial image of a call, or None without one. `exact`: the pixels outside of the mask are kept;
+    `sees_mask`: the UNet is an inpainting one. Raises InputError, also for arguments that would have no effect."""
     if image is None and mask is None:
         for name, given in (("strength", strength is not None), ("exact_outside_mask", exact)):
             if given:
-                raise InputError(f"{argument(name)} is for painting over an image: give {argument('image')}")
+                raise InputError(f"{argument(name)} is for image-to-image and inpainting: give {argument('image')}")
         return None
     if exact and mask is None:
         raise InputError(f"{argument('exact_outside_mask')} needs {argument('mask_image')}, which says what is outside")
@@ -95,7 +94,7 @@ def open_init_image(
 
 
 def strength_of(strength: float | None, image: Any, mask: Any) -> float:
-    """The part of the steps that is made: all without an image, and by default with a mask; 0.8 of an image's."""
+    """The fraction of the steps that run: by default 1 without an image or with a mask, else 0.8."""
     if strength is not None:
         return strength
     return 1.0 if image is None or mask is not None else 0.8

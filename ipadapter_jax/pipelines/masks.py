@@ -20,10 +20,10 @@ def load_mask(
     for all of them:
 
     - a layer painted in one color on a transparent ground is inside where it is painted, whatever the color;
-    - whole numbers 0 and 1, in an array of one channel, a grey image or a palette, are outside and inside, unless the
+    - whole numbers 0 and 1, in an array of one channel, a gray image or a palette, are outside and inside, unless the
       image comes from a JPEG or the like, which makes such numbers of black;
     - one color on black is inside as far as it is painted;
-    - all else counts by its brightness: white inside, black and transparent outside, grey in between.
+    - all else counts by its brightness: white inside, black and transparent outside, gray in between.
 
     Arrays are (H, W), with axes of 1 and with channels too, of numpy, jax or torch. `shape`: height and width of what
     the mask was drawn for, if not these. Raises InputError, with `what` in the message, when it is none or has other
@@ -157,18 +157,18 @@ def latent_mask(mask: np.ndarray, h: int, w: int) -> np.ndarray:
 
 def check_latent_mask(mask: np.ndarray, multiple: int, *, sees_mask: bool) -> None:
     """Raises InputError for an inpainting mask (H, W) of which no point of the latents is inside; warns when all are,
-    unless the UNet sees the mask (`sees_mask`) and is meant to paint all."""
+    unless the UNet sees the mask (`sees_mask`) and is meant to generate all."""
     inside = latent_mask(mask, mask.shape[0] // multiple, mask.shape[1] // multiple)
     if not inside.any():
         raise InputError(
             f"the {argument('mask_image')} has nothing inside ({mask.max() * 255:.0f} of 255 at most, "
             f"{mask.sum():.0f} pixels): "
-            "nothing would be painted; paint white what is to be painted over"
+            "nothing would be generated; paint white what is to be replaced"
         )
     _warn_of_little(mask, argument("mask_image"), multiple, stacklevel=6)
     if inside.all() and not sees_mask:
         warnings.warn(
-            f"the {argument('mask_image')} is white everywhere, so that it keeps nothing of the image; leave it out to "
-            "paint over all",
+            f"the {argument('mask_image')} is white everywhere, so that it keeps nothing of the image; leave it out "
+            "for image-to-image",
             stacklevel=5,
         )

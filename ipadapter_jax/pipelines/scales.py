@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,45 +42,60 @@ class Scale:
 
 
 class ScaleTable(NamedTuple):
-    """Weights of one image prompt for a run of n steps over s sites in file order, both (n, s).
+    """Weights of one image prompt by step and cross-attention layer, both (n, s), with the layers in the order of
+    the weight file.
 
-    own: of both branches' own tokens. swapped: where a precise preset takes the prompt away from layers, the weight
-    with which the unconditional branch sees the conditional one's tokens there instead, so that guidance steers these
-    layers away from it; `weight` is 0 there.
+    weight: with which each guidance branch attends to its own image tokens. swapped: where a precise preset takes the
+    prompt away from layers, the weight with which the unconditional branch attends to the conditional one's tokens
+    there instead, so that guidance steers these layers away from the image; `weight` is 0 there.
     """
 
     weight: np.ndarray
     swapped: np.ndarray
 
 
-class Place(NamedTuple):
-    """A site as presets see it: its number t of `total` in the order of execution, and the UNet's part it is in."""
+class Position(NamedTuple):
+    """A cross-attention layer as presets see it: its number `index` of `total` in the order of execution (down, mid,
+    up), and the part of the UNet it is in."""
 
-    t: int
+    index: int
     total: int
     part: str  # down, mid or up
 
 
-def _ramp(share: Callable[[float], float]) -> Callable[[Place], float]:
-    return lambda place: 0.05 + 0.95 * share(place.t / place.total)
+class GenericPreset(NamedTuple):
+    """Factors for a UNet of any number of layers: one for each part of the UNet, or, where there is a ramp, its values
+    before the first layer, in the middle and after the last, linear between, from 0.05 (0) to 1 (1)."""
+
+    down: float = 1.0
+    mid: float = 1.0
+    up: float = 1.0
+    ramp: tuple[float, float, float] | None = None
+
+    def factor(self, position: Position) -> float:
+        """The factor of one layer."""
+        if self.ramp is None:
+            return {"down": self.down, "mid": self.mid, "up": self.up}[position.part]
+        first, middle, last = self.ramp
+        twice = 2 * position.index / position.total
+        share = first + (middle - first) * twice if twice <= 1 else middle + (last - middle) * (twice - 1)
+        return 0.05 + 0.95 * share
 
 
-def _parts(down: float, mid: float, up: float) -> Callable[[Place], float]:
-    return lambda place: {"down": down, "mid": mid, "up": up}[place.part]
-
-
-# For UNets of any number of layers, with the names and factors of ComfyUI and A1111; models/families.py has the others.
-PRESETS: Mapping[str, Callable[[Place], float]] = {
-    "linear": lambda place: 1.0,
-    "ease in": _ramp(lambda x: 1 - x),
-    "ease out": _ramp(lambda x: x),
-    "ease in-out": _ramp(lambda x: 1 - abs(2 * x - 1)),
-    "reverse in-out": _ramp(lambda x: abs(2 * x - 1)),
-    "weak input": _parts(0.2, 1, 1),
-    "weak middle": _parts(1, 0.2, 1),
-    "weak output": _parts(1, 1, 0.2),
-    "strong middle": _parts(0.2, 1, 0.2),
-}
+# The names and factors of ComfyUI and A1111; models/families.py has the presets that name layers of one family.
+PRESETS: Mapping[str, GenericPreset] = MappingProxyType(
+    {
+        "linear": GenericPreset(),
+        "ease in": GenericPreset(ramp=(1, 0.5, 0)),
+        "ease out": GenericPreset(ramp=(0, 0.5, 1)),
+        "ease in-out": GenericPreset(ramp=(0, 1, 0)),
+        "reverse in-out": GenericPreset(ramp=(1, 0, 1)),
+        "weak input": GenericPreset(down=0.2),
+        "weak middle": GenericPreset(mid=0.2),
+        "weak output": GenericPreset(up=0.2),
+        "strong middle": GenericPreset(down=0.2, up=0.2),
+    }
+)
 
 
 def preset_names() -> list[str]:
@@ -87,7 +103,7 @@ def preset_names() -> list[str]:
     return [*PRESETS, *layer_presets()]
 
 
-def scale_table(scale: Any, sites: Sequence[CrossAttentionLayer], num_steps: int) -> ScaleTable:
+def scale_table(scale: Any, cross_attention: Sequence[CrossAttentionLayer], num_steps: int) -> ScaleTable:
     """A number, a preset's name, diffusers' dictionary or a `Scale` as weights. Raises InputError naming the fault."""
     if isinstance(scale, str | Mapping):
         scale = Scale(layers=scale)
@@ -95,11 +111,13 @@ def scale_table(scale: Any, sites: Sequence[CrossAttentionLayer], num_steps: int
         scale = Scale(_number(scale, "ip_adapter_scale"))
     value = _number(scale.value, "ip_adapter_scale")
     steps = value * _step_factors(scale, num_steps)[:, None]
-    layers = _layer_factors(scale.layers, sites)
-    weight, swapped = steps * layers, np.zeros((num_steps, len(sites)))
-    preset = layer_presets(len(sites)).get(scale.layers) if isinstance(scale.layers, str) else None
+    layers = _layer_factors(scale.layers, cross_attention)
+    weight, swapped = steps * layers, np.zeros((num_steps, len(cross_attention)))
+    preset = layer_presets(len(cross_attention)).get(scale.layers) if isinstance(scale.layers, str) else None
     if preset is not None and preset.swapped:
-        swapped = steps * np.array([preset.swapped.get(place.t, 0.0) for place in _places(sites)])
+        swapped = steps * np.array(
+            [preset.swapped.get(position.index, 0.0) for position in _positions(cross_attention)]
+        )
     return ScaleTable(weight.astype(np.float32), swapped.astype(np.float32))
 
 
@@ -127,64 +145,68 @@ def _step_factors(scale: Scale, num_steps: int) -> np.ndarray:
     return factors * active
 
 
-def _layer_factors(layers: Any, sites: Sequence[CrossAttentionLayer]) -> np.ndarray:
+def _layer_factors(layers: Any, cross_attention: Sequence[CrossAttentionLayer]) -> np.ndarray:
     """(s,) in file order."""
     if isinstance(layers, str):
-        return _preset(layers, sites)
+        return _preset(layers, cross_attention)
     if isinstance(layers, Mapping):
         if layers.keys() <= {"down", "mid", "up"}:
-            return _blocks(layers, sites)
+            return _blocks(layers, cross_attention)
         if precise := {name for name, preset in layer_presets().items() if preset.swapped} & layers.keys():
             raise InputError(
                 f"{argument('ip_adapter_scale', part='layers')}: {min(precise)!r} cannot be a part of a "
                 "sum; give it alone"
             )
-        pairs = [(_preset(name, sites), _number(factor, f"layers[{name!r}]")) for name, factor in layers.items()]
-        return sum((factor * preset for preset, factor in pairs), np.zeros(len(sites)))
+        pairs = [
+            (_preset(name, cross_attention), _number(factor, f"layers[{name!r}]")) for name, factor in layers.items()
+        ]
+        return sum((factor * preset for preset, factor in pairs), np.zeros(len(cross_attention)))
     factors = _numbers(layers, "layers of a scale")
-    if len(factors) != len(sites):
+    if len(factors) != len(cross_attention):
         raise InputError(
-            f"{argument('ip_adapter_scale', part='layers')}: {len(factors)} factors for {len(sites)} "
+            f"{argument('ip_adapter_scale', part='layers')}: {len(factors)} factors for {len(cross_attention)} "
             "layers; give one for each"
         )
-    return factors[[place.t for place in _places(sites)]]
+    return factors[[position.index for position in _positions(cross_attention)]]
 
 
-def _places(sites: Sequence[CrossAttentionLayer]) -> list[Place]:
-    """Per site in file order (down, up, mid)."""
-    parts = [site.block.partition("_")[0] for site in sites]
-    executed = sorted(range(len(sites)), key=lambda s: ("down", "mid", "up").index(parts[s]))  # sorting is stable
-    return [Place(executed.index(s), len(sites), part) for s, part in enumerate(parts)]
+def _positions(cross_attention: Sequence[CrossAttentionLayer]) -> list[Position]:
+    """The position of each layer, in the order of the weight file (down, up, mid)."""
+    parts = [layer.block.partition("_")[0] for layer in cross_attention]
+    executed = sorted(
+        range(len(cross_attention)), key=lambda s: ("down", "mid", "up").index(parts[s])
+    )  # sorting is stable
+    return [Position(executed.index(s), len(cross_attention), part) for s, part in enumerate(parts)]
 
 
-def _preset(name: str, sites: Sequence[CrossAttentionLayer]) -> np.ndarray:
-    places = _places(sites)
+def _preset(name: str, cross_attention: Sequence[CrossAttentionLayer]) -> np.ndarray:
+    positions = _positions(cross_attention)
     if name in PRESETS:
-        return np.array([PRESETS[name](place) for place in places])
+        return np.array([PRESETS[name].factor(position) for position in positions])
     if name not in preset_names():
         near = closest_match(str(name), preset_names())
         meant = f"did you mean {near!r}?" if near else f"choose {', '.join(preset_names())}"
         raise InputError(f"{argument('ip_adapter_scale', part='layers')}: no preset {name!r}; {meant}")
-    preset = layer_presets(len(sites)).get(name)
+    preset = layer_presets(len(cross_attention)).get(name)
     if preset is None:
         known = [family for family in families.FAMILIES if name in family.layer_presets]
         wanted = " and ".join(f"the {family.num_layers} layers of {family.title}" for family in known)
         raise InputError(
             f"{argument('ip_adapter_scale', part='layers')}: the preset {name!r} is for {wanted}, this UNet has "
-            f"{len(sites)}; give factors for its layers"
+            f"{len(cross_attention)}; give factors for its layers"
         )
-    return np.array([preset.weight.get(place.t, 0.0) for place in places])
+    return np.array([preset.weight.get(position.index, 0.0) for position in positions])
 
 
-def _blocks(tree: Mapping[str, Any], sites: Sequence[CrossAttentionLayer]) -> np.ndarray:
+def _blocks(tree: Mapping[str, Any], cross_attention: Sequence[CrossAttentionLayer]) -> np.ndarray:
     """diffusers' dictionary: a number for a part or a block, or a list with one for each layer of a block; a list for a
     part goes to each of its blocks."""
-    found = np.zeros(len(sites))
+    found = np.zeros(len(cross_attention))
     for part, given in tree.items():
         inside: dict[str, list[int]] = {}
-        for s, site in enumerate(sites):
-            if site.block.startswith(part):
-                inside.setdefault(re.sub(rf"^{part}_blocks?", "block", site.block), []).append(s)
+        for s, layer in enumerate(cross_attention):
+            if layer.block.startswith(part):
+                inside.setdefault(re.sub(rf"^{part}_blocks?", "block", layer.block), []).append(s)
         blocks = given if isinstance(given, Mapping) else dict.fromkeys(inside, given)
         for name, value in blocks.items():
             if name not in inside:
@@ -216,5 +238,5 @@ def _number(value: Any, what: str) -> float:
 
 def _numbers(values: Any, what: str) -> np.ndarray:
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
-        raise InputError(f"{argument('ip_adapter_scale', part='layers')}: {what}={values!r} is no list of numbers")
+        raise InputError(f"{argument('ip_adapter_scale', part='layers')}: {what}={values!r} is not a list of numbers")
     return np.array([_number(value, what) for value in values])

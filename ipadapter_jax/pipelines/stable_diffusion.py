@@ -165,30 +165,39 @@ class StableDiffusion:
         callback: OnStep | None = None,
         progress_bar: bool = True,
     ) -> Any:
-        """Images for every prompt, prompt-major.
+        """Generates images for every prompt, those of one prompt one after the other.
 
-        ip_adapter_image: one image, several for one adapter (their tokens share one softmax), or with several
-        adapters a list of these, one per adapter; each a PIL image, an array (of numpy, jax or torch) or a path,
-        brought to a square by `fit` ("crop", "resize", "pad", or "tile": several squares). `PerPrompt` holds one for
-        each prompt; a flat list of as many images as prompts is refused, as both may be meant.
-        ip_adapter_image_embeds instead: per adapter the encoder's features (G, n, ...), the negative branch first when
-        guidance_scale > 1 (G = 2), or a file of them. negative_ip_adapter_image: what the unconditional branch sees,
-        by default what `ip_adapter_uncond` says.
-        ip_adapter_scale: lambda of the paper, one or one per adapter: a number, a preset's name, diffusers' dictionary
-        or a `Scale`; in a list in the list one for each image. ip_adapter_masks: where each image acts.
-        image: an image to paint over, by the last `strength` (0.8; with a mask 1) of the steps, in its own size unless
-        height and width are given; mask_image: white where to paint; exact_outside_mask: its own pixels elsewhere.
-        scheduler: ddim, ddpm, pndm, dpmsolver++, euler, euler_a, unipc or lcm; scheduler_config changes settings of
-        the model's scheduler_config.json, such as {"use_karras_sigmas": True, "timestep_spacing": "trailing",
-        "rescale_betas_zero_snr": True}. seed: image i uses seed + i, or seed[i], and nothing else; None draws one and
-        prints it. latents (B, h, w, 4): standard normal. guidance_scale: by default the pipeline's own; <= 1 leaves the
-        unconditional branch out. clip_skip: layers of the text encoder to leave out for the prompt. callback(step,
-        timestep, latents) is called after every step, and progress_bar shows them in a terminal or a notebook; with
-        either each step is a jitted call of its own.
+        Image prompts:
+            ip_adapter_image: one image; several for one adapter, whose tokens share one softmax; or with several
+                adapters a list with one of these for each. An image is a path, an https URL, a PIL image or an array
+                (numpy, jax or torch). `PerPrompt` holds one for each prompt; a flat list of as many images as prompts
+                is refused, because both could be meant.
+            fit: how a reference image becomes square: "crop", "resize", "pad", or "tile" (several squares of it).
+            ip_adapter_image_embeds: in place of images, for each adapter the image features (G, n, ...), the negative
+                ones first when guidance_scale > 1 (G = 2), or a file of them.
+            negative_ip_adapter_image: what the unconditional branch sees; by default what `ip_adapter_uncond` says.
+            ip_adapter_scale: lambda of the paper, one or one for each adapter: a number, a preset's name, diffusers'
+                dictionary or a `Scale`; a list in the list has one for each image.
+            ip_adapter_masks: where each image acts.
 
-        Returns PIL images ("pil"), a float array (B, H, W, 3) in [0, 1] ("np") or the final latents ("latent"), with
-        return_attention_maps in a pair with `AttentionMaps`. Raises InputError before anything is compiled when an
-        argument cannot be used or would have no effect, NonFiniteImageError when what comes out is not finite.
+        Initial image:
+            image: for image-to-image, in its own size unless height and width are given. With `mask_image`, white
+                where to generate, inpainting. `strength`: the fraction of the steps that run (0.8; with a mask 1).
+            exact_outside_mask: keeps the pixels of `image` where the mask is black.
+
+        Sampling:
+            scheduler: ddim, ddpm, pndm, dpmsolver++, euler, euler_a, unipc or lcm. scheduler_config changes settings of
+                the model's scheduler_config.json, such as {"use_karras_sigmas": True, "timestep_spacing": "trailing"}.
+            guidance_scale: by default the pipeline's own; up to 1 there is no unconditional branch.
+            clip_skip: how many of the text encoder's last layers the prompt leaves out.
+            seed: image i depends on seed + i, or seed[i], alone; None picks one at random and prints it.
+            latents: (B, h, w, 4) in place of the initial noise, standard normal.
+            callback(step, timestep, latents) is called after every step. With it, or with a visible progress bar, each
+                step is a jitted call of its own.
+
+        Returns PIL images ("pil"), a float array (B, H, W, 3) in [0, 1] ("np") or the final latents ("latent"); with
+        return_attention_maps a pair of these and `AttentionMaps`. Raises InputError before anything is compiled when
+        an argument cannot be used or would have no effect, NonFiniteImageError when an image is not finite.
         """
         request = SamplingRequest(
             prompt=prompt,

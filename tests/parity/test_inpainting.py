@@ -127,7 +127,7 @@ def test_a_image_is_brought_to_height_and_width(pipe, original):
         ({"mask_image": "nowhere.png"}, "nowhere.png"),
         ({"mask_image": np.zeros((64, 128))}, "the mask_image is 128 x 64 pixels, the image 64 x 64"),
         ({"image": None}, "give both|give image"),
-        ({"mask_image": np.zeros((64, 64))}, "the mask_image has nothing inside .* nothing would be painted"),
+        ({"mask_image": np.zeros((64, 64))}, "the mask_image has nothing inside .* nothing would be generated"),
         ({"mask_image": np.eye(64) * 0.4}, "the mask_image has nothing inside"),
     ],
 )

@@ -219,8 +219,8 @@ def test_other_presets_follow_the_number_of_layers():
         (Scale(start=0.5, end=0.4), "start=0.5 and end=0.4"),
         (Scale(start=np.nan), "start of a scale=nan"),
         (Scale(steps=[]), "steps is empty"),
-        (Scale(steps="1"), "is no list of numbers"),
-        (Scale(layers=3), "is no list of numbers"),
+        (Scale(steps="1"), "is not a list of numbers"),
+        (Scale(layers=3), "is not a list of numbers"),
         (None, "None is not a finite number"),
     ],
 )

@@ -257,7 +257,7 @@ WRONG = [
     ({"ip_adapter_uncond": "none"}, "ip_adapter_uncond 'none' is not known; choose default"),
     ({"ip_adapter_image": PerPrompt([CAT, CAT])}, "2 image prompts for 1 prompts"),
     ({"fit": "tile", "ip_adapter_image": np.zeros((9, 90, 3))}, "would be 10 tiles, at most 8"),
-    ({"strength": 0.5}, "strength is for painting over an image: give image"),
+    ({"strength": 0.5}, "strength is for image-to-image and inpainting: give image"),
     ({"image": CAT, "strength": 0.1}, "leaves no step to make"),
     ({"image": CAT, "strength": 1.5}, "leaves no step to make: give at most 1"),
     ({"mask_image": CAT}, "give both"),
@@ -273,7 +273,7 @@ WRONG = [
         "negative_prompt has no effect without guidance, guidance_scale=1",
     ),
     ({"guidance_rescale": 0.5, "guidance_scale": 0.5}, "guidance_rescale has no effect without guidance"),
-    ({"strength": 0.0}, "strength is for painting over an image: give image"),
+    ({"strength": 0.0}, "strength is for image-to-image and inpainting: give image"),
     ({"width": 10**8}, r"an image of 100000000 x 64 pixels would need at least .* GB of memory \([\d,]+ bytes\)"),
     (
         {"num_images_per_prompt": 10**9},
