@@ -88,6 +88,7 @@ def write_tfds(folder: Path, records: Sequence[Record]) -> Path:
 
     class Photographs(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
+        code_path = tfds.core.as_path(__file__)  # else tfds would import importlib_resources, which it does not bring
 
         def _info(self):
             features = {"image": tfds.features.Image(shape=(None, None, 3)), "text": tfds.features.Text()}

@@ -115,7 +115,7 @@ def test_the_survivor_of_two_ends_soon_and_its_last_line_says_why(start):
     assert [process.returncode for process in processes] == [-signal.SIGKILL, -signal.SIGABRT]
     for error in errors:  # also of the one that was killed
         last = error.splitlines()[-1]
-        assert last.startswith("ipadapter-jax: process ") and "the same command on every host goes on" in last
+        assert last.startswith("ipadapter-jax: process ") and "rerun the same command on every host to resume" in last
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -17,6 +17,7 @@ from ipadapter_jax.cli.option_types import options_of
 from ipadapter_jax.cli.parsing import unknown_option
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.former_names import former_names
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train.config import Data, Optim, Train, identity
 
 CAT = ORACLES / "assets" / "img_a.png"
@@ -187,7 +188,7 @@ def test_renamed_settings_are_not_compared_when_a_run_is_resumed():
 def test_settings_of_an_older_folder_are_read_under_present_names(tmp_path):
     recorded = {"base": "mini", "fit": "pad", "layers": "style", "uncond": "zero pixels", "steps": 4}
     (tmp_path / "job.json").write_text(json.dumps(recorded))
-    assert read_settings(tmp_path) == {
+    assert read_settings(LocalStore(tmp_path)) == {
         "model": "mini",
         "reference_resize": "pad",
         "layer_scales": "style",
@@ -199,7 +200,7 @@ def test_settings_of_an_older_folder_are_read_under_present_names(tmp_path):
 def test_every_renamed_setting_of_a_job_is_read(tmp_path):
     renamed = former_names(BatchOptions)
     (tmp_path / "job.json").write_text(json.dumps(dict.fromkeys(renamed, 1)))
-    assert set(read_settings(tmp_path)) == {*renamed.values()}
+    assert set(read_settings(LocalStore(tmp_path))) == {*renamed.values()}
 
 
 def test_a_folder_of_an_older_release_is_resumed(tmp_path, capsys):

@@ -363,7 +363,7 @@ def test_a_run_reports_unused_files(tmp_path, caplog) -> None:
 
 def test_batch_reports_unused_files(tmp_path, monkeypatch, capsys) -> None:
     data, out = some(tmp_path / "data"), tmp_path / "out"
-    for name, stand_in in {"load": None, "settings": {}, "make_images": BatchProgress(1, 0, [])}.items():
+    for name, stand_in in {"load_for_job": None, "settings": {}, "make_images": BatchProgress(1, 0, [])}.items():
         monkeypatch.setattr(f"ipadapter_jax.cli.run.batch.{name}", lambda *_, found=stand_in, **__: found)
     assert main(["batch", str(data), "--out", str(out)]) == 0
     assert f"{data}: {SAID}\n" in capsys.readouterr().err
@@ -372,5 +372,5 @@ def test_batch_reports_unused_files(tmp_path, monkeypatch, capsys) -> None:
 
 def test_evaluate_reports_unused_files(tmp_path) -> None:
     said: list[str] = []
-    references = open_references(some(tmp_path), say=said.append)
+    references = open_references(some(tmp_path), report=said.append)
     assert [reference.key for reference in references.found] == ["a.jpg"] and said == [f"{tmp_path}: {SAID}"]

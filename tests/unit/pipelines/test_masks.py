@@ -295,7 +295,7 @@ def test_a_mask_may_be_a_file():
         (np.full((48, 64), 1.5), "the mask 3, an image array, has values from 1.5 to 1.5: scale them"),
         (np.full((48, 64), -1), "mask 3, an image array, has values from -1 to -1"),
         (np.full((48, 64), 70000), "has values from 70000 to 70000: scale them to 0..255"),
-        (np.full((48, 64), 1j), "has dtype complex128: make it whole numbers"),
+        (np.full((48, 64), 1j), "has dtype complex128: make it integers, booleans or floats"),
         (np.full((48, 64), np.nan), "image array"),
         (np.zeros((2, 48, 64)), "image array"),
         (np.zeros((0, 4)), "image array"),

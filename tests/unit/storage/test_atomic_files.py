@@ -28,7 +28,8 @@ from ipadapter_jax.train.run_dir import run_lock
 from ipadapter_jax.weights.convert import convert
 
 WRITER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
 from pathlib import Path
 from ipadapter_jax.storage.atomic_files import atomic_replace
 with atomic_replace(Path(sys.argv[1]), folder=len(sys.argv) > 2) as place:

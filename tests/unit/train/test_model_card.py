@@ -93,7 +93,7 @@ def test_our_command_is_one(base, image_encoder, variant):
     program, job, *arguments = shlex.split(words)
     assert (program, job) == ("ipadapter-jax", "generate")
     found = parse([job, *arguments])
-    assert (found.base, found.image_encoder, found.variant, found.scale) == (base, image_encoder, variant, 0.6)
+    assert (found.model, found.image_encoder, found.variant, found.scale) == (base, image_encoder, variant, 0.6)
     assert found.adapter == "path/to/adapter.safetensors"
 
 
