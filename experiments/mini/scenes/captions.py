@@ -4,7 +4,7 @@ import numpy as np
 
 from experiments.mini.scenes.scene import Scene, Thing
 
-_BEGINNINGS = ("", "", "an image of ", "a drawing of ", "an image of ")
+_BEGINNINGS = ("", "", "a picture of ", "a drawing of ", "an image of ")
 _WORDS = {  # the first is said most often
     "circle": ("circle", "disc", "round shape"),
     "square": ("square", "square", "box"),
