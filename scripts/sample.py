@@ -9,7 +9,7 @@ progress bar.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from ipadapter_jax.weights.tokenizer import tokenize
 
 
 def main(
-    model: str,
+    model: Annotated[str, tyro.conf.arg(aliases=["--base"])],  # its former name
     adapter: str,
     image: Path,
     prompt: str = "",
