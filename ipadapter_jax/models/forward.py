@@ -13,9 +13,7 @@ from jax import Array
 from ipadapter_jax.models.image_projections import Projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import KeyValue, UNet, UNetResiduals
-
-Params = Mapping[str, Any]
-"""The parameter tree of one network."""
+from ipadapter_jax.runtime.trees import Params
 
 
 class UNetContext(NamedTuple):

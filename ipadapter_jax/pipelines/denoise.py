@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.diffusion.parameterization import add_noise
 from ipadapter_jax.diffusion.sampler_table import SamplerTable, State, init_state, sampler_step
-from ipadapter_jax.models.forward import Params
 from ipadapter_jax.pipelines.conditioning import BY_SAMPLE, REPLICATED, Conditioning, PreservedRegion
 from ipadapter_jax.pipelines.denoiser import Denoiser
 from ipadapter_jax.pipelines.sample_batch import SampleBatch
+from ipadapter_jax.runtime.trees import Params
 
 AttentionMaps = list[list[Any]] | None
 """Per image branch and cross-attention layer (n, B, L, N), for n steps."""

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.diffusion.guidance import guide
-from ipadapter_jax.models.forward import Params, UNetContext, time_shifts, unet_output, unet_output_with_maps
+from ipadapter_jax.models.forward import UNetContext, time_shifts, unet_output, unet_output_with_maps
 from ipadapter_jax.models.unet import UNet, UNetResiduals
 from ipadapter_jax.pipelines.conditioning import Conditioning, ImageBranch, ResidualInputs
+from ipadapter_jax.runtime.trees import Params
 
 UNET = "unet"  # the name of the UNet's parameters among those of the denoiser
 
