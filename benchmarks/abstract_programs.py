@@ -17,7 +17,8 @@ from ipadapter_jax.diffusion.sampler_table import init_state
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
-from ipadapter_jax.models.image_projections import ImageProjConfig, example_features, image_projection
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
+from ipadapter_jax.models.image_projections import example_features, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_layers

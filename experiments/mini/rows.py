@@ -128,4 +128,4 @@ class Painter:
         return dataclasses.asdict(row) | {"steps": self.steps, "weights": weights}
 
     def _unet(self, name: str) -> Path:
-        return self._workshop.trained(name) / "unet" / f"{UNET.torch_stem}.safetensors"
+        return self._workshop.trained(name) / "unet" / f"{UNET.files.torch_stem}.safetensors"

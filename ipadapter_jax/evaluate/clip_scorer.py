@@ -146,7 +146,7 @@ def open_scorer(place: str | os.PathLike, revision: str | None = None) -> LazySc
     WeightFileError naming what is wrong, also for a text or vision model alone."""
 
     def choose(names: Sequence[str]) -> Sequence[str]:
-        return choose_files(names, {"": WHOLE_CLIP}, (*TOKENIZER_FILES, _PREPROCESSOR), None)
+        return choose_files(names, {"": WHOLE_CLIP.files}, (*TOKENIZER_FILES, _PREPROCESSOR), None)
 
     folder = local_path(place, choose, what="scoring CLIP", revision=revision)
     if not folder.is_dir():

@@ -10,6 +10,7 @@ from jax import Array
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.config_fields import build_config
+from ipadapter_jax.models.image_features import FeatureKind
 from ipadapter_jax.models.layers import ACTIVATIONS, Conv, Dense, Embed, layer_norm
 from ipadapter_jax.ops.attention import AttentionBranch, attend
 from ipadapter_jax.ops.fast_params import SkipShapeCheck
@@ -117,6 +118,11 @@ class VisionOutput(NamedTuple):
 
     image_embeds: Array
     hidden_states: tuple[Array, ...]
+
+
+def clip_features(output: VisionOutput, kind: FeatureKind) -> Array:
+    """The features of this kind, (n, F) or (n, L, F), in the output of CLIP's vision model."""
+    return output.hidden_states[-2] if kind is FeatureKind.PENULTIMATE_STATES else output.image_embeds
 
 
 class CLIPText(nn.Module):

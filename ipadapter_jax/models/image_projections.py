@@ -3,38 +3,15 @@
 Parameter names are those of the authors' files, every `.<number>` written `_<number>`.
 """
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ipadapter_jax.models.image_features import FeatureKind
+from ipadapter_jax.models.image_proj_config import HEAD_DIM, ImageProjConfig
 from ipadapter_jax.models.layers import Dense, gelu, layer_norm
 from ipadapter_jax.ops.attention import AttentionBranch, attend
 from ipadapter_jax.ops.fast_params import SkipShapeCheck
-
-HEAD_DIM = 64  # of the Resampler, in every released file
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageProjConfig:
-    """What a projection file says about itself; feature width F, tokens N, token width D."""
-
-    variant: str  # "base", "plus" or "full"
-    feature_dim: int  # F of the encoder's features
-    cross_attention_dim: int  # D
-    num_tokens: int  # N; for "full" every position of the encoder
-    hidden_dim: int = 0  # "plus": width of the Resampler
-    heads: int = 0  # "plus"
-    depth: int = 0  # "plus"
-    ff_mult: int = 4  # "plus"
-
-    @property
-    def feature_kind(self) -> FeatureKind:
-        """What the projection reads of each image."""
-        return FeatureKind.IMAGE_EMBEDS if self.variant == "base" else FeatureKind.PENULTIMATE_STATES
 
 
 def image_projection(config: ImageProjConfig, dtype: jnp.dtype = jnp.float32) -> "Projection":

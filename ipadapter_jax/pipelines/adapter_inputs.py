@@ -10,7 +10,7 @@ import numpy as np
 
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.validation import Uncond, to_float32
-from ipadapter_jax.models.image_projections import ImageProjConfig
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.pipelines.feature_encoder import FeatureInputs, ImageLike, PreparedImages
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights.image_embeds import load_image_embeds

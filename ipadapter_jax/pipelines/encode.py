@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.models import forward
-from ipadapter_jax.models.clip import CLIPText, CLIPVision
-from ipadapter_jax.models.image_features import FeatureKind, clip_features
+from ipadapter_jax.models.clip import CLIPText, CLIPVision, clip_features
+from ipadapter_jax.models.image_features import FeatureKind
 from ipadapter_jax.models.image_projections import Projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import KeyValue, UNet

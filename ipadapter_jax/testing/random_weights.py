@@ -24,7 +24,8 @@ from numpy.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision
-from ipadapter_jax.models.image_projections import ImageProjConfig, example_features, image_projection
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
+from ipadapter_jax.models.image_projections import example_features, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
@@ -148,9 +149,9 @@ _PARTS: Mapping[type, _Part] = {
 def write_component(folder: Path, module: UNet | VAE | CLIPText | CLIPVision, dtype: DTypeLike = "float16") -> int:
     """Writes config.json and weights of one network to `folder`. Returns the number of its parameters."""
     name, component, class_name = _PARTS[type(module)]
-    found = tensors(name, abstract_params(component, module), np.dtype(dtype), renames=component.renames)
+    found = tensors(name, abstract_params(component, module), np.dtype(dtype), renames=component.files.renames)
     write_json(folder / "config.json", public_config(module.config, class_name))
-    save_file(found, folder / f"{component.torch_stem}.safetensors", metadata={"format": "pt"})
+    save_file(found, folder / f"{component.files.torch_stem}.safetensors", metadata={"format": "pt"})
     return sum(array.size for array in found.values())
 
 
@@ -184,7 +185,7 @@ def write_model(out: Path, configs: ModelConfigs, dtype: DTypeLike = "float16") 
         out / ADAPTER.with_name("image_encoder"): CLIPVision(configs.image_encoder),
     }
     counts = {
-        _PARTS[type(module)].component.title: write_component(folder, module, dtype)
+        _PARTS[type(module)].component.files.title: write_component(folder, module, dtype)
         for folder, module in modules.items()
     }
     counts["adapter"] = write_adapter(out / ADAPTER, configs, dtype)

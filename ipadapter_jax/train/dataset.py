@@ -98,7 +98,7 @@ def _encoder_here(place: str) -> Path | None:
     folder = Path(expand_home(place))
     if not folder.is_dir():
         return folder if folder.is_file() else None
-    return folder / choose_weights(IMAGE_ENCODER, [path.name for path in folder.iterdir()], str(folder), None)
+    return folder / choose_weights(IMAGE_ENCODER.files, [path.name for path in folder.iterdir()], str(folder), None)
 
 
 def first_readable_sample(samples: Samples, first: int, step: int = 1) -> dict[str, np.ndarray]:

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.clip import CLIPVisionConfig
-from ipadapter_jax.models.image_projections import ImageProjConfig, example_features, image_projection
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
+from ipadapter_jax.models.image_projections import example_features, image_projection
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.ops.fast_params import parameter_shapes
 from ipadapter_jax.runtime import random_keys

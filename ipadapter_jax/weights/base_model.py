@@ -106,16 +106,18 @@ class BaseModel:
             return open_component(component, self.folder / name, self.variants.get(name))
         if not self.parts[name]:
             raise WeightFileError(
-                f"{self.file}: holds no {component.title}; name one with {argument(name)}"
+                f"{self.file}: holds no {component.files.title}; name one with {argument(name)}"
                 if name in ("vae", "text_encoder")
-                else f"{self.file}: holds no {component.title}; take another file"
+                else f"{self.file}: holds no {component.files.title}; take another file"
             )
         try:
             return _open_in_file(self.component_config(name), name, self.parts[name], self.file)
         except WeightFileError as error:
             if name == "unet":
                 raise
-            raise WeightFileError(f"{error} A whole {component.title} can be named with {argument(name)}") from None
+            raise WeightFileError(
+                f"{error} A whole {component.files.title} can be named with {argument(name)}"
+            ) from None
 
     def check(self) -> None:
         """Opens all networks. Raises InputError when they do not fit together."""
@@ -139,9 +141,9 @@ def _open_replacement(name: str, place: StrPath, base: BaseModel) -> LazyCompone
 
     def choose(names: Sequence[str]) -> Sequence[str]:
         inside = name if any(file.startswith(f"{name}/") for file in names) else ""
-        return choose_files(names, {inside: component}, (), None)
+        return choose_files(names, {inside: component.files}, (), None)
 
-    path = local_path(place, choose, what=component.title)
+    path = local_path(place, choose, what=component.files.title)
     if path.is_dir():
         return open_component(component, path / name if (path / name).is_dir() else path)
     own, tensors = base.own_component_config(name), open_tensors(path)
@@ -153,7 +155,7 @@ def _open_replacement(name: str, place: StrPath, base: BaseModel) -> LazyCompone
         tensors = {prefix + key.removeprefix("vae."): tensor for key, tensor in tensors.items()}
     tensors = single_file.split(str(path), tensors)[name]
     if not tensors:
-        raise WeightFileError(f"{path}: holds no {component.title}; name another place")
+        raise WeightFileError(f"{path}: holds no {component.files.title}; name another place")
     return _open_in_file(own, name, tensors, path)
 
 

@@ -42,7 +42,7 @@ def _single_file(base: BaseModel, dtype: np.dtype | None) -> dict[str, Tensor]:
     for name, prefix in single_file.PREFIXES.items():
         part = base.part(name)
         layout = single_file.layout_of(name, part.config) or torch_layout()
-        tensors |= to_state_dict(lazy_leaves(part), layout, dtype, part.component_config.component.title, prefix)
+        tensors |= to_state_dict(lazy_leaves(part), layout, dtype, part.component_config.component.files.title, prefix)
     return tensors
 
 

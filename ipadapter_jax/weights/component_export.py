@@ -74,13 +74,13 @@ def to_state_dict(
 def _save(
     component: Component, folder: Path, ours: Mapping[TreePath, Tensor], dtype: np.dtype | None, flax: bool
 ) -> None:
-    layout = FLAX if flax else torch_layout(component.renames)
-    tensors = to_state_dict(ours, layout, dtype, component.title)
+    layout = FLAX if flax else torch_layout(component.files.renames)
+    tensors = to_state_dict(ours, layout, dtype, component.files.title)
     if flax:
         chunks, name = (
             msgpack_chunks({path: tensors[layout.key(path)] for path in ours}),
-            f"{component.flax_stem}.msgpack",
+            f"{component.files.flax_stem}.msgpack",
         )
     else:
-        chunks, name = safetensors_chunks(tensors, _METADATA), f"{component.torch_stem}.safetensors"
+        chunks, name = safetensors_chunks(tensors, _METADATA), f"{component.files.torch_stem}.safetensors"
     write_verified(folder / name, chunks, tensors)

@@ -60,7 +60,7 @@ def convert(source: ModelSource | StrPath, out: Path, *, dtype: str | None = Non
         refuse_options(kind, {"flax": flax, **options})
         return save_adapter(out, open_ip_adapter(place), dtype)
     refuse_options(kind, options | ({"variant": None} if place.is_dir() else {}))
-    component = next(component for component in _NETWORKS if component.kind == kind)
+    component = next(component for component in _NETWORKS if component.files.kind == kind)
     if component is IMAGE_ENCODER and source.variant is None:
         opened = open_image_encoder(place)
     else:
@@ -99,7 +99,7 @@ def _is_repository(source: StrPath) -> bool:
 
 def _needed_of_folder(names: Sequence[str]) -> Sequence[str]:
     """The files to download of a folder inside a repository, which can only be an image encoder."""
-    return choose_files(names, {"": IMAGE_ENCODER}, ("open_clip_config.json",), None)
+    return choose_files(names, {"": IMAGE_ENCODER.files}, ("open_clip_config.json",), None)
 
 
 def save_adapter(out: Path, file: IPAdapterFile, dtype: str | None) -> None:
@@ -131,12 +131,12 @@ def _kind_of_folder(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     for component in _NETWORKS:
         try:
-            weights = choose_weights(component, names, str(folder), None)
+            weights = choose_weights(component.files, names, str(folder), None)
         except WeightFileError:  # no file of this network's name
             continue
         found = identify.identify(open_tensors(folder / weights)).name
-        if found == component.kind or (found == identify.OPENCLIP and component is IMAGE_ENCODER):
-            return component.kind
+        if found == component.files.kind or (found == identify.OPENCLIP and component is IMAGE_ENCODER):
+            return component.files.kind
     held = ", ".join(names[:5]) or "nothing"
     raise WeightFileError(
         f"{folder}: not a base model (it has no unet/config.json), not the folder of a network, and not a training run "

@@ -16,11 +16,10 @@ from ipadapter_jax.inputs.validation import to_float32
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights.dtype_cast import cast_for_device
 from ipadapter_jax.weights.formats.container import ARRAY
-from ipadapter_jax.weights.formats.safetensors_writer import digest, safetensors_chunks
+from ipadapter_jax.weights.formats.safetensors_writer import DIGEST, digest, safetensors_chunks
 from ipadapter_jax.weights.formats.tensor_files import open_file
 from ipadapter_jax.weights.formats.torch_pickle import UNNAMED
 from ipadapter_jax.weights.identify import IMAGE_EMBEDS, UNKNOWN, identify
-from ipadapter_jax.weights.ip_adapter_file import DIGEST
 from ipadapter_jax.weights.lazy import Tensor, in_memory
 from ipadapter_jax.weights.verified_write import write_verified
 

@@ -18,16 +18,16 @@ def open_image_encoder(image_encoder: str | os.PathLike, revision: str | None = 
     layout, or a path on the Hub to either. Raises InputError naming what is wrong."""
 
     def choose(names: Sequence[str]) -> Sequence[str]:
-        return choose_files(names, {"": IMAGE_ENCODER}, ("open_clip_config.json",), None)
+        return choose_files(names, {"": IMAGE_ENCODER.files}, ("open_clip_config.json",), None)
 
     place = local_path(image_encoder, choose, what="image encoder", revision=revision)
     if place.is_dir() and (place / "config.json").is_file():
         return open_component(IMAGE_ENCODER, place)
     if place.is_dir():
-        place = place / choose_weights(IMAGE_ENCODER, [file.name for file in place.iterdir()], str(place), None)
+        place = place / choose_weights(IMAGE_ENCODER.files, [file.name for file in place.iterdir()], str(place), None)
     tensors = open_tensors(place)
     kind = identify(tensors)
-    if kind.name not in (OPENCLIP, IMAGE_ENCODER.kind):
+    if kind.name not in (OPENCLIP, IMAGE_ENCODER.files.kind):
         raise WeightFileError(f"image encoder {place}: this is {kind}, not a CLIP image encoder; {kind.advice}")
     settings = vision_settings(place, to_transformers(tensors))
     return open_weights(build_component_config(IMAGE_ENCODER, settings, place), tensors, place)

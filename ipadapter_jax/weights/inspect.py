@@ -9,20 +9,24 @@ from pathlib import Path
 
 from ipadapter_jax.errors import InputError, WeightFileError, option
 from ipadapter_jax.storage.atomic_files import sha256
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS
-from ipadapter_jax.weights.components import IMAGE_ENCODER
-from ipadapter_jax.weights.formats.safetensors_writer import digest
+from ipadapter_jax.weights.component_files import IMAGE_ENCODER_FILES, TEXT_ENCODER_FILES, UNET_FILES, VAE_FILES
+from ipadapter_jax.weights.formats.safetensors_writer import DIGEST, digest
 from ipadapter_jax.weights.formats.shard_index import files_of
 from ipadapter_jax.weights.formats.tensor_files import open_file
 from ipadapter_jax.weights.hub import SUFFIXES, local_path
 from ipadapter_jax.weights.identify import IP_ADAPTER, identify
-from ipadapter_jax.weights.ip_adapter_file import DIGEST, describe_adapter
+from ipadapter_jax.weights.ip_adapter_variant import describe_adapter
 from ipadapter_jax.weights.layouts.ip_adapter import adapter_parts
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.unsupported_families import unsupported
 from ipadapter_jax.weights.weight_files import choose_files, choose_weights
 
-_PARTS = {**BASE_COMPONENTS, "image_encoder": IMAGE_ENCODER}
+_PARTS = {  # by the name of the folder
+    "unet": UNET_FILES,
+    "vae": VAE_FILES,
+    "text_encoder": TEXT_ENCODER_FILES,
+    "image_encoder": IMAGE_ENCODER_FILES,
+}
 Facts = dict[str, object]  # strings, numbers, booleans, or facts in turn, by name
 
 
@@ -39,16 +43,16 @@ def inspect_weights(path: str | os.PathLike) -> Facts:
 
 def _needed(names: Sequence[str]) -> Sequence[str]:
     """Of a repository's files, or of a folder's in one, those that `_describe_folder` looks at."""
-    parts = {name: component for name, component in _PARTS.items() if any(n.startswith(f"{name}/") for n in names)}
+    parts = {name: files for name, files in _PARTS.items() if any(n.startswith(f"{name}/") for n in names)}
     if parts:
         return choose_files(names, parts, ("model_index.json",), None)
-    for component in _PARTS.values():
+    for files in _PARTS.values():
         with contextlib.suppress(WeightFileError):
-            return choose_files(names, {"": component}, (), None)
-    files = [name for name in names if name.endswith(SUFFIXES)]
-    if len(files) != 1:
-        raise InputError(f"weights: {_no_one_file(files, names)}")
-    return files
+            return choose_files(names, {"": files}, (), None)
+    found = [name for name in names if name.endswith(SUFFIXES)]
+    if len(found) != 1:
+        raise InputError(f"weights: {_no_one_file(found, names)}")
+    return found
 
 
 def _no_one_file(files: Sequence[str], names: Sequence[str]) -> str:
@@ -60,20 +64,20 @@ def _no_one_file(files: Sequence[str], names: Sequence[str]) -> str:
 
 def _describe_folder(folder: Path) -> Facts:
     parts: dict[str, Facts] = {}
-    for name, component in _PARTS.items():
+    for name, files in _PARTS.items():
         place = folder / name
         if place.is_dir():
-            parts[name] = _describe_file(place / choose_weights(component, _names(place), str(place), None))
+            parts[name] = _describe_file(place / choose_weights(files, _names(place), str(place), None))
     if not parts:
         held = _names(folder)
-        for component in _PARTS.values():  # one network, perhaps in several formats
+        for files in _PARTS.values():  # one network, perhaps in several formats
             with contextlib.suppress(WeightFileError):
-                return _describe_file(folder / choose_weights(component, held, str(folder), None))
-        files = [name for name in held if name.endswith(".index.json")]
-        files = files or [name for name in held if name.endswith(SUFFIXES)]
-        if len(files) != 1:
-            raise InputError(f"{folder}: {_no_one_file(files, held)}")
-        return _describe_file(folder / files[0])
+                return _describe_file(folder / choose_weights(files, held, str(folder), None))
+        found = [name for name in held if name.endswith(".index.json")]
+        found = found or [name for name in held if name.endswith(SUFFIXES)]
+        if len(found) != 1:
+            raise InputError(f"{folder}: {_no_one_file(found, held)}")
+        return _describe_file(folder / found[0])
     family = unsupported(folder)
     use = f"{family} is not supported here yet, only SD 1.x" if family else f"give it as the base model{option('base')}"
     kind = f"{family or 'a base model'} in diffusers' layout"

@@ -8,14 +8,14 @@ import numpy as np
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.suggestions import did_you_mean
-from ipadapter_jax.models.image_projections import ImageProjConfig
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights.component_export import to_state_dict
 from ipadapter_jax.weights.dtype_cast import cast_tensor
-from ipadapter_jax.weights.formats.safetensors_writer import DTYPES, digest, safetensors_chunks
+from ipadapter_jax.weights.formats.safetensors_writer import DIGEST, DTYPES, digest, safetensors_chunks
 from ipadapter_jax.weights.formats.torch_writer import torch_bytes
 from ipadapter_jax.weights.identify import FAMILIES
-from ipadapter_jax.weights.ip_adapter_file import DIGEST, encoder_name
+from ipadapter_jax.weights.ip_adapter_variant import encoder_name
 from ipadapter_jax.weights.key_mapping import torch_layout
 from ipadapter_jax.weights.lazy import Tensor, in_memory
 from ipadapter_jax.weights.load_tree import Tree, leaves

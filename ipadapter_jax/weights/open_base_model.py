@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel
-from ipadapter_jax.weights.components import Component
+from ipadapter_jax.weights.component_files import ComponentFiles
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.hub import check_revision, local_path, path_here
 from ipadapter_jax.weights.identify import identify
@@ -27,7 +27,7 @@ def open_base(source: ModelSource | StrPath) -> BaseModel:
     Raises InputError naming what is missing, what does not fit, or which option has no effect.
     """
     source = model_source(source)
-    needed = {name: component for name, component in BASE_COMPONENTS.items() if name not in source.replacements}
+    needed = {name: component.files for name, component in BASE_COMPONENTS.items() if name not in source.replacements}
     extras = (*_EXTRAS, *(f"{name}/config.json" for name in source.replacements))
     choose = functools.partial(choose_files, folders=needed, extras=extras, variant=source.variant)
     check_revision(source.model, source.revision, "base model")
@@ -52,12 +52,12 @@ def _check_family(what: str, reference: StrPath, root: Path) -> None:
         raise InputError(f"{what} {reference}: {family}, which is not supported here yet; give one of SD 1.x")
 
 
-def _variants(source: ModelSource, root: Path, needed: Mapping[str, Component]) -> dict[str, str | None]:
+def _variants(source: ModelSource, root: Path, needed: Mapping[str, ComponentFiles]) -> dict[str, str | None]:
     """The variant in which each part of a folder is read. Warns of the parts that lack the requested one."""
     variant = source.variant
     held = {name: [path.name for path in (root / name).glob("*")] for name in needed}
     try:
-        found = pick_variants({name: (component, held[name]) for name, component in needed.items()}, variant)
+        found = pick_variants({name: (files, held[name]) for name, files in needed.items()}, variant)
     except InputError as error:
         raise InputError(f"base model {source.model}: {error}") from None
     plain = [needed[name].title for name, picked in found.items() if picked is None]

@@ -81,7 +81,7 @@ def open_component(component: Component, folder: Path, variant: str | None = Non
     """Opens `folder`/config.json and its weights. Raises InputError or WeightFileError naming the fault."""
     component_config = read_component_config(component, folder / "config.json")
     _ = component_config.template  # errors in the settings come before errors in the weights
-    source = folder / choose_weights(component, [path.name for path in folder.iterdir()], str(folder), variant)
+    source = folder / choose_weights(component.files, [path.name for path in folder.iterdir()], str(folder), variant)
     return open_weights(component_config, open_tensors(source), source)
 
 
@@ -93,8 +93,8 @@ def read_component_config(component: Component, path: Path) -> ComponentConfig:
 def build_component_config(component: Component, settings: Mapping[str, object], path: Path) -> ComponentConfig:
     """From the settings in `path`. Raises InputError naming it when they are invalid or of another network."""
     name = settings.get("_class_name")
-    if isinstance(name, str) and name.removeprefix("Flax") not in component.classes:
-        wanted = f"{component.kind} ({component.classes[0]})"
+    if isinstance(name, str) and name.removeprefix("Flax") not in component.files.classes:
+        wanted = f"{component.files.kind} ({component.files.classes[0]})"
         raise InputError(f"{path}: this is {unsupported_families.of_class(name)}; give {wanted}")
     return ComponentConfig(component, settings, _explained(component, path, lambda: component.config(settings)), path)
 
@@ -106,7 +106,7 @@ def _explained(component: Component, path: Path, build: Callable[[], Built]) -> 
         raise InputError(f"{path}: {error}") from None
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: no {component.title} can be built from these settings ({reason})") from None
+        raise InputError(f"{path}: no {component.files.title} can be built from these settings ({reason})") from None
 
 
 def open_weights(
@@ -120,16 +120,16 @@ def open_weights(
     Raises WeightFileError naming what does not fit, and what the file is if it is something else.
     """
     component, found = component_config.component, identify.identify(tensors)
-    tensors = drop_ignored(component.translate(tensors), component.ignored, str(source))
+    tensors = drop_ignored(component.files.translate(tensors), component.files.ignored, str(source))
     if layout is None and any(name.endswith((".kernel", ".scale")) for name in tensors):
         layout = FLAX
     if layout is None:
-        layout, tensors = torch_layout(component.renames), _modernised(tensors, component, str(source))
+        layout, tensors = torch_layout(component.files.renames), _modernised(tensors, component, str(source))
     try:
         weights = check_tree(tensors, component_config.template, layout, source=str(source))
     except WeightFileError as error:
-        own = {component.kind, identify.UNKNOWN, identify.CHECKPOINT} | (
-            {identify.OPENCLIP} if component.other_files else set()
+        own = {component.files.kind, identify.UNKNOWN, identify.CHECKPOINT} | (
+            {identify.OPENCLIP} if component.files.other_files else set()
         )
         if found.name in own:
             raise
@@ -140,7 +140,7 @@ def open_weights(
 def _modernised(tensors: Mapping[str, Tensor], component: Component, source: str) -> dict[str, Tensor]:
     modern: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if modern.setdefault(component.modern_key(key), tensor) is not tensor:
+        if modern.setdefault(component.files.modern_key(key), tensor) is not tensor:
             raise WeightFileError(f"{source}: {key} is present under both its old and its new key; use another file")
     return modern
 

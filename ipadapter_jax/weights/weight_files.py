@@ -6,31 +6,31 @@ from fnmatch import fnmatch
 
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.inputs.suggestions import sort_by_similarity
-from ipadapter_jax.weights.components import Component
+from ipadapter_jax.weights.component_files import ComponentFiles
 
 _SHARD = r"-\d+-of-\d+"
 
 
-def choose_weights(component: Component, names: Collection[str], folder: str, variant: str | None) -> str:
+def choose_weights(files: ComponentFiles, names: Collection[str], folder: str, variant: str | None) -> str:
     """The weight file to read among the names in a folder: safetensors first, then Flax msgpack, then a PyTorch pickle.
 
     `variant` selects the files of that variant. Without it they are the last resort: fp16, or the only variant.
     Raises WeightFileError naming what was expected and what the folder holds.
     """
-    there = variants(component, names)
-    wanted = _plain(component) if variant is None else _marked(component, variant)
-    last = _marked(component, "fp16" if "fp16" in there or len(there) != 1 else there[0])
-    for name in [*wanted, *([] if variant is not None else [*last, *component.other_files])]:
+    there = variants(files, names)
+    wanted = _plain(files) if variant is None else _marked(files, variant)
+    last = _marked(files, "fp16" if "fp16" in there or len(there) != 1 else there[0])
+    for name in [*wanted, *([] if variant is not None else [*last, *files.other_files])]:
         if name in names:
             return name
-    what = f"{component.title} weights" + (f" of the variant {variant!r}" if variant is not None else "")
+    what = f"{files.title} weights" + (f" of the variant {variant!r}" if variant is not None else "")
     held = ", ".join(sorted(name for name in names if name != "config.json")) or "no files"
     others = f", or one of the variants {', '.join(there)}" if there else ""
     raise WeightFileError(f"{folder}: no {what} (it holds {held}); expected {' or '.join(wanted)}{others}")
 
 
 def choose_files(
-    names: Sequence[str], folders: Mapping[str, Component], extras: Sequence[str], variant: str | None
+    names: Sequence[str], folders: Mapping[str, ComponentFiles], extras: Sequence[str], variant: str | None
 ) -> list[str]:
     """The files of a repository that loading needs: configs, `extras`, and per network one weight file or its shards.
 
@@ -43,20 +43,22 @@ def choose_files(
         if folder in names_in:
             names_in[folder].append(last)
     picked = pick_variants({folder: (folders[folder], names_in[folder]) for folder in folders}, variant)
-    for folder, component in folders.items():
-        weights = choose_weights(component, names_in[folder], folder or ".", picked[folder])
+    for folder, files in folders.items():
+        weights = choose_weights(files, names_in[folder], folder or ".", picked[folder])
         needed = ["config.json", weights, *(name for name in names_in[folder] if is_shard(name, weights))]
         chosen += [f"{folder}/{name}" if folder else name for name in needed]
     return chosen
 
 
-def pick_variants(parts: Mapping[str, tuple[Component, Collection[str]]], variant: str | None) -> dict[str, str | None]:
-    """The variant in which each part of a model, a component with the names in its folder, is to be read: `variant`
+def pick_variants(
+    parts: Mapping[str, tuple[ComponentFiles, Collection[str]]], variant: str | None
+) -> dict[str, str | None]:
+    """The variant in which each part of a model, its files with the names in its folder, is to be read: `variant`
     where the part has it, and None, its plain files, elsewhere.
 
     Raises InputError naming the variants there are when no part has this one.
     """
-    there = {part: variants(component, names) for part, (component, names) in parts.items()}
+    there = {part: variants(files, names) for part, (files, names) in parts.items()}
     if variant is None or any(variant in found for found in there.values()):
         return {part: variant if variant in found else None for part, found in there.items()}
     known = sort_by_similarity(variant, {name for found in there.values() for name in found})
@@ -64,9 +66,9 @@ def pick_variants(parts: Mapping[str, tuple[Component, Collection[str]]], varian
     raise InputError(f"{argument('variant', variant)}: no part of the model has it; {remedy}")
 
 
-def variants(component: Component, names: Iterable[str]) -> list[str]:
+def variants(files: ComponentFiles, names: Iterable[str]) -> list[str]:
     """The variants in which a folder with these names has the weights of a network, sorted."""
-    patterns = [re.escape(name).replace("VARIANT", "([^.]+)") for name in _marked(component, "VARIANT")]
+    patterns = [re.escape(name).replace("VARIANT", "([^.]+)") for name in _marked(files, "VARIANT")]
     marked = re.compile("|".join(patterns))
     found = {match[match.lastindex or 0] for name in names if (match := marked.fullmatch(name))}
     return sorted(variant for variant in found if not re.search(_SHARD, variant))
@@ -81,28 +83,28 @@ def is_shard(name: str, index: str) -> bool:
     return index.endswith(".json") and re.fullmatch(pattern, name) is not None
 
 
-def _pickle(component: Component) -> str:
-    return component.torch_stem if "pytorch" in component.torch_stem else "pytorch_model"
+def _pickle(files: ComponentFiles) -> str:
+    return files.torch_stem if "pytorch" in files.torch_stem else "pytorch_model"
 
 
-def _plain(component: Component) -> list[str]:
-    stem = component.torch_stem
+def _plain(files: ComponentFiles) -> list[str]:
+    stem = files.torch_stem
     return [
         f"{stem}.safetensors",
         f"{stem}.safetensors.index.json",
-        f"{component.flax_stem}.msgpack",
-        f"{_pickle(component)}.bin",
+        f"{files.flax_stem}.msgpack",
+        f"{_pickle(files)}.bin",
     ]
 
 
-def _marked(component: Component, variant: str) -> list[str]:
+def _marked(files: ComponentFiles, variant: str) -> list[str]:
     """The names of weight files of a variant; of an index of shards both today's and the older one."""
-    stem = component.torch_stem
+    stem = files.torch_stem
     return [
         f"{stem}.{variant}.safetensors",
         f"{stem}.safetensors.index.{variant}.json",
         f"{stem}.{variant}.safetensors.index.json",
         f"{stem}.safetensors.{variant}.index.json",
-        f"{component.flax_stem}.{variant}.msgpack",
-        f"{_pickle(component)}.{variant}.bin",
+        f"{files.flax_stem}.{variant}.msgpack",
+        f"{_pickle(files)}.{variant}.bin",
     ]

@@ -28,10 +28,11 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS
 from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.dtype_cast import all_finite
+from ipadapter_jax.weights.formats.safetensors_writer import DIGEST
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.inspect import inspect_weights
-from ipadapter_jax.weights.ip_adapter_file import DIGEST, load_ip_adapter, open_ip_adapter
+from ipadapter_jax.weights.ip_adapter_file import load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.load_tree import leaves
 from ipadapter_jax.weights.model_source import ModelSource
 from ipadapter_jax.weights.open_base_model import open_base

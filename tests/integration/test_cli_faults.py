@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import forbid_sampling
+from helpers import ADAPTERS, forbid_sampling
 
 from ipadapter_jax.cli import COMMANDS, main, parse
 from ipadapter_jax.cli.option_types import options_of
@@ -331,13 +331,15 @@ def test_help_of_a_recipe_shows_its_values(capsys):
 def test_what_needs_no_networks_waits_for_none():
     """In a process of its own: jax alone takes seconds to import."""
     heavy = ("jax", "flax", "transformers", "orbax", "grain", "matplotlib", "tensorboardX", "pyarrow")
-    lines = [["--help"], ["--version"], ["generate", "--help"], ["train", "sd15", "--help"], ["generat"]]
+    files = ["mini", "mini-plus", str(ADAPTERS / "ip-adapter-plus_tiny.bin")]
+    lines = [["inspect", file] for file in files]
+    lines += [["--help"], ["--version"], ["generate", "--help"], ["train", "sd15", "--help"], ["generat"]]
     lines += [["batch", "x", "--masks", "m.png"], ["generate", "--out", "x.jpg"]]
     code = f"""if True:
         import sys
         from ipadapter_jax.cli import main
         codes = [main(line) for line in {lines}]
-        assert codes == [0, 0, 0, 0, 2, 2, 2], codes
+        assert codes == [0, 0, 0, 0, 0, 0, 0, 2, 2, 2], codes
         assert not set({heavy}) & set(sys.modules), set({heavy}) & set(sys.modules)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

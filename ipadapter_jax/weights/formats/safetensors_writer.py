@@ -10,6 +10,7 @@ from ipadapter_jax.storage.text_files import encode_utf8
 from ipadapter_jax.weights.lazy import Tensor
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what is written, and its name in a header
+DIGEST = "tensors_sha256"  # a key in the metadata of our files: over names, dtypes, shapes and bytes
 
 
 def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:

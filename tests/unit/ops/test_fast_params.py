@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
-from ipadapter_jax.models.image_projections import ImageProjConfig, example_features, image_projection
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
+from ipadapter_jax.models.image_projections import example_features, image_projection
 from ipadapter_jax.models.layers import Dense
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.vae import VAE

@@ -23,7 +23,7 @@ from PIL import Image
 from small_model import small_adapter, small_model
 
 from ipadapter_jax import InputError, PerPrompt, Scale, StableDiffusion, WeightFileError
-from ipadapter_jax.models.image_projections import ImageProjConfig
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.pipelines import stable_diffusion
 from ipadapter_jax.pipelines.ip_adapter import Adapter, encoders_of
 from ipadapter_jax.pipelines.outputs import images_of

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import jax_settings
 
-from ipadapter_jax.models.image_projections import ImageProjConfig
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.pipelines.sample_batch import SampleBatch
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.runtime.mesh import local_mesh

@@ -16,7 +16,7 @@ from weight_files import assert_same_tree, refused
 
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.models.clip import CLIPVisionConfig
-from ipadapter_jax.models.image_projections import ImageProjConfig
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.train.init import init_adapter, load_adapter_params, projection_config
@@ -147,7 +147,7 @@ def test_neither_jit_nor_the_layout_over_devices_changes_a_bit():
 ONE_DEVICE = """
 import hashlib, json, jax, numpy as np
 from ipadapter_jax.runtime.random_keys import key
-from ipadapter_jax.models.image_projections import ImageProjConfig
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.train.init import _init_projection
 assert jax.device_count() == 1
 config = ImageProjConfig("plus", 48, 32, 16, hidden_dim=32, heads=2, depth=4)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL
 
-from ipadapter_jax.models.image_projections import ImageProjConfig
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.train.model_card import model_card
 from ipadapter_jax.weights.bundled import FOLDER
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata

@@ -30,7 +30,7 @@ STEM = "diffusion_pytorch_model"
 
 @functools.cache
 def torch_tensors(part: str) -> dict[str, np.ndarray]:
-    return load_file(TORCH_MODEL / part / f"{PARTS[part].torch_stem}.safetensors")
+    return load_file(TORCH_MODEL / part / f"{PARTS[part].files.torch_stem}.safetensors")
 
 
 @functools.cache
@@ -69,11 +69,11 @@ def test_the_rebuilt_flax_files_are_the_genuine_ones(part, sha256):
 
 
 def as_is(folder: Path, part: str) -> None:
-    shutil.copy(TORCH_MODEL / part / f"{PARTS[part].torch_stem}.safetensors", folder)
+    shutil.copy(TORCH_MODEL / part / f"{PARTS[part].files.torch_stem}.safetensors", folder)
 
 
 def as_msgpack(folder: Path, part: str) -> None:
-    (folder / f"{PARTS[part].flax_stem}.msgpack").write_bytes(flax_bytes(part))
+    (folder / f"{PARTS[part].files.flax_stem}.msgpack").write_bytes(flax_bytes(part))
     if (flax_config := ORACLES / "models/sd15_flax" / part / "config.json").exists():
         shutil.copy(flax_config, folder)
 
@@ -83,11 +83,11 @@ def as_bin(folder: Path, part: str) -> None:
 
 
 def as_half_named(folder: Path, part: str) -> None:
-    save_file(torch_tensors(part), folder / f"{PARTS[part].torch_stem}.fp16.safetensors")
+    save_file(torch_tensors(part), folder / f"{PARTS[part].files.torch_stem}.fp16.safetensors")
 
 
 def as_shards(folder: Path, part: str, mark: str = "") -> None:
-    stem, tensors = PARTS[part].torch_stem, [*torch_tensors(part).items()]
+    stem, tensors = PARTS[part].files.torch_stem, [*torch_tensors(part).items()]
     weight_map = {}
     for i in range(3):
         shard = f"{stem}{mark}-{i + 1:05d}-of-00003.safetensors"
@@ -148,7 +148,7 @@ def test_every_dtype_of_file_and_target(tmp_path, stored, target):
 def respelled(tmp_path: Path, part: str, rename: Callable[[str], str], **more: np.ndarray) -> Path:
     folder = folder_with(tmp_path, part)
     tensors = {rename(key): array for key, array in torch_tensors(part).items()} | more
-    save_file(tensors, folder / f"{PARTS[part].torch_stem}.safetensors")
+    save_file(tensors, folder / f"{PARTS[part].files.torch_stem}.safetensors")
     return folder
 
 
@@ -258,12 +258,12 @@ def test_weights_of_another_network(tmp_path):
     ],
 )
 def test_choose_weights(names, variant, chosen):
-    assert choose_weights(UNET, names, "unet", variant) == chosen
+    assert choose_weights(UNET.files, names, "unet", variant) == chosen
 
 
 def test_no_weights():
     def choose(names, variant=None):
-        return lambda: choose_weights(UNET, names, "unet", variant)
+        return lambda: choose_weights(UNET.files, names, "unet", variant)
 
     refused(choose(["config.json"]), "unet: no UNet weights (it holds no files)", f"{STEM}.safetensors")
     refused(
@@ -276,7 +276,7 @@ def test_choose_files_takes_the_shards_of_one_index():
     shards = [f"vae/{STEM}{mark}-0000{i}-of-00002.safetensors" for mark in ("", ".fp16") for i in (1, 2)]
     names = ["vae/config.json", *shards, *(f"vae/{STEM}.safetensors.index{mark}.json" for mark in ("", ".fp16"))]
     for variant, mark, own in ((None, "", shards[:2]), ("fp16", ".fp16", shards[2:])):
-        chosen = choose_files([*names, "unet/config.json"], {"vae": VAE_COMPONENT}, (), variant)
+        chosen = choose_files([*names, "unet/config.json"], {"vae": VAE_COMPONENT.files}, (), variant)
         assert sorted(chosen) == sorted(["vae/config.json", f"vae/{STEM}.safetensors.index{mark}.json", *own])
 
 

@@ -19,7 +19,7 @@ from benchmarks import compare_with_diffusers
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.images.preprocess import load_image, to_uint8
-from ipadapter_jax.models.image_projections import ImageProjConfig
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.train.init import init_adapter
 from ipadapter_jax.weights import verified_write

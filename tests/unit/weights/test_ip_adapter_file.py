@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from weight_files import assert_same_tree, refused, write_bin
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.models.image_projections import ImageProjConfig
+from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.weights.ip_adapter_file import check_base, check_encoder, load_ip_adapter, open_ip_adapter
 from ipadapter_jax.weights.load_tree import leaves

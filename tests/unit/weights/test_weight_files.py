@@ -12,13 +12,13 @@ from weight_files import refused
 
 from ipadapter_jax.cli import main
 from ipadapter_jax.weights.base_model import BASE_COMPONENTS
-from ipadapter_jax.weights.components import TEXT_ENCODER, UNET
+from ipadapter_jax.weights.component_files import TEXT_ENCODER_FILES, UNET_FILES
 from ipadapter_jax.weights.model_source import ModelSource
 from ipadapter_jax.weights.open_base_model import open_base, open_base_folder
 from ipadapter_jax.weights.weight_files import choose_files, choose_weights, pick_variants, variants
 
 STEM = "diffusion_pytorch_model"
-PLAIN = {name: f"{component.torch_stem}.safetensors" for name, component in BASE_COMPONENTS.items()}
+PLAIN = {name: f"{component.files.torch_stem}.safetensors" for name, component in BASE_COMPONENTS.items()}
 
 
 def with_variants(root: Path, **extra: str) -> Path:
@@ -116,17 +116,20 @@ def test_shards_of_a_variant(index, shard):
     own = [index, *(shard.format(i) for i in (1, 2))]
     plain = [f"{STEM}.safetensors.index.json", *(f"{STEM}-0000{i}-of-00002.safetensors" for i in (1, 2))]
     names = ["config.json", *own, *plain]
-    assert variants(UNET, names) == ["fp16"]
+    assert variants(UNET_FILES, names) == ["fp16"]
     for variant, files in (("fp16", own), (None, plain)):
-        chosen = choose_files([f"unet/{name}" for name in names], {"unet": UNET}, (), variant)
+        chosen = choose_files([f"unet/{name}" for name in names], {"unet": UNET_FILES}, (), variant)
         assert sorted(chosen) == sorted(f"unet/{name}" for name in ["config.json", *files])
 
 
 def test_without_a_name_the_only_variant_is_taken():
-    assert choose_weights(UNET, [f"{STEM}.bf16.safetensors"], "unet", None) == f"{STEM}.bf16.safetensors"
+    assert choose_weights(UNET_FILES, [f"{STEM}.bf16.safetensors"], "unet", None) == f"{STEM}.bf16.safetensors"
     two = [f"{STEM}.bf16.safetensors", f"{STEM}.ema.safetensors"]
-    refused(lambda: choose_weights(UNET, two, "unet", None), "one of the variants bf16, ema")
-    parts = {"unet": (UNET, two), "text_encoder": (TEXT_ENCODER, ["model.safetensors", "model.bf16.safetensors.bak"])}
+    refused(lambda: choose_weights(UNET_FILES, two, "unet", None), "one of the variants bf16, ema")
+    parts = {
+        "unet": (UNET_FILES, two),
+        "text_encoder": (TEXT_ENCODER_FILES, ["model.safetensors", "model.bf16.safetensors.bak"]),
+    }
     assert pick_variants(parts, "bf16") == {"unet": "bf16", "text_encoder": None}
 
 
