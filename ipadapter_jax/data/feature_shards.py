@@ -179,5 +179,6 @@ def read_shard_footer(store: Store, plan: CachePlan, shard: int) -> ShardFooter 
         footer = parse_json(reader.read([count])[0], "its footer") if reader.num_records() == count + 1 else {}
     except (RuntimeError, InputError):
         return None
-    own = isinstance(footer, dict) and (footer.get("plan"), footer.get("shard")) == (plan.digest, shard)
-    return ShardFooter(footer["skipped"]) if own else None
+    if not isinstance(footer, dict) or (footer.get("plan"), footer.get("shard")) != (plan.digest, shard):
+        return None
+    return ShardFooter(footer["skipped"])

@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 
@@ -52,10 +51,10 @@ class NoiseSchedule:
     disable_corrector: tuple[int, ...] = ()  # steps whose outcome UniPC does not correct
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
-    given: tuple[tuple[str, Any], ...] = ()  # every known setting of the file, by name
+    given: tuple[tuple[str, object], ...] = ()  # every known setting of the file, by name
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "NoiseSchedule":
+    def from_json(cls, raw: Mapping[str, object]) -> "NoiseSchedule":
         """From scheduler/scheduler_config.json of any scheduler. Raises InputError naming what is not usable, and warns
         of names that no scheduler here knows.
 
@@ -78,7 +77,7 @@ class NoiseSchedule:
         return cls._of(given, given)
 
     @classmethod
-    def _of(cls, settings: Mapping[str, Any], given: Mapping[str, Any]) -> "NoiseSchedule":
+    def _of(cls, settings: Mapping[str, object], given: Mapping[str, object]) -> "NoiseSchedule":
         """Those of the settings that are fields, checked."""
         names = {field.name for field in dataclasses.fields(cls)}
         fields = {name: value for name, value in settings.items() if name in names and value is not None}
@@ -132,7 +131,7 @@ class NoiseSchedule:
             read.pop("solver_type", None)  # another solver's name for its own default
         return self._of({**FOLLOWED[sampler], **read}, given)
 
-    def changed(self, settings: Mapping[str, Any], sampler: str | None = None) -> "NoiseSchedule":
+    def changed(self, settings: Mapping[str, object], sampler: str | None = None) -> "NoiseSchedule":
         """The same with these settings of scheduler_config.json. Warns of those that change nothing for `sampler`, and
         raises InputError for one that is not known."""
         if not isinstance(settings, Mapping):

@@ -6,7 +6,6 @@ those of which only some values are supported. Every other value of those is an 
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 # Of the noise schedule itself: every scheduler knows them, with the same default unless it says otherwise.
 SHARED = (
@@ -21,7 +20,7 @@ _BY_SIGMA = {"timestep_spacing": "linspace", **_ZERO_SNR}
 # A Karras schedule reads these two of any file, also where its class has no such setting.
 _KARRAS = {"use_karras_sigmas": False, "sigma_min": None, "sigma_max": None, "final_sigmas_type": "zero"}
 
-FOLLOWED: Mapping[str, Mapping[str, Any]] = {
+FOLLOWED: Mapping[str, Mapping[str, object]] = {
     "ddim": {"set_alpha_to_one": True, **_CLIPPED, **_ZERO_SNR},
     "ddpm": {**_CLIPPED, **_ZERO_SNR},
     "pndm": {"set_alpha_to_one": False, "skip_prk_steps": False},

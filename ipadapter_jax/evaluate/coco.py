@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.text_files import LIST_BYTES, read_json
+from ipadapter_jax.storage.text_files import LIST_BYTES, read_json_object
 
 _EXAMPLE = "captions_val2017.json of COCO's annotations_trainval2017.zip"
 
@@ -60,7 +60,7 @@ def _object(path: Path) -> Mapping[str, object] | None:
         if not file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
             return None
     try:
-        found = read_json(path, f"download it again, or give {_EXAMPLE}", LIST_BYTES)
+        found = read_json_object(path, f"download it again, or give {_EXAMPLE}", LIST_BYTES)
     except InputError as error:
         if "Extra data" in str(error):  # an object on each line
             return None

@@ -74,7 +74,10 @@ def read_embeddings(chunk: Chunk) -> Embeddings:
     """The embeddings that `embed_chunk` has written."""
     _, tensors, metadata = open_file(chunk.file)
     images, texts = (np.array(tensors[name].read()) for name in _ARRAYS)
-    return group_embeddings(images, texts, parse_json(metadata[_CAPTIONS], chunk.file))
+    counts = parse_json(metadata[_CAPTIONS], chunk.file)
+    if not isinstance(counts, list):
+        raise InputError(f"{chunk.file}: its numbers of captions are not a list; remove it, and it is made again")
+    return group_embeddings(images, texts, counts)
 
 
 def _pixels(chunk: Chunk, side: int) -> Iterator[np.ndarray]:

@@ -3,13 +3,24 @@
 torch is never imported: a tensor is converted by its own methods.
 """
 
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 
 from ipadapter_jax.errors import InputError
 
 Given = TypeVar("Given")
+
+
+class _Tensor(Protocol):
+    """What is used of a torch tensor."""
+
+    dtype: object
+
+    def detach(self) -> "_Tensor": ...
+    def cpu(self) -> "_Tensor": ...
+    def float(self) -> "_Tensor": ...
+    def numpy(self) -> np.ndarray: ...
 
 
 def is_array(value: object) -> bool:
@@ -55,12 +66,12 @@ def image_array(value: object, name: str) -> np.ndarray:
     return array
 
 
-def _is_tensor(value: object) -> bool:
+def _is_tensor(value: object) -> TypeGuard[_Tensor]:
     """Whether this is a torch tensor: no other array has all of these methods."""
     return all(hasattr(value, name) for name in ("detach", "cpu", "numpy", "float"))
 
 
-def _off_device(value: Any) -> Any:
+def _off_device(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_off_device(item) for item in value]
     if not _is_tensor(value):

@@ -5,7 +5,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.strings import short_repr
@@ -38,7 +38,7 @@ def build_config(cls: type[Config], values: Mapping[str, object], what: str) -> 
     return cls(**found)
 
 
-def _fits(value: object, hint: Any) -> bool:
+def _fits(value: object, hint: object) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_fits(value, choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
@@ -47,7 +47,7 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return isinstance(value, hint)
+    return isinstance(hint, type) and isinstance(value, hint)
 
 
 def select_fields(

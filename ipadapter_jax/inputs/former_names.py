@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
 from ipadapter_jax.errors import InputError
 
@@ -49,7 +49,7 @@ def accepts_former_names(kind: type[Settings]) -> type[Settings]:
     create = kind.__init__
 
     @functools.wraps(create)
-    def __init__(self: Settings, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Settings, *args: object, **kwargs: object) -> None:
         # `replace` passes the values of all fields, so that the old value stands there under the new name.
         is_replace = {field.name for field in dataclasses.fields(self)} <= {*kwargs}  # type: ignore[arg-type]
         for former in [name for name in kwargs if name in renamed]:

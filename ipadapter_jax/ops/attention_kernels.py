@@ -23,7 +23,7 @@ Kernel = Callable[[Array, Array, Array], Array]
 
 _FEWEST_POSITIONS = {"gpu": 256, "tpu": 1024}  # below, the logits are small and the plain products quicker
 _LANES = 128  # of a TPU: the kernel's blocks are multiples of it
-_AGREED: set[tuple[int, Any]] = set()  # depths and dtypes that cuDNN runs in every process of a run of several
+_AGREED: set[tuple[int, np.dtype]] = set()  # depths and dtypes that cuDNN runs in every process of a run of several
 REFUSED: set[int] = set()  # depths that cuDNN should have had on this GPU, and has not
 
 
@@ -73,7 +73,7 @@ def agree(depths: Iterable[int], dtype: DTypeLike) -> None:
     _AGREED.update((depth, jnp.dtype(dtype)) for depth, yes in zip(asked, everywhere, strict=True) if yes)
 
 
-def cudnn_runs(depth: int, dtype: Any) -> bool:
+def cudnn_runs(depth: int, dtype: np.dtype) -> bool:
     """Whether cuDNN's attention is to be used for heads of this depth: it runs here, and in all processes of the run
     (`agree`)."""
     if jax.process_count() > 1:
@@ -82,7 +82,7 @@ def cudnn_runs(depth: int, dtype: Any) -> bool:
 
 
 @functools.cache
-def _cudnn_runs(depth: int, dtype: Any) -> bool:
+def _cudnn_runs(depth: int, dtype: np.dtype) -> bool:
     """Whether cuDNN's attention compiles and runs for heads of this depth, with its gradient, on this process's GPU.
 
     What it takes depends on GPU, depth and the releases of cuDNN and XLA, and shows when a program is compiled: so a

@@ -3,7 +3,7 @@
 Shapes: leading axes ..., L queries, S keys, d the head_dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,27 +40,29 @@ def chunked(q: Array, entries: Sequence[Heads], chunk: int) -> Array:
     """The same as `dense`, `chunk` queries at a time; a chunk's weights are formed again in the backward pass."""
     if q.shape[-2] <= chunk:
         return jax.checkpoint(dense)(q, entries)
-    walked, join = split_queries(q.shape[-2], chunk)
+    chunks = QueryChunks(q.shape[-2], chunk)
 
     @jax.checkpoint
     def one(rows):
         queries, weights = rows
         return dense(queries, [e._replace(weight=w) for e, w in zip(entries, weights, strict=True)])
 
-    return join(jax.lax.map(one, jax.tree.map(walked, (q, [entry.weight for entry in entries]))))
+    return chunks.join(jax.lax.map(one, jax.tree.map(chunks.split, (q, [entry.weight for entry in entries]))))
 
 
-def split_queries(length: int, most: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """Two functions: (..., L, d) -> (chunks, ..., chunk, d), with a chunk of at most so many, and back."""
-    chunks = -(-length // most)
-    chunk = -(-length // chunks)  # equal ones, so that nothing is padded as a rule
+class QueryChunks:
+    """Cuts `length` queries, or what belongs to each of them, into chunks of at most `most`, and joins them again."""
 
-    def walked(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, chunks * chunk - length), (0, 0)])
-        return jnp.moveaxis(x.reshape(*x.shape[:-2], chunks, chunk, x.shape[-1]), -3, 0)
+    def __init__(self, length: int, most: int):
+        self.length, self.chunks = length, -(-length // most)
+        self.chunk = -(-length // self.chunks)  # equal ones, so that nothing is padded as a rule
 
-    def join(x: Array) -> Array:
+    def split(self, x: Array) -> Array:
+        """(..., L, d) -> (chunks, ..., chunk, d)."""
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, self.chunks * self.chunk - self.length), (0, 0)])
+        return jnp.moveaxis(x.reshape(*x.shape[:-2], self.chunks, self.chunk, x.shape[-1]), -3, 0)
+
+    def join(self, x: Array) -> Array:
+        """(chunks, ..., chunk, d) -> (..., L, d)."""
         x = jnp.moveaxis(x, 0, -3)
-        return x.reshape(*x.shape[:-3], chunks * chunk, -1)[..., :length, :]
-
-    return walked, join
+        return x.reshape(*x.shape[:-3], self.chunks * self.chunk, -1)[..., : self.length, :]

@@ -7,12 +7,14 @@ give every device all rows.
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TypeVarTuple
 
 import jax
 from jax import Array
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+
+Arguments = TypeVarTuple("Arguments")
 
 
 def batch_sharded(mesh: Mesh) -> AbstractContextManager:
@@ -25,7 +27,7 @@ def is_batch_sharded() -> bool:
     return jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
 
 
-def shard_map_batch(function: Callable[..., Array], *arguments: Any) -> Array:
+def shard_map_batch(function: Callable[[*Arguments], Array], *arguments: *Arguments) -> Array:
     """function(*arguments), arrays (B, ...) or trees of them, by each device on its rows."""
     spread = _spread()
     if batch_shards() == 1:

@@ -1,7 +1,7 @@
 """How a convolution is computed: the only place that knows."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,25 @@ from ipadapter_jax.ops.cpu.winograd import winograd
 _PRODUCT_POSITIONS = 512
 _WINOGRAD_CHANNELS = 256
 
+Padding = str | Sequence[tuple[int, int]]
 
-def convolve(x: Array, kernel: Array, window_strides: Sequence[int], padding: Any, **options: Any) -> Array:
+
+class ConvolutionOptions(TypedDict, total=False):
+    """The other arguments of jax.lax.conv_general_dilated that flax's layers give."""
+
+    lhs_dilation: Sequence[int] | None
+    rhs_dilation: Sequence[int] | None
+    dimension_numbers: jax.lax.ConvGeneralDilatedDimensionNumbers
+    feature_group_count: int
+    precision: jax.lax.PrecisionLike
+
+
+def convolve(
+    x: Array, kernel: Array, window_strides: Sequence[int], padding: Padding, **options: Unpack[ConvolutionOptions]
+) -> Array:
     """Stands in for jax.lax.conv_general_dilated: x (B, h, w, C), kernel (kh, kw, C, C') -> (B, h', w', C')."""
     if tuple(window_strides) == (1, 1) and not isinstance(padding, str):
-        margins = [tuple(margin) for margin in padding]
+        margins = [(before, after) for before, after in padding]
         if kernel.shape[:2] == (1, 1) and margins == [(0, 0)] * 2:
             return x @ kernel[0, 0]
         if jax.default_backend() == "cpu":

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import Scope, meta
+from jax import Array
+from jax.typing import DTypeLike
 
 
 class SkipShapeCheck:
@@ -19,7 +21,7 @@ class SkipShapeCheck:
     replace that method, as qwix does to quantize weights, see all of them.
     """
 
-    def param(self: Any, name: str, init: Callable, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
+    def param(self: Any, name: str, init: Callable, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
         given = self.has_variable("params", name)
         if not given and not self.has_rng("params") and self.is_mutable_collection("params"):
             self.put_variable("params", name, jnp.zeros(shape, dtype))
@@ -30,8 +32,8 @@ class SkipShapeCheck:
 
 
 def _given_param(
-    scope: Scope, name: str, init: Callable, *init_args: Any, unbox: bool = True, **init_kwargs: Any
-) -> Any:
+    scope: Scope, name: str, init: Callable, *init_args: object, unbox: bool = True, **init_kwargs: object
+) -> Array | meta.AxisMetadata[Array]:
     """flax's `Scope.param` without tracing the initializer of a parameter that is there."""
     if not scope.has_variable("params", name):
         return Scope.param(scope, name, init, *init_args, unbox=unbox, **init_kwargs)
@@ -40,7 +42,9 @@ def _given_param(
     return meta.unbox(value) if unbox else value
 
 
-def parameter_shapes(module: nn.Module, *inputs: Any, method: Callable | None = None, **named: Any) -> dict[str, Any]:
+def parameter_shapes(
+    module: nn.Module, *inputs: object, method: Callable | None = None, **named: object
+) -> dict[str, object]:
     """The tree of the module's parameters with jax.ShapeDtypeStruct for leaves. Inputs may be such, too."""
     init = functools.partial(module.init, {}, method=method)
     return jax.eval_shape(init, *inputs, **named)["params"]

@@ -6,7 +6,7 @@ columns, so each of the four kinds of positions is a 2x2 convolution of the imag
 has 9.
 """
 
-from typing import Any
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax.ops.batch_sharding import batch_shards
-from ipadapter_jax.ops.convolution import convolve
+from ipadapter_jax.ops.convolution import ConvolutionOptions, convolve
 
 # Of the image, on each accelerator: with fewer, forming the sums of the kernel takes longer than they save
 # (benchmarks/compile_ahead.py: at 8x8 and two rows four times as long). On a CPU tiles (winograd.py) save as much of
@@ -22,7 +22,9 @@ from ipadapter_jax.ops.convolution import convolve
 _FEWEST_POSITIONS = 1024
 
 
-def convolve_upsampled(height: int, width: int, x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
+def convolve_upsampled(
+    height: int, width: int, x: Array, kernel: Array, *_: object, **options: Unpack[ConvolutionOptions]
+) -> Array:
     """Stands in for jax.lax.conv_general_dilated once its size is given: x (B, h, w, C), kernel (3, 3, C, C') ->
     (B, height, width, C')."""
     batch, h, w = x.shape[:3]
@@ -41,7 +43,7 @@ def upsample_nearest(x: Array, height: int, width: int) -> Array:
     return x[:, np.arange(height) * h // height][:, :, np.arange(width) * w // width]
 
 
-def convolve_doubled(x: Array, kernel: Array, **options: Any) -> Array:
+def convolve_doubled(x: Array, kernel: Array, **options: Unpack[ConvolutionOptions]) -> Array:
     """What `convolve` gives for the neighbours of x. Sums of the kernel are formed in float32 and rounded once.
 
     All four kinds come from one convolution of h + 1 by w + 1 places: the last row and column of one kind, and the
@@ -55,7 +57,14 @@ def convolve_doubled(x: Array, kernel: Array, **options: Any) -> Array:
     return jnp.stack(rows, axis=2).reshape(batch, 2 * h, 2 * w, -1)
 
 
-def _halves(kernel: Array, axis: int) -> tuple[Array, Array]:
-    """What even and odd positions see along an axis of three, each two long."""
+class _Halves(NamedTuple):
+    """What even and odd positions see of the kernel along one axis, each two long."""
+
+    even: Array
+    odd: Array
+
+
+def _halves(kernel: Array, axis: int) -> _Halves:
+    """The halves along an axis of three."""
     first, middle, last = jnp.split(kernel, 3, axis)
-    return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
+    return _Halves(jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis))

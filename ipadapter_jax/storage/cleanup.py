@@ -6,8 +6,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
+SignalHandler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None  # as signal.signal takes it
 Resource = TypeVar("Resource")
 
 
@@ -58,7 +59,7 @@ def cleanup_on_signal(acquire: Callable[[], Resource], release: Callable[[Resour
             signal.raise_signal(received[0])
 
 
-def restore_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
+def restore_handlers(handlers: Mapping[signal.Signals, SignalHandler]) -> None:
     """Restores the handlers of signals. CPython drops a signal that arrives while its handler is being replaced; here
     it is blocked meanwhile and then reaches the restored handler."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)

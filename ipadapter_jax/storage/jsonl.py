@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.atomic_files import write_atomically
@@ -73,7 +73,7 @@ def read_appended(path: Path) -> list[dict]:
 
 class _StoredLine(NamedTuple):
     content: bytes
-    value: dict[str, Any]
+    value: dict[str, object]
 
 
 def _objects(content: bytes) -> Iterator[_StoredLine]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ipadapter_jax.storage.atomic_files import atomic_replace, remove_partial_files, sha256, write_atomically
 from ipadapter_jax.storage.file_lock import shard_lock
@@ -37,7 +37,7 @@ class Store(Protocol):
         """The digest of a file's content, in hexadecimal."""
         ...
 
-    def read_json_object(self, name: str) -> dict[str, Any]:
+    def read_json_object(self, name: str) -> dict[str, object]:
         """The JSON object in a file of settings."""
         ...
 
@@ -90,7 +90,7 @@ class LocalStore:
     def sha256(self, name: str) -> str:
         return sha256(self.path(name))
 
-    def read_json_object(self, name: str) -> dict[str, Any]:
+    def read_json_object(self, name: str) -> dict[str, object]:
         return read_json_object(self.path(name))
 
     def write(self, name: str, content: bytes | Iterable[bytes | memoryview]) -> None:

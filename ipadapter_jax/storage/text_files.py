@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.nearby_paths import nearby_hint
@@ -100,8 +100,8 @@ def parse_json(
     content: str | bytes,
     place: object,
     remedy: str = "check the file",
-    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
-) -> Any:
+    object_pairs_hook: Callable[[list[tuple[str, object]]], object] | None = None,
+) -> object:
     """The value of a JSON text. NaN and Infinity are numbers, as in what Python writes.
 
     Raises InputError, "PLACE: not JSON (why); REMEDY", also for values nested more than MAX_DEPTH levels deep, for
@@ -124,14 +124,14 @@ def parse_json(
     raise _too_deep(place, remedy)
 
 
-def read_json(path: Path, remedy: str = "check the file", most: int = SETTINGS_BYTES) -> Any:
+def read_json(path: Path, remedy: str = "check the file", most: int = SETTINGS_BYTES) -> object:
     """The value in a JSON file of at most `most` bytes. Raises InputError naming the file and what is wrong with it."""
     return parse_json(read_bytes(path, most, remedy), path, remedy)
 
 
 def read_json_object(
     path: Path, remedy: str = "check the file", most: int = SETTINGS_BYTES, *, marked: bool = True
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """`read_json` for a file that must hold an object. marked: whether it may begin with a byte order mark, which other
     programs refuse."""
     content = read_bytes(path, most, remedy)
@@ -143,7 +143,7 @@ def read_json_object(
     return found
 
 
-def _inside(value: Any) -> list[Any]:
+def _inside(value: object) -> list[dict | list]:
     """The lists and objects directly inside a value."""
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [inner for inner in values if isinstance(inner, dict | list)]

@@ -177,7 +177,8 @@ def caption_of(role: str, content: bytes, key: str) -> str:
 
 def _json(content: bytes, key: str) -> str:
     try:
-        text = parse_json(content, key)["caption"]
+        found = parse_json(content, key)
+        text = found["caption"] if isinstance(found, dict) else ...
         if not isinstance(text, str | None):
             raise TypeError
         return replace_surrogates(text or "")

@@ -72,6 +72,7 @@ def _entries(path: Path) -> list[object]:
     text, remedy = decode_text(read_bytes(path, LIST_BYTES), path), f"it should look like {EXAMPLE}"
     if text.lstrip().startswith("["):
         entries = parse_json(text, path, remedy)
+        assert isinstance(entries, list), "no other value begins with a bracket"
     else:
         entries = [value for _, value in parse_json_lines(text, remedy, path)]
         if (error := next((value for value in entries if isinstance(value, InputError)), None)) is not None:

@@ -48,6 +48,8 @@ def read_safetensors_file(path: Path) -> SafetensorsFile:
         header = parse_json(bytes(buffer[8:start]), f"{path}: its header", "download it again", _once)
     except InputError as error:
         raise WeightFileError(str(error)) from None
+    if not isinstance(header, dict):
+        raise WeightFileError(f"{path}: its header is not a JSON object; download it again")
     metadata = header.pop("__metadata__", None) or {}
     if len(header) > _MAX_TENSORS:
         raise WeightFileError(f"{path}: it has {len(header):,} tensors, far more than weights need")

@@ -45,6 +45,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> the name of its shard, a file next to the index."""
     try:
         names = read_json_object(index)["weight_map"]
+        if not isinstance(names, dict):
+            raise TypeError
         outside = [shard for shard in names.values() if not re.fullmatch(r"[\w.-]+\.safetensors", shard)]
     except (InputError, KeyError, TypeError, AttributeError):
         raise WeightFileError(f"{index}: not an index of weight shards (no weight_map); download it again") from None
