@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ipadapter_jax import StableDiffusion
-from ipadapter_jax.pipelines import programs, sample_batch
+from ipadapter_jax.pipelines import programs, sample_batch, stable_diffusion
 from ipadapter_jax.pipelines.conditioning import Conditioning, Guidance, ImageBranch
 from ipadapter_jax.pipelines.sample_batch import SampleBatch
 from ipadapter_jax.runtime.export_cache import ExportedFunction
@@ -114,6 +114,29 @@ def conditioned(pipe: StableDiffusion, batch: SampleBatch, image_branches: list[
         image_branches=image_branches,
         guidance=Guidance(scale=np.float32(7.5), rescale=np.float32(0)),
     )
+
+
+def handed_to_sampler(pipe: StableDiffusion, prompt="", **call) -> Conditioning:
+    """What a call conditions the denoising on. The sampler does not run, so nothing large is compiled."""
+    handed: list[Conditioning] = []
+
+    def run_sampler(_program, _table, latents, conditioning: Conditioning, *_):
+        handed.append(conditioning)
+        return latents, None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stable_diffusion, "run_sampler", run_sampler)
+        pipe(prompt, **call | {"output_type": "latent"})
+    [found] = handed
+    return found
+
+
+def assert_same(found, expected, atol: float = 0) -> None:
+    """Two pytrees of arrays, such as `Conditioning`, have the same structure, shapes and values."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.shape(one) == np.shape(other)
+        np.testing.assert_allclose(one, other, atol=atol, rtol=0)
 
 
 def forbid_sampling(monkeypatch) -> None:

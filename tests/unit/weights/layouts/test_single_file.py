@@ -1,6 +1,7 @@
 """Checkpoints of one file: the parts are those of the folder bit for bit, others are refused by name."""
 
 import collections
+import dataclasses
 import hashlib
 import json
 import lzma
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ADAPTERS, ORACLES, TORCH_MODEL, flax_folder, ldm_file, load_case, nhwc
+from helpers import ADAPTERS, ORACLES, TORCH_MODEL, flax_folder, ldm_file
 from safetensors.numpy import load_file, save_file
 from weight_files import assert_same_tree, refused, write_bin
 
@@ -102,24 +103,16 @@ def test_other_spellings(tmp_path, tensors, expected, old, new):
     assert_same_tree(loaded(path), expected)
 
 
-def test_the_recorded_image_from_flax_files_and_from_one_file(ldm, tmp_path):
-    """PyTorch diffusers' image; the genuine legacy Flax pipeline is 3e-4 away from it."""
-    case = load_case("flax_pipeline_ddim")
-    call = case.meta["call"]
-    (tmp_path / "flax").mkdir()
-    flax = StableDiffusion.from_pretrained(flax_folder(tmp_path / "flax"))
-    for pipe in (flax, StableDiffusion.from_pretrained(ldm, config=TORCH_MODEL)):
-        image = pipe(
-            call["prompt"][0],
-            negative_prompt=call["negative_prompt"][0],
-            num_inference_steps=call["num_inference_steps"],
-            guidance_scale=call["guidance_scale"],
-            height=call["height"],
-            width=call["width"],
-            latents=nhwc(case.inputs["latents"]),
-            output_type="np",
-        )
-        case.check(image__torch=image)
+def test_pipelines_of_one_file_and_of_flax_files_are_that_of_the_folder(ldm, tmp_path):
+    """Bit for bit, so that their images are, too; tests/parity compares an image from Flax files with diffusers'."""
+    folder = StableDiffusion.from_pretrained(TORCH_MODEL)
+    for source in ({"path": ldm, "config": TORCH_MODEL}, {"path": flax_folder(tmp_path)}):
+        found = StableDiffusion.from_pretrained(**source)
+        assert_same_tree(found.params, folder.params)
+        for part in ("unet", "vae", "text_encoder", "mesh", "guidance_scale"):
+            assert getattr(found, part) == getattr(folder, part), part
+        assert dataclasses.asdict(found.schedule) == dataclasses.asdict(folder.schedule)
+        assert found.tokenizer("a cat").input_ids == folder.tokenizer("a cat").input_ids
 
 
 def test_names_and_shapes_at_full_size(data):
