@@ -117,13 +117,9 @@ def data() -> Path:
 def one_device() -> Iterator[None]:
     """Pipelines of a file run on one device, for which programs compile in three quarters of the time, and which makes
     one image where four make as many. test_stable_diffusion.py checks that an image does not depend on their number."""
-    import jax
+    from helpers import on_one_device
 
-    from ipadapter_jax.pipelines import stable_diffusion
-
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stable_diffusion, "local_mesh", lambda: mesh)
+    with on_one_device():
         yield
 
 

@@ -152,6 +152,15 @@ def forbid_sampling(monkeypatch) -> None:
 
 
 @contextlib.contextmanager
+def on_one_device() -> Iterator[None]:
+    """Pipelines that are made inside run on one device."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stable_diffusion, "local_mesh", lambda: mesh)
+        yield
+
+
+@contextlib.contextmanager
 def compilations():
     """Counts the programs that XLA is asked for (compiled or taken from the cache) while the block runs."""
     events: list[str] = []

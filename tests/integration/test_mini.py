@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ORACLES, slow
+from helpers import ORACLES, assert_same, handed_to_sampler, slow
 from PIL import Image
 
 from benchmarks.compare_with_diffusers import compare, photograph
@@ -21,11 +21,13 @@ from ipadapter_jax.train.frozen_encoders import load_frozen_encoders
 from ipadapter_jax.weights.bundled import FOLDER, GUIDANCE_SCALE, REFERENCE
 
 CAT = ORACLES / "assets" / "img_a.png"
+STEPPED = {"output_type": "np", "callback": lambda *_: None}  # a program for each step, as `generate` has it
+pytestmark = pytest.mark.usefixtures("one_device")
 BASE, PLUS = Path("ip-adapter_mini.safetensors"), Path("ip-adapter-plus_mini.safetensors")
 
 
 @pytest.fixture(scope="module")
-def pipe() -> StableDiffusion:
+def pipe(one_device) -> StableDiffusion:
     return StableDiffusion.from_pretrained("mini")
 
 
@@ -49,17 +51,18 @@ def test_images_by_name(pipe, name, file, tokens):
     assert own.adapters[0].feature_encoder.source.parent == FOLDER / "image_encoder"
     assert own.adapters[0].projection.config.num_tokens == tokens
     assert own.guidance_scale == GUIDANCE_SCALE
-    call = {"ip_adapter_image": REFERENCE, "num_inference_steps": 2, "output_type": "np"}
-    found = own(**call)
-    assert found.shape == (1, 64, 64, 3)
-    assert (found == own(**call, guidance_scale=GUIDANCE_SCALE)).all()
-    assert (found != own(**call, guidance_scale=7.5)).any()
+    call = {"ip_adapter_image": REFERENCE, "num_inference_steps": 2}
+    assert own(**call, **STEPPED).shape == (1, 64, 64, 3)
+    found = handed_to_sampler(own, **call)
+    assert_same(found, handed_to_sampler(own, guidance_scale=GUIDANCE_SCALE, **call))
+    other = handed_to_sampler(own, guidance_scale=7.5, **call)
+    assert (found.guidance.scale, other.guidance.scale) == (np.float32(GUIDANCE_SCALE), 7.5)
 
 
 def test_image_prompts_are_followed(pipe):
     """Of 16 held-out scenes, without a word. A guess is right for a sixth; docs/results.md has the shares of 500."""
     own, scenes = pipe.with_ip_adapter("mini"), [make_scene("held_out", index, 1) for index in range(16)]
-    call = {"num_inference_steps": 20, "output_type": "np"}
+    call = {"num_inference_steps": 20} | STEPPED
     painted = [own(ip_adapter_image=render(scene), seed=index, **call)[0] for index, scene in enumerate(scenes)]
     found, right = judge(to_uint8(np.stack(painted))), truth(scenes)
     for name, least in (("colour", 12), ("background", 12), ("shape", 8)):
@@ -67,7 +70,7 @@ def test_image_prompts_are_followed(pipe):
 
 
 def test_scale_0_is_the_base_model(pipe):
-    call = {"prompt": "a red circle", "num_inference_steps": 2, "output_type": "np"}
+    call = {"prompt": "a red circle", "num_inference_steps": 2} | STEPPED
     adapted = pipe.with_ip_adapter("mini")(**call, ip_adapter_image=REFERENCE, ip_adapter_scale=0.0)
     assert (adapted == pipe(**call)).all()
 
@@ -106,7 +109,7 @@ def test_a_path_to_the_same_folder_has_no_default_adapter(tmp_path, capsys):
 
 
 def test_the_sample_sheet(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sample_sheet, "STEPS", 2)
+    monkeypatch.setattr(sample_sheet, "STEPS", 3)  # as the images that are compared with diffusers': one program
     above, below = sample_sheet.sample(Image.open(CAT).convert("RGB"), "", seed=3)
     assert [label for label, _ in above] == ["reference", "seed 3", "seed 4", "seed 5", "seed 6"]
     assert [label for label, _ in below] == ["scale 0", "scale 0.25", "scale 0.5", "scale 0.75", "scale 1"]
