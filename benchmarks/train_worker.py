@@ -101,7 +101,7 @@ class Ours:
         from ipadapter_jax.train.networks import PrecomputedEncoder, load_networks
         from ipadapter_jax.train.optim import make_optimizer, partition, trainable_mask
         from ipadapter_jax.train.state import init_train_state, state_shardings
-        from ipadapter_jax.train.step import make_step
+        from ipadapter_jax.train.step import StepResult, make_step
         from ipadapter_jax.weights.components import IMAGE_ENCODER
         from ipadapter_jax.weights.open_component import read_component_config
 
@@ -125,7 +125,7 @@ class Ours:
         self._step = jax.jit(
             make_step(self.networks, optimizer, self.config, self.mesh),
             donate_argnums=0,
-            out_shardings=(shardings, replicated(self.mesh)),
+            out_shardings=StepResult._make([shardings, replicated(self.mesh)]),
         )
 
     def _batch(self) -> Any:
@@ -155,7 +155,7 @@ class Ours:
         sites = [first["ip_adapter"][name] for name in sorted(first["ip_adapter"], key=int)]
         layers = [first["image_proj"]["proj"], *(site[name] for site in sites for name in ("to_k_ip", "to_v_ip"))]
         gradient = np.concatenate([np.asarray(layer["kernel"]).ravel() for layer in layers]) / (1 - BETA1)
-        np.savez(path, loss=metrics["loss"], norm=metrics["gradient_norm"], gradient=gradient)
+        np.savez(path, loss=metrics.loss, norm=metrics.gradient_norm, gradient=gradient)
 
     def steps(self) -> None:
         """As the training loop: at most two steps ahead of the outcome that has been looked at."""
@@ -164,9 +164,9 @@ class Ours:
             self.state, metrics = self._step(self.state, self.frozen, self._batch())
             outcomes.append(metrics)
             if len(outcomes) > 2:
-                int(outcomes.pop(0)["bad_steps"])
+                int(outcomes.pop(0).bad_steps)
         for metrics in outcomes:
-            float(metrics["loss"])
+            float(metrics.loss)
         self.state.step.block_until_ready()
 
     def about(self) -> dict[str, Any]:

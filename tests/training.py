@@ -26,7 +26,7 @@ from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Trai
 from ipadapter_jax.train.networks import LoadedNetworks
 from ipadapter_jax.train.optim import make_optimizer, partition, trainable_mask
 from ipadapter_jax.train.state import TrainState, init_train_state, state_shardings
-from ipadapter_jax.train.step import RandomDraws, make_step
+from ipadapter_jax.train.step import RandomDraws, StepResult, make_step
 from tests.fault_injection.runs import changed
 
 TINY = Train(
@@ -72,7 +72,9 @@ def started(
     init: Any = {"dtype": config.model.dtype, "ema": config.optim.ema is not None}
     state = init_train_state(partition(loaded.frozen.params | (params or loaded.params), mask), optimizer, **init)
     shardings = state_shardings(mesh, state)
-    step = jax.jit(make_step(loaded.networks, optimizer, config, mesh), out_shardings=(shardings, replicated(mesh)))
+    step = jax.jit(
+        make_step(loaded.networks, optimizer, config, mesh), out_shardings=StepResult(shardings, replicated(mesh))
+    )
     return jax.device_put(state, shardings), step
 
 

@@ -2,9 +2,12 @@
 
 import signal
 from collections.abc import Callable
-from typing import Any, Self
+from types import FrameType
+from typing import Self
 
 from ipadapter_jax.storage.cleanup import restore_handlers
+
+SignalHandler = Callable[[int, FrameType | None], None]
 
 EXIT_PREEMPTED = 75  # the exit code that asks a scheduler to rerun the same command
 
@@ -29,7 +32,7 @@ class GracefulShutdown:
     def __exit__(self, *_: object) -> None:
         restore_handlers(self._before)
 
-    def _handlers(self) -> dict[signal.Signals, Callable[..., Any]]:
+    def _handlers(self) -> dict[signal.Signals, SignalHandler]:
         return {signal.SIGINT: self._on_interrupt, signal.SIGTERM: self._request}
 
     def _request(self, *_: object) -> None:

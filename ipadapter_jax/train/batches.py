@@ -4,10 +4,11 @@ Fields are in alphabetical order, which is the order of a program's arguments: c
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax import Array
 
+from ipadapter_jax.runtime.trees import PyTree
 from ipadapter_jax.weights.load_tree import Tree
 
 
@@ -31,7 +32,7 @@ class EncodedBatch(NamedTuple):
 TrainBatch = ImageBatch | EncodedBatch
 
 
-def batch_of(arrays: Mapping[str, Any]) -> TrainBatch:
+def batch_of(arrays: Mapping[str, PyTree]) -> TrainBatch:
     """Arrays, or their shapes, by the names that data sets give them."""
     if "mean" in arrays:
         return EncodedBatch(arrays.get("features"), arrays["input_ids"], arrays["logvar"], arrays["mean"])
@@ -45,7 +46,7 @@ class FrozenModels(NamedTuple):
     params: dict[str, Tree]  # by part: "unet", "vae", "text_encoder", "image_encoder", "image_proj", "ip_adapter"
     zero_features: Array | None = None  # (L, F), precomputed patches of a zero image
 
-    def by_name(self) -> dict[str, Any]:
+    def by_name(self) -> dict[str, PyTree]:
         """All of it under the names that checkpoints record."""
-        found = {**self.params, "empty_ids": self.empty_ids}
+        found: dict[str, PyTree] = {**self.params, "empty_ids": self.empty_ids}
         return found if self.zero_features is None else {**found, "zero_features": self.zero_features}

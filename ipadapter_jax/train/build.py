@@ -5,11 +5,10 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
-from jax import Array
 from jax.sharding import Mesh
 
 from ipadapter_jax.errors import InputError
@@ -17,12 +16,9 @@ from ipadapter_jax.ops import attention_kernels
 from ipadapter_jax.runtime.announcements import AnnounceFirstCall, announce
 from ipadapter_jax.runtime.flops import count_flops
 from ipadapter_jax.runtime.mesh import batch_sharding, replicated
-from ipadapter_jax.runtime.random_keys import GENERATOR, recorded_generator
-from ipadapter_jax.storage.config_diff import diff_configs
-from ipadapter_jax.train.batches import EncodedBatch, FrozenModels, TrainBatch, batch_of
+from ipadapter_jax.train.batches import EncodedBatch, TrainBatch, batch_of
 from ipadapter_jax.train.checkpoint import Checkpoints
-from ipadapter_jax.train.checksums import tree_checksums, tree_fingerprint
-from ipadapter_jax.train.config import Train, identity
+from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.dataset import (
     Samples,
     check_precomputed,
@@ -36,16 +32,15 @@ from ipadapter_jax.train.memory import device_memory_limit, memory_remedies, pla
 from ipadapter_jax.train.metrics_log import SkippedRecordLog
 from ipadapter_jax.train.multihost import run_on_all, run_on_first
 from ipadapter_jax.train.networks import LoadedNetworks, Networks, load_networks
-from ipadapter_jax.train.optim import make_optimizer, partition, trainable_mask
+from ipadapter_jax.train.optim import Partitioned, make_optimizer, partition, trainable_mask
 from ipadapter_jax.train.reporting import Reporter
 from ipadapter_jax.train.run_dir import CHECKPOINTS
+from ipadapter_jax.train.run_identity import RunIdentity, run_identity
 from ipadapter_jax.train.state import TrainState, init_train_state, state_shardings
-from ipadapter_jax.train.step import make_step
+from ipadapter_jax.train.step import Step, StepResult, make_step
 from ipadapter_jax.train.validation import Validation
 
 log = logging.getLogger("ipadapter_jax")
-
-Step = Callable[[TrainState, FrozenModels, TrainBatch], tuple[TrainState, dict[str, Array]]]
 
 _MEMORY_MARGIN = 1.25  # the computed memory is within 13 % of XLA's own plan
 
@@ -66,7 +61,7 @@ class Run:
     samples: Samples
     loaded: LoadedNetworks  # without trainable parameters, which the state holds
     step: Step  # jitted; donates the state
-    identity: dict[str, Any]
+    identity: RunIdentity
     checkpoints: Checkpoints
     validation: Validation | None
     skipped: SkippedRecordLog
@@ -103,14 +98,14 @@ def build(
     attention_kernels.agree(loaded.networks.head_dims, config.model.dtype)
     if variation is not None:
         loaded = dataclasses.replace(loaded, networks=variation.networks(loaded.networks))
-    recorded = run_identity(config, samples, loaded) | dict(variation.identity if variation is not None else {})
+    own = run_identity(config, samples, loaded.frozen, None if variation is None else variation.identity)
     keep = config.checkpoint
     checkpoints = files.enter_context(
         contextlib.closing(
             Checkpoints(folder / CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every),
         )
     )
-    state = _restored_or_initial(config, mesh, loaded, checkpoints, recorded, folder)
+    state = _restored_or_initial(config, mesh, loaded, checkpoints, own, folder)
     loaded = dataclasses.replace(loaded, params={})  # from here on they live in the state
     with announce("tracing the training step"):
         loaded, step, flops = _traced_step(config, mesh, loaded, samples, state)
@@ -119,7 +114,7 @@ def build(
         lambda: SkippedRecordLog(folder / _name_of_process("skipped.jsonl"), config.data.max_unreadable_fraction)
     )
     files.enter_context(contextlib.closing(skipped))
-    reporter = run_on_first(lambda: Reporter(config, folder, recorded, loaded, int(state.step), flops))
+    reporter = run_on_first(lambda: Reporter(config, folder, own, loaded, int(state.step), flops))
     if reporter is not None:
         files.enter_context(contextlib.closing(reporter))
     run = Run(
@@ -128,7 +123,7 @@ def build(
         samples=samples,
         loaded=loaded,
         step=step,
-        identity=recorded,
+        identity=own,
         checkpoints=checkpoints,
         validation=validation,
         skipped=skipped,
@@ -138,24 +133,12 @@ def build(
     return Started(run, state)
 
 
-def run_identity(config: Train, samples: Samples, loaded: LoadedNetworks) -> dict[str, Any]:
-    """What a resumed run must share with the run before it, as checkpoints record it: settings, data, frozen weights,
-    random generator."""
-    frozen = {name: tree_fingerprint(tree_checksums(tree)) for name, tree in loaded.frozen.by_name().items()}
-    return {
-        "settings": identity(config),
-        "data": samples.identity(),
-        "frozen weights": frozen,
-        "generator": GENERATOR,
-    }
-
-
 def _check_data(samples: Samples, loaded: LoadedNetworks, config: Train) -> None:
     check_precomputed(samples, loaded, config.data.resolution, config.model.image_encoder)
 
 
 def _restored_or_initial(
-    config: Train, mesh: Mesh, loaded: LoadedNetworks, checkpoints: Checkpoints, recorded: dict[str, Any], folder: Path
+    config: Train, mesh: Mesh, loaded: LoadedNetworks, checkpoints: Checkpoints, own: RunIdentity, folder: Path
 ) -> TrainState:
     """The state of the newest good checkpoint, or the initial one, sharded over the mesh.
 
@@ -164,15 +147,14 @@ def _restored_or_initial(
     optimizer, mask = _optimizer(config), trainable_mask(config.model)
     trainable = partition(loaded.frozen.params | loaded.params, mask)
 
-    def initial(params: Any) -> TrainState:
+    def initial(params: Partitioned) -> TrainState:
         return init_train_state(params, optimizer, dtype=config.model.dtype, ema=config.optim.ema is not None)
 
     template = jax.eval_shape(initial, trainable)
     shardings = state_shardings(mesh, template)
     before = checkpoints.about()
     if before is not None:
-        changed = diff_configs(before | {"generator": recorded_generator(before)}, recorded)
-        if changed:
+        if changed := own.changes_since(before):
             raise InputError(
                 f"{folder} holds a run that started differently: {'; '.join(changed[:8])}; resume with the settings "
                 "and data that it started with, or choose another --out"
@@ -209,7 +191,7 @@ def _traced_step(
     step = jax.jit(
         _step_of(config, loaded.networks)(mesh),
         donate_argnums=0,
-        out_shardings=(state_shardings(mesh, state), replicated(mesh)),
+        out_shardings=StepResult._make([state_shardings(mesh, state), replicated(mesh)]),
     )
     return _TracedStep(loaded, step, count_flops(step.trace(state, loaded.frozen, batch).jaxpr).total())
 

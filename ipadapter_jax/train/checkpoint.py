@@ -15,40 +15,44 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+from jax import Array
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.runtime.trees import Leaf, PyTree
 from ipadapter_jax.train.checksums import dtype_and_shape, named_leaves, parse_dtype_and_shape, tree_checksums
 from ipadapter_jax.train.multihost import run_on_all, run_on_first
 
 log = logging.getLogger("ipadapter_jax")
 
 T = TypeVar("T")
+State = TypeVar("State")
 
 
 class DamagedStep(Exception):
     """A step that is not what was saved."""
 
 
-class Restored(NamedTuple):
+class Restored(NamedTuple, Generic[State]):
     """A step that was read, and what was recorded about its run."""
 
     step: int
-    state: Any
-    about: dict[str, Any]
+    state: State
+    about: Mapping[str, object]
 
 
 class SavedLeaves(NamedTuple):
     """A step, and its leaves by path."""
 
     step: int
-    leaves: dict[str, Any]
+    leaves: dict[str, Array]
 
 
 class Checkpoints:
@@ -77,7 +81,7 @@ class Checkpoints:
         except OSError as error:
             raise InputError(f"{folder}: cannot write there ({error.strerror}); choose another place") from None
 
-    def save(self, step: int, state: Any, about: dict[str, Any]) -> None:
+    def save(self, step: int, state: PyTree, about: Mapping[str, object]) -> None:
         """Writes a pytree of jax.Arrays and a JSON object in the background. `state` may be donated as soon as this
         returns: its bytes are on the host, or protected from being overwritten. A step that exists is not written
         again.
@@ -94,7 +98,7 @@ class Checkpoints:
         )
         self._or_explain(lambda: self._manager.save(step, args=items, force=True))
 
-    def restore(self, template: Any) -> Restored | None:
+    def restore(self, template: State) -> Restored[State] | None:
         """The newest good step, or None when nothing was ever saved here.
 
         `template` is the state's tree of jax.ShapeDtypeStruct with shardings, which may differ from those it was saved
@@ -121,11 +125,11 @@ class Checkpoints:
         except DamagedStep as error:
             raise InputError(f"{self._folder}: step {step} is damaged ({error}); take another") from None
 
-    def about(self) -> dict[str, Any] | None:
+    def about(self) -> Mapping[str, object] | None:
         """What was said about the run at its newest step with a good manifest, without reading arrays; None when
         nothing was ever saved here. Raises InputError when there are steps, all damaged."""
         found = self._newest_good(self._manifest)
-        return None if found is None else found.content["about"]
+        return None if found is None else found.content.about
 
     def wait(self) -> None:
         """Until everything is written. Raises InputError when the last save failed."""
@@ -135,7 +139,7 @@ class Checkpoints:
         """Waits, and ends the background threads. Raises InputError when the last save failed."""
         self._or_explain(self._manager.close)
 
-    def _or_explain(self, job: Callable[[], Any]) -> None:
+    def _or_explain(self, job: Callable[[], object]) -> None:
         try:
             job()
         except Exception as error:  # orbax and tensorstore raise OSError, ValueError and Exception itself
@@ -160,53 +164,49 @@ class Checkpoints:
             )
         return None
 
-    def _item(self, step: int, name: str) -> Any:
-        """An item's folder as orbax's kind of path."""
+    def _item(self, step: int, name: str) -> epath.Path:
         return self._manager.directory / str(step) / name
 
-    def _read(self, step: int, template: Any) -> Restored:
+    def _read(self, step: int, template: State) -> Restored[State]:
         manifest = self._manifest(step)
         wanted = named_leaves(template)
-        self._check_kinds(step, _kinds(manifest), wanted)
+        self._check_kinds(step, manifest.kinds(), wanted)
         leaves = self._verified(step, manifest, wanted)
         state = jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted])
-        return Restored(step, state, manifest["about"])
+        return Restored(step, state, manifest.about)
 
-    def _leaves(self, step: int) -> dict[str, Any]:
+    def _leaves(self, step: int) -> dict[str, Array]:
         manifest = self._manifest(step)
-        return self._verified(
-            step,
-            manifest,
-            {name: parse_dtype_and_shape(text) for name, text in _kinds(manifest).items()},
-        )
+        wanted = {name: parse_dtype_and_shape(text) for name, text in manifest.kinds().items()}
+        return self._verified(step, manifest, wanted)
 
-    def _verified(self, step: int, manifest: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    def _verified(self, step: int, manifest: "_Manifest", wanted: Mapping[str, Leaf]) -> dict[str, Array]:
         """The leaves of a step, which are what its manifest says. Raises Damaged."""
-        arguments: Any = ocp.args.StandardRestore(wanted)  # pyright: ignore[reportCallIssue]
+        arguments = ocp.args.StandardRestore(wanted)  # pyright: ignore[reportCallIssue]
         # Orbax's own manager waits for all processes at the end of restore: for ever, when one of them has failed.
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
             leaves = _read_on_all(lambda: handler.restore(self._item(step, "state"), args=arguments))
         found = tree_checksums(leaves)
-        if wrong := [name for name in wanted if found[name] != manifest["leaves"][name]]:
+        if wrong := [name for name in wanted if found[name] != manifest.leaves[name]]:
             raise DamagedStep(f"{_some(wrong)} is not what was saved")
         return leaves
 
-    def _manifest(self, step: int) -> dict[str, Any]:
-        def read() -> dict[str, Any]:
+    def _manifest(self, step: int) -> "_Manifest":
+        def read() -> _Manifest:
             content = dict(ocp.JsonCheckpointHandler().restore(self._item(step, "manifest")))
             if content.pop("sha256") != _sha256(content) or content["step"] != step:
                 raise DamagedStep("its manifest is not what was saved")
-            return content
+            return _Manifest(content["leaves"], content["about"])
 
         return _read_on_all(read)
 
-    def _check_kinds(self, step: int, saved: dict[str, str], wanted: dict[str, Any]) -> None:
+    def _check_kinds(self, step: int, saved: Mapping[str, str], wanted: Mapping[str, Leaf]) -> None:
         """Raises InputError naming leaves that the state has and the step has not, or as something else, or vice versa:
         nothing is damaged then, it is another run."""
         expected = {name: dtype_and_shape(leaf) for name, leaf in wanted.items()}
         if saved == expected:
             return
-        odd = sorted(name for name in saved | expected if saved.get(name) != expected.get(name))
+        odd = sorted(name for name in {**saved, **expected} if saved.get(name) != expected.get(name))
         first = odd[0]
         raise InputError(
             f"{self._folder}: step {step} was saved by another configuration: {_some(odd)} "
@@ -227,6 +227,18 @@ class Checkpoints:
             raise InputError(
                 f"{self._folder}: cannot rename the damaged step ({error.strerror}); make the folder writable"
             ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+    """What was recorded of a step."""
+
+    leaves: Mapping[str, str]  # the checksum of a leaf by its path
+    about: Mapping[str, object]
+
+    def kinds(self) -> dict[str, str]:
+        """{path of a leaf: its dtype and shape}."""
+        return {name: digest.partition(":")[0] for name, digest in self.leaves.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,14 +288,9 @@ def _reason(error: BaseException) -> str:
     return f"{text[:80]} ... {text[-120:]}" if len(text) > 205 else text
 
 
-def _kinds(manifest: dict[str, Any]) -> dict[str, str]:
-    """{path of a leaf: its dtype and shape}."""
-    return {name: digest.partition(":")[0] for name, digest in manifest["leaves"].items()}
-
-
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _sha256(content: dict[str, Any]) -> str:
+def _sha256(content: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

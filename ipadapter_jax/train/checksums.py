@@ -17,7 +17,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +25,12 @@ from jax import Array
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from ipadapter_jax.runtime.trees import Leaf, PyTree
+
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-def tree_checksums(tree: Any) -> dict[str, str]:
+def tree_checksums(tree: PyTree) -> dict[str, str]:
     """{path: checksum} of all leaves, each a jax.Array of at most 32 bits per element. A checksum begins with the dtype
     and shape of its leaf.
 
@@ -49,8 +50,8 @@ def tree_fingerprint(checksums: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(checksums), sort_keys=True).encode()).hexdigest()
 
 
-def dtype_and_shape(leaf: Any) -> str:
-    """The dtype and shape of whatever has those: float32[3,4]."""
+def dtype_and_shape(leaf: Leaf) -> str:
+    """The dtype and shape of a leaf: float32[3,4]."""
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
@@ -61,7 +62,7 @@ def parse_dtype_and_shape(text: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=SingleDeviceSharding(jax.local_devices()[0]))
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: PyTree) -> dict[str, Leaf]:
     """{path: leaf}, the path in the manner of opt_state/0/mu/kernel. None and optax.MaskedNode have no leaves."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
@@ -70,7 +71,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return named
 
 
-def _replicated_like(leaf: Array) -> NamedSharding | None:
+def _replicated_like(leaf: Leaf) -> NamedSharding | None:
     return NamedSharding(leaf.sharding.mesh, P()) if isinstance(leaf.sharding, NamedSharding) else None
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.former_names import FormerName, accepts_former_names
@@ -185,7 +185,7 @@ _FREE += ("model.remat", "optim.accumulate", "optim.max_nonfinite_steps")
 _FREE_PATHS = ("data.path", "data.image_root", "model.base", "model.image_encoder", "model.init_from")  # may be moved
 
 
-def identity(config: Train) -> dict[str, Any]:
+def identity(config: Train) -> dict[str, object]:
     """What a resumed run must share with the run that it continues, as JSON. Files are identified by their content."""
     found = dataclasses.asdict(config)
     for name in (*_FREE, *_FREE_PATHS):
@@ -205,20 +205,7 @@ def check(config: Train) -> None:
     check_utf8(config.out, "the format of checkpoints")
     if not data.path:
         raise InputError("--data.path is missing: name the training data (JSON list, folder, tars, Parquet, ...)")
-    at_least = {
-        1: ("steps", "data.batch_size", "data.threads", "optim.accumulate", "optim.max_nonfinite_steps", "log.every")
-        + ("log.validation_size", "checkpoint.every", "checkpoint.keep_last", "mesh.fsdp", "mesh.heartbeat_seconds")
-        + ("model.resampler_depth", "model.resampler_heads", "data.resolution"),
-        0: ("seed", "data.workers", "optim.warmup_steps", "log.validate_every", "log.sample_steps")
-        + ("optim.weight_decay",),
-    }
-    for least, names in at_least.items():
-        for name in names:
-            if value_of(config, name) < least:
-                raise InputError(f"--{flag(name)} {value_of(config, name)} must be at least {least}")
-    for name in ("model.num_tokens", "checkpoint.keep_every"):
-        if (value := value_of(config, name)) is not None and value < 1:
-            raise InputError(f"--{flag(name)} {value} must be at least 1")
+    _check_counts(config)
     drops = (data.drop_image, data.drop_text, data.drop_both)
     if min(drops) < 0 or not sum(drops) <= 1:
         raise InputError(f"the drop rates {drops} must not be negative, and at most 1 together")
@@ -226,9 +213,9 @@ def check(config: Train) -> None:
         raise InputError(f"--data.max-unreadable-fraction {data.max_unreadable_fraction} must lie between 0 and 1")
     if not (optim.learning_rate > 0 and math.isfinite(optim.learning_rate)):
         raise InputError(f"--optim.learning-rate {optim.learning_rate} must be a positive number")
-    for name in ("optim.beta1", "optim.beta2", "optim.ema"):
-        if (value := value_of(config, name)) is not None and not 0 <= value < 1:
-            raise InputError(f"--{flag(name)} {value} must lie between 0 and 1")
+    for name, value in (("beta1", optim.beta1), ("beta2", optim.beta2), ("ema", optim.ema)):
+        if value is not None and not 0 <= value < 1:
+            raise InputError(f"--optim.{name} {value} must lie between 0 and 1")
     if not optim.epsilon > 0 or not math.isfinite(optim.weight_decay) or not math.isfinite(log.guidance_scale):
         raise InputError("--optim.epsilon must be positive, weight decay and guidance scale finite numbers")
     if optim.clip_norm is not None and not optim.clip_norm > 0:
@@ -240,6 +227,41 @@ def check(config: Train) -> None:
     one = 3 * data.resolution**2 * (1 + 4)  # bytes: as it is read, and as the VAE sees it
     check_memory(one, f"--data.resolution {data.resolution}", "choose a smaller one")
     _check_model(model)
+
+
+def _check_counts(config: Train) -> None:
+    """Raises InputError naming a number that is too small."""
+    data, optim, model, log = config.data, config.optim, config.model, config.log
+    positive = {
+        "steps": config.steps,
+        "data.batch_size": data.batch_size,
+        "data.threads": data.threads,
+        "optim.accumulate": optim.accumulate,
+        "optim.max_nonfinite_steps": optim.max_nonfinite_steps,
+        "log.every": log.every,
+        "log.validation_size": log.validation_size,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "mesh.fsdp": config.mesh.fsdp,
+        "mesh.heartbeat_seconds": config.mesh.heartbeat_seconds,
+        "model.resampler_depth": model.resampler_depth,
+        "model.resampler_heads": model.resampler_heads,
+        "data.resolution": data.resolution,
+        "model.num_tokens": model.num_tokens,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+    }
+    not_negative = {
+        "seed": config.seed,
+        "data.workers": data.workers,
+        "optim.warmup_steps": optim.warmup_steps,
+        "log.validate_every": log.validate_every,
+        "log.sample_steps": log.sample_steps,
+        "optim.weight_decay": optim.weight_decay,
+    }
+    for least, values in ((1, positive), (0, not_negative)):
+        for name, value in values.items():
+            if value is not None and value < least:
+                raise InputError(f"--{flag(name)} {value} must be at least {least}")
 
 
 def _check_model(model: Model) -> None:
@@ -260,14 +282,6 @@ def check_batch_memory(config: Train, processes: int) -> None:
     check_memory(
         3 * data.resolution**2 * samples // processes, what, "give a smaller --data.batch-size or --log.validation-size"
     )
-
-
-def value_of(config: Train, name: str) -> Any:
-    """The setting of a dotted name."""
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def flag(name: str) -> str:

@@ -3,13 +3,10 @@
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
 
 import jax
-from jax.sharding import AbstractMesh
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.runtime.mesh import TRAIN_AXES
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.multihost import find_cluster
 from ipadapter_jax.train.sharding import check_batch
@@ -34,7 +31,7 @@ def dry_run_report(config: Train, command: Sequence[str], environment: Mapping[s
     total, batch, fsdp = processes * len(devices), config.data.batch_size, config.mesh.fsdp
     if total % fsdp:
         raise InputError(f"--mesh.fsdp {fsdp} does not divide the {total} devices; choose a divisor")
-    check_batch(cast(Any, AbstractMesh((total // fsdp, fsdp), TRAIN_AXES)), batch, config.optim.accumulate)
+    check_batch(total, batch, config.optim.accumulate)
     lines = [
         f"processes: {processes}, each with {len(devices)} x {devices[0].device_kind}",
         f"mesh: {total // fsdp} (data) x {fsdp} (fsdp)",

@@ -1,9 +1,7 @@
 """What a run exports: adapter.safetensors with its model card, and the UNet where that was trained."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optax
@@ -13,28 +11,28 @@ from ipadapter_jax.storage.text_files import encode_utf8
 from ipadapter_jax.train.config import Model
 from ipadapter_jax.train.model_card import model_card
 from ipadapter_jax.train.networks import LoadedNetworks
-from ipadapter_jax.train.optim import combine
+from ipadapter_jax.train.optim import Partitioned, combine
+from ipadapter_jax.train.run_identity import RunIdentity
 from ipadapter_jax.weights.component_export import save_component
 from ipadapter_jax.weights.components import UNET
 from ipadapter_jax.weights.ip_adapter_export import adapter_metadata, save_ip_adapter
-from ipadapter_jax.weights.load_tree import Tree
 
 ADAPTER = "adapter.safetensors"
 
 
 def export_run(
     folder: Path,
-    trainable: dict[str, Tree],
+    trainable: Partitioned,
     loaded: LoadedNetworks,
     *,
     model: Model,
     dtype: str,
-    identity: Mapping[str, Any],
+    identity: RunIdentity,
     step: int,
 ) -> None:
     """Writes `trainable`, partitioned parameters as arrays of this process, into the folder of the run, in `dtype`.
 
-    `identity`: what the run's checkpoints record, whose data and settings the model card shows. Raises InputError when
+    The model card shows the data and settings of `identity`. Raises InputError when
     something is not finite or cannot be written; older files then stay.
     """
     if not isinstance(trainable["unet"], optax.MaskedNode):
@@ -52,7 +50,7 @@ def export_run(
         base=model.base,
         image_encoder=model.image_encoder,
         variant=model.variant,
-        data=identity["data"],
-        settings=identity["settings"],
+        data=identity.data,
+        settings=identity.settings,
     )
     write_atomically(folder / "README.md", encode_utf8(card))

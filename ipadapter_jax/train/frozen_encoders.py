@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,12 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.images.preprocess import CLIP_TABLE
+from ipadapter_jax.models.clip import CLIPVision
 from ipadapter_jax.models.image_features import FeatureKind
 from ipadapter_jax.models.vae import VAE, normalize
 from ipadapter_jax.pipelines import encode, programs
 from ipadapter_jax.runtime.mesh import batch_sharding, local_mesh, replicated
+from ipadapter_jax.runtime.trees import Params, PyTree
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.open_base_model import open_base_folder
 from ipadapter_jax.weights.open_component import LoadedComponent
@@ -75,15 +77,15 @@ class FrozenEncoders:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _encode(
     vae: VAE,
-    image_encoder: Any,
+    image_encoder: CLIPVision,
     kind: FeatureKind,
     mesh: jax.sharding.Mesh,
-    params: Any,
+    params: tuple[Params, Params],
     pixels: Array,
     clip_pixels: Array,
 ) -> EncodedImages:
     def run(params, pixels, clip_pixels):
-        posterior: Any = vae.apply({"params": params[0]}, normalize(pixels), method=VAE.posterior)
+        posterior: PyTree = vae.apply({"params": params[0]}, normalize(pixels), method=VAE.posterior)
         normalized = jnp.asarray(CLIP_TABLE)[clip_pixels, jnp.arange(3)]
         mean, logvar = (moment.astype(vae.dtype) for moment in posterior)
         features = encode.encode_image(image_encoder, kind, params[1], normalized)

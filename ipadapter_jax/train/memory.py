@@ -3,16 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from ipadapter_jax.runtime.trees import Leaf, PyTree
 from ipadapter_jax.train.batches import FrozenModels, TrainBatch
 from ipadapter_jax.train.memory_estimate import peak_bytes
 from ipadapter_jax.train.state import TrainState
+
+Tree = TypeVar("Tree")
 
 _UNKNOWN = 2**60
 
@@ -66,15 +69,16 @@ def plan_memory(
     )
 
 
-def _of_one_device(array: Any) -> tuple[int, ...]:
+def _of_one_device(array: Leaf) -> tuple[int, ...]:
+    assert array.sharding is not None
     return array.sharding.shard_shape(array.shape)
 
 
-def _shapes(tree: Any, shape: Callable[[Any], tuple[int, ...]]) -> Any:
+def _shapes(tree: Tree, shape: Callable[[Leaf], tuple[int, ...]]) -> Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape(x), x.dtype), tree)
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: PyTree) -> int:
     return sum(math.prod(_of_one_device(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

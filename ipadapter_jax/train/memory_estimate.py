@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 from jax.interpreters import partial_eval
 
 from ipadapter_jax.runtime.flops import attention_kernel, programs
@@ -56,8 +56,8 @@ def peak_bytes(jaxpr: ClosedJaxpr) -> int:
     return _peak(partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[0])
 
 
-def _peak(jaxpr: Any) -> int:
-    values: dict[Any, _Value] = {}
+def _peak(jaxpr: Jaxpr) -> int:
+    values: dict[Var, _Value] = {}
     operations = list(_flat(jaxpr, values))
     _hold(operations)
     for time, operation in enumerate(operations):
@@ -73,7 +73,7 @@ def _peak(jaxpr: Any) -> int:
     return _most(operations)
 
 
-def _flat(jaxpr: Any, values: dict[Any, _Value]) -> Iterator[_Operation]:
+def _flat(jaxpr: Jaxpr, values: dict[Var, _Value]) -> Iterator[_Operation]:
     """The operations, those of called programs in their place; fills `values`. Arguments have no value."""
     kernels: set[_Value] = set()
     for eqn in jaxpr.eqns:
@@ -88,8 +88,9 @@ def _flat(jaxpr: Any, values: dict[Any, _Value]) -> Iterator[_Operation]:
             results = zip(eqn.outvars, inner[0].outvars, strict=True)
             values.update((var, inside[own]) for var, own in results if not isinstance(own, Literal) and own in inside)
             continue
-        if name == "conv_general_dilated" and eqn.invars[1] not in values:
-            kernel = values[eqn.invars[1]] = _Value(_bytes(eqn.invars[1]), held=True, source=None)
+        weights = eqn.invars[1] if name == "conv_general_dilated" else None
+        if isinstance(weights, Var) and weights not in values:
+            kernel = values[weights] = _Value(_bytes(weights), held=True, source=None)
             kernels.add(kernel)
             yield _Operation("copy", [], [kernel], 0)
         operands = _known(eqn.invars, values)
@@ -104,7 +105,7 @@ def _bytes(var: Any) -> int:
     return var.aval.size * var.aval.dtype.itemsize
 
 
-def _known(variables: Iterable[Any], values: Mapping[Any, _Value]) -> list[_Value]:
+def _known(variables: Iterable[Var | Literal], values: Mapping[Var, _Value]) -> list[_Value]:
     return [values[var] for var in variables if not isinstance(var, Literal) and var in values]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from jax.typing import ArrayLike
 from PIL import Image
 
 from ipadapter_jax.errors import InputError
@@ -28,14 +29,14 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, *, tensorboard: bool, wandb: str | None, config: Mapping[str, Any], first_step: int
+        self, folder: Path, *, tensorboard: bool, wandb: str | None, config: Mapping[str, object], first_step: int
     ):
         self._folder = folder
         self._metrics = JsonlAppender(folder / "metrics.jsonl", lambda line: _is_step(line.get("step"), first_step))
         self._tensorboard = _TensorBoard(folder / "tensorboard", config, first_step) if tensorboard else None
         self._wandb = _WandB(folder, wandb, config) if wandb is not None else None
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, ArrayLike]) -> None:
         """One line of numbers (Python's, numpy's or jax's scalars). Floats read back bit for bit; as JSON has no NaN
         and no infinities, they become strings that float() reads."""
         numbers = {name: np.asarray(value).item() for name, value in metrics.items()}
@@ -118,7 +119,7 @@ class _TensorBoard:
     tensorboardX' own SummaryWriter hands them to a thread that dies when the disk is full; then the run would hang.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int):
+    def __init__(self, folder: Path, config: Mapping[str, object], first_step: int):
         # Here and not above, because it imports torch where that is installed.
         import tensorboardX.summary
         from tensorboardX.event_file_writer import EventsWriter
@@ -148,7 +149,7 @@ class _TensorBoard:
         with errors_naming(self._folder):
             self._writer.close()
 
-    def _add(self, step: int, **content: Any) -> None:
+    def _add(self, step: int, **content: object) -> None:
         with errors_naming(self._folder):
             self._writer.write_event(self._proto.Event(step=step, wall_time=time.time(), **content))
             self._writer.flush()
@@ -157,7 +158,7 @@ class _TensorBoard:
 class _WandB:
     """Metrics for Weights & Biases. The id of the run is stored in the folder, so that a resumed run continues it."""
 
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]):
+    def __init__(self, folder: Path, project: str, config: Mapping[str, object]):
         try:
             self._module = importlib.import_module("wandb")
         except ImportError as error:
@@ -175,7 +176,7 @@ class _WandB:
         # wandb's own step counter never goes back, as a resumed run does.
         self._run.define_metric("*", step_metric="step")
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({"step": step, **metrics})
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
@@ -185,5 +186,5 @@ class _WandB:
         self._run.finish()
 
 
-def _is_step(value: Any, last: int) -> bool:
+def _is_step(value: object, last: int) -> bool:
     return isinstance(value, int) and value <= last and last > 0  # a run that starts anew validates step 0 again

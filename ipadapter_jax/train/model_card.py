@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ipadapter_jax.weights import bundled
 from ipadapter_jax.weights.hub import hub_place
@@ -112,8 +112,8 @@ def model_card(
     base: str,
     image_encoder: str,
     variant: str | None = None,
-    data: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    data: Mapping[str, object],
+    settings: Mapping[str, object],
 ) -> str:
     """The card, Markdown with the Hugging Face Hub's front matter, for the file of this name.
 
@@ -188,12 +188,12 @@ def _without_folders(text: str) -> str:
     return Path(path).name if local else text
 
 
-def _table(values: Mapping[str, Any]) -> str:
+def _table(values: Mapping[str, object]) -> str:
     rows = "\n".join(f"| {_text(name)} | {_text(value)} |" for name, value in _flat(values).items())
     return f"| | |\n|---|---|\n{rows}"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """{"optim": {"beta1": 0.9}} -> {"optim.beta1": "0.9"}, without what is not set."""
     flat: dict[str, str] = {}
     for name, value in values.items():

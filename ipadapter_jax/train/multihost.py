@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypedDict, TypeVar
 
 import jax
 import numpy as np
@@ -20,12 +20,22 @@ _JOIN_SECONDS = 300  # for slow hosts of a cluster to come up
 _ALL_DEVICES: list[int] = []  # as local_device_ids of jax.distributed.initialize
 
 
+class InitializeArguments(TypedDict, total=False):
+    """Of jax.distributed.initialize: what tells it where the processes are."""
+
+    coordinator_address: str
+    num_processes: int | None
+    process_id: int | None
+    local_device_ids: list[int]
+    cluster_detection_method: str
+
+
 class Cluster(NamedTuple):
     """How the processes of a run find one another."""
 
     kind: Literal["addresses", "slurm", "tpu"]
     processes: int | None  # None: only the machines know
-    arguments: dict[str, Any]  # of jax.distributed.initialize
+    arguments: InitializeArguments
 
 
 def find_cluster(mesh: Mesh, environment: Mapping[str, str]) -> Cluster | None:
@@ -35,11 +45,16 @@ def find_cluster(mesh: Mesh, environment: Mapping[str, str]) -> Cluster | None:
     """
     _check_addresses(mesh)
     if mesh.coordinator is not None:
-        found = {"coordinator_address": mesh.coordinator, "num_processes": mesh.processes, "process_id": mesh.process}
-        return Cluster("addresses", mesh.processes, {**found, "cluster_detection_method": "deactivate"})
+        arguments: InitializeArguments = {
+            "coordinator_address": mesh.coordinator,
+            "num_processes": mesh.processes,
+            "process_id": mesh.process,
+            "cluster_detection_method": "deactivate",
+        }
+        return Cluster("addresses", mesh.processes, arguments)
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))  # of srun; an sbatch script alone has one
     if tasks > 1:
-        arguments: dict[str, Any] = {"cluster_detection_method": "slurm"}
+        arguments = InitializeArguments(cluster_detection_method="slurm")
         # jax gives every task the one GPU of its local number, also where there is one task for all GPUs of a node,
         # or where SLURM lets each task see its own GPU only.
         if tasks == int(environment["SLURM_STEP_NUM_NODES"]) or environment.get("CUDA_VISIBLE_DEVICES", "").isdecimal():

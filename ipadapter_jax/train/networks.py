@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,7 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.models.vae import VAE, Posterior, normalize
 from ipadapter_jax.runtime.mesh import replicated
+from ipadapter_jax.runtime.trees import Params, PyTree
 from ipadapter_jax.train.batches import FrozenModels
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.init import init_adapter, load_adapter_params, projection_config
@@ -35,7 +36,7 @@ from ipadapter_jax.weights.open_base_model import open_base_folder
 from ipadapter_jax.weights.tokenizer import Tokenizer, tokenize
 
 
-def _apply(module: Any, params: Tree, *inputs: Any, method: Callable | None = None) -> Any:
+def _apply(module: nn.Module, params: Params, *inputs: Array, method: Callable | None = None) -> PyTree:
     return module.apply({"params": params}, *inputs, method=method)
 
 
@@ -67,12 +68,12 @@ class Networks:
 
     def image_features(self, frozen: FrozenModels, pixels: Array) -> Array:
         """Normalised pixels (B, S, S, 3) -> what the projection reads: (B, F), or for patches (B, L, F)."""
-        assert self.projection is not None
+        assert self.projection is not None and self.image_encoder is not None
         output = _apply(self.image_encoder, frozen.params["image_encoder"], pixels)
         return clip_features(output, self.projection.config.feature_kind)
 
     def predict(
-        self, params: dict[str, Any], noisy: Array, timestep: Array, text: Array, features: Array | None
+        self, params: Mapping[str, Params], noisy: Array, timestep: Array, text: Array, features: Array | None
     ) -> Array:
         """The UNet's output (B, h, w, C) float32 with the image prompt at weight 1."""
         text_kv = forward.text_keys_values(self.unet, params["unet"], text)

@@ -1,14 +1,21 @@
 """Which parameters are trainable, and how: one mask, the optimizer over it, the scale of the loss."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from ipadapter_jax.runtime.trees import PyTree
 from ipadapter_jax.train.config import Model, Optim
+from ipadapter_jax.weights.load_tree import Tree
+
+Partitioned = dict[str, Tree | optax.MaskedNode]
+"""Parameters by part, with optax.MaskedNode in place of those of a frozen part: no leaves for the gradient and the
+optimizer."""
 
 PARTS = ("unet", "image_proj", "ip_adapter")
 
@@ -35,7 +42,7 @@ def learning_rate(optim: Optim) -> optax.Schedule:
     return optax.linear_schedule(first, optim.learning_rate, optim.warmup_steps)
 
 
-def updates_done(opt_state: Any) -> Array:
+def updates_done(opt_state: optax.OptState) -> Array:
     """The updates that an optimizer has made, without those that were skipped."""
     _, count = next(iter(optax.tree_utils.tree_get_all_with_path(opt_state, "count")))
     return count
@@ -45,11 +52,14 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientT
     """Adam (arXiv 1412.6980, algorithm 1). As optax's, but for 1 - beta^t: from a float32 beta2 of 0.999 that is wrong
     by 1e-5 at first, and ten steps would not be PyTorch's to its own rounding."""
 
-    def init(params: Any) -> optax.ScaleByAdamState:
+    def init(params: optax.Params) -> optax.ScaleByAdamState:
         zeros = jax.tree.map(jnp.zeros_like, params)
         return optax.ScaleByAdamState(jnp.int32(0), zeros, zeros)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        assert isinstance(state, optax.ScaleByAdamState)
         count = optax.safe_increment(state.count)
         mean = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, updates)
         square = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g**2, state.nu, updates)
@@ -60,13 +70,12 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientT
     return optax.GradientTransformation(init, update)
 
 
-def partition(params: dict[str, Any], mask: dict[str, bool]) -> dict[str, Any]:
-    """The trainable parameters. A frozen part is optax.MaskedNode, without leaves for the gradient and the
-    optimizer."""
+def partition(params: Mapping[str, Tree], mask: Mapping[str, bool]) -> Partitioned:
+    """The trainable parameters of all parts that the mask names."""
     return {part: params[part] if is_trainable else optax.MaskedNode() for part, is_trainable in mask.items()}
 
 
-def combine(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
+def combine(trainable: Partitioned, frozen: Mapping[str, Tree]) -> dict[str, Tree]:
     """All parameters: trainable parts, and in place of optax.MaskedNode the frozen ones."""
     return {part: frozen[part] if isinstance(tree, optax.MaskedNode) else tree for part, tree in trainable.items()}
 
@@ -92,7 +101,7 @@ class LossScale(NamedTuple):
         return LossScale(scale, jnp.where(good >= _GROWTH_STEPS, 0, good))
 
 
-def all_finite(tree: Any) -> Array:
+def all_finite(tree: PyTree) -> Array:
     """A boolean scalar. The flags of the leaves are sorted rather than combined: what can be fused XLA copies into all
     that reads it, all flags into the update of every weight, which compiles for minutes."""
     flags = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])

@@ -1,13 +1,11 @@
 """Preemption, noticed at the same step by every process of a run."""
 
 import signal
-from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from ipadapter_jax.runtime.preemption import GracefulShutdown
+from ipadapter_jax.runtime.preemption import GracefulShutdown, SignalHandler
 
 
 class CoordinatedShutdown(GracefulShutdown):
@@ -27,7 +25,7 @@ class CoordinatedShutdown(GracefulShutdown):
             return multihost_utils.reached_preemption_sync_point(step)
         return self.requested
 
-    def _handlers(self) -> dict[signal.Signals, Callable[..., Any]]:
+    def _handlers(self) -> dict[signal.Signals, SignalHandler]:
         handlers = super()._handlers()
         if jax.distributed.is_initialized():  # jax has a handler of its own, which tells the other processes
             del handlers[signal.SIGTERM]

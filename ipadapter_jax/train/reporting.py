@@ -1,20 +1,19 @@
 """What process 0 writes of a run: metrics, curves, images, and the adapter file."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax import Array
 from PIL import Image
 
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.export import export_run
 from ipadapter_jax.train.metrics_log import RunLog
 from ipadapter_jax.train.networks import LoadedNetworks
+from ipadapter_jax.train.optim import Partitioned
+from ipadapter_jax.train.run_identity import RunIdentity
+from ipadapter_jax.train.step import StepMetrics
 from ipadapter_jax.train.throughput import ProgressLine, Throughput, peak_flops
-from ipadapter_jax.weights.load_tree import Tree
 
 
 class Reporter:
@@ -24,7 +23,7 @@ class Reporter:
         self,
         config: Train,
         folder: Path,
-        identity: Mapping[str, Any],
+        identity: RunIdentity,
         loaded: LoadedNetworks,
         first: int,
         flops: float | None,
@@ -32,7 +31,7 @@ class Reporter:
         self._config, self._loaded, self._identity = config, loaded, identity
         self._folder = folder
         sources = {part: str(path) for part, path in loaded.sources.items()}  # of the Hub, with the commit
-        written = {**identity, "sources": sources}
+        written = {**identity.to_json(), "sources": sources}
         self._log = RunLog(
             folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=written, first_step=first
         )
@@ -46,11 +45,12 @@ class Reporter:
         )
         self._progress = ProgressLine(first, config.steps)
 
-    def step(self, number: int, metrics: dict[str, Array], **counts: int) -> None:
+    def step(self, number: int, metrics: StepMetrics, **counts: int) -> None:
         """Logs a finished step when it is its turn."""
         if number % self._config.log.every and number != self._config.steps:
             return
-        numbers = {name: value.item() for name, value in metrics.items()} | self._throughput.report(number)
+        found = {name: value.item() for name, value in metrics._asdict().items() if value is not None}
+        numbers = found | self._throughput.report(number)
         self._log.write(number, numbers | counts)
         self._progress.show(number, numbers, self._throughput.eta())
 
@@ -63,7 +63,7 @@ class Reporter:
         if grid is not None:
             self._log.image(number, "samples", grid)
 
-    def export(self, number: int, trainable: dict[str, Tree]) -> None:
+    def export(self, number: int, trainable: Partitioned) -> None:
         """Exports the trainable parameters, given as arrays of this process."""
         export_run(
             self._folder,

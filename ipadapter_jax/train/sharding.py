@@ -7,7 +7,7 @@ the communication: gradients are summed over all devices, a frozen weight is gat
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -17,15 +17,18 @@ from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.runtime.mesh import TRAIN_AXES, batch_sharding, replicated
+from ipadapter_jax.runtime.trees import Leaf
+
+Tree = TypeVar("Tree")
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+def check_batch(devices: int, batch_size: int, accumulate: int) -> None:
     """Raises InputError unless every device gets the same number of samples in every part of a batch."""
-    if batch_size % (mesh.size * accumulate):
+    if batch_size % (devices * accumulate):
         parts = f" in {accumulate} parts" if accumulate > 1 else ""
         raise InputError(
-            f"--data.batch-size {batch_size} cannot be split{parts} over {mesh.size} devices; "
-            f"make it a multiple of {mesh.size * accumulate}"
+            f"--data.batch-size {batch_size} cannot be split{parts} over {devices} devices; "
+            f"make it a multiple of {devices * accumulate}"
         )
 
 
@@ -39,20 +42,20 @@ def split(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSha
     return NamedSharding(mesh, P(*(axes if i == chosen else None for i in range(len(shape)))))
 
 
-def frozen_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
+def frozen_sharding(mesh: Mesh, leaf: Leaf | np.ndarray) -> NamedSharding:
     return split(mesh, ("fsdp",), leaf.shape)
 
 
-def optimizer_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
+def optimizer_sharding(mesh: Mesh, leaf: Leaf) -> NamedSharding:
     return split(mesh, TRAIN_AXES, leaf.shape)
 
 
 @functools.cache
-def _gather(mesh: Mesh) -> Callable[[Any], Any]:
-    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+def _gather(mesh: Mesh) -> Callable[[Array], Array]:
+    return jax.jit(lambda array: array, out_shardings=replicated(mesh))
 
 
-def replicate_leaves(tree: Any, mesh: Mesh) -> Any:
+def replicate_leaves(tree: Tree, mesh: Mesh) -> Tree:
     """Arrays with a copy on every device; what has one already is not touched. All processes call this together."""
     # One after the other: concurrent programs may meet those of another process in another order, and deadlock.
     return jax.tree.map(lambda x: x if x.is_fully_replicated else _gather(mesh)(x).block_until_ready(), tree)
@@ -76,7 +79,8 @@ def global_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray], indices: list[int
     position = {index: i for i, index in enumerate(indices)}
 
     def sharded(local: np.ndarray) -> Array:
-        def part(index: Any) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             wanted = range(batch_size)[index[0]]
             return local[position[wanted.start] : position[wanted.start] + len(wanted)]
 

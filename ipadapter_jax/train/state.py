@@ -1,6 +1,6 @@
 """All that changes during training, and nothing else: what a checkpoint holds."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from ipadapter_jax.runtime.mesh import replicated
-from ipadapter_jax.train.optim import LossScale
+from ipadapter_jax.train.optim import LossScale, Partitioned
 from ipadapter_jax.train.sharding import optimizer_sharding
 
 
@@ -17,20 +17,20 @@ class TrainState(NamedTuple):
     """The trainable parameters, in float32, with their optimizer. A frozen part is optax.MaskedNode, no leaf."""
 
     step: Array  # int32, updates done, skipped ones too
-    params: dict[str, Any]
-    opt_state: Any
-    ema: Any  # like params, or None
+    params: Partitioned
+    opt_state: optax.OptState
+    ema: Partitioned | None
     loss_scale: LossScale
     bad_steps: Array  # int32, updates skipped in a row
 
     @property
-    def averaged_params(self) -> dict[str, Any]:
+    def averaged_params(self) -> Partitioned:
         """What is validated and exported: the moving average where one is kept, else the parameters."""
         return self.params if self.ema is None else self.ema
 
 
 def init_train_state(
-    params: dict[str, Any], optimizer: optax.GradientTransformation, *, dtype: str, ema: bool
+    params: Partitioned, optimizer: optax.GradientTransformation, *, dtype: str, ema: bool
 ) -> TrainState:
     """The state before the first step. `params`: the trainable parameters, as `partition` gives them; `dtype`: of the
     computation; `ema`: whether a moving average is kept."""

@@ -3,8 +3,8 @@
 All random draws are made here. Those of a sample depend on (seed, step, index in the global batch) alone: a step gives
 the same loss on any number of devices and processes, and a resumed run needs to know only its step."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,15 @@ from ipadapter_jax.models.vae import Posterior
 from ipadapter_jax.ops.batch_sharding import batch_sharded
 from ipadapter_jax.runtime.mesh import batch_sharding, replicated
 from ipadapter_jax.runtime.random_keys import key
+from ipadapter_jax.runtime.trees import Params
 from ipadapter_jax.train.batches import EncodedBatch, FrozenModels, TrainBatch
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.networks import Networks
-from ipadapter_jax.train.optim import all_finite, combine, learning_rate, updates_done
+from ipadapter_jax.train.optim import Partitioned, all_finite, combine, learning_rate, updates_done
 from ipadapter_jax.train.sharding import optimizer_sharding
 from ipadapter_jax.train.state import TrainState
+
+Tree = TypeVar("Tree")
 
 _GATHERED = "gathered"  # names the gathered weights, which the backward pass does not store
 
@@ -118,18 +121,43 @@ def image_features(networks: Networks, frozen: FrozenModels, batch: TrainBatch, 
     return jnp.where(drop.reshape(-1, *(1,) * (features.ndim - 1)), dropped, features)
 
 
-def sample_losses(networks: Networks, params: dict[str, Any], inputs: DenoisingInputs) -> Array:
+def sample_losses(networks: Networks, params: Mapping[str, Params], inputs: DenoisingInputs) -> Array:
     """Mean squared error of each sample, (B,) float32."""
     output = networks.predict(params, inputs.noisy, inputs.timestep, inputs.text, inputs.features)
     return jnp.mean((output - inputs.target) ** 2, axis=(1, 2, 3))
 
 
-def make_step(
-    networks: Networks, optimizer: optax.GradientTransformation, config: Train, mesh: Mesh
-) -> Callable[[TrainState, FrozenModels, TrainBatch], tuple[TrainState, dict[str, Array]]]:
+class StepMetrics(NamedTuple):
+    """What a step reports: scalars. In alphabetical order, which is the order in metrics.jsonl."""
+
+    bad_steps: Array  # int32, updates skipped in a row
+    gradient_norm: Array
+    learning_rate: Array
+    loss: Array
+    loss_scale: Array | None  # with float16
+
+
+class StepResult(NamedTuple):
+    """What a step gives."""
+
+    state: TrainState
+    metrics: StepMetrics
+
+
+class LossAndGradients(NamedTuple):
+    """Of a batch, or of a part of it."""
+
+    loss: Array
+    gradients: Partitioned
+
+
+Step = Callable[[TrainState, FrozenModels, TrainBatch], StepResult]
+
+
+def make_step(networks: Networks, optimizer: optax.GradientTransformation, config: Train, mesh: Mesh) -> Step:
     """The step (state, frozen, batch) -> (state, metrics), for jax.jit, which is to donate the state."""
 
-    def step(state: TrainState, frozen: FrozenModels, batch: TrainBatch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, frozen: FrozenModels, batch: TrainBatch) -> StepResult:
         size = batch.input_ids.shape[0]
         indices = jax.lax.with_sharding_constraint(jnp.arange(size), batch_sharding(mesh))
         timesteps, data = networks.schedule.num_train_timesteps, config.data
@@ -139,10 +167,10 @@ def make_step(
         if parts == 1:
             loss, grads = gradient(state, frozen, batch, draws)
         else:
-            loss, grads = _accumulated(lambda b, d: gradient(state, frozen, b, d), (batch, draws), parts)
+            loss, grads = _accumulated(lambda b, d: gradient(state, frozen, b, d), batch, draws, parts)
         return update(state, loss, grads)
 
-    def gradient(state: TrainState, frozen: FrozenModels, batch: TrainBatch, draws: RandomDraws):
+    def gradient(state: TrainState, frozen: FrozenModels, batch: TrainBatch, draws: RandomDraws) -> LossAndGradients:
         with batch_sharded(mesh):
             inputs = denoising_inputs(networks, gathered(frozen, mesh), batch, draws)
 
@@ -155,18 +183,18 @@ def make_step(
             scaled_loss = jax.checkpoint(scaled_loss, policy=policy)
         with batch_sharded(mesh):
             (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(state.params, frozen)
-        return loss, jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
+        return LossAndGradients(loss, jax.tree.map(lambda g: g / state.loss_scale.scale, grads))
 
-    def update(state: TrainState, loss: Array, grads: Any) -> tuple[TrainState, dict[str, Array]]:
+    def update(state: TrainState, loss: Array, grads: Partitioned) -> StepResult:
         # Sharded as the optimizer's state is: each device updates its part, and the parts are gathered.
         grads = jax.tree.map(lambda g: jax.lax.with_sharding_constraint(g, optimizer_sharding(mesh, g)), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # A finite gradient may have an infinite square, which would stay in the moments and freeze its weight for good.
         finite = all_finite((loss, grads, opt_state, params))
-        ema = state.ema
-        if config.optim.ema is not None:
-            ema = optax.incremental_update(params, state.ema, 1 - config.optim.ema)
+        ema, decay = state.ema, config.optim.ema
+        if decay is not None:
+            ema = jax.tree.map(lambda new, old: optax.incremental_update(new, old, 1 - decay), params, ema)
         new = TrainState(
             step=state.step + 1,
             params=jax.tree.map(lambda p: jax.lax.with_sharding_constraint(p, replicated(mesh)), params),
@@ -177,12 +205,14 @@ def make_step(
         )
         old = new._replace(params=state.params, opt_state=state.opt_state, ema=state.ema, bad_steps=state.bad_steps + 1)
         chosen = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        rate = jnp.float32(learning_rate(config.optim)(updates_done(state.opt_state)))
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads), "bad_steps": chosen.bad_steps}
-        metrics["learning_rate"] = rate
-        if config.model.dtype == "float16":
-            metrics["loss_scale"] = chosen.loss_scale.scale
-        return chosen, metrics
+        metrics = StepMetrics(
+            bad_steps=chosen.bad_steps,
+            gradient_norm=optax.tree.norm(grads),
+            learning_rate=jnp.float32(learning_rate(config.optim)(updates_done(state.opt_state))),
+            loss=loss,
+            loss_scale=chosen.loss_scale.scale if config.model.dtype == "float16" else None,
+        )
+        return StepResult(chosen, metrics)
 
     return step
 
@@ -198,15 +228,17 @@ def gathered(frozen: FrozenModels, mesh: Mesh) -> FrozenModels:
     return jax.tree.map(gather, frozen)
 
 
-def in_parts(batch: Any, parts: int) -> Any:
+def in_parts(batch: Tree, parts: int) -> Tree:
     """Arrays (B, ...) -> (parts, B / parts, ...). Part i has the samples i, i + parts, ...: each device
     holds the samples of its shard already."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
 
-def _accumulated(gradient: Callable, batch: Any, parts: int) -> tuple[Array, Any]:
+def _accumulated(
+    gradient: Callable[[TrainBatch, RandomDraws], LossAndGradients], batch: TrainBatch, draws: RandomDraws, parts: int
+) -> LossAndGradients:
     """Loss and gradient of the mean over a batch, computed in `parts`, one after the other."""
-    split = in_parts(batch, parts)
+    split = in_parts((batch, draws), parts)
     like = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], split))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 

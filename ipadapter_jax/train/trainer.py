@@ -5,10 +5,9 @@ import logging
 from collections import deque
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-from jax import Array
 
 from ipadapter_jax.data.loader import LoadedBatch, load_batches
 from ipadapter_jax.errors import InputError
@@ -26,6 +25,7 @@ from ipadapter_jax.train.preemption import CoordinatedShutdown
 from ipadapter_jax.train.run_dir import run_lock
 from ipadapter_jax.train.sharding import check_batch, global_batch, local_indices, replicate_leaves
 from ipadapter_jax.train.state import TrainState
+from ipadapter_jax.train.step import StepMetrics
 from ipadapter_jax.train.unused_options import warn_of_unused_options
 
 log = logging.getLogger("ipadapter_jax")
@@ -46,7 +46,7 @@ def train(config: Train, variation: Variation | None = None) -> int:
     enable_compilation_cache()
     check_batch_memory(config, jax.process_count())
     mesh, folder = global_mesh(config.mesh.fsdp), Path(expand_home(config.out))
-    check_batch(mesh, config.data.batch_size, config.optim.accumulate)
+    check_batch(mesh.size, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config.data.path, config.data, config.model)  # most mistakes show before there is a folder
     with run_lock(folder), CoordinatedShutdown() as shutdown, contextlib.ExitStack() as files:
         run, state = build(config, mesh, folder, samples, files, variation)
@@ -104,7 +104,7 @@ def _batches(run: Run, indices: list[int], first: int) -> Generator[LoadedBatch,
 
 class _PendingStep(NamedTuple):
     number: int
-    metrics: dict[str, Array]
+    metrics: StepMetrics
 
 
 class PendingSteps:
@@ -114,7 +114,7 @@ class PendingSteps:
         self._run = run
         self._steps: deque[_PendingStep] = deque()
 
-    def add(self, number: int, metrics: dict[str, Array]) -> None:
+    def add(self, number: int, metrics: StepMetrics) -> None:
         """Adds a step, and reads the outcomes of those that must be done by now."""
         self._steps.append(_PendingStep(number, metrics))
         self.wait(_IN_FLIGHT)
@@ -126,7 +126,7 @@ class PendingSteps:
         """
         while len(self._steps) > in_flight:
             number, metrics = self._steps.popleft()
-            skipped = int(metrics["bad_steps"])
+            skipped = int(metrics.bad_steps)
             if skipped >= self._run.config.optim.max_nonfinite_steps:
                 raise InputError(
                     f"the gradients of {skipped} steps in a row, up to step {number}, were not finite; "
@@ -173,7 +173,7 @@ def _validate(run: Run, state: TrainState, number: int) -> None:
 
 def _save(run: Run, state: TrainState, number: int) -> None:
     """Starts to write the checkpoint, which goes on during the next steps, and exports the adapter."""
-    run_on_all(lambda: run.checkpoints.save(number, state, run.identity))
+    run_on_all(lambda: run.checkpoints.save(number, state, run.identity.to_json()))
     _export(run, state, number)
     if malloc.is_cpu_only():
         malloc.trim()
@@ -181,7 +181,7 @@ def _save(run: Run, state: TrainState, number: int) -> None:
 
 def _export(run: Run, state: TrainState, number: int) -> None:
     replicated = replicate_leaves(state.averaged_params, run.mesh)
-    own: Any = jax.tree.map(lambda x: x.addressable_data(0), replicated)
+    own = jax.tree.map(lambda x: x.addressable_data(0), replicated)
     run_on_first(lambda: run.reporter and run.reporter.export(number, own))
 
 

@@ -1,9 +1,10 @@
 """Warns of settings that have no effect with the others of a run. A recipe may state them, so they are not an error."""
 
 import warnings
+from operator import attrgetter
 from typing import NamedTuple
 
-from ipadapter_jax.train.config import Train, flag, value_of
+from ipadapter_jax.train.config import Train, flag
 
 
 class _UnusedOptions(NamedTuple):
@@ -16,7 +17,7 @@ def warn_of_unused_options(config: Train) -> None:
     """Warns of settings that differ from their defaults and have no effect."""
     plain = Train()
     for names, idle, why in _rules(config):
-        changed = [f"--{flag(name)}" for name in names if value_of(config, name) != value_of(plain, name)]
+        changed = [f"--{flag(name)}" for name in names if attrgetter(name)(config) != attrgetter(name)(plain)]
         if idle and changed:
             has = "have" if len(changed) > 1 else "has"
             warnings.warn(f"{', '.join(changed)} {has} no effect {why}", stacklevel=3)

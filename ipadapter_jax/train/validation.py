@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,12 @@ from ipadapter_jax.pipelines.feature_encoder import CLIPFeatureEncoder
 from ipadapter_jax.pipelines.ip_adapter import Adapter
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.runtime.mesh import batch_sharding, local_mesh, replicated
+from ipadapter_jax.runtime.trees import Params, PyTree
 from ipadapter_jax.train.batches import EncodedBatch, FrozenModels, ImageBatch, TrainBatch, batch_of
 from ipadapter_jax.train.config import Log
 from ipadapter_jax.train.dataset import Samples, first_readable_sample
 from ipadapter_jax.train.networks import LoadedNetworks, Networks
-from ipadapter_jax.train.optim import combine
+from ipadapter_jax.train.optim import Partitioned, combine
 from ipadapter_jax.train.sharding import global_batch, local_indices, replicate_leaves
 from ipadapter_jax.train.step import (
     denoising_inputs,
@@ -43,7 +44,10 @@ from ipadapter_jax.train.step import (
     random_draws,
     sample_losses,
 )
+from ipadapter_jax.weights.load_tree import Tree
 from ipadapter_jax.weights.open_component import LoadedComponent
+
+T = TypeVar("T")
 
 BUCKETS = 4  # quarters of the timesteps, the first being the least noisy
 _SEED, _STEP = 0, 2**32 - 1  # of noise that no training step uses
@@ -73,13 +77,13 @@ class Validation:
         scores = log.clip is not None and jax.process_index() == 0
         self._scorer = open_scorer(str(log.clip)).load() if scores else None
 
-    def losses(self, trainable: Any) -> dict[str, float]:
+    def losses(self, trainable: Partitioned) -> dict[str, float]:
         """By name, "validation_loss_0" being that of the least noisy quarter of the timesteps."""
         losses = np.asarray(self._losses(trainable, self._frozen, self._batch).addressable_data(0))
         named = {f"validation_loss_{i}": float(loss) for i, loss in enumerate(losses)}
         return {"validation_loss": float(np.mean(losses)), **named}
 
-    def grid(self, trainable: Any, step: int) -> "Grid":
+    def grid(self, trainable: Partitioned, step: int) -> "Grid":
         """A row for every image prompt: the reference and images of fixed seeds, without text, labelled; and by name
         what the scoring CLIP says of them. For process 0, which samples on its own devices; nothing for the others, and
         where there is to be none."""
@@ -102,10 +106,10 @@ class Validation:
     def _image_prompts(self) -> "ImagePrompts":
         vae, params = self._loaded.networks.vae, self._loaded.frozen.params["vae"]
 
-        def first_samples(params: Any, batch: EncodedBatch) -> _GridInputs:
+        def first_samples(params: Params, batch: EncodedBatch) -> _GridInputs:
             batch = jax.tree.map(lambda x: x[:_IMAGES], batch)
             posterior = Posterior(batch.mean, batch.logvar)
-            decoded: Any = vae.apply({"params": params}, vae.sample(posterior, 0.0), method=VAE.decode)
+            decoded: PyTree = vae.apply({"params": params}, vae.sample(posterior, 0.0), method=VAE.decode)
             return _GridInputs(decoded, batch.input_ids, batch.features)
 
         decoded, input_ids, positive = jax.tree.map(
@@ -177,12 +181,14 @@ def _encoded(networks: Networks, mesh: Mesh, frozen: FrozenModels, batch: TrainB
     return _Encoded(sharded, networks.image_features(frozen, jnp.zeros((1, side, side, 3)))[0])
 
 
-def make_validation_losses(networks: Networks, mesh: Mesh) -> Callable[[Any, FrozenModels, EncodedBatch], Array]:
+def make_validation_losses(
+    networks: Networks, mesh: Mesh
+) -> Callable[[Partitioned, FrozenModels, EncodedBatch], Array]:
     """(trainable, frozen, batch) -> mean loss per bucket of timesteps (BUCKETS,), nothing dropped, noise fixed."""
     total = networks.schedule.num_train_timesteps
     width = total // BUCKETS
 
-    def losses(trainable: Any, frozen: FrozenModels, batch: EncodedBatch) -> Array:
+    def losses(trainable: Partitioned, frozen: FrozenModels, batch: EncodedBatch) -> Array:
         size = batch.input_ids.shape[0]
         indices = jax.lax.with_sharding_constraint(jnp.arange(size), batch_sharding(mesh))
 
@@ -239,7 +245,7 @@ def grid_sheet(
     return contact_sheet(rows, note, side=max(_LEAST_SIDE, prompts.references[0].width))
 
 
-def pipeline_of(loaded: LoadedNetworks, params: dict[str, Any], mesh: Mesh) -> StableDiffusion:
+def pipeline_of(loaded: LoadedNetworks, params: dict[str, Tree], mesh: Mesh) -> StableDiffusion:
     """The sampler of a run's networks with these weights."""
     networks, adapters = loaded.networks, ()
     if networks.projection is not None and networks.adapter is not None:
@@ -260,7 +266,7 @@ def pipeline_of(loaded: LoadedNetworks, params: dict[str, Any], mesh: Mesh) -> S
     )
 
 
-def local_copy(tree: Any, local: Mesh) -> Any:
+def local_copy(tree: T, local: Mesh) -> T:
     """Arrays with a copy on every device, as arrays of this process's devices alone; the memory is shared."""
 
     def one(leaf: Array) -> Array:

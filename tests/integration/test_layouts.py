@@ -41,7 +41,7 @@ def losses(config: Train, mesh, steps: int = 10):
     found = []
     for batch in load_batches(samples, seed=0, batch_size=size, rows=rows, first=0, count=steps, threads=2):
         state, metrics = step(state, loaded.frozen, batch_of(global_batch(mesh, batch.arrays, rows, size)))
-        found.append(float(metrics["loss"]))
+        found.append(float(metrics.loss))
     return np.asarray(found), state, loaded
 
 

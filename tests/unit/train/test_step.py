@@ -96,7 +96,7 @@ def test_ten_steps_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, losses, after = recorded_batch(case), [], {}
     for i in range(10):
         state, metrics = step(state, loaded.frozen, batch)
-        losses.append(float(metrics["loss"]))
+        losses.append(float(metrics.loss))
         after[i + 1] = in_torch_names(state.params)
     case.check(losses=np.asarray(losses))
     compared = 0
@@ -135,7 +135,7 @@ def test_frozen_parts_stay_and_have_no_state(short_run) -> None:
     old = state
     for _ in range(3):
         state, metrics = step(state, loaded.frozen, batch)
-    assert int(state.step) == 3 and np.isfinite(metrics["loss"])
+    assert int(state.step) == 3 and np.isfinite(metrics.loss)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(loaded.frozen), strict=True):
         assert a.tobytes() == np.asarray(b).tobytes()
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), old.params, state.params)
@@ -154,7 +154,7 @@ def test_a_step_with_non_finite_gradients_is_skipped(short_run) -> None:
     loaded, state, step, batch = short_run
     bad = state._replace(params=jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params))
     after, metrics = step(bad, loaded.frozen, batch)
-    assert int(metrics["bad_steps"]) == 1 and int(after.step) == 1
+    assert int(metrics.bad_steps) == 1 and int(after.step) == 1
     for part in ("params", "opt_state", "ema"):
         for a, b in zip(jax.tree.leaves(getattr(bad, part)), jax.tree.leaves(getattr(after, part)), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -167,7 +167,7 @@ def test_a_finite_gradient_with_an_infinite_square_is_skipped(short_run) -> None
     huge = jax.tree.map(lambda x: x * 1e13, state.params["ip_adapter"])
     before, step = started(config, global_mesh(), loaded, state.params | {"ip_adapter": huge})
     after, metrics = step(before, loaded.frozen, batch)
-    assert np.isfinite(metrics["loss"]) and int(metrics["bad_steps"]) == 1
+    assert np.isfinite(metrics.loss) and int(metrics.bad_steps) == 1
     for a, b in zip(jax.tree.leaves(before.opt_state), jax.tree.leaves(after.opt_state), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
