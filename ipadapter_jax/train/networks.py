@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +35,9 @@ from ipadapter_jax.weights.open_base_model import open_base_folder
 from ipadapter_jax.weights.tokenizer import Tokenizer, tokenize
 
 
-def _apply(module: nn.Module, params: Params, *inputs: Array, method: Callable | None = None) -> PyTree:
+def _apply(
+    module: VAE | CLIPText | CLIPVision, params: Params, *inputs: Array, method: Callable | None = None
+) -> PyTree:
     return module.apply({"params": params}, *inputs, method=method)
 
 
