@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from ipadapter_jax.cli.batch_options import HELP_JOB, BatchOptions
+from ipadapter_jax.cli.batch_options import JOB_OPTIONS, BatchOptions
 from ipadapter_jax.cli.option_types import Positional
-from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING
+from ipadapter_jax.cli.options import IMAGE_PROMPT_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS
 from ipadapter_jax.errors import InputError
 
 
@@ -27,10 +27,10 @@ class Batch(BatchOptions):
 
     help_groups: ClassVar = {
         "images": ("source", "out", "num_images", "seed", "height", "width", "negative_prompt"),
-        "image prompt": HELP_IMAGE_PROMPT,
-        "sampling": HELP_SAMPLING,
-        "model": HELP_MODEL,
-        "the job": HELP_JOB,
+        "image prompt": IMAGE_PROMPT_OPTIONS,
+        "sampling": SAMPLING_OPTIONS,
+        "model": MODEL_OPTIONS,
+        "the job": JOB_OPTIONS,
     }
 
     def check(self) -> None:

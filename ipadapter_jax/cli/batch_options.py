@@ -6,7 +6,7 @@ from ipadapter_jax.cli.options import Sampling
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.urls import is_url
 
-HELP_JOB = ("batch_size", "process", "processes")
+JOB_OPTIONS = ("batch_size", "process", "processes")
 
 
 @dataclasses.dataclass(kw_only=True)

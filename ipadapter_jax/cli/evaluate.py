@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from ipadapter_jax.cli.batch_options import HELP_JOB, BatchOptions
+from ipadapter_jax.cli.batch_options import JOB_OPTIONS, BatchOptions
 from ipadapter_jax.cli.option_types import Positional
-from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING, refuse
+from ipadapter_jax.cli.options import IMAGE_PROMPT_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, refuse
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.protocol import SCORER, CaptionChoice
 from ipadapter_jax.storage.paths import PathOrHubId
@@ -57,10 +57,10 @@ class Evaluate(BatchOptions):
         "evaluation": ("data", "out", "adapter", "images_from", "limit", "num_images", "with_caption"),
         "data": ("image_root", "image_column", "text_column"),
         "scores": ("clip", "caption", "caption_prefix", "fid_features"),
-        "image prompt": tuple(name for name in HELP_IMAGE_PROMPT if name != "adapter"),
-        "sampling": ("seed", "height", "width", "negative_prompt", *HELP_SAMPLING),
-        "model": HELP_MODEL,
-        "the job": HELP_JOB,
+        "image prompt": tuple(name for name in IMAGE_PROMPT_OPTIONS if name != "adapter"),
+        "sampling": ("seed", "height", "width", "negative_prompt", *SAMPLING_OPTIONS),
+        "model": MODEL_OPTIONS,
+        "the job": JOB_OPTIONS,
     }
 
     def __post_init__(self) -> None:

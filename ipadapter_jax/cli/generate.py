@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from ipadapter_jax.cli.options import HELP_IMAGE_PROMPT, HELP_MODEL, HELP_SAMPLING, OF_IMAGE_PROMPTS, Sampling, refuse
+from ipadapter_jax.cli.options import IMAGE_PROMPT_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, Sampling, refuse
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.former_names import FormerName
 from ipadapter_jax.runtime.memory_limits import check_memory
@@ -57,10 +57,10 @@ class Generate(Sampling):
 
     help_groups: ClassVar = {
         "images": ("prompt", "image", "out", "num_images", "seed", "height", "width", "negative_prompt"),
-        "image prompt": ("image_weights", "masks", *HELP_IMAGE_PROMPT, "image_embeds"),
+        "image prompt": ("image_weights", "masks", *IMAGE_PROMPT_OPTIONS, "image_embeds"),
         "image-to-image and inpainting": ("init_image", "mask_image", "strength", "preserve_unmasked"),
-        "sampling": HELP_SAMPLING,
-        "model": HELP_MODEL,
+        "sampling": SAMPLING_OPTIONS,
+        "model": MODEL_OPTIONS,
         "additional output": ("save_image_embeds", "attention_maps", "grid"),
     }
 
@@ -94,7 +94,7 @@ def _check(args: Generate) -> None:
             args, ("reference_resize", "negative_image"), "on --image-embeds, which are encoded already", "give --image"
         )
     if not prompted:
-        names = (*OF_IMAGE_PROMPTS, "image_weights", "masks")
+        names = (*IMAGE_PROMPT_OPTIONS, "image_weights", "masks")
         refuse(args, names, "without an image prompt", "give --image or --image-embeds")
     for option, needs, given in _NEEDS:
         if given(args) and not getattr(args, needs):

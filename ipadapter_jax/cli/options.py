@@ -34,7 +34,8 @@ ARGUMENTS: Mapping[str, str] = {
     "exact_outside_mask": "preserve_unmasked",
 }
 
-HELP_IMAGE_PROMPT = (
+# Options by their subject, in the order of --help.
+IMAGE_PROMPT_OPTIONS = (
     "scale",
     "adapter",
     "image_encoder",
@@ -46,7 +47,7 @@ HELP_IMAGE_PROMPT = (
     "negative_image",
     "uncond",
 )
-HELP_SAMPLING = (
+SAMPLING_OPTIONS = (
     "steps",
     "guidance_scale",
     "guidance_rescale",
@@ -57,7 +58,7 @@ HELP_SAMPLING = (
     "eta",
     "clip_skip",
 )
-HELP_MODEL = ("model", "dtype", "variant", "revision", "vae", "text_encoder", "config", "extract_ema")
+MODEL_OPTIONS = ("model", "dtype", "variant", "revision", "vae", "text_encoder", "config", "extract_ema")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -183,20 +184,6 @@ class Sampling(ModelOptions):
             "height": self.height,
             "width": self.width,
         }
-
-
-OF_IMAGE_PROMPTS = (
-    "scale",
-    "layer_scales",
-    "scale_start",
-    "scale_end",
-    "scale_steps",
-    "reference_resize",
-    "negative_image",
-    "uncond",
-    "image_encoder",
-    "adapter",
-)
 
 
 def changed(args: Any, names: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ipadapter_jax.batch.plan import plan_tasks
 from ipadapter_jax.batch.rows import BatchRow, read_rows
 from ipadapter_jax.cli.batch import Batch
-from ipadapter_jax.cli.options import OF_IMAGE_PROMPTS, refuse
+from ipadapter_jax.cli.options import IMAGE_PROMPT_OPTIONS, refuse
 from ipadapter_jax.cli.run.image_batches import make_images, settings
 from ipadapter_jax.cli.run.sampling import load_for_job
 from ipadapter_jax.data.unused_files import summarize, write_report
@@ -48,7 +48,7 @@ def batch(args: Batch) -> int:
 def check_effects(args: Batch, rows: Sequence[BatchRow]) -> None:
     """Raises InputError for options, and warns of columns, that have no effect on any of these rows."""
     if not any(row.images for row in rows):
-        refuse(args, OF_IMAGE_PROMPTS, f"on {args.source}, of which no row has an image", "name images there")
+        refuse(args, IMAGE_PROMPT_OPTIONS, f"on {args.source}, of which no row has an image", "name images there")
     negative = next((row for row in rows if row.negative_prompt), None)
     if negative is not None and args.guidance_scale is not None and args.guidance_scale <= 1:
         raise InputError(
