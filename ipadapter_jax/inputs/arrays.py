@@ -3,6 +3,7 @@
 torch is never imported: a tensor is converted by its own methods.
 """
 
+from collections.abc import Iterator
 from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
@@ -23,7 +24,20 @@ class _Tensor(Protocol):
     def numpy(self) -> np.ndarray: ...
 
 
-def is_array(value: object) -> bool:
+class AnyArray(Protocol):
+    """What arrays of numpy, jax, torch and other libraries with numpy's array interface have in common."""
+
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def dtype(self) -> object: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator["AnyArray"]: ...
+    def __getitem__(self, index: int, /) -> "AnyArray": ...
+    def __array__(self) -> np.ndarray: ...
+
+
+def is_array(value: object) -> TypeGuard[AnyArray]:
     """Whether a value is an array of any library. Numbers, lists and PIL images are not arrays."""
     if isinstance(value, np.ndarray) or _is_tensor(value):
         return True

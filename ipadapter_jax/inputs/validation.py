@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -188,7 +188,7 @@ def largest_finite(dtype: DTypeLike) -> float:
     return {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}.get(np.dtype(dtype).name, 3.4028234663852886e38)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a real number that is finite as float32."""
     try:
         return isinstance(value, Real) and abs(float(value)) < 1e38  # not NaN: that compares as false

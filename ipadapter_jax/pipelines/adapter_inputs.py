@@ -4,16 +4,21 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ipadapter_jax.errors import InputError, argument
+from ipadapter_jax.inputs.arrays import AnyArray
 from ipadapter_jax.inputs.validation import Uncond, to_float32
 from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.pipelines.feature_encoder import FeatureInputs, ImageLike, PreparedImages
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights.image_embeds import load_image_embeds
+
+GivenEmbeds = AnyArray | Sequence[object] | str | os.PathLike[str]
+"""Image features of one adapter as a caller gives them: an array, nested lists of numbers, or a file."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +47,7 @@ class AdapterInputs:
 
     projection: ImageProjConfig
     encoder_inputs: FeatureInputs | None
-    dtype: Any
+    dtype: DTypeLike
     source: Path
 
     @property
@@ -64,7 +69,7 @@ class AdapterInputs:
         prompts: Sequence[Sequence[ImageLike] | PreparedImages],
         fit: str,
         guided: bool,
-        negative: Sequence[ImageLike] | None = None,
+        negative: Sequence[ImageLike] | PreparedImages | None = None,
         uncond: Uncond = "default",
     ) -> PlannedFeatures:
         """The images of Q prompts, read now. Raises InputError naming what cannot be used."""
@@ -90,7 +95,7 @@ class AdapterInputs:
             unlike = self._unconditional(uncond)
         return PlannedFeatures(np.stack(pixels), unlike, guided, encoded=False, negative_encoded=False)
 
-    def from_embeds(self, embeds: Any, guided: bool, uncond: Uncond = "default") -> PlannedFeatures:
+    def from_embeds(self, embeds: GivenEmbeds, guided: bool, uncond: Uncond = "default") -> PlannedFeatures:
         """Features (G, n, F), or (G, n, L, F) for kinds that have positions, or a file of them. Those of the positive
         branch alone get the negative one that `uncond` says. Raises InputError naming the right shape."""
         kind, name = self.projection.feature_kind, "ip_adapter_image_embeds"

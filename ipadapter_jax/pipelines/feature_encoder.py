@@ -5,9 +5,10 @@ interfaces, of which the classes for CLIP's vision model are one implementation.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from jax import Array
@@ -15,14 +16,15 @@ from PIL import Image
 
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.images.preprocess import FITS, clip_pixel_values, load_image, square_tiles
+from ipadapter_jax.inputs.arrays import AnyArray
 from ipadapter_jax.inputs.validation import Uncond
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.models.image_features import FeatureKind
 from ipadapter_jax.pipelines import programs
 from ipadapter_jax.weights.open_component import LoadedComponent
 
-ImageLike = Any
-"""A path, a PIL image, or an array of numpy, jax or torch."""
+ImageLike = str | os.PathLike[str] | Image.Image | AnyArray
+"""An image as a caller gives it: a path, an https URL, a PIL image, or an array of numpy, jax or torch."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

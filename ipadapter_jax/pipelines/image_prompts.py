@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from jax import Array
@@ -16,8 +16,11 @@ from ipadapter_jax.models.unet_config import CrossAttentionLayer
 from ipadapter_jax.pipelines.adapter_inputs import AdapterInputs, PlannedFeatures
 from ipadapter_jax.pipelines.conditioning import ImageBranch
 from ipadapter_jax.pipelines.image_prompt_settings import (
+    AdapterScale,
+    EmbeddedPrompt,
     ImagePromptSettings,
     PerPrompt,
+    ScalePerPrompt,
     check_combination,
     images_of_prompt,
     masks_by_adapter,
@@ -27,7 +30,7 @@ from ipadapter_jax.pipelines.image_prompt_settings import (
 )
 from ipadapter_jax.pipelines.ip_adapter import Adapter
 from ipadapter_jax.pipelines.masks import check_inside, layer_mask, load_mask
-from ipadapter_jax.pipelines.scales import Scale, scale_table
+from ipadapter_jax.pipelines.scales import Scale, ScaleLike, scale_table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,8 +95,8 @@ def plan_image_prompts(
     negatives = negatives_by_adapter(settings.negative, len(adapters))
     found = []
     for adapter, prompt, negative, scale, its_masks in zip(adapters, given, negatives, scales, masks, strict=True):
-        if settings.embeds is not None:
-            features = adapter.from_embeds(prompt, guided, settings.uncond)
+        if isinstance(prompt, EmbeddedPrompt):
+            features = adapter.from_embeds(prompt.embeds, guided, settings.uncond)
         else:
             prompts = [images_of_prompt(p) for p in (prompt.items if isinstance(prompt, PerPrompt) else [prompt])]
             if len(prompts) not in (1, num_prompts):
@@ -118,6 +121,13 @@ def plan_image_prompts(
     return found
 
 
+class _ScaleByPrompt(NamedTuple):
+    """A weight for each prompt's images (Q, n), and the scale that they have in common."""
+
+    weight: np.ndarray
+    scale: Scale
+
+
 @dataclasses.dataclass(frozen=True)
 class _AdapterPlan:
     """From one adapter's images to its image branches."""
@@ -128,11 +138,12 @@ class _AdapterPlan:
     guidance_branches: int
     num_prompts: int
 
-    def together(self, scale: Any) -> list[PlannedImageBranch]:
+    def together(self, scale: AdapterScale) -> list[PlannedImageBranch]:
         """All images in one softmax; a list of numbers weighs each."""
         weight = np.ones((1, self.count), np.float32)
         if isinstance(scale, PerPrompt):
-            weight, scale = self._by_prompt(scale)
+            by_prompt = self._by_prompt(scale)
+            weight, scale = by_prompt.weight, by_prompt.scale
         elif isinstance(scale, list | tuple):
             if any(not isinstance(s, Real) for s in scale):
                 raise InputError(
@@ -142,7 +153,7 @@ class _AdapterPlan:
             weight, scale = np.asarray([tables], np.float32), 1.0
         return self._planned(slice(None), weight, scale, None)
 
-    def apart(self, scale: Any, masks: Sequence[np.ndarray]) -> list[PlannedImageBranch]:
+    def apart(self, scale: AdapterScale, masks: Sequence[np.ndarray]) -> list[PlannedImageBranch]:
         """Every image in a softmax of its own, where its mask is."""
         if len(masks) != self.count:
             raise InputError(
@@ -159,8 +170,7 @@ class _AdapterPlan:
         ]
         return [branch for branches in made for branch in branches]
 
-    def _by_prompt(self, scales: "PerPrompt") -> tuple[np.ndarray, Scale]:
-        """A weight for each prompt's images (Q, n), and the scale that they have in common."""
+    def _by_prompt(self, scales: ScalePerPrompt) -> "_ScaleByPrompt":
         full = [s if isinstance(s, Scale) else Scale(s) for s in scales.items]
         common = [dataclasses.replace(s, value=1.0) for s in full]
         if len(full) != self.num_prompts or any(s != common[0] for s in common):
@@ -170,9 +180,10 @@ class _AdapterPlan:
             )
         for s in full:  # a number: presets belong into Scale(layers=...)
             scale_table(Scale(s.value), self.layers, 1)
-        return np.repeat(np.asarray([s.value for s in full], np.float32)[:, None], self.count, axis=1), common[0]
+        weight = np.repeat(np.asarray([s.value for s in full], np.float32)[:, None], self.count, axis=1)
+        return _ScaleByPrompt(weight, common[0])
 
-    def _each(self, scales: Sequence[Any]) -> Sequence[Any]:
+    def _each(self, scales: Sequence[ScaleLike]) -> Sequence[ScaleLike]:
         if len(scales) != self.count:
             raise InputError(
                 f"{argument('ip_adapter_scale')}: {len(scales)} scales for {self.count} {_SQUARES}; give one for each"
@@ -180,7 +191,7 @@ class _AdapterPlan:
         return scales
 
     def _planned(
-        self, images: slice, image_weight: np.ndarray, scale: Any, mask: np.ndarray | None
+        self, images: slice, image_weight: np.ndarray, scale: ScaleLike, mask: np.ndarray | None
     ) -> list[PlannedImageBranch]:
         """One branch, and with a precise preset under guidance a second one whose guidance branches are swapped."""
         table = scale_table(scale, self.layers, self.num_steps)

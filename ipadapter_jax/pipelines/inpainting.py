@@ -3,7 +3,7 @@ starts from."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ from ipadapter_jax.images.preprocess import load_image
 from ipadapter_jax.inputs.validation import latent_shape
 from ipadapter_jax.models.vae import normalize
 from ipadapter_jax.pipelines.conditioning import PreservedRegion
+from ipadapter_jax.pipelines.feature_encoder import ImageLike
 from ipadapter_jax.pipelines.masks import check_latent_mask, latent_mask, load_mask
 from ipadapter_jax.pipelines.noise import INITIAL, MASKED_POSTERIOR, POSTERIOR
 from ipadapter_jax.pipelines.sample_batch import SampleBatch
@@ -30,7 +31,9 @@ class InitImage:
     mask: np.ndarray | None
 
     @classmethod
-    def load(cls, image: Any, mask: Any, height: int | None, width: int | None, multiple: int) -> "InitImage":
+    def load(
+        cls, image: ImageLike | None, mask: ImageLike | None, height: int | None, width: int | None, multiple: int
+    ) -> "InitImage":
         """Reads image and mask in this size in pixels, by default the image's own rounded down to a `multiple`. Raises
         InputError."""
         if image is None:
@@ -69,8 +72,8 @@ class InitImage:
 
 
 def open_init_image(
-    image: Any,
-    mask: Any,
+    image: ImageLike | None,
+    mask: ImageLike | None,
     strength: float | None,
     exact: bool,
     size: tuple[int | None, int | None],
@@ -93,7 +96,7 @@ def open_init_image(
     return init_image
 
 
-def strength_of(strength: float | None, image: Any, mask: Any) -> float:
+def strength_of(strength: float | None, image: ImageLike | None, mask: ImageLike | None) -> float:
     """The fraction of the steps that run: by default 1 without an image or with a mask, else 0.8."""
     if strength is not None:
         return strength

@@ -4,11 +4,12 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy.typing import DTypeLike
 
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.models.image_projections import Projection, image_projection
@@ -51,18 +52,20 @@ class Adapter:
 
     def encode(self, planned: PlannedFeatures) -> Array:
         """Features (Q, G, n, ...), G being 1 without guidance."""
-        positive: Any = planned.positive
-        if not planned.encoded:
-            features = self._encode(positive.reshape(-1, *positive.shape[2:]))
-            positive = features.reshape(*positive.shape[:2], *features.shape[1:])
-        positive = jnp.asarray(positive)
+        given = planned.positive
+        if planned.encoded:
+            positive = jnp.asarray(given)
+        else:
+            features = self._encode(given.reshape(-1, *given.shape[2:]))
+            positive = features.reshape(*given.shape[:2], *features.shape[1:])
         if not planned.guided:
             return positive[:, None]
-        negative: Any = planned.negative
-        if negative is None:
+        if planned.negative is None:
             negative = jnp.zeros_like(positive[0])
-        elif not planned.negative_encoded:
-            negative = self._encode(negative)
+        elif planned.negative_encoded:
+            negative = jnp.asarray(planned.negative)
+        else:
+            negative = self._encode(planned.negative)
         return jnp.stack([jnp.broadcast_to(negative, positive.shape), positive], axis=1)
 
     def keys_values(self, features: Array, weight: np.ndarray) -> list[KeyValue]:
@@ -83,13 +86,13 @@ class OpenedAdapter:
     encoder: LazyComponent | None
     widths: tuple[int, ...]
 
-    def inputs(self, dtype: Any) -> AdapterInputs:
+    def inputs(self, dtype: DTypeLike) -> AdapterInputs:
         """What it will take when it is loaded in `dtype`."""
         kind = self.file.config.feature_kind
         encoder = None if self.encoder is None else CLIPFeatureInputs(self.encoder.config, kind)
         return AdapterInputs(self.file.config, encoder, dtype, self.file.path)
 
-    def load(self, dtype: Any, put: Callable, attached: Sequence[Adapter]) -> Adapter:
+    def load(self, dtype: np.dtype, put: Callable, attached: Sequence[Adapter]) -> Adapter:
         """Reads both; the encoder is shared with an `attached` adapter that uses the same one."""
         params = self.weights.load(np.dtype(dtype), put)
         encoder = None

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,11 +9,12 @@ from PIL import Image
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.images.levels import array_to_image, eight_bits, mask_levels
 from ipadapter_jax.images.preprocess import load_upright
-from ipadapter_jax.inputs.arrays import image_array, is_array
+from ipadapter_jax.inputs.arrays import AnyArray, image_array, is_array
+from ipadapter_jax.pipelines.feature_encoder import ImageLike
 
 
 def load_mask(
-    source: Any, height: int, width: int, what: str = "mask", shape: tuple[int, int] | None = None
+    source: ImageLike, height: int, width: int, what: str = "mask", shape: tuple[int, int] | None = None
 ) -> np.ndarray:
     """An image file, a PIL image or an array as a mask (height, width) float32 in [0, 1], 1 being inside. One rule
     for all of them:
@@ -66,7 +66,7 @@ def _warn_of_little(mask: np.ndarray, what: str, multiple: int, stacklevel: int)
         )
 
 
-def _levels_of_array(source: Any, what: str) -> np.ndarray:
+def _levels_of_array(source: AnyArray, what: str) -> np.ndarray:
     """(H, W) uint8."""
     name = f"the {what}, an image array,"
     array = image_array(source, name)

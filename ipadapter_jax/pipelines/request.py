@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ipadapter_jax.diffusion.samplers import SamplerRun, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
@@ -24,9 +24,15 @@ from ipadapter_jax.inputs.validation import (
 from ipadapter_jax.models.clip import CLIPTextConfig
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.models.vae import VAEConfig
-from ipadapter_jax.pipelines.adapter_inputs import AdapterInputs
+from ipadapter_jax.pipelines.adapter_inputs import AdapterInputs, GivenEmbeds
 from ipadapter_jax.pipelines.feature_encoder import ImageLike
-from ipadapter_jax.pipelines.image_prompt_settings import ImagePrompt, ImagePromptSettings, PerPrompt
+from ipadapter_jax.pipelines.image_prompt_settings import (
+    GivenImages,
+    GivenMasks,
+    GivenScales,
+    ImagePrompt,
+    ImagePromptSettings,
+)
 from ipadapter_jax.pipelines.image_prompts import PlannedImagePrompt, plan_image_prompts
 from ipadapter_jax.pipelines.inpainting import InitImage, encoded_posteriors, open_init_image, strength_of
 from ipadapter_jax.pipelines.noise import INITIAL, taken_noise
@@ -44,7 +50,7 @@ class ModelConfigs:
     vae: VAEConfig
     text_encoder: CLIPTextConfig
     schedule: NoiseSchedule
-    dtype: Any
+    dtype: DTypeLike
     guidance_scale: float
     adapters: Sequence[AdapterInputs] = ()
 
@@ -68,12 +74,12 @@ class SamplingRequest:
     """What is asked for, in diffusers' words; `StableDiffusion.__call__` describes every field."""
 
     prompt: str | Sequence[str] = ""
-    ip_adapter_image: ImagePrompt | PerPrompt | Sequence[ImagePrompt] | None = None
-    ip_adapter_image_embeds: Sequence[Any] | None = None
+    ip_adapter_image: GivenImages | None = None
+    ip_adapter_image_embeds: Sequence[GivenEmbeds] | GivenEmbeds | None = None
     negative_ip_adapter_image: ImagePrompt | None = None
     ip_adapter_uncond: Uncond = "default"
-    ip_adapter_scale: Any = 1.0
-    ip_adapter_masks: Sequence[Any] | None = None
+    ip_adapter_scale: GivenScales = 1.0
+    ip_adapter_masks: GivenMasks | None = None
     fit: str = "crop"
     image: ImageLike | None = None
     mask_image: ImageLike | None = None
@@ -85,7 +91,7 @@ class SamplingRequest:
     guidance_rescale: float = 0.0
     clip_skip: int = 0
     scheduler: str = "ddim"
-    scheduler_config: Mapping[str, Any] | None = None
+    scheduler_config: Mapping[str, object] | None = None
     eta: float = 0.0
     num_images_per_prompt: int = 1
     height: int | None = None
@@ -186,8 +192,8 @@ class SamplingRequest:
 class _Sized:
     """What `check_sampling_memory` asks of a network."""
 
-    config: Any
-    dtype: Any
+    config: UNetConfig | VAEConfig
+    dtype: DTypeLike
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

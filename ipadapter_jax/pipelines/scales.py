@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class Scale:
     """
 
     value: float = 1.0
-    layers: str | Mapping[str, Any] | Sequence[float] = "linear"
+    layers: "LayerFactors" = "linear"
     start: float = 0.0
     end: float = 1.0
     steps: Sequence[float] = (1.0,)
@@ -39,6 +39,13 @@ class Scale:
         for name in ("layers", "steps"):  # arrays do not compare as one
             if is_array(value := getattr(self, name)):
                 object.__setattr__(self, name, tuple(to_numpy(value, name).tolist()))
+
+
+LayerFactors = str | Mapping[str, object] | Sequence[float]
+"""A preset's name, a mapping of presets or of blocks, or one factor for each layer, as `Scale` describes them."""
+
+ScaleLike = float | str | Mapping[str, object] | Scale
+"""A scale as a caller gives it: a number, a preset's name, diffusers' dictionary or a `Scale`."""
 
 
 class ScaleTable(NamedTuple):
@@ -103,7 +110,7 @@ def preset_names() -> list[str]:
     return [*PRESETS, *layer_presets()]
 
 
-def scale_table(scale: Any, cross_attention: Sequence[CrossAttentionLayer], num_steps: int) -> ScaleTable:
+def scale_table(scale: ScaleLike, cross_attention: Sequence[CrossAttentionLayer], num_steps: int) -> ScaleTable:
     """A number, a preset's name, diffusers' dictionary or a `Scale` as weights. Raises InputError naming the fault."""
     if isinstance(scale, str | Mapping):
         scale = Scale(layers=scale)
@@ -145,7 +152,7 @@ def _step_factors(scale: Scale, num_steps: int) -> np.ndarray:
     return factors * active
 
 
-def _layer_factors(layers: Any, cross_attention: Sequence[CrossAttentionLayer]) -> np.ndarray:
+def _layer_factors(layers: LayerFactors, cross_attention: Sequence[CrossAttentionLayer]) -> np.ndarray:
     """(s,) in file order."""
     if isinstance(layers, str):
         return _preset(layers, cross_attention)
@@ -198,7 +205,7 @@ def _preset(name: str, cross_attention: Sequence[CrossAttentionLayer]) -> np.nda
     return np.array([preset.weight.get(position.index, 0.0) for position in positions])
 
 
-def _blocks(tree: Mapping[str, Any], cross_attention: Sequence[CrossAttentionLayer]) -> np.ndarray:
+def _blocks(tree: Mapping[str, object], cross_attention: Sequence[CrossAttentionLayer]) -> np.ndarray:
     """diffusers' dictionary: a number for a part or a block, or a list with one for each layer of a block; a list for a
     part goes to each of its blocks."""
     found = np.zeros(len(cross_attention))
@@ -219,7 +226,7 @@ def _blocks(tree: Mapping[str, Any], cross_attention: Sequence[CrossAttentionLay
     return found
 
 
-def _spread(value: Any, count: int, what: str) -> np.ndarray:
+def _spread(value: object, count: int, what: str) -> np.ndarray:
     """A number for all, or as many numbers as layers."""
     factors = _numbers([value] if isinstance(value, Real) else value, what)
     if len(factors) not in (1, count):
@@ -230,13 +237,13 @@ def _spread(value: Any, count: int, what: str) -> np.ndarray:
     return np.broadcast_to(factors, count)
 
 
-def _number(value: Any, what: str) -> float:
+def _number(value: object, what: str) -> float:
     if not is_number(value):
         raise InputError(f"{argument(what, value)} is not a finite number; 0 is the base model, 1 the full image")
     return float(value)
 
 
-def _numbers(values: Any, what: str) -> np.ndarray:
+def _numbers(values: object, what: str) -> np.ndarray:
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
         raise InputError(f"{argument('ip_adapter_scale', part='layers')}: {what}={values!r} is not a list of numbers")
     return np.array([_number(value, what) for value in values])

@@ -24,12 +24,18 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import attention_grids, cross_attention_layers
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipelines import programs
+from ipadapter_jax.pipelines.adapter_inputs import GivenEmbeds
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
 from ipadapter_jax.pipelines.conditioning import Conditioning, Guidance
 from ipadapter_jax.pipelines.denoise import OnStep, run_sampler
 from ipadapter_jax.pipelines.denoiser import UNET, Denoiser
 from ipadapter_jax.pipelines.feature_encoder import ImageLike
-from ipadapter_jax.pipelines.image_prompt_settings import ImagePrompt, PerPrompt
+from ipadapter_jax.pipelines.image_prompt_settings import (
+    GivenImages,
+    GivenMasks,
+    GivenScales,
+    ImagePrompt,
+)
 from ipadapter_jax.pipelines.inpainting import Start, start
 from ipadapter_jax.pipelines.ip_adapter import Adapter, OpenedAdapter, open_adapter
 from ipadapter_jax.pipelines.outputs import check_finite, images_of
@@ -136,12 +142,12 @@ class StableDiffusion:
         self,
         prompt: str | Sequence[str] = "",
         *,
-        ip_adapter_image: ImagePrompt | PerPrompt | Sequence[ImagePrompt] | None = None,
-        ip_adapter_image_embeds: Sequence[Any] | None = None,
+        ip_adapter_image: GivenImages | None = None,
+        ip_adapter_image_embeds: Sequence[GivenEmbeds] | GivenEmbeds | None = None,
         negative_ip_adapter_image: ImagePrompt | None = None,
         ip_adapter_uncond: Uncond = "default",
-        ip_adapter_scale: Any = 1.0,
-        ip_adapter_masks: Sequence[Any] | None = None,
+        ip_adapter_scale: GivenScales = 1.0,
+        ip_adapter_masks: GivenMasks | None = None,
         fit: str = "crop",
         image: ImageLike | None = None,
         mask_image: ImageLike | None = None,
@@ -153,7 +159,7 @@ class StableDiffusion:
         guidance_rescale: float = 0.0,
         clip_skip: int = 0,
         scheduler: str = "ddim",
-        scheduler_config: Mapping[str, Any] | None = None,
+        scheduler_config: Mapping[str, object] | None = None,
         eta: float = 0.0,
         num_images_per_prompt: int = 1,
         height: int | None = None,
