@@ -1,10 +1,11 @@
 """Classifier-free guidance (arXiv 2207.12598), and its rescaling (arXiv 2305.08891)."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
-def guide(output: Array, scale: Array | float, rescale: Array | float = 0.0) -> Array:
+def guide(output: Array, scale: Array | np.floating | float, rescale: Array | np.floating | float = 0.0) -> Array:
     """Outputs of both branches, (B, 2, ...) with the unconditional one first -> (B, ...): g = u + scale (c - u), then
     rescale g std(c) / std(g) + (1 - rescale) g, each image by itself (arXiv 2305.08891, equations 15 and 16)."""
     unconditional, conditional = output[:, 0], output[:, 1]

@@ -6,7 +6,7 @@ unconditional one first, otherwise G = 1: element b * G + g of a network's batch
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.models.unet import KeyValue
+from ipadapter_jax.runtime.trees import PyTree
 
 BY_SAMPLE, REPLICATED = P("data"), P()
 
@@ -56,9 +57,16 @@ class ResidualInputs:
     """What one residual network (`denoiser.ResidualNetwork`) takes, in any structure of its own: arrays (B, ...),
     arrays that all samples share, and arrays (n, ...) with a value for each step, such as its weight."""
 
-    by_sample: Any = ()
-    shared: Any = ()
-    by_step: Any = ()
+    by_sample: PyTree = ()
+    shared: PyTree = ()
+    by_step: PyTree = ()
+
+
+class StepConditioning(NamedTuple):
+    """The parts of a `Conditioning` that differ from step to step, (n, ...) each, or those of one step."""
+
+    image_weights: Sequence[Array | np.ndarray]  # of each image branch
+    residual_inputs: Sequence[PyTree]  # of each residual network
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +91,7 @@ class Conditioning:
     def specs(self) -> "Conditioning":
         """The same fields, each with how it is sharded over the axis "data" of a mesh."""
         residual = ResidualInputs(by_sample=BY_SAMPLE, shared=REPLICATED, by_step=REPLICATED)
-        sharding: Any = {
+        sharding: dict[str, PyTree] = {
             "prompt_of_sample": BY_SAMPLE,
             "text_kv": REPLICATED,
             "image_branches": REPLICATED,
@@ -94,21 +102,20 @@ class Conditioning:
         }
         return Conditioning(**sharding)
 
-    def by_step(self) -> Any:
-        """The parts that differ from step to step, (n, ...) each: what a scan takes slices of."""
+    def by_step(self) -> StepConditioning:
+        """What a scan takes slices of."""
         weights = [branch.weight for branch in self.image_branches]
-        return weights, [inputs.by_step for inputs in self.residual_inputs]
+        return StepConditioning(weights, [inputs.by_step for inputs in self.residual_inputs])
 
-    def with_steps(self, by_step: Any) -> "Conditioning":
+    def with_steps(self, by_step: StepConditioning) -> "Conditioning":
         """With these in place of `by_step`: those of a part of the steps, or of one of them without its axis."""
-        weights, residual = by_step
         branches = [
             dataclasses.replace(branch, weight=weight)
-            for branch, weight in zip(self.image_branches, weights, strict=True)
+            for branch, weight in zip(self.image_branches, by_step.image_weights, strict=True)
         ]
         inputs = [
             dataclasses.replace(inputs, by_step=values)
-            for inputs, values in zip(self.residual_inputs, residual, strict=True)
+            for inputs, values in zip(self.residual_inputs, by_step.residual_inputs, strict=True)
         ]
         return dataclasses.replace(self, image_branches=branches, residual_inputs=inputs)
 

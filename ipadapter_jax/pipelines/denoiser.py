@@ -5,7 +5,7 @@ Which networks there are is static and known here alone; what they are condition
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +83,7 @@ class Denoiser:
             output = unet_output(self.unet, params[UNET], x, shifts, context)
         output = output.reshape(-1, branches, *output.shape[1:])
         if branches == 2:
-            guidance: Any = conditioning.guidance
-            output = guide(output, guidance.scale, guidance.rescale)
+            output = guide(output, conditioning.guidance.scale, conditioning.guidance.rescale)
         else:
             output = output[:, 0]
         return Denoised(output, jax.tree.map(lambda attention: attention[branches - 1 :: branches], maps))
@@ -93,7 +92,7 @@ class Denoiser:
         self, params: Mapping[str, Params], x: Array, step: DenoiserStep, conditioning: Conditioning
     ) -> UNetResiduals | None:
         """The sum over all residual networks."""
-        total: Any = None
+        total: UNetResiduals | None = None
         for network, inputs in zip(self.residual_networks, conditioning.residual_inputs, strict=True):
             found = network(params[network.name], x, step, conditioning, inputs)
             total = found if total is None else jax.tree.map(jnp.add, total, found)

@@ -1,6 +1,6 @@
 """What a call gives back: latents or decoded images that are finite, in the form that was asked for."""
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -8,7 +8,18 @@ from PIL import Image
 from ipadapter_jax.errors import NonFiniteImageError
 from ipadapter_jax.images.preprocess import to_uint8
 from ipadapter_jax.models.vae import denormalize
+from ipadapter_jax.pipelines.attention_maps import AttentionMaps
 from ipadapter_jax.pipelines.inpainting import InitImage
+
+Images = list[Image.Image] | np.ndarray
+"""PIL images ("pil"), a float array (B, H, W, 3) in [0, 1] ("np") or the final latents (B, h, w, C) ("latent")."""
+
+
+class SamplingResult(NamedTuple):
+    """Images, and the attention to their image prompts where it was requested."""
+
+    images: Images
+    maps: AttentionMaps | None
 
 
 def check_finite(rows: np.ndarray, what: str) -> None:
@@ -21,7 +32,7 @@ def check_finite(rows: np.ndarray, what: str) -> None:
         )
 
 
-def images_of(decoded: np.ndarray, output_type: str, init_image: InitImage | None) -> Any:
+def images_of(decoded: np.ndarray, output_type: str, init_image: InitImage | None) -> Images:
     """What the decoder gives (B, H, W, 3), about [-1, 1], as "np" or "pil", outside of its mask with the pixels of the
     initial image. Raises NonFiniteImageError as `check_finite`."""
     check_finite(decoded, "image")

@@ -16,7 +16,7 @@ from ipadapter_jax.pipelines.conditioning import (
 )
 from ipadapter_jax.runtime.export_cache import export_cached, register_serializable
 
-register_serializable(State, SamplerTable, _denoise.Steps)
+register_serializable(State, SamplerTable, _denoise.Steps, _denoise.DenoisedState)
 register_serializable(Conditioning, Guidance, ImageBranch, PreservedRegion, ResidualInputs)
 
 encode_prompt = export_cached(encode.encode_prompt, static=2)

@@ -38,7 +38,7 @@ from ipadapter_jax.pipelines.image_prompt_settings import (
 )
 from ipadapter_jax.pipelines.inpainting import Start, start
 from ipadapter_jax.pipelines.ip_adapter import Adapter, OpenedAdapter, open_adapter
-from ipadapter_jax.pipelines.outputs import check_finite, images_of
+from ipadapter_jax.pipelines.outputs import SamplingResult, check_finite, images_of
 from ipadapter_jax.pipelines.request import ModelConfigs, SamplingPlan, SamplingRequest
 from ipadapter_jax.pipelines.sample_batch import SampleBatch
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
@@ -235,7 +235,8 @@ class StableDiffusion:
             return_attention_maps=return_attention_maps,
         )
         check_callback(callback)
-        return self.sample(request.resolve(self.configs), callback=callback, progress_bar=progress_bar)
+        found = self.sample(request.resolve(self.configs), callback=callback, progress_bar=progress_bar)
+        return found.images if found.maps is None else (found.images, found.maps)
 
     @property
     def configs(self) -> ModelConfigs:
@@ -251,8 +252,10 @@ class StableDiffusion:
             adapters=[adapter.inputs for adapter in self.adapters],
         )
 
-    def sample(self, plan: SamplingPlan, *, callback: OnStep | None = None, progress_bar: bool = True) -> Any:
-        """The images of a plan that was made for this pipeline's `configs`, as `__call__` returns them."""
+    def sample(
+        self, plan: SamplingPlan, *, callback: OnStep | None = None, progress_bar: bool = True
+    ) -> SamplingResult:
+        """The images of a plan that was made for this pipeline's `configs`."""
         count, vae_params = len(plan.seeds), self.params["vae"]
         batch = SampleBatch(self.mesh, plan.seeds, plan.prompt_of_sample, plan.given_noise)
         encode = functools.partial(programs.encode_init_image, self.vae, vae_params)
@@ -265,20 +268,21 @@ class StableDiffusion:
         with step_bar(progress_bar, plan.num_steps, callback) as on_step:
             final, maps = run_sampler(program, plan.run.steps, begin.latents, conditioning, batch, on_step)
         if plan.output_type == "latent":
-            found = np.asarray(final)[:count]
-            check_finite(found, "latents of image")
+            images = np.asarray(final)[:count]
+            check_finite(images, "latents of image")
         else:
             decoded = np.asarray(programs.decode(self.vae, self.mesh, vae_params, final))[:count]
-            found = images_of(decoded, plan.output_type, plan.init_image if plan.exact_outside_mask else None)
+            images = images_of(decoded, plan.output_type, plan.init_image if plan.exact_outside_mask else None)
         if maps is None:
-            return found
+            return SamplingResult(images, None)
         branches = [branch for prompt in plan.image_prompts for branch in prompt.branches]
         maps = [attention for attention, branch in zip(maps, branches, strict=True) if not branch.swapped]
         layers, grids = (
             cross_attention_layers(self.unet.config),
             attention_grids(self.unet.config, *plan.latent_shape[:2]),
         )
-        return found, AttentionMaps(maps, layers, grids, np.asarray(plan.run.steps.timestep), count)
+        timesteps = np.asarray(plan.run.steps.timestep)
+        return SamplingResult(images, AttentionMaps(maps, layers, grids, timesteps, count))
 
     def _conditioning(self, plan: SamplingPlan, batch: SampleBatch, begin: Start) -> Conditioning:
         """Runs the encoders: all that the networks see next to latents and time."""

@@ -4,10 +4,10 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tqdm
+from jax import Array
 from PIL import Image
 
 from ipadapter_jax.cli.generate import Generate, targets
@@ -17,7 +17,9 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.contact_sheet import contact_sheet, overlay_heatmap
 from ipadapter_jax.images.preprocess import image_grid, load_image, load_upright
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
+from ipadapter_jax.pipelines.image_prompt_settings import GivenScales
 from ipadapter_jax.pipelines.ip_adapter import encoders_of
+from ipadapter_jax.pipelines.outputs import SamplingResult
 from ipadapter_jax.pipelines.request import ModelConfigs, SamplingPlan, SamplingRequest
 from ipadapter_jax.pipelines.scales import Scale
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
@@ -66,6 +68,7 @@ def generate(args: Generate) -> int:
         )
     pipe = opened.load()
     made = _sample(pipe, plan)
+    assert isinstance(made.images, list)  # of PIL: the request names no other type
     metadata = _metadata(args, pipe)
     _write(made.images, args, metadata)
     if args.save_image_embeds is not None:
@@ -100,29 +103,19 @@ def _needs_encoder(configs: ModelConfigs, args: Generate) -> bool:
     return args.uncond not in ("default", "zeros") or configs.adapters[0].projection.feature_kind.has_positions
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-    """Images, and the attention to their image prompts if it was requested."""
-
-    images: list[Image.Image]
-    maps: AttentionMaps | None
-
-
-def _sample(pipe: StableDiffusion, plan: SamplingPlan) -> Sampled:
+def _sample(pipe: StableDiffusion, plan: SamplingPlan) -> SamplingResult:
     """Samples one step per call, so that the progress bar moves; it is shown in a terminal only."""
     with tqdm.tqdm(total=plan.num_steps, desc="compiling, then sampling", unit="step", disable=None) as bar:
 
-        def on_step(number: int, timestep: float, latents: Any) -> None:
+        def on_step(number: int, timestep: float, latents: Array) -> None:
             latents.block_until_ready()
             bar.set_description("sampling")
             bar.update()
 
-        found = pipe.sample(plan, callback=on_step, progress_bar=False)
-    images, maps = found if plan.attention_maps else (found, None)
-    return Sampled(images, maps)
+        return pipe.sample(plan, callback=on_step, progress_bar=False)
 
 
-def _scales(args: Generate) -> Any:
+def _scales(args: Generate) -> GivenScales:
     """One scale, or with weights for the references one for each."""
     if not args.image_weights:
         return args.scale_of()

@@ -39,14 +39,16 @@ class Figure:
         count = sum(isinstance(cell.plan, SamplingPlan) for cell in cells)
         with tqdm.tqdm(total=count, desc="compiling, then sampling", unit="image", disable=None) as bar:
 
-            def draw(cell: Cell) -> tuple[str, Image.Image]:
+            def draw(cell: Cell) -> Image.Image:
                 if isinstance(cell.plan, Image.Image):
-                    return cell.label, cell.plan
-                [image] = pipe.sample(cell.plan, progress_bar=False)
+                    return cell.plan
+                [image] = pipe.sample(cell.plan, progress_bar=False).images
                 bar.update()
-                return cell.label, image
+                return image
 
-            rows: dict[str, LabeledImages] = {title: [draw(cell) for cell in row] for title, row in self.rows.items()}
+            rows: dict[str, LabeledImages] = {
+                title: [(cell.label, draw(cell)) for cell in row] for title, row in self.rows.items()
+            }
         return contact_sheet(rows, side=192)
 
 
