@@ -1,35 +1,25 @@
 """Painting over images: what is kept to the byte, and the same runs in diffusers on the same random weights."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from helpers import ORACLES, TORCH_MODEL, compilations, nhwc
 from PIL import Image
+from small_model import CONFIG
 
 from ipadapter_jax import InputError, StableDiffusion
 from ipadapter_jax.diffusion.samplers import SAMPLERS, sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
-from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.pipelines import programs
 from ipadapter_jax.pipelines.inpainting import InitImage
 from ipadapter_jax.testing import given_noise
 
 CAT, MASK = (ORACLES / "assets" / f"{name}.png" for name in ("init", "mask"))
-# Two levels of one layer each compile in a third of the time.
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 32,
-}
+pytestmark = pytest.mark.usefixtures("one_device")
 SMALL = {"num_inference_steps": 5, "strength": 0.6, "height": 64, "width": 64, "output_type": "np"}
 
 
@@ -40,13 +30,9 @@ def half_mask(size: int = 64) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def pipe() -> StableDiffusion:
-    """The recorded model with a smaller UNet of random weights."""
-    base = StableDiffusion.from_pretrained(TORCH_MODEL)
-    unet = UNet(UNetConfig(**UNET))
-    sample = np.zeros((1, 8, 8, 4), np.float32), np.zeros(1), np.zeros((1, 77, 32), np.float32)
-    init = jax.jit(lambda key: unet.init(key, *sample, method=UNet.from_text)["params"])
-    return dataclasses.replace(base, unet=unet, params=base.params | {"unet": init(jax.random.key(0))})
+def pipe(base) -> StableDiffusion:
+    """The small model without an adapter."""
+    return base
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
@@ -144,8 +130,10 @@ def test_what_cannot_be_painted_is_refused_by_name(pipe, original, wrong, messag
 def test_every_sampler_paints_over_a_image(pipe, original, sampler):
     """The same again for the same seed; another seed is another image."""
 
+    strength = 0.4 if sampler == "pndm" else SMALL["strength"]  # it calls the network once more: three times, as all
+
     def run(seed=0):
-        return pipe("a cat", image=original, **SMALL, scheduler=sampler, seed=seed)[0]
+        return pipe("a cat", image=original, **SMALL | {"strength": strength}, scheduler=sampler, seed=seed)[0]
 
     found = run()
     assert np.isfinite(found).all()
@@ -190,13 +178,25 @@ def folder_with(unet, root):
 
 
 @pytest.fixture(scope="module", params=[4, 9], ids=["4 channels", "9 channels"])
-def peers(request, tmp_path_factory):
-    """Ours and diffusers' parts with a UNet of so many channels in."""
+def peers(request, one_device, tmp_path_factory):
+    """Ours and diffusers' parts with a UNet of so many channels in; that of four has the small model's programs."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(in_channels=request.param, **UNET)
+    unet = diffusers.UNet2DConditionModel(**dataclasses.asdict(CONFIG) | {"in_channels": request.param})
     root = folder_with(unet, tmp_path_factory.mktemp("model") / "model")
     return request.param, StableDiffusion.from_pretrained(root), root
+
+
+@functools.cache
+def peer_of(root, kind: str):
+    """Diffusers' pipeline, and the configuration of the scheduler in its folder."""
+    import diffusers
+
+    pipeline = getattr(diffusers, f"StableDiffusion{kind}Pipeline").from_pretrained(
+        root, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, pipeline.scheduler.config
 
 
 def theirs(root, kind: str, sampler: str, **kwargs):
@@ -204,11 +204,8 @@ def theirs(root, kind: str, sampler: str, **kwargs):
     import diffusers
     import torch
 
-    pipeline = getattr(diffusers, f"StableDiffusion{kind}Pipeline").from_pretrained(
-        root, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False
-    )
-    pipeline.scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline, config = peer_of(root, kind)
+    pipeline.scheduler = getattr(diffusers, sampler).from_config(config)
     latents = pipeline(generator=torch.Generator().manual_seed(3), output_type="latent", **kwargs).images
     generator = torch.Generator().manual_seed(3)
     drawn = [torch.randn(latents.shape, generator=generator).numpy() for _ in range(8)]

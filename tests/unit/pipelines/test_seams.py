@@ -21,11 +21,12 @@ from ipadapter_jax.pipelines.feature_encoder import PreparedImages
 from ipadapter_jax.pipelines.sample_batch import SampleBatch
 from ipadapter_jax.testing import tiny_pipeline
 
+pytestmark = pytest.mark.usefixtures("one_device")
 STEPS, SEEDS = 3, np.uint32([3, 4])
 
 
 @pytest.fixture(scope="module")
-def tiny() -> StableDiffusion:
+def tiny(one_device) -> StableDiffusion:
     return tiny_pipeline(ip_adapter=False)
 
 

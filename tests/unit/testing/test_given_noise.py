@@ -16,6 +16,7 @@ from ipadapter_jax.pipelines.sample_batch import SampleBatch
 from ipadapter_jax.testing import given_noise, tiny_pipeline
 from ipadapter_jax.testing.sizes import NANO
 
+pytestmark = pytest.mark.usefixtures("one_device")
 SHAPE = (2, 8, 8, 4)
 NOISE = np.random.default_rng(0).standard_normal((5, *SHAPE), np.float32)
 CALL = {"num_images_per_prompt": 2, "num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "np"}
@@ -26,12 +27,12 @@ INPAINTING = dataclasses.replace(NANO, unet=dataclasses.replace(NANO.unet, in_ch
 
 
 @pytest.fixture(scope="module")
-def pipe() -> StableDiffusion:
+def pipe(one_device) -> StableDiffusion:
     return tiny_pipeline(ip_adapter=False)
 
 
 @pytest.fixture(scope="module")
-def inpainting() -> StableDiffusion:
+def inpainting(one_device) -> StableDiffusion:
     return tiny_pipeline(INPAINTING, ip_adapter=False)
 
 
