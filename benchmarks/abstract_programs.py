@@ -24,6 +24,7 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.ops import attention_kernels
+from ipadapter_jax.ops.attention import KeyValue
 from ipadapter_jax.pipelines import programs
 from ipadapter_jax.pipelines.conditioning import Conditioning, Guidance, ImageBranch
 from ipadapter_jax.pipelines.denoise import STATE, Steps
@@ -97,7 +98,7 @@ def abstract_sampler(
     state = jax.tree.map(lambda x, sharding: given(x.shape, x.dtype, sharding), state, shardings)
     layers = cross_attention_layers(sizes.unet)
     text, image = (
-        [tuple(given((1, 2, tokens, layer.width), compute) for _ in "kv") for layer in layers]
+        [KeyValue(*(given((1, 2, tokens, layer.width), compute) for _ in "kv")) for layer in layers]
         for tokens in (TEXT_TOKENS, IMAGE_TOKENS)
     )
     branch = ImageBranch(

@@ -30,6 +30,14 @@ class PromptPairs(NamedTuple):
     negatives: list[str]
 
 
+class LatentShape(NamedTuple):
+    """The shape of the latents of one image, channels last."""
+
+    height: int
+    width: int
+    channels: int
+
+
 def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | None) -> PromptPairs:
     """Prompts, and as many negative prompts, which are empty when none are given. Raises InputError."""
     negative = "" if negative is None else negative
@@ -93,16 +101,16 @@ def check_dtype(dtype: object, known: Collection[str]) -> str:
     return str(dtype)
 
 
-def latent_shape(height: int, width: int, downscale: int, channels: int) -> tuple[int, int, int]:
-    """The shape (h, w, C) of the latents of an image. Raises InputError for a size that is not a multiple of
-    `downscale`."""
+def latent_shape(height: int, width: int, downscale: int, channels: int) -> LatentShape:
+    """The shape of the latents of an image of this size in pixels. Raises InputError for a size that is not a multiple
+    of `downscale`."""
     for name, pixels in (("height", height), ("width", width)):
         if not isinstance(pixels, Integral) or pixels < downscale or pixels % downscale:
             nearest = max(downscale, round(pixels / downscale) * downscale) if is_number(pixels) else downscale
             raise InputError(
                 f"{argument(name, pixels)} is not a multiple of {downscale}; the nearest size is {nearest}"
             )
-    return height // downscale, width // downscale, channels
+    return LatentShape(height // downscale, width // downscale, channels)
 
 
 def check_guided(guidance_scale: float, negatives: Sequence[str], guidance_rescale: float) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class CLIPTextConfig:
     eos_token_id: int | None = 49407
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "CLIPTextConfig":
+    def from_json(cls, raw: Mapping[str, object]) -> "CLIPTextConfig":
         """From text_encoder/config.json of transformers. Raises InputError for an unknown activation."""
         return _from_json(cls, raw, _TEXT_DEFAULTS, "text encoder")
 
@@ -51,7 +51,7 @@ class CLIPVisionConfig:
     layer_norm_eps: float = 1e-5
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "CLIPVisionConfig":
+    def from_json(cls, raw: Mapping[str, object]) -> "CLIPVisionConfig":
         """From a vision or a whole CLIP config.json of transformers. Raises InputError for an unknown activation."""
         vision = raw.get("vision_config")
         whole = {**raw, **vision} if isinstance(vision, Mapping) else raw
@@ -71,7 +71,7 @@ class CLIPConfig:
     vision: CLIPVisionConfig
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "CLIPConfig":
+    def from_json(cls, raw: Mapping[str, object]) -> "CLIPConfig":
         """From the config.json of a CLIPModel of transformers. Raises InputError where a half is missing."""
         text, vision = raw.get("text_config"), raw.get("vision_config")
         if not isinstance(text, Mapping) or not isinstance(vision, Mapping):
@@ -85,6 +85,8 @@ class CLIPConfig:
         return cls(CLIPTextConfig.from_json(text), CLIPVisionConfig.from_json({**vision, **projection}))
 
 
+_Config = TypeVar("_Config", CLIPTextConfig, CLIPVisionConfig)
+
 # What transformers takes where a published config leaves a setting out; those are small ViT-B/32 sizes.
 _SHARED = {"num_hidden_layers": 12, "hidden_act": "quick_gelu"}
 _TEXT_DEFAULTS = {**_SHARED, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
@@ -95,7 +97,7 @@ _VISION_DEFAULTS = {
 }
 
 
-def _from_json(cls: type, raw: Mapping[str, Any], defaults: Mapping[str, Any], what: str) -> Any:
+def _from_json(cls: type[_Config], raw: Mapping[str, object], defaults: Mapping[str, object], what: str) -> _Config:
     given = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
     config = build_config(cls, {**defaults, **given}, what)
     if config.hidden_act not in ACTIVATIONS:
@@ -176,9 +178,16 @@ class CLIPVision(nn.Module):
 
     @nn.compact
     def __call__(self, pixel_values: Array) -> VisionOutput:
-        pooled, states = VisionTransformer(self.config, self.dtype, name="vision_model")(pixel_values)
+        states = VisionTransformer(self.config, self.dtype, name="vision_model")(pixel_values)
         project = Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection")
-        return VisionOutput(project(pooled), states)
+        return VisionOutput(project(states.pooled), states.hidden_states)
+
+
+class VisionStates(NamedTuple):
+    """pooled (B, D): the class token after the post norm; hidden_states as in VisionOutput."""
+
+    pooled: Array
+    hidden_states: tuple[Array, ...]
 
 
 class VisionTransformer(nn.Module):
@@ -186,12 +195,13 @@ class VisionTransformer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, pixel_values: Array) -> tuple[Array, tuple[Array, ...]]:
+    def __call__(self, pixel_values: Array) -> VisionStates:
         config = self.config
         x = VisionEmbeddings(config, self.dtype, name="embeddings")(pixel_values)
         x = layer_norm(self.dtype, config.layer_norm_eps, "pre_layrnorm")(x)  # sic: the published name
         states = Encoder(config, causal=False, dtype=self.dtype, name="encoder")(x)
-        return layer_norm(self.dtype, config.layer_norm_eps, "post_layernorm")(states[-1][:, 0]), states
+        pooled = layer_norm(self.dtype, config.layer_norm_eps, "post_layernorm")(states[-1][:, 0])
+        return VisionStates(pooled, states)
 
 
 class VisionEmbeddings(SkipShapeCheck, nn.Module):
@@ -217,6 +227,13 @@ class VisionEmbeddings(SkipShapeCheck, nn.Module):
         return x + positions(jnp.arange(config.num_positions))[None]
 
 
+class CLIPEmbeddings(NamedTuple):
+    """Embeddings (B, P) of images and of texts in one space, of any length."""
+
+    images: Array
+    texts: Array
+
+
 class CLIP(nn.Module):
     """A whole CLIP, whose `images` and `texts` embed either side in one space. Parameters lie as published."""
 
@@ -229,12 +246,12 @@ class CLIP(nn.Module):
         projections = (Dense(self.config.vision.projection_dim, use_bias=False, dtype=self.dtype) for _ in range(2))
         self.text_projection, self.visual_projection = projections
 
-    def __call__(self, pixel_values: Array, input_ids: Array) -> tuple[Array, Array]:
-        return self.images(pixel_values), self.texts(input_ids)
+    def __call__(self, pixel_values: Array, input_ids: Array) -> CLIPEmbeddings:
+        return CLIPEmbeddings(self.images(pixel_values), self.texts(input_ids))
 
     def images(self, pixel_values: Array) -> Array:
         """Normalised pixels (B, H, W, 3) -> embeddings (B, P), of no certain length."""
-        return self.visual_projection(self.vision_model(pixel_values)[0])
+        return self.visual_projection(self.vision_model(pixel_values).pooled)
 
     def texts(self, input_ids: Array) -> Array:
         """Token ids (B, S) -> embeddings (B, P), of no certain length."""

@@ -12,7 +12,8 @@ from jax import Array
 
 from ipadapter_jax.models.image_projections import Projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
-from ipadapter_jax.models.unet import KeyValue, UNet, UNetResiduals
+from ipadapter_jax.models.unet import UNet, UNetResiduals
+from ipadapter_jax.ops.attention import KeyValue
 from ipadapter_jax.runtime.trees import Params
 
 
@@ -30,6 +31,21 @@ class UNetContext(NamedTuple):
     residuals: UNetResiduals | None = None
 
 
+class ImageKeysValues(NamedTuple):
+    """Keys and values of R image prompts of n images: (R, n N, C) per cross-attention layer, the tokens of a prompt's
+    images one after the other. tokens: N, those of one image."""
+
+    kv: list[KeyValue]
+    tokens: int
+
+
+class OutputWithMaps(NamedTuple):
+    """The UNet's output, and the attention (R, L, N) to the image tokens per image branch and cross-attention layer."""
+
+    output: Array
+    maps: list[list[Array]]
+
+
 def text_keys_values(unet: UNet, params: Params, text: Array) -> list[KeyValue]:
     """Text states (R, S, D) -> keys and values (R, S, C) per cross-attention layer."""
     return unet.apply({"params": params}, text, method=UNet.text_kv)  # pyright: ignore[reportReturnType]
@@ -37,12 +53,12 @@ def text_keys_values(unet: UNet, params: Params, text: Array) -> list[KeyValue]:
 
 def image_keys_values(
     projection: Projection, adapter: IPAdapter, params: Mapping[str, Params], features: Array, prompts: int
-) -> tuple[list[KeyValue], int]:
-    """Image features (R n, ...) of R image prompts -> keys and values (R, n N, C) per cross-attention layer, the tokens
-    of a prompt's n images one after the other; and N, the tokens of one image."""
+) -> ImageKeysValues:
+    """Image features (R n, ...) of R image prompts -> their keys and values."""
     tokens: Any = projection.apply({"params": params["image_proj"]}, features)
     joined = tokens.reshape(prompts, -1, tokens.shape[-1])
-    return adapter.apply({"params": params["ip_adapter"]}, joined), tokens.shape[-2]  # pyright: ignore[reportReturnType]
+    kv: Any = adapter.apply({"params": params["ip_adapter"]}, joined)
+    return ImageKeysValues(kv, tokens.shape[-2])
 
 
 def time_shifts(unet: UNet, params: Params, timesteps: Array) -> list[list[Array]]:
@@ -59,7 +75,8 @@ def unet_output(
 
 def unet_output_with_maps(
     unet: UNet, params: Params, latents: Array, shifts: Sequence[Sequence[Array]], context: UNetContext
-) -> tuple[Array, list[list[Array]]]:
-    """The same, and the attention (R, L, N) to the image tokens per image branch and layer."""
-    output, collections = unet.apply({"params": params}, latents, shifts, *context, method=UNet.at, mutable=["maps"])
-    return output, UNet.maps_of(collections["maps"], unet.config)  # pyright: ignore[reportReturnType]
+) -> OutputWithMaps:
+    """The same, and the attention to the image tokens."""
+    found: Any = unet.apply({"params": params}, latents, shifts, *context, method=UNet.at, mutable=["maps"])
+    output, collections = found
+    return OutputWithMaps(output, UNet.maps_of(collections["maps"], unet.config))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.models.layers import Dense
+from ipadapter_jax.ops.attention import KeyValue
 
 
 class IPAdapter(nn.Module):
@@ -20,16 +21,18 @@ class IPAdapter(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Array) -> list[tuple[Array, Array]]:
+    def __call__(self, tokens: Array) -> list[KeyValue]:
         tokens = tokens.astype(self.dtype)
-        return [KeyValue(width, self.dtype, name=str(2 * i + 1))(tokens) for i, width in enumerate(self.widths)]
+        return [
+            KeyValueProjection(width, self.dtype, name=str(2 * i + 1))(tokens) for i, width in enumerate(self.widths)
+        ]
 
 
-class KeyValue(nn.Module):
+class KeyValueProjection(nn.Module):
     width: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, tokens: Array) -> tuple[Array, Array]:
+    def __call__(self, tokens: Array) -> KeyValue:
         key = Dense(self.width, use_bias=False, dtype=self.dtype, name="to_k_ip")(tokens)
-        return key, Dense(self.width, use_bias=False, dtype=self.dtype, name="to_v_ip")(tokens)
+        return KeyValue(key, Dense(self.width, use_bias=False, dtype=self.dtype, name="to_v_ip")(tokens))

@@ -1,7 +1,7 @@
 """Layers that the networks share, with the numerics of PyTorch: exact GELU, statistics in float32."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -50,7 +50,9 @@ def layer_norm(dtype: jnp.dtype, epsilon: float = 1e-5, name: str | None = None)
     return LayerNorm(epsilon=epsilon, use_fast_variance=_sums_at_once(dtype), dtype=dtype, name=name)
 
 
-def conv(features: int, kernel: int, dtype: jnp.dtype, name: str | None = None, how: Any = convolve) -> Conv:
+def conv(
+    features: int, kernel: int, dtype: jnp.dtype, name: str | None = None, how: Callable[..., Array] = convolve
+) -> Conv:
     """A convolution that keeps the size, unless `how` it is computed says otherwise."""
     return Conv(features, (kernel, kernel), padding=kernel // 2, dtype=dtype, conv_general_dilated=how, name=name)
 

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.models.layers import Dense, conv, gelu, group_norm, layer_norm, match_rows
-from ipadapter_jax.ops.attention import AttentionBranch, attend, attention_map
-
-KeyValue = tuple[Array, Array]
+from ipadapter_jax.ops.attention import AttentionBranch, KeyValue, attend, attention_map
 
 
 class Transformer(nn.Module):
@@ -73,7 +71,7 @@ class Attention(nn.Module):
         self.to_out = [Dense(self.width, dtype=self.dtype)]
 
     def key_value(self, context: Array) -> KeyValue:
-        return self.to_k(context), self.to_v(context)
+        return KeyValue(self.to_k(context), self.to_v(context))
 
     def __call__(self, x: Array, branches: Sequence[AttentionBranch]) -> Array:
         query = self.to_q(x)

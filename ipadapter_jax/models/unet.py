@@ -7,7 +7,7 @@ Parameter names are those of the published Flax trees.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -23,9 +23,10 @@ from ipadapter_jax.models.layers import (
     match_rows,
     timestep_embedding,
 )
-from ipadapter_jax.models.transformer import KeyValue, Transformer
+from ipadapter_jax.models.transformer import Transformer
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
-from ipadapter_jax.ops.attention import AttentionBranch
+from ipadapter_jax.ops.attention import AttentionBranch, KeyValue
+from ipadapter_jax.runtime.trees import Params
 
 Contexts = Sequence[Sequence[Sequence[AttentionBranch]]]
 """What a block's cross-attentions attend to: [attention][layer], the text first, then every image branch."""
@@ -99,8 +100,8 @@ class UNet(nn.Module):
         x = self.conv_in(latents.astype(self.dtype))
         skips = [x]
         for block in self.down_blocks:
-            x, outputs = block(x, next(shifts), contexts[str(block.name)])
-            skips += outputs
+            x, skips_of_block = block(x, next(shifts), contexts[str(block.name)])
+            skips += skips_of_block
         x = self.mid_block(x, next(shifts), contexts["mid_block"])
         if residuals is not None:
             skips = [_add(skip, residual) for skip, residual in zip(skips, residuals.skips, strict=True)]
@@ -125,7 +126,7 @@ class UNet(nn.Module):
         return [blocks[layer.block].attentions[layer.attention].text_kv(text, layer.layer) for layer in layers]
 
     @staticmethod
-    def maps_of(collection: Mapping[str, Any], config: UNetConfig) -> list[list[Array]]:
+    def maps_of(collection: Params, config: UNetConfig) -> list[list[Array]]:
         """The collection "maps" of a call as attention (R, L, N) to the tokens of every image branch, per branch and
         cross-attention layer."""
         found = [layer.subtree(collection)["images"] for layer in cross_attention_layers(config)]
@@ -181,6 +182,13 @@ def _transformer(config: UNetConfig, level: int, dtype: jnp.dtype, remat: bool) 
     return kind(config.block_out_channels[level], config.heads(level), layers, config.norm_num_groups, dtype)
 
 
+class DownBlockOutput(NamedTuple):
+    """What the next block reads, and the skip connections that the block made."""
+
+    x: Array
+    skips: list[Array]
+
+
 class DownBlock(nn.Module):
     """Resnets, each followed by a transformer where the level has attention, then a halving unless it is the last."""
 
@@ -199,17 +207,17 @@ class DownBlock(nn.Module):
         if self.level < config.levels - 1:
             self.downsamplers = [Downsample(width, ((1, 1), (1, 1)), self.dtype)]
 
-    def __call__(self, x: Array, time_shifts: Sequence[Array], contexts: Contexts) -> tuple[Array, list[Array]]:
-        outputs = []
+    def __call__(self, x: Array, time_shifts: Sequence[Array], contexts: Contexts) -> DownBlockOutput:
+        skips = []
         for i, (resnet, shift) in enumerate(zip(self.resnets, time_shifts, strict=True)):
             x = resnet(x, shift)
             if self.attention:
                 x = self.attentions[i](x, contexts[i])
-            outputs.append(x)
+            skips.append(x)
         if self.level < self.config.levels - 1:
             x = self.downsamplers[0](x)
-            outputs.append(x)
-        return x, outputs
+            skips.append(x)
+        return DownBlockOutput(x, skips)
 
 
 class MidBlock(nn.Module):

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.config_fields import build_config, select_fields
+from ipadapter_jax.runtime.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class UNetConfig:
     sample_size: int | tuple[int, ...] | None = 64  # (h, w) of the latents it was trained on
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "UNetConfig":
+    def from_json(cls, raw: Mapping[str, object]) -> "UNetConfig":
         """From diffusers' unet/config.json. Raises InputError for what this family does not have."""
         found = select_fields(cls, raw, what="UNet", fixed=_FIXED, ignored=_IGNORED)
         config: UNetConfig = build_config(cls, {"sample_size": None} | found, "UNet")
@@ -93,7 +93,7 @@ class CrossAttentionLayer:
     width: int
     level: int
 
-    def subtree(self, tree: Mapping[str, Any]) -> Any:
+    def subtree(self, tree: Params) -> Params:
         """What a collection of the UNet's variables, parameters for example, holds of this cross-attention."""
         return tree[self.block][f"attentions_{self.attention}"][f"transformer_blocks_{self.layer}"]["attn2"]
 

@@ -6,7 +6,7 @@ Latents in and latents out are those that the sampler uses: `scaling_factor` is 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class VAEConfig:
     scaling_factor: float = 0.18215
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "VAEConfig":
+    def from_json(cls, raw: Mapping[str, object]) -> "VAEConfig":
         """From diffusers' vae/config.json. Raises InputError for what this family does not have."""
         channels = {"block_out_channels": raw.get("block_out_channels", cls.block_out_channels)}
         levels = len(build_config(cls, channels, "VAE").block_out_channels)

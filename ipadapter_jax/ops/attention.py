@@ -25,6 +25,13 @@ _ACCELERATOR_CHUNK_LOGITS = 1 << 28
 _CPU_HEAD_LOGITS = 1 << 17
 
 
+class KeyValue(NamedTuple):
+    """Keys and values of one layer, each (B, S, C)."""
+
+    key: Array
+    value: Array
+
+
 class AttentionBranch(NamedTuple):
     """Keys and values that queries attend to by a softmax of their own, and the weight of the result."""
 

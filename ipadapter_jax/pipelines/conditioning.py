@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from ipadapter_jax.models.unet import KeyValue
+from ipadapter_jax.ops.attention import KeyValue
 from ipadapter_jax.runtime.trees import PyTree
 
 BY_SAMPLE, REPLICATED = P("data"), P()
@@ -86,7 +86,7 @@ class Conditioning:
     @property
     def guidance_branches(self) -> int:
         """G."""
-        return self.text_kv[0][0].shape[1]
+        return self.text_kv[0].key.shape[1]
 
     def specs(self) -> "Conditioning":
         """The same fields, each with how it is sharded over the axis "data" of a mesh."""

@@ -15,8 +15,9 @@ from ipadapter_jax.models.clip import CLIPText, CLIPVision, clip_features
 from ipadapter_jax.models.image_features import FeatureKind
 from ipadapter_jax.models.image_projections import Projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
-from ipadapter_jax.models.unet import KeyValue, UNet
+from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.vae import VAE
+from ipadapter_jax.ops.attention import KeyValue
 from ipadapter_jax.weights.load_tree import Tree
 
 
@@ -45,7 +46,7 @@ def image_keys_values(
         x = x.reshape(prompts, branches, *x.shape[1:])
         return jnp.broadcast_to(x, (max(prompts, len(of_token)), *x.shape[1:]))
 
-    return [(by_prompt(k), (by_prompt(v) * of_token).astype(v.dtype)) for k, v in kv]
+    return [KeyValue(by_prompt(k), (by_prompt(v) * of_token).astype(v.dtype)) for k, v in kv]
 
 
 def text_keys_values(unet: UNet, params: Tree, text: Array) -> list[KeyValue]:

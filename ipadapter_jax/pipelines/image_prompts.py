@@ -11,8 +11,8 @@ from jax import Array
 
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.validation import check_range
-from ipadapter_jax.models.unet import KeyValue
 from ipadapter_jax.models.unet_config import CrossAttentionLayer
+from ipadapter_jax.ops.attention import KeyValue
 from ipadapter_jax.pipelines.adapter_inputs import AdapterInputs, PlannedFeatures
 from ipadapter_jax.pipelines.conditioning import ImageBranch
 from ipadapter_jax.pipelines.image_prompt_settings import (

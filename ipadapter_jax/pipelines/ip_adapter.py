@@ -14,8 +14,8 @@ from numpy.typing import DTypeLike
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.models.image_projections import Projection, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
-from ipadapter_jax.models.unet import KeyValue
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
+from ipadapter_jax.ops.attention import KeyValue
 from ipadapter_jax.pipelines import programs
 from ipadapter_jax.pipelines.adapter_inputs import AdapterInputs, PlannedFeatures
 from ipadapter_jax.pipelines.feature_encoder import CLIPFeatureEncoder, CLIPFeatureInputs, FeatureEncoder

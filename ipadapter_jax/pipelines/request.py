@@ -13,6 +13,7 @@ from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.arrays import to_python_number
 from ipadapter_jax.inputs.prompt_syntax import warn_of_foreign_syntax
 from ipadapter_jax.inputs.validation import (
+    LatentShape,
     Uncond,
     check_choices,
     check_guided,
@@ -59,8 +60,8 @@ class ModelConfigs:
         """Whether the UNet is an inpainting one, which reads mask and masked image."""
         return self.unet.in_channels != self.unet.out_channels
 
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(h, w, C) for a size in pixels, by default the model's own. Raises InputError."""
+    def latent_shape(self, height: int | None, width: int | None) -> LatentShape:
+        """The shape of the latents for a size in pixels, by default the model's own. Raises InputError."""
         scale, own = self.vae.downscale, self.unet.sample_size
         if own is None and (height is None or width is None):
             raise InputError(f"this model does not say its size; give {argument('height')} and {argument('width')}")
@@ -211,7 +212,7 @@ class SamplingPlan:
     guidance_scale: float
     guidance_rescale: float
     run: SamplerRun
-    latent_shape: tuple[int, int, int]
+    latent_shape: LatentShape
     image_prompts: list[PlannedImagePrompt]
     init_image: InitImage | None
     strength: float

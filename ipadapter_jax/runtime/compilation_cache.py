@@ -92,10 +92,10 @@ class _EntryReader:
     written
     is removed: jax would never write it again. Only the first removal is a warning, as they come in dozens."""
 
-    def __init__(self, read: Callable[..., Any]):
+    def __init__(self, read: Callable[..., object]):
         self._read, self.has_warned = read, False
 
-    def __call__(self, cache_key: str, *arguments: Any, **named: Any) -> Any:
+    def __call__(self, cache_key: str, *arguments: object, **named: object) -> object:
         file = _entry(cache_key)
         if file is not None and (problem := ownership_problem(file)) is not None:
             removed = _remove(file)
@@ -121,10 +121,10 @@ class _EntryReader:
 class _EntryWriter:
     """jax's writer of an entry: a partial entry is removed, and only this user may write to it."""
 
-    def __init__(self, write: Callable[..., Any]):
+    def __init__(self, write: Callable[..., object]):
         self._write = write
 
-    def __call__(self, cache_key: str, *arguments: Any, **named: Any) -> None:
+    def __call__(self, cache_key: str, *arguments: object, **named: object) -> None:
         before = _entry(cache_key)
         try:
             self._write(cache_key, *arguments, **named)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 from jax import core, export
@@ -26,6 +26,7 @@ from ipadapter_jax.storage.atomic_files import remove_partial_files, write_atomi
 from ipadapter_jax.storage.ownership import make_private_folder, ownership_problem
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 _config: Any = jax.config  # its settings are made at run time, unknown to type checkers
 
 # Custom calls that are not guaranteed to be stable between releases of jax; a program of another release is not used.
@@ -35,26 +36,26 @@ _KERNELS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "tpu_custom_ca
 class _ProgramKey(NamedTuple):
     """What distinguishes two programs of one function."""
 
-    static: tuple[Any, ...]
-    structure: Any
-    shapes: tuple[Any, ...]
-    settings: tuple[Any, ...]
+    static: tuple[object, ...]
+    structure: object
+    shapes: tuple[object, ...]
+    settings: tuple[object, ...]
 
 
-class ExportedFunction:
+class ExportedFunction(Generic[Result]):
     """A jitted function whose first `fixed` arguments are static, and whose programs are cached on disk.
 
     When a program cannot be cached or read, it is traced as usual: `jitted` is the plain jitted function.
     """
 
-    def __init__(self, function: Callable, fixed: int):
+    def __init__(self, function: Callable[..., Result], fixed: int):
         self.jitted = jax.jit(function, static_argnums=tuple(range(fixed)))
         self._name, self._fixed = function.__name__, fixed
-        self._programs: dict[_ProgramKey, Callable] = {}
+        self._programs: dict[_ProgramKey, Callable[..., Result]] = {}
         self._opening = threading.Lock()
         functools.update_wrapper(self, function)
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: object) -> Result:
         given = arguments[self._fixed :]
         leaves, structure = jax.tree.flatten(given)
         inside = any(
@@ -75,7 +76,7 @@ class ExportedFunction:
         """Forgets the programs in memory, as in a new process."""
         self._programs.clear()
 
-    def _open(self, call: _ProgramKey, arguments: tuple[Any, ...]) -> Callable:
+    def _open(self, call: _ProgramKey, arguments: tuple[object, ...]) -> Callable[..., Result]:
         """The program from disk, or traced and then stored; the plain jitted function if that fails."""
         try:
             file = _safe_folder() / f"{self._name}-{_digest(self._name, call)}.program"
@@ -121,7 +122,7 @@ def _read(file: Path) -> bytes | None:
     return content
 
 
-def export_cached(function: Callable, *, static: int) -> ExportedFunction:
+def export_cached(function: Callable[..., Result], *, static: int) -> ExportedFunction[Result]:
     """A pure function, whose first `static` arguments are static, jitted and with its programs kept on disk."""
     return ExportedFunction(function, static)
 
@@ -143,20 +144,27 @@ def register_serializable(*kinds: type) -> None:
         )
 
 
-def _dataclass_of(kind: Any, _: Any, children: Sequence[Any]) -> Any:
+def _dataclass_of(kind: type, _: object, children: Sequence[object]) -> object:
     """A dataclass from the values of its fields in order."""
     names = [field.name for field in dataclasses.fields(kind)]
     return kind(**dict(zip(names, children, strict=True)))
 
 
-def _place(leaf: Any) -> Any:
+class _Placement(NamedTuple):
+    """Where an argument lies, and whether it has to stay there."""
+
+    devices: object
+    committed: bool
+
+
+def _place(leaf: object) -> _Placement:
     """The sharding of an argument; on one device all shardings are equal, and the device stands for them."""
     sharding = getattr(leaf, "sharding", None)
     devices = () if sharding is None else tuple(sharding.device_set)
-    return (sharding if len(devices) > 1 else devices), getattr(leaf, "committed", False)
+    return _Placement(sharding if len(devices) > 1 else devices, getattr(leaf, "committed", False))
 
 
-def _settings() -> tuple[Any, ...]:
+def _settings() -> tuple[object, ...]:
     """The settings of jax that change a trace."""
     names = ["default_matmul_precision", "enable_x64", "numpy_dtype_promotion", "threefry_partitionable"]
     names += ["default_device"]

@@ -8,10 +8,11 @@ jax.checkpoint and those inside attention kernels.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.core import Atom, ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.interpreters import partial_eval
 
 
@@ -59,7 +60,7 @@ def _by_kind(found: Iterable[Product]) -> Counter[str]:
     return total
 
 
-def _products(jaxpr: Any, outside: str, times: int) -> Iterator[Product]:
+def _products(jaxpr: Jaxpr | ClosedJaxpr, outside: str, times: int) -> Iterator[Product]:
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         where = f"{outside}/{eqn.source_info.name_stack}"
@@ -83,7 +84,7 @@ def _products(jaxpr: Any, outside: str, times: int) -> Iterator[Product]:
             yield from inside
 
 
-def programs(values: Iterable[Any]) -> Iterator[Any]:
+def programs(values: Iterable[object]) -> Iterator[Jaxpr | ClosedJaxpr]:
     """The inner programs among an instruction's parameters: those of jit, scan, checkpoint, custom derivatives etc."""
     for value in values:
         if isinstance(value, Jaxpr | ClosedJaxpr):
@@ -92,21 +93,27 @@ def programs(values: Iterable[Any]) -> Iterator[Any]:
             yield from programs(value)
 
 
-def _matmul(eqn: Any) -> int:
+def _array(atom: Atom) -> ShapedArray:
+    """Shape and dtype of an operand or a result, which must be an array."""
+    assert isinstance(atom.aval, ShapedArray)
+    return atom.aval
+
+
+def _matmul(eqn: JaxprEqn) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    left = eqn.invars[0].aval.shape
-    return 2 * eqn.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+    left = _array(eqn.invars[0]).shape
+    return 2 * _array(eqn.outvars[0]).size * math.prod(left[axis] for axis in contracted)
 
 
-def _conv(eqn: Any) -> int:
+def _conv(eqn: JaxprEqn) -> int:
     """FLOP of a convolution. The zeros between the inputs of a transposed strided convolution do not count; padding
     counts."""
-    kernel, params = eqn.invars[1].aval, eqn.params
+    kernel, params = _array(eqn.invars[1]), eqn.params
     output_channels = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-    return 2 * eqn.outvars[0].aval.size * (kernel.size // output_channels) // math.prod(params["lhs_dilation"])
+    return 2 * _array(eqn.outvars[0]).size * (kernel.size // output_channels) // math.prod(params["lhs_dilation"])
 
 
-def attention_kernel(eqn: Any) -> AttentionProducts | None:
+def attention_kernel(eqn: JaxprEqn) -> AttentionProducts | None:
     """The number of matrix products of queries, keys and values in an attention kernel, and how many it computes a
     second
     time: the weights in the backward pass, and one gradient that both of Pallas's kernels need. None for any other
@@ -124,13 +131,14 @@ _ATTENTION: Mapping[str, AttentionProducts] = {
 }
 
 
-def _attention_product(eqn: Any) -> int:
+def _attention_product(eqn: JaxprEqn) -> int:
     """FLOP of one such product: queries (B, L, heads, d) and keys (B, S, heads, d), for Pallas (..., heads, L, d)."""
-    query, key, *_ = (var.aval for var in eqn.invars if var.aval.ndim > 2 and jnp.issubdtype(var.aval, jnp.floating))
+    given = map(_array, eqn.invars)
+    query, key, *_ = (x for x in given if x.ndim > 2 and jnp.issubdtype(x.dtype, jnp.floating))
     return 2 * query.size * key.shape[-2 if eqn.primitive.name == "pallas_call" else 1]
 
 
-_FORMULAE: Mapping[str, tuple[str, Callable[[Any], int]]] = {
+_FORMULAE: Mapping[str, tuple[str, Callable[[JaxprEqn], int]]] = {
     "dot_general": ("matmul", _matmul),
     "conv_general_dilated": ("conv", _conv),
 }

@@ -1,15 +1,43 @@
 """Compares the least memory that a call needs with that of the machine, before anything is read or compiled."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from ipadapter_jax.diffusion.samplers import SamplerRun
 from ipadapter_jax.errors import InputError
 
 _FLOAT = 4
+_Sizes = TypeVar("_Sizes", covariant=True)
+
+
+class _UNetSizes(Protocol):
+    @property
+    def block_out_channels(self) -> tuple[int, ...]: ...
+
+
+class _VAESizes(_UNetSizes, Protocol):
+    @property
+    def latent_channels(self) -> int: ...
+    @property
+    def downscale(self) -> int: ...
+
+
+class _Device(Protocol):
+    def memory_stats(self) -> Mapping[str, int] | None: ...
+
+
+class _Network(Protocol[_Sizes]):
+    """A network, or what stands for it: its sizes and its dtype."""
+
+    @property
+    def config(self) -> _Sizes: ...
+    @property
+    def dtype(self) -> DTypeLike: ...
 
 
 class _Arrays(NamedTuple):
@@ -39,12 +67,18 @@ def machine_memory() -> int | None:
 
 
 def check_sampling_memory(
-    unet: Any, vae: Any, images: int, points: tuple[int, int], run: Any, devices: Iterable[Any], *, guided: bool
+    unet: _Network[_UNetSizes],
+    vae: _Network[_VAESizes],
+    images: int,
+    points: tuple[int, ...],
+    run: SamplerRun,
+    devices: Iterable[_Device],
+    *,
+    guided: bool,
 ) -> None:
     """Raises InputError when sampling needs more memory than there is.
 
-    unet, vae: the networks, or objects with their `config` and `dtype`. points: (h, w) of the latents. run: the
-    sampler's table, whose steps say whether they add noise. devices: jax's.
+    points: (h, w) of the latents. run: its steps say whether they add noise.
     """
     memory = device_memory(devices)
     arrays = _FUSED if memory else _ON_CPU
@@ -77,7 +111,7 @@ def check_job_memory(rows: int, images: int) -> None:
     check_memory(rows * images * _TASK, f"a job of {rows * images:,} images", "give a smaller --num-images")
 
 
-def device_memory(devices: Iterable[Any]) -> int | None:
+def device_memory(devices: Iterable[_Device]) -> int | None:
     """Bytes of all devices together; None if they do not report it, such as a CPU."""
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     return sum(limit for limit in limits if limit) if limits and all(limits) else None

@@ -1,13 +1,9 @@
 """Graceful shutdown: SIGTERM and Ctrl-C are noticed where the work can be interrupted."""
 
 import signal
-from collections.abc import Callable
-from types import FrameType
 from typing import Self
 
-from ipadapter_jax.storage.cleanup import restore_handlers
-
-SignalHandler = Callable[[int, FrameType | None], None]
+from ipadapter_jax.storage.cleanup import SignalHandler, restore_handlers
 
 EXIT_PREEMPTED = 75  # the exit code that asks a scheduler to rerun the same command
 

@@ -3,7 +3,8 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+
+from jax import Array
 
 
 def is_interactive() -> bool:
@@ -23,7 +24,7 @@ def step_bar(wanted: bool, total: int, callback: Callable | None) -> Iterator[Ca
 
     with tqdm.auto.tqdm(total=total, desc="compiling, then sampling", unit="step") as bar:
 
-        def on_step(number: int, timestep: float, latents: Any) -> None:
+        def on_step(number: int, timestep: float, latents: Array) -> None:
             latents.block_until_ready()
             bar.set_description("sampling", refresh=False)
             bar.update()

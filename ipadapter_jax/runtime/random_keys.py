@@ -7,7 +7,7 @@ So the generator is defined here in full: the hash is jax's, and the draws are b
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,11 +24,11 @@ def key(seed: ArrayLike) -> Array:
     return jax.random.key(seed, impl=_IMPLEMENTATION)  # pyright: ignore[reportArgumentType]
 
 
-def recorded_generator(record: Mapping[str, Any]) -> str:
+def recorded_generator(record: Mapping[str, object]) -> str:
     """The generator in the record of a run. For a record older than this entry: the one that the environment selects,
     as it did for that run."""
     if "generator" in record:
-        return record["generator"]
+        return str(record["generator"])
     layout = "partitionable" if _config.jax_threefry_partitionable else "original"
     return f"{_config.jax_default_prng_impl}, {layout}"
 
@@ -37,7 +37,7 @@ def _seed(seed: Array) -> Array:
     return extend.threefry_prng_impl.seed(seed)
 
 
-def _fold_in(data: Array, number: Any) -> Array:
+def _fold_in(data: Array, number: ArrayLike) -> Array:
     return extend.threefry_prng_impl.fold_in(data, number)
 
 
@@ -52,7 +52,14 @@ def _random_bits(data: Array, width: int, shape: tuple[int, ...]) -> Array:
     return high ^ low
 
 
-def _hashed(data: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+class _Hash(NamedTuple):
+    """The two words of 32 bits that Threefry gives for each position."""
+
+    high: Array
+    low: Array
+
+
+def _hashed(data: Array, shape: tuple[int, ...]) -> _Hash:
     """The hash of every position in an array of this shape, counted in row-major order."""
     if np.prod(shape, dtype=object) > 2**32:
         raise ValueError(f"no draws of shape {shape}: positions are counted with 32 bits")
@@ -61,7 +68,7 @@ def _hashed(data: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
     for axis, stride in enumerate(strides):
         count += jax.lax.broadcasted_iota(np.uint32, shape, axis) * np.uint32(stride)
     first, second = extend.threefry2x32_p.bind(data[0], data[1], jax.numpy.zeros_like(count), count)
-    return first, second
+    return _Hash(first, second)
 
 
 _IMPLEMENTATION = extend.define_prng_impl(

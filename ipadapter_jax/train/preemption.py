@@ -5,7 +5,8 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
-from ipadapter_jax.runtime.preemption import GracefulShutdown, SignalHandler
+from ipadapter_jax.runtime.preemption import GracefulShutdown
+from ipadapter_jax.storage.cleanup import SignalHandler
 
 
 class CoordinatedShutdown(GracefulShutdown):

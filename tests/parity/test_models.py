@@ -221,7 +221,7 @@ def entries_of(case, masks):
             chosen = features[:, :, images]
             weight = np.ones((1, chosen.shape[2]), np.float32)
             rows = programs.image_keys_values(projection.module, keys.module, params, chosen, weight)
-            image_kv.append([(k[:, 0], v[:, 0]) for k, v in rows])
+            image_kv.append(jax.tree.map(lambda x: x[:, 0], rows))
             scales.append(lambda scale, n=number, i=images.start: nested(scale, n, i))
             of_entries.append(None if masks is None else masks[len(of_entries)])
     return image_kv, scales, of_entries

@@ -105,7 +105,7 @@ def test_the_first_steps_maps_are_those_of_the_network_on_the_initial_latents(pi
     """Of the conditional branch: the very prompt and image, with guidance left out."""
     [adapter] = pipe.adapters
     features = adapter.encode(adapter.inputs.from_images([[CAT]], "crop", guided=False))
-    image_kv = [(k[0], v[0]) for k, v in adapter.keys_values(features, np.ones((1, 1), np.float32))]
+    image_kv = jax.tree.map(lambda x: x[0], adapter.keys_values(features, np.ones((1, 1), np.float32)))
     noise = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
     arguments = {"ip_adapter_image": CAT, "latents": np.concatenate([noise, noise[:, ::-1]]), **SMALL}
     _, found = pipe("a cat", num_images_per_prompt=2, return_attention_maps=True, **arguments)
