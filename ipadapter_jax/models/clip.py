@@ -210,20 +210,13 @@ class VisionEmbeddings(SkipShapeCheck, nn.Module):
 
     @nn.compact
     def __call__(self, pixel_values: Array) -> Array:
-        config, patch = self.config, self.config.patch_size
-        x = Conv(
-            config.hidden_size,
-            (patch, patch),
-            strides=patch,
-            padding="VALID",
-            use_bias=False,
-            dtype=self.dtype,
-            name="patch_embedding",
-        )(pixel_values.astype(self.dtype))
-        x = x.reshape(x.shape[0], -1, config.hidden_size)
-        first = self.param("class_embedding", nn.initializers.normal(0.02), (config.hidden_size,)).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, config.hidden_size)), x], axis=1)
-        positions = Embed(config.num_positions, config.hidden_size, dtype=self.dtype, name="position_embedding")
+        config, patch, width = self.config, self.config.patch_size, self.config.hidden_size
+        embed = Conv(width, (patch, patch), patch, "VALID", use_bias=False, dtype=self.dtype, name="patch_embedding")
+        x = embed(pixel_values.astype(self.dtype))
+        x = x.reshape(x.shape[0], -1, width)
+        first = self.param("class_embedding", nn.initializers.normal(0.02), (width,)).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, width)), x], axis=1)
+        positions = Embed(config.num_positions, width, dtype=self.dtype, name="position_embedding")
         return x + positions(jnp.arange(config.num_positions))[None]
 
 

@@ -121,8 +121,8 @@ class SamplingRequest:
         run = sample_table(self.scheduler, schedule, self.num_inference_steps, eta, strength)
         shape = model.latent_shape(*((height, width) if init_image is None else init_image.image.shape[:2]))
         count, guided = len(prompts) * self.num_images_per_prompt, guidance_scale > 1
-        networks = _Sized(model.unet, model.dtype), _Sized(model.vae, model.dtype)
-        check_sampling_memory(*networks, count, shape[:2], run, jax.local_devices(), guided=guided)
+        networks = model.unet, model.vae, model.dtype
+        check_sampling_memory(*networks, count, shape, run, jax.local_devices(), guided=guided)
         given = {} if self.latents is None else {INITIAL: check_latents(self.latents, (count, *shape), model.dtype)}
         image_prompts = self._image_prompts(model, run, guided, shape, len(prompts))
         used = not given or init_image is not None or bool(np.any(run.steps.noise))
@@ -187,14 +187,6 @@ class SamplingRequest:
         if self.return_attention_maps and not planned:
             raise InputError(f"{argument('return_attention_maps')} needs an image prompt to look at")
         return planned
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sized:
-    """What `check_sampling_memory` asks of a network."""
-
-    config: UNetConfig | VAEConfig
-    dtype: DTypeLike
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -3,16 +3,16 @@
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from ipadapter_jax.diffusion.samplers import SamplerRun
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.validation import LatentShape
 
 _FLOAT = 4
-_Sizes = TypeVar("_Sizes", covariant=True)
 
 
 class _UNetSizes(Protocol):
@@ -29,15 +29,6 @@ class _VAESizes(_UNetSizes, Protocol):
 
 class _Device(Protocol):
     def memory_stats(self) -> Mapping[str, int] | None: ...
-
-
-class _Network(Protocol[_Sizes]):
-    """A network, or what stands for it: its sizes and its dtype."""
-
-    @property
-    def config(self) -> _Sizes: ...
-    @property
-    def dtype(self) -> DTypeLike: ...
 
 
 class _Arrays(NamedTuple):
@@ -67,10 +58,11 @@ def machine_memory() -> int | None:
 
 
 def check_sampling_memory(
-    unet: _Network[_UNetSizes],
-    vae: _Network[_VAESizes],
+    unet: _UNetSizes,
+    vae: _VAESizes,
+    dtype: DTypeLike,
     images: int,
-    points: tuple[int, ...],
+    latents: LatentShape,
     run: SamplerRun,
     devices: Iterable[_Device],
     *,
@@ -78,17 +70,17 @@ def check_sampling_memory(
 ) -> None:
     """Raises InputError when sampling needs more memory than there is.
 
-    points: (h, w) of the latents. run: its steps say whether they add noise.
+    dtype: of both networks. run: its steps say whether they add noise.
     """
     memory = device_memory(devices)
     arrays = _FUSED if memory else _ON_CPU
-    scale, itemsize = vae.config.downscale, np.dtype(vae.dtype).itemsize
-    height, width, latents = points[0] * scale, points[1] * scale, points[0] * points[1]
+    scale, itemsize = vae.downscale, np.dtype(dtype).itemsize
+    height, width, points = latents.height * scale, latents.width * scale, latents.height * latents.width
     batch = images * (2 if guided else 1)
-    decoder = arrays.decoder * height * width * vae.config.block_out_channels[0] * itemsize  # one image at a time
-    denoiser = arrays.denoiser * batch * latents * unet.config.block_out_channels[0] * itemsize
+    decoder = arrays.decoder * height * width * vae.block_out_channels[0] * itemsize  # one image at a time
+    denoiser = arrays.denoiser * batch * points * unet.block_out_channels[0] * itemsize
     draws = 2 + (len(run.steps.noise) if np.any(run.steps.noise) else 0)  # stochastic samplers draw noise for each step
-    noises = draws * images * latents * vae.config.latent_channels * _FLOAT
+    noises = draws * images * points * vae.latent_channels * _FLOAT
     pixels = _PIXELS * images * height * width * 3 * _FLOAT
     needed = max(decoder, denoiser) + noises + pixels
     some, fewer = ("an image", "") if images == 1 else (f"{images:,} images", ", or make fewer images at once")

@@ -77,7 +77,7 @@ def _flat(jaxpr: Jaxpr, values: dict[Var, _Value]) -> Iterator[_Operation]:
     """The operations, those of called programs in their place; fills `values`. Arguments have no value."""
     kernels: set[_Value] = set()
     for eqn in jaxpr.eqns:
-        name, inner = eqn.primitive.name, [getattr(p, "jaxpr", p) for p in programs(eqn.params.values())]
+        name, inner = eqn.primitive.name, [_open(p) for p in programs(eqn.params.values())]
         name = name if attention_kernel(eqn) is None else _ATTENTION
         if name in _CALLS:
             given = zip(reversed(inner[0].invars), reversed(eqn.invars), strict=False)
@@ -99,6 +99,10 @@ def _flat(jaxpr: Jaxpr, values: dict[Var, _Value]) -> Iterator[_Operation]:
         results = [_Value(_bytes(var), held, source) for var in eqn.outvars]
         values.update(zip(eqn.outvars, results, strict=True))
         yield _Operation(name, operands, results, max(map(_peak, inner), default=0) if name in _LOOPS else 0)
+
+
+def _open(program: Jaxpr | ClosedJaxpr) -> Jaxpr:
+    return program.jaxpr if isinstance(program, ClosedJaxpr) else program
 
 
 def _bytes(var: Any) -> int:
