@@ -17,7 +17,7 @@ from ipadapter_jax.evaluate.metrics import Embeddings, group_embeddings
 from ipadapter_jax.evaluate.prompts import Reference
 from ipadapter_jax.images.preprocess import clip_pixels, load_image
 from ipadapter_jax.runtime.prefetch import ordered_map
-from ipadapter_jax.storage.atomic_files import write_atomically
+from ipadapter_jax.storage.store import Store
 from ipadapter_jax.storage.text_files import parse_json
 from ipadapter_jax.weights.formats.safetensors_writer import safetensors_chunks
 from ipadapter_jax.weights.formats.tensor_files import open_file
@@ -31,24 +31,29 @@ _INPUTS, _CAPTIONS, _CONTENT = "inputs", "captions", "content"  # keys of a file
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Some image prompts, the images that were made for them, and the file of their embeddings."""
+    """Some image prompts, the images that were made for them, and where their embeddings are stored."""
 
-    file: Path
+    store: Store
+    name: str  # of the file of their embeddings
     references: Sequence[Reference]
     images: Sequence[Sequence[Path]]
     prefix: str  # put before every caption
 
+    @property
+    def path(self) -> Path:
+        return self.store.path(self.name)
 
-def chunks(folder: Path, references: Sequence[Reference], images: Sequence[Sequence[Path]], prefix: str) -> list[Chunk]:
+
+def chunks(store: Store, references: Sequence[Reference], images: Sequence[Sequence[Path]], prefix: str) -> list[Chunk]:
     """All chunks of an evaluation. They do not depend on the number of processes."""
     parts = [slice(start, start + CHUNK) for start in range(0, len(references), CHUNK)]
-    return [Chunk(folder / f"{part.start:06d}.safetensors", references[part], images[part], prefix) for part in parts]
+    return [Chunk(store, f"{part.start:06d}.safetensors", references[part], images[part], prefix) for part in parts]
 
 
 def is_complete(chunk: Chunk, clip: Mapping[str, object]) -> bool:
     """Whether its file holds the embeddings of these images and captions by this CLIP (`LazyScorer.identity`)."""
     try:
-        _, tensors, metadata = open_file(chunk.file)
+        _, tensors, metadata = open_file(chunk.path)
         if metadata.get(_INPUTS) != _inputs(chunk, clip):
             return False
         return metadata.get(_CONTENT) == _content(*(tensors[name].read() for name in _ARRAYS if name in tensors))
@@ -67,16 +72,16 @@ def embed_chunk(chunk: Chunk, scorer: Scorer, clip: Mapping[str, object]) -> Non
     metadata[_CAPTIONS] = json.dumps([len(reference.captions) for reference in chunk.references])
     metadata[_CONTENT] = _content(images, texts)
     tensors = {name: in_memory(rows) for name, rows in zip(_ARRAYS, (images, texts), strict=True)}
-    write_atomically(chunk.file, safetensors_chunks(tensors, metadata))
+    chunk.store.write(chunk.name, safetensors_chunks(tensors, metadata))
 
 
 def read_embeddings(chunk: Chunk) -> Embeddings:
     """The embeddings that `embed_chunk` has written."""
-    _, tensors, metadata = open_file(chunk.file)
+    _, tensors, metadata = open_file(chunk.path)
     images, texts = (np.array(tensors[name].read()) for name in _ARRAYS)
-    counts = parse_json(metadata[_CAPTIONS], chunk.file)
+    counts = parse_json(metadata[_CAPTIONS], chunk.path)
     if not isinstance(counts, list):
-        raise InputError(f"{chunk.file}: its numbers of captions are not a list; remove it, and it is made again")
+        raise InputError(f"{chunk.path}: its numbers of captions are not a list; remove it, and it is made again")
     return group_embeddings(images, texts, counts)
 
 

@@ -15,7 +15,11 @@ from typing import Protocol
 from ipadapter_jax.storage.atomic_files import atomic_replace, remove_partial_files, sha256, write_atomically
 from ipadapter_jax.storage.file_lock import shard_lock
 from ipadapter_jax.storage.jsonl import JsonlAppender
-from ipadapter_jax.storage.text_files import read_json_object
+from ipadapter_jax.storage.text_files import read_bytes, read_json_object
+
+
+def _nobody(name: str) -> bool:
+    return False
 
 
 class Store(Protocol):
@@ -29,12 +33,20 @@ class Store(Protocol):
         """The names of all files that are there."""
         ...
 
+    def inside(self, name: str) -> "Store":
+        """The files in a folder of this store."""
+        ...
+
     def size(self, name: str) -> int | None:
         """The bytes of a file; None when it is not there."""
         ...
 
     def sha256(self, name: str) -> str:
         """The digest of a file's content, in hexadecimal."""
+        ...
+
+    def read(self, name: str, remedy: str = "check the file") -> bytes:
+        """The content of a small file."""
         ...
 
     def read_json_object(self, name: str) -> dict[str, object]:
@@ -62,7 +74,7 @@ class Store(Protocol):
         """Holds the work of process p of P, shard (p, P), and makes the store's folder."""
         ...
 
-    def remove_partial_files(self, mine: Callable[[str], bool]) -> None:
+    def remove_partial_files(self, mine: Callable[[str], bool] = _nobody) -> None:
         """Removes what killed processes have left partly written. `mine`: whether only the caller, who holds the lock,
         writes files of a name."""
         ...
@@ -83,12 +95,18 @@ class LocalStore:
     def names(self) -> set[str]:
         return set(os.listdir(self.folder))
 
+    def inside(self, name: str) -> "LocalStore":
+        return LocalStore(self.path(name))
+
     def size(self, name: str) -> int | None:
         path = self.path(name)
         return path.stat().st_size if path.is_file() else None
 
     def sha256(self, name: str) -> str:
         return sha256(self.path(name))
+
+    def read(self, name: str, remedy: str = "check the file") -> bytes:
+        return read_bytes(self.path(name), remedy=remedy)
 
     def read_json_object(self, name: str) -> dict[str, object]:
         return read_json_object(self.path(name))
@@ -108,5 +126,5 @@ class LocalStore:
     def lock(self, shard: tuple[int, int]) -> AbstractContextManager[None]:
         return shard_lock(self.folder, shard)
 
-    def remove_partial_files(self, mine: Callable[[str], bool]) -> None:
+    def remove_partial_files(self, mine: Callable[[str], bool] = _nobody) -> None:
         remove_partial_files(self.folder, mine)

@@ -16,6 +16,7 @@ from ipadapter_jax.ops import attention_kernels
 from ipadapter_jax.runtime.announcements import AnnounceFirstCall, announce
 from ipadapter_jax.runtime.flops import count_flops
 from ipadapter_jax.runtime.mesh import batch_sharding, replicated
+from ipadapter_jax.storage.store import Store
 from ipadapter_jax.train.batches import EncodedBatch, TrainBatch, batch_of
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.config import Train
@@ -79,7 +80,7 @@ class Started(NamedTuple):
 def build(
     config: Train,
     mesh: Mesh,
-    folder: Path,
+    store: Store,
     samples: Samples,
     files: contextlib.ExitStack,
     variation: Variation | None = None,
@@ -94,7 +95,7 @@ def build(
         loaded = load_networks(config, mesh, precomputed_encoder(samples))
     _check_data(samples, loaded, config)
     log_record_count(config.data.path, samples)  # after the checks, so that an error stands alone
-    write_unused_report(folder, samples)
+    write_unused_report(store, samples)
     attention_kernels.agree(loaded.networks.head_dims, config.model.dtype)
     if variation is not None:
         loaded = dataclasses.replace(loaded, networks=variation.networks(loaded.networks))
@@ -102,19 +103,19 @@ def build(
     keep = config.checkpoint
     checkpoints = files.enter_context(
         contextlib.closing(
-            Checkpoints(folder / CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every),
+            Checkpoints(store.path(CHECKPOINTS), keep_last=keep.keep_last, keep_every=keep.keep_every),
         )
     )
-    state = _restored_or_initial(config, mesh, loaded, checkpoints, own, folder)
+    state = _restored_or_initial(config, mesh, loaded, checkpoints, own, store)
     loaded = dataclasses.replace(loaded, params={})  # from here on they live in the state
     with announce("tracing the training step"):
         loaded, step, flops = _traced_step(config, mesh, loaded, samples, state)
     validation = _validation(config, mesh, loaded, samples, first_call)
     skipped = run_on_all(
-        lambda: SkippedRecordLog(folder / _name_of_process("skipped.jsonl"), config.data.max_unreadable_fraction)
+        lambda: SkippedRecordLog(store, _name_of_process("skipped.jsonl"), config.data.max_unreadable_fraction)
     )
     files.enter_context(contextlib.closing(skipped))
-    reporter = run_on_first(lambda: Reporter(config, folder, own, loaded, int(state.step), flops))
+    reporter = run_on_first(lambda: Reporter(config, store, own, loaded, int(state.step), flops))
     if reporter is not None:
         files.enter_context(contextlib.closing(reporter))
     run = Run(
@@ -138,7 +139,7 @@ def _check_data(samples: Samples, loaded: LoadedNetworks, config: Train) -> None
 
 
 def _restored_or_initial(
-    config: Train, mesh: Mesh, loaded: LoadedNetworks, checkpoints: Checkpoints, own: RunIdentity, folder: Path
+    config: Train, mesh: Mesh, loaded: LoadedNetworks, checkpoints: Checkpoints, own: RunIdentity, store: Store
 ) -> TrainState:
     """The state of the newest good checkpoint, or the initial one, sharded over the mesh.
 
@@ -156,7 +157,7 @@ def _restored_or_initial(
     if before is not None:
         if changed := own.changes_since(before):
             raise InputError(
-                f"{folder} holds a run that started differently: {'; '.join(changed[:8])}; resume with the settings "
+                f"{store} holds a run that started differently: {'; '.join(changed[:8])}; resume with the settings "
                 "and data that it started with, or choose another --out"
             )
         found = checkpoints.restore(

@@ -15,7 +15,7 @@ from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.config_fields import build_config
 from ipadapter_jax.models.clip import CLIPVisionConfig
 from ipadapter_jax.storage.paths import expand_home
-from ipadapter_jax.storage.store import LocalStore
+from ipadapter_jax.storage.store import LocalStore, Store
 from ipadapter_jax.train.config import Data, Model
 from ipadapter_jax.train.networks import LoadedNetworks, PrecomputedEncoder
 from ipadapter_jax.train.precompute import check_cache
@@ -53,10 +53,10 @@ def log_record_count(path: str, samples: Samples) -> None:
         log.info("%s: %s", path, samples.account())
 
 
-def write_unused_report(folder: Path, samples: Samples) -> None:
-    """Leaves the list of what is not used in the folder of a run, in process 0."""
+def write_unused_report(store: Store, samples: Samples) -> None:
+    """Leaves the list of what is not used in the store of a run, in process 0."""
     if jax.process_index() == 0 and isinstance(samples, LiveSamples):
-        write_report(LocalStore(folder), samples.source.unused)
+        write_report(store, samples.source.unused)
 
 
 def precomputed_encoder(samples: Samples) -> PrecomputedEncoder | None:

@@ -1,12 +1,11 @@
 """What a run exports: adapter.safetensors with its model card, and the UNet where that was trained."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import optax
 
-from ipadapter_jax.storage.atomic_files import write_atomically
+from ipadapter_jax.storage.store import Store
 from ipadapter_jax.storage.text_files import encode_utf8
 from ipadapter_jax.train.config import Model
 from ipadapter_jax.train.model_card import model_card
@@ -21,7 +20,7 @@ ADAPTER = "adapter.safetensors"
 
 
 def export_run(
-    folder: Path,
+    store: Store,
     trainable: Partitioned,
     loaded: LoadedNetworks,
     *,
@@ -30,20 +29,20 @@ def export_run(
     identity: RunIdentity,
     step: int,
 ) -> None:
-    """Writes `trainable`, partitioned parameters as arrays of this process, into the folder of the run, in `dtype`.
+    """Writes `trainable`, partitioned parameters as arrays of this process, into the store of the run, in `dtype`.
 
     The model card shows the data and settings of `identity`. Raises InputError when
     something is not finite or cannot be written; older files then stay.
     """
     if not isinstance(trainable["unet"], optax.MaskedNode):
         settings = json.dumps(loaded.base.component_config("unet").settings, indent=2)
-        save_component(UNET, folder / "unet", trainable["unet"], np.dtype(dtype), settings.encode())
+        save_component(UNET, store.path("unet"), trainable["unet"], np.dtype(dtype), settings.encode())
     projection = loaded.networks.projection
     if projection is None:
         return
     params = {part: tree for part, tree in combine(trainable, loaded.frozen.params).items() if part != "unet"}
     metadata = adapter_metadata(projection.config, step=step)
-    save_ip_adapter(folder / ADAPTER, params, dtype=dtype, metadata=metadata)
+    save_ip_adapter(store.path(ADAPTER), params, dtype=dtype, metadata=metadata)
     card = model_card(
         ADAPTER,
         metadata,
@@ -53,4 +52,4 @@ def export_run(
         data=identity.data,
         settings=identity.settings,
     )
-    write_atomically(folder / "README.md", encode_utf8(card))
+    store.write("README.md", encode_utf8(card))

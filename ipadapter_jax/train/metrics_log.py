@@ -15,13 +15,15 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.atomic_files import remove_partial_files, write_atomically
-from ipadapter_jax.storage.jsonl import JsonlAppender, errors_naming
-from ipadapter_jax.storage.text_files import decode_text, encode_utf8, read_bytes
+from ipadapter_jax.storage.jsonl import errors_naming
+from ipadapter_jax.storage.store import Store
+from ipadapter_jax.storage.text_files import decode_text, encode_utf8
+
+_WANDB_ID = "wandb-id.txt"  # the id of a run on Weights & Biases
 
 
 class RunLog:
-    """Metrics of one run in its folder: always metrics.jsonl, on wish TensorBoard events and wandb.
+    """Metrics of one run in its store: always metrics.jsonl, on wish TensorBoard events and wandb.
 
     A resumed run gives the step that it continues from as `first_step` (0: from the start): what a killed run wrote
     after it is cut off, so that the log reads as if nothing had happened. `config`, JSON-able, is shown next to the
@@ -29,12 +31,12 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, *, tensorboard: bool, wandb: str | None, config: Mapping[str, object], first_step: int
+        self, store: Store, *, tensorboard: bool, wandb: str | None, config: Mapping[str, object], first_step: int
     ):
-        self._folder = folder
-        self._metrics = JsonlAppender(folder / "metrics.jsonl", lambda line: _is_step(line.get("step"), first_step))
-        self._tensorboard = _TensorBoard(folder / "tensorboard", config, first_step) if tensorboard else None
-        self._wandb = _WandB(folder, wandb, config) if wandb is not None else None
+        self._store = store
+        self._metrics = store.append_jsonl("metrics.jsonl", lambda line: _is_step(line.get("step"), first_step))
+        self._tensorboard = _TensorBoard(store.path("tensorboard"), config, first_step) if tensorboard else None
+        self._wandb = _WandB(store, wandb, config) if wandb is not None else None
 
     def write(self, step: int, metrics: Mapping[str, ArrayLike]) -> None:
         """One line of numbers (Python's, numpy's or jax's scalars). Floats read back bit for bit; as JSON has no NaN
@@ -51,8 +53,9 @@ class RunLog:
         """An image, such as a grid of samples: also samples/NAME-STEP.png."""
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        remove_partial_files(self._folder / "samples")
-        write_atomically(self._folder / "samples" / f"{name}-{step:07d}.png", buffer.getvalue())
+        samples = self._store.inside("samples")
+        samples.remove_partial_files()
+        samples.write(f"{name}-{step:07d}.png", buffer.getvalue())
         if self._tensorboard is not None:
             self._tensorboard.image(step, name, image)
         if self._wandb is not None:
@@ -85,10 +88,10 @@ class SkippedRecordLog:
 
     ENOUGH = 200  # samples before a fraction is meaningful
 
-    def __init__(self, path: Path, max_fraction: float):
+    def __init__(self, store: Store, name: str, max_fraction: float):
         self.seen = self.bad = 0
-        self._path, self._max_fraction = path, max_fraction
-        self._lines = JsonlAppender(path, lambda line: isinstance(line.get("index"), int))
+        self._path, self._max_fraction = store.path(name), max_fraction
+        self._lines = store.append_jsonl(name, lambda line: isinstance(line.get("index"), int))
         self._listed = {line["index"] for line in self._lines.found}
 
     def add(self, samples: int, skipped: Iterable[SkippedRecord]) -> None:
@@ -156,21 +159,19 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Metrics for Weights & Biases. The id of the run is stored in the folder, so that a resumed run continues it."""
+    """Metrics for Weights & Biases. The id of the run is stored in its store, so that a resumed run continues it."""
 
-    def __init__(self, folder: Path, project: str, config: Mapping[str, object]):
+    def __init__(self, store: Store, project: str, config: Mapping[str, object]):
         try:
             self._module = importlib.import_module("wandb")
         except ImportError as error:
             raise InputError(f"wandb cannot be imported ({error}): pip install wandb, or do without it") from None
-        identity = folder / "wandb-id.txt"
-        if not identity.exists():
-            write_atomically(identity, os.urandom(8).hex().encode())
-        name = decode_text(read_bytes(identity, remedy="remove it to start another run there"), identity)
+        if store.size(_WANDB_ID) is None:
+            store.write(_WANDB_ID, os.urandom(8).hex().encode())
+        content = store.read(_WANDB_ID, remedy="remove it to start another run there")
+        name = decode_text(content, store.path(_WANDB_ID))
         try:
-            self._run = self._module.init(
-                project=project, id=name, resume="allow", dir=str(folder), config=dict(config)
-            )
+            self._run = self._module.init(project=project, id=name, resume="allow", dir=str(store), config=dict(config))
         except self._module.Error as error:
             raise InputError(f"wandb: {error}; `wandb login`, set WANDB_MODE=offline, or do without it") from None
         # wandb's own step counter never goes back, as a resumed run does.

@@ -57,7 +57,7 @@ def precompute(config: PrecomputeConfig) -> int | None:
     _check(config)
     initialize(Mesh())
     enable_compilation_cache()
-    with run_lock(config.out):
+    with run_lock(LocalStore(config.out)):
         return precompute_shards(config, jax.process_index(), jax.process_count())
 
 

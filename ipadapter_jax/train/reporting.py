@@ -1,11 +1,11 @@
 """What process 0 writes of a run: metrics, curves, images, and the adapter file."""
 
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import jax
 from PIL import Image
 
+from ipadapter_jax.storage.store import Store
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.export import export_run
 from ipadapter_jax.train.metrics_log import RunLog
@@ -17,23 +17,23 @@ from ipadapter_jax.train.throughput import ProgressLine, Throughput, peak_flops
 
 
 class Reporter:
-    """Writes into the folder of a run. `flops` is what a step costs, over all devices."""
+    """Writes into the store of a run. `flops` is what a step costs, over all devices."""
 
     def __init__(
         self,
         config: Train,
-        folder: Path,
+        store: Store,
         identity: RunIdentity,
         loaded: LoadedNetworks,
         first: int,
         flops: float | None,
     ):
         self._config, self._loaded, self._identity = config, loaded, identity
-        self._folder = folder
+        self._store = store
         sources = {part: str(path) for part, path in loaded.sources.items()}  # of the Hub, with the commit
         written = {**identity.to_json(), "sources": sources}
         self._log = RunLog(
-            folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=written, first_step=first
+            store, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=written, first_step=first
         )
         peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
         self._throughput = Throughput(
@@ -66,7 +66,7 @@ class Reporter:
     def export(self, number: int, trainable: Partitioned) -> None:
         """Exports the trainable parameters, given as arrays of this process."""
         export_run(
-            self._folder,
+            self._store,
             trainable,
             self._loaded,
             model=self._config.model,

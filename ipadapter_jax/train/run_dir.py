@@ -5,52 +5,50 @@ import socket
 import time
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.storage.atomic_files import remove_partial_files
-from ipadapter_jax.storage.file_lock import file_lock
+from ipadapter_jax.storage.store import Store
 from ipadapter_jax.train.multihost import broadcast_error, run_on_first
 
 CHECKPOINTS = "checkpoints"  # the folder of the checkpoints in it
+_LOCK = "lock"
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Holds `folder`/lock for process 0 of a job, making the folder. All processes of the job call this.
+def run_lock(store: Store) -> Iterator[None]:
+    """Holds the lock of a run's store for process 0 of a job, making the folder. All processes of the job call this.
 
     The kernel lets go of the lock when its process ends, however that ends; the file stays and means nothing.
     What a run that was killed has left half written is removed. Raises InputError, in every process, naming the process
     and the machine of the run that holds the folder.
     """
     with contextlib.ExitStack() as stack:
-        run_on_first(lambda: _enter(folder, stack))
-        if problem := broadcast_error(_not_shared(folder)):
+        run_on_first(lambda: _enter(store, stack))
+        if problem := broadcast_error(_not_shared(store)):
             raise InputError(problem)
         yield
 
 
-def _enter(folder: Path, stack: contextlib.ExitStack) -> None:
-    stack.enter_context(file_lock(folder / "lock"))
-    remove_partial_files(folder)
+def _enter(store: Store, stack: contextlib.ExitStack) -> None:
+    stack.enter_context(store.lock((0, 1)))
+    store.remove_partial_files()
 
 
-def _not_shared(folder: Path) -> str | None:
+def _not_shared(store: Store) -> str | None:
     """What is wrong where this process does not see what process 0 has just written into the lock file."""
     if jax.process_count() == 1:
         return None
-    path = folder / "lock"
-    written = multihost_utils.broadcast_one_to_all(np.uint32(zlib.crc32(_content(path))))
+    written = multihost_utils.broadcast_one_to_all(np.uint32(zlib.crc32(_content(store))))
     for _ in range(10):  # network file systems take a while
-        if zlib.crc32(_content(path)) == int(written):
+        if zlib.crc32(_content(store)) == int(written):
             return None
         time.sleep(0.5)
-    return f"{folder} is not the same folder on all hosts ({socket.gethostname()} has another): give one that all share"
+    return f"{store} is not the same folder on all hosts ({socket.gethostname()} has another): give one that all share"
 
 
-def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b""
+def _content(store: Store) -> bytes:
+    return b"" if store.size(_LOCK) is None else store.read(_LOCK)

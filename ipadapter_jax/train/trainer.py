@@ -16,6 +16,7 @@ from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.mesh import global_mesh
 from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED
 from ipadapter_jax.storage.paths import expand_home
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train.batches import batch_of
 from ipadapter_jax.train.build import Run, Variation, build
 from ipadapter_jax.train.config import Train, check, check_batch_memory
@@ -45,11 +46,11 @@ def train(config: Train, variation: Variation | None = None) -> int:
     initialize(config.mesh)
     enable_compilation_cache()
     check_batch_memory(config, jax.process_count())
-    mesh, folder = global_mesh(config.mesh.fsdp), Path(expand_home(config.out))
+    mesh, store = global_mesh(config.mesh.fsdp), LocalStore(Path(expand_home(config.out)))
     check_batch(mesh.size, config.data.batch_size, config.optim.accumulate)
     samples = open_samples(config.data.path, config.data, config.model)  # most mistakes show before there is a folder
-    with run_lock(folder), CoordinatedShutdown() as shutdown, contextlib.ExitStack() as files:
-        run, state = build(config, mesh, folder, samples, files, variation)
+    with run_lock(store), CoordinatedShutdown() as shutdown, contextlib.ExitStack() as files:
+        run, state = build(config, mesh, store, samples, files, variation)
         code = run_steps(run, state, shutdown)
     if jax.process_count() > 1:
         barrier("the end of the run")  # process 0 may still be writing

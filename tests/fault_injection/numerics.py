@@ -111,7 +111,7 @@ def _poisoned(cache: Path, out: Path, bad: dict[int, float]) -> Path:
 def _frozen_before_and_after(config: Train) -> list[dict[str, str]]:
     samples = open_samples(config.data.path, config.data, config.model)
     with quiet(), contextlib.ExitStack() as files:
-        run, state = build(config, global_mesh(), Path(config.out), samples, files)
+        run, state = build(config, global_mesh(), LocalStore(Path(config.out)), samples, files)
         before = tree_checksums(run.loaded.frozen)
         with CoordinatedShutdown() as stop:
             run_steps(run, state, stop)

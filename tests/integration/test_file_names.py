@@ -20,6 +20,7 @@ from ipadapter_jax.evaluate.results import _as_text
 from ipadapter_jax.images.preprocess import load_image
 from ipadapter_jax.storage.jsonl import JsonlAppender
 from ipadapter_jax.storage.paths import check_utf8, expand_home
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.storage.text_files import encode_utf8
 from ipadapter_jax.train.metrics_log import RunLog
 from ipadapter_jax.weights.image_embeds import load_image_embeds, save_image_embeds
@@ -116,7 +117,7 @@ def test_file_names_in_written_files(tmp_path):
     lines.close()
     assert JsonlAppender(tmp_path / "a.jsonl", keep=bool).found == [{"picture": ODD}]
     assert _as_text([ODD]) == ["b\\udcff\u00e9"]
-    log = RunLog(tmp_path / ODD, tensorboard=True, wandb=None, config={"out": ODD}, first_step=0)
+    log = RunLog(LocalStore(tmp_path / ODD), tensorboard=True, wandb=None, config={"out": ODD}, first_step=0)
     log.close()
     [events] = (tmp_path / ODD / "tensorboard").glob("events*")
     assert b'"out": "b\\udcff\xc3\xa9"' in events.read_bytes()

@@ -30,8 +30,8 @@ from ipadapter_jax.evaluate.results import METRIC_TITLES, Results, compute_resul
 from ipadapter_jax.pipelines.feature_encoder import PreparedImages
 from ipadapter_jax.runtime.memory_limits import check_job_memory
 from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED, GracefulShutdown
-from ipadapter_jax.storage.atomic_files import remove_partial_files, write_atomically
-from ipadapter_jax.storage.file_lock import shard_lock
+from ipadapter_jax.storage.atomic_files import write_atomically
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.storage.text_files import encode_utf8
 
 
@@ -57,7 +57,7 @@ def evaluate(args: Evaluate) -> int:
         if generated.exit_code:
             return generated.exit_code
         images = generated.paths
-    with shard_lock(args.out, args.shard):
+    with LocalStore(args.out).lock(args.shard):
         return _score(args, references, images, clip, fid)
 
 
@@ -70,15 +70,17 @@ def _score(
 ) -> int:
     """Embeds this process's part of the images; the process that finishes last writes the report. Returns the exit
     code."""
-    chunks = embeddings.chunks(args.out / "scores", references.found, images, args.caption_prefix)
+    store = LocalStore(args.out)
+    scores = store.inside("scores")
+    chunks = embeddings.chunks(scores, references.found, images, args.caption_prefix)
     if _embed(args, chunks, clip):
         print("preempted while scoring; rerun the same command to resume", file=sys.stderr)
         return EXIT_PREEMPTED
     if not all(embeddings.is_complete(chunk, clip.identity) for chunk in chunks):
         print(f"process {args.process} has finished; the last one to finish writes {args.out / 'report.html'}")
         return 0
-    for folder in (args.out, args.out / "scores"):
-        remove_partial_files(folder, mine=lambda name: True)  # no process is writing any more
+    for written in (store, scores):
+        written.remove_partial_files(lambda name: True)  # no process is writing any more
     results = compute_results(chunks, args.caption)
     results = dataclasses.replace(results, distances=results.distances | fid)
     _write(args, references, clip, results)

@@ -355,7 +355,7 @@ def test_a_run_reports_unused_files(tmp_path, caplog) -> None:
     with caplog.at_level("INFO", "ipadapter_jax"):
         log_record_count("photos", samples)
     assert caplog.messages == [f"photos: {SAID}"]
-    write_unused_report(tmp_path, samples)
+    write_unused_report(LocalStore(tmp_path), samples)
     assert (tmp_path / "unused_files.txt").read_text().splitlines()[
         1
     ] == "c.txt: captions without an image that is read"

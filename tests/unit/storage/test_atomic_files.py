@@ -24,6 +24,7 @@ from ipadapter_jax.storage.atomic_files import (
     write_atomically,
 )
 from ipadapter_jax.storage.cleanup import cleanup_on_signal
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train.run_dir import run_lock
 from ipadapter_jax.weights.convert import convert
 
@@ -384,7 +385,7 @@ def test_a_shard_that_is_being_written(tmp_path):
     assert left.startswith(".part-shard-00000-of-00001.array_record-")
     process.kill()
     process.wait()
-    with run_lock(tmp_path):  # the next run there, of encode or train
+    with run_lock(LocalStore(tmp_path)):  # the next run there, of encode or train
         assert names(tmp_path) == ["lock"]
     process = begun(SHARDS, tmp_path)
     process.send_signal(signal.SIGTERM)

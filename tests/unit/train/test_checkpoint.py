@@ -23,6 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train.checkpoint import Checkpoints
 from ipadapter_jax.train.checksums import tree_checksums, tree_fingerprint
 from ipadapter_jax.train.run_dir import run_lock
@@ -304,10 +305,10 @@ TWO = """
 number, port, folder = int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
 assert jax.device_count() == 4 and jax.process_count() == 2
-with run_lock(folder):
+with run_lock(LocalStore(folder)):
     refused = ""
     try:
-        with run_lock(folder):
+        with run_lock(LocalStore(folder)):
             pass
     except InputError as error:
         refused = str(error)
@@ -343,7 +344,7 @@ def test_two_processes_agree(tmp_path: Path) -> None:
 
 
 HOLD = """
-with run_lock(Path(sys.argv[2])):
+with run_lock(LocalStore(Path(sys.argv[2]))):
     print("held", flush=True)
     signal.pause()
 """
@@ -353,12 +354,12 @@ def test_one_run_per_folder(tmp_path: Path) -> None:
     holder = start(HOLD, tmp_path / "run")
     assert holder.stdout.readline() == "held\n"
     message = f"in use by process {holder.pid} on .*choose another folder"
-    with pytest.raises(InputError, match=message), run_lock(tmp_path / "run"):
+    with pytest.raises(InputError, match=message), run_lock(LocalStore(tmp_path / "run")):
         pass
     holder.kill()
     holder.communicate()
     for _ in range(2):  # the kernel let go, and so do we
-        with run_lock(tmp_path / "run"):
+        with run_lock(LocalStore(tmp_path / "run")):
             pass
 
 
@@ -367,5 +368,5 @@ def test_a_file_system_without_locks_warns(tmp_path: Path, monkeypatch, caplog) 
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with caplog.at_level(logging.WARNING), run_lock(tmp_path):
+    with caplog.at_level(logging.WARNING), run_lock(LocalStore(tmp_path)):
         assert "cannot be locked (Operation not supported)" in caplog.text

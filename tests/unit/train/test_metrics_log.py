@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train.metrics_log import RunLog, SkippedRecordLog
 
 CONFIG = {"optim": {"learning_rate": 1e-4}}
@@ -28,7 +29,7 @@ class SkippedRecord(NamedTuple):
 
 @contextlib.contextmanager
 def run_log(folder: Path, first_step: int = 0, *, tensorboard: bool = False, wandb: str | None = None):
-    log = RunLog(folder, tensorboard=tensorboard, wandb=wandb, config=CONFIG, first_step=first_step)
+    log = RunLog(LocalStore(folder), tensorboard=tensorboard, wandb=wandb, config=CONFIG, first_step=first_step)
     yield log
     log.close()
 
@@ -100,7 +101,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full, on Linux")
 def test_a_full_disk_is_reported(tmp_path):
-    log = RunLog(tmp_path, tensorboard=False, wandb=None, config=CONFIG, first_step=0)
+    log = RunLog(LocalStore(tmp_path), tensorboard=False, wandb=None, config=CONFIG, first_step=0)
     log._metrics._file = open("/dev/full", "w")  # noqa: SIM115 closing it would fail, too
     with pytest.raises(InputError, match=r"metrics.jsonl: not written \(No space left on device\); make room"):
         log.write(1, {"loss": 1.0})
@@ -197,7 +198,7 @@ def test_missing_wandb_names_the_remedy(tmp_path, monkeypatch):
 
 def test_a_record_is_listed_once_over_epochs_and_resumes(tmp_path):
     path = tmp_path / "skipped.jsonl"
-    skips = SkippedRecordLog(path, max_fraction=0.5)
+    skips = SkippedRecordLog(LocalStore(path.parent), path.name, max_fraction=0.5)
     skips.add(8, [SkippedRecord(3, "a/3.png", "truncated")])
     skips.add(8, [SkippedRecord(3, "a/3.png", "truncated"), SkippedRecord(5, "ü.png", "no image")])
     skips.close()
@@ -205,7 +206,7 @@ def test_a_record_is_listed_once_over_epochs_and_resumes(tmp_path):
     with open(path, "a") as file:
         file.write('{"index": 9, "ke')  # a kill while writing
 
-    resumed = SkippedRecordLog(path, max_fraction=0.5)
+    resumed = SkippedRecordLog(LocalStore(path.parent), path.name, max_fraction=0.5)
     resumed.add(8, [SkippedRecord(5, "ü.png", "no image"), SkippedRecord(7, "b.png", "too large")])
     resumed.close()
     assert lines(path) == [
@@ -217,7 +218,7 @@ def test_a_record_is_listed_once_over_epochs_and_resumes(tmp_path):
 
 
 def test_too_large_a_fraction_stops_the_run_after_enough_samples(tmp_path):
-    skips = SkippedRecordLog(tmp_path / "skipped.jsonl", max_fraction=0.1)
+    skips = SkippedRecordLog(LocalStore(tmp_path), "skipped.jsonl", max_fraction=0.1)
     bad = [SkippedRecord(i, f"{i}.png", "no image") for i in range(21)]
     skips.add(100, bad[:10])
     skips.add(99, bad[10:20])  # 20 of 199: more than allowed, too few rows to tell
