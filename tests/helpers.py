@@ -14,6 +14,7 @@ from pathlib import Path
 
 import flax.serialization
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -157,6 +158,22 @@ def on_one_device() -> Iterator[None]:
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stable_diffusion, "local_mesh", lambda: mesh)
+        yield
+
+
+@contextlib.contextmanager
+def noise_in_every_step() -> Iterator[None]:
+    """A step of a sampler without noise is given zeros of it: then it is the program of those with noise. All steps in
+    one call are left as they are."""
+    denoise = programs.denoise
+
+    def with_noise(denoiser, mesh, params, state, steps, conditioning):
+        if steps.noise is None and len(steps.table.timestep) == 1:
+            steps = steps._replace(noise=jnp.stack([0 * state.x]))
+        return denoise(denoiser, mesh, params, state, steps, conditioning)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "denoise", with_noise)
         yield
 
 

@@ -1,6 +1,7 @@
 """The command line: images that carry their settings, and one line and exit code 2 for every bad input."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -159,9 +160,9 @@ def test_an_error_after_loading_stands_alone_and_a_report_follows_success(tmp_pa
 
     def run(name: str, **changes) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "ipadapter_jax.cli", *arguments(tmp_path / name, steps=1, **changes)]
-        return subprocess.run(command, capture_output=True, text=True)
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
 
-    wrong, right = run("wrong.png", width=65), run("right.png")
+    wrong, right = run("wrong.png", width=65), run("right.png", adapter=None, image=None)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and "--width 65" in wrong.stderr
     assert right.returncode == 0 and "ignored text_model.embeddings.position_ids" in right.stderr
 

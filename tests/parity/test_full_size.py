@@ -121,6 +121,7 @@ def tiny_size(tmp_path_factory) -> Path:
 
 
 @pytest.mark.torch
+@pytest.mark.usefixtures("one_device")
 def test_a_photograph_gives_the_image_of_diffusers(tiny_size):
     """The noise in the last digits is 2e-5 of the latents; a scale of 0.7001 in place of 0.7 is 3e-4 away."""
     result = compare(tiny_size, photograph(), height=128, width=96)

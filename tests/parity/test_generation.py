@@ -6,10 +6,21 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ADAPTERS, IMAGE_ENCODER, ORACLES, TORCH_MODEL, Case, flax_folder, load_case, nchw, nhwc, slow
+from helpers import (
+    ADAPTERS,
+    IMAGE_ENCODER,
+    ORACLES,
+    TORCH_MODEL,
+    Case,
+    flax_folder,
+    load_case,
+    nchw,
+    nhwc,
+    noise_in_every_step,
+    slow,
+)
 from safetensors.numpy import save_file
 
 from ipadapter_jax import StableDiffusion
@@ -43,18 +54,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def noise_in_every_step() -> Iterator[None]:
-    """A step of a sampler without noise is given zeros of it: then it is the program of those with noise. All steps in
-    one call are left as they are."""
-    denoise = programs.denoise
-
-    def with_noise(denoiser, mesh, params, state, steps, conditioning):
-        if steps.noise is None and len(steps.table.timestep) == 1:
-            steps = steps._replace(noise=jnp.stack([0 * state.x]))
-        return denoise(denoiser, mesh, params, state, steps, conditioning)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "denoise", with_noise)
+def one_program() -> Iterator[None]:
+    with noise_in_every_step():
         yield
 
 

@@ -102,12 +102,27 @@ def test_vae():
     case.check(mean_64x64=nchw(mean), logvar_64x64=nchw(log_variance), decoded_64x64=nchw(decoded))
 
 
+def unet_with_images(case, image_kv, scale: float):
+    """The recorded call with keys and values of images, in a batch of 5 samples: all cases are one program."""
+    unet, samples = component("unet"), len(case.inputs["sample"])
+
+    def repeated(array):
+        return np.resize(array, (5, *np.shape(array)[1:]))
+
+    text_kv = apply(unet, repeated(case.inputs["encoder_hidden_states"]), method=UNet.text_kv)
+    x, times = repeated(nhwc(case.inputs["sample"])), repeated(case.inputs["timesteps"])
+    weights = np.full((1, len(text_kv)), scale, np.float32)
+    kv = jax.tree.map(repeated, image_kv)
+    return nchw(unet_output(unet.module, unet.params, x, times, text_kv, [kv], weights))[:samples]
+
+
 @pytest.mark.parametrize("name", ["unet", *slow("unet_small_input")])
 def test_unet(name):
+    """With images of weight zero, which leave it as it is; the test of odd sizes does without them."""
+    widths = [site.width for site in cross_attention_layers(component("unet").module.config)]
+    images = [(np.ones((5, 4, width), np.float32),) * 2 for width in widths]
     case = load_case(name)
-    x, text = nhwc(case.inputs["sample"]), case.inputs["encoder_hidden_states"]
-    out = apply(component("unet"), x, case.inputs["timesteps"], text, method=UNet.from_text)
-    case.check(out=nchw(out))
+    case.check(out=unet_with_images(case, images, 0.0))
 
 
 def test_unet_of_odd_sizes_and_fractional_timesteps():
@@ -196,14 +211,10 @@ def test_image_projection(variant):
 @pytest.mark.parametrize("variant", ["base", "light", *slow("plus", "full")])
 def test_unet_with_adapter(variant):
     case = load_case(f"unet_ip_{variant}")
-    unet, (projection, keys) = component("unet"), adapter(case.meta["ip_adapter"][0])
-    features = case.inputs["image_features_0"][:, 0]
-    image_kv = apply(keys, apply(projection, features))
-    text_kv = apply(unet, case.inputs["encoder_hidden_states"], method=UNet.text_kv)
-    x, times = nhwc(case.inputs["sample"]), case.inputs["timesteps"]
+    projection, keys = adapter(case.meta["ip_adapter"][0])
+    image_kv = apply(keys, apply(projection, case.inputs["image_features_0"][:, 0]))
     for name, scale in case.meta["scales"].items():
-        weights = np.full((1, len(text_kv)), scale, np.float32)
-        case.check(**{name: nchw(unet_output(unet.module, unet.params, x, times, text_kv, [image_kv], weights))})
+        case.check(**{name: unet_with_images(case, image_kv, scale)})
 
 
 def entries_of(case, masks):

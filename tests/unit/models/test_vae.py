@@ -16,7 +16,10 @@ NOISE = np.random.default_rng(1).standard_normal((2, 2, 2, 4)).astype(np.float32
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(VAE(CONFIG).init)(jax.random.key(0), IMAGES)
+    """Drawn by NumPy: to compile a program that draws them takes longer than all tests of this file."""
+    rng = np.random.default_rng(2)
+    shapes = jax.eval_shape(VAE(CONFIG).init, jax.random.key(0), IMAGES)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
 
 
 def test_latents_are_samples_of_the_posterior_times_the_scaling_factor(params):

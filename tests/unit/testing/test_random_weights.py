@@ -36,6 +36,7 @@ def test_the_command_writes_the_same_numbers_in_both_dtypes(tmp_path, monkeypatc
         assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_tiny_pipeline_is_the_same_at_every_call():
     pipes = [tiny_pipeline(dtype=dtype) for dtype in ("float32", "float32", "bfloat16")]
     jax.tree.map(np.testing.assert_array_equal, *(pipe.params for pipe in pipes[:2]))
