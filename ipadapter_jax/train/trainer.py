@@ -2,15 +2,12 @@
 
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Generator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
 from ipadapter_jax.data.loader import LoadedBatch, load_batches
-from ipadapter_jax.errors import InputError
 from ipadapter_jax.runtime import malloc
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.mesh import global_mesh
@@ -21,17 +18,15 @@ from ipadapter_jax.train.batches import batch_of
 from ipadapter_jax.train.build import Run, Variation, build
 from ipadapter_jax.train.config import Train, check, check_batch_memory
 from ipadapter_jax.train.dataset import open_samples
-from ipadapter_jax.train.multihost import barrier, broadcast_error, initialize, run_on_all, run_on_first
+from ipadapter_jax.train.multihost import barrier, initialize, run_on_all, run_on_first
 from ipadapter_jax.train.preemption import CoordinatedShutdown
 from ipadapter_jax.train.run_dir import run_lock
 from ipadapter_jax.train.sharding import check_batch, global_batch, local_indices, replicate_leaves
 from ipadapter_jax.train.state import TrainState
-from ipadapter_jax.train.step import StepMetrics
+from ipadapter_jax.train.step_outcomes import PendingSteps, UnreadableRecords
 from ipadapter_jax.train.unused_options import warn_of_unused_options
 
 log = logging.getLogger("ipadapter_jax")
-
-_IN_FLIGHT = 2  # steps that the devices have been given before the outcome of the first is read: they never wait
 
 
 def train(config: Train, variation: Variation | None = None) -> int:
@@ -101,65 +96,6 @@ def _batches(run: Run, indices: list[int], first: int) -> Generator[LoadedBatch,
         workers=config.data.workers,
         threads=config.data.threads,
     )
-
-
-class _PendingStep(NamedTuple):
-    number: int
-    metrics: StepMetrics
-
-
-class PendingSteps:
-    """The steps that the devices have been given and whose outcome has not been read."""
-
-    def __init__(self, run: Run):
-        self._run = run
-        self._steps: deque[_PendingStep] = deque()
-
-    def add(self, number: int, metrics: StepMetrics) -> None:
-        """Adds a step, and reads the outcomes of those that must be done by now."""
-        self._steps.append(_PendingStep(number, metrics))
-        self.wait(_IN_FLIGHT)
-
-    def wait(self, in_flight: int = 0) -> None:
-        """Waits until at most `in_flight` steps are unfinished, and reports the others.
-
-        Raises InputError when too many steps in a row had non-finite gradients.
-        """
-        while len(self._steps) > in_flight:
-            number, metrics = self._steps.popleft()
-            skipped = int(metrics.bad_steps)
-            if skipped >= self._run.config.optim.max_nonfinite_steps:
-                raise InputError(
-                    f"the gradients of {skipped} steps in a row, up to step {number}, were not finite; "
-                    f"{self._run.config.out} holds the last good weights: start another run from them "
-                    "(--model.init-from) with a lower --optim.learning-rate, with --optim.clip-norm, or in bfloat16 or "
-                    "float32"
-                )
-            if self._run.reporter is not None:
-                self._run.reporter.step(number, metrics, bad_records=self._run.skipped.bad)
-
-
-class UnreadableRecords:
-    """Counts the records that this process could not read. Too many of them end the run in all processes, at the same
-    step."""
-
-    def __init__(self, run: Run, samples_per_batch: int):
-        self._run, self._samples_per_batch = run, samples_per_batch
-        self._problem: str | None = None
-
-    def add(self, number: int, loaded: LoadedBatch, pending: PendingSteps) -> None:
-        """Counts those of step `number`. Raises InputError when there are too many: several processes agree on that
-        where metrics are logged, after the pending steps, as only one program may communicate at a time."""
-        try:
-            self._run.skipped.add(self._samples_per_batch, loaded.skipped)
-        except InputError as error:
-            self._problem = str(error)
-        if jax.process_count() > 1:
-            if not _due(number, self._run.config.log.every):
-                return
-            pending.wait()
-        if problem := broadcast_error(self._problem):
-            raise InputError(problem)
 
 
 def _validate(run: Run, state: TrainState, number: int) -> None:
