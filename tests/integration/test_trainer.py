@@ -137,7 +137,7 @@ def test_the_random_generator_of_the_environment_has_no_effect(done, run, tmp_pa
 
 
 def test_another_generator_is_refused(done, run, monkeypatch) -> None:
-    monkeypatch.setattr("ipadapter_jax.train.build.GENERATOR", "philox")
+    monkeypatch.setattr("ipadapter_jax.train.run_identity.GENERATOR", "philox")
     with pytest.raises(InputError, match='generator: "threefry2x32, partitionable" -> "philox"'):
         train(changed(run, out=str(done), steps=STEPS + 4))
 
