@@ -20,6 +20,7 @@ from ipadapter_jax.models.clip import CLIPText, CLIPVision
 from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.models.image_projections import example_features, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
+from ipadapter_jax.models.text_encoders import TextEncoders
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.models.vae import VAE
@@ -148,7 +149,7 @@ def abstract_step(
     networks: Any = Networks(
         unet=unet,
         vae=vae,
-        text_encoder=text,
+        text_encoders=TextEncoders.of({"text_encoder": text}),
         schedule=NoiseSchedule.from_json(SCHEDULER),
         latent_shape=(latent, latent, 4),
         image_encoder=vision,

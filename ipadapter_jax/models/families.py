@@ -10,6 +10,14 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 
+class TextEncoderFiles(NamedTuple):
+    """Where a text encoder of a family lies in a base model."""
+
+    part: str  # the folder of the network, and the name of this part everywhere
+    tokenizer: str  # the folder of its tokenizer
+    prefix: str  # of its tensors in a single file
+
+
 class LayerPreset(NamedTuple):
     """Weights of an image prompt by the number of a cross-attention layer in the order of execution (down, mid, up). A
     layer that is not named has weight 0."""
@@ -26,6 +34,7 @@ class Family:
 
     pipelines: its pipeline classes in a model_index.json.
     recognizes: whether the settings in a unet/config.json are those of this family.
+    text_encoders: in the order in which the UNet's text states are concatenated.
     num_layers: cross-attention layers of its published UNets, for which `layer_presets` are written.
     layer_presets: scale presets by name; names and weights as ComfyUI and A1111 have them.
     """
@@ -33,6 +42,7 @@ class Family:
     title: str
     pipelines: tuple[str, ...]
     recognizes: Callable[[Mapping[str, object]], bool]
+    text_encoders: tuple[TextEncoderFiles, ...]
     num_layers: int
     layer_presets: Mapping[str, LayerPreset]
 
@@ -51,6 +61,7 @@ SD1 = Family(
     title="Stable Diffusion 1.x",
     pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
     recognizes=_is_sd1,
+    text_encoders=(TextEncoderFiles("text_encoder", "tokenizer", "cond_stage_model.transformer."),),
     num_layers=16,
     layer_presets=MappingProxyType(
         {

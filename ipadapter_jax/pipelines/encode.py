@@ -2,6 +2,7 @@
 on, pixels to latents and back. Pure functions; the networks are static, everything that a person changes is an array.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,20 +12,23 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ipadapter_jax.models import forward
-from ipadapter_jax.models.clip import CLIPText, CLIPVision, clip_features
+from ipadapter_jax.models.clip import CLIPVision, clip_features
 from ipadapter_jax.models.image_features import FeatureKind
 from ipadapter_jax.models.image_projections import Projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
+from ipadapter_jax.models.text_encoders import TextConditioning, TextEncoders
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.ops.attention import KeyValue
+from ipadapter_jax.runtime.trees import Params
 from ipadapter_jax.weights.load_tree import Tree
 
 
-def encode_prompt(text_encoder: CLIPText, clip_skip: int, params: Tree, input_ids: Array) -> Array:
-    """Token ids (P, S) -> text states (P, S, D), without the last `clip_skip` layers."""
-    output: Any = text_encoder.apply({"params": params}, input_ids, clip_skip)
-    return output.last_hidden_state
+def encode_prompts(
+    encoders: TextEncoders, clip_skip: int, params: Mapping[str, Params], ids: Mapping[str, Array]
+) -> TextConditioning:
+    """Token ids (P, S) of each text encoder -> what P prompts condition on, without the last `clip_skip` layers."""
+    return encoders(params, ids, clip_skip)
 
 
 def encode_image(encoder: CLIPVision, kind: FeatureKind, params: Tree, pixel_values: Array) -> Array:

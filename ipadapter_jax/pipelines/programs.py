@@ -5,6 +5,7 @@ Call them through this module (`programs.denoise(...)`), so that a test or a ben
 """
 
 from ipadapter_jax.diffusion.sampler_table import SamplerTable, State
+from ipadapter_jax.models.text_encoders import TextConditioning
 from ipadapter_jax.ops.attention import KeyValue
 from ipadapter_jax.pipelines import denoise as _denoise
 from ipadapter_jax.pipelines import encode
@@ -17,10 +18,11 @@ from ipadapter_jax.pipelines.conditioning import (
 )
 from ipadapter_jax.runtime.export_cache import export_cached, register_serializable
 
+register_serializable(TextConditioning)
 register_serializable(State, SamplerTable, _denoise.Steps, _denoise.DenoisedState)
 register_serializable(Conditioning, Guidance, ImageBranch, KeyValue, PreservedRegion, ResidualInputs)
 
-encode_prompt = export_cached(encode.encode_prompt, static=2)
+encode_prompts = export_cached(encode.encode_prompts, static=2)
 encode_image = export_cached(encode.encode_image, static=2)
 image_keys_values = export_cached(encode.image_keys_values, static=2)
 text_keys_values = export_cached(encode.text_keys_values, static=1)

@@ -22,7 +22,6 @@ from ipadapter_jax.inputs.validation import (
     prompt_pairs,
     resolve_seeds,
 )
-from ipadapter_jax.models.clip import CLIPTextConfig
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.pipelines.adapter_inputs import AdapterInputs, GivenEmbeds
@@ -49,7 +48,7 @@ class ModelConfigs:
     name: str
     unet: UNetConfig
     vae: VAEConfig
-    text_encoder: CLIPTextConfig
+    text_layers: int  # of the text encoder
     schedule: NoiseSchedule
     dtype: DTypeLike
     guidance_scale: float
@@ -109,10 +108,8 @@ class SamplingRequest:
         guidance_scale, guidance_rescale, eta = to_python_number((*scales, self.eta))
         strength, height, width = to_python_number((self.strength, self.height, self.width))
         prompts, negatives = prompt_pairs(self.prompt, self.negative_prompt)
-        layers = model.text_encoder.num_hidden_layers
-        check_choices(
-            self.num_images_per_prompt, guidance_scale, guidance_rescale, self.clip_skip, layers, eta, self.output_type
-        )
+        count = self.num_images_per_prompt
+        check_choices(count, guidance_scale, guidance_rescale, self.clip_skip, model.text_layers, eta, self.output_type)
         check_guided(guidance_scale, negatives, guidance_rescale)
         warn_of_foreign_syntax({"prompt": prompts, "negative_prompt": negatives})
         init_image = self._init_image(model, strength, height, width)
@@ -120,7 +117,7 @@ class SamplingRequest:
         schedule = model.schedule.changed(self.scheduler_config or {}, self.scheduler)
         run = sample_table(self.scheduler, schedule, self.num_inference_steps, eta, strength)
         shape = model.latent_shape(*((height, width) if init_image is None else init_image.image.shape[:2]))
-        count, guided = len(prompts) * self.num_images_per_prompt, guidance_scale > 1
+        count, guided = len(prompts) * count, guidance_scale > 1
         networks = model.unet, model.vae, model.dtype
         check_sampling_memory(*networks, count, shape, run, jax.local_devices(), guided=guided)
         given = {} if self.latents is None else {INITIAL: check_latents(self.latents, (count, *shape), model.dtype)}

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh
 
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
@@ -20,6 +19,7 @@ from ipadapter_jax.inputs.validation import (
     check_dtype,
 )
 from ipadapter_jax.models.clip import CLIPText
+from ipadapter_jax.models.text_encoders import TextEncoders
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import attention_grids, cross_attention_layers
 from ipadapter_jax.models.vae import VAE
@@ -41,6 +41,7 @@ from ipadapter_jax.pipelines.ip_adapter import Adapter, OpenedAdapter, open_adap
 from ipadapter_jax.pipelines.outputs import SamplingResult, check_finite, images_of
 from ipadapter_jax.pipelines.request import ModelConfigs, SamplingPlan, SamplingRequest
 from ipadapter_jax.pipelines.sample_batch import SampleBatch
+from ipadapter_jax.pipelines.text_conditioner import TextConditioner
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.mesh import local_mesh, replicated
 from ipadapter_jax.runtime.progress_bar import step_bar
@@ -48,7 +49,7 @@ from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel
 from ipadapter_jax.weights.load_tree import Tree
 from ipadapter_jax.weights.model_source import ModelSource
 from ipadapter_jax.weights.open_base_model import open_base
-from ipadapter_jax.weights.tokenizer import Tokenizer, tokenize
+from ipadapter_jax.weights.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 GUIDANCE_SCALE = 7.5  # Stable Diffusion's usual one
@@ -61,10 +62,9 @@ class StableDiffusion:
 
     unet: UNet
     vae: VAE
-    text_encoder: CLIPText
-    tokenizer: Tokenizer
+    text: TextConditioner
     schedule: NoiseSchedule
-    params: dict[str, Tree]
+    params: dict[str, Tree]  # by part: "unet", "vae" and the text encoders
     mesh: Mesh
     sources: dict[str, Path]
     adapters: tuple[Adapter, ...] = ()
@@ -74,6 +74,16 @@ class StableDiffusion:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         adapters = ", ".join(adapter.source.name for adapter in self.adapters) or "none"
         return f"StableDiffusion({count:,} parameters in {jnp.dtype(self.unet.dtype)}, adapters: {adapters})"
+
+    @property
+    def text_encoder(self) -> CLIPText:
+        """The first text encoder."""
+        return self.text.encoders.first.network
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the first text encoder."""
+        return self.text.tokenizers[self.text.encoders.first.part]
 
     @classmethod
     def from_pretrained(
@@ -107,9 +117,11 @@ class StableDiffusion:
         mesh, schedule = local_mesh(), base.schedule
         put = functools.partial(jax.device_put, device=replicated(mesh))
         parts = {name: base.part(name).load(jnp.dtype(dtype), put) for name in BASE_COMPONENTS}
+        encoders = TextEncoders.of({part: parts[part].module for part in base.tokenizers})
         return cls(
-            **{name: part.module for name, part in parts.items()},
-            tokenizer=base.tokenizer,
+            unet=parts["unet"].module,
+            vae=parts["vae"].module,
+            text=TextConditioner(encoders, base.tokenizers),
             schedule=schedule,
             params={name: part.params for name, part in parts.items()},
             mesh=mesh,
@@ -245,7 +257,7 @@ class StableDiffusion:
             name=str(self.sources.get("unet", "of this pipeline")),
             unet=self.unet.config,
             vae=self.vae.config,
-            text_encoder=self.text_encoder.config,
+            text_layers=self.text.encoders.layers,
             schedule=self.schedule,
             dtype=self.unet.dtype,
             guidance_scale=self.guidance_scale,
@@ -286,9 +298,10 @@ class StableDiffusion:
 
     def _conditioning(self, plan: SamplingPlan, batch: SampleBatch, begin: Start) -> Conditioning:
         """Runs the encoders: all that the networks see next to latents and time."""
-        branches = [self._text(plan.prompts, plan.clip_skip)]
-        if plan.guided:
-            branches.insert(0, self._text(plan.negative_prompts, 0))  # diffusers leaves out layers for the prompt alone
+        branches = [self.text.encode(self.params, plan.prompts, plan.clip_skip)]
+        if plan.guided:  # diffusers leaves out layers for the prompt alone
+            branches.insert(0, self.text.encode(self.params, plan.negative_prompts))
+        text = jax.tree.map(lambda *of_branches: jnp.stack(of_branches, axis=1), *branches)
         grids = attention_grids(self.unet.config, *plan.latent_shape[:2])
         encoded = [
             planned.encode(adapter, grids) for adapter, planned in zip(self.adapters, plan.image_prompts, strict=True)
@@ -296,15 +309,9 @@ class StableDiffusion:
         guidance = Guidance(scale=np.float32(plan.guidance_scale), rescale=np.float32(plan.guidance_rescale))
         return Conditioning(
             prompt_of_sample=batch.prompt_of_sample,
-            text_kv=programs.text_keys_values(self.unet, self.params["unet"], jnp.stack(branches, axis=1)),
+            text_kv=programs.text_keys_values(self.unet, self.params["unet"], text.states),
             image_branches=[branch for of_adapter in encoded for branch in of_adapter],
             guidance=guidance,
             preserved=begin.preserved,
             extra_channels=begin.extra_channels,
         )
-
-    def _text(self, prompts: Sequence[str], clip_skip: int) -> Array:
-        """Text states (P, S, D)."""
-        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        ids = tokenize(self.tokenizer, prompts, length)
-        return programs.encode_prompt(self.text_encoder, clip_skip, self.params["text_encoder"], ids)

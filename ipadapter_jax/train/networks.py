@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models import forward
-from ipadapter_jax.models.clip import CLIPText, CLIPVision, CLIPVisionConfig, clip_features
+from ipadapter_jax.models.clip import CLIPVision, CLIPVisionConfig, clip_features
 from ipadapter_jax.models.image_projections import Projection, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
+from ipadapter_jax.models.text_encoders import TextEncoders
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.models.vae import VAE, Posterior, normalize
@@ -47,7 +48,7 @@ class Networks:
 
     unet: UNet
     vae: VAE
-    text_encoder: CLIPText
+    text_encoders: TextEncoders
     schedule: NoiseSchedule
     latent_shape: tuple[int, int, int]  # (h, w, C)
     image_encoder: CLIPVision | None = None
@@ -65,7 +66,8 @@ class Networks:
         return _apply(self.vae, frozen.params["vae"], normalize(pixels), method=VAE.posterior)
 
     def text_states(self, frozen: FrozenModels, ids: Array) -> Array:
-        return _apply(self.text_encoder, frozen.params["text_encoder"], ids).last_hidden_state
+        """Token ids (B, S) of the first text encoder -> (B, S, D)."""
+        return self.text_encoders(frozen.params, {self.text_encoders.first.part: ids}).states
 
     def image_features(self, frozen: FrozenModels, pixels: Array) -> Array:
         """Normalised pixels (B, S, S, 3) -> what the projection reads: (B, F), or for patches (B, L, F)."""
@@ -128,11 +130,11 @@ def load_networks(config: Train, mesh: Mesh, encoded: PrecomputedEncoder | None)
     networks = Networks(
         unet=unet,
         vae=parts["vae"].module,
-        text_encoder=parts["text_encoder"].module,
+        text_encoders=TextEncoders.of({part: parts[part].module for part in opened.tokenizers}),
         schedule=schedule,
         latent_shape=(side, side, unet.config.in_channels),
     )
-    length = networks.text_encoder.config.max_position_embeddings
+    length = networks.text_encoders.first.network.config.max_position_embeddings
     frozen = FrozenModels(
         empty_ids=put_global(tokenize(tokenizer, [""], length)[0], replicated(mesh)),
         params={name: part.params for name, part in parts.items() if not mask.get(name)},

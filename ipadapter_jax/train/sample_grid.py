@@ -19,6 +19,7 @@ from ipadapter_jax.models.vae import VAE, Posterior, denormalize
 from ipadapter_jax.pipelines.feature_encoder import CLIPFeatureEncoder
 from ipadapter_jax.pipelines.ip_adapter import Adapter
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
+from ipadapter_jax.pipelines.text_conditioner import TextConditioner
 from ipadapter_jax.runtime.mesh import local_mesh, replicated
 from ipadapter_jax.runtime.trees import Params, PyTree
 from ipadapter_jax.train.batches import EncodedBatch
@@ -76,7 +77,7 @@ class SampleGrid:
         what the scoring CLIP says of them. For process 0, which samples on its own devices; nothing for the others."""
         local, loaded = local_mesh(), self._loaded
         params = combine(trainable, loaded.frozen.params)
-        params |= {name: loaded.frozen.params[name] for name in ("vae", "text_encoder")}
+        params |= {name: loaded.frozen.params[name] for name in ("vae", *loaded.base.tokenizers)}
         params = local_copy(replicate_leaves(params, self._mesh), local)
         if jax.process_index():
             return Grid(None, {})
@@ -161,8 +162,7 @@ def pipeline_of(loaded: LoadedNetworks, params: dict[str, Tree], mesh: Mesh) -> 
     return StableDiffusion(
         unet=networks.unet,
         vae=networks.vae,
-        text_encoder=networks.text_encoder,
-        tokenizer=loaded.tokenizer,
+        text=TextConditioner(networks.text_encoders, loaded.base.tokenizers),
         schedule=networks.schedule,
         params=params,
         mesh=mesh,

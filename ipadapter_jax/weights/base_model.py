@@ -10,6 +10,7 @@ from typing import Any
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.models.clip import CLIPTextConfig
+from ipadapter_jax.models.families import Family, family_of
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.weights import bundled
@@ -50,8 +51,27 @@ class BaseModel:
     parts: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
+    def family(self) -> Family:
+        """Raises InputError when its UNet is of none that is known."""
+        found = family_of(self.own_component_config("unet").settings)
+        if found is None:
+            raise InputError(f"base model {self.source.model}: its UNet is of no family that is supported")
+        return found
+
+    @functools.cached_property
+    def tokenizers(self) -> Mapping[str, Tokenizer]:
+        """That of every text encoder, by its part."""
+        return {files.part: load_tokenizer(self.folder / files.tokenizer) for files in self.family.text_encoders}
+
+    @property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.folder / "tokenizer")
+        """Of the first text encoder."""
+        return next(iter(self.tokenizers.values()))
+
+    @property
+    def text_layers(self) -> int:
+        """Layers of each text encoder, or of the one with the fewest."""
+        return min(self.config(files.part).num_hidden_layers for files in self.family.text_encoders)
 
     @functools.cached_property
     def schedule(self) -> NoiseSchedule:
@@ -127,8 +147,9 @@ class BaseModel:
             self.part(name)
 
     def check_tokenizer(self) -> None:
-        """Raises InputError when the text encoder lacks embeddings for some tokens, and warns when it has more."""
-        check_vocabulary(f"base model {self.source.model}", self.tokenizer, self.config("text_encoder").vocab_size)
+        """Raises InputError when a text encoder lacks embeddings for some tokens, and warns when it has more."""
+        for part, tokenizer in self.tokenizers.items():
+            check_vocabulary(f"base model {self.source.model}", tokenizer, self.config(part).vocab_size)
 
 
 def _open_in_file(config: ComponentConfig, name: str, tensors: Mapping[str, Tensor], file: Path) -> LazyComponent:

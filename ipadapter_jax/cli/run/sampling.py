@@ -50,7 +50,7 @@ class OpenedModels:
             name=self.name,
             unet=self.base.config("unet"),
             vae=self.base.config("vae"),
-            text_encoder=self.base.config("text_encoder"),
+            text_layers=self.base.text_layers,
             schedule=self.base.schedule,
             dtype=self.dtype,
             guidance_scale=self.base.guidance_scale or GUIDANCE_SCALE,

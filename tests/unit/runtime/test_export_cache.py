@@ -195,7 +195,7 @@ def test_a_second_process_samples_without_tracing_the_networks(folder, monkeypat
         function.forget()
     expected = pipe("a red heart", **call)
     kinds = {file.name.partition("-")[0] for file in folder.iterdir()}
-    assert kinds == {"encode_prompt", "encode_image", "image_keys_values", "text_keys_values", "denoise", "decode"}
+    assert kinds == {"encode_prompts", "encode_image", "image_keys_values", "text_keys_values", "denoise", "decode"}
     for function in functions:
         function.forget()
     monkeypatch.setattr(UNet, "at", None)  # would fail where it is traced

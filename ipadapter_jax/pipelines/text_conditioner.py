@@ -1,0 +1,27 @@
+"""Prompts to what they condition the UNet on."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from ipadapter_jax.models.text_encoders import TextConditioning, TextEncoders
+from ipadapter_jax.pipelines import programs
+from ipadapter_jax.runtime.trees import Params
+from ipadapter_jax.weights.tokenizer import Tokenizer, tokenize
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextConditioner:
+    """The text encoders of a base model, and the tokenizer of each by its part."""
+
+    encoders: TextEncoders
+    tokenizers: Mapping[str, Tokenizer]
+
+    def encode(self, params: Mapping[str, Params], prompts: Sequence[str], clip_skip: int = 0) -> TextConditioning:
+        """P prompts, with the weights of each encoder by part. Warns of the words that a truncation loses."""
+        ids = {}
+        for part, network in self.encoders.encoders:
+            tokenizer = self.tokenizers[part]
+            length = min(tokenizer.model_max_length, network.config.max_position_embeddings)
+            ids[part] = tokenize(tokenizer, prompts, length)
+        weights = {part: params[part] for part in ids}
+        return programs.encode_prompts(self.encoders, clip_skip, weights, ids)
