@@ -21,7 +21,6 @@ import jax
 import tyro
 
 from benchmarks.interleaved_timing import seconds_in_turns
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS
 from ipadapter_jax.weights.open_base_model import open_base
 from ipadapter_jax.weights.open_component import read_json
 
@@ -53,7 +52,7 @@ def main(
 
 def ours(weights: Path) -> Any:
     base = open_base(weights)
-    params = {name: base.part(name).load(jax.numpy.dtype("float32")).params for name in BASE_COMPONENTS}
+    params = {name: base.part(name).load(jax.numpy.dtype("float32")).params for name in base.components}
     return jax.block_until_ready(params)
 
 

@@ -45,7 +45,7 @@ from ipadapter_jax.pipelines.text_conditioner import TextConditioner
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.mesh import local_mesh, replicated
 from ipadapter_jax.runtime.progress_bar import step_bar
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel
+from ipadapter_jax.weights.base_model import BaseModel
 from ipadapter_jax.weights.load_tree import Tree
 from ipadapter_jax.weights.model_source import ModelSource
 from ipadapter_jax.weights.open_base_model import open_base
@@ -116,7 +116,7 @@ class StableDiffusion:
         base.check()
         mesh, schedule = local_mesh(), base.schedule
         put = functools.partial(jax.device_put, device=replicated(mesh))
-        parts = {name: base.part(name).load(jnp.dtype(dtype), put) for name in BASE_COMPONENTS}
+        parts = {name: base.part(name).load(jnp.dtype(dtype), put) for name in base.components}
         encoders = TextEncoders.of({part: parts[part].module for part in base.tokenizers})
         return cls(
             unet=parts["unet"].module,

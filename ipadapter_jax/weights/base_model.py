@@ -10,11 +10,11 @@ from typing import Any
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.models.clip import CLIPTextConfig
-from ipadapter_jax.models.families import Family, family_of
+from ipadapter_jax.models.families import Family
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.weights import bundled
-from ipadapter_jax.weights.components import TEXT_ENCODER, UNET, VAE_COMPONENT
+from ipadapter_jax.weights.components import TEXT_ENCODER, UNET, VAE_COMPONENT, Component
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.layouts import single_file
@@ -32,7 +32,10 @@ from ipadapter_jax.weights.open_component import (
 from ipadapter_jax.weights.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from ipadapter_jax.weights.weight_files import choose_files
 
-BASE_COMPONENTS = {"unet": UNET, "vae": VAE_COMPONENT, "text_encoder": TEXT_ENCODER}
+
+def components_of(family: Family) -> dict[str, Component]:
+    """The networks of its base models, by part."""
+    return {"unet": UNET, "vae": VAE_COMPONENT} | {files.part: TEXT_ENCODER for files in family.text_encoders}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,17 +49,15 @@ class BaseModel:
 
     source: ModelSource
     folder: Path
+    family: Family
     variants: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     file: Path | None = None
     parts: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
 
-    @functools.cached_property
-    def family(self) -> Family:
-        """Raises InputError when its UNet is of none that is known."""
-        found = family_of(self.own_component_config("unet").settings)
-        if found is None:
-            raise InputError(f"base model {self.source.model}: its UNet is of no family that is supported")
-        return found
+    @property
+    def components(self) -> dict[str, Component]:
+        """Its networks, by part."""
+        return components_of(self.family)
 
     @functools.cached_property
     def tokenizers(self) -> Mapping[str, Tokenizer]:
@@ -83,7 +84,7 @@ class BaseModel:
         return bundled.GUIDANCE_SCALE if self.folder == bundled.FOLDER and self.file is None else None
 
     def component_config(self, name: str) -> ComponentConfig:
-        """The settings of "unet", "vae" or "text_encoder". Raises InputError naming what is wrong with them."""
+        """The settings of a part, such as "unet". Raises InputError naming what is wrong with them."""
         if name in self.source.replacements:
             return self.part(name).component_config
         return self.own_component_config(name)
@@ -99,7 +100,7 @@ class BaseModel:
         return {}
 
     def _read_config(self, name: str) -> ComponentConfig:
-        found = read_component_config(BASE_COMPONENTS[name], self.folder / name / "config.json")
+        found = read_component_config(self.components[name], self.folder / name / "config.json")
         if name == "unet" and self.file is not None:
             channels = single_file.input_channels(self.parts["unet"]) or found.config.in_channels
             found = build_component_config(UNET, {**found.settings, "in_channels": channels}, found.path)
@@ -119,7 +120,7 @@ class BaseModel:
         return {}
 
     def _open(self, name: str) -> LazyComponent:
-        component = BASE_COMPONENTS[name]
+        component = self.components[name]
         if name in self.source.replacements:
             return _open_replacement(name, self.source.replacements[name], self)
         if self.file is None:
@@ -142,8 +143,8 @@ class BaseModel:
     def check(self) -> None:
         """Opens all networks. Raises InputError when they do not fit together."""
         self.check_tokenizer()
-        _check_fit(self.source.model, **{name: self.config(name) for name in BASE_COMPONENTS})
-        for name in BASE_COMPONENTS:
+        _check_fit(self.source.model, **{name: self.config(name) for name in self.components})
+        for name in self.components:
             self.part(name)
 
     def check_tokenizer(self) -> None:
@@ -158,7 +159,7 @@ def _open_in_file(config: ComponentConfig, name: str, tensors: Mapping[str, Tens
 
 def _open_replacement(name: str, place: StrPath, base: BaseModel) -> LazyComponent:
     """A part from another place: its own folder, the folder of a base model, or a file in either layout."""
-    component = BASE_COMPONENTS[name]
+    component = base.components[name]
 
     def choose(names: Sequence[str]) -> Sequence[str]:
         inside = name if any(file.startswith(f"{name}/") for file in names) else ""
@@ -172,9 +173,8 @@ def _open_replacement(name: str, place: StrPath, base: BaseModel) -> LazyCompone
     if not bare and not single_file.is_single_file(tensors):
         return open_weights(own, tensors, path)
     if bare:  # a VAE alone, as its training code saves it
-        prefix = single_file.PREFIXES[name]
-        tensors = {prefix + key.removeprefix("vae."): tensor for key, tensor in tensors.items()}
-    tensors = single_file.split(str(path), tensors)[name]
+        tensors = {single_file.VAE_PREFIX + key.removeprefix("vae."): tensor for key, tensor in tensors.items()}
+    tensors = single_file.split(str(path), tensors, base.family)[name]
     if not tensors:
         raise WeightFileError(f"{path}: holds no {component.files.title}; name another place")
     return _open_in_file(own, name, tensors, path)

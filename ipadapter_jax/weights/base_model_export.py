@@ -9,7 +9,7 @@ import numpy as np
 
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.storage.atomic_files import atomic_replace, remove_partial_files_of, write_atomically
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel
+from ipadapter_jax.weights.base_model import BaseModel
 from ipadapter_jax.weights.component_export import class_name, convert_component, lazy_leaves, to_state_dict
 from ipadapter_jax.weights.formats.safetensors_writer import safetensors_chunks
 from ipadapter_jax.weights.key_mapping import torch_layout
@@ -39,7 +39,7 @@ def save_base_model(base: BaseModel, out: Path, dtype: np.dtype | None, *, flax:
 
 def _single_file(base: BaseModel, dtype: np.dtype | None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, prefix in single_file.PREFIXES.items():
+    for name, prefix in single_file.prefixes(base.family).items():
         part = base.part(name)
         layout = single_file.layout_of(name, part.config) or torch_layout()
         tensors |= to_state_dict(lazy_leaves(part), layout, dtype, part.component_config.component.files.title, prefix)
@@ -58,7 +58,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _save_folder(base: BaseModel, folder: Path, dtype: np.dtype | None, flax: bool) -> None:
-    for name in BASE_COMPONENTS:
+    for name in base.components:
         convert_component(base.part(name), folder / name, dtype, flax=flax)
     tokenizer = base.folder / "tokenizer"
     for file in sorted(path for path in tokenizer.rglob("*") if not path.is_dir()):

@@ -11,10 +11,9 @@ from ipadapter_jax.inputs.suggestions import is_slip
 from ipadapter_jax.inputs.validation import check_dtype
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights import identify
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS
 from ipadapter_jax.weights.base_model_export import new_folder, save_base_model
 from ipadapter_jax.weights.component_export import convert_component
-from ipadapter_jax.weights.components import IMAGE_ENCODER
+from ipadapter_jax.weights.components import IMAGE_ENCODER, TEXT_ENCODER, UNET, VAE_COMPONENT
 from ipadapter_jax.weights.formats.safetensors_writer import DTYPES
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.hub import SUFFIXES, check_revision, local_path, path_here
@@ -88,7 +87,7 @@ _NOT_WRITTEN = (  # formats of other programs
     *(".ckpt", ".pt", ".pth", ".pt2", ".sft", ".pkl", ".pickle", ".msgpack", ".npy", ".npz"),
     *(".h5", ".hdf5", ".onnx", ".gguf", ".ggml", ".tflite"),
 )
-_NETWORKS = (*BASE_COMPONENTS.values(), IMAGE_ENCODER)
+_NETWORKS = (UNET, VAE_COMPONENT, TEXT_ENCODER, IMAGE_ENCODER)
 
 
 def _is_repository(source: StrPath) -> bool:

@@ -2,11 +2,12 @@
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ipadapter_jax.errors import InputError, WeightFileError, argument
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS, BaseModel
+from ipadapter_jax.models.families import FAMILIES, Family
+from ipadapter_jax.weights.base_model import BaseModel, components_of
 from ipadapter_jax.weights.component_files import ComponentFiles
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.hub import check_revision, local_path, path_here
@@ -14,7 +15,7 @@ from ipadapter_jax.weights.identify import identify
 from ipadapter_jax.weights.layouts import single_file
 from ipadapter_jax.weights.lazy import Tensor
 from ipadapter_jax.weights.model_source import ModelSource, StrPath, model_source
-from ipadapter_jax.weights.unsupported_families import unsupported
+from ipadapter_jax.weights.unsupported_families import family_in, unsupported
 from ipadapter_jax.weights.weight_files import choose_files, pick_variants
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # its settings are the default for a single file
@@ -27,14 +28,14 @@ def open_base(source: ModelSource | StrPath) -> BaseModel:
     Raises InputError naming what is missing, what does not fit, or which option has no effect.
     """
     source = model_source(source)
-    needed = {name: component.files for name, component in BASE_COMPONENTS.items() if name not in source.replacements}
+    needed = _needed(FAMILIES, source)
     extras = (*_EXTRAS, *(f"{name}/config.json" for name in source.replacements))
     choose = functools.partial(choose_files, folders=needed, extras=extras, variant=source.variant)
     check_revision(source.model, source.revision, "base model")
     root = local_path(source.model, choose, what="base model", revision=source.revision)
     if root.is_file():
         return _open_file(source, root)
-    _check_family("base model", source.model, root)
+    family = _family("base model", source.model, root)
     if not (root / "unet").is_dir():
         held = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
         raise InputError(
@@ -44,12 +45,21 @@ def open_base(source: ModelSource | StrPath) -> BaseModel:
     for name, value in (("config", source.config), ("extract_ema", source.extract_ema)):
         if value:
             raise InputError(f"{argument(name)} is for a checkpoint of one file; {source.model} is a folder")
-    return BaseModel(source, root, _variants(source, root, needed))
+    return BaseModel(source, root, family, _variants(source, root, _needed([family], source)))
 
 
-def _check_family(what: str, reference: StrPath, root: Path) -> None:
-    if family := unsupported(root):
-        raise InputError(f"{what} {reference}: {family}, which is not supported here yet; give one of SD 1.x")
+def _needed(families: Iterable[Family], source: ModelSource) -> dict[str, ComponentFiles]:
+    """The files of all networks that base models of these families have and the source does not replace, by part."""
+    parts = {name: part.files for family in families for name, part in components_of(family).items()}
+    return {name: files for name, files in parts.items() if name not in source.replacements}
+
+
+def _family(what: str, reference: StrPath, root: Path) -> Family:
+    """Of a folder in diffusers' layout; the first of all where its UNet's settings tell none, which those who read the
+    settings refuse."""
+    if other := unsupported(root):
+        raise InputError(f"{what} {reference}: {other}, which is not supported here yet; give one of SD 1.x")
+    return family_in(root) or FAMILIES[0]
 
 
 def _variants(source: ModelSource, root: Path, needed: Mapping[str, ComponentFiles]) -> dict[str, str | None]:
@@ -86,8 +96,10 @@ def open_base_folder(folder: StrPath, variant: str | None) -> BaseModel:
 def _open_file(source: ModelSource, file: Path) -> BaseModel:
     if source.variant is not None:
         raise InputError(f"{argument('variant')} is for a folder in diffusers' layout; {source.model} is a single file")
-    parts = single_file.split(str(file), _open_checkpoint(file), extract_ema=source.extract_ema)
-    return BaseModel(source, _settings_folder(file, source.config), file=file, parts=parts)
+    tensors = _open_checkpoint(file)
+    family = single_file.family_of_file(str(file), tensors)
+    parts = single_file.split(str(file), tensors, family, extract_ema=source.extract_ema)
+    return BaseModel(source, _settings_folder(file, source.config), family, file=file, parts=parts)
 
 
 def _open_checkpoint(file: Path) -> dict[str, Tensor]:
@@ -112,7 +124,7 @@ def _settings_folder(file: Path, config: StrPath | None) -> Path:
             f"base model {file}: a single file has no tokenizer and no settings; name a folder or Hub id of the same "
             f"family with {argument('config')} ({error})"
         ) from None
-    _check_family("config", config or STABLE_DIFFUSION, folder)
+    _family("config", config or STABLE_DIFFUSION, folder)
     if not (folder / "unet" / "config.json").is_file():
         given = config or STABLE_DIFFUSION
         raise InputError(f"config {given}: not a folder in diffusers' layout (it has no unet/config.json)")

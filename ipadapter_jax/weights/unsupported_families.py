@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models import families
+from ipadapter_jax.models.families import Family
 from ipadapter_jax.storage.text_files import read_json_object
 
 # The first letters of the pipeline classes of other families than Stable Diffusion 1.x.
@@ -41,6 +42,11 @@ def unsupported(folder: Path) -> str | None:
     if pipeline and not pipeline.startswith("StableDiffusion") and not (folder / "unet").is_dir():
         return f"a base model of {pipeline[:60]}"
     return _of_unet(settings)
+
+
+def family_in(folder: Path) -> Family | None:
+    """The family of the UNet in such a folder, or None when there is none that is supported."""
+    return families.family_of(_settings(folder / "unet" / "config.json"))
 
 
 def _of_unet(settings: Mapping[str, object]) -> str | None:

@@ -25,7 +25,6 @@ import tqdm
 import tyro
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS
 from ipadapter_jax.weights.components import IMAGE_ENCODER
 from ipadapter_jax.weights.dtype_cast import all_finite
 from ipadapter_jax.weights.formats.safetensors_writer import DIGEST
@@ -73,7 +72,7 @@ def read_network(path: Path) -> Content:
 
 def read_single_file(path: Path) -> Content:
     base = open_base(ModelSource(path, config=path.parent / "config"))
-    parts = {name: _arrays(base.part(name)) for name in BASE_COMPONENTS}
+    parts = {name: _arrays(base.part(name)) for name in base.components}
     return Content({f"{part} {name}": array for part, arrays in parts.items() for name, array in arrays.items()}, False)
 
 

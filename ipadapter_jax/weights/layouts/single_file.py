@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from ipadapter_jax.errors import WeightFileError, argument
+from ipadapter_jax.models import families
+from ipadapter_jax.models.families import Family
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.weights.identify import identify
@@ -15,32 +17,41 @@ from ipadapter_jax.weights.ignored_tensors import drop_ignored, report_ignored
 from ipadapter_jax.weights.key_mapping import Path, StateDictLayout, from_torch, to_torch, torch_key, torch_shape
 from ipadapter_jax.weights.lazy import Tensor
 
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.transformer.",
-}
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 # Tensors under these prefixes that are not weights of the networks.
 _IGNORED = r"loss\..*|model_ema\..*|.*position_ids|logit_scale|text_projection.*"
 _EMA = "model_ema.diffusion_model"
 
 
-def split(source: str, tensors: Mapping[str, Tensor], *, extract_ema: bool = False) -> dict[str, dict[str, Tensor]]:
-    """{"unet", "vae", "text_encoder"} -> the tensors of each under their names without the prefix; {} where the file
-    has none. `extract_ema` takes the moving average of the UNet, which long trainings save in addition.
+def prefixes(family: Family) -> dict[str, str]:
+    """Of the tensors of every part of a base model: "unet", "vae" and the family's text encoders."""
+    return {"unet": UNET_PREFIX, "vae": VAE_PREFIX} | {files.part: files.prefix for files in family.text_encoders}
 
-    Raises WeightFileError for a checkpoint of another family, saying which, and where there is no moving average.
-    """
+
+def family_of_file(source: str, tensors: Mapping[str, Tensor]) -> Family:
+    """Of a checkpoint. Raises WeightFileError saying which it is when it is not supported."""
     kind = identify(tensors)
     if not kind.usable:
         raise WeightFileError(f"{source}: {kind}; {kind.advice}")
+    return families.SD1
+
+
+def split(
+    source: str, tensors: Mapping[str, Tensor], family: Family, *, extract_ema: bool = False
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of every part under their names without the prefix, {} where the file has none. `extract_ema` takes
+    the moving average of the UNet, which long trainings save in addition.
+
+    Raises WeightFileError for a checkpoint of a family that is not supported, and where there is no moving average.
+    """
+    family_of_file(source, tensors)
     parts = {
         part: {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-        for part, prefix in PREFIXES.items()
+        for part, prefix in prefixes(family).items()
     }
     if not parts["vae"]:  # some files of VAEs
         parts["vae"] = {name.removeprefix("vae."): tensors[name] for name in tensors if name.startswith("vae.")}
-    inside = (*PREFIXES.values(), "vae.", *([_EMA] if extract_ema else []))
+    inside = (*prefixes(family).values(), "vae.", *([_EMA] if extract_ema else []))
     report_ignored([name for name in tensors if not name.startswith(inside)], source)
     if extract_ema:
         averages = {name: f"{_EMA}{name.replace('.', '')}" for name in parts["unet"]}
@@ -55,7 +66,8 @@ def split(source: str, tensors: Mapping[str, Tensor], *, extract_ema: bool = Fal
 
 
 def is_single_file(tensors: Mapping[str, Tensor]) -> bool:
-    return any(name.startswith((*PREFIXES.values(), _EMA)) for name in tensors)
+    of_text = {files.prefix for family in families.FAMILIES for files in family.text_encoders}
+    return any(name.startswith((UNET_PREFIX, VAE_PREFIX, *of_text, _EMA)) for name in tensors)
 
 
 def input_channels(unet: Mapping[str, Tensor]) -> int:

@@ -11,14 +11,15 @@ from hub import Hub
 from weight_files import refused
 
 from ipadapter_jax.cli import main
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS
+from ipadapter_jax.models.families import SD1
+from ipadapter_jax.weights.base_model import components_of
 from ipadapter_jax.weights.component_files import TEXT_ENCODER_FILES, UNET_FILES
 from ipadapter_jax.weights.model_source import ModelSource
 from ipadapter_jax.weights.open_base_model import open_base, open_base_folder
 from ipadapter_jax.weights.weight_files import choose_files, choose_weights, pick_variants, variants
 
 STEM = "diffusion_pytorch_model"
-PLAIN = {name: f"{component.files.torch_stem}.safetensors" for name, component in BASE_COMPONENTS.items()}
+PLAIN = {name: f"{component.files.torch_stem}.safetensors" for name, component in components_of(SD1).items()}
 
 
 def with_variants(root: Path, **extra: str) -> Path:
@@ -31,7 +32,7 @@ def with_variants(root: Path, **extra: str) -> Path:
 
 
 def read_from(base) -> dict[str, str]:
-    return {name: base.part(name).source.name for name in BASE_COMPONENTS}
+    return {name: base.part(name).source.name for name in base.components}
 
 
 @pytest.mark.parametrize("variant", ["fp16", "non_ema"])

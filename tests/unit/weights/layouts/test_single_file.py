@@ -16,12 +16,13 @@ from weight_files import assert_same_tree, refused, write_bin
 
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.errors import WeightFileError, errors_name_options
+from ipadapter_jax.models.families import SD1
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
-from ipadapter_jax.weights.base_model import BASE_COMPONENTS
+from ipadapter_jax.weights.base_model import components_of
 from ipadapter_jax.weights.components import UNET, VAE_COMPONENT, abstract_params
-from ipadapter_jax.weights.layouts.single_file import PREFIXES, unet_layout, vae_layout
+from ipadapter_jax.weights.layouts.single_file import prefixes, unet_layout, vae_layout
 from ipadapter_jax.weights.load_tree import leaves
 from ipadapter_jax.weights.model_source import ModelSource
 from ipadapter_jax.weights.open_base_model import open_base
@@ -29,6 +30,8 @@ from ipadapter_jax.weights.open_component import load_component
 
 FLOAT16 = np.dtype("float16")
 PARTIAL = ORACLES / "models" / "sd15_ldm_partial.ckpt"  # a genuine pickle: text encoder and some of the VAE
+
+PREFIXES = prefixes(SD1)
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +48,14 @@ def tensors(ldm) -> dict[str, np.ndarray]:
 def expected() -> dict:
     return {
         name: load_component(component, TORCH_MODEL / name, FLOAT16).params
-        for name, component in BASE_COMPONENTS.items()
+        for name, component in components_of(SD1).items()
     }
 
 
 def loaded(path: Path, **options) -> dict:
     base = open_base(ModelSource(path, config=TORCH_MODEL, **options))
     base.check()
-    return {name: base.part(name).load(FLOAT16).params for name in BASE_COMPONENTS}
+    return {name: base.part(name).load(FLOAT16).params for name in base.components}
 
 
 def written(path: Path, content: dict[str, np.ndarray]) -> Path:
