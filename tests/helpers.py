@@ -108,7 +108,7 @@ def _sorted(tree):
 
 def conditioned(pipe: StableDiffusion, batch: SampleBatch, image_branches: list[ImageBranch]) -> Conditioning:
     """The prompt "a cat" under guidance of 7.5, with these image branches."""
-    text = np.stack([pipe._text([prompt], 0) for prompt in ("", "a cat")], axis=1)
+    text = np.stack([pipe.text.encode(pipe.params, [prompt]).states for prompt in ("", "a cat")], axis=1)
     return Conditioning(
         prompt_of_sample=batch.prompt_of_sample,
         text_kv=programs.text_keys_values(pipe.unet, pipe.params["unet"], text),

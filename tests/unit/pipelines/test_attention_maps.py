@@ -110,7 +110,7 @@ def test_the_first_steps_maps_are_those_of_the_network_on_the_initial_latents(pi
     arguments = {"ip_adapter_image": CAT, "latents": np.concatenate([noise, noise[:, ::-1]]), **SMALL}
     _, found = pipe("a cat", num_images_per_prompt=2, return_attention_maps=True, **arguments)
     unet, params = pipe.unet, pipe.params["unet"]
-    text_kv = unet.apply({"params": params}, pipe._text(["a cat"], 0), method=UNet.text_kv)
+    text_kv = unet.apply({"params": params}, pipe.text.encode(pipe.params, ["a cat"]).states, method=UNet.text_kv)
 
     @jax.jit
     def run(latents):

@@ -48,9 +48,11 @@ def test_threads_share_a_pipeline(pipe):
     prompts = ["a", "a cat", "a dog on a beach at night", "", "one two three four five six seven eight nine ten"]
     call = functools.partial(pipe, ip_adapter_image=CAT, **SMALL)
     alone = {prompt: call(prompt) for prompt in prompts}
-    states = {prompt: np.asarray(pipe._text([prompt], 0)) for prompt in prompts}
+    states = {prompt: np.asarray(pipe.text.encode(pipe.params, [prompt]).states) for prompt in prompts}
     with ThreadPoolExecutor(8) as pool:
-        texts = pool.map(lambda prompt: (prompt, np.asarray(pipe._text([prompt], 0))), prompts * 40)
+        texts = pool.map(
+            lambda prompt: (prompt, np.asarray(pipe.text.encode(pipe.params, [prompt]).states)), prompts * 40
+        )
         images = pool.map(lambda prompt: (prompt, call(prompt)), prompts * 2)
         for wanted, pairs in ((states, texts), (alone, images)):
             for prompt, found in pairs:
@@ -65,7 +67,7 @@ def test_nothing_that_a_person_changes_compiles_again(pipe):
         pipe(ip_adapter_image=np.zeros((30, 50, 3), np.uint8), fit="pad", ip_adapter_scale=0.0, **SMALL)
     assert count() == 0
     with compilations() as count:  # the counter sees a program that is really new
-        pipe._text(["a", "b", "c", "d", "e"], 0)
+        pipe.text.encode(pipe.params, ["a", "b", "c", "d", "e"])
     assert count() > 0
 
 
@@ -401,7 +403,7 @@ def test_a_model_without_a_size_asks_for_one(tmp_path):
 def test_prompts_have_the_tokenizers_length(tmp_path):
     """As in diffusers: model_max_length of the tokenizer, not the positions that the text encoder has."""
     pipe = StableDiffusion.from_pretrained(copy_with(tmp_path, "tokenizer/tokenizer_config.json", model_max_length=20))
-    assert pipe._text(["a cat"], 0).shape[:2] == (1, 20)
+    assert pipe.text.encode(pipe.params, ["a cat"]).states.shape[:2] == (1, 20)
 
 
 def test_repr_is_one_line(pipe):
