@@ -36,9 +36,7 @@ from ipadapter_jax.weights.open_base_model import open_base_folder
 from ipadapter_jax.weights.tokenizer import Tokenizer, tokenize
 
 
-def _apply(
-    module: VAE | CLIPText | CLIPVision, params: Params, *inputs: Array, method: Callable | None = None
-) -> PyTree:
+def _apply(module: VAE | CLIPVision, params: Params, *inputs: Array, method: Callable | None = None) -> PyTree:
     return module.apply({"params": params}, *inputs, method=method)
 
 
