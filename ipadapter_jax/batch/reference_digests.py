@@ -4,7 +4,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ipadapter_jax.batch.rows import BatchRow
 from ipadapter_jax.storage.atomic_files import sha256
@@ -66,7 +66,8 @@ def digests_as_json(digests: Digests) -> dict[str, object]:
 
 def read_digests(line: Mapping[str, object]) -> Digests:
     """The digests that a line records; empty if it records none."""
-    digests, states = _list(line.get(_SHA256)), _list(line.get(_STATES))
+    digests = [digest if isinstance(digest, str) else None for digest in _list(line.get(_SHA256))]
+    states = _list(line.get(_STATES))
     if len(states) != len(digests):
         return tuple(map(ImageDigest, digests))
     return tuple(ImageDigest(digest, _state(state)) for digest, state in zip(digests, states, strict=True))
@@ -98,5 +99,5 @@ def _state(value: object) -> FileState | None:
     return FileState(*value) if isinstance(value, list) and len(value) == len(FileState._fields) else None
 
 
-def _list(value: object) -> list[Any]:
+def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else []

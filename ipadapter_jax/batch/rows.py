@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ipadapter_jax.batch.readers import fold_name, open_records
 from ipadapter_jax.data.unused_files import INVALID_ROW, UnusedFiles
@@ -172,11 +172,13 @@ def _scale(value: object) -> float | None:
     return number
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     """The number, or NaN for what is not a number."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return math.nan
     try:
-        return math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
+        return float(value)
+    except (ValueError, OverflowError):
         return math.nan
 
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from ipadapter_jax.batch.output_dir import job_folder
 from ipadapter_jax.batch.plan import ImageTask, batches, count_images
@@ -138,22 +138,31 @@ def _make_batch(
         return [pair for item in batch for pair in _make_batch([item], make, invalid)]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LoadedRow(Generic[Content]):
+    """The tasks of one row, and what was loaded for it or why that failed."""
+
+    tasks: list[ImageTask]
+    content: Content | InputError
+
+
 def _load_rows(
     tasks: Sequence[ImageTask], load: Callable[[BatchRow], Content], ahead: int, invalid: list[InvalidRow]
 ) -> Generator[tuple[ImageTask, Content], None, None]:
     """The tasks with what `load` returns for their rows. Rows for which it raises InputError are left out and added to
     `invalid`."""
 
-    def attempt(group: list[ImageTask]) -> tuple[list[ImageTask], Content | InputError]:
+    def attempt(group: list[ImageTask]) -> _LoadedRow[Content]:
         try:
-            return group, load(group[0].row)
+            return _LoadedRow(group, load(group[0].row))
         except InputError as error:
-            return group, error
+            return _LoadedRow(group, error)
 
     groups = (list(group) for _, group in itertools.groupby(tasks, key=lambda task: task.row.index))
     with contextlib.closing(ordered_map(attempt, groups, threads=_THREADS, ahead=ahead)) as attempts:
-        for group, content in attempts:
-            if isinstance(content, InputError):
-                invalid.append(InvalidRow(group[0].row.line, str(content)))
+        for loaded in attempts:
+            if isinstance(loaded.content, InputError):
+                invalid.append(InvalidRow(loaded.tasks[0].row.line, str(loaded.content)))
             else:
-                yield from ((task, content) for task in group)
+                for task in loaded.tasks:
+                    yield task, loaded.content

@@ -12,11 +12,10 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from ipadapter_jax.cli.commands import COMMANDS
 from ipadapter_jax.cli.help import help_of, overview
-from ipadapter_jax.cli.option_types import names_of
+from ipadapter_jax.cli.option_types import OptionsOfCommand, names_of
 from ipadapter_jax.cli.options import ARGUMENTS, Sampling
 from ipadapter_jax.cli.parsing import parse_words, unknown_command
 from ipadapter_jax.cli.streams import print_every_name
@@ -98,7 +97,7 @@ def _reports(immediately: bool) -> Iterator[None]:
         log.propagate = True
 
 
-def parse(arguments: Sequence[str]) -> Any:
+def parse(arguments: Sequence[str]) -> OptionsOfCommand:
     """Parses the options of the command that the first word names. Raises InputError."""
     name, *words = arguments
     if name not in COMMANDS:
@@ -106,7 +105,7 @@ def parse(arguments: Sequence[str]) -> Any:
     return parse_train(words) if name == "train" else parse_words(name, COMMANDS[name].kind(), words)
 
 
-def _check(options: Any) -> None:
+def _check(options: OptionsOfCommand) -> None:
     """Raises InputError for errors that are found without importing the function of the command."""
     if isinstance(options, Train):
         check(options)

@@ -5,6 +5,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ipadapter_jax.cli.option_types import OptionsOfCommand
+
 
 class Command(NamedTuple):
     """One command.
@@ -18,7 +20,7 @@ class Command(NamedTuple):
     function: str
     reports_immediately: bool = False
 
-    def kind(self) -> type:
+    def kind(self) -> type[OptionsOfCommand]:
         """Imports the dataclass of its options."""
         return _import(self.options)
 

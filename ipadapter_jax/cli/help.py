@@ -4,7 +4,6 @@ import inspect
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from ipadapter_jax.cli.commands import COMMANDS
 from ipadapter_jax.cli.option_types import Option, options_of
@@ -31,7 +30,7 @@ def overview() -> str:
     )
 
 
-def help_of(command: str, kind: type, about: str = "", defaults: Any = None, before: str = "") -> str:
+def help_of(command: str, kind: type, about: str = "", defaults: object = None, before: str = "") -> str:
     """The help of a command.
 
     kind: the dataclass of its options. about: what the command does, by default the docstring of `kind`. defaults: an
@@ -86,7 +85,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(" ".join(text.split()), width, break_long_words=False, break_on_hyphens=False)
 
 
-def _default(option: Option, defaults: Any) -> str:
+def _default(option: Option, defaults: object) -> str:
     value = option.default
     if defaults is not None:
         value = defaults

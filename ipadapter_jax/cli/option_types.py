@@ -9,7 +9,18 @@ import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from ipadapter_jax.inputs.former_names import FormerName, FormerValue
 from ipadapter_jax.storage.paths import PATH_OR_HUB_ID
@@ -17,6 +28,16 @@ from ipadapter_jax.storage.paths import PATH_OR_HUB_ID
 _POSITIONAL = "positional"
 T = TypeVar("T")
 Positional = Annotated[T, _POSITIONAL]  # a positional argument
+
+
+class OptionsOfCommand(Protocol):
+    """An instance of a command's dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
+
+OptionValue = bool | int | float | str | Path | None | tuple[int | float | str | Path, ...]
+"""The value of an option; several values are a tuple."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +60,7 @@ class Option:
     is_place: bool = False
     positional: bool = False
     required: bool = False
-    default: Any = None
+    default: object = None
     former_path: tuple[str, ...] | None = None
     former_values: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -104,8 +125,8 @@ def names_of(kind: type, otherwise: Mapping[str, str]) -> Mapping[str, str]:
     return {name: option for name, option in names.items() if name not in otherwise} | renamed
 
 
-def _option(field: dataclasses.Field, hint: Any, path: tuple[str, ...], about: str) -> Option:
-    marks: set[Any] = set()
+def _option(field: dataclasses.Field, hint: object, path: tuple[str, ...], about: str) -> Option:
+    marks: set[object] = set()
     optional, count = False, 1
     while get_origin(hint):
         arguments = get_args(hint)
@@ -120,12 +141,14 @@ def _option(field: dataclasses.Field, hint: Any, path: tuple[str, ...], about: s
             hint = arguments[0]
         elif get_origin(hint) is Literal:
             break
+    kind = str if get_origin(hint) is Literal else hint
+    assert isinstance(kind, type)
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     former = next((mark.name for mark in marks if isinstance(mark, FormerName)), None)
     return Option(
         path=path,
         about=about,
-        kind=str if get_origin(hint) is Literal else hint,
+        kind=kind,
         choices=get_args(hint) if get_origin(hint) is Literal else (),
         count=count,
         optional=optional,

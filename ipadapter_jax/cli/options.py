@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from ipadapter_jax.cli.model_options import ModelOptions
+from ipadapter_jax.cli.option_types import OptionsOfCommand
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.former_names import FormerName, FormerValue
 from ipadapter_jax.inputs.validation import Uncond
@@ -151,7 +152,7 @@ class Sampling(ModelOptions):
                 "give a --guidance-scale above 1",
             )
 
-    def scheduler_config(self) -> dict[str, Any]:
+    def scheduler_config(self) -> dict[str, object]:
         """Settings of the scheduler that the options change from the model's own."""
         options = {
             "use_karras_sigmas": self.karras,
@@ -162,37 +163,22 @@ class Sampling(ModelOptions):
 
     def scale_of(self, value: float | None = None, layer_scales: str | None = None) -> Scale:
         """The scale of the image prompt; arguments replace the options."""
-        given: Any = self.layer_scales if layer_scales is None else layer_scales
+        given = self.layer_scales if layer_scales is None else layer_scales
+        factors: object = given
         if given.lstrip().startswith(("{", "[")):
-            given = parse_json(given, "--layer-scales", "an example is '{\"mid\": 1}'")
-        return Scale(self.scale if value is None else value, given, self.scale_start, self.scale_end, self.scale_steps)
-
-    def arguments(self, negative: Any) -> dict[str, Any]:
-        """Arguments of a `SamplingRequest` that are the same for all images. negative: the image of --negative-image,
-        or its path."""
-        return {
-            "negative_ip_adapter_image": negative,
-            "ip_adapter_uncond": self.uncond,
-            "fit": self.reference_resize,
-            "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance_scale,
-            "guidance_rescale": self.guidance_rescale,
-            "clip_skip": self.clip_skip,
-            "scheduler": self.scheduler,
-            "scheduler_config": self.scheduler_config(),
-            "eta": self.eta,
-            "height": self.height,
-            "width": self.width,
-        }
+            factors = parse_json(given, "--layer-scales", "an example is '{\"mid\": 1}'")
+        assert isinstance(factors, str | dict | list)  # as the text begins
+        scale = self.scale if value is None else value
+        return Scale(scale, factors, self.scale_start, self.scale_end, self.scale_steps)
 
 
-def changed(args: Any, names: Iterable[str]) -> list[str]:
+def changed(args: OptionsOfCommand, names: Iterable[str]) -> list[str]:
     """The names of those of these options that differ from their defaults, as on the command line."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != defaults[name]]
 
 
-def refuse(args: Any, names: Iterable[str], why: str, remedy: str) -> None:
+def refuse(args: OptionsOfCommand, names: Iterable[str], why: str, remedy: str) -> None:
     """Raises InputError if one of these options differs from its default, since it has no effect."""
     if ignored := changed(args, names):
         has, them = ("have", "them") if len(ignored) > 1 else ("has", "it")

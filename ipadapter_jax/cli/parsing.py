@@ -5,10 +5,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from ipadapter_jax.cli.commands import COMMANDS
-from ipadapter_jax.cli.option_types import Option, options_of
+from ipadapter_jax.cli.option_types import Option, OptionsOfCommand, OptionValue, options_of
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.former_names import warn_of_former_name
 from ipadapter_jax.inputs.suggestions import closest_match, did_you_mean_or_choose, find_synonym
@@ -17,7 +18,12 @@ from ipadapter_jax.storage.paths import expand_home
 _OPTION = re.compile(r"--?[^\W\d][\w.+-]*(=.*)?", re.DOTALL)  # -1 and "- a cat" are values
 
 
-def parse_words(command: str, kind: type, words: Sequence[str], default: Any = None) -> Any:
+Options = TypeVar("Options", bound=OptionsOfCommand)
+Given = dict[tuple[str, ...], OptionValue]
+"""All values that are given, by the path of their field."""
+
+
+def parse_words(command: str, kind: type[Options], words: Sequence[str], default: Options | None = None) -> Options:
     """Parses the words of `command` into an instance of the dataclass `kind`. Options that are not given keep the
     values of `default`, an instance, or else the defaults of `kind`. Raises InputError."""
     given = _Line(command, options_of(kind), words).read()
@@ -28,7 +34,7 @@ def parse_words(command: str, kind: type, words: Sequence[str], default: Any = N
     return _build(kind, given, default)
 
 
-def _build(kind: type, given: dict[tuple[str, ...], Any], default: Any, path: tuple[str, ...] = ()) -> Any:
+def _build(kind: type[Options], given: Given, default: Options | None, path: tuple[str, ...] = ()) -> Options:
     values = {}
     for field in dataclasses.fields(kind):
         here = (*path, field.name)
@@ -49,11 +55,10 @@ class _Line:
         self.former = _former(options)
         self.written: dict[tuple[str, ...], str] = {}  # the name that an option was given under
         self.positionals = [option for option in options if option.positional]
-        self.given: dict[tuple[str, ...], Any] = {}
+        self.given: Given = {}
         self.last: Option | None = None
 
-    def read(self) -> dict[tuple[str, ...], Any]:
-        """All values that are given, by the path of their field."""
+    def read(self) -> Given:
         while self.words:
             word = self.words.pop(0)
             if word == "--":
@@ -121,10 +126,17 @@ class _Line:
         raise InputError(f"{what}; ipadapter-jax {self.command} --help lists them")
 
 
-def _named(options: Sequence[Option]) -> dict[str, tuple[Option, bool]]:
-    """{name: (option, True)} and {name that turns it off: (option, False)}."""
-    named = {option.name: (option, True) for option in options if not option.positional}
-    return named | {option.opposite: (option, False) for option in options if option.kind is bool}
+class _NamedOption(NamedTuple):
+    """An option under one of its names; `is_on` is False for the name that turns it off."""
+
+    option: Option
+    is_on: bool
+
+
+def _named(options: Sequence[Option]) -> dict[str, _NamedOption]:
+    """Options by their names, and by the names that turn them off."""
+    named = {option.name: _NamedOption(option, True) for option in options if not option.positional}
+    return named | {option.opposite: _NamedOption(option, False) for option in options if option.kind is bool}
 
 
 def _former(options: Iterable[Option]) -> dict[str, str]:
@@ -144,7 +156,7 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _values(option: Option, words: Sequence[str]) -> Any:
+def _values(option: Option, words: Sequence[str]) -> OptionValue:
     """Converts the words after an option to its value. Raises InputError naming the option."""
     if option.optional and list(words) == ["None"]:
         return None
@@ -157,7 +169,7 @@ def _values(option: Option, words: Sequence[str]) -> Any:
     return values[0] if option.count == 1 else values
 
 
-def _value(option: Option, word: str) -> Any:
+def _value(option: Option, word: str) -> int | float | str | Path:
     if word in option.former_values:
         warn_of_former_name(f"{option.name} {word!r}", option.former_values[word])
         return option.former_values[word]

@@ -38,14 +38,15 @@ class SampleLayout:
     arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "SampleLayout":
+    def from_json(cls, raw: Mapping[str, Mapping]) -> "SampleLayout":
+        """Raises ValueError, KeyError, TypeError or AttributeError for what `to_json` would not give."""
         if unknown := {entry["dtype"] for entry in raw.values()} - set(_DTYPES):
             raise ValueError(f"dtype {unknown}")
         if not all(isinstance(size, int) and size >= 0 for entry in raw.values() for size in entry["shape"]):
             raise ValueError("a shape that is not one of whole numbers")
         return cls({name: (np.dtype(entry["dtype"]), tuple(entry["shape"])) for name, entry in raw.items()})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {name: {"dtype": dtype.name, "shape": list(shape)} for name, (dtype, shape) in self.arrays.items()}
 
     @functools.cached_property
@@ -81,13 +82,18 @@ class CachePlan:
     made_from: Mapping[str, Any]
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "CachePlan":
-        per_shard, records = int(raw["records_per_shard"]), int(raw["records"])
-        if per_shard < 1 or records < 0:
+    def from_json(cls, raw: Mapping[str, object]) -> "CachePlan":
+        """Raises ValueError, KeyError, TypeError or AttributeError for what `to_json` would not give."""
+        per_shard, records, layout, made_from = (
+            raw[name] for name in ("records_per_shard", "records", "layout", "made_from")
+        )
+        if not isinstance(per_shard, int) or not isinstance(records, int) or per_shard < 1 or records < 0:
             raise ValueError(f"{records} records, {per_shard} in a shard")
-        return cls(records, per_shard, SampleLayout.from_json(raw["layout"]), dict(raw["made_from"]))
+        if not isinstance(layout, dict) or not isinstance(made_from, dict):
+            raise TypeError("layout and made_from are no objects")
+        return cls(records, per_shard, SampleLayout.from_json(layout), made_from)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return dataclasses.asdict(self) | {"format": FORMAT, "layout": self.layout.to_json()}
 
     @functools.cached_property
@@ -140,7 +146,7 @@ class ShardWriter:
             self._replacing = stack.pop_all()
         return self
 
-    def __exit__(self, _: type | None, error: BaseException | None, *__: Any) -> None:
+    def __exit__(self, _: type | None, error: BaseException | None, *__: object) -> None:
         with self._replacing:
             try:
                 if error is None:

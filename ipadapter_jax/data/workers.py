@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import threading
-from typing import Any
+from typing import TypeVar
 
 import absl.flags
 import grain
@@ -15,6 +15,7 @@ import numpy as np
 
 AHEAD = 3  # elements outside a worker: one in transfer, one in its queue, one taken from it
 _SHARED_MEMORY = "/dev/shm"
+Element = TypeVar("Element")
 
 
 def load_in_workers(loading: grain.IterDataset, workers: int, element_bytes: int) -> grain.IterDataset:
@@ -43,7 +44,7 @@ def shared_memory_threshold(needed: int) -> int:
     return 1 << 16
 
 
-def _copied(element: Any) -> Any:
+def _copied(element: Element) -> Element:
     """Copies arrays into this process: arrays in shared memory leak when an exiting interpreter still holds them."""
     return jax.tree.map(lambda leaf: np.array(leaf) if isinstance(leaf, np.ndarray) else leaf, element)
 

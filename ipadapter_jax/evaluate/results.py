@@ -4,7 +4,6 @@ import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -94,6 +93,6 @@ def write_tables(results: Results, folder: Path) -> None:
                 write_atomically(folder / f"{title}.{suffix}", file.getvalue())
 
 
-def _as_text(column: Any) -> object:
+def _as_text(column: object) -> object:
     """Names with bytes that are not UTF-8 replaced; numbers unchanged."""
     return [encode_utf8(value).decode() for value in column] if isinstance(column, list) else column

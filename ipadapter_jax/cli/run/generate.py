@@ -12,7 +12,7 @@ from PIL import Image
 
 from ipadapter_jax.cli.generate import Generate, targets
 from ipadapter_jax.cli.run import grid
-from ipadapter_jax.cli.run.sampling import OpenedModels, digests, png, versions
+from ipadapter_jax.cli.run.sampling import OpenedModels, digests, png, shared_request, versions
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.contact_sheet import contact_sheet, overlay_heatmap
 from ipadapter_jax.images.preprocess import image_grid, load_image, load_upright
@@ -80,7 +80,8 @@ def generate(args: Generate) -> int:
 
 def _request(args: Generate, given: Given) -> SamplingRequest:
     """What the options ask for."""
-    return SamplingRequest(
+    return dataclasses.replace(
+        shared_request(args, given.negative),
         prompt=args.prompt,
         negative_prompt=args.negative_prompt,
         ip_adapter_image=given.references or None,
@@ -94,7 +95,6 @@ def _request(args: Generate, given: Given) -> SamplingRequest:
         num_images_per_prompt=args.num_images,
         seed=args.seed,
         return_attention_maps=args.attention_maps is not None,
-        **args.arguments(given.negative),
     )
 
 

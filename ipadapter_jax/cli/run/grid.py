@@ -8,11 +8,12 @@ import tqdm
 from PIL import Image
 
 from ipadapter_jax.cli.generate import Generate
+from ipadapter_jax.cli.run.sampling import shared_request
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.images.contact_sheet import LabeledImages, contact_sheet
 from ipadapter_jax.images.preprocess import clip_pixels
 from ipadapter_jax.models.unet_config import cross_attention_layers
-from ipadapter_jax.pipelines.request import ModelConfigs, SamplingPlan, SamplingRequest
+from ipadapter_jax.pipelines.request import ModelConfigs, SamplingPlan
 from ipadapter_jax.pipelines.scales import Scale, preset_names, scale_table
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 
@@ -61,16 +62,13 @@ def plan_figure(
 ) -> Figure:
     """Seeds by scales, or references by presets (those that the UNet's layers allow). Raises InputError."""
 
+    shared = dataclasses.replace(
+        shared_request(args, negative), prompt=args.prompt, negative_prompt=args.negative_prompt
+    )
+
     def plan(references: Sequence[Image.Image], scale: Scale, seed: int) -> SamplingPlan:
-        request = SamplingRequest(
-            prompt=args.prompt,
-            negative_prompt=args.negative_prompt,
-            ip_adapter_image=list(references),
-            ip_adapter_scale=scale,
-            seed=seed,
-            **args.arguments(negative),
-        )
-        return request.resolve(configs)
+        own = dataclasses.replace(shared, ip_adapter_image=list(references), ip_adapter_scale=scale, seed=seed)
+        return own.resolve(configs)
 
     rows: dict[str, list[Cell]] = {}
     if what == "scales":

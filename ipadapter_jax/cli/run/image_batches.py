@@ -18,7 +18,14 @@ from ipadapter_jax.batch.reference_digests import DigestImages
 from ipadapter_jax.batch.rows import BatchRow, InvalidRow
 from ipadapter_jax.batch.runner import BatchProgress, run_job
 from ipadapter_jax.cli.batch_options import BatchOptions
-from ipadapter_jax.cli.run.sampling import configurations, digests, png, versions
+from ipadapter_jax.cli.run.sampling import (
+    configurations,
+    digests,
+    png,
+    shared_request,
+    versions,
+    without_image_prompts,
+)
 from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning, find_foreign_syntax, warn_of_foreign_syntax
 from ipadapter_jax.pipelines.feature_encoder import PreparedImages
 from ipadapter_jax.pipelines.image_prompt_settings import PerPrompt
@@ -111,21 +118,20 @@ def _make(
     serves all."""
     filled = given + given[-1:] * (args.batch_size - len(given))
     tasks, prompts = zip(*filled, strict=True)
-    arguments = args.arguments(args.negative_image)
-    if prompts[0] is None:
-        pipe = dataclasses.replace(pipe, adapters=())
-        arguments |= {"negative_ip_adapter_image": None, "ip_adapter_uncond": "default", "fit": "crop"}
-    else:
-        arguments["ip_adapter_image"] = PerPrompt(prompts)
-        arguments["ip_adapter_scale"] = PerPrompt([args.scale_of(task.scale) for task in tasks])
-    found = pipe(
-        [task.row.prompt for task in tasks],
+    request = dataclasses.replace(
+        shared_request(args, args.negative_image),
+        prompt=[task.row.prompt for task in tasks],
         negative_prompt=[task.row.negative_prompt or args.negative_prompt for task in tasks],
         seed=[task.seed for task in tasks],
-        progress_bar=False,
-        **arguments,
     )
-    return found[: len(given)]
+    if prompts[0] is None:
+        pipe, request = dataclasses.replace(pipe, adapters=()), without_image_prompts(request)
+    else:
+        scales = PerPrompt([args.scale_of(task.scale) for task in tasks])
+        request = dataclasses.replace(request, ip_adapter_image=PerPrompt(prompts), ip_adapter_scale=scales)
+    images = pipe.sample(request.resolve(pipe.configs), progress_bar=False).images
+    assert isinstance(images, list)  # of PIL: the request names no other type
+    return images[: len(given)]
 
 
 def _metadata(settings: Mapping[str, object], task: ImageTask) -> dict[str, object]:

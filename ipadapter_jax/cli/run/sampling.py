@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 from ipadapter_jax.cli.options import Sampling
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.unet_config import cross_attention_layers
+from ipadapter_jax.pipelines.image_prompt_settings import ImagePrompt
 from ipadapter_jax.pipelines.ip_adapter import OpenedAdapter, encoders_of, open_adapter
 from ipadapter_jax.pipelines.request import ModelConfigs, SamplingRequest
 from ipadapter_jax.pipelines.scales import scale_table
@@ -22,6 +23,29 @@ from ipadapter_jax.storage.atomic_files import sha256
 from ipadapter_jax.weights.base_model import BaseModel, check_text_to_image
 from ipadapter_jax.weights.formats.shard_index import files_of
 from ipadapter_jax.weights.open_base_model import open_base
+
+
+def shared_request(args: Sampling, negative: ImagePrompt | None) -> SamplingRequest:
+    """What is the same for all images of a command. negative: the image of --negative-image, or its path."""
+    return SamplingRequest(
+        negative_ip_adapter_image=negative,
+        ip_adapter_uncond=args.uncond,
+        fit=args.reference_resize,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        guidance_rescale=args.guidance_rescale,
+        clip_skip=args.clip_skip,
+        scheduler=args.scheduler,
+        scheduler_config=args.scheduler_config(),
+        eta=args.eta,
+        height=args.height,
+        width=args.width,
+    )
+
+
+def without_image_prompts(request: SamplingRequest) -> SamplingRequest:
+    """The request without the settings that need an image prompt."""
+    return dataclasses.replace(request, negative_ip_adapter_image=None, ip_adapter_uncond="default", fit="crop")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,8 +94,7 @@ def load_for_job(args: Sampling, *, images: int, with_encoder: bool = True) -> S
     what all of them have in common is checked here, before any weights are read."""
     opened = OpenedModels.open(args, with_encoder=with_encoder)
     configs = opened.configs
-    without_images = {"negative_ip_adapter_image": None, "ip_adapter_uncond": "default", "fit": "crop"}
-    request = SamplingRequest(prompt=[""] * images, **args.arguments(None) | without_images)
+    request = dataclasses.replace(without_image_prompts(shared_request(args, None)), prompt=[""] * images)
     request.resolve(dataclasses.replace(configs, adapters=[]))
     scale_table(args.scale_of(), cross_attention_layers(configs.unet), args.steps)
     return opened.load()
