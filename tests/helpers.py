@@ -118,7 +118,17 @@ def conditioned(pipe: StableDiffusion, batch: SampleBatch, image_branches: list[
 
 
 def handed_to_sampler(pipe: StableDiffusion, prompt="", **call) -> Conditioning:
-    """What a call conditions the denoising on. The sampler does not run, so nothing large is compiled."""
+    """What a call conditions the denoising on."""
+    with without_sampling() as handed:
+        pipe(prompt, **call | {"output_type": "latent"})
+    [found] = handed
+    return found
+
+
+@contextlib.contextmanager
+def without_sampling() -> Iterator[list[Conditioning]]:
+    """The sampler leaves the initial latents as they are, so that nothing large is compiled: what conditions it, for
+    each call of a pipeline."""
     handed: list[Conditioning] = []
 
     def run_sampler(_program, _table, latents, conditioning: Conditioning, *_):
@@ -127,9 +137,7 @@ def handed_to_sampler(pipe: StableDiffusion, prompt="", **call) -> Conditioning:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stable_diffusion, "run_sampler", run_sampler)
-        pipe(prompt, **call | {"output_type": "latent"})
-    [found] = handed
-    return found
+        yield handed
 
 
 def assert_same(found, expected, atol: float = 0) -> None:

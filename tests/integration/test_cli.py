@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ADAPTERS, ORACLES, TORCH_MODEL, forbid_sampling
+from helpers import ADAPTERS, ORACLES, TORCH_MODEL, forbid_sampling, without_sampling
 from PIL import Image
 from small_model import small_adapter, small_model
 
@@ -57,12 +57,15 @@ def test_generate_writes_a_grid_and_single_images_with_their_settings(tmp_path, 
 
 
 def test_several_reference_images_and_no_adapter(tmp_path):
-    both = arguments(tmp_path / "both.png", image=None)
-    assert (
-        main([*both, "--image", str(CAT), str(ORACLES / "assets" / "img_rgba.png"), "--reference-resize", "pad"]) == 0
-    )
-    assert main(arguments(tmp_path / "plain.png", adapter=None, image=None)) == 0
+    line = arguments(tmp_path / "both.png", image=None)
+    line += ["--image", str(CAT), str(ORACLES / "assets" / "img_rgba.png"), "--reference-resize", "pad"]
+    with without_sampling() as handed:
+        assert main(line) == 0
+        assert main(arguments(tmp_path / "plain.png", adapter=None, image=None)) == 0
     assert settings(tmp_path / "plain.png")["adapter"] is None
+    both, plain = handed
+    assert [branch.kv[0][0].shape[2] for branch in both.image_branches] == [8]  # the tokens of two images
+    assert plain.image_branches == []
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 
 from ipadapter_jax.models.vae import VAE, Posterior, VAEConfig, denormalize, normalize
 
-CONFIG = VAEConfig(block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2, scaling_factor=0.25)
+CONFIG = VAEConfig(block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, scaling_factor=0.25)
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (1, 4, 4, 3)).astype(np.float32)
-NOISE = np.random.default_rng(1).standard_normal((2, 2, 2, 4)).astype(np.float32)
+NOISE = np.random.default_rng(1).standard_normal((2, 4, 4, 4)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
