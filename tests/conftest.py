@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PLATFORM = os.environ.get("IPADAPTER_JAX_TEST_PLATFORM", "cpu")
+
+# Containers often set this. Each process of a test would then compile every module that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 os.environ["JAX_PLATFORMS"] = PLATFORM
 if PLATFORM == "cpu":

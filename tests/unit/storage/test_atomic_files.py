@@ -31,6 +31,7 @@ from ipadapter_jax.weights.convert import convert
 WRITER = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # or under a program that blocks it
 from pathlib import Path
 from ipadapter_jax.storage.atomic_files import atomic_replace
 with atomic_replace(Path(sys.argv[1]), folder=len(sys.argv) > 2) as place:
