@@ -112,6 +112,18 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", local_only)
 
 
+@pytest.fixture(scope="module")
+def single_device() -> Iterator[None]:
+    """The package sees one of the four devices: programs for it compile faster. For files that are not about meshes."""
+    import jax
+
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: first)
+        patch.setattr(jax, "local_devices", lambda: first)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of recorded inputs and expectations."""

@@ -1,7 +1,6 @@
 """What the training tests share: the recorded tiny model as a run, and the authors' recorded draws."""
 
 import atexit
-import dataclasses
 import functools
 import os
 import shutil
@@ -20,14 +19,14 @@ from PIL import Image
 from ipadapter_jax.images.preprocess import clip_pixels, load_image
 from ipadapter_jax.runtime.mesh import replicated
 from ipadapter_jax.testing.random_weights import write_model
-from ipadapter_jax.testing.sizes import MICRO
+from ipadapter_jax.testing.sizes import NANO
 from ipadapter_jax.train.batches import TrainBatch, batch_of
-from ipadapter_jax.train.config import Checkpoint, Data, Log, Model, Optim, Train
+from ipadapter_jax.train.config import Data, Model, Train
 from ipadapter_jax.train.networks import LoadedNetworks
 from ipadapter_jax.train.optim import make_optimizer, partition, trainable_mask
 from ipadapter_jax.train.state import TrainState, init_train_state, state_shardings
 from ipadapter_jax.train.step import RandomDraws, StepResult, make_step
-from tests.fault_injection.runs import changed
+from tests.fault_injection.runs import changed, nano_run
 
 TINY = Train(
     model=Model(base=str(TORCH_MODEL), image_encoder=str(IMAGE_ENCODER), dtype="float32"),
@@ -82,41 +81,21 @@ LIGHT = ADAPTERS / "ip-adapter_tiny_light.bin"
 PLUS = ADAPTERS / "ip-adapter-plus_tiny.bin"
 
 
-# Traced and compiled in two thirds of the time of MICRO, for what does not look at the network.
-ONE_LEVEL = dataclasses.replace(
-    MICRO.unet,
-    block_out_channels=(32,),
-    down_block_types=("CrossAttnDownBlock2D",),
-    up_block_types=("CrossAttnUpBlock2D",),
-)
-
-
 @functools.cache
-def micro_model(levels: int = 2) -> Path:
-    """A folder with the MICRO model of random weights, or with its UNet cut to one level; made once per session."""
-    if "IPADAPTER_JAX_MICRO_MODEL" in os.environ:  # a process of a test uses the test's
-        return Path(os.environ["IPADAPTER_JAX_MICRO_MODEL"])
-    folder = Path(tempfile.mkdtemp(prefix="micro-model-"))
+def nano_model() -> Path:
+    """A folder with the NANO model of random weights; made once per session."""
+    if "IPADAPTER_JAX_NANO_MODEL" in os.environ:  # a process of a test uses the test's
+        return Path(os.environ["IPADAPTER_JAX_NANO_MODEL"])
+    folder = Path(tempfile.mkdtemp(prefix="nano-model-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    unet = {1: ONE_LEVEL, 2: MICRO.unet}[levels]
-    write_model(folder, dataclasses.replace(MICRO, unet=unet))
+    write_model(folder, NANO)
     return folder
 
 
-def micro(levels: int = 2, **changes) -> Train:
-    """A short run of the MICRO model, settings changed as in `tiny`."""
-    folder = micro_model(levels)
-    config = Train(
-        steps=10,
-        model=Model(
-            base=str(folder), image_encoder=str(folder / "ip_adapter" / "models" / "image_encoder"), dtype="float32"
-        ),
-        data=Data(batch_size=8, resolution=32, drop_image=0.2, drop_text=0.2, drop_both=0.2, threads=2),
-        optim=Optim(learning_rate=1e-3),
-        log=Log(every=1, validate_every=0, validation_size=4, sample_steps=2, tensorboard=False),
-        checkpoint=Checkpoint(every=4),
-    )
-    return changed(config, **changes)
+def nano(**changes) -> Train:
+    """A short run of the NANO model that drops conditions often, settings changed as in `tiny`."""
+    drops = {"data__drop_image": 0.2, "data__drop_text": 0.2, "data__drop_both": 0.2}
+    return changed(nano_run(nano_model()), **drops | changes)
 
 
 def photographs(folder: Path, count: int = 12) -> Path:

@@ -55,18 +55,23 @@ def prepare(work: Path, steps: int, save_every: int, images: int = 24) -> Train:
     """A model, images with captions, and a run of them that logs every step and shows nothing."""
     write_model(work / "model", NANO)
     make_images(work / "images", images)
+    out, checkpoint = str(work / "run"), Checkpoint(every=save_every, export_dtype="float32")
+    return changed(
+        nano_run(work / "model"), out=out, data__path=str(work / "images"), steps=steps, checkpoint=checkpoint
+    )
+
+
+def nano_run(model: Path) -> Train:
+    """A short run of the NANO model in this folder."""
     return Train(
-        out=str(work / "run"),
-        steps=steps,
+        steps=10,
         model=Model(
-            base=str(work / "model"),
-            image_encoder=str(work / "model" / "ip_adapter" / "models" / "image_encoder"),
-            dtype="float32",
+            base=str(model), image_encoder=str(model / "ip_adapter" / "models" / "image_encoder"), dtype="float32"
         ),
-        data=Data(path=str(work / "images"), batch_size=8, resolution=SIDE, threads=2),
+        data=Data(batch_size=8, resolution=SIDE, threads=2),
         optim=Optim(learning_rate=1e-3),
         log=Log(every=1, validate_every=0, validation_size=4, sample_steps=2, tensorboard=False),
-        checkpoint=Checkpoint(every=save_every, export_dtype="float32"),
+        checkpoint=Checkpoint(every=4),
     )
 
 

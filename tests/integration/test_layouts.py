@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from training import micro, micro_model, photographs, started
+from training import nano, nano_model, photographs, started
 
 from ipadapter_jax.data.loader import load_batches
 from ipadapter_jax.runtime.mesh import TRAIN_AXES
@@ -47,7 +47,7 @@ def losses(config: Train, mesh, steps: int = 10):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Train:
-    return micro(1, data__path=str(photographs(tmp_path_factory.mktemp("data") / "photos")))
+    return nano(data__path=str(photographs(tmp_path_factory.mktemp("data") / "photos")))
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +79,12 @@ def test_losses_with_accumulated_gradients(run, expected) -> None:
 
 PROCESS = """
 import sys
-from training import micro
+from training import nano
 from ipadapter_jax.train.config import Mesh
 from ipadapter_jax.train.trainer import train
 data, out, port, process, fsdp = sys.argv[1:]
 mesh = Mesh(coordinator=f"localhost:{port}", processes=2, process=int(process), fsdp=int(fsdp), heartbeat_seconds=30)
-sys.exit(train(micro(data__path=data, out=out, mesh=mesh, log__validate_every=10)))
+sys.exit(train(nano(data__path=data, out=out, mesh=mesh, log__validate_every=10)))
 """
 
 
@@ -93,7 +93,7 @@ def in_two_processes(data: str, out: Path, fsdp: int) -> np.ndarray:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     paths = os.pathsep.join(["tests", "."])
-    environment = os.environ | {"PYTHONPATH": paths, "IPADAPTER_JAX_MICRO_MODEL": str(micro_model(1))}
+    environment = os.environ | {"PYTHONPATH": paths, "IPADAPTER_JAX_NANO_MODEL": str(nano_model())}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, data, str(out), str(port), str(number), str(fsdp)],

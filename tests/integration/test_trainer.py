@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import IMAGE_ENCODER, jax_settings
 from PIL import Image
-from training import changed, micro, photographs
+from training import changed, nano, photographs
 
 from ipadapter_jax import StableDiffusion, cli
 from ipadapter_jax.errors import InputError
@@ -22,6 +22,8 @@ from ipadapter_jax.train.precompute import PrecomputeConfig, precompute
 from ipadapter_jax.train.preemption import CoordinatedShutdown
 from ipadapter_jax.train.trainer import EXIT_PREEMPTED, train
 from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
+
+pytestmark = pytest.mark.usefixtures("single_device")
 
 STEPS = 8
 
@@ -42,13 +44,13 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(data) -> Train:
-    return micro(levels=1, steps=STEPS, data__path=str(data))
+    return nano(steps=STEPS, data__path=str(data))
 
 
 def encoded(run: Train, out: Path, **changes) -> Path:
     """The data of a run, precomputed."""
     places = {"model": run.model.base, "image_encoder": run.model.image_encoder, "data": run.data.path}
-    precompute(PrecomputeConfig(**places, out=out, resolution=32, dtype="float32", **changes))
+    precompute(PrecomputeConfig(**places, out=out, resolution=run.data.resolution, dtype="float32", **changes))
     return out
 
 
@@ -100,7 +102,7 @@ def test_a_scoring_clip_writes_curves(run, tmp_path) -> None:
 def test_the_adapter_is_used_by_the_sampler(done, run, data) -> None:
     pipe = StableDiffusion.from_pretrained(run.model.base)
     pipe = pipe.with_ip_adapter(done / "adapter.safetensors", image_encoder=run.model.image_encoder)
-    options = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
+    options = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "np"}
     images = [pipe("", ip_adapter_image=data / "000.png", ip_adapter_scale=scale, **options) for scale in (0.0, 1.0)]
     assert np.abs(images[0] - images[1]).max() > 1e-3
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from training import changed, micro, photographs
+from training import changed, nano, photographs
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.train import build
@@ -18,7 +18,7 @@ STEPS = 2
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     data = photographs(tmp_path_factory.mktemp("data") / "photos")
-    return micro(steps=STEPS, data__path=str(data), log__validate_every=0)
+    return nano(steps=STEPS, data__path=str(data), log__validate_every=0)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import optax
 import pytest
 from helpers import Case, load_case
 from jax.sharding import AxisType
-from training import LIGHT, PLUS, micro, recorded_batch, recorded_draws, started, tiny
+from training import LIGHT, PLUS, nano, recorded_batch, recorded_draws, started, tiny
 
 from ipadapter_jax.runtime.mesh import TRAIN_AXES, global_mesh
 from ipadapter_jax.train import step as step_module
@@ -113,13 +113,13 @@ def test_ten_steps_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def short_run():
     """A small model with its state, step and a batch of noise on four devices."""
-    config = micro(1, optim__ema=0.9, optim__clip_norm=1.0, data__path="none", model__dtype="bfloat16")
+    config = nano(optim__ema=0.9, optim__clip_norm=1.0, data__path="none", model__dtype="bfloat16")
     mesh = global_mesh()
     loaded = load_networks(config, mesh, None)
     state, step = started(config, mesh, loaded)
     rng, rows = np.random.default_rng(0), local_indices(mesh, 8)
     arrays = {
-        "pixels": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
+        "pixels": rng.integers(0, 256, (8, 8, 8, 3), np.uint8),
         "clip_pixels": rng.integers(0, 256, (8, 32, 32, 3), np.uint8),
         "input_ids": np.full((8, 77), 5, np.int32),
     }
@@ -163,7 +163,7 @@ def test_a_step_with_non_finite_gradients_is_skipped(short_run) -> None:
 def test_a_finite_gradient_with_an_infinite_square_is_skipped(short_run) -> None:
     """In Adam's second moment it would stay for ever, and its weight never move again."""
     loaded, state, _, batch = short_run
-    config = micro(1, data__path="none", model__dtype="bfloat16")
+    config = nano(data__path="none", model__dtype="bfloat16")
     huge = jax.tree.map(lambda x: x * 1e13, state.params["ip_adapter"])
     before, step = started(config, global_mesh(), loaded, state.params | {"ip_adapter": huge})
     after, metrics = step(before, loaded.frozen, batch)
