@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ipadapter_jax.train.config import Optim
@@ -52,3 +53,14 @@ def test_the_learning_rate_is_that_of_the_update() -> None:
         np.testing.assert_allclose(updates["unet"]["w"], -expected, rtol=1e-5)
         assert int(updates_done(state)) + 1 == int(updates_done(new))
         state = new
+
+
+def test_gradients_are_clipped_by_their_norm() -> None:
+    """Adam does not see the scale of its first gradients; its moments do."""
+    optimizer = make_optimizer(Optim(clip_norm=1.0), {"unet": True})
+    params = {"unet": {"v": jnp.zeros(1), "w": jnp.zeros(1)}}
+    for large, clipped in (([3.0, 4.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4])):
+        gradients = {"unet": {name: jnp.full(1, value) for name, value in zip("vw", large, strict=True)}}
+        _, state = optimizer.update(gradients, optimizer.init(params), params)
+        moments = optax.tree_utils.tree_get(state, "mu")["unet"]
+        np.testing.assert_allclose([moments[name][0] for name in "vw"], np.multiply(clipped, 0.1), rtol=1e-6)
