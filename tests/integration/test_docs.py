@@ -82,6 +82,22 @@ def test_architecture_names_files_of_each_folder() -> None:
     assert not missing, f"docs/architecture.md names {missing}"
 
 
+def test_changes_name_what_the_files_have() -> None:
+    """In each row of "Where to make a change", a file that the row names has each function, class or field it names."""
+    table = text_of("docs/architecture.md").split("## Where to make a change")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (?!change |-)([^|]+) \| ([^|]+) \|", table, flags=re.MULTILINE)
+    missing, looked_up = [], 0
+    for change, steps in rows:
+        spans = re.findall(r"`([^`]+)`", steps)
+        paths = [PLACES[1] / span for span in spans if "/" in span]
+        sources = "".join(path.read_text(encoding="utf-8") for path in paths if path.is_file())
+        names = [span for span in spans if re.fullmatch(r"[A-Za-z_]+", span)]
+        looked_up += len(names)
+        missing += [f"{change}: {name}" for name in names if not re.search(rf"\b{name}\b", sources)]
+    assert not missing, f"docs/architecture.md names {missing}"
+    assert looked_up > 30
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_named_modules_exist(document: str) -> None:
     """`python -m a.b`, `from a.b import c` and `a.b.c` of this repository."""
