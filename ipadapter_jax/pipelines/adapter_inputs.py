@@ -64,6 +64,10 @@ class AdapterInputs:
         """Reads images once, for a prompt that is used again or later. Raises InputError naming what cannot be read."""
         return self.encoder.prepare(images, fit)
 
+    def prepare_negative(self, images: Sequence[ImageLike], fit: str) -> PreparedImages:
+        """Reads negative images, whole where those of the prompt are tiled. Raises InputError as `prepare`."""
+        return self.encoder.prepare(images, "crop" if fit == "tile" else fit)
+
     def from_images(
         self,
         prompts: Sequence[Sequence[ImageLike] | PreparedImages],
@@ -74,17 +78,15 @@ class AdapterInputs:
     ) -> PlannedFeatures:
         """The images of Q prompts, read now. Raises InputError naming what cannot be used."""
         encoder = self.encoder
-
-        def prepared(images: Sequence[ImageLike] | PreparedImages, fit: str) -> np.ndarray:
-            return (images if isinstance(images, PreparedImages) else encoder.prepare(images, fit)).pixels
-
-        pixels = [prepared(prompt, fit) for prompt in prompts]
+        pixels = [(p if isinstance(p, PreparedImages) else encoder.prepare(p, fit)).pixels for p in prompts]
         count = len(pixels[0])
         if any(len(prompt) != count for prompt in pixels):
             raise InputError(
                 f"{argument('ip_adapter_image')}: all image prompts of one call must have the same number of images"
             )
-        unlike = None if negative is None else prepared(negative, "crop" if fit == "tile" else fit)
+        if negative is not None and not isinstance(negative, PreparedImages):
+            negative = self.prepare_negative(negative, fit)
+        unlike = None if negative is None else negative.pixels
         if unlike is not None and len(unlike) not in (1, count):
             raise InputError(
                 f"{argument('negative_ip_adapter_image')} has {len(unlike)} images for {count}; give one, or one for "

@@ -68,6 +68,16 @@ class ModelConfigs:
         height, width = h * scale if height is None else height, w * scale if width is None else width
         return latent_shape(height, width, scale, self.vae.latent_channels)
 
+    def image_prompts(
+        self, settings: ImagePromptSettings, run: SamplerRun, guided: bool, shape: LatentShape, prompts: int
+    ) -> list[PlannedImagePrompt]:
+        """What each adapter contributes to images of `prompts` text prompts with latents of this shape. Raises
+        InputError."""
+        scale = self.vae.downscale
+        size, layers = (shape[0] * scale, shape[1] * scale), cross_attention_layers(self.unet)
+        steps = len(run.steps.timestep)
+        return plan_image_prompts(settings, self.adapters, layers, steps, guided, size, prompts, scale)
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class SamplingRequest:
@@ -121,7 +131,9 @@ class SamplingRequest:
         networks = model.unet, model.vae, model.dtype
         check_sampling_memory(*networks, count, shape, run, jax.local_devices(), guided=guided)
         given = {} if self.latents is None else {INITIAL: check_latents(self.latents, (count, *shape), model.dtype)}
-        image_prompts = self._image_prompts(model, run, guided, shape, len(prompts))
+        image_prompts = model.image_prompts(self._image_prompt_settings, run, guided, shape, len(prompts))
+        if self.return_attention_maps and not image_prompts:
+            raise InputError(f"{argument('return_attention_maps')} needs an image prompt to look at")
         used = not given or init_image is not None or bool(np.any(run.steps.noise))
         seeds = resolve_seeds(self.seed, count, used=used)
         encoded = encoded_posteriors(init_image, strength, inpaint_unet=model.sees_mask)
@@ -164,11 +176,9 @@ class SamplingRequest:
             sees_mask=model.sees_mask,
         )
 
-    def _image_prompts(
-        self, model: ModelConfigs, run: SamplerRun, guided: bool, shape: tuple[int, int, int], prompts: int
-    ) -> list[PlannedImagePrompt]:
-        """What each adapter contributes."""
-        settings = ImagePromptSettings(
+    @property
+    def _image_prompt_settings(self) -> ImagePromptSettings:
+        return ImagePromptSettings(
             images=self.ip_adapter_image,
             embeds=self.ip_adapter_image_embeds,
             negative=self.negative_ip_adapter_image,
@@ -177,13 +187,6 @@ class SamplingRequest:
             masks=self.ip_adapter_masks,
             fit=self.fit,
         )
-        scale = model.vae.downscale
-        size, layers = (shape[0] * scale, shape[1] * scale), cross_attention_layers(model.unet)
-        steps = len(run.steps.timestep)
-        planned = plan_image_prompts(settings, model.adapters, layers, steps, guided, size, prompts, scale)
-        if self.return_attention_maps and not planned:
-            raise InputError(f"{argument('return_attention_maps')} needs an image prompt to look at")
-        return planned
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -31,11 +31,11 @@ def batch(args: Batch) -> int:
         if args.model != bundled.NAME:
             raise InputError(f"{args.source} has image prompts: name the IP-Adapter that reads them with --adapter")
         args = dataclasses.replace(args, adapter=bundled.NAME)
-    pipe = load_for_job(args, images=args.batch_size, with_encoder=has_references)
+    job = load_for_job(args, images=args.batch_size, with_encoder=has_references)
     print(f"{args.source}: {summarize(len(rows), left_out)}", file=sys.stderr)
     tasks = plan_tasks(rows, num_images=args.num_images, seed=args.seed, scale=args.scale, shard=args.shard)
-    prepare = functools.partial(_load, pipe, args.reference_resize)
-    progress = make_images(pipe, args, tasks, args.out, settings(args, pipe), prepare, invalid)
+    prepare = functools.partial(_load, job.pipe, args.reference_resize)
+    progress = make_images(job, args, tasks, args.out, settings(args, job.pipe), prepare, invalid)
     if args.process == 0:
         write_report(LocalStore(args.out), left_out)
     if progress.invalid:

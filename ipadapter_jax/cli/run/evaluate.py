@@ -27,6 +27,7 @@ from ipadapter_jax.evaluate.prompts import Reference, References, open_reference
 from ipadapter_jax.evaluate.protocol import protocol_deviations
 from ipadapter_jax.evaluate.report import html_report
 from ipadapter_jax.evaluate.results import METRIC_TITLES, Results, compute_results, write_tables
+from ipadapter_jax.inputs.validation import prompt_pairs
 from ipadapter_jax.pipelines.feature_encoder import PreparedImages
 from ipadapter_jax.runtime.memory_limits import check_job_memory
 from ipadapter_jax.runtime.preemption import EXIT_PREEMPTED, GracefulShutdown
@@ -101,20 +102,21 @@ def _generate(args: Evaluate, references: References, notices: Sequence[str]) ->
     folder = args.out / "images"
     rows = [_row(args, reference) for reference in references.found]
     check_job_memory(len(rows), args.num_images)
+    prompt_pairs([row.prompt for row in rows], args.negative_prompt)  # captions come from files
     tasks = plan_tasks(rows, num_images=args.num_images, seed=args.seed, scale=args.scale)
     mine = [task for task in tasks if task.row.index // embeddings.CHUNK % args.processes == args.process]
-    pipe = load_for_job(args, images=args.batch_size)
+    job = load_for_job(args, images=args.batch_size)
     print(*notices, file=sys.stderr)
 
     def prepare(row: BatchRow) -> PreparedImages:
-        return pipe.adapters[0].inputs.prepare([references.found[row.index].image()], args.reference_resize)
+        return job.pipe.adapters[0].inputs.prepare([references.found[row.index].image()], args.reference_resize)
 
     def digest_images(row: BatchRow, before: Digests) -> Digests:
         return (ImageDigest(references.found[row.index].digest()),)
 
     data = {name: value for name, value in references.identity.items() if name != "prompts"}  # --limit may grow
-    facts = settings(args, pipe) | {"with_caption": args.with_caption, "data": data}
-    progress = make_images(pipe, args, mine, folder, facts, prepare, digest_images=digest_images)
+    facts = settings(args, job.pipe) | {"with_caption": args.with_caption, "data": data}
+    progress = make_images(job, args, mine, folder, facts, prepare, digest_images=digest_images)
     if progress.invalid:
         raise InputError(
             f"{len(progress.invalid)} image prompts cannot be used, among them {progress.invalid[0].reason}; "

@@ -1,7 +1,6 @@
 """Runs the job of a command that makes thousands of images."""
 
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -9,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import tqdm
 from PIL import Image
 
@@ -18,17 +18,11 @@ from ipadapter_jax.batch.reference_digests import DigestImages
 from ipadapter_jax.batch.rows import BatchRow, InvalidRow
 from ipadapter_jax.batch.runner import BatchProgress, run_job
 from ipadapter_jax.cli.batch_options import BatchOptions
-from ipadapter_jax.cli.run.sampling import (
-    configurations,
-    digests,
-    png,
-    shared_request,
-    versions,
-    without_image_prompts,
-)
+from ipadapter_jax.cli.run.sampling import LoadedJob, configurations, digests, png, versions
 from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning, find_foreign_syntax, warn_of_foreign_syntax
 from ipadapter_jax.pipelines.feature_encoder import PreparedImages
-from ipadapter_jax.pipelines.image_prompt_settings import PerPrompt
+from ipadapter_jax.pipelines.image_prompt_settings import ImagePromptSettings, PerPrompt
+from ipadapter_jax.pipelines.image_prompts import PlannedImagePrompt
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.storage.atomic_files import sha256
 
@@ -47,7 +41,7 @@ def settings(args: BatchOptions, pipe: StableDiffusion) -> dict[str, object]:
 
 
 def make_images(
-    pipe: StableDiffusion,
+    job: LoadedJob,
     args: BatchOptions,
     tasks: Sequence[ImageTask],
     out: Path,
@@ -76,7 +70,7 @@ def make_images(
             settings=settings,
             batch_size=args.batch_size,
             load=load,
-            make=functools.partial(_make, pipe, args),
+            make=_Batches(job, args).make,
             encode=lambda task, image: png(image, _metadata(settings, task)),
             invalid=invalid,
             shard=args.shard,
@@ -111,27 +105,43 @@ def _warn_of_syntax(args: BatchOptions, tasks: Sequence[ImageTask]) -> None:
     warn_of_foreign_syntax({"--negative-prompt": [args.negative_prompt]})
 
 
-def _make(
-    pipe: StableDiffusion, args: BatchOptions, given: list[tuple[ImageTask, PreparedImages | None]]
-) -> Sequence[Image.Image]:
-    """Makes the images of a batch. A short batch is padded with its last item, so that one program
-    serves all."""
-    filled = given + given[-1:] * (args.batch_size - len(given))
-    tasks, prompts = zip(*filled, strict=True)
-    request = dataclasses.replace(
-        shared_request(args, args.negative_image),
-        prompt=[task.row.prompt for task in tasks],
-        negative_prompt=[task.row.negative_prompt or args.negative_prompt for task in tasks],
-        seed=[task.seed for task in tasks],
-    )
-    if prompts[0] is None:
-        pipe, request = dataclasses.replace(pipe, adapters=()), without_image_prompts(request)
-    else:
-        scales = PerPrompt([args.scale_of(task.scale) for task in tasks])
-        request = dataclasses.replace(request, ip_adapter_image=PerPrompt(prompts), ip_adapter_scale=scales)
-    images = pipe.sample(request.resolve(pipe.configs), progress_bar=False).images
-    assert isinstance(images, list)  # of PIL: the request names no other type
-    return images[: len(given)]
+class _Batches:
+    """Makes the images of batches. The images of --negative-image are read once."""
+
+    def __init__(self, job: LoadedJob, args: BatchOptions) -> None:
+        self._job, self._args, self._configs = job, args, job.pipe.configs
+        self._negative = None
+        if args.negative_image is not None and self._configs.adapters:
+            [adapter] = self._configs.adapters
+            self._negative = adapter.prepare_negative([args.negative_image], args.reference_resize)
+
+    def make(self, given: list[tuple[ImageTask, PreparedImages | None]]) -> Sequence[Image.Image]:
+        """The images of a batch. A short batch is padded with its last item, so that one program serves all."""
+        filled = given + given[-1:] * (self._args.batch_size - len(given))
+        tasks = [task for task, _ in filled]
+        prompts = [content for _, content in filled if content is not None]  # of all items, or of none
+        plan = dataclasses.replace(
+            self._job.plan,
+            prompts=[task.row.prompt for task in tasks],
+            negative_prompts=[task.row.negative_prompt or self._args.negative_prompt for task in tasks],
+            seeds=np.asarray([task.seed for task in tasks], np.uint32),
+            image_prompts=self._image_prompts(tasks, prompts) if prompts else [],
+        )
+        pipe = self._job.pipe if prompts else dataclasses.replace(self._job.pipe, adapters=())
+        images = pipe.sample(plan, progress_bar=False).images
+        assert isinstance(images, list)  # of PIL: the request names no other type
+        return images[: len(given)]
+
+    def _image_prompts(self, tasks: Sequence[ImageTask], prompts: list[PreparedImages]) -> list[PlannedImagePrompt]:
+        settings = ImagePromptSettings(
+            images=PerPrompt(prompts),
+            negative=self._negative,
+            uncond=self._args.uncond,
+            scale=PerPrompt([self._args.scale_of(task.scale) for task in tasks]),
+            fit=self._args.reference_resize,
+        )
+        plan = self._job.plan
+        return self._configs.image_prompts(settings, plan.run, plan.guided, plan.latent_shape, len(tasks))
 
 
 def _metadata(settings: Mapping[str, object], task: ImageTask) -> dict[str, object]:

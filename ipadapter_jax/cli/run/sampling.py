@@ -15,7 +15,7 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.pipelines.image_prompt_settings import ImagePrompt
 from ipadapter_jax.pipelines.ip_adapter import OpenedAdapter, encoders_of, open_adapter
-from ipadapter_jax.pipelines.request import ModelConfigs, SamplingRequest
+from ipadapter_jax.pipelines.request import ModelConfigs, SamplingPlan, SamplingRequest
 from ipadapter_jax.pipelines.scales import scale_table
 from ipadapter_jax.pipelines.stable_diffusion import GUIDANCE_SCALE, StableDiffusion
 from ipadapter_jax.runtime.prefetch import ordered_map
@@ -41,11 +41,6 @@ def shared_request(args: Sampling, negative: ImagePrompt | None) -> SamplingRequ
         height=args.height,
         width=args.width,
     )
-
-
-def without_image_prompts(request: SamplingRequest) -> SamplingRequest:
-    """The request without the settings that need an image prompt."""
-    return dataclasses.replace(request, negative_ip_adapter_image=None, ip_adapter_uncond="default", fit="crop")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,15 +84,26 @@ class OpenedModels:
         return pipe if self.adapter is None else pipe.with_opened(self.adapter)
 
 
-def load_for_job(args: Sampling, *, images: int, with_encoder: bool = True) -> StableDiffusion:
-    """Opens and reads the models of a job that makes `images` at once. Its requests follow, each resolved on its own;
-    what all of them have in common is checked here, before any weights are read."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedJob:
+    """The models of a job, and the plan of its batches but for prompts, image prompts and seeds."""
+
+    pipe: StableDiffusion
+    plan: SamplingPlan
+
+
+def load_for_job(args: Sampling, *, images: int, with_encoder: bool = True) -> LoadedJob:
+    """Opens and reads the models of a job that makes `images` at once. What all of its batches have in common is
+    checked here, once and before any weights are read."""
     opened = OpenedModels.open(args, with_encoder=with_encoder)
     configs = opened.configs
-    request = dataclasses.replace(without_image_prompts(shared_request(args, None)), prompt=[""] * images)
-    request.resolve(dataclasses.replace(configs, adapters=[]))
+    # Without image prompts, which differ by row: their settings are those of `ImagePromptSettings`.
+    request = dataclasses.replace(
+        shared_request(args, None), prompt=[""] * images, ip_adapter_uncond="default", fit="crop"
+    )
+    plan = request.resolve(dataclasses.replace(configs, adapters=[]))
     scale_table(args.scale_of(), cross_attention_layers(configs.unet), args.steps)
-    return opened.load()
+    return LoadedJob(opened.load(), plan)
 
 
 def digests(pipe: StableDiffusion) -> dict[str, dict[str, str]]:

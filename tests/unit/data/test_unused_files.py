@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -363,7 +364,8 @@ def test_a_run_reports_unused_files(tmp_path, caplog) -> None:
 
 def test_batch_reports_unused_files(tmp_path, monkeypatch, capsys) -> None:
     data, out = some(tmp_path / "data"), tmp_path / "out"
-    for name, stand_in in {"load_for_job": None, "settings": {}, "make_images": BatchProgress(1, 0, [])}.items():
+    job = SimpleNamespace(pipe=None)
+    for name, stand_in in {"load_for_job": job, "settings": {}, "make_images": BatchProgress(1, 0, [])}.items():
         monkeypatch.setattr(f"ipadapter_jax.cli.run.batch.{name}", lambda *_, found=stand_in, **__: found)
     assert main(["batch", str(data), "--out", str(out)]) == 0
     assert f"{data}: {SAID}\n" in capsys.readouterr().err
