@@ -5,16 +5,17 @@ image_kv = image_keys_values(projection, adapter, params, features)   once per i
 output   = unet_output(unet, params, latents, time_shifts, UNetContext(text_kv, [image_kv], weights))
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
+import flax.linen as nn
 from jax import Array
 
 from ipadapter_jax.models.image_projections import Projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.unet import UNet, UNetResiduals
 from ipadapter_jax.ops.attention import KeyValue
-from ipadapter_jax.runtime.trees import Params
+from ipadapter_jax.runtime.trees import Params, PyTree
 
 
 class UNetContext(NamedTuple):
@@ -46,37 +47,41 @@ class OutputWithMaps(NamedTuple):
     maps: list[list[Array]]
 
 
+def apply(network: nn.Module, params: Params, *inputs: PyTree, method: Callable | None = None) -> PyTree:
+    """What a network with these parameters gives for the inputs, by its method or by a call."""
+    return network.apply({"params": params}, *inputs, method=method)
+
+
 def text_keys_values(unet: UNet, params: Params, text: Array) -> list[KeyValue]:
     """Text states (R, S, D) -> keys and values (R, S, C) per cross-attention layer."""
-    return unet.apply({"params": params}, text, method=UNet.text_kv)  # pyright: ignore[reportReturnType]
+    return apply(unet, params, text, method=UNet.text_kv)
 
 
 def image_keys_values(
     projection: Projection, adapter: IPAdapter, params: Mapping[str, Params], features: Array, prompts: int
 ) -> ImageKeysValues:
     """Image features (R n, ...) of R image prompts -> their keys and values."""
-    tokens: Any = projection.apply({"params": params["image_proj"]}, features)
+    tokens = apply(projection, params["image_proj"], features)
     joined = tokens.reshape(prompts, -1, tokens.shape[-1])
-    kv: Any = adapter.apply({"params": params["ip_adapter"]}, joined)
-    return ImageKeysValues(kv, tokens.shape[-2])
+    return ImageKeysValues(apply(adapter, params["ip_adapter"], joined), tokens.shape[-2])
 
 
 def time_shifts(unet: UNet, params: Params, timesteps: Array) -> list[list[Array]]:
     """Timesteps (n,) -> what time adds in each resnet, (n, C)."""
-    return unet.apply({"params": params}, timesteps, method=UNet.time_shifts)  # pyright: ignore[reportReturnType]
+    return apply(unet, params, timesteps, method=UNet.time_shifts)
 
 
 def unet_output(
     unet: UNet, params: Params, latents: Array, shifts: Sequence[Sequence[Array]], context: UNetContext
 ) -> Array:
     """Latents (B, h, w, C) and time shifts, of 1 or B timesteps -> the UNet's output (R, h, w, C) float32."""
-    return unet.apply({"params": params}, latents, shifts, *context, method=UNet.at)  # pyright: ignore[reportReturnType]
+    return apply(unet, params, latents, shifts, *context, method=UNet.at)
 
 
 def unet_output_with_maps(
     unet: UNet, params: Params, latents: Array, shifts: Sequence[Sequence[Array]], context: UNetContext
 ) -> OutputWithMaps:
     """The same, and the attention to the image tokens."""
-    found: Any = unet.apply({"params": params}, latents, shifts, *context, method=UNet.at, mutable=["maps"])
+    found: PyTree = unet.apply({"params": params}, latents, shifts, *context, method=UNet.at, mutable=["maps"])
     output, collections = found
     return OutputWithMaps(output, UNet.maps_of(collections["maps"], unet.config))

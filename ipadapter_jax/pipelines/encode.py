@@ -3,7 +3,6 @@ on, pixels to latents and back. Pure functions; the networks are static, everyth
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +32,7 @@ def encode_prompts(
 
 def encode_image(encoder: CLIPVision, kind: FeatureKind, params: Tree, pixel_values: Array) -> Array:
     """Normalized pixels (n, H, W, 3) -> features of this kind, (n, F) or (n, L, F)."""
-    output: Any = encoder.apply({"params": params}, pixel_values)
-    return clip_features(output, kind)
+    return clip_features(forward.apply(encoder, params, pixel_values), kind)
 
 
 def image_keys_values(
@@ -62,8 +60,7 @@ def text_keys_values(unet: UNet, params: Tree, text: Array) -> list[KeyValue]:
 def encode_init_image(vae: VAE, params: Tree, images: Array, noise: Array) -> Array:
     """Images (n, H, W, 3) in [-1, 1] and standard normal noise (B, h, w, C) -> latents (B, h, w, C), samples of the
     posterior of image 0, or each of its own."""
-    latents: Any = vae.apply({"params": params}, images, noise, method=VAE.encode)
-    return latents
+    return forward.apply(vae, params, images, noise, method=VAE.encode)
 
 
 def decode(vae: VAE, mesh: Mesh, params: Tree, latents: Array) -> Array:
@@ -71,8 +68,7 @@ def decode(vae: VAE, mesh: Mesh, params: Tree, latents: Array) -> Array:
 
     def run(latents: Array, params: Tree) -> Array:
         def one(sample: Array) -> Array:
-            images: Any = vae.apply({"params": params}, sample[None], method=VAE.decode)
-            return images[0]
+            return forward.apply(vae, params, sample[None], method=VAE.decode)[0]
 
         return jax.lax.map(one, latents)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -22,7 +22,7 @@ from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.models.vae import VAE, Posterior, normalize
 from ipadapter_jax.runtime.mesh import replicated
-from ipadapter_jax.runtime.trees import Params, PyTree
+from ipadapter_jax.runtime.trees import Params
 from ipadapter_jax.train.batches import FrozenModels
 from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.init import init_adapter, load_adapter_params, projection_config
@@ -34,10 +34,6 @@ from ipadapter_jax.weights.ip_adapter_file import adapter_file, check_base, open
 from ipadapter_jax.weights.load_tree import Tree
 from ipadapter_jax.weights.open_base_model import open_base_folder
 from ipadapter_jax.weights.tokenizer import Tokenizer, tokenize
-
-
-def _apply(module: VAE | CLIPVision, params: Params, *inputs: Array, method: Callable | None = None) -> PyTree:
-    return module.apply({"params": params}, *inputs, method=method)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -61,7 +57,7 @@ class Networks:
 
     def posterior(self, frozen: FrozenModels, pixels: Array) -> Posterior:
         """pixels (B, H, W, 3) uint8 -> the unscaled posterior of their latents (B, h, w, C)."""
-        return _apply(self.vae, frozen.params["vae"], normalize(pixels), method=VAE.posterior)
+        return forward.apply(self.vae, frozen.params["vae"], normalize(pixels), method=VAE.posterior)
 
     def text_states(self, frozen: FrozenModels, ids: Array) -> Array:
         """Token ids (B, S) of the first text encoder -> (B, S, D)."""
@@ -70,7 +66,7 @@ class Networks:
     def image_features(self, frozen: FrozenModels, pixels: Array) -> Array:
         """Normalised pixels (B, S, S, 3) -> what the projection reads: (B, F), or for patches (B, L, F)."""
         assert self.projection is not None and self.image_encoder is not None
-        output = _apply(self.image_encoder, frozen.params["image_encoder"], pixels)
+        output = forward.apply(self.image_encoder, frozen.params["image_encoder"], pixels)
         return clip_features(output, self.projection.config.feature_kind)
 
     def predict(
