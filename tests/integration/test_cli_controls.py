@@ -18,6 +18,9 @@ from ipadapter_jax.cli.batch import Batch
 from ipadapter_jax.cli.run.batch import check_effects
 from ipadapter_jax.cli.run.image_batches import _warn_of_syntax
 from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning
+from ipadapter_jax.pipelines.outputs import SamplingResult
+from ipadapter_jax.pipelines.request import SamplingRequest
+from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 
 pytestmark = pytest.mark.usefixtures("one_device")
 OTHER = ORACLES / "assets" / "img_b.png"
@@ -207,6 +210,23 @@ def test_batch_gives_what_single_calls_give(tmp_path, table, capsys):
         difference = np.abs(pixels(out / f"{name}.png").astype(int) - pixels(tmp_path / f"{name}.png"))
         assert difference.max() <= 1, name  # another batch size is another order of additions
     assert settings(out / "half.png")["scale"] == 0.5 and settings(out / "half.png")["prompt"] == "a dog"
+
+
+def test_a_job_is_checked_once(tmp_path, table, monkeypatch):
+    resolved, plans, resolve = [], [], SamplingRequest.resolve
+    monkeypatch.setattr(SamplingRequest, "resolve", lambda self, model: resolved.append(self) or resolve(self, model))
+
+    def sample(_pipe, plan, **_):
+        plans.append(plan)
+        return SamplingResult([Image.new("RGB", (8, 8))] * len(plan.seeds), None)
+
+    monkeypatch.setattr(StableDiffusion, "sample", sample)
+    assert main(batch(table, tmp_path / "out", negative_image=OTHER)) == 0
+    assert len(resolved) == 1 and all(plan.run is plans[0].run for plan in plans)
+    assert [plan.prompts for plan in plans] == [["", "a dog"], ["a dog", "a dog"], ["", ""]]  # padded with the last
+    assert [plan.seeds.tolist() for plan in plans] == [[3, 3], [4, 4], [5, 5]]
+    [first], words, [last] = (plan.image_prompts for plan in plans)
+    assert not words and last.features.negative is first.features.negative  # which is read once
 
 
 def test_batch_goes_on_and_refuses_other_settings(tmp_path, table, capsys, monkeypatch):
