@@ -2,7 +2,7 @@
 small models of random weights. Nothing here needs a network or files."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ipadapter_jax.testing.noise import given_noise
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["given_noise", "tiny_pipeline"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """`python -m ipadapter_jax.testing.random_weights` would run that module twice if it were imported here."""
     if name == "tiny_pipeline":
         return importlib.import_module(f"{__name__}.tiny_models").tiny_pipeline

@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+
+import numpy as np
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.validation import to_float32
@@ -11,7 +12,7 @@ from ipadapter_jax.pipelines.noise import GivenNoise, offered
 
 @contextlib.contextmanager
 def given_noise(
-    posterior: Any = None, initial: Any = None, steps: Sequence[Any] = (), *, masked_posterior: Any = None
+    posterior: object = None, initial: object = None, steps: Sequence[object] = (), *, masked_posterior: object = None
 ) -> Iterator[None]:
     """Inside the block, the next call of a pipeline uses this noise instead of random draws.
 
@@ -45,5 +46,5 @@ def given_noise(
         yield
 
 
-def _array(value: Any, name: str) -> Any:
+def _array(value: object, name: str) -> np.ndarray:
     return to_float32(value, f"given_noise: {name}")

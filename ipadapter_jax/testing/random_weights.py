@@ -16,14 +16,14 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from numpy.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision
+from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.models.image_projections import example_features, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
@@ -47,7 +47,7 @@ SEED = 150015
 # Below a model's folder, as in the authors' repository.
 ADAPTER = Path("ip_adapter", "models", "ip-adapter_sd15.safetensors")
 
-SCHEDULER: Mapping[str, Any] = {
+SCHEDULER: Mapping[str, object] = {
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.6.0",
     "beta_start": 0.00085,
@@ -91,7 +91,7 @@ def tensors(
     return found
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Writes a file of JSON, and its folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -116,7 +116,9 @@ def write_tokenizer(folder: Path, vocab_size: int, merges: Sequence[tuple[str, s
     )
 
 
-def public_config(config: Any, class_name: str) -> dict[str, Any]:
+def public_config(
+    config: UNetConfig | VAEConfig | CLIPTextConfig | CLIPVisionConfig, class_name: str
+) -> dict[str, object]:
     """The config.json of a network as it is published, in the order of the fields."""
     extra = {}
     if isinstance(config, VAEConfig):
@@ -195,7 +197,7 @@ def write_model(out: Path, configs: ModelConfigs, dtype: DTypeLike = "float16") 
     return counts
 
 
-def write_model_index(folder: Path, scheduler: Mapping[str, Any]) -> None:
+def write_model_index(folder: Path, scheduler: Mapping[str, object]) -> None:
     """Writes the file that tells diffusers the classes of the parts."""
     index = {
         "_class_name": "StableDiffusionPipeline",

@@ -132,7 +132,7 @@ class BaseModel:
                 else f"{self.file}: holds no {component.files.title}; take another file"
             )
         try:
-            return _open_in_file(self.component_config(name), name, self.parts[name], self.file)
+            return _open_in_file(self.component_config(name), self.parts[name], self.file)
         except WeightFileError as error:
             if name == "unet":
                 raise
@@ -153,8 +153,8 @@ class BaseModel:
             check_vocabulary(f"base model {self.source.model}", tokenizer, self.config(part).vocab_size)
 
 
-def _open_in_file(config: ComponentConfig, name: str, tensors: Mapping[str, Tensor], file: Path) -> LazyComponent:
-    return open_weights(config, tensors, file, single_file.layout_of(name, config.config))
+def _open_in_file(config: ComponentConfig, tensors: Mapping[str, Tensor], file: Path) -> LazyComponent:
+    return open_weights(config, tensors, file, single_file.layout_of(config.config))
 
 
 def _open_replacement(name: str, place: StrPath, base: BaseModel) -> LazyComponent:
@@ -177,7 +177,7 @@ def _open_replacement(name: str, place: StrPath, base: BaseModel) -> LazyCompone
     tensors = single_file.split(str(path), tensors, base.family)[name]
     if not tensors:
         raise WeightFileError(f"{path}: holds no {component.files.title}; name another place")
-    return _open_in_file(own, name, tensors, path)
+    return _open_in_file(own, tensors, path)
 
 
 def _check_fit(model: StrPath, unet: UNetConfig, vae: VAEConfig, text_encoder: CLIPTextConfig) -> None:

@@ -41,7 +41,7 @@ def _single_file(base: BaseModel, dtype: np.dtype | None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, prefix in single_file.prefixes(base.family).items():
         part = base.part(name)
-        layout = single_file.layout_of(name, part.config) or torch_layout()
+        layout = single_file.layout_of(part.config) or torch_layout()
         tensors |= to_state_dict(lazy_leaves(part), layout, dtype, part.component_config.component.files.title, prefix)
     return tensors
 

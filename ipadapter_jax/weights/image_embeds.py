@@ -7,7 +7,6 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,7 +42,7 @@ class ImageEmbeds:
         return _KINDS[self.features.ndim]
 
 
-def save_image_embeds(path: Path, features: Any, metadata: Mapping[str, str]) -> str:
+def save_image_embeds(path: Path, features: object, metadata: Mapping[str, str]) -> str:
     """Writes (G, n, F) or (G, n, L, F) as float32 and what `metadata` says, such as variant and image_encoder, and
     returns the file's sha256. Until the file has been read back and compared, an older one of this name stays.
 

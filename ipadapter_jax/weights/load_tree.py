@@ -13,6 +13,7 @@ from jax import Array
 
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.runtime.prefetch import ordered_map
+from ipadapter_jax.runtime.trees import Params
 from ipadapter_jax.weights.dtype_cast import cast_for_device
 from ipadapter_jax.weights.key_mapping import Path, StateDictLayout
 from ipadapter_jax.weights.lazy import Tensor
@@ -20,7 +21,7 @@ from ipadapter_jax.weights.lazy import Tensor
 Tree = dict[str, Any]
 
 
-def leaves(tree: Mapping[str, Any], prefix: Path = ()) -> dict[Path, Any]:
+def leaves(tree: Params, prefix: Path = ()) -> dict[Path, Any]:
     """Nested dictionaries -> {path: leaf}."""
     flat: dict[Path, Any] = {}
     for name, value in tree.items():
@@ -28,7 +29,7 @@ def leaves(tree: Mapping[str, Any], prefix: Path = ()) -> dict[Path, Any]:
     return flat
 
 
-def nest(flat: Mapping[Path, Any]) -> Tree:
+def nest(flat: Mapping[Path, object]) -> Tree:
     """{path: leaf} -> nested dictionaries."""
     tree: Tree = {}
     for path, leaf in flat.items():

@@ -10,8 +10,8 @@ What it does not know, such as the callbacks in a checkpoint of PyTorch Lightnin
 import io
 import math
 import pickletools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +20,7 @@ from ipadapter_jax.errors import WeightFileError
 
 # Far above any real checkpoint, and low enough that a hostile file costs neither minutes nor gigabytes.
 _MAX_OPCODES, _MAX_NAME, _MAX_DIMENSIONS = 1_000_000, 1000, 32
+_MALFORMED_TENSOR = "has a tensor with a wrong shape, stride or offset"
 _EXPANDED = 1 << 20  # bytes that a tensor with repeated elements may have, however small its file
 # The remedies at the end of a refusal.
 AGAIN = "; copy or download the file again"
@@ -29,7 +30,9 @@ OPAQUE = type("Opaque", (), {})()  # whatever is neither a tensor nor a dict, a 
 _TENSOR, _PARAMETER, _ORDERED_DICT = object(), object(), object()  # the functions that the machine knows
 _DTYPES = {"Float": "f4", "Double": "f8", "Half": "f2", "BFloat16": ml_dtypes.bfloat16, "Bool": "?", "Byte": "u1"}
 _DTYPES |= {"Char": "i1", "Short": "i2", "Int": "i4", "Long": "i8", "ComplexFloat": "c8", "ComplexDouble": "c16"}
-_GLOBALS: dict[tuple, Any] = {("torch", f"{name}Storage"): np.dtype(dtype) for name, dtype in _DTYPES.items()} | {
+_GLOBALS: Mapping[tuple[str, str], object] = {
+    ("torch", f"{name}Storage"): np.dtype(dtype) for name, dtype in _DTYPES.items()
+} | {
     ("torch.storage", "UntypedStorage"): np.dtype("u1"),
     ("torch._utils", "_rebuild_tensor_v2"): _TENSOR,
     ("torch._utils", "_rebuild_parameter"): _PARAMETER,
@@ -120,7 +123,7 @@ class PickleInterpreter:
         self.path, self.file_size, self.opcodes = path, file_size, 0
         self.storages: dict[str, Storage] = {}  # by their names; whoever reads the container sets their positions
 
-    def run(self, stream: io.BytesIO) -> Any:
+    def run(self, stream: io.BytesIO) -> object:
         """Follow one pickle and return what it describes."""
         stack, outer, memo = [], [], {}  # outer: the stacks below the marks
         try:
@@ -148,7 +151,7 @@ class PickleInterpreter:
         except (ValueError, IndexError, KeyError):  # a malformed opcode, an empty stack, an unknown place in the memo
             raise Refused(f"is damaged or cut short near byte {stream.tell()} of its pickle{AGAIN}") from None
 
-    def _result(self, name: str, argument: Any, below: list[Any], items: list[Any]) -> Any:
+    def _result(self, name: str, argument: object, below: list[object], items: list[object]) -> object:
         match name:
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 return None if name == "NONE" else name == "NEWTRUE"
@@ -162,18 +165,18 @@ class PickleInterpreter:
             case "EMPTY_DICT" | "DICT" | "SETITEM" | "SETITEMS":
                 target, *rest = below or [{}]
                 for key, value in zip((rest or items)[::2], (rest or items)[1::2], strict=True):
-                    short = type(key) is str and len(key) <= _MAX_NAME
-                    is_name = key.isprintable() if short else _is_size(key)  # hashing anything else may never end
+                    # Hashing anything else than these may never end.
+                    is_name = len(key) <= _MAX_NAME and key.isprintable() if type(key) is str else _is_size(key)
                     if is_name and type(target) is dict:
                         plain = value is None or type(value) in _PLAIN_VALUES
                         target[key] = value if plain else OPAQUE
                 return target
             case "GLOBAL" | "STACK_GLOBAL":
-                names = below or argument.split(" ", 1)
-                if not all(type(name) is str for name in names):
-                    return OPAQUE
-                foreign = names[0] in ("torch", "torch._utils", "torch._tensor") and len(names[1]) <= _MAX_NAME
-                return _GLOBALS.get(tuple(names), Foreign(names[1]) if foreign else OPAQUE)
+                match below or str(argument).split(" ", 1):
+                    case [str(module), str(name)]:
+                        foreign = module in ("torch", "torch._utils", "torch._tensor") and len(name) <= _MAX_NAME
+                        return _GLOBALS.get((module, name), Foreign(name) if foreign else OPAQUE)
+                return OPAQUE
             case "REDUCE" | "NEWOBJ":
                 return self._call(*below)
             case "BINPERSID":
@@ -184,8 +187,10 @@ class PickleInterpreter:
                 return OPAQUE
         raise Refused(f"uses the pickle opcode {name}, which no weights need{SAVE}")
 
-    def _call(self, function: Any, arguments: Any) -> Any:
-        count = len(arguments) if type(arguments) is tuple else -1
+    def _call(self, function: object, arguments: object) -> object:
+        if type(arguments) is not tuple:
+            return OPAQUE
+        count = len(arguments)
         if function is _ORDERED_DICT and count == 0:
             return {}
         if function is _PARAMETER and count == 3:
@@ -197,10 +202,11 @@ class PickleInterpreter:
             return Unread(_FORMS.get(function.name) or (dtypes or ["an unknown form"])[0])
         return OPAQUE
 
-    def _storage(self, identity: Any) -> Any:
+    def _storage(self, identity: object) -> object:
         """Note ("storage", type, key, device, numel); the older container appends a None: it is no view of another."""
-        known = type(identity) is tuple and 5 <= len(identity) <= 6 and identity[0] == "storage"
-        if not known or not isinstance(identity[1], np.dtype):
+        if type(identity) is not tuple or not 5 <= len(identity) <= 6 or identity[0] != "storage":
+            return OPAQUE
+        if not isinstance(identity[1], np.dtype):
             return OPAQUE
         _, dtype, key, _, numel, *view = identity
         proper = type(key) is str and _is_size(numel) and view in ([], [None])
@@ -209,18 +215,24 @@ class PickleInterpreter:
         require((storage.dtype, storage.numel) == (dtype, numel), f"has two storages of the name {key[:60]!r}")
         return storage
 
-    def _tensor(self, storage: Storage, offset: Any, shape: Any, strides: Any) -> LazyTensor:
-        proper = type(shape) is tuple and type(strides) is tuple and len(shape) == len(strides) <= _MAX_DIMENSIONS
-        proper = proper and all(_is_size(number) for number in (offset, *shape, *strides))
-        require(proper, "has a tensor with a wrong shape, stride or offset")
+    def _tensor(self, storage: Storage, offset: object, shape: object, strides: object) -> LazyTensor:
+        (start,), lengths, steps = _sizes((offset,)), _sizes(shape), _sizes(strides)
+        require(len(lengths) == len(steps), _MALFORMED_TENSOR)
         # The stride of a single element is never used and may be any number.
         size = storage.dtype.itemsize
-        strides = tuple(stride * size if length > 1 else 0 for length, stride in zip(shape, strides, strict=True))
-        span = 0 if 0 in shape else size + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        require(offset * size + span <= storage.numel * size, "has a tensor that reaches outside its storage")
-        fits = math.prod(length or 1 for length in shape) * size <= max(self.file_size, _EXPANDED)
+        steps = tuple(step * size if length > 1 else 0 for length, step in zip(lengths, steps, strict=True))
+        span = 0 if 0 in lengths else size + sum((n - 1) * step for n, step in zip(lengths, steps, strict=True))
+        require(start * size + span <= storage.numel * size, "has a tensor that reaches outside its storage")
+        fits = math.prod(length or 1 for length in lengths) * size <= max(self.file_size, _EXPANDED)
         require(fits, "has a tensor that is larger than the file itself", SAVE)
-        return LazyTensor(shape, storage.dtype, storage, offset * size, strides, span)
+        return LazyTensor(lengths, storage.dtype, storage, start * size, steps, span)
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    """The shape or the strides of a tensor. Raises Refused for anything else."""
+    if type(value) is not tuple or len(value) > _MAX_DIMENSIONS or not all(map(_is_size, value)):
+        raise Refused(f"{_MALFORMED_TENSOR}{AGAIN}")
+    return value
 
 
 def _is_size(value: object) -> bool:

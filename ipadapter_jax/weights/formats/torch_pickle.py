@@ -8,7 +8,7 @@ import io
 import os
 import struct
 import zipfile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ipadapter_jax.errors import WeightFileError
 from ipadapter_jax.weights.formats.pickle_interpreter import (
@@ -74,19 +74,21 @@ def _read(path: str | os.PathLike[str]) -> dict:
             head = file.read_at(0, min(file.size, 4))
             require(head.startswith((b"PK\3\4", b"\x80")), "is not a file of torch.save")
             tree = _named(_read_zip(file) if head.startswith(b"PK") else _read_sequence(file))
-        require(type(tree) is dict, "holds no dict of tensors, nor a list of them", SAVE)
+        if type(tree) is not dict:
+            raise Refused(f"holds no dict of tensors, nor a list of them{SAVE}")
         flatten({"": tree})  # refuses loops and the like here, where the name of the file is known
         return tree
     except (Refused, OSError) as error:
         raise WeightFileError(f"{path}: {error}") from None
 
 
-def _named(tree: Any) -> Any:
+def _named(tree: object) -> object:
     """Tensors that a file holds without names, as a dict; everything else as it is."""
     if isinstance(tree, LazyTensor | Unread):
         return {UNNAMED: tree}
-    listed = type(tree) in (list, tuple) and tree and all(isinstance(value, LazyTensor | Unread) for value in tree)
-    return dict(enumerate(tree)) if listed else tree
+    if isinstance(tree, list | tuple) and tree and all(isinstance(value, LazyTensor | Unread) for value in tree):
+        return dict(enumerate(tree))
+    return tree
 
 
 def flatten(tree: dict) -> dict[str, LazyTensor | Unread]:
@@ -141,15 +143,15 @@ class _File(io.FileIO):
         return super().read(length)
 
 
-def _read_sequence(file: _File) -> Any:
+def _read_sequence(file: _File) -> object:
     """Read the older container and locate its storages."""
     machine, stream = PickleInterpreter(file.path, file.size), io.BytesIO(file.read_at(0, min(file.size, _MAX_PICKLE)))
     for known in (_MAGIC, _PROTOCOL):
         require(machine.run(stream) == known, "is a pickle, but not one of torch.save", SAVE)
     machine.run(stream)  # describes the computer; the storages are little-endian on all of them
     tree, keys = machine.run(stream), machine.run(stream)
-    proper = type(keys) is list and all(type(key) is str for key in keys) and set(keys) == set(machine.storages)
-    require(proper, "has storages of an unknown type, or lacks some", SAVE)
+    if type(keys) is not list or any(type(key) is not str for key in keys) or set(keys) != set(machine.storages):
+        raise Refused(f"has storages of an unknown type, or lacks some{SAVE}")
     end = stream.tell()
     for key in keys:
         storage = machine.storages[key]
@@ -168,7 +170,7 @@ class _Span(NamedTuple):
     length: int
 
 
-def _read_zip(file: _File) -> Any:
+def _read_zip(file: _File) -> object:
     """Read the zip container and locate its storages."""
     try:
         listed = zipfile.ZipFile(file).infolist()

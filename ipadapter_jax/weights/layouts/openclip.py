@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.storage.text_files import read_json_object
@@ -55,7 +55,7 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def vision_settings(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def vision_settings(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """The settings of an image encoder, as in a config.json: the one next to its file, or OpenCLIP's there, or for the
     published ViT-H/14 and ViT-bigG/14 from the shapes. `tensors` have transformers' names.
 
@@ -68,22 +68,22 @@ def vision_settings(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]
                 return read(settings)
             except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError):
                 raise InputError(f"{file.parent / name} cannot be read; download it again") from None
-    settings = _from_shapes(file, tensors)
-    if settings["num_hidden_layers"] > _MAX_LAYERS or settings["image_size"] > _MAX_SIDE:
+    sizes = _from_shapes(file, tensors)
+    if sizes["num_hidden_layers"] > _MAX_LAYERS or sizes["image_size"] > _MAX_SIDE:
         raise InputError(f"{file}: an image encoder of impossible sizes; download it again")
-    heads = {1280: 16, 1664: 16}.get(settings["hidden_size"])
+    heads = {1280: 16, 1664: 16}.get(sizes["hidden_size"])
     if heads is None:
         raise InputError(
-            f"{file}: an image encoder of width {settings['hidden_size']}, whose number of heads no tensor tells; "
+            f"{file}: an image encoder of width {sizes['hidden_size']}, whose number of heads no tensor tells; "
             "put its config.json next to it, or give its folder"
         )
     log.info("%s: no config.json next to it: read as OpenCLIP's own of this width, with gelu", file)
-    return settings | {"num_attention_heads": heads, "hidden_act": "gelu"}
+    return {**sizes, "num_attention_heads": heads, "hidden_act": "gelu"}
 
 
-def _from_openclip(raw: Mapping[str, Any]) -> dict[str, Any]:
-    model = raw["model_cfg"]
-    vision = model["vision_cfg"]
+def _from_openclip(raw: Mapping[str, object]) -> dict[str, object]:
+    model = _section(raw, "model_cfg")
+    vision = _section(model, "vision_cfg")
     width = vision["width"]
     return {
         "model_type": "clip_vision_model",
@@ -99,7 +99,28 @@ def _from_openclip(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _from_shapes(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _section(settings: Mapping[str, object], name: str) -> dict:
+    """The settings in a setting. Raises TypeError for another value."""
+    found = settings[name]
+    if not isinstance(found, dict):
+        raise TypeError(name)
+    return found
+
+
+class _Sizes(TypedDict):
+    """What the shapes tell of the settings in a config.json."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    projection_dim: int
+    num_hidden_layers: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float
+
+
+def _from_shapes(file: Path, tensors: Mapping[str, Tensor]) -> _Sizes:
     place = "vision_model.embeddings"
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     layers = {name.split(".")[3] for name in shapes if re.match(r"vision_model\.encoder\.layers\.\d+\.", name)}

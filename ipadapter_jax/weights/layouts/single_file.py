@@ -3,7 +3,6 @@ prefixes, with blocks numbered consecutively. The arrays are PyTorch's."""
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -156,8 +155,8 @@ def _vae_key(path: Path, levels: int) -> str:
     return key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
 
 
-def layout_of(part: str, config: Any) -> StateDictLayout | None:
-    """The layout of the "unet", "vae" or "text_encoder" in a single file; None where it is PyTorch's usual one."""
-    if part == "unet":
+def layout_of(config: object) -> StateDictLayout | None:
+    """The layout in a single file of the network with this configuration; None where it is PyTorch's usual one."""
+    if isinstance(config, UNetConfig):
         return unet_layout(config)
-    return vae_layout(config) if part == "vae" else None
+    return vae_layout(config) if isinstance(config, VAEConfig) else None
