@@ -48,11 +48,12 @@ gc.set_threshold(50_000, 20, 20)
 LONGEST_FIRST = (
     "integration/test_trainer.py",
     "parity/test_generation.py",
-    "parity/test_models.py",
     "integration/test_layouts.py",
-    "unit/train/test_step.py",
-    "unit/pipelines/test_stable_diffusion.py",
     "parity/test_inpainting.py",
+    "integration/test_mini.py",
+    "unit/pipelines/test_stable_diffusion.py",
+    "unit/train/test_step.py",
+    "parity/test_models.py",
 )
 
 

@@ -22,6 +22,8 @@ from ipadapter_jax.evaluate.frechet import Moments, frechet_distance
 from ipadapter_jax.evaluate.metrics import interval, score
 from ipadapter_jax.storage.file_lock import shard_lock
 
+pytestmark = pytest.mark.usefixtures("single_device")
+
 PROMPTS, EACH = 6, 2
 TABLES = evaluate.TABLES
 

@@ -203,6 +203,7 @@ def test_every_renamed_setting_of_a_job_is_read(tmp_path):
     assert set(read_settings(LocalStore(tmp_path))) == {*renamed.values()}
 
 
+@pytest.mark.usefixtures("single_device")
 def test_a_folder_of_an_older_release_is_resumed(tmp_path, capsys):
     source, out = tmp_path / "images", tmp_path / "out"
     source.mkdir()
