@@ -6,8 +6,11 @@ from jax import Array
 
 
 def guide(output: Array, scale: Array | np.floating | float, rescale: Array | np.floating | float = 0.0) -> Array:
-    """Outputs of both branches, (B, 2, ...) with the unconditional one first -> (B, ...): g = u + scale (c - u), then
-    rescale g std(c) / std(g) + (1 - rescale) g, each image by itself (arXiv 2305.08891, equations 15 and 16)."""
+    """Combines the outputs (B, 2, ...) of both guidance branches, the unconditional one first, into (B, ...).
+
+    From u and c it computes g = u + scale (c - u), and then rescale g std(c) / std(g) + (1 - rescale) g, with the
+    standard deviations of each image (arXiv 2305.08891, equations 15 and 16).
+    """
     unconditional, conditional = output[:, 0], output[:, 1]
     guided = unconditional + scale * (conditional - unconditional)
     axes = tuple(range(1, guided.ndim))

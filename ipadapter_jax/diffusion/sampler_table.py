@@ -1,9 +1,9 @@
 """Every sampler as a table of numbers, and the one step that they share.
 
-All samplers are linear: the next sample is a weighted sum of the sample, of one auxiliary sample carried along, of the
-network's output, of a history of what this and earlier outputs predict, and of fresh noise. So a sampler is a function
-that computes the weights (in float64, in its paper's symbols: `samplers_alpha.py`, `samplers_sigma.py`), and every
-sampler runs as the same program over other numbers.
+All samplers are linear. The next sample is a weighted sum of the sample x, one auxiliary sample, the network's output,
+a history of predictions (such as x0) from this and earlier outputs, and fresh noise. So a sampler is a function that
+computes these weights with numpy in float64 (`samplers_alpha.py`, `samplers_sigma.py`), and one jitted program runs all
+samplers.
 """
 
 from typing import NamedTuple
@@ -14,26 +14,29 @@ from jax import Array
 
 from ipadapter_jax.diffusion.parameterization import Combination, NoiseLevel
 
-HISTORY = 5  # predictions that most samplers combine, this step's among them
-BASIS = ("x", "aux_sample", "output", *(f"m{k}" for k in range(HISTORY)))  # m0 is of this step, m1 of the one before
-X, AUX_SAMPLE, OUTPUT, M0, M1, M2, M3, M4 = np.eye(len(BASIS))  # each as weights over the basis
+# The number of predictions that a step combines: m0 is that of this step, m1 that of the step before. Only PNDM with
+# Runge-Kutta steps has a longer history.
+HISTORY = 5
+BASIS = ("x", "aux_sample", "output", *(f"m{k}" for k in range(HISTORY)))
+X, AUX_SAMPLE, OUTPUT, M0, M1, M2, M3, M4 = np.eye(len(BASIS))  # unit vectors: weights are sums of them
 
 
 class SamplerTable(NamedTuple):
-    """What each step needs, every field (num_steps, ...): a scan iterates over the leading axis."""
+    """The numbers of all steps. Every field is (num_steps, ...), and a scan iterates over the leading axis."""
 
     timestep: np.ndarray | Array  # float32, given to the network
-    input_scale: np.ndarray | Array  # of x as the network sees it
+    input_scale: np.ndarray | Array  # the network is given input_scale * x
     prediction: np.ndarray | Array  # (2,): m0 = prediction[0] x + prediction[1] output, then clipped
     clip: np.ndarray | Array  # the largest |m0|; infinity does not clip
-    weights: np.ndarray | Array  # (2, len(BASIS) or more for a longer history): of the next x and the next aux_sample
+    weights: np.ndarray | Array  # (2, len(BASIS) or more): weights of the next x and of the next aux_sample
     noise: np.ndarray | Array  # standard deviation of the fresh noise in x
     alpha: np.ndarray | Array  # weight of the clean image in x after the step
     sigma: np.ndarray | Array  # weight of standard normal noise in x after the step
 
 
 class SamplerStep(NamedTuple):
-    """One step of a sampler in float64; fields as in `SamplerTable`, `weights` and `aux_sample` over the basis."""
+    """One step of a sampler in float64. The fields are as in `SamplerTable`, except: `weights` gives the next x and
+    `aux_sample` the next auxiliary sample, both as weights over BASIS."""
 
     timestep: float
     weights: np.ndarray
@@ -45,14 +48,14 @@ class SamplerStep(NamedTuple):
 
 
 class SamplerSteps(NamedTuple):
-    """The steps of a run, and the factor of standard normal latents before the first one."""
+    """The steps of a run, and the standard deviation of pure noise before the first one."""
 
     steps: list[SamplerStep]
     init_noise_sigma: float = 1.0
 
 
 class State(NamedTuple):
-    """What a run carries from step to step: x and aux_sample (..., C), history (HISTORY - 1 or more, ..., C)."""
+    """The carry of the scan over steps: x and aux_sample (..., C), history (HISTORY - 1 or more, ..., C)."""
 
     x: Array
     aux_sample: Array
@@ -65,9 +68,9 @@ def init_state(x: Array, length: int = len(BASIS)) -> State:
 
 
 def sampler_step(step: SamplerTable, state: State, output: Array, noise: Array | None = None) -> State:
-    """One step, whose fields hold scalars: the network's output at `step.input_scale * state.x` -> the next state.
+    """One step: the state and the network's output for `step.input_scale * state.x` -> the next state.
 
-    noise is standard normal of x's shape, and needed where `step.noise` is not 0.
+    step: one row of the table. noise: standard normal, in the shape of x; required if `step.noise` is not 0.
     """
     m = jnp.clip(step.prediction[0] * state.x + step.prediction[1] * output, -step.clip, step.clip)
     history = jnp.concatenate([m[None], state.history])

@@ -1,4 +1,4 @@
-"""All samplers by name, and a run of one as arrays (`sampler_table.py`)."""
+"""All samplers by name, and the table of one of them for a run (`sampler_table.py`)."""
 
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -39,14 +39,14 @@ def sample_table(
     sampler: str, schedule: NoiseSchedule, num_steps: int, eta: float = 0.0, strength: float = 1.0
 ) -> SamplerRun:
     """The table of a sampler of SAMPLERS. With a `strength` below 1 only the last int(num_steps strength) steps are
-    made, of an image under noise (SDEdit, arXiv 2108.01073). Raises InputError for an unknown sampler or steps that it
-    cannot make."""
+    in it, for an image to which noise was added (SDEdit, arXiv 2108.01073). Raises InputError for an unknown sampler
+    and for a number of steps that it cannot make."""
     if sampler not in SAMPLERS:
         raise InputError(f"{argument('scheduler')} {sampler!r} is not known{did_you_mean_or_choose(sampler, SAMPLERS)}")
     if eta and sampler != "ddim":
         raise InputError(f"{argument('eta', eta)} is for the scheduler ddim; {sampler} has none")
     schedule = schedule.for_sampler(sampler)
-    schedule.timesteps(num_steps)  # refuses a number of steps that cannot be
+    schedule.timesteps(num_steps)  # raises InputError for an impossible number of steps
     made = int(num_steps * strength) if isinstance(strength, Real) and 0 < strength <= 1 else 0
     if not made:
         raise InputError(
@@ -77,6 +77,6 @@ def sample_table(
 
 
 def _weights(rows: list[SamplerStep]) -> list[tuple[np.ndarray, ...]]:
-    """Of x and aux_sample, padded to one length: a sampler with a longer history has longer ones."""
+    """The weights of x and aux_sample of every step, padded to one length, since they may differ in history."""
     length = max(len(row) for step in rows for row in (step.weights, step.aux_sample))
     return [tuple(np.pad(row, (0, length - len(row))) for row in (step.weights, step.aux_sample)) for step in rows]

@@ -15,14 +15,16 @@ from ipadapter_jax.inputs.config_fields import build_config
 from ipadapter_jax.inputs.strings import short_repr
 from ipadapter_jax.inputs.suggestions import did_you_mean
 
-_MOST_TIMESTEPS = 100_000  # a hundred times those of any published model: an array of them stays small
+_MOST_TIMESTEPS = 100_000  # published models have 1000; this bounds the size of the arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
-    """A model's schedule and the conventions of a sampler; defaults are those of diffusers' DDIMScheduler.
+    """A model's noise schedule and the settings of its sampler, with the names of diffusers' schedulers.
 
-    `for_sampler` makes the schedule that a sampler follows of the one that a file describes.
+    `from_json` reads the settings of a file. `for_sampler` gives the schedule that a sampler follows: it ignores
+    settings that the sampler does not read, and sets the sampler's defaults where the file has none. The defaults below
+    are those of DDIMScheduler.
     """
 
     num_train_timesteps: int = 1000
@@ -38,7 +40,7 @@ class NoiseSchedule:
     clip_sample_range: float = 1.0
     rescale_betas_zero_snr: bool = False
     use_karras_sigmas: bool = False
-    sigma_min: float | None = None  # of Karras's levels; None takes the schedule's own
+    sigma_min: float | None = None  # with use_karras_sigmas; None: that of the noise schedule
     sigma_max: float | None = None
     final_sigmas_type: str = "zero"
     timestep_type: str = "discrete"
@@ -48,18 +50,18 @@ class NoiseSchedule:
     lower_order_final: bool = True
     euler_at_final: bool = False
     lambda_min_clipped: float | None = None  # None clips nothing
-    disable_corrector: tuple[int, ...] = ()  # steps whose outcome UniPC does not correct
+    disable_corrector: tuple[int, ...] = ()  # numbers of the steps that UniPC does not correct
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
-    given: tuple[tuple[str, object], ...] = ()  # every known setting of the file, by name
+    given: tuple[tuple[str, object], ...] = ()  # all settings of the file that some scheduler knows, by name
 
     @classmethod
     def from_json(cls, raw: Mapping[str, object]) -> "NoiseSchedule":
-        """From scheduler/scheduler_config.json of any scheduler. Raises InputError naming what is not usable, and warns
-        of names that no scheduler here knows.
+        """From scheduler/scheduler_config.json, whichever scheduler it was written for.
 
-        What a config leaves out takes the default of the scheduler that is asked for; so does null, but where it could
-        mean nothing.
+        A setting that is missing or null has the default of the sampler that is chosen later (`for_sampler`). Raises
+        InputError for a value that cannot be used, also for null where a setting of the noise schedule needs a value.
+        Warns of settings that no scheduler knows.
         """
         for name in set(SHARED) - {"trained_betas", "timestep_spacing"}:
             if name in raw and raw[name] is None:
@@ -78,7 +80,7 @@ class NoiseSchedule:
 
     @classmethod
     def _of(cls, settings: Mapping[str, object], given: Mapping[str, object]) -> "NoiseSchedule":
-        """Those of the settings that are fields, checked."""
+        """A schedule with those `settings` that are fields, checked, and with `given` as it is."""
         names = {field.name for field in dataclasses.fields(cls)}
         fields = {name: value for name, value in settings.items() if name in names and value is not None}
         schedule: NoiseSchedule = build_config(cls, {**fields, "given": ()}, "scheduler")
@@ -115,9 +117,9 @@ class NoiseSchedule:
                 raise InputError(f"scheduler config: {name}={value} is not usable, it must be a positive number")
 
     def for_sampler(self, sampler: str) -> "NoiseSchedule":
-        """The schedule as this sampler follows it: the settings that its scheduler in diffusers reads, and that
-        scheduler's defaults for what the file leaves out. Raises InputError for a setting that would change the result
-        and is not followed."""
+        """The schedule that this sampler follows: the file's settings that diffusers' scheduler of this name reads, and
+        that scheduler's defaults for the others. Raises InputError for a value that diffusers follows and this sampler
+        does not support."""
         given = dict(self.given)
         for name, accepted in FIXED[sampler].items():
             if name in given and given[name] not in accepted:
@@ -128,12 +130,12 @@ class NoiseSchedule:
                 )
         read = {name: value for name, value in given.items() if name in SHARED or name in FOLLOWED[sampler]}
         if "solver_type" in FIXED[sampler] or given.get("solver_type") not in ("bh1", "bh2"):
-            read.pop("solver_type", None)  # another solver's name for its own default
+            read.pop("solver_type", None)  # a variant of another solver: use the default
         return self._of({**FOLLOWED[sampler], **read}, given)
 
     def changed(self, settings: Mapping[str, object], sampler: str | None = None) -> "NoiseSchedule":
-        """The same with these settings of scheduler_config.json. Warns of those that change nothing for `sampler`, and
-        raises InputError for one that is not known."""
+        """This schedule with these settings of scheduler_config.json changed. Warns of settings that have no effect on
+        `sampler`, and raises InputError for a setting that no scheduler knows."""
         if not isinstance(settings, Mapping):
             raise InputError(f"scheduler_config={short_repr(settings)} is not a dictionary of settings")
         for name, value in settings.items():
@@ -148,9 +150,9 @@ class NoiseSchedule:
 
     @property
     def alphas_cumprod(self) -> np.ndarray:
-        """The share of the signal's variance left at each timestep, (T,) float32, non-increasing."""
+        """The fraction of the signal's variance that is left at each timestep, (T,) float32, non-increasing."""
         alphas_cumprod = np.cumprod(1.0 - self._betas(), dtype=np.float64)
-        if self.rescale_betas_zero_snr:  # arXiv 2305.08891, algorithm 1: shift and stretch so that the last one is 0
+        if self.rescale_betas_zero_snr:  # arXiv 2305.08891, algorithm 1: the last value becomes 0
             root = np.sqrt(alphas_cumprod)
             root = (root - root[-1]) * root[0] / (root[0] - root[-1])
             alphas_cumprod = root**2
@@ -158,7 +160,7 @@ class NoiseSchedule:
 
     @property
     def final_alpha_cumprod(self) -> np.float32:
-        """The share of signal after the last step, beyond timestep 0."""
+        """alphas_cumprod after the last step, which ends beyond timestep 0."""
         return np.float32(1.0) if self.set_alpha_to_one else self.alphas_cumprod[0]
 
     def _betas(self) -> np.ndarray:
@@ -189,7 +191,7 @@ class NoiseSchedule:
         elif spacing == "leading":
             steps = (np.arange(num_steps) * (total // num_steps))[::-1] + self.steps_offset
         else:  # trailing
-            # diffusers' rounding error can append a timestep -1 (for 61 steps, say); the cut leaves it out
+            # Rounding can append a timestep -1, for example with 61 steps, as in diffusers; [:num_steps] removes it.
             steps = np.arange(total, 0, -total / num_steps).round()[:num_steps] - 1
         return steps.astype(np.int32)
 

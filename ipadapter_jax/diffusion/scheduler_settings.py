@@ -1,13 +1,17 @@
 """Which settings of a scheduler_config.json each sampler reads, as the scheduler of that name in diffusers does.
 
-A file is written for one scheduler and read for another: what the other's class does not know is ignored, what the file
-leaves out is that class's default. `FOLLOWED` are the settings that change a table here, with these defaults; `FIXED`
-those of which only some values are supported. Every other value of those is an error where the sampler is used.
+A file may be written for one scheduler and used with another. As in diffusers, settings that the other scheduler does
+not know are ignored, and settings that the file does not have get that scheduler's defaults.
+
+- `SHARED`: settings of the noise schedule, which all samplers read.
+- `FOLLOWED`: by sampler, the other settings that it follows, with the defaults of diffusers' scheduler. A setting of
+  `SHARED` stands here too if its default is another.
+- `FIXED`: by sampler, settings of which it supports only these values. Any other value is an error when the sampler is
+  used.
 """
 
 from collections.abc import Mapping
 
-# Of the noise schedule itself: every scheduler knows them, with the same default unless it says otherwise.
 SHARED = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
     *("timestep_spacing", "steps_offset"),
@@ -17,7 +21,7 @@ SHARED = (
 _CLIPPED = {"clip_sample": False, "clip_sample_range": 1.0}
 _ZERO_SNR = {"rescale_betas_zero_snr": False}
 _BY_SIGMA = {"timestep_spacing": "linspace", **_ZERO_SNR}
-# A Karras schedule reads these two of any file, also where its class has no such setting.
+# With use_karras_sigmas, sigma_min and sigma_max of a file are read even if the scheduler has no such setting.
 _KARRAS = {"use_karras_sigmas": False, "sigma_min": None, "sigma_max": None, "final_sigmas_type": "zero"}
 
 FOLLOWED: Mapping[str, Mapping[str, object]] = {
@@ -62,7 +66,7 @@ FIXED: Mapping[str, Mapping[str, tuple]] = {
     "lcm": _UNTHRESHOLDED,
 }
 
-# Known to some scheduler, and without effect on what is made of a supported file.
+# Settings that some scheduler knows, without effect if the other settings are supported.
 _WITHOUT_EFFECT = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
 KNOWN = sorted(
     {*SHARED, *_WITHOUT_EFFECT, *(name for by in (FOLLOWED, FIXED) for settings in by.values() for name in settings)}
