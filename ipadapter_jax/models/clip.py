@@ -18,7 +18,7 @@ from ipadapter_jax.ops.fast_params import SkipShapeCheck
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """Sizes; the defaults are those of CLIP ViT-L/14's text encoder, the one of Stable Diffusion 1.5."""
+    """The settings of a text encoder. The defaults are those of CLIP ViT-L/14, which Stable Diffusion 1.5 uses."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -32,13 +32,13 @@ class CLIPTextConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, object]) -> "CLIPTextConfig":
-        """From text_encoder/config.json of transformers. Raises InputError for an unknown activation."""
+        """From transformers' text_encoder/config.json. Raises InputError for a setting that is not supported."""
         return _from_json(cls, raw, _TEXT_DEFAULTS, "text encoder")
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig:
-    """Sizes; the defaults are those of OpenCLIP ViT-H/14, the image encoder of IP-Adapter."""
+    """The settings of an image encoder. The defaults are those of OpenCLIP ViT-H/14, which IP-Adapter uses."""
 
     hidden_size: int = 1280
     intermediate_size: int = 5120
@@ -52,27 +52,27 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, object]) -> "CLIPVisionConfig":
-        """From a vision or a whole CLIP config.json of transformers. Raises InputError for an unknown activation."""
+        """From transformers' config.json of a vision model or of a whole CLIP. Raises InputError likewise."""
         vision = raw.get("vision_config")
         whole = {**raw, **vision} if isinstance(vision, Mapping) else raw
         return _from_json(cls, whole, _VISION_DEFAULTS, "image encoder")
 
     @property
     def num_positions(self) -> int:
-        """The class token and the patches."""
+        """The length L of the sequence: the class token and the patches."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Both halves of a whole CLIP; what both are projected to is `vision.projection_dim` numbers."""
+    """The settings of a whole CLIP. Both encoders project to embeddings of length P = `vision.projection_dim`."""
 
     text: CLIPTextConfig
     vision: CLIPVisionConfig
 
     @classmethod
     def from_json(cls, raw: Mapping[str, object]) -> "CLIPConfig":
-        """From the config.json of a CLIPModel of transformers. Raises InputError where a half is missing."""
+        """From config.json of transformers' CLIPModel. Raises InputError if the settings of an encoder are missing."""
         text, vision = raw.get("text_config"), raw.get("vision_config")
         if not isinstance(text, Mapping) or not isinstance(vision, Mapping):
             half = "vision" if isinstance(text, Mapping) else "text"
@@ -80,14 +80,14 @@ class CLIPConfig:
                 f"no whole CLIP model, for there is no {half}_config; give one with both encoders, such as "
                 "openai/clip-vit-large-patch14"
             )
-        # The halves may name a projection of their own, which a whole CLIP does not have.
+        # text_config and vision_config may each have a projection_dim, which transformers' CLIPModel ignores.
         projection = {"projection_dim": raw.get("projection_dim", _VISION_DEFAULTS["projection_dim"])}
         return cls(CLIPTextConfig.from_json(text), CLIPVisionConfig.from_json({**vision, **projection}))
 
 
 _Config = TypeVar("_Config", CLIPTextConfig, CLIPVisionConfig)
 
-# What transformers takes where a published config leaves a setting out; those are small ViT-B/32 sizes.
+# transformers' defaults, for settings that a published config.json leaves out: the sizes of ViT-B/32.
 _SHARED = {"num_hidden_layers": 12, "hidden_act": "quick_gelu"}
 _TEXT_DEFAULTS = {**_SHARED, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
 _VISION_DEFAULTS = {
@@ -108,34 +108,34 @@ def _from_json(cls: type[_Config], raw: Mapping[str, object], defaults: Mapping[
 
 
 class TextOutput(NamedTuple):
-    """last_hidden_state (B, S, D) after the final norm, pooled (B, D), hidden_states: the input's and each layer's."""
+    """The output of a text encoder."""
 
-    last_hidden_state: Array
-    pooled: Array
-    hidden_states: tuple[Array, ...]
+    last_hidden_state: Array  # (B, S, D), after the final norm
+    pooled: Array  # (B, D): its state at the end-of-text token
+    hidden_states: tuple[Array, ...]  # (B, S, D) each: the embeddings, then the output of every layer
 
 
 class VisionOutput(NamedTuple):
-    """image_embeds (B, P) projected; hidden_states before the post norm: [-2] (B, 1 + L, D) feeds plus adapters."""
+    """The output of an image encoder."""
 
-    image_embeds: Array
-    hidden_states: tuple[Array, ...]
+    image_embeds: Array  # (B, P): the projected embedding; base and light adapters read it
+    hidden_states: tuple[Array, ...]  # (B, L, D) each, before the post norm; plus and full adapters read [-2]
 
 
 def clip_features(output: VisionOutput, kind: FeatureKind) -> Array:
-    """The features of this kind, (n, F) or (n, L, F), in the output of CLIP's vision model."""
+    """The image features of this kind, (B, F) or (B, L, F), from the output of an image encoder."""
     return output.hidden_states[-2] if kind is FeatureKind.PENULTIMATE_STATES else output.image_embeds
 
 
 class CLIPText(nn.Module):
-    """Token ids (B, S) -> TextOutput. Parameters lie under `text_model`, as published."""
+    """Token ids (B, S) -> TextOutput. The parameters are under `text_model`, as in transformers."""
 
     config: CLIPTextConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, input_ids: Array, skip: int = 0) -> TextOutput:
-        """`skip` leaves out that many of the last layers."""
+        """`skip`: the number of last layers whose output is not used (clip skip)."""
         return TextTransformer(self.config, self.dtype, name="text_model")(input_ids, skip)
 
 
@@ -150,7 +150,7 @@ class TextTransformer(nn.Module):
             TextEmbeddings(config, self.dtype, name="embeddings")(input_ids)
         )
         last = layer_norm(self.dtype, config.layer_norm_eps, "final_layer_norm")(states[-1 - skip])
-        # Published configs carry eos_token_id 2 by mistake: there the end of text is the largest id.
+        # Published configs have eos_token_id 2 by mistake. The end-of-text token then is the one with the largest id.
         end = input_ids if config.eos_token_id in (None, 2) else (input_ids == config.eos_token_id)
         pooled = jnp.take_along_axis(last, end.argmax(-1)[:, None, None], axis=1)[:, 0]
         return TextOutput(last, pooled, states)
@@ -171,7 +171,7 @@ class TextEmbeddings(nn.Module):
 
 
 class CLIPVision(nn.Module):
-    """Normalised pixels (B, H, W, 3) -> VisionOutput. Parameters lie under `vision_model` and `visual_projection`."""
+    """Normalized pixels (B, H, W, 3) -> VisionOutput. Parameters are under `vision_model` and `visual_projection`."""
 
     config: CLIPVisionConfig
     dtype: jnp.dtype = jnp.float32
@@ -221,14 +221,14 @@ class VisionEmbeddings(SkipShapeCheck, nn.Module):
 
 
 class CLIPEmbeddings(NamedTuple):
-    """Embeddings (B, P) of images and of texts in one space, of any length."""
+    """Embeddings (B, P) of images and of texts in one space. They are not normalized."""
 
     images: Array
     texts: Array
 
 
 class CLIP(nn.Module):
-    """A whole CLIP, whose `images` and `texts` embed either side in one space. Parameters lie as published."""
+    """A whole CLIP: `images` and `texts` give embeddings in one space. The parameters are named as in transformers."""
 
     config: CLIPConfig
     dtype: jnp.dtype = jnp.float32
@@ -243,16 +243,16 @@ class CLIP(nn.Module):
         return CLIPEmbeddings(self.images(pixel_values), self.texts(input_ids))
 
     def images(self, pixel_values: Array) -> Array:
-        """Normalised pixels (B, H, W, 3) -> embeddings (B, P), of no certain length."""
+        """Normalized pixels (B, H, W, 3) -> embeddings (B, P), not normalized."""
         return self.visual_projection(self.vision_model(pixel_values).pooled)
 
     def texts(self, input_ids: Array) -> Array:
-        """Token ids (B, S) -> embeddings (B, P), of no certain length."""
+        """Token ids (B, S) -> embeddings (B, P), not normalized."""
         return self.text_projection(self.text_model(input_ids, 0).pooled)
 
 
 class Encoder(nn.Module):
-    """(B, L, D) -> the states before the first and after every layer."""
+    """Embeddings (B, L, D) -> hidden states (B, L, D): the embeddings, then the output of every layer."""
 
     config: CLIPTextConfig | CLIPVisionConfig
     causal: bool
@@ -264,7 +264,7 @@ class Encoder(nn.Module):
 
 
 class Layers(nn.Module):
-    """Exists for the published names `encoder/layers/0/...`."""
+    """The layers of `Encoder`. It is a module so that parameters have the published names `encoder/layers/0/...`."""
 
     config: CLIPTextConfig | CLIPVisionConfig
     causal: bool
@@ -279,7 +279,7 @@ class Layers(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """A transformer layer: self-attention, then an MLP, each with a norm before it and a residual connection."""
 
     config: CLIPTextConfig | CLIPVisionConfig
     causal: bool

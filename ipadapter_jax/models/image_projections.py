@@ -1,6 +1,7 @@
-"""Image projections: from CLIP's image features to the image tokens (B, N, D) that become keys and values.
+"""Image projections: networks from CLIP's image features to the image tokens (B, N, D) of an image prompt.
 
-Parameter names are those of the authors' files, every `.<number>` written `_<number>`.
+`ip_adapter.py` computes keys and values from the tokens. Parameters are named as in the authors' files, with
+`_<number>` instead of `.<number>`: `proj.0` is `proj_0`.
 """
 
 import flax.linen as nn
@@ -15,12 +16,15 @@ from ipadapter_jax.ops.fast_params import SkipShapeCheck
 
 
 def image_projection(config: ImageProjConfig, dtype: jnp.dtype = jnp.float32) -> "Projection":
-    """The projection network of a variant."""
+    """The image projection of a variant, without its parameters."""
     return {"base": ImageProj, "plus": Resampler, "full": MLPProj}[config.variant](config, dtype)
 
 
 class ImageProj(nn.Module):
-    """One linear layer and a norm: the global embedding (B, F), not normalised, -> (B, N, D). Paper, section 3.2.1."""
+    """Base and light adapters: a linear layer and a norm (paper, section 3.2.1).
+
+    Takes the image embedding (B, F) before L2 normalization, gives tokens (B, N, D).
+    """
 
     config: ImageProjConfig
     dtype: jnp.dtype = jnp.float32
@@ -33,7 +37,10 @@ class ImageProj(nn.Module):
 
 
 class MLPProj(nn.Module):
-    """A two-layer perceptron on every position: penultimate states (B, L, F) -> (B, L, D)."""
+    """Full adapters: an MLP of two layers at every position.
+
+    Takes the penultimate hidden states (B, L, F), gives a token for each position, (B, L, D).
+    """
 
     config: ImageProjConfig
     dtype: jnp.dtype = jnp.float32
@@ -46,7 +53,10 @@ class MLPProj(nn.Module):
 
 
 class Resampler(SkipShapeCheck, nn.Module):
-    """Learnt queries that read the penultimate states: (B, L, F) -> (B, N, D). Paper, section 4.4.2."""
+    """Plus adapters: learned queries that attend to the hidden states, as in Perceiver (paper, section 4.4.2).
+
+    Takes the penultimate hidden states (B, L, F), gives tokens (B, N, D).
+    """
 
     config: ImageProjConfig
     dtype: jnp.dtype = jnp.float32
@@ -68,7 +78,10 @@ class Resampler(SkipShapeCheck, nn.Module):
 
 
 class PerceiverAttention(nn.Module):
-    """The latents (B, N, D) attend to the image's states (B, L, D) and to themselves."""
+    """Queries from the latents (B, N, D); keys and values from the image's states (B, L, D) and the latents.
+
+    Gives what is added to the latents, (B, N, D).
+    """
 
     width: int
     heads: int
@@ -87,7 +100,7 @@ class PerceiverAttention(nn.Module):
 
 
 def example_features(config: ImageProjConfig) -> jax.ShapeDtypeStruct:
-    """The shape of one image's features, to initialise or to check with."""
+    """The shape and dtype of one image's features, to initialize or check a projection with."""
     shape = (1, config.num_tokens, config.feature_dim) if config.feature_kind.has_positions else (1, config.feature_dim)
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 

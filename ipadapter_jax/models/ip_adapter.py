@@ -1,4 +1,4 @@
-"""The adapter: image tokens to keys and values for every cross-attention of the UNet (arXiv 2308.06721, 3.2.2)."""
+"""IP-Adapter keys and values: from image tokens, for every cross-attention layer (arXiv 2308.06721, section 3.2.2)."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,11 @@ from ipadapter_jax.ops.attention import KeyValue
 
 
 class IPAdapter(nn.Module):
-    """to_k_ip and to_v_ip of every site, in file order: tokens (B, N, D) -> [(k', v')], each (B, N, C_site).
+    """to_k_ip and to_v_ip of all cross-attention layers.
 
-    `widths` are the sites' widths C. Parameters are numbered 1, 3, 5, ... as in the authors' files, where the even
-    numbers are the self-attentions, which have none.
+    Takes image tokens (B, N, D), gives (k', v') for each layer in the order of the weight file, each (B, N, C), where C
+    is the layer's entry of `widths`. Parameters are numbered 1, 3, 5, ... as in the authors' files, in which the even
+    numbers are self-attention layers, which have no parameters there.
     """
 
     widths: Sequence[int]

@@ -1,4 +1,4 @@
-"""Layers that the networks share, with the numerics of PyTorch: exact GELU, statistics in float32."""
+"""Layers that several networks use, with the numerics of PyTorch: exact GELU, statistics of norms in float32."""
 
 import functools
 from collections.abc import Callable
@@ -15,28 +15,31 @@ from ipadapter_jax.ops.upsample_conv import convolve_upsampled
 
 
 class Dense(SkipShapeCheck, nn.Dense):
-    """x kernel + bias."""
+    """A linear layer over the last axis: x @ kernel + bias."""
 
 
 class Conv(SkipShapeCheck, nn.Conv):
-    """A convolution over h and w."""
+    """A convolution over the axes h and w of (B, h, w, C)."""
 
 
 class Embed(SkipShapeCheck, nn.Embed):
-    """A table of vectors."""
+    """An embedding table: integer ids (...) -> vectors (..., D)."""
 
 
 class GroupNorm(SkipShapeCheck, nn.GroupNorm):
-    """Every group of channels of a row has mean 0 and variance 1."""
+    """Normalizes each group of channels of each batch element, over all positions."""
 
 
 class LayerNorm(SkipShapeCheck, nn.LayerNorm):
-    """Every position has mean 0 and variance 1."""
+    """Normalizes the channels of each position."""
 
 
 def _sums_at_once(dtype: jnp.dtype) -> bool:
-    """Whether a norm's variance may be E[x^2] - E[x]^2, both sums in float32 from one reading of x. With a large mean m
-    it is off by about 1e-7 m^2: rounding x to bfloat16 has cost 1e-5 m^2 before, but to float16 as little as this."""
+    """Whether a norm computes the variance as E[x^2] - E[x]^2, with both sums in float32 from one pass over x.
+
+    With a large mean m its error is about 1e-7 m^2. In bfloat16 that does not matter, because rounding x has already
+    cost 1e-5 m^2. In float16 and float32 rounding costs no more than that, so two passes are worth it.
+    """
     return jnp.dtype(dtype) == jnp.bfloat16
 
 
@@ -53,12 +56,12 @@ def layer_norm(dtype: jnp.dtype, epsilon: float = 1e-5, name: str | None = None)
 def conv(
     features: int, kernel: int, dtype: jnp.dtype, name: str | None = None, how: Callable[..., Array] = convolve
 ) -> Conv:
-    """A convolution that keeps the size, unless `how` it is computed says otherwise."""
+    """A convolution with stride 1 that keeps h and w. `how` computes it, and may give another h and w."""
     return Conv(features, (kernel, kernel), padding=kernel // 2, dtype=dtype, conv_general_dilated=how, name=name)
 
 
 def gelu(x: Array) -> Array:
-    """x Phi(x), the exact form; jax's default is the tanh approximation."""
+    """x Phi(x), the exact GELU as in PyTorch; jax.nn.gelu approximates it with tanh by default."""
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -71,7 +74,10 @@ ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
 def timestep_embedding(timesteps: Array, width: int) -> Array:
-    """Sinusoids (B,) -> (B, width) float32: cos then sin of t * 10000^(-i / (width/2)); timesteps may be fractional."""
+    """Sinusoidal embedding: timesteps (B,), which may be fractional -> (B, width) float32.
+
+    The cosines come first, then the sines, of t * 10000^(-i / (width / 2)) for i = 0 to width / 2 - 1.
+    """
     half = width // 2
     frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies
@@ -79,12 +85,19 @@ def timestep_embedding(timesteps: Array, width: int) -> Array:
 
 
 def match_rows(x: Array, rows: int) -> Array:
-    """(B, ...) -> (rows, ...), each row repeated: what needs no context is computed once for all branches."""
+    """Repeats each element of a batch: (B, ...) -> (rows, ...), where `rows` is B or a multiple of it.
+
+    So what does not depend on the conditioning is computed once for all guidance branches.
+    """
     return x if x.shape[0] == rows else jnp.repeat(x, rows // x.shape[0], axis=0)
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, + time, norm, SiLU, conv, + shortcut (diffusers' ResnetBlock2D): (B, h, w, C) -> features."""
+    """diffusers' ResnetBlock2D: norm, SiLU, conv, + time shift, norm, SiLU, conv, + shortcut.
+
+    Takes x (B, h, w, C) and a time shift (B, features), or (R, features) with R a multiple of B; gives
+    (B or R, h, w, features).
+    """
 
     features: int
     groups: int
@@ -94,12 +107,13 @@ class ResnetBlock(nn.Module):
     def setup(self):
         self.norm1, self.norm2 = (group_norm(self.groups, self.epsilon, self.dtype) for _ in range(2))
         self.conv1, self.conv2 = (conv(self.features, 3, self.dtype) for _ in range(2))
-        # Flax gives parameters to what is called: the VAE has no time, and equal widths need no shortcut.
+        # Flax makes parameters only for modules that are called. So the VAE, which has no time embedding, has no
+        # time_emb_proj, and a block whose input has as many channels as its output has no conv_shortcut.
         self.time_emb_proj = Dense(self.features, dtype=self.dtype)
         self.conv_shortcut = conv(self.features, 1, self.dtype)
 
     def time_shift(self, time: Array) -> Array:
-        """The time embedding (B, T) -> what `__call__` adds for it, (B, features)."""
+        """Time embedding (B, T) -> the time shift (B, features), an argument of `__call__`."""
         return self.time_emb_proj(nn.silu(time))
 
     def __call__(self, x: Array, time_shift: Array | None = None) -> Array:
@@ -111,8 +125,10 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the size with a strided convolution. `padding` is ((top, bottom), (left, right)): the UNet pads 1 on every
-    side, the VAE only below and right."""
+    """Halves h and w with a strided 3x3 convolution.
+
+    `padding` is ((top, bottom), (left, right)): the UNet pads 1 on every side, the VAE only at the bottom and right.
+    """
 
     features: int
     padding: tuple[tuple[int, int], tuple[int, int]]
@@ -124,7 +140,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbours to the given size, then a convolution."""
+    """Nearest-neighbor upsampling to the given height and width, then a 3x3 convolution."""
 
     features: int
     dtype: jnp.dtype

@@ -1,4 +1,4 @@
-"""How attention is computed: the only place that knows.
+"""`attend`: attention as all networks call it. It chooses how the attention is computed.
 
 Shapes used in every network: B batch, H W pixels, h w latent, C channels, L positions, S text tokens, N image tokens,
 D width. Images and latents are channels-last everywhere.
@@ -16,12 +16,13 @@ from ipadapter_jax.ops.attention_xla import Heads, chunked, dense
 from ipadapter_jax.ops.batch_sharding import batch_shards, is_batch_sharded, shard_map_batch
 from ipadapter_jax.ops.cpu.per_head_attention import per_head_attention
 
-# Fewer logits than this are computed together; above it the queries are processed in chunks (for memory on
-# accelerators, for the cache on a CPU).
+# Up to this many logits are computed together. With more, the queries are processed in chunks: on accelerators to
+# bound the memory, on a CPU to stay in its cache.
 _DENSE_LOGITS = 1 << 20
 _ACCELERATOR_CHUNK_LOGITS = 1 << 28
-# On a CPU a head of more logits than this is computed alone: 1.6 times faster at 4096 x 77, twice at 1024 x 1024, no
-# matter at 1024 x 77, 2.5 times slower at 65 x 65 (benchmarks/attention.py).
+# On a CPU, heads with more logits than this are computed one at a time. That is 1.6 times faster for 4096 queries and
+# 77 keys, twice as fast for 1024 and 1024, equally fast for 1024 and 77, and 2.5 times slower for 65 and 65
+# (benchmarks/attention.py).
 _CPU_HEAD_LOGITS = 1 << 17
 
 
@@ -88,7 +89,7 @@ def _weight_of_heads(weight: Array | float, q: Array) -> Array | None:
 
 
 def _in_xla(q: Array, entries: Sequence[Heads], causal: bool) -> Array:
-    """Attention with its logits in memory, or a part of them at a time: float32 (B, heads, L, d)."""
+    """Attention as XLA operations, with all logits in memory or a part of them at a time: float32 (B, heads, L, d)."""
     batch, heads, length, _ = q.shape
     keys = sum(entry.key.shape[2] for entry in entries)
     if jax.default_backend() == "cpu" and length * keys > _CPU_HEAD_LOGITS and is_batch_sharded() and not causal:

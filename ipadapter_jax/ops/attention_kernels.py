@@ -1,6 +1,6 @@
 """Attention kernels that never write the logits to memory: cuDNN's on NVIDIA GPUs, JAX's own on TPUs ("splash").
 
-Both are for half precision. float32 is for comparing, and is computed as it is written down.
+Both are used in half precision only. float32 is for comparisons and is always computed as XLA operations.
 """
 
 import concurrent.futures
@@ -21,14 +21,14 @@ from ipadapter_jax.ops.batch_sharding import is_batch_sharded
 Kernel = Callable[[Array, Array, Array], Array]
 """Queries (B, L, C), keys and values (B, S, C) -> softmax(q k^T / sqrt(d)) v for every head, (B, L, C)."""
 
-_FEWEST_POSITIONS = {"gpu": 256, "tpu": 1024}  # below, the logits are small and the plain products quicker
-_LANES = 128  # of a TPU: the kernel's blocks are multiples of it
+_FEWEST_POSITIONS = {"gpu": 256, "tpu": 1024}  # with fewer queries or keys, XLA operations are faster
+_LANES = 128  # of a TPU: the sizes of the kernel's blocks are multiples of it
 _AGREED: set[tuple[int, np.dtype]] = set()  # depths and dtypes that cuDNN runs in every process of a run of several
-REFUSED: set[int] = set()  # depths that cuDNN should have had on this GPU, and has not
+REFUSED: set[int] = set()  # depths that cuDNN should support on this GPU, but does not
 
 
 def kernel_for(query: Sequence[int], key: Sequence[int], num_heads: int, dtype: DTypeLike) -> Kernel | None:
-    """The kernel for queries (B, L, C) and keys (B, S, C) on this process's devices, or None where there is none."""
+    """The kernel for queries (B, L, C) and keys (B, S, C) on this process's devices. None means XLA operations."""
     platform, (_, length, width), positions = jax.default_backend(), query, key[1]
     depth = width // num_heads
     if jnp.dtype(dtype).itemsize != 2 or platform not in _FEWEST_POSITIONS or not is_batch_sharded():
@@ -42,7 +42,7 @@ def kernel_for(query: Sequence[int], key: Sequence[int], num_heads: int, dtype: 
 
 
 def named_kernel(depth: int, dtype: DTypeLike) -> str | None:
-    """What long self-attention with heads of this depth is computed by on this process's devices, for a person."""
+    """The kernel of long self-attention with heads of this depth on this process's devices, as a name for a message."""
     platform = jax.default_backend()
     if platform == "gpu" and cudnn_runs(depth, jnp.dtype(dtype)):
         return "cuDNN"
@@ -60,10 +60,10 @@ def _cudnn(num_heads: int, query: Array, key: Array, value: Array) -> Array:
 
 
 def agree(depths: Iterable[int], dtype: DTypeLike) -> None:
-    """Lets cuDNN be used in a run of several processes, for heads of those depths that it runs in all of them: where it
-    failed in one alone, the programs would differ, and a run whose programs differ hangs. Without this none is used.
+    """Allows cuDNN in a run of several processes, for those of the depths that it supports in all of them.
 
-    All processes call this, before anything is traced. With one process it does nothing.
+    If processes compiled different programs, the run would hang. So without this call cuDNN is not used in such a run.
+    All processes call this before anything is traced. With one process it does nothing.
     """
     if jax.process_count() == 1:
         return
@@ -74,8 +74,7 @@ def agree(depths: Iterable[int], dtype: DTypeLike) -> None:
 
 
 def cudnn_runs(depth: int, dtype: np.dtype) -> bool:
-    """Whether cuDNN's attention is to be used for heads of this depth: it runs here, and in all processes of the run
-    (`agree`)."""
+    """Whether cuDNN's attention is used for heads of this depth: all processes of the run support it (`agree`)."""
     if jax.process_count() > 1:
         return (depth, dtype) in _AGREED
     return _cudnn_runs(depth, dtype)
@@ -85,8 +84,8 @@ def cudnn_runs(depth: int, dtype: np.dtype) -> bool:
 def _cudnn_runs(depth: int, dtype: np.dtype) -> bool:
     """Whether cuDNN's attention compiles and runs for heads of this depth, with its gradient, on this process's GPU.
 
-    What it takes depends on GPU, depth and the releases of cuDNN and XLA, and shows when a program is compiled: so a
-    small one is tried. A GPU that should have it and has not is told of by a warning.
+    Whether it does depends on the GPU, the depth and the releases of cuDNN and XLA, and is known only when a program is
+    compiled. So this compiles and runs a small one. It warns if it fails on a GPU that should support it.
     """
     device = jax.local_devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
@@ -103,9 +102,9 @@ def _cudnn_runs(depth: int, dtype: np.dtype) -> bool:
         jax.block_until_ready(jax.jit(jax.grad(loss))(x))
 
     try:
-        with concurrent.futures.ThreadPoolExecutor(1) as own:  # this one is in the middle of tracing
+        with concurrent.futures.ThreadPoolExecutor(1) as own:  # because this thread is tracing another program
             own.submit(run).result()
-    except Exception as error:  # of Python, XLA or cuDNN, of any kind
+    except Exception as error:  # XLA and cuDNN raise exceptions of many classes
         reason = str(error).partition("\n")[0]
         REFUSED.add(depth)
         warnings.warn(f"cuDNN has no attention for heads of {depth} here, a slower one is used: {reason}", stacklevel=2)
@@ -124,7 +123,7 @@ def _splash(num_heads: int, query: Array, key: Array, value: Array, interpret: b
     kinds = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
     blocks: Any = splash.BlockSizes(**of_queries, **dict.fromkeys(kinds, columns))  # pyright: ignore[reportArgumentType]
     mask = splash.MultiHeadMask([splash.FullMask((q.shape[2], k.shape[2]))] * num_heads)
-    with jax.ensure_compile_time_eval():  # what is known of the mask holds for every trace
+    with jax.ensure_compile_time_eval():  # the mask is a constant for every trace
         kernel: Any = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
     out: Any = jax.vmap(kernel)(q, k, v)
     return out.transpose(0, 2, 1, 3).reshape(query.shape)

@@ -20,7 +20,7 @@ class Heads(NamedTuple):
 
 
 def dense(q: Array, entries: Sequence[Heads], causal: bool = False) -> Array:
-    """The sum over all branches along the last two axes; logits and sums in float32, products in the dtype of v."""
+    """The sum of the attention of all branches. Logits and sums are float32; softmax weights have the dtype of v."""
     return sum(_softmax_attention(q, entry, causal) for entry in entries)  # pyright: ignore[reportReturnType]
 
 
@@ -29,7 +29,7 @@ def _softmax_attention(q: Array, entry: Heads, causal: bool) -> Array:
     logits = jnp.einsum("...ld,...sd->...ls", q, k, preferred_element_type=jnp.float32)
     if causal:
         logits = jnp.where(jnp.tri(*logits.shape[-2:], dtype=bool), logits, jnp.finfo(jnp.float32).min)
-    # The largest one cancels out, so its gradient is nothing but work.
+    # The maximum cancels out of the softmax, so its gradient is zero and need not be computed.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     out = jnp.einsum("...ls,...sd->...ld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     out = out / weights.sum(-1, keepdims=True)
@@ -37,7 +37,7 @@ def _softmax_attention(q: Array, entry: Heads, causal: bool) -> Array:
 
 
 def chunked(q: Array, entries: Sequence[Heads], chunk: int) -> Array:
-    """The same as `dense`, `chunk` queries at a time; a chunk's weights are formed again in the backward pass."""
+    """The same as `dense`, for `chunk` queries at a time. The backward pass recomputes the softmax of each chunk."""
     if q.shape[-2] <= chunk:
         return jax.checkpoint(dense)(q, entries)
     chunks = QueryChunks(q.shape[-2], chunk)
@@ -51,11 +51,11 @@ def chunked(q: Array, entries: Sequence[Heads], chunk: int) -> Array:
 
 
 class QueryChunks:
-    """Cuts `length` queries, or what belongs to each of them, into chunks of at most `most`, and joins them again."""
+    """Splits arrays with an entry for each of `length` queries into chunks of at most `most`, and joins them again."""
 
     def __init__(self, length: int, most: int):
         self.length, self.chunks = length, -(-length // most)
-        self.chunk = -(-length // self.chunks)  # equal ones, so that nothing is padded as a rule
+        self.chunk = -(-length // self.chunks)  # of equal size, so that most lengths need no padding
 
     def split(self, x: Array) -> Array:
         """(..., L, d) -> (chunks, ..., chunk, d)."""

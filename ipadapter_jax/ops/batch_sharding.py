@@ -1,7 +1,7 @@
-"""What works on each row of a batch by itself, and so on a mesh by each device on the rows that it has.
+"""Batch sharding: functions that treat each element of a batch independently run on each device's own elements.
 
-The compiler spreads plain arithmetic over the devices. Inside kernels and loops over rows it does not see, and would
-give every device all rows.
+XLA's partitioner shards plain arithmetic over the batch. It cannot shard kernels and loops over the batch: it would
+gather the whole batch on every device. So these run inside `shard_map`.
 """
 
 import math
@@ -18,17 +18,17 @@ Arguments = TypeVarTuple("Arguments")
 
 
 def batch_sharded(mesh: Mesh) -> AbstractContextManager:
-    """Says, while a function is traced for the compiler to spread, that rows lie over all axes of the mesh."""
+    """A context for tracing a function: the batch is sharded over all axes of this mesh by XLA's partitioner."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def is_batch_sharded() -> bool:
-    """Whether `shard_map_batch` is free: on one device, on each device of a shard_map, or within `batch_sharded`."""
+    """Whether `shard_map_batch` moves no data: with one device, inside a shard_map, or within `batch_sharded`."""
     return jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
 
 
 def shard_map_batch(function: Callable[[*Arguments], Array], *arguments: *Arguments) -> Array:
-    """function(*arguments), arrays (B, ...) or trees of them, by each device on its rows."""
+    """function(*arguments) of arrays (B, ...) or trees of them, computed by each device for its own batch elements."""
     spread = _spread()
     if batch_shards() == 1:
         return function(*arguments)
@@ -36,12 +36,12 @@ def shard_map_batch(function: Callable[[*Arguments], Array], *arguments: *Argume
 
 
 def batch_shards() -> int:
-    """Over how many devices the compiler is to spread the rows of what is traced, as far as that is known."""
+    """The number of devices over which the batch is sharded in the function being traced; 1 if that is not known."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in _spread())
 
 
 def _spread() -> tuple[str, ...]:
-    """The axes of the mesh that the compiler handles."""
+    """The axes of the current mesh that XLA's partitioner shards (not those inside a shard_map)."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)

@@ -1,4 +1,4 @@
-"""How a convolution is computed: the only place that knows."""
+"""`convolve`: convolutions as all networks call them. It chooses how a convolution is computed."""
 
 from collections.abc import Sequence
 from typing import TypedDict, Unpack
@@ -9,8 +9,8 @@ from jax import Array
 
 from ipadapter_jax.ops.cpu.winograd import winograd
 
-# On a CPU, for a 3x3 kernel (benchmarks/convolution.py): one matrix product over at most this many positions of
-# the batch, and where there are more of them and at least so many channels on both sides, sixteen products of tiles.
+# On a CPU (benchmarks/convolution.py), a convolution over at most this many positions of the batch is one matrix
+# product. With more positions, a 3x3 kernel with at least this many input and output channels uses winograd.py.
 _PRODUCT_POSITIONS = 512
 _WINOGRAD_CHANNELS = 256
 
@@ -49,7 +49,7 @@ def _suits_tiles(x: Array, kernel: Array) -> bool:
 
 
 def _as_product(x: Array, kernel: Array, margins: Sequence[tuple[int, int]]) -> Array:
-    """Every position's neighbourhood as a row (B h' w', kh kw C), times the kernel as a matrix."""
+    """One matrix product: the patches around all positions (B h' w', kh kw C) times the kernel (kh kw C, C')."""
     rows, columns = kernel.shape[:2]
     padded = jnp.pad(x, ((0, 0), *margins, (0, 0)))
     batch, height, width = padded.shape[0], padded.shape[1] - rows + 1, padded.shape[2] - columns + 1

@@ -1,9 +1,14 @@
-"""Nearest neighbours and a 3x3 convolution of what they give, without making it where an image is doubled.
+"""Nearest-neighbor upsampling followed by a 3x3 convolution. Where the size doubles, both are fused.
 
-Three neighbouring rows of a doubled image hold two rows of the image: an even row sees one of them through the
-first row of the kernel and the next through the sum of the other two, an odd row the other way round. The same holds of
-columns, so each of the four kinds of positions is a 2x2 convolution of the image itself: 4 products where the formula
-has 9.
+The fused form does not compute the upsampled image. After doubling, rows 2i and 2i + 1 are copies of row i, so the
+three rows that a 3x3 kernel covers are copies of only two rows of the input:
+
+- at an even output row 2i, input row i - 1 meets the first row of the kernel, and row i meets the other two, which can
+  be added up beforehand;
+- at an odd output row 2i + 1, input row i meets the first two rows of the kernel, and row i + 1 meets the last.
+
+The same is true of columns. So each of the four parities of an output position (even or odd row, even or odd column) is
+a 2x2 convolution of the input, with 4 products for each output value instead of 9.
 """
 
 from typing import NamedTuple, Unpack
@@ -16,17 +21,21 @@ from jax import Array
 from ipadapter_jax.ops.batch_sharding import batch_shards
 from ipadapter_jax.ops.convolution import ConvolutionOptions, convolve
 
-# Of the image, on each accelerator: with fewer, forming the sums of the kernel takes longer than they save
-# (benchmarks/compile_ahead.py: at 8x8 and two rows four times as long). On a CPU tiles (winograd.py) save as much of
-# the doubled image, and the gradient of a 2x2 convolution is slow there (benchmarks/convolution.py).
+# The fused form is used for at least this many input positions (batch x h x w) on each accelerator. With fewer, adding
+# up rows of the kernel takes longer than it saves (benchmarks/compile_ahead.py: four times as long for a batch of two
+# at 8x8). It is never used on a CPU: there winograd.py saves as many products, and the gradient of a 2x2 convolution is
+# slow (benchmarks/convolution.py).
 _FEWEST_POSITIONS = 1024
 
 
 def convolve_upsampled(
     height: int, width: int, x: Array, kernel: Array, *_: object, **options: Unpack[ConvolutionOptions]
 ) -> Array:
-    """Stands in for jax.lax.conv_general_dilated once its size is given: x (B, h, w, C), kernel (3, 3, C, C') ->
-    (B, height, width, C')."""
+    """Upsamples x (B, h, w, C) and convolves it with a kernel (3, 3, C, C') -> (B, height, width, C').
+
+    With height and width given by functools.partial it has the signature of jax.lax.conv_general_dilated; strides and
+    padding are ignored, because they are always 1.
+    """
     batch, h, w = x.shape[:3]
     many = jax.default_backend() != "cpu" and batch * h * w >= _FEWEST_POSITIONS * batch_shards()
     if many and (height, width) == (2 * h, 2 * w):
@@ -35,7 +44,7 @@ def convolve_upsampled(
 
 
 def upsample_nearest(x: Array, height: int, width: int) -> Array:
-    """(B, h, w, C) -> (B, height, width, C): target pixel i reads source pixel floor(i h / height), as PyTorch's."""
+    """(B, h, w, C) -> (B, height, width, C). As in PyTorch, output row i is input row floor(i h / height)."""
     batch, h, w, channels = x.shape
     if (height, width) == (2 * h, 2 * w):  # a broadcast, cheaper than a gather
         x = jnp.broadcast_to(x[:, :, None, :, None], (batch, h, 2, w, 2, channels))
@@ -44,10 +53,14 @@ def upsample_nearest(x: Array, height: int, width: int) -> Array:
 
 
 def convolve_doubled(x: Array, kernel: Array, **options: Unpack[ConvolutionOptions]) -> Array:
-    """What `convolve` gives for the neighbours of x. Sums of the kernel are formed in float32 and rounded once.
+    """The fused form: x (B, h, w, C), kernel (3, 3, C, C') -> (B, 2h, 2w, C').
 
-    All four kinds come from one convolution of h + 1 by w + 1 places: the last row and column of one kind, and the
-    first of the other, are thrown away.
+    It equals a convolution of `upsample_nearest(x, 2h, 2w)` up to rounding: sums of kernel rows are formed in float32
+    and rounded once to the dtype of x.
+
+    One convolution gives all four parities, with their 2x2 kernels side by side in the output channels. It has
+    h + 1 by w + 1 positions. Along each axis, even output positions use all but the last of them, and odd ones all but
+    the first.
     """
     batch, h, w = x.shape[:3]
     kinds = [part.astype(x.dtype) for half in _halves(kernel.astype(jnp.float32), 0) for part in _halves(half, 1)]
@@ -58,13 +71,13 @@ def convolve_doubled(x: Array, kernel: Array, **options: Unpack[ConvolutionOptio
 
 
 class _Halves(NamedTuple):
-    """What even and odd positions see of the kernel along one axis, each two long."""
+    """The kernels of even and of odd output positions along one axis, each of length 2."""
 
     even: Array
     odd: Array
 
 
 def _halves(kernel: Array, axis: int) -> _Halves:
-    """The halves along an axis of three."""
+    """A kernel of length 3 along `axis` -> the two kernels of length 2 that replace it."""
     first, middle, last = jnp.split(kernel, 3, axis)
     return _Halves(jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis))

@@ -13,18 +13,18 @@ from jax import Array
 
 from ipadapter_jax.ops.attention_xla import Heads, QueryChunks, chunked
 
-HEAD_CHUNK = 1024  # queries of a head at a time, on a CPU: 256 to 2048 make no difference
+HEAD_CHUNK = 1024  # queries of a head at a time; 256 to 2048 are equally fast
 
 
 class _QueriesAndEntries(NamedTuple):
-    """What attention is computed of, or the gradients by it."""
+    """The arguments of attention, or the gradients with respect to them."""
 
     queries: Array
     entries: list[Heads]
 
 
 class _ChunkGradients(NamedTuple):
-    """What a chunk of the queries adds to the gradients of one entry."""
+    """The contribution of a chunk of the queries to the gradients of one branch."""
 
     queries: Array  # (L, d)
     key_value: Heads  # both (d, S), without a weight
