@@ -145,7 +145,7 @@ def _modernised(tensors: Mapping[str, Tensor], component: Component, source: str
     return modern
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """A JSON object. Raises InputError naming the file when it is missing or is something else."""
     if not path.exists():
         raise InputError(f"{path} is missing: give a folder in diffusers' layout (unet/, vae/, text_encoder/ ...)")

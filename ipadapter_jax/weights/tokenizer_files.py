@@ -124,7 +124,7 @@ def _merges(path: Path) -> Iterator[tuple[str, str]]:
         yield first, second
 
 
-def _content(token: Any) -> str:
+def _content(token: object) -> str:
     """The text of a special token, which is written as a string or as an object."""
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str) or not content:
@@ -132,7 +132,7 @@ def _content(token: Any) -> str:
     return content
 
 
-def _added(token: Any, number: int | None = None, special: bool = False) -> _Added:
+def _added(token: object, number: int | None = None, special: bool = False) -> _Added:
     described = token if isinstance(token, dict) else {}
     flags = {name: bool(described.get(name, False)) for name in _FLAGS}
     return _Added(_content(token), number, flags, bool(described.get("special", special)))
@@ -172,7 +172,7 @@ def _add(backend: Any, tokens: Sequence[_Added]) -> None:
             )
 
 
-def _max_length(config: Mapping[str, Any]) -> int:
+def _max_length(config: Mapping[str, object]) -> int:
     length = config.get("model_max_length")
     length = _NO_LIMIT if length is None else length
     if isinstance(length, bool) or not isinstance(length, int | float) or not length >= _FEWEST or length % 1:
