@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.config_fields import build_config, select_fields
-from ipadapter_jax.runtime.trees import Params
+
+if TYPE_CHECKING:  # the command line reads layers before it imports jax
+    from ipadapter_jax.runtime.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,7 @@ class CrossAttentionLayer:
     width: int
     level: int
 
-    def subtree(self, tree: Params) -> Params:
+    def subtree(self, tree: "Params") -> "Params":
         """What a collection of the UNet's variables, parameters for example, holds of this cross-attention."""
         return tree[self.block][f"attentions_{self.attention}"][f"transformer_blocks_{self.layer}"]["attn2"]
 

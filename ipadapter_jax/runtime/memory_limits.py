@@ -3,14 +3,16 @@
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ipadapter_jax.diffusion.samplers import SamplerRun
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.validation import LatentShape
+
+if TYPE_CHECKING:  # the command line reads settings of training before it imports jax
+    from ipadapter_jax.diffusion.samplers import SamplerRun
 
 _FLOAT = 4
 
@@ -63,7 +65,7 @@ def check_sampling_memory(
     dtype: DTypeLike,
     images: int,
     latents: LatentShape,
-    run: SamplerRun,
+    run: "SamplerRun",
     devices: Iterable[_Device],
     *,
     guided: bool,
