@@ -3,7 +3,8 @@
     verdicts = judge(pixels)  # (B, 64, 64, 3) uint8
     (verdicts.colour == "red").mean()
 
-Images are compared with templates that experiments.mini.scenes renders and that pass through the same steps.
+It finds the largest object of an image and compares its outline and texture with templates. The templates are renders
+of experiments.mini.scenes that pass through the same steps.
 tests/experiments/test_attribute_classifier.py checks the accuracy on renders; docs/results.md has the accuracy on
 images after the VAE.
 """
@@ -22,24 +23,24 @@ from experiments.mini.scenes.scene import BACKGROUNDS, COLOURS, SHAPES, TEXTURES
 UNKNOWN = "unknown"
 ATTRIBUTES = ("background", "colour", "shape", "texture", "size", "place")
 
-_RING = 3  # pixels of the border in which the background is looked for
-_CONTRAST = (22.0, 34.0)  # least distance of an object's pixel from the background; shades on black come to about 40
-_CONTRAST_SHARE = 0.2  # of the object's own distance, between these bounds
-_AREAS = (48, 0.6 * SIDE**2)  # pixels of an object; those of scenes have 200 to 0.4 SIDE^2
-_GRID = 24  # samples along each side of a normalised object
-_REACH = 1.9  # of the grid, in deviations of the object's pixels from their centroid
+_RING = 3  # width in pixels of the border from which the background is read
+_CONTRAST = (22.0, 34.0)  # bounds of the RGB distance between object and background; shades on black: 40
+_CONTRAST_SHARE = 0.2  # the threshold as a fraction of the object's distance, within these bounds
+_AREAS = (48, 0.6 * SIDE**2)  # smallest and largest area in pixels; objects of scenes have 200 to 0.4 SIDE^2
+_GRID = 24  # samples along each side of an object that was scaled to one size
+_REACH = 1.9  # half the width of the grid, in standard deviations of the object's pixels
 _ANGLES = np.linspace(-0.25, 0.25, 7)
-_SCALES = np.geomspace(0.36, 0.8, 9)  # radii of a texture in a deviation
-_SCALE_ERROR = 0.12  # of their logarithm, which the outline gives
+_SCALES = np.geomspace(0.36, 0.8, 9)  # scales of textures: radii in a standard deviation
+_SCALE_ERROR = 0.12  # largest difference of log(scale) from the scale that the outline gives
 _HALF, _WHOLE = np.arange(0, 0.5, 0.1), np.arange(0, 0.76, 0.095)  # phases over the periods of the patterns
 _PHASES = {"plain": ((0,), (0,)), "striped": ((0,), _HALF), "dotted": (_HALF, _HALF), "checkered": (_WHOLE, _WHOLE[:4])}
-_LARGE = 0.265  # of the image's side: the radius above which an object is large
-_OFF_CENTRE = (0.0285, 0.09)  # of the side, from the middle: how far a large, a small object is off the centre
+_LARGE = 0.265  # an object with a larger radius is large; as a fraction of the image's side
+_OFF_CENTRE = (0.0285, 0.09)  # a large, a small object that is farther from the center is off it; likewise
 
 
 class Verdicts(NamedTuple):
-    """Names of the attributes of each image's largest object, and how many objects there are, each (B,). Where there
-    is none the count is 0, and only the background is not UNKNOWN."""
+    """The attributes of each image's largest object, by name, and the number of objects, each (B,). In an image without
+    objects the count is 0, and all attributes but the background are UNKNOWN."""
 
     background: np.ndarray
     colour: np.ndarray
@@ -51,7 +52,7 @@ class Verdicts(NamedTuple):
 
 
 def judge(pixels: np.ndarray) -> Verdicts:
-    """Images (B, 64, 64, 3) uint8 -> what they show."""
+    """Reads the attributes of images (B, 64, 64, 3) uint8. Raises ValueError for another shape or dtype."""
     if pixels.ndim != 4 or pixels.shape[1:] != (SIDE, SIDE, 3) or pixels.dtype != np.uint8:
         raise ValueError(f"judge reads images (B, {SIDE}, {SIDE}, 3) uint8, not {pixels.shape} {pixels.dtype}")
     backgrounds, counts, things = zip(*(_see(image.astype(np.float32)) for image in pixels), strict=True)
@@ -65,7 +66,7 @@ def judge(pixels: np.ndarray) -> Verdicts:
 
 
 def truth(scenes: Sequence[Scene]) -> Verdicts:
-    """What a perfect judge says of scenes of one object."""
+    """The true attributes of scenes with one object: what `judge` should read in their renders."""
     own = {name: np.array([getattr(scene.things[0], name) for scene in scenes]) for name in ATTRIBUTES[1:]}
     backgrounds, counts = [scene.background for scene in scenes], [len(scene.things) for scene in scenes]
     return Verdicts(background=np.array(backgrounds), count=np.array(counts), **own)
@@ -76,14 +77,14 @@ class _Thing(NamedTuple):
 
     colour: str
     centroid: tuple[float, float]  # x, y
-    deviation: float  # of its pixels from the centroid
+    deviation: float  # standard deviation of its pixels from the centroid
     cover: np.ndarray  # (_GRID^2,) in [0, 1]: its outline, scaled to one size
     tone: np.ndarray  # (_GRID^2,) in [0, 1]: where the second tone is
     inside: np.ndarray  # (_GRID^2,) in [0, 1]: where the background does not mix with the tone
 
 
 def _see(image: np.ndarray) -> tuple[str, int, _Thing | None]:
-    """The background, how many objects there are, and the largest."""
+    """An image (H, W, 3) -> its background, the number of objects, and the largest object."""
     background, rgb = _background(image)
     labels, areas = _objects(_length(image - rgb))
     if not len(areas):
@@ -105,7 +106,7 @@ def _length(difference: np.ndarray) -> np.ndarray:
 
 
 def _background(image: np.ndarray) -> tuple[str, np.ndarray]:
-    """The name of most of the border's colour, and the colour itself (3,)."""
+    """The name of the background that most of the border has, and its color (3,)."""
     ring = np.concatenate([image[:_RING], image[-_RING:], *np.split(image, [_RING, -_RING], axis=1)[::2]], None)
     ring, palette = ring.reshape(-1, 3), np.array(list(BACKGROUNDS.values()), np.float32)
     nearest = ((palette**2).sum(1) - 2 * ring @ palette.T).argmin(axis=1)
@@ -114,8 +115,8 @@ def _background(image: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _objects(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (H, W), from 1, of what differs from the background, and the area of each. Specks and scenery are no
-    objects: they have the label 0."""
+    """Distances from the background (H, W) -> labels of objects (H, W), from 1, and the area of each. What is too small
+    or too large to be an object has the label 0, as the background has."""
     smooth = ndimage.gaussian_filter(distance, 0.5)
     least = np.clip(_CONTRAST_SHARE * np.percentile(smooth, 97), *_CONTRAST)
     labelled: Any = ndimage.label(smooth > least, structure=np.ones((3, 3)))
@@ -126,7 +127,7 @@ def _objects(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _colour(pixels: np.ndarray) -> str:
-    """The colour from whose two tones, and all mixtures of these, the pixels (n, 3) differ least."""
+    """The name of the color whose two tones, and mixtures of both, are closest to the pixels (n, 3)."""
     palette = np.array(list(COLOURS.values()), np.float32)
     along = np.clip(pixels @ palette.T / (palette**2).sum(1), SHADE, 1)
     return tuple(COLOURS)[int(_length(pixels[:, None] - along[..., None] * palette).mean(axis=0).argmin())]
@@ -140,12 +141,12 @@ def _scaled(layer: np.ndarray, x: float, y: float, deviation: float) -> np.ndarr
 
 
 class _Outlines(NamedTuple):
-    """Rendered objects, normalised; T of them."""
+    """T rendered objects, scaled to one size."""
 
     cover: np.ndarray  # (T, _GRID^2)
     shape: np.ndarray  # (T,)
-    radius: np.ndarray  # (T,) in deviations of the object's pixels
-    offset: np.ndarray  # (T, 2) x, y of the object's place from its centroid, in deviations
+    radius: np.ndarray  # (T,) in standard deviations of the object's pixels
+    offset: np.ndarray  # (T, 2) x, y of the object's place relative to its centroid, likewise
 
 
 @functools.cache
@@ -164,11 +165,11 @@ def _outlines() -> _Outlines:
 
 
 class _Patterns(NamedTuple):
-    """Textures at every angle, scale and phase; a network may begin a pattern elsewhere than the renderer does."""
+    """P textures of all angles, scales and phases. A network may generate other phases of a pattern than `render`."""
 
     tone: np.ndarray  # (P, _GRID^2)
     texture: np.ndarray  # (P,)
-    scale: np.ndarray  # (P,) radii of the texture in a deviation of the object's pixels
+    scale: np.ndarray  # (P,) radii of the texture in a standard deviation of the object's pixels
 
 
 @functools.cache
@@ -188,7 +189,7 @@ def _patterns() -> _Patterns:
 
 
 def _compare(things: Sequence[_Thing]) -> dict[str, np.ndarray]:
-    """Names of attributes, each (n,), by the nearest outlines and patterns."""
+    """The attributes of n objects, each (n,), by the nearest outline and the nearest pattern."""
     outlines = _outlines()
     covers = np.stack([thing.cover for thing in things])
     best = ((outlines.cover**2).sum(1) - 2 * covers @ outlines.cover.T).argmin(axis=1)
@@ -205,7 +206,7 @@ def _compare(things: Sequence[_Thing]) -> dict[str, np.ndarray]:
 
 
 def _texture(things: Sequence[_Thing], scale: np.ndarray) -> np.ndarray:
-    """The texture of the nearest pattern of about the scale (n,) that objects of this size have."""
+    """The texture of the nearest pattern, among those of about the given scale (n,)."""
     patterns = _patterns()
     inside, tone = (np.stack([getattr(thing, name) for thing in things]) for name in ("inside", "tone"))
     misfit = inside @ (patterns.tone**2).T - 2 * (inside * tone) @ patterns.tone.T  # (n, P)
@@ -214,7 +215,7 @@ def _texture(things: Sequence[_Thing], scale: np.ndarray) -> np.ndarray:
 
 
 def _place(offset: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """offset (n, 2) of the object's centre from the image's, x to the right, y downwards, in sides."""
+    """The place of objects. offset: (n, 2) from the image's center, x right and y down, as fractions of the side."""
     sideways = np.abs(offset[:, 0]) > np.abs(offset[:, 1])
     across = np.where(offset[:, 0] > 0, "right", "left")
     along = np.where(offset[:, 1] > 0, "bottom", "top")

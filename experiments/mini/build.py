@@ -1,11 +1,11 @@
-"""Builds mini, the bundled model, from nothing: data, VAE, CLIP pair, UNet, adapters.
+"""Builds mini, the bundled model, from scratch: data, VAE, CLIP pair, UNet, adapters.
 
-    python -m experiments.mini.build --out build/mini             parts of at most 2 hours: repeat until it says "done"
-    python -m experiments.mini.build --out build/mini --minutes 8 shorter parts
+    python -m experiments.mini.build --out build/mini             runs at most 2 hours: repeat until it prints "done"
+    python -m experiments.mini.build --out build/mini --minutes 8 runs at most 8 minutes
 
-Every stage resumes from its own files in OUT, on any machine that has OUT. The VAE and the CLIP pair are fitted here
-(vae.py, clip.py). `ipadapter-jax train` trains the UNet and the adapters with the recipes mini_unet, mini and
-mini_plus, from what `ipadapter-jax encode` makes of the rendered scenes. Needs the extras scenes and tfds.
+Every stage resumes from its own files in OUT, which may be moved to another machine. vae.py and clip.py train the VAE
+and the CLIP pair. `ipadapter-jax encode` computes the features of the rendered scenes, and `ipadapter-jax train` trains
+the UNet and the adapters on them, with the recipes mini_unet, mini and mini_plus. Needs the extras scenes and tfds.
 """
 
 import json
@@ -54,18 +54,18 @@ STEPS = {
     "mini_plus": 2500,
 }
 SCENES = 40_000
-UNFINISHED = 75  # exit code of a trainer that was told to stop: EX_TEMPFAIL
+UNFINISHED = 75  # exit code of a preempted `ipadapter-jax train`: EX_TEMPFAIL
 
 
 class TimeUp(Exception):
-    """This piece is over; the next call goes on."""
+    """The time limit was reached; the next call resumes."""
 
 
 def main(out: Path = Path("build/mini"), minutes: float = 115.0, share: float = 1.0) -> None:
-    """Does what is left of the work, for at most `minutes`.
+    """Runs the remaining stages, for at most `minutes`.
 
     Args:
-        share: of the steps and scenes of every stage: 0.001 shows in minutes that all stages run.
+        share: fraction of the steps and scenes of every stage; 0.001 tests in minutes that all stages run.
     """
     use_cores()
     enable_compilation_cache()
@@ -91,7 +91,7 @@ def main(out: Path = Path("build/mini"), minutes: float = 115.0, share: float = 
 
 
 def _stage(target: Path, make: Callable[[Path], object]) -> None:
-    """Makes a folder whole or not at all, unless it is there."""
+    """Calls `make` for a temporary folder and renames it to `target`. Does nothing if `target` exists."""
     if target.exists():
         return
     part = target.with_name(target.name + ".part")
@@ -101,7 +101,7 @@ def _stage(target: Path, make: Callable[[Path], object]) -> None:
 
 
 def _base(out: Path, folder: Path, steps: dict[str, int], deadline: float) -> None:
-    """The base model with a UNet of random weights, and the image encoder."""
+    """Writes the base model, whose UNet has random weights, and the image encoder. Raises TimeUp at the deadline."""
     trained = vae.train(out, steps, deadline)
     pair = trained and clip.train(out, out / "tokenizer", steps, deadline)
     if not trained or not pair:
@@ -122,7 +122,7 @@ def _base(out: Path, folder: Path, steps: dict[str, int], deadline: float) -> No
 
 
 def _networks(out: Path, steps: dict[str, int], deadline: float) -> None:
-    """What the product itself does: features once, the UNet, then an adapter of each variant."""
+    """Runs the commands `encode` and `train`: precomputed features, the UNet, then an adapter of each variant."""
     base, whole = out / "base", out / "base-with-unet"
     _encode(out, "pooled", deadline)
     train("mini_unet", out / "unet", out / "pooled", base, steps["unet"], deadline)
@@ -151,7 +151,7 @@ def _with_unet(base: Path, unet: Path, target: Path) -> None:
 
 
 def run(words: list[Any], deadline: float) -> None:
-    """`ipadapter-jax` with these words; told to stop at the deadline, as a scheduler would."""
+    """Runs `ipadapter-jax` with these arguments. At the deadline sends it SIGTERM and raises TimeUp."""
     print("ipadapter-jax", *words, flush=True)
     process = subprocess.Popen([sys.executable, "-m", "ipadapter_jax.cli", *map(str, words)], env=environment())
     try:

@@ -1,4 +1,4 @@
-"""The claims of the paper (arXiv 2308.06721), each with its measurements; and the thresholds of this project."""
+"""The claims of the paper (arXiv 2308.06721) and the thresholds of this project, each with a verdict and numbers."""
 
 import itertools
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ from experiments.mini.scenes.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, 
 
 Verdict = Literal["holds", "does not hold", "undecided", "not measured"]
 
-COMPARABLE = 0.02  # of CLIP-I, or of a share: less than this below is comparable
-BARS = {"colour": 0.90, "shape": 0.80, "background": 0.80}  # agreement of mini's adapter at scale 1, without text
-BOTH = 0.60  # of the images at some scale: the reference's colour and the asked-for shape
-JUDGE = 0.98  # of clean renders
-NEAR_CHANCE = 0.10  # above a guess
-KEPT = 0.75  # of mini's own agreement, by the same adapter on another model
-STYLE = 0.50  # of the ink that the other model itself puts down
+COMPARABLE = 0.02  # a CLIP-I or a fraction that is lower by less than this is comparable
+BARS = {"colour": 0.90, "shape": 0.80, "background": 0.80}  # least agreement of mini's adapter at scale 1, without text
+BOTH = 0.60  # least fraction of images with the reference's color and the text's shape, at some scale
+JUDGE = 0.98  # least accuracy of the attribute classifier on clean renders
+NEAR_CHANCE = 0.10  # how far agreement without a prompt may exceed that of a guess
+KEPT = 0.75  # least agreement of an adapter on another model, as a fraction of that on mini
+STYLE = 0.50  # least ink with the adapter, as a fraction of the other model's own
 GUESS = {
     name: 1 / len(names)
     for name, names in zip(ATTRIBUTES, (BACKGROUNDS, COLOURS, SHAPES, TEXTURES, SIZES, PLACES), strict=True)
@@ -49,8 +49,8 @@ class Claim(NamedTuple):
 
 class Measured(NamedTuple):
     rows: Mapping[Row, Values]
-    judged: Mapping[str, Values]  # images that show the prompts exactly, by how these were made
-    pixels_unlike_base: int  # values of pixels at scale 0 that are not those of the base model
+    judged: Mapping[str, Values]  # by the kind of image: measures of images that show the prompts exactly
+    pixels_unlike_base: int  # number of pixel values at scale 0 that differ from the base model's
     adapter_parameters: int
     unet_parameters: int
 
@@ -68,17 +68,17 @@ def signed(found: Interval) -> str:
 
 
 def points(found: Interval) -> str:
-    """Of a difference of shares."""
+    """A difference of fractions in percentage points."""
     return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] points"
 
 
 def difference(rows: Mapping[Row, Values], name: str, first: Row, second: Row) -> Interval:
-    """first - second, prompt by prompt."""
+    """The paired interval of first - second."""
     return interval(rows[first][name] - rows[second][name])
 
 
 def above(found: Interval, bound: float = 0.0) -> Verdict:
-    """Whether a mean lies above the bound."""
+    """Whether a mean is above the bound; undecided if the bound lies within the interval."""
     return "holds" if found.low > bound else "does not hold" if found.high < bound else "undecided"
 
 
@@ -92,7 +92,7 @@ def together(*verdicts: Verdict) -> Verdict:
 
 
 def claims(measured: Measured) -> list[Claim]:
-    """One line for each claim."""
+    """The verdicts on the paper's claims."""
     rows = measured.rows
     part = measured.adapter_parameters / measured.unet_parameters
     to_full = difference(rows, "CLIP-I", DECOUPLED, FULL)
@@ -143,7 +143,7 @@ def _finer(rows: Mapping[Row, Values]) -> Claim:
 
 
 def _both_prompts(rows: Mapping[Row, Values]) -> Claim:
-    """The scale is chosen by the prompts of even index and judged by the others."""
+    """The scale is chosen on the prompts of even index and evaluated on the others."""
     name = "asked shape and colour"
     best = max(OTHER_SHAPE, key=lambda row: rows[row][name][::2].mean())
     both = share(rows[best][name][1::2])

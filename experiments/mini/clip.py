@@ -1,10 +1,12 @@
 """The CLIP pair of mini (arXiv 2103.00020): matching images and captions get similar embeddings.
 
-The text encoder has no projection: its pooled state is the embedding, so the pair consists of the two networks that
-mini needs anyway. So few pairs teach colors and textures, but hardly shapes and places. So a second stage adds linear
-heads that classify every attribute from an embedding, and are discarded afterwards. In the third stage only the vision
-encoder is trained further, and the heads also classify gray images, except for the color: shapes are then recognized in
-combinations that were never seen.
+The text encoder has no projection: its pooled state is the embedding. So the pair consists of the two networks that
+mini needs anyway. Training has three stages:
+
+1. The contrastive loss alone. With so few pairs it teaches colors and textures, but hardly shapes and places.
+2. Linear heads, which are discarded after training, also classify every attribute from an embedding.
+3. Only the vision encoder is trained. The heads also classify gray images, except for their color, so that shapes are
+   recognized in held-out combinations.
 """
 
 import dataclasses
@@ -40,8 +42,8 @@ from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.weights.load_tree import Tree
 from ipadapter_jax.weights.tokenizer import load_tokenizer, tokenize
 
-GROUPS, ALIKE, OTHERS = 16, 4, 64  # of a batch: groups of scenes that differ in one attribute, and examples of any kind
-_GREATEST_SCALE = 100.0  # of the logits, as in the paper
+GROUPS, ALIKE, OTHERS = 16, 4, 64  # a batch: GROUPS of ALIKE scenes that differ in one attribute, and OTHERS
+_GREATEST_SCALE = 100.0  # largest scale of the logits, as in the paper
 NAMES = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
@@ -76,8 +78,10 @@ def networks() -> CLIP:
 
 
 def train(folder: Path, tokenizer: Path, steps: Mapping[str, int], deadline: float) -> tuple[CLIP, Tree] | None:
-    """The pair and its weights {"text", "vision", ...}, or None where the deadline came first; steps of "clip",
-    "clip-attributes" and "clip-vision"."""
+    """Trains the pair and gives it with its weights {"text", "vision", ...}, or gives None if the deadline is reached.
+
+    steps: the training steps of the stages "clip", "clip-attributes" and "clip-vision".
+    """
     clip, reader = networks(), load_tokenizer(tokenizer)
     keys = jax.random.split(random_keys.key(0), 3)
     params = {
@@ -101,7 +105,7 @@ def train(folder: Path, tokenizer: Path, steps: Mapping[str, int], deadline: flo
 
 
 def loss(clip: CLIP, fixed: Tree, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-    """Cross-entropy both ways; captions that read the same are equally right."""
+    """The contrastive loss in both directions. Equal captions in a batch are equally correct targets."""
     return _contrast(*clip.embeddings(params, batch["pixels"], batch["input_ids"]), params["scale"], batch["input_ids"])
 
 
@@ -114,7 +118,7 @@ def _contrast(images: jax.Array, texts: jax.Array, scale: jax.Array, input_ids: 
 
 
 def loss_with_heads(clip: CLIP, fixed: Tree, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-    """`loss`, and the mean cross-entropy of the attributes, read from images and from captions that say them all."""
+    """`loss` plus the cross-entropy of the heads on images, and on captions that name all attributes."""
     images, texts = clip.embeddings(params, batch["pixels"], batch["input_ids"])
     named = _naming(params["heads"], images, batch["labels"])
     said = _naming(params["heads"], texts, jnp.where(batch["whole"][:, None], batch["labels"], -1))
@@ -122,7 +126,7 @@ def loss_with_heads(clip: CLIP, fixed: Tree, params: Tree, batch: dict[str, jax.
 
 
 def loss_of_vision(clip: CLIP, fixed: Tree, params: Tree, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-    """`loss_with_heads` without the captions' attributes, and with the images of the groups in grey beside."""
+    """`loss` plus the cross-entropy of the heads on images, and on gray versions of the images in groups."""
     images, texts = clip.embeddings(params | fixed, batch["pixels"], batch["input_ids"])
     pixels = batch["pixels"][: GROUPS * ALIKE]
     brightness = jnp.round(pixels @ jnp.array([0.299, 0.587, 0.114])).astype(jnp.uint8)
@@ -134,7 +138,7 @@ def loss_of_vision(clip: CLIP, fixed: Tree, params: Tree, batch: dict[str, jax.A
 
 
 def _naming(heads: Tree, embeddings: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean over the attributes of the heads' cross-entropy, labels of -1 left out."""
+    """The cross-entropy of the heads, averaged over the attributes. Labels of -1 are left out."""
     total = jnp.float32(0)
     for place, name in enumerate(NAMES):
         logits, label = embeddings @ heads[name], labels[:, place]
@@ -153,8 +157,9 @@ def _heads(key: jax.Array) -> Tree:
 
 
 def make_batch(tokenizer: Any, number: int) -> dict[str, np.ndarray]:
-    """Pixels (B, S, S, 3) uint8, ids (B, T), labels (B, attributes), -1 where several or none are seen, and whole (B,),
-    whether the caption says all of them. In the groups every attribute has to be seen to tell the caption."""
+    """Batch `number`, by name: pixels (B, S, S, 3) uint8; input_ids (B, T); labels (B, attributes), -1 for images that
+    do not show exactly one object; whole (B,): the caption names all attributes. The images of a group differ
+    in one attribute only, so every attribute is needed to tell captions apart."""
     rng = np.random.default_rng([2, number])
     made: list[Example] = []
     for group in range(GROUPS):
@@ -171,7 +176,7 @@ def make_batch(tokenizer: Any, number: int) -> dict[str, np.ndarray]:
 
 
 def labels(scene: Scene | None) -> np.ndarray:
-    """The place of each attribute among its NAMES, int32."""
+    """The index of each attribute in its NAMES, int32; -1 if there is not exactly one object."""
     things = scene.things if scene else ()
     if scene is None or len(things) != 1:
         return np.full(len(NAMES), -1, np.int32)
@@ -180,7 +185,7 @@ def labels(scene: Scene | None) -> np.ndarray:
 
 
 def changed(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one attribute changed, of one object or of the background; to none that is held out."""
+    """The scene with another attribute of one object, or another background. Never a held-out combination."""
     attribute = str(rng.choice(("shape", "shape", "colour", "texture", "place", "background")))
     if attribute == "background":
         name = str(rng.choice([b for b in BACKGROUNDS if b != scene.background]))

@@ -1,11 +1,11 @@
-"""Runs the whole evaluation on the bundled model, with kills, and compares it with an undisturbed run.
+"""Runs an evaluation of the bundled model twice, once with kills, and compares the results.
 
     python -m experiments.mini.evaluate                                    200 held-out scenes x 4, 10 steps
     python -m experiments.mini.evaluate --prompts 20 --steps 4 --kills 1
 
 The scenes are stored like COCO's validation set and scored with mini's own CLIP, its two encoders joined into one
-CLIPModel. `ipadapter-jax evaluate` is killed (kill -9) while it generates images and while it scores them; numbers and
-tables must be equal byte for byte. The numbers are by mini's CLIP and cannot be compared with any others.
+CLIPModel. In one run `ipadapter-jax evaluate` is killed (kill -9) while it generates images and while it scores them.
+The files of results must be equal byte for byte. These scores cannot be compared with those of another CLIP.
 """
 
 import dataclasses
@@ -37,19 +37,19 @@ TABLES = ("evaluation.json", "prompts.csv", "pictures.csv")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is evaluated, and how often it is killed."""
+    """The size of the evaluation, and how often it is killed."""
 
     out: Path = Path("build/evaluate-mini")
     prompts: int = 200
     num_images: int = 4
     steps: int = 10
     kills: int = 2
-    """At even parts of the images; one more comes while they are scored."""
+    """Number of kills while images are generated, evenly spaced; one more follows while they are scored."""
 
 
 def write_clip(folder: Path) -> None:
-    """mini's two encoders as one CLIPModel. Its text's pooled state is the embedding, so that side has the identity for
-    a projection."""
+    """Writes mini's two encoders as one CLIPModel. The text projection is the identity, because the pooled state of
+    mini's text encoder is the embedding."""
     text, vision = (
         load_component(component, bundled.FOLDER / name, np.dtype(np.float32))
         for component, name in ((TEXT_ENCODER, "text_encoder"), (IMAGE_ENCODER, "image_encoder"))
@@ -68,7 +68,8 @@ def write_clip(folder: Path) -> None:
 
 
 def write_coco(folder: Path, count: int) -> Path:
-    """Held-out scenes in COCO's layout, two captions of each, the whole one first. Returns the annotations."""
+    """Writes held-out scenes in COCO's layout. Of the two captions of each, the first names all attributes. Returns the
+    path of the annotations."""
     image_folder, annotations = folder / "val2017", folder / "annotations" / "captions_val2017.json"
     image_folder.mkdir(parents=True, exist_ok=True)
     annotations.parent.mkdir(exist_ok=True)
@@ -97,7 +98,7 @@ def command(args: Run, annotations: Path, clip: Path, out: Path) -> list[str]:
 
 
 def killed_when(words: list[str], env: dict[str, str], folder: Path, pattern: str, count: int) -> bool:
-    """Starts the command and kills it when there are `count` such files; False when it was through before."""
+    """Starts the command and kills it when `count` files match. Returns False if it ended before."""
     process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and len([*folder.glob(pattern)]) < count:
         time.sleep(0.02)
@@ -108,7 +109,7 @@ def killed_when(words: list[str], env: dict[str, str], folder: Path, pattern: st
 
 
 def finished(words: list[str], env: dict[str, str]) -> float:
-    """Seconds that the command took. Ends the program where it failed."""
+    """Runs the command and returns its seconds. Ends the program if it fails."""
     began = time.monotonic()
     done = subprocess.run(words, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -118,7 +119,7 @@ def finished(words: list[str], env: dict[str, str]) -> float:
 
 
 def main(args: Run) -> int:
-    """Returns 0 when the disturbed run ends with the numbers of the other."""
+    """Returns 0 if both runs give the same results and all kills took place, else 1."""
     clip, annotations = args.out / "clip", write_coco(args.out / "coco", args.prompts)
     write_clip(clip)
     env = os.environ | environment()

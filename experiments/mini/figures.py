@@ -1,4 +1,4 @@
-"""Curves with their intervals, and contact sheets, as PNG."""
+"""Plots of curves with their confidence intervals, and contact sheets, as PNG files."""
 
 import io
 import textwrap
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.mini.metrics import share
 
-SIZE = 1.25  # inches of an image in a sheet
+SIZE = 1.25  # side of an image in a contact sheet, in inches
 
 
 def curves(
@@ -20,7 +20,11 @@ def curves(
     y: str,
     bar: float | None = None,
 ) -> bytes:
-    """A plot for each title, in it a curve for each name: shares (P,) at every x, shown in %. `bar`: a dotted line."""
+    """A figure with a plot for each title, and in it a curve for each name.
+
+    A curve has the fractions (P,) of P prompts for each x, and shows their mean in % with its interval. `bar`: the
+    height of a dotted line.
+    """
     width = 5.5 if len(plots) == 1 else 2.6 * len(plots)
     figure = Figure(figsize=(width, 3.4), layout="constrained")
     axes = list(figure.subplots(1, len(plots), sharey=True, squeeze=False)[0])
@@ -44,7 +48,7 @@ def _curve(ax: Axes, x: Sequence[float], values: Sequence[np.ndarray], name: str
 
 
 def sheet(columns: Mapping[str, np.ndarray], words: Sequence[str] | None = None) -> bytes:
-    """Images (P, 64, 64, 3) under the name of their column, a line for each of the P; `words` stand before it."""
+    """A contact sheet of P lines. columns: by name, images (P, 64, 64, 3). words: the label of each line."""
     images = list(columns.values())
     count, side = images[0].shape[:2]
     size = (SIZE * len(columns) + 0.9 * (words is not None), SIZE * count + 0.5)

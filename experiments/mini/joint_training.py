@@ -1,6 +1,6 @@
-"""Image tokens with the text tokens, or instead of them: the paper's alternatives to decoupled cross-attention.
+"""The paper's alternatives to decoupled cross-attention: image tokens appended to the text tokens, or in their place.
 
-"simple" is the adapter of its ablation: image tokens are appended to the text tokens, the frozen cross-attention layers
+"simple" is the adapter of the ablation: image tokens are appended to the text tokens, the frozen cross-attention layers
 read both as one sequence, and only the image projection is trained. "full" is full fine-tuning: the tokens of the image
 embedding replace the text tokens, and the whole UNet is trained with the projection.
 """
@@ -25,12 +25,12 @@ LEARNS: dict[Joined, tuple[str, ...]] = {"simple": ("image_proj",), "full": ("un
 
 
 def join(how: Joined, text: Array, tokens: Array) -> Array:
-    """Text states (B, S, D) and image tokens (B, N, D) -> what the UNet's cross-attentions read, (B, S + N or N, D)."""
+    """Text states (B, S, D) and image tokens (B, N, D) -> what cross-attention layers attend to, (B, S + N or N, D)."""
     return jnp.concatenate([text, tokens.astype(text.dtype)], axis=1) if how == "simple" else tokens
 
 
 def train(config: Train, how: Joined) -> int:
-    """As `ipadapter-jax train`, with another prediction: resumable, the same batches, draws, loss and optimizer."""
+    """Trains as `ipadapter-jax train`, but with `join` instead of decoupled cross-attention. Returns the exit code."""
 
     def joined(plain: Networks) -> Networks:
         parts = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
@@ -54,8 +54,8 @@ class _Networks(Networks):
 
 
 def with_image(pipe: StableDiffusion, how: Joined, image: np.ndarray, guided: bool) -> StableDiffusion:
-    """The pipeline with this image (H, W, 3) uint8 among, or instead of, its text; of `pipe`'s adapter only the image
-    projection is used."""
+    """A pipeline whose text states hold the tokens of this image (H, W, 3) uint8, joined by `join`. Of the adapter of
+    `pipe` only the image projection is used."""
     adapter = pipe.adapters[0]
     encoder: Any = _TextAndImage(pipe.text_encoder, adapter.projection, how)
     features = adapter.encode(adapter.inputs.from_images([[image]], "crop", guided))[0, :, 0]
@@ -65,7 +65,7 @@ def with_image(pipe: StableDiffusion, how: Joined, image: np.ndarray, guided: bo
 
 @dataclasses.dataclass(frozen=True)
 class _TextAndImage:
-    """Stands for a text encoder whose states hold an image's tokens as well."""
+    """Takes the place of a text encoder; its states also hold the tokens of an image."""
 
     text: Any  # a CLIPText
     projection: Any  # a Projection
@@ -76,7 +76,7 @@ class _TextAndImage:
         return self.text.config
 
     def apply(self, variables: dict[str, Any], ids: Array, *, method: None) -> TextOutput:
-        """ids (G, S), the branches of one prompt, with the features (G, F) of its image."""
+        """Token ids (G, S): the guidance branches of one prompt. `variables` has the features (G, F) of its image."""
         params = variables["params"]
         output: TextOutput = self.text.apply({"params": params["text"]}, ids)
         tokens = self.projection.apply({"params": params["image_proj"]}, params["features"])

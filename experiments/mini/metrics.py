@@ -1,4 +1,4 @@
-"""Measurements on images, one number per image prompt, and the intervals of their means."""
+"""Measures of images, one number per image prompt, and confidence intervals of their means."""
 
 import functools
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from ipadapter_jax.pipelines.ip_adapter import encoders_of
 from ipadapter_jax.weights.tokenizer import tokenize
 
 SEED, DRAWS = 0, 2000  # of the bootstrap
-_INK, _CHALK = 60, 195  # of 255: all channels of ink are darker, those of chalk brighter, and of no tone of a colour
-_BATCH = 200  # images that a network reads at once
+_INK, _CHALK = 60, 195  # of 255: bounds of all channels of ink (below) and chalk (above); colors are neither
+_BATCH = 200  # images per call of a network
 
 Values = dict[str, np.ndarray]
 """Measures by name, each (P,): the mean over the images of each prompt."""
@@ -33,16 +33,16 @@ class Interval(NamedTuple):
 
 
 def interval(values: np.ndarray) -> Interval:
-    """The mean over prompts and its 95 % bootstrap interval: prompts are drawn with replacement, all images of a
-    prompt together. Of differences between two rows of the same prompts it is the paired interval."""
+    """The mean of values (P,) and its 95 % bootstrap interval. Prompts are resampled with replacement, all images of a
+    prompt together. For differences between two rows of the same prompts this is the paired interval."""
     drawn = np.random.default_rng(SEED).integers(0, len(values), (DRAWS, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
     return Interval(float(values.mean()), float(low), float(high))
 
 
 def share(values: np.ndarray) -> Interval:
-    """`interval` of shares in [0, 1]. Where all are 0 or all are 1 there is nothing to draw: then it is that of Clopper
-    and Pearson for as many trials as there are prompts."""
+    """`interval` for fractions (P,) in [0, 1]. If all are 0 or all are 1, where the bootstrap's interval has length
+    0, it is Clopper and Pearson's for P trials."""
     if values.min() < values.max() or values[0] not in (0, 1):
         return interval(values)
     rare = 1 - 0.025 ** (1 / len(values))
@@ -50,7 +50,7 @@ def share(values: np.ndarray) -> Interval:
 
 
 class Eyes:
-    """The networks of a pipeline that look at images: its VAE, its text encoder, the image encoder of its adapter."""
+    """The encoders of a pipeline, for measuring: its VAE, its text encoder, and the image encoder of its adapter."""
 
     def __init__(self, pipe: StableDiffusion):
         self._pipe, [self._encoder] = pipe, encoders_of(pipe.adapters)
@@ -64,14 +64,14 @@ class Eyes:
         return _unit(_in_batches(lambda part: run(CLIP_TABLE[part, np.arange(3)]), pixels))
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit embeddings (B, D): the pooled state, as mini's pair was trained without a projection of the text."""
+        """Unit embeddings (B, D) of texts: the pooled states, because mini's CLIP pair has no text projection."""
         encoder: Any = self._pipe.text_encoder
         ids = tokenize(self._pipe.tokenizer, texts, encoder.config.max_position_embeddings)
         params = self._pipe.params["text_encoder"]
         return _unit(np.asarray(jax.jit(encoder.apply)({"params": params}, jnp.asarray(ids)).pooled))
 
     def reconstructions(self, pixels: np.ndarray) -> np.ndarray:
-        """What the VAE makes of images (B, 64, 64, 3) uint8."""
+        """Images (B, 64, 64, 3) uint8, encoded and decoded by the VAE."""
         params = {"params": self._pipe.params["vae"]}
         run = jax.jit(functools.partial(self._pipe.vae.apply, params))
         decoded = _in_batches(lambda x: run(normalize(x)), pixels)
@@ -79,7 +79,7 @@ class Eyes:
 
 
 class Measures:
-    """Measures of images that were painted for these prompts."""
+    """Measures of images that were generated for these prompts."""
 
     def __init__(self, eyes: Eyes, prompts: Sequence[Prompt]):
         self._eyes, self._truth = eyes, truth([prompt.scene for prompt in prompts])
@@ -88,7 +88,7 @@ class Measures:
         self._captions = eyes.texts([prompt.caption for prompt in prompts])
 
     def agreement(self, pixels: np.ndarray) -> Values:
-        """The share of images (P, K, 64, 64, 3) uint8 that have an attribute of their prompt, and of their ink."""
+        """By attribute, the fraction of each prompt's images (P, K, 64, 64, 3) uint8 that have it; and that of ink."""
         found = judge(pixels.reshape(-1, *pixels.shape[2:]))
         right, shape = {}, found.shape.reshape(pixels.shape[:2])
         for name in ATTRIBUTES:
@@ -113,15 +113,15 @@ class Measures:
         return self.agreement(pixels) | clip | diversity(pixels, embedded)
 
     def _ink(self, pixels: np.ndarray) -> np.ndarray:
-        """The share of nearly black pixels (P, K), where the prompt's background is black of nearly white ones."""
+        """The fraction of nearly black pixels (P, K); of nearly white ones if the prompt's background is black."""
         ink, chalk = pixels.max(axis=-1) < _INK, pixels.min(axis=-1) > _CHALK
         black = (self._truth.background == "black")[:, None]
         return np.where(black, chalk.mean(axis=(2, 3)), ink.mean(axis=(2, 3)))
 
 
 def diversity(pixels: np.ndarray, embedded: np.ndarray) -> Values:
-    """How far the images of a prompt are from one another, over all pairs: RMSE of pixels in [0, 1], and 1 - cosine
-    of embeddings."""
+    """The mean distance between the images of a prompt, over all pairs: RMSE of pixels in [0, 1], and 1 - cosine of
+    embeddings. Images (P, K, 64, 64, 3), unit embeddings (P, K, D) -> values (P,)."""
     first, second = np.triu_indices(pixels.shape[1], 1)
     shown = pixels.astype(np.float32) / 255
     error = np.sqrt(((shown[:, first] - shown[:, second]) ** 2).mean(axis=(2, 3, 4)))
@@ -130,7 +130,7 @@ def diversity(pixels: np.ndarray, embedded: np.ndarray) -> Values:
 
 
 def _in_batches(run: Any, rows: np.ndarray) -> np.ndarray:
-    """`run` over rows (B, ...) in batches of one size, so that one program serves all."""
+    """Applies `run` to an array (B, ...) in batches of one size, so that it is compiled once."""
     filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % _BATCH, axis=0)])
     parts = [np.asarray(run(filled[start : start + _BATCH])) for start in range(0, len(filled), _BATCH)]
     return np.concatenate(parts)[: len(rows)]

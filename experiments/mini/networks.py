@@ -1,4 +1,4 @@
-"""The sizes of mini: the classes of Stable Diffusion in 16 MB of float16, adapters included."""
+"""The configurations of mini: Stable Diffusion's networks with 16 MB of float16 weights, adapters included."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 
 SIDE = 64  # pixels
-TOKENS = 48  # of a prompt
+TOKENS = 48  # length of a prompt
 VOCABULARY = 800
 
-# 8 x 8 positions of 16 numbers: as many numbers as 16 x 16 of 4, and a UNet that is twice as fast on a CPU.
+# Latents are 8 x 8 x 16. They have as many numbers as 16 x 16 x 4, but the UNet is twice as fast on a CPU.
 VAE_CONFIG = VAEConfig(
     latent_channels=16, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0
 )

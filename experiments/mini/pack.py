@@ -1,4 +1,4 @@
-"""Puts what build.py made into the package: float16 weights, digests, and a summary of the stages' logs.
+"""Copies the model of build.py into the package: float16 weights, digests, and a summary of the stages' logs.
 
 python -m experiments.mini.pack --build build/mini
 """
@@ -17,7 +17,7 @@ from experiments.mini.scenes.scene import make_scene
 from ipadapter_jax.testing.random_weights import write_json
 
 TARGET = Path(__file__).parents[2] / "ipadapter_jax" / "mini"
-LOGS = {  # by stage, where its losses are
+LOGS = {  # by stage, the file of its losses
     "VAE, crops of 32 px": "vae-crops/log.jsonl",
     "VAE, whole images": "vae-whole/log.jsonl",
     "CLIP pair, contrast": "clip/log.jsonl",
@@ -33,7 +33,7 @@ MOST_BYTES = 16_000_000
 
 
 def main(build: Path = Path("build/mini"), target: Path = TARGET) -> None:
-    """Replaces the folder TARGET. Only a build whose stages are all finished."""
+    """Replaces the folder `target`. Ends the program if a stage of the build is not finished."""
     logs = {name: summary(build / log) for name, log in LOGS.items()}
     steps = json.loads((build / "settings.json").read_text())["steps"]
     for name, log in LOGS.items():
@@ -51,7 +51,7 @@ def main(build: Path = Path("build/mini"), target: Path = TARGET) -> None:
     write_json(part / "training.json", logs)
     files = sorted(path for path in part.rglob("*") if path.is_file())
     for path in files:
-        path.chmod(0o644)  # safetensors leaves its files to their owner alone, and a wheel would keep that
+        path.chmod(0o644)  # safetensors makes files that only their owner can read, also after installation
     digests = {str(path.relative_to(part)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     write_json(part / "digests.json", digests)
     if (size := sum(path.stat().st_size for path in part.rglob("*.safetensors"))) > MOST_BYTES:
@@ -62,7 +62,7 @@ def main(build: Path = Path("build/mini"), target: Path = TARGET) -> None:
 
 
 def summary(log: Path) -> dict[str, Any]:
-    """Of a stage: its steps, and the mean loss of its first and last tenth."""
+    """The steps of a stage, and its mean losses over the first and the last tenth."""
     if not log.exists():
         raise SystemExit(f"{log} is missing: make it with experiments/mini/build.py")
     lines = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]

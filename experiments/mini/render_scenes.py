@@ -25,9 +25,9 @@ SHOWN: dict[Split, int] = {"train": 30, "held_out": 10}
 
 
 def render_scenes(out: Path, counts: Mapping[Split, int], *, side: int = SIDE, photographs: float = SHARE) -> Path:
-    """Writes the first counts[split] examples of each split; gives the folder that --data.path takes.
+    """Writes the first counts[split] examples of each split. Returns the folder, for --data.path.
 
-    Raises InputError: what `Scenes` raises, no tensorflow-datasets, no room.
+    Raises InputError as `Scenes` does, without tensorflow-datasets, and if the folder cannot be written.
     """
     from experiments.mini.scenes import tfds_builder
 
@@ -50,7 +50,7 @@ def render_scenes(out: Path, counts: Mapping[Split, int], *, side: int = SIDE, p
 
 
 def first_examples(side: int = SIDE, photographs: float = SHARE) -> Image.Image:
-    """SHOWN of each split, ten in a row."""
+    """A grid of the first SHOWN[split] examples of each split, ten in a row."""
     images = [
         Image.fromarray(example(split, index, side=side, photographs=photographs).pixels)
         for split, count in SHOWN.items()
@@ -66,8 +66,8 @@ def main(
     side: Annotated[int, tyro.conf.arg(help="of an image, in pixels")] = SIDE,
     photographs: Annotated[float, tyro.conf.arg(help="share of the examples that are photographs")] = SHARE,
 ) -> int:
-    """Writes the data set and prints its place; the exit code is 2, with one line, for what cannot be used."""
-    absl.logging.set_verbosity(absl.logging.ERROR)  # tfds warns that these are no numbers of its own
+    """Writes the data set and prints its folder. Returns the exit code: 2 after an InputError, which is printed."""
+    absl.logging.set_verbosity(absl.logging.ERROR)  # tfds warns that these scenes are not a data set of its own
     try:
         place = render_scenes(out, {"train": train, "held_out": held_out}, side=side, photographs=photographs)
     except InputError as error:

@@ -45,37 +45,37 @@ NAMES = {
     MINI: "mini's own base adapter",
     MINI_PLUS: "mini's own plus adapter",
 }
-SHOWN = 6  # prompts of the sheets of images
+SHOWN = 6  # number of prompts in the contact sheets
 _SCORES = ("CLIP-I", "CLIP-T", "diversity, RMSE", "diversity, CLIP")
 
 
 class Setting(NamedTuple):
-    """What the numbers depend on."""
+    """The settings that the numbers depend on."""
 
     base_digest: str
     prompts: int
     sampling_steps: int
-    compared_steps: int  # of training, of all that is compared
-    shipped_steps: Mapping[str, int]  # of the adapters that come with the model
+    compared_steps: int  # training steps of the models that are compared
+    shipped_steps: Mapping[str, int]  # training steps of the adapters in the package
     batch_size: int
     scenes: int
-    seed: int  # of the trainings
+    seed: int  # of all training runs
     versions: str
 
 
 class Networks(NamedTuple):
-    """What network_report.py measures."""
+    """The measures of network_report.py."""
 
-    psnr: Mapping[str, np.ndarray]  # of the VAE, by what it is shown
+    psnr: Mapping[str, np.ndarray]  # of the VAE, by the kind of image
     probes: Values
-    photographs: Mapping[str, Distances]  # by which prompt the painted images are compared with
+    photographs: Mapping[str, Distances]  # by the prompt that generated images are compared with
 
 
 class Report:
-    """Writes `path` and the folder of images beside it."""
+    """Writes the report to `path`, and its images to a folder of the same name next to it."""
 
     def __init__(self, path: Path, setting: Setting, measured: Measured, images: Mapping[Row, np.ndarray]):
-        """`images`: of each row and PHOTOGRAPHS those of the first SHOWN prompts, (SHOWN, COUNT, 64, 64, 3)."""
+        """images: by row, PHOTOGRAPHS included, those of the first SHOWN prompts, (SHOWN, COUNT, 64, 64, 3)."""
         self._path, self._setting, self._images = path, setting, images
         self._measured, self._rows = measured, measured.rows
 
@@ -247,7 +247,7 @@ have the attribute names of the data set (`colour`).
         self._save(name, curves(SCALES, {"": lines}, "scale of the image prompt", y, bar))
 
     def _sheet(self, name: str, rows: Mapping[Row, str], words: Sequence[str] | None = None) -> None:
-        """The reference and the first image of each row, a line for each of the first prompts."""
+        """A contact sheet with a line for each of the first prompts: the image prompt, then an image of each row."""
         columns = {"image prompt": np.stack([prompt(index).pixels for index in range(self._shown)])}
         columns |= {name.split(" (")[0]: self._images[row][: self._shown, 0] for row, name in rows.items()}
         self._save(name, sheet(columns, words))
@@ -266,7 +266,7 @@ def _claims(title: str, found: Sequence[Claim]) -> str:
 
 
 def _table(rows: Sequence[tuple[str, Values]], names: Sequence[str]) -> str:
-    """A line for each row; shares in %, scores and distances (_SCORES) as they are."""
+    """A Markdown table with a line for each row. Fractions are in %, the values of _SCORES are not."""
 
     def shown(key: str, values: np.ndarray) -> str:
         return number(interval(values)) if key in _SCORES else percent(share(values)).replace(" %", "")

@@ -41,7 +41,7 @@ def main(
     scenes: Annotated[int, tyro.conf.arg(help="training examples")] = 30_000,
     batch_size: int = 64,
 ) -> int:
-    """Does what is left of the work and writes the report. Returns the exit code."""
+    """Does the remaining work and writes the report. Returns the exit code."""
     try:
         if report.suffix != ".md":
             raise InputError(f"--report {report}: give a name that ends in .md")
@@ -71,7 +71,7 @@ def _write(report: Path, workshop: Workshop, painter: Painter, prompts: int) -> 
 
 
 def _judged(eyes: Eyes, measures: Measures, prompts: int) -> dict[str, Values]:
-    """What the judge says of images that show the prompts exactly, by how these were made."""
+    """By the kind of image, the measures of images that show the prompts exactly: the accuracy of the classifier."""
     scenes = [prompt(index).scene for index in range(prompts)]
     plain, inks = (np.stack([render(style(scene)) for scene in scenes]) for style in (lambda scene: scene, inked))
     made = {"renders": plain, "after mini's VAE": eyes.reconstructions(plain), "renders in ink": inks}
@@ -106,7 +106,7 @@ def _setting(workshop: Workshop, painter: Painter, prompts: int) -> Setting:
 
 
 def _steps(workshop: Workshop, adapter: str) -> int:
-    """Training steps behind an adapter, as its file says."""
+    """The training steps of an adapter, from the metadata of its file."""
     with safe_open(workshop.adapter(adapter), "numpy") as file:
         return int(file.metadata()["step"])
 

@@ -1,5 +1,6 @@
-"""Rows of the tables in docs/results.md: which model generates, from which prompts, at which scale and guidance. Every
-row has the same image prompts and, image by image, the same noise.
+"""Rows of the tables in docs/results.md: the model, prompts, scale and guidance of each, and its images.
+
+All rows have the same image prompts. Image i has the same initial noise in all rows.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from ipadapter_jax.weights.components import UNET
 from ipadapter_jax.weights.open_component import load_component
 
 COUNT = 4  # images of each prompt
-_CHUNK = 25  # prompts in a file
+_CHUNK = 25  # prompts per file of images
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 GUIDANCES = (1.0, GUIDANCE_SCALE, 7.5)
 DROPS = ("decoupled", "no image dropped", "little text dropped")
@@ -36,10 +37,14 @@ Text = Literal["", "caption", "other_caption"]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """`adapter` and `unet` name trainings, or what comes with the base model; without an adapter no image is seen."""
+    """The settings of a row.
+
+    adapter: a training run, or an adapter of the base model; None: no image prompt.
+    unet: a training run; None: the base model's UNet.
+    """
 
     adapter: str | None = None
-    text: Text = ""  # the prompt's field that is told
+    text: Text = ""  # the field of `Prompt` that is the text prompt; "": no text
     scale: float = 1.0
     guidance: float = GUIDANCE_SCALE
     unet: str | None = None
@@ -65,7 +70,7 @@ ROWS = tuple(dict.fromkeys((*MAIN, *BY_SCALE, *OTHER_SHAPE, INKED_TEXT, INKED, *
 
 
 class Painter:
-    """Paints rows and keeps them; a run that was stopped loses the prompts of one file at most."""
+    """Generates the images of rows and saves them. A run that was stopped loses at most the images of one file."""
 
     def __init__(self, workshop: Workshop, steps: int):
         self.steps = steps
@@ -99,7 +104,7 @@ class Painter:
         return pipe.with_ip_adapter(self._workshop.adapter(row.adapter), image_encoder=self._workshop.base / ENCODER)
 
     def _one(self, pipe: StableDiffusion, row: Row, given: Prompt | Photograph) -> np.ndarray:
-        """COUNT images (COUNT, 64, 64, 3) uint8, of the same seeds in every row."""
+        """The images (COUNT, 64, 64, 3) uint8 of one prompt, with the same seeds in every row."""
         told: dict[str, Any] = {}
         joined = TRAININGS[row.adapter].joined if row.adapter in TRAININGS else None
         if joined is not None:
@@ -119,7 +124,7 @@ class Painter:
         return to_uint8(painted)
 
     def _settings(self, row: Row) -> dict[str, Any]:
-        """What decides the images of a row."""
+        """Everything that the images of a row depend on, for settings.json."""
         weights = {"base": self._workshop.base_digest}
         if row.unet is not None:
             weights["unet"] = sha256(self._unet(row.unet))

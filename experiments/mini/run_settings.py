@@ -1,4 +1,4 @@
-"""The settings that a folder was made with, recorded in it, so that no run resumes with other settings."""
+"""The settings of a run, recorded in its folder so that it is not resumed with other settings."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from ipadapter_jax.storage.atomic_files import write_atomically
 
 
 def check_same(path: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings, which JSON can hold, to `path`, or raises InputError where others stand there already."""
+    """Writes the settings to `path` as JSON. Raises InputError if the file exists with other settings."""
     now = json.dumps(settings, indent=1)
     if not path.exists():
         write_atomically(path, now.encode())

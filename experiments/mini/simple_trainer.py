@@ -48,18 +48,19 @@ def fit(
     learning_rate: float,
     deadline: float = float("inf"),
 ) -> Tree | None:
-    """Minimises loss(params, batch(step), key). Gives the moving average of the weights, or None where `deadline`
-    (seconds of time.monotonic) came first: the state lies in `folder` and the next call goes on from there.
+    """Minimizes loss(params, batch(step), key). Returns the moving average of the weights.
 
-    The learning rate rises over 200 steps and falls to 0 along a cosine. folder/log.jsonl has the mean losses.
+    Returns None if `deadline` (in seconds of time.monotonic) is reached before the last step. The state is then saved
+    in `folder`, from which the next call resumes. The learning rate rises over 200 steps and falls to 0 along a cosine.
+    folder/log.jsonl has the mean losses.
 
-    Raises InputError where the state in `folder` is on its way to another number of steps.
+    Raises InputError if `folder` has a run with another number of steps or learning rate.
     """
     folder.mkdir(parents=True, exist_ok=True)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(200, steps // 2), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
     mesh = local_mesh()
-    # Copies, since the step gives the memory of its state to the next one.
+    # Copies, because the step donates its state.
     state = jax.tree.map(jnp.copy, _State(params, optimizer.init(params), params))
     state = jax.device_put(state, replicated(mesh))
     check_same(folder / "settings.json", {"steps": steps, "learning_rate": learning_rate})
@@ -95,7 +96,7 @@ def fit(
 
 
 def _ahead(batch: Callable[[int], Batch], begin: int, steps: int) -> Iterator[tuple[int, Batch]]:
-    """Batches by number, the next ones made meanwhile."""
+    """Yields (number, batch). The next three batches are computed ahead in a thread."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         queue = [pool.submit(batch, number) for number in range(begin, min(begin + 3, steps))]
         for number in range(begin, steps):
@@ -113,7 +114,7 @@ def _log(path: Path, step: int, loss: float) -> None:
 
 
 def _cut_log(path: Path, step: int) -> None:
-    """Removes what was logged after the state that is gone on with."""
+    """Removes the lines of steps after `step`, from which the run resumes."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step).encode())
 

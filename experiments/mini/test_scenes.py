@@ -1,4 +1,4 @@
-"""Scenes of the experiments: held-out scenes as image prompts, data sets for training, and another drawing style."""
+"""Data of the experiments: held-out scenes as image prompts, training data, and scenes in another drawing style."""
 
 import dataclasses
 import functools
@@ -16,26 +16,26 @@ from experiments.mini.scenes.examples import Example, example
 from experiments.mini.scenes.render import render
 from experiments.mini.scenes.scene import SHAPES, Scene, generator, make_scene
 
-INK, CHALK = (18, 18, 18), (242, 242, 242)  # the latter on black backgrounds
-LINE = 0.035  # width of an ink line, of the image's side
-_WORDS = 16  # a stream of random numbers that no data set uses
+INK, CHALK = (18, 18, 18), (242, 242, 242)  # colors of outlines; CHALK is used on black backgrounds
+LINE = 0.035  # width of an outline, as a fraction of the image's side
+_WORDS = 16  # a stream of random draws that no data set uses
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A held-out scene of one object as image prompt; its index decides everything."""
+    """A held-out scene of one object as image prompt. It depends on its index only."""
 
     index: int
     scene: Scene
     pixels: np.ndarray  # (64, 64, 3) uint8
-    caption: str  # every attribute is named
-    other_shape: str  # one that the object does not have
+    caption: str  # names every attribute
+    other_shape: str  # a shape that the object does not have
     other_caption: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Photograph:
-    """A crop of a photograph as image prompt. The photographs are those of the training data, the crops are not."""
+    """A crop of a photograph as image prompt. The training data have other crops of the same photographs."""
 
     index: int
     pixels: np.ndarray  # (64, 64, 3) uint8
@@ -69,13 +69,14 @@ def plain_example(index: int) -> Example:
 
 
 def inked_example(index: int) -> Example:
-    """An example of the training split, its scene in ink; photographs stay as they are."""
+    """An example of the training split, with ink outlines. Photographs are unchanged."""
     made = example("train", index)
     return made if made.scene is None else dataclasses.replace(made, pixels=render(inked(made.scene)))
 
 
 def write_examples(path: Path, draw: Callable[[int], Example], count: int) -> None:
-    """Examples 0 to `count` as Parquet, images and captions: a whole file or none."""
+    """Writes images and captions of the first `count` examples as Parquet, unless the file exists. It gets its name
+    when it is complete."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

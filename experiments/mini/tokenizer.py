@@ -1,4 +1,4 @@
-"""The tokenizer of mini: byte pairs, merged until every word of the scenes' captions is one token."""
+"""The tokenizer of mini: byte-pair encoding, merged until every word of the scenes' captions is one token."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ from ipadapter_jax.testing.random_weights import write_tokenizer
 
 
 def write(folder: Path, captions: int = 20_000) -> None:
-    """Writes vocab.json, merges.txt and their configuration."""
+    """Writes vocab.json, merges.txt and tokenizer_config.json, from the words of the first `captions` captions."""
     texts = [caption(make_scene("train", i), generator("train", i)) for i in range(captions)]
     words = Counter(re.findall(r"[a-z]+|,", " ".join([*texts, "photograph photo of", *CAPTIONS.values()])))
     merges = pairs_to_merge(words)
@@ -23,7 +23,8 @@ def write(folder: Path, captions: int = 20_000) -> None:
 
 
 def pairs_to_merge(words: Counter[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding (arXiv 1508.07909) to its end: the commonest pair first, the alphabet breaks ties."""
+    """The merges of byte-pair encoding (arXiv 1508.07909) until each word is one token: the most frequent pair first,
+    ties in alphabetical order."""
     pieces = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
     merges: list[tuple[str, str]] = []
     while True:

@@ -1,7 +1,7 @@
-"""The trainings of the experiments: adapters that differ in one setting each, and a UNet in another drawing style.
+"""The training runs of the experiments: adapters that differ in one setting each, and a UNet for another drawing style.
 
 All adapters are trained on the same samples in the same order with the same noise, batch size, optimizer and number of
-steps: those of the recipe configs/mini.py. `ipadapter-jax train` trains the decoupled ones.
+steps, as in the recipe configs/mini.py. `ipadapter-jax train` trains those with decoupled cross-attention.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ TRAININGS = {
     "decoupled": Training("mini"),
     "plus": Training("mini_plus", features="penultimate"),
     "full": Training("mini", joined="full"),
-    # A shorter average than the recipe's, which after so few steps would still hold a fifth of the base UNet.
+    # A shorter moving average than the recipe's, in which a fifth of the base UNet would remain after so few steps.
     "inked": Training("mini_unet", "--optim.ema 0.99", data="inked"),
     "no image dropped": Training("mini", "--data.drop-image 0 --data.drop-both 0"),
     "little text dropped": Training("mini", "--data.drop-text 0.05"),
@@ -47,25 +47,25 @@ _DRAWN = {"plain": plain_example, "inked": inked_example}
 
 @dataclasses.dataclass(frozen=True)
 class Workshop:
-    """Where all of it lies and how much of it there is."""
+    """The folder of all training runs and their data, and the sizes that they share."""
 
     out: Path
-    base: Path  # a folder such as the package's own mini
+    base: Path  # a folder in the layout of the bundled mini
     scenes: int
     steps: int
     batch_size: int
-    _ready: set[Path] = dataclasses.field(default_factory=set)  # data sets that are known to be encoded
+    _ready: set[Path] = dataclasses.field(default_factory=set)  # feature caches that are known to be complete
 
     @functools.cached_property
     def base_digest(self) -> str:
-        """Of all weights of the base model but its adapters."""
+        """The digest of all weights of the base model except its adapters."""
         files = sorted(self.base.glob("*/*.safetensors"))
         return hashlib.sha256(" ".join(map(sha256, files)).encode()).hexdigest()
 
     def trained(self, name: str) -> Path:
-        """The folder of a training, made now unless it was. One that was stopped goes on.
+        """The folder of a training run. Trains first if it is not finished, and resumes if it was stopped.
 
-        Raises InputError where it was begun with other settings or another base model.
+        Raises InputError if it was started with other settings or another base model.
         """
         training, folder = TRAININGS[name], self.out / "trained" / name.replace(" ", "-")
         words = self._words(training)
@@ -85,7 +85,7 @@ class Workshop:
         return folder
 
     def adapter(self, name: str) -> Path:
-        """The adapter file of a training, or one that comes with the base model."""
+        """The adapter file of a training run, or of the base model."""
         return self.base / SHIPPED[name] if name in SHIPPED else self.trained(name) / ADAPTER
 
     def _words(self, training: Training) -> list[str]:
@@ -94,7 +94,7 @@ class Workshop:
         return [training.recipe, *counts, "--log.no-tensorboard", *training.options.split(), *learns]
 
     def _encoded(self, data: str, features: str) -> Path:
-        """A data set through VAE and image encoder, by `ipadapter-jax encode`, which goes on where it was stopped."""
+        """The feature cache of a data set, by `ipadapter-jax encode`, which resumes if it was stopped."""
         folder = self.out / "data"
         images, out = folder / f"{data}-{self.scenes}.parquet", folder / f"{data}-{self.scenes}-{features}"
         if out not in self._ready:
@@ -109,13 +109,13 @@ class Workshop:
 
 
 def drops(name: str) -> tuple[float, float, float]:
-    """The shares of a training's samples that lose the image, the text, and both."""
+    """The fractions of a training run's samples without image, without text, and without both."""
     data = parse([TRAININGS[name].recipe, *TRAININGS[name].options.split()]).data
     return data.drop_image, data.drop_text, data.drop_both
 
 
 def _run(words: Sequence[str]) -> None:
-    """`ipadapter-jax` with these words."""
+    """Runs `ipadapter-jax` with these arguments."""
     print("ipadapter-jax", *words, flush=True)
     _check(cli.main(words))
 

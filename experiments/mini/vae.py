@@ -1,4 +1,4 @@
-"""The VAE of mini, fitted to scenes and crops of photographs."""
+"""The VAE of mini, trained on scenes and crops of photographs."""
 
 import functools
 from collections.abc import Mapping
@@ -17,14 +17,17 @@ from ipadapter_jax.models.vae import VAE, normalize
 from ipadapter_jax.runtime import random_keys
 from ipadapter_jax.weights.load_tree import Tree
 
-KL_WEIGHT = 1e-4  # per latent number: some room around each image, so that latents near an image's decode to it
-OBJECT_WEIGHT = 4.0  # of pixels of objects above those of backgrounds, which are learnt first and at once
-CROP = 32  # pixels: a quarter of the work, around an object; the whole image comes at the end
+KL_WEIGHT = 1e-4  # of the mean KL over latent values: so that latents near those of an image decode to the image
+OBJECT_WEIGHT = 4.0  # extra weight of object pixels, since backgrounds are learned quickly
+CROP = 32  # side in pixels of crops around objects, a quarter of the work; whole images follow
 PHOTOGRAPHS = 0.2
 
 
 def train(folder: Path, steps: Mapping[str, int], deadline: float) -> tuple[VAE, Tree] | None:
-    """The network and its weights, or None where the deadline came first; steps of "vae-crops" and "vae-whole"."""
+    """Trains the VAE and gives it with its weights, or gives None if the deadline is reached.
+
+    steps: the training steps of the stages "vae-crops" and "vae-whole".
+    """
     vae = VAE(VAE_CONFIG)
     params = jax.jit(vae.init)(random_keys.key(0), jnp.zeros((1, CROP, CROP, 3)))["params"]
     distance = functools.partial(loss, vae)
@@ -50,7 +53,8 @@ def loss(vae: VAE, params: Tree, batch: dict[str, jax.Array], key: jax.Array) ->
 
 
 def wholes(number: int, size: int = 16) -> dict[str, np.ndarray]:
-    """Pixels (B, S, S, 3) uint8, and how much of each pixel an object covers, (B, S, S) uint8; half of a photograph."""
+    """Batch `number`, by name: pixels (B, S, S, 3) uint8; object (B, S, S) uint8, how much of a pixel an object covers,
+    from 0 to 255. It is half of that everywhere in a photograph."""
     examples = [example("train", number * size + i, photographs=PHOTOGRAPHS) for i in range(size)]
     covers = [np.full((64, 64), 0.5) if e.scene is None else mask(e.scene) for e in examples]
     return {
@@ -60,7 +64,7 @@ def wholes(number: int, size: int = 16) -> dict[str, np.ndarray]:
 
 
 def crops(number: int, size: int = 32) -> dict[str, np.ndarray]:
-    """A CROP x CROP part of each image, around a pixel of an object."""
+    """The same of a random CROP x CROP part of each image, around a pixel of an object."""
     whole, rng = wholes(number, size), np.random.default_rng([1, number])
     cut: dict[str, list[np.ndarray]] = {name: [] for name in whole}
     for i in range(size):
@@ -74,8 +78,8 @@ def crops(number: int, size: int = 32) -> dict[str, np.ndarray]:
 
 
 def normalised(vae: VAE, params: Tree) -> Tree:
-    """The same network with latents of mean 0 and deviation 1 in every channel: one scaling_factor could not do that,
-    but the 1x1 convolutions around the latents can."""
+    """Weights of the same VAE with latents of mean 0 and standard deviation 1 in every channel. One scaling_factor for
+    all channels could not do that, so the 1x1 convolutions before and after the latents are scaled."""
     pixels = np.concatenate([wholes(10**6 + i)["pixels"] for i in range(32)])
     encode = jax.jit(functools.partial(vae.apply, method=VAE.posterior))
     mean = np.asarray(encode({"params": params}, normalize(jnp.asarray(pixels))).mean)

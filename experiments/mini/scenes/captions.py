@@ -1,11 +1,11 @@
-"""Plain English for a scene, in varied wording; the words are those that mini's text encoder was trained on."""
+"""Captions of scenes in plain English, in varied wording. mini's text encoder was trained on these words."""
 
 import numpy as np
 
 from experiments.mini.scenes.scene import Scene, Thing
 
 _BEGINNINGS = ("", "", "a picture of ", "a drawing of ", "an image of ")
-_WORDS = {  # the first is said most often
+_WORDS = {  # the first is the most frequent
     "circle": ("circle", "disc", "round shape"),
     "square": ("square", "square", "box"),
     "cross": ("cross", "cross", "plus sign"),
@@ -32,7 +32,10 @@ _NUMBERS = {2: "two", 3: "three"}
 
 
 def caption(scene: Scene, rng: np.random.Generator, *, whole: bool = False) -> str:
-    """A caption that names the shape of every object, and with chance (with `whole` always) each other attribute."""
+    """A random caption. It names the shape of every object and some other attributes, with `whole` all of them.
+
+    The size is named only if there is one object.
+    """
     many = len(scene.things) > 1
     if not whole and not many and rng.random() < 0.15:
         return _terse(scene.things[0], rng)
@@ -47,7 +50,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, whole: bool = False) -> s
 
 
 def _terse(thing: Thing, rng: np.random.Generator) -> str:
-    """What a person types first: "a star", "a red star", "a striped star"."""
+    """A short caption, as people type: "a star", "a red star", "a striped star"."""
     words = {0: (), 1: (thing.colour,), 2: (_word(thing.texture, rng),)}[int(rng.integers(3))]
     return _article(" ".join((*words, _word(thing.shape, rng))))
 

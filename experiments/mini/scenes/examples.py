@@ -1,4 +1,4 @@
-"""The data set of mini: rendered scenes and some crops of photographs, each example made from its index alone."""
+"""The data set of mini: rendered scenes and some crops of photographs. An example depends on its index only."""
 
 import dataclasses
 import io
@@ -14,24 +14,25 @@ from experiments.mini.scenes.scene import Scene, Split, generator, make_scene
 from ipadapter_jax.data.types import Record
 from ipadapter_jax.errors import InputError
 
-# Unless others are asked for:
+# Defaults:
 COUNTS: dict[Split, int] = {"train": 40_000, "held_out": 4_000}
-SHARE = 0.1  # of photographs
-_MIN_SIDE = 32  # pixels: below, the stripes of small objects are narrower than 2
-_PHOTOGRAPHS, _CAPTIONS = 1, 2  # streams of random numbers beside the scenes'
+SHARE = 0.1  # fraction of the examples that are crops of photographs
+_MIN_SIDE = 32  # in pixels; in smaller images, stripes of small objects are narrower than 2 pixels
+_PHOTOGRAPHS, _CAPTIONS = 1, 2  # streams of random draws, besides that of scenes
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     pixels: np.ndarray  # (side, side, 3) uint8
     text: str
-    scene: Scene | None  # None of a photograph
+    scene: Scene | None  # None for a photograph
 
 
 def example(split: Split, index: int, *, side: int = SIDE, photographs: float = SHARE) -> Example:
-    """Example `index`; a share of `photographs` of all indices are crops of photographs (with `held_out` too).
+    """Example `index` of a split. photographs: the fraction of examples that are crops of photographs.
 
-    Raises InputError: no such split, a negative index, a small side, a share that is none, no library of photographs.
+    Raises InputError for an unknown split, a negative index, a small side, a fraction outside 0 to 1, and if the
+    library of a photograph is not installed.
     """
     _check(side, photographs)
     rng = generator(split, index, _PHOTOGRAPHS)
@@ -73,7 +74,7 @@ class Scenes:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """The file of an image (H, W, 3) uint8."""
+    """An image (H, W, 3) uint8 as a PNG file."""
     with io.BytesIO() as file:
         Image.fromarray(pixels).save(file, "PNG")
         return file.getvalue()

@@ -38,7 +38,7 @@ _BEGINNINGS = ("a photograph of ", "a photo of ", "")
 
 
 def photograph(name: str) -> Image.Image:
-    """One of NAMES, RGB, at its own size. Raises InputError where its library is missing."""
+    """The photograph `name` of NAMES, in RGB and full size. Raises InputError if its library is not installed."""
     try:
         if name.endswith(".jpg"):
             import sklearn.datasets
@@ -49,7 +49,7 @@ def photograph(name: str) -> Image.Image:
         found = getattr(skimage.data, name)()
     except ImportError as error:
         raise InputError(f"{error}: the photographs come with it; pip install 'ipadapter-jax[scenes]'") from None
-    return Image.fromarray(found[0] if isinstance(found, tuple) else found).convert("RGB")  # of a stereo pair the left
+    return Image.fromarray(found[0] if isinstance(found, tuple) else found).convert("RGB")  # a tuple is a stereo pair
 
 
 def crop(rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
@@ -67,7 +67,7 @@ def crop(rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
 
 @functools.lru_cache(maxsize=64)
 def _reduced(name: str, side: int) -> Image.Image:
-    """The photograph with `side` pixels along its shorter side."""
+    """The photograph, resized to `side` pixels along its shorter side."""
     image = photograph(name)
     factor = side / min(image.size)
     size = (round(image.width * factor), round(image.height * factor))

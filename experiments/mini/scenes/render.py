@@ -1,4 +1,4 @@
-"""Scenes to pixels: shapes as signed distances, so that edges are smooth at any size of the image."""
+"""Renders scenes. Shapes are signed distance functions, so that edges are antialiased at any image size."""
 
 import functools
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from experiments.mini.scenes.scene import Scene, Thing
 
-SIDE = 64  # pixels, unless another side is asked for
+SIDE = 64  # default side of an image in pixels
 _TABLE = 192  # samples along each side of a shape's table
 _EXTENT = 1.6  # the table reaches from -_EXTENT to _EXTENT radii
-SHADE = 0.4  # the second tone of a texture, as a share of the first
-COARSE = 0.24  # textures of smaller objects are as wide as those of this radius
+SHADE = 0.4  # brightness of a texture's second tone, as a fraction of the first
+COARSE = 0.24  # objects with a smaller radius have the texture scale of this radius
 
 
 def render(scene: Scene, side: int = SIDE) -> np.ndarray:
@@ -25,7 +25,7 @@ def render(scene: Scene, side: int = SIDE) -> np.ndarray:
 
 
 def mask(scene: Scene, side: int = SIDE) -> np.ndarray:
-    """Which share of every pixel the objects cover, (side, side) float in [0, 1]."""
+    """The fraction of each pixel that objects cover, (side, side) in [0, 1]."""
     free = np.ones((side, side))
     for thing in scene.things:
         free *= 1 - _cover_and_tone(thing, side)[0]
@@ -33,19 +33,19 @@ def mask(scene: Scene, side: int = SIDE) -> np.ndarray:
 
 
 def _cover_and_tone(thing: Thing, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of every pixel the share that the object covers, and there how much of the second tone, each (side, side)."""
+    """The fraction of each pixel that the object covers, and its fraction of the second tone, each (side, side)."""
     centres = (np.arange(side) + 0.5) / side
     x, y = (centres[None, :] - thing.x) / thing.radius, (centres[:, None] - thing.y) / thing.radius
     cos, sin = np.cos(thing.angle), np.sin(thing.angle)
     u, v = cos * x + sin * y, cos * y - sin * x  # the object's own frame, in radii
-    pixels = side * thing.radius  # in a radius
+    pixels = side * thing.radius  # per radius
     cover = _ramp(-_distance(thing.shape, u, v) * pixels)
     widen = min(1.0, thing.radius / COARSE)
     return cover, second_tone(thing.texture, u * widen, v * widen, pixels / widen)
 
 
 def _ramp(distance: np.ndarray) -> np.ndarray:
-    """The share of a pixel inside an edge at this distance in pixels, positive inside."""
+    """The fraction of a pixel inside an edge. distance: from the edge in pixels, positive inside."""
     return np.clip(distance + 0.5, 0, 1)
 
 
@@ -61,12 +61,12 @@ def second_tone(texture: str, u: np.ndarray, v: np.ndarray, pixels: float) -> np
 
 
 def _wrap(x: np.ndarray, period: float) -> np.ndarray:
-    """x less the nearest multiple of the period."""
+    """x minus the nearest multiple of the period."""
     return x - period * np.round(x / period)
 
 
 def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Signed distance to the edge in radii, negative inside; read off a table with bilinear interpolation."""
+    """The signed distance to the edge in radii, negative inside, interpolated bilinearly from a table."""
     table = _table(shape)
     i, j = ((np.clip(w / _EXTENT, -1, 1) + 1) * (_TABLE - 1) / 2 for w in (v, u))
     i0, j0 = (np.minimum(w.astype(int), _TABLE - 2) for w in (i, j))
@@ -78,16 +78,16 @@ def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _table(shape: str) -> np.ndarray:
-    """Distances over the object's frame, (rows v, columns u)."""
+    """A table of signed distances in the object's frame; rows are v, columns are u."""
     w = np.linspace(-_EXTENT, _EXTENT, _TABLE)
     u, v = np.meshgrid(w, w)
     found = np.hypot(u, v) - 0.98 if shape == "circle" else _polygon_distance(_outline(shape), u, v)
-    found.setflags(write=False)  # every thread has the same one
+    found.setflags(write=False)  # threads share it
     return found
 
 
 def _outline(shape: str) -> np.ndarray:
-    """Corners (n, 2) of a polygon in the object's frame: x to the right, y downwards; about the area of the circle."""
+    """The corners (n, 2) of a polygon in the object's frame, x right and y down. All shapes have similar areas."""
     if shape == "square":
         return 0.88 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
     if shape == "triangle":
@@ -106,7 +106,7 @@ def _outline(shape: str) -> np.ndarray:
 
 
 def _polygon_distance(corners: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Signed distance of points to a closed polygon: to the nearest edge, the sign by the even-odd rule."""
+    """The signed distance of points to a closed polygon, negative inside. Inside is decided by the even-odd rule."""
     points, starts, ends = np.stack([u, v], axis=-1), corners, np.roll(corners, -1, axis=0)
     nearest, inside = np.full(u.shape, np.inf), np.zeros(u.shape, bool)
     for a, b in zip(starts, ends, strict=True):

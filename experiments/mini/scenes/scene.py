@@ -34,10 +34,10 @@ BACKGROUNDS = {
 }
 
 Split = Literal["train", "held_out"]
-Kind = tuple[str, str, str]  # shape, colour, texture
+Kind = tuple[str, str, str]  # shape, color, texture
 
-_JITTER = 8  # a colour's channels differ from its name's by at most this
-_RADII = {"small": (0.19, 0.23), "large": (0.30, 0.36)}  # of the side of the image
+_JITTER = 8  # largest random difference, in each channel, from the named color
+_RADII = {"small": (0.19, 0.23), "large": (0.30, 0.36)}  # bounds of the radius, as fractions of the image's side
 _SEVERAL = {2: (0.17, 0.20), 3: (0.145, 0.165)}
 _TWO = ((("left", "right"), ((0.27, 0.5), (0.73, 0.5))), (("top", "bottom"), ((0.5, 0.27), (0.5, 0.73))))
 _THREE = (("left", "right", "bottom"), ((0.25, 0.29), (0.75, 0.29), (0.5, 0.72)))
@@ -45,7 +45,7 @@ _THREE = (("left", "right", "bottom"), ((0.25, 0.29), (0.75, 0.29), (0.5, 0.72))
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One object. Lengths are shares of the image's side, from its top left corner."""
+    """One object. Lengths are fractions of the image's side; x and y start at the top left corner."""
 
     shape: str
     colour: str
@@ -56,7 +56,7 @@ class Thing:
     y: float
     radius: float
     angle: float  # radians
-    rgb: tuple[int, int, int]  # the colour as painted, near the one of its name
+    rgb: tuple[int, int, int]  # the rendered color, near the named one
 
     @property
     def kind(self) -> Kind:
@@ -67,11 +67,12 @@ class Thing:
 class Scene:
     things: tuple[Thing, ...]
     background: str
-    rgb: tuple[int, int, int]  # of the background, near the one of its name
+    rgb: tuple[int, int, int]  # of the background, near the named color
 
 
 def _is_held_out(kind: Kind) -> bool:
-    """One combination in six. A pair of attributes is in at most one of these, and in three others at least."""
+    """One combination in six is held out. Of the combinations with the same two attributes, at most one is held out and
+    at least three are not."""
     shape, colour, texture = kind
     return (SHAPES.index(shape) + tuple(COLOURS).index(colour) + TEXTURES.index(texture)) % 6 == 0
 
@@ -84,9 +85,9 @@ KINDS: dict[Split, tuple[Kind, ...]] = {
 
 
 def generator(split: Split, index: int, stream: int = 0) -> np.random.Generator:
-    """The random numbers of one index; `stream` tells apart what must not share them.
+    """The random generator of one index. Independent uses of an index have different values of `stream`.
 
-    Raises InputError: no such split, a negative index.
+    Raises InputError for an unknown split and a negative index.
     """
     if split not in KINDS:
         raise InputError(f"split {split!r}: scenes have the splits {' and '.join(KINDS)}; give one of them")
@@ -98,7 +99,7 @@ def generator(split: Split, index: int, stream: int = 0) -> np.random.Generator:
 def make_scene(split: Split, index: int, count: int | None = None) -> Scene:
     """Scene `index` of a split, with `count` objects; by default one (70 %), two (20 %) or three.
 
-    Raises InputError: no such split, a negative index, another count.
+    Raises InputError for an unknown split, a negative index and another count.
     """
     if count not in (None, 1, 2, 3):
         raise InputError(f"a scene of {count} objects: give a count of 1, 2 or 3")
@@ -112,7 +113,7 @@ def make_scene(split: Split, index: int, count: int | None = None) -> Scene:
 def _alone(split: Split, rng: np.random.Generator) -> tuple[Thing, ...]:
     size, place = str(rng.choice(SIZES)), str(rng.choice(PLACES))
     radius = rng.uniform(*_RADII[size])
-    reach = 0.47 - 1.15 * radius  # how far from the middle it can be
+    reach = 0.47 - 1.15 * radius  # distance of its place from the center
     sign = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "centre": (0, 0)}[place]
     x, y = (0.5 + reach * s + rng.uniform(-0.02, 0.02) for s in sign)
     return (_thing(split, rng, size, place, x, y, radius),)

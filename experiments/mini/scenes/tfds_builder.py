@@ -3,8 +3,8 @@
     import experiments.mini.scenes.tfds_builder
     tfds.data_source("scenes/64px")        or 128px; experiments/mini/render_scenes.py writes other numbers of examples
 
-Record i of a split is example i of the scenes. In addition to image and caption it holds every attribute of the scene;
-a photograph has no `things` and the background -1.
+Record i of a split is example i of the scenes. In addition to image and caption it has every attribute of the scene.
+A photograph has no `things`, and its background is -1.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar[list[ScenesConfig]] = [ScenesConfig(name="64px"), ScenesConfig(name="128px", side=128)]
     builder_config: ScenesConfig
-    code_path = tfds.core.as_path(__file__)  # to find it tfds would import importlib_resources, which it does not bring
+    code_path = tfds.core.as_path(__file__)  # otherwise tfds imports importlib_resources, which may be missing
 
     def _info(self) -> tfds.core.DatasetInfo:
         features, side = tfds.features, self.builder_config.side
@@ -57,7 +57,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
             "background": features.ClassLabel(names=list(BACKGROUNDS)),
             "rgb": rgb,  # of the background
         }
-        # Without disable_shuffling tfds would store them in the order of a hash.
+        # Without disable_shuffling tfds would store records in the order of a hash.
         return tfds.core.DatasetInfo(builder=self, features=features.FeaturesDict(example), disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
