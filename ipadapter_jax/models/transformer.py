@@ -12,7 +12,7 @@ from ipadapter_jax.ops.attention import AttentionBranch, KeyValue, attend, atten
 
 class Transformer(nn.Module):
     """diffusers' Transformer2DModel with convolutional projections: (B, h, w, C) -> (R, h, w, C), where R is the batch
-    size of the contexts, B or a multiple. There is one context per layer."""
+    size of the contexts, B or a multiple of it. There is one context per layer."""
 
     width: int
     heads: int
@@ -38,8 +38,8 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and a residual: (B, L, C) -> (R, L, C). R
-    is the batch size of the context, B or a multiple."""
+    """Self-attention, cross-attention and feed-forward, each with a LayerNorm before it and a residual connection:
+    (B, L, C) -> (R, L, C), where R is the batch size of the context, B or a multiple of it."""
 
     width: int
     heads: int
@@ -59,8 +59,8 @@ class TransformerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries of x (B, L, C) against branches of keys and values. A call with the collection "maps" mutable stores
-    there the attention to every branch but the first, which is the text: a list of (B, L, N) under `images`."""
+    """Attention with queries from x (B, L, C) and given branches of keys and values. If the collection "maps" is
+    mutable, it stores there, as `images`, a list of the attention (B, L, N) to each branch but the first, the text."""
 
     width: int
     heads: int

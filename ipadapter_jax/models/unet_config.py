@@ -1,4 +1,4 @@
-"""Sizes of the Stable Diffusion 1.x UNet, and its cross-attention layers."""
+"""The configuration of the Stable Diffusion 1.x UNet, and its cross-attention layers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the command line reads layers before it imports jax
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of one UNet of the Stable Diffusion 1.x family; the defaults are SD 1.5."""
+    """The configuration of a UNet of the Stable Diffusion 1.x family. The defaults are those of SD 1.5."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -29,7 +29,7 @@ class UNetConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, object]) -> "UNetConfig":
-        """From diffusers' unet/config.json. Raises InputError for what this family does not have."""
+        """From diffusers' unet/config.json. Raises InputError for a setting that this family does not have."""
         found = select_fields(cls, raw, what="UNet", fixed=_FIXED, ignored=_IGNORED)
         config: UNetConfig = build_config(cls, {"sample_size": None} | found, "UNet")
         levels = len(config.block_out_channels)
@@ -47,11 +47,11 @@ class UNetConfig:
         return config
 
     def heads(self, level: int) -> int:
-        """Attention heads at a resolution level, 0 being the finest."""
+        """The number of attention heads at a resolution level; 0 is the finest."""
         return self.attention_head_dim if isinstance(self.attention_head_dim, int) else self.attention_head_dim[level]
 
     def transformer_layers(self, level: int) -> int:
-        """Transformer layers of every attention at a resolution level: one at all of them in Stable Diffusion 1.x."""
+        """The number of layers of each transformer at a resolution level. In Stable Diffusion 1.x it is always 1."""
         return 1
 
     @property
@@ -87,8 +87,8 @@ _IGNORED = {"dropout", "split_head_dim", "use_memory_efficient_attention"}
 
 @dataclasses.dataclass(frozen=True)
 class CrossAttentionLayer:
-    """One cross-attention: its block's name, which of the block's attentions (transformers) it is in, which layer of
-    that one, its width C, and its resolution level, 0 being the finest."""
+    """A cross-attention layer: the name of its block, the index of its transformer among the block's `attentions`, the
+    index of its layer in that transformer, its width C, and its resolution level, of which 0 is the finest."""
 
     block: str
     attention: int
@@ -97,12 +97,12 @@ class CrossAttentionLayer:
     level: int
 
     def subtree(self, tree: "Params") -> "Params":
-        """What a collection of the UNet's variables, parameters for example, holds of this cross-attention."""
+        """The part of a collection of the UNet's variables, such as its parameters, that belongs to this layer."""
         return tree[self.block][f"attentions_{self.attention}"][f"transformer_blocks_{self.layer}"]["attn2"]
 
 
 def cross_attention_layers(config: UNetConfig) -> tuple[CrossAttentionLayer, ...]:
-    """All cross-attentions in file order: down, up, mid (the order in which diffusers registers its processors)."""
+    """All cross-attention layers in the order of weight files: down, up, mid, as diffusers registers its processors."""
     layers = []
     for level, kind in enumerate(config.down_block_types):
         if kind == "CrossAttnDownBlock2D":
@@ -121,6 +121,6 @@ def _of_block(config: UNetConfig, block: str, level: int, attentions: int) -> li
 
 
 def attention_grids(config: UNetConfig, h: int, w: int) -> list[tuple[int, int]]:
-    """Per cross-attention layer the height and width of its queries for latents of h x w: every level halves, rounding
-    up."""
+    """For each cross-attention layer, the height and width of its queries, given latents of h x w. Each level halves
+    them, rounded up."""
     return [(-(-h // 2**layer.level), -(-w // 2**layer.level)) for layer in cross_attention_layers(config)]

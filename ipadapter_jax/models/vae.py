@@ -24,7 +24,7 @@ _Images = TypeVar("_Images", np.ndarray, Array)
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Sizes; the defaults are those of Stable Diffusion 1.5."""
+    """The configuration of a VAE. The defaults are those of Stable Diffusion 1.5."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -36,7 +36,7 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, object]) -> "VAEConfig":
-        """From diffusers' vae/config.json. Raises InputError for what this family does not have."""
+        """From diffusers' vae/config.json. Raises InputError for a setting that this family does not have."""
         channels = {"block_out_channels": raw.get("block_out_channels", cls.block_out_channels)}
         levels = len(build_config(cls, channels, "VAE").block_out_channels)
         fixed = {
@@ -55,23 +55,23 @@ class VAEConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent, along each side."""
+        """The number of pixels for each latent position, along one axis."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 def normalize(pixels: _Images) -> _Images:
-    """Pixels of any shape, 0 to 255, to float32 in [-1, 1], as the VAE takes them."""
+    """Pixels from 0 to 255, of any shape -> float32 in [-1, 1], the VAE's input."""
     return pixels.astype(np.float32) / 127.5 - 1
 
 
 def denormalize(images: _Images) -> _Images:
-    """Images as the VAE gives them, about [-1, 1], clipped to [0, 1]."""
+    """The VAE's output, about [-1, 1] -> images clipped to [0, 1]."""
     return (images / 2 + 0.5).clip(0, 1)
 
 
 class Posterior(NamedTuple):
-    """The normal distribution of each image's latents, before scaling: what the encoder gives, and what caches of
-    encoded images hold. Both (B, h, w, C) float32."""
+    """The normal distribution of each image's latents, before scaling: the output of the encoder, which the feature
+    cache stores. Both (B, h, w, C) float32."""
 
     mean: Array
     log_variance: Array

@@ -1,4 +1,4 @@
-"""Parameters of layers that cost less to trace than flax's, and their shapes without computing them."""
+"""Layers whose parameters are traced faster than flax's, and shapes of parameters without computing them."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ from jax.typing import DTypeLike
 class SkipShapeCheck:
     """A layer's first base class, in front of an nn.Module: its parameters cost less to trace than flax's.
 
-    For each given parameter flax traces the initializer, to compare shapes: a quarter of the time that tracing a
-    network takes. weights/load_tree.py has compared them already. Without a random key nothing is sampled:
-    `parameter_shapes` needs no values. Every parameter still passes through `nn.Module.param`, so that tools which
-    replace that method, as qwix does to quantize weights, see all of them.
+    For each given parameter flax traces the initializer to compare shapes. That takes a quarter of the time of tracing
+    a network, and weights/load_tree.py has compared the shapes already. Without a random key parameters are zeros,
+    since `parameter_shapes` needs no values. Every parameter still passes through `nn.Module.param`, so that tools that
+    replace this method, such as qwix to quantize weights, see all of them.
     """
 
     def param(self: Any, name: str, init: Callable, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
@@ -34,7 +34,7 @@ class SkipShapeCheck:
 def _given_param(
     scope: Scope, name: str, init: Callable, *init_args: object, unbox: bool = True, **init_kwargs: object
 ) -> Array | meta.AxisMetadata[Array]:
-    """flax's `Scope.param` without tracing the initializer of a parameter that is there."""
+    """flax's `Scope.param`, which does not trace the initializer of a parameter that exists."""
     if not scope.has_variable("params", name):
         return Scope.param(scope, name, init, *init_args, unbox=unbox, **init_kwargs)
     scope.reserve(name, "params")
@@ -45,6 +45,6 @@ def _given_param(
 def parameter_shapes(
     module: nn.Module, *inputs: object, method: Callable | None = None, **named: object
 ) -> dict[str, object]:
-    """The tree of the module's parameters with jax.ShapeDtypeStruct for leaves. Inputs may be such, too."""
+    """The module's parameter tree with leaves jax.ShapeDtypeStruct. Inputs are arrays or jax.ShapeDtypeStruct."""
     init = functools.partial(module.init, {}, method=method)
     return jax.eval_shape(init, *inputs, **named)["params"]

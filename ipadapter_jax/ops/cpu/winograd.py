@@ -1,9 +1,9 @@
-"""3x3 convolutions with 16 products where the formula has 36: F(2x2, 3x3) of arXiv 1509.09308, section 4.1.
+"""Winograd's 3x3 convolution F(2x2, 3x3), with 16 products for 4 outputs instead of 36 (arXiv 1509.09308, section 4.1).
 
-The output is made in tiles of 2x2. A tile depends on 4x4 positions of the input; both the input's tile and the kernel
-become 4x4 numbers by sums and differences along each axis, are multiplied one by one (a matrix product over the
-channels each) and their sums and differences are the tile of the output. Everything is float32: the differences would
-cost a half-precision dtype most of its digits.
+The output is computed in tiles of 2x2, which depend on 4x4 positions of the input. The input's tile and the kernel are
+each transformed to 4x4 numbers, by sums and differences along both axes. Corresponding numbers are multiplied, which is
+a matrix product over the channels for each of the 16, and the output's tile is a transform of the results. Everything
+is float32, because the differences would lose most digits in half precision.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,16 @@ Grid = list[list[Array]]
 _OF_INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 _OF_KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _OF_OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
-_TURNED = (3, 1, 2, 0)  # where the rows of G g stand for a g that is turned round
-_BAND = 8192  # positions of the batch that are transformed at a time
+_TURNED = (3, 1, 2, 0)  # the rows of G g in the order in which they are G g' for the reversed kernel g'
+_BAND = 8192  # positions of the batch that are computed together
 
 
 @jax.custom_vjp
 def winograd(x: Array, kernel: Array) -> Array:
-    """x (B, h, w, C), kernel (3, 3, C, C') -> (B, h, w, C'), zeros around x, all in float32.
+    """x (B, h, w, C), kernel (3, 3, C, C') -> (B, h, w, C'), with zero padding, all in float32.
 
-    The gradient by x is such a convolution again, that by the kernel is XLA's.
+    The gradient with respect to x is computed in the same way, with the reversed kernel. XLA computes that with respect
+    to the kernel.
     """
     return _correlate(x, _kernel_tile(kernel))
 
@@ -54,7 +55,8 @@ def _by_kernel(x: Array, kernel: Array, by_output: Array) -> Array:
 
 
 def _correlate(x: Array, kernel_tile: Grid) -> Array:
-    """Band by band, since the tiles of a whole image would need four times its memory, twice."""
+    """Convolves one band of rows at a time. The transforms of all rows would take four times the memory of the input
+    and four times that of the output."""
     batch, height, width, _ = x.shape
     bands = -(-batch * height * width // _BAND)
     rows = 2 * -(-height // (2 * bands))
