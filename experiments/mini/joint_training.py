@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax.models.clip import CLIPTextConfig, TextOutput
+from ipadapter_jax.models.text_encoders import TextEncoders
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
 from ipadapter_jax.train import trainer
@@ -60,7 +61,8 @@ def with_image(pipe: StableDiffusion, how: Joined, image: np.ndarray, guided: bo
     encoder: Any = _TextAndImage(pipe.text_encoder, adapter.projection, how)
     features = adapter.encode(adapter.inputs.from_images([[image]], "crop", guided))[0, :, 0]
     both = {"text": pipe.params["text_encoder"], "image_proj": adapter.params["image_proj"], "features": features}
-    return dataclasses.replace(pipe, text_encoder=encoder, params={**pipe.params, "text_encoder": both}, adapters=())
+    text = dataclasses.replace(pipe.text, encoders=TextEncoders.of({"text_encoder": encoder}))
+    return dataclasses.replace(pipe, text=text, params={**pipe.params, "text_encoder": both}, adapters=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +77,9 @@ class _TextAndImage:
     def config(self) -> CLIPTextConfig:
         return self.text.config
 
-    def apply(self, variables: dict[str, Any], ids: Array, *, method: None) -> TextOutput:
+    def apply(self, variables: dict[str, Any], ids: Array, clip_skip: int = 0) -> TextOutput:
         """Token ids (G, S): the guidance branches of one prompt. `variables` has the features (G, F) of its image."""
         params = variables["params"]
-        output: TextOutput = self.text.apply({"params": params["text"]}, ids)
+        output: TextOutput = self.text.apply({"params": params["text"]}, ids, clip_skip)
         tokens = self.projection.apply({"params": params["image_proj"]}, params["features"])
         return output._replace(last_hidden_state=join(self.how, output.last_hidden_state, tokens))

@@ -181,7 +181,7 @@ class Checkpoints:
         return self._verified(step, manifest, wanted)
 
     def _verified(self, step: int, manifest: "_Manifest", wanted: Mapping[str, Leaf]) -> dict[str, Array]:
-        """The leaves of a step, which are what its manifest says. Raises Damaged."""
+        """The leaves of a step, which are what its manifest says. Raises DamagedStep."""
         arguments = ocp.args.StandardRestore(wanted)  # pyright: ignore[reportCallIssue]
         # Orbax's own manager waits for all processes at the end of restore: for ever, when one of them has failed.
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:

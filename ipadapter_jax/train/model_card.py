@@ -100,7 +100,7 @@ with `ip-adapter` and choose {preprocessor}; the automatic one knows only the pu
 
 ## Limits
 
-It inherits what the base model, the image encoder and the training data are biased to, and their licences. An image
+It inherits what the base model, the image encoder and the training data are biased to, and their licenses. An image
 prompt can show a person: use images of people only with their consent.
 """
 

@@ -64,7 +64,7 @@ class Networks:
         return self.text_encoders(frozen.params, {self.text_encoders.first.part: ids}).states
 
     def image_features(self, frozen: FrozenModels, pixels: Array) -> Array:
-        """Normalised pixels (B, S, S, 3) -> what the projection reads: (B, F), or for patches (B, L, F)."""
+        """Normalized pixels (B, S, S, 3) -> what the projection reads: (B, F), or for patches (B, L, F)."""
         assert self.projection is not None and self.image_encoder is not None
         output = forward.apply(self.image_encoder, frozen.params["image_encoder"], pixels)
         return clip_features(output, self.projection.config.feature_kind)

@@ -73,7 +73,7 @@ class SampleGrid:
         self._scorer = open_scorer(str(log.clip)).load() if scores else None
 
     def draw(self, trainable: Partitioned, step: int) -> Grid:
-        """A row for every image prompt: the reference and images of fixed seeds, without text, labelled; and by name
+        """A row for every image prompt: the reference and images of fixed seeds, without text, labeled; and by name
         what the scoring CLIP says of them. For process 0, which samples on its own devices; nothing for the others."""
         local, loaded = local_mesh(), self._loaded
         params = combine(trainable, loaded.frozen.params)

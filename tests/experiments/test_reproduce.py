@@ -232,8 +232,7 @@ def test_joined_tokens_are_sampled_as_they_were_trained(base, how) -> None:
     encoder: Any = pipe.text_encoder
     text = encoder.apply({"params": pipe.params["text_encoder"]}, ids).last_hidden_state
     told = with_image(pipe, how, image, guided=True)
-    both: Any = told.text_encoder
-    found = both.apply({"params": told.params["text_encoder"]}, ids, method=None).last_hidden_state
+    found = told.text.encoders({"text_encoder": told.params["text_encoder"]}, {"text_encoder": ids}).states
     np.testing.assert_allclose(found, join(how, text, tokens), atol=1e-5)
     assert found.shape[1] == (3 + 4 if how == "simple" else 4)
 
