@@ -6,6 +6,7 @@ The settings are environment variables, made before anything imports jax, so tha
 import gc
 import importlib.metadata
 import os
+import signal
 import socket
 import sys
 import time
@@ -39,6 +40,12 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # else it prints that PyTorch was not found
 os.environ["MPLBACKEND"] = "agg"
+
+# Tests send these to programs, which would inherit that nohup or a job in the background ignores or blocks them.
+for _number in (signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [_number])
 
 # Tracing makes millions of objects that stay: looking for garbage after every 700 of them
 # was 7 % of a profile.

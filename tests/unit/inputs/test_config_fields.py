@@ -9,6 +9,7 @@ from helpers import TORCH_MODEL
 
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.config_fields import short_repr
+from ipadapter_jax.models.families import SD1
 from ipadapter_jax.weights.base_model import BaseModel
 from ipadapter_jax.weights.model_source import ModelSource
 
@@ -32,7 +33,7 @@ def opened_with(tmp_path, part: str, **changes) -> BaseModel:
     shutil.copytree(TORCH_MODEL, folder)
     config = folder / part / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
-    return BaseModel(ModelSource(folder), folder)
+    return BaseModel(ModelSource(folder), folder, SD1)
 
 
 @pytest.mark.parametrize("value", ABSURD.values(), ids=ABSURD)
