@@ -29,11 +29,18 @@ class CLIPTextConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int | None = 49407
+    projection_dim: int | None = None  # of the pooled state, where the encoder projects it
 
     @classmethod
     def from_json(cls, raw: Mapping[str, object]) -> "CLIPTextConfig":
-        """From transformers' text_encoder/config.json. Raises InputError for a setting that is not supported."""
-        return _from_json(cls, raw, _TEXT_DEFAULTS, "text encoder")
+        """From the config.json of transformers' CLIPTextModel. Raises InputError for a setting that is not supported."""
+        return _from_json(cls, {**raw, "projection_dim": None}, _TEXT_DEFAULTS, "text encoder")
+
+    @classmethod
+    def with_projection(cls, raw: Mapping[str, object]) -> "CLIPTextConfig":
+        """From the config.json of transformers' CLIPTextModelWithProjection. Raises InputError likewise."""
+        projected = {"projection_dim": _VISION_DEFAULTS["projection_dim"]}
+        return _from_json(cls, raw, _TEXT_DEFAULTS | projected, "text encoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +120,7 @@ class TextOutput(NamedTuple):
     last_hidden_state: Array  # (B, S, D), after the final norm
     pooled: Array  # (B, D): its state at the end-of-text token
     hidden_states: tuple[Array, ...]  # (B, S, D) each: the embeddings, then the output of every layer
+    text_embeds: Array | None = None  # (B, P): `pooled`, projected, where the encoder has a projection
 
 
 class VisionOutput(NamedTuple):
@@ -128,7 +136,8 @@ def clip_features(output: VisionOutput, kind: FeatureKind) -> Array:
 
 
 class CLIPText(nn.Module):
-    """Token ids (B, S) -> TextOutput. The parameters are under `text_model`, as in transformers."""
+    """Token ids (B, S) -> TextOutput. The parameters are under `text_model` and `text_projection`, as in
+    transformers."""
 
     config: CLIPTextConfig
     dtype: jnp.dtype = jnp.float32
@@ -136,7 +145,11 @@ class CLIPText(nn.Module):
     @nn.compact
     def __call__(self, input_ids: Array, skip: int = 0) -> TextOutput:
         """`skip`: the number of last layers whose output is not used (clip skip)."""
-        return TextTransformer(self.config, self.dtype, name="text_model")(input_ids, skip)
+        output = TextTransformer(self.config, self.dtype, name="text_model")(input_ids, skip)
+        if self.config.projection_dim is None:
+            return output
+        project = Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")
+        return output._replace(text_embeds=project(output.pooled))
 
 
 class TextTransformer(nn.Module):

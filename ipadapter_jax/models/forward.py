@@ -13,7 +13,7 @@ from jax import Array
 
 from ipadapter_jax.models.image_projections import Projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
-from ipadapter_jax.models.unet import UNet, UNetResiduals
+from ipadapter_jax.models.unet import AddedConditioning, UNet, UNetResiduals
 from ipadapter_jax.ops.attention import KeyValue
 from ipadapter_jax.runtime.trees import Params, PyTree
 
@@ -66,9 +66,12 @@ def image_keys_values(
     return ImageKeysValues(apply(adapter, params["ip_adapter"], joined), tokens.shape[-2])
 
 
-def time_shifts(unet: UNet, params: Params, timesteps: Array) -> list[list[Array]]:
-    """Timesteps (n,) -> what time adds in each resnet, (n, C)."""
-    return apply(unet, params, timesteps, method=UNet.time_shifts)
+def time_shifts(
+    unet: UNet, params: Params, timesteps: Array, added: AddedConditioning | None = None
+) -> list[list[Array]]:
+    """Timesteps (...) -> what time, and the added conditioning where the UNet has one, adds in each resnet, (..., C):
+    with the leading axes of both broadcast."""
+    return apply(unet, params, timesteps, added, method=UNet.time_shifts)
 
 
 def unet_output(

@@ -74,13 +74,13 @@ ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
 def timestep_embedding(timesteps: Array, width: int) -> Array:
-    """Sinusoidal embedding: timesteps (B,), which may be fractional -> (B, width) float32.
+    """Sinusoidal embedding: timesteps (...), which may be fractional -> (..., width) float32.
 
     The cosines come first, then the sines, of t * 10000^(-i / (width / 2)) for i = 0 to width / 2 - 1.
     """
     half = width // 2
     frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
-    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    angles = timesteps.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -117,11 +117,15 @@ class ResnetBlock(nn.Module):
         return self.time_emb_proj(nn.silu(time))
 
     def __call__(self, x: Array, time_shift: Array | None = None) -> Array:
+        """(B, h, w, C) and shifts (1, B or R, features) -> (B or R, h, w, features). With R shifts, a multiple of B,
+        everything before they are added is computed once for B."""
         y = self.conv1(nn.silu(self.norm1(x)))
         if time_shift is not None:
-            y = y + match_rows(time_shift, y.shape[0])[:, None, None]
+            rows = max(y.shape[0], time_shift.shape[0])
+            y = match_rows(y, rows) + match_rows(time_shift, rows)[:, None, None]
         y = self.conv2(nn.silu(self.norm2(y)))
-        return (x if x.shape[-1] == self.features else self.conv_shortcut(x)) + y
+        shortcut = x if x.shape[-1] == self.features else self.conv_shortcut(x)
+        return match_rows(shortcut, y.shape[0]) + y
 
 
 class Downsample(nn.Module):

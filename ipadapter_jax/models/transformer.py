@@ -11,20 +11,25 @@ from ipadapter_jax.ops.attention import AttentionBranch, KeyValue, attend, atten
 
 
 class Transformer(nn.Module):
-    """diffusers' Transformer2DModel with convolutional projections: (B, h, w, C) -> (R, h, w, C), where R is the batch
-    size of the contexts, B or a multiple of it. There is one context per layer."""
+    """diffusers' Transformer2DModel: (B, h, w, C) -> (R, h, w, C), where R is the batch size of the contexts, B or a
+    multiple. There is one context per layer. Its projections are 1x1 convolutions, or `linear` layers of the same
+    numbers, which a checkpoint stores as matrices."""
 
     width: int
     heads: int
     layers: int
     groups: int
     dtype: jnp.dtype
+    linear: bool = False
 
     def setup(self):
         self.norm = group_norm(self.groups, 1e-6, self.dtype)  # 1e-6 here, 1e-5 elsewhere in the UNet
-        self.proj_in = conv(self.width, 1, self.dtype)
+        self.proj_in = self._projection()
         self.transformer_blocks = [TransformerBlock(self.width, self.heads, self.dtype) for _ in range(self.layers)]
-        self.proj_out = conv(self.width, 1, self.dtype)
+        self.proj_out = self._projection()
+
+    def _projection(self) -> nn.Module:
+        return Dense(self.width, dtype=self.dtype) if self.linear else conv(self.width, 1, self.dtype)
 
     def text_kv(self, text: Array, layer: int) -> KeyValue:
         return self.transformer_blocks[layer].attn2.key_value(text)

@@ -1,4 +1,4 @@
-"""The Stable Diffusion 1.x UNet, channels-last, with keys and values of the cross-attentions as arguments.
+"""The Stable Diffusion UNet (1.x, 2.x, XL), channels-last, with keys and values of the cross-attentions as arguments.
 
 Keys and values of a cross-attention layer depend on the prompt and not on the UNet's state. So the caller computes
 them once per prompt (`text_kv`) and once per image (models/ip_adapter.py), and image prompts need no other UNet. What
@@ -40,6 +40,13 @@ class UNetResiduals(NamedTuple):
     mid: Array
 
 
+class AddedConditioning(NamedTuple):
+    """What conditions SDXL's time embedding next to the timestep."""
+
+    pooled: Array  # (..., D), the pooled text
+    time_ids: Array  # (..., 6) float32: original height and width, top and left of the crop, target height and width
+
+
 class UNet(nn.Module):
     """Predicts the noise (or v) in latents. See `__call__`.
 
@@ -55,6 +62,8 @@ class UNet(nn.Module):
         channels = config.block_out_channels
         self.conv_in = conv(channels[0], 3, dtype)
         self.time_embedding = TimeEmbedding(4 * channels[0], dtype)
+        if config.addition_embed_type is not None:
+            self.add_embedding = TimeEmbedding(4 * channels[0], dtype)
         self.down_blocks = [
             DownBlock(config, level, kind == "CrossAttnDownBlock2D", dtype, remat)
             for level, kind in enumerate(config.down_block_types)
@@ -74,6 +83,7 @@ class UNet(nn.Module):
         text_kv: Sequence[KeyValue],
         image_kv: Sequence[Sequence[KeyValue]] = (),
         image_weight: Array | Sequence = (),
+        added: AddedConditioning | None = None,
     ) -> Array:
         """latents (B, h, w, 4), timesteps (B,) -> prediction (R, h, w, 4) float32.
 
@@ -82,7 +92,7 @@ class UNet(nn.Module):
         (k, v), each (R, S, C), per layer of `cross_attention_layers`. image_kv holds the same for every image branch,
         and image_weight[branch][layer] that branch's weight there: a scalar, or what broadcasts to (R, L, 1).
         """
-        return self.at(latents, self.time_shifts(timesteps), text_kv, image_kv, image_weight)
+        return self.at(latents, self.time_shifts(timesteps, added), text_kv, image_kv, image_weight)
 
     def at(
         self,
@@ -93,8 +103,8 @@ class UNet(nn.Module):
         image_weight: Array | Sequence = (),
         residuals: UNetResiduals | None = None,
     ) -> Array:
-        """The same with `time_shifts` of the timesteps, one per latent or one for all of them, and with what other
-        networks add inside."""
+        """The same with `time_shifts` of the timesteps, (1, B or R, C): one for all, for each latent, or for each
+        element of the keys and values; and with what other networks add inside."""
         contexts = self._contexts(text_kv, image_kv, image_weight)
         shifts = iter(time_shifts)
         x = self.conv_in(latents.astype(self.dtype))
@@ -112,9 +122,16 @@ class UNet(nn.Module):
         assert not skips
         return self.conv_out(nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
 
-    def time_shifts(self, timesteps: Array) -> list[list[Array]]:
-        """Timesteps (n,) -> per block, in the order of the forward pass, what time adds in each resnet, (n, C)."""
+    def time_shifts(self, timesteps: Array, added: AddedConditioning | None = None) -> list[list[Array]]:
+        """Timesteps (...) -> per block, in the order of the forward pass, what time adds in each resnet, (..., C). The
+        leading axes of the added conditioning, where the UNet has one, and of the timesteps broadcast: timesteps (n, 1)
+        and the conditioning of R elements give (n, R, C)."""
         time = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]))
+        if self.config.addition_embed_type is not None:
+            assert added is not None
+            ids = timestep_embedding(added.time_ids, self.config.addition_time_embed_dim or 0)
+            ids = ids.reshape(*ids.shape[:-2], -1).astype(self.dtype)
+            time = time + self.add_embedding(jnp.concatenate([added.pooled.astype(self.dtype), ids], axis=-1))
         blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
         return [[resnet.time_shift(time) for resnet in block.resnets] for block in blocks]
 
@@ -132,9 +149,11 @@ class UNet(nn.Module):
         found = [layer.subtree(collection)["images"] for layer in cross_attention_layers(config)]
         return [list(branch) for branch in zip(*found, strict=True)]
 
-    def from_text(self, latents: Array, timesteps: Array, text: Array) -> Array:
+    def from_text(
+        self, latents: Array, timesteps: Array, text: Array, added: AddedConditioning | None = None
+    ) -> Array:
         """The plain UNet of text states (B, S, D): touches every parameter, so it also initializes."""
-        return self(latents, timesteps, self.text_kv(text))
+        return self(latents, timesteps, self.text_kv(text), added=added)
 
     def _contexts(
         self,
@@ -179,7 +198,8 @@ def _resnet(config: UNetConfig, width: int, dtype: jnp.dtype, remat: bool) -> Re
 def _transformer(config: UNetConfig, level: int, dtype: jnp.dtype, remat: bool) -> Transformer:
     kind = nn.remat(Transformer) if remat else Transformer
     layers = config.transformer_layers(level)
-    return kind(config.block_out_channels[level], config.heads(level), layers, config.norm_num_groups, dtype)
+    width, heads, groups = config.block_out_channels[level], config.heads(level), config.norm_num_groups
+    return kind(width, heads, layers, groups, dtype, config.use_linear_projection)
 
 
 class DownBlockOutput(NamedTuple):

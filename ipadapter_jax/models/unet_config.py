@@ -1,4 +1,4 @@
-"""The configuration of the Stable Diffusion 1.x UNet, and its cross-attention layers."""
+"""The configuration of a Stable Diffusion UNet (1.x, 2.x, XL), and its cross-attention layers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the command line reads layers before it imports jax
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """The configuration of a UNet of the Stable Diffusion 1.x family. The defaults are those of SD 1.5."""
+    """Sizes of one UNet, in the words of diffusers' config.json; the defaults are SD 1.5."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -25,6 +25,11 @@ class UNetConfig:
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    use_linear_projection: bool = False
+    addition_embed_type: str | None = None  # "text_time" for SDXL
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
     sample_size: int | tuple[int, ...] | None = 64  # (h, w) of the latents it was trained on
 
     @classmethod
@@ -44,6 +49,11 @@ class UNetConfig:
         for kind in config.down_block_types + config.up_block_types:
             if kind not in ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"):
                 raise InputError(f"UNet config: block type {kind!r} is not supported")
+        for name in ("attention_head_dim", "transformer_layers_per_block"):
+            value = getattr(config, name)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise InputError(f"UNet config: {levels} block_out_channels need as many values of {name}, not {value}")
+        _check_added_conditioning(config)
         return config
 
     def heads(self, level: int) -> int:
@@ -51,8 +61,16 @@ class UNetConfig:
         return self.attention_head_dim if isinstance(self.attention_head_dim, int) else self.attention_head_dim[level]
 
     def transformer_layers(self, level: int) -> int:
-        """The number of layers of each transformer at a resolution level. In Stable Diffusion 1.x it is always 1."""
-        return 1
+        """The number of layers of each transformer at a resolution level."""
+        depth = self.transformer_layers_per_block
+        return depth if isinstance(depth, int) else depth[level]
+
+    @property
+    def pooled_dim(self) -> int | None:
+        """Width of the pooled text that conditions the time embedding, or None where nothing but time does."""
+        if self.addition_embed_type is None:
+            return None
+        return (self.projection_class_embeddings_input_dim or 0) - TIME_IDS * (self.addition_time_embed_dim or 0)
 
     @property
     def head_dims(self) -> tuple[int, ...]:
@@ -62,6 +80,24 @@ class UNetConfig:
     @property
     def levels(self) -> int:
         return len(self.block_out_channels)
+
+
+TIME_IDS = 6
+"""Numbers that SDXL is conditioned on: height and width of the original image, top and left of the crop, height and
+width of the target image."""
+
+
+def _check_added_conditioning(config: UNetConfig) -> None:
+    if config.addition_embed_type not in (None, "text_time"):
+        kind = config.addition_embed_type
+        raise InputError(f"UNet config: addition_embed_type={kind!r} is not supported, only None or 'text_time'")
+    pooled = config.pooled_dim
+    if pooled is not None and (pooled < 1 or not config.addition_time_embed_dim or config.addition_time_embed_dim % 2):
+        raise InputError(
+            f"UNet config: projection_class_embeddings_input_dim={config.projection_class_embeddings_input_dim} is not "
+            f"usable, it must be the width of the pooled text and {TIME_IDS} times addition_time_embed_dim="
+            f"{config.addition_time_embed_dim}, which must be even"
+        )
 
 
 _FIXED = {
@@ -78,11 +114,10 @@ _FIXED = {
     "resnet_out_scale_factor": (1,),
     "resnet_time_scale_shift": ("default",),
     "time_embedding_type": ("positional",),
-    "transformer_layers_per_block": (1,),
-    "use_linear_projection": (False,),
     "addition_embed_type_num_heads": (64,),
 }
-_IGNORED = {"dropout", "split_head_dim", "use_memory_efficient_attention"}
+# upcast_attention: products of queries and keys are float32 here in every dtype.
+_IGNORED = {"dropout", "upcast_attention", "split_head_dim", "use_memory_efficient_attention"}
 
 
 @dataclasses.dataclass(frozen=True)

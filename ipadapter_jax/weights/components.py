@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ipadapter_jax.models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
-from ipadapter_jax.models.unet import UNet
-from ipadapter_jax.models.unet_config import UNetConfig
+from ipadapter_jax.models.unet import AddedConditioning, UNet
+from ipadapter_jax.models.unet_config import TIME_IDS, UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig
 from ipadapter_jax.ops.fast_params import parameter_shapes
 from ipadapter_jax.weights.component_files import (
@@ -39,16 +39,22 @@ def abstract_array(*shape: int, dtype: jax.typing.DTypeLike = jnp.float32) -> An
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-UNET = Component(
-    files=UNET_FILES,
-    config=UNetConfig.from_json,
-    module=UNet,
-    example=lambda config: functools.partial(
+def _unet_example(config: UNetConfig) -> functools.partial:
+    pooled = config.pooled_dim
+    return functools.partial(
         UNet.from_text,
         latents=abstract_array(1, 2**config.levels, 2**config.levels, config.in_channels),
         timesteps=abstract_array(1),
         text=abstract_array(1, 1, config.cross_attention_dim),
-    ),
+        added=None if pooled is None else AddedConditioning(abstract_array(1, pooled), abstract_array(1, TIME_IDS)),
+    )
+
+
+UNET = Component(
+    files=UNET_FILES,
+    config=UNetConfig.from_json,
+    module=UNet,
+    example=_unet_example,
 )
 VAE_COMPONENT = Component(
     files=VAE_FILES,
