@@ -17,6 +17,7 @@ from ipadapter_jax.diffusion.sampler_table import init_state
 from ipadapter_jax.diffusion.samplers import sample_table
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.models.clip import CLIPText, CLIPVision
+from ipadapter_jax.models.families import SD1
 from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.models.image_projections import example_features, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
@@ -149,7 +150,7 @@ def abstract_step(
     networks: Any = Networks(
         unet=unet,
         vae=vae,
-        text_encoders=TextEncoders.of({"text_encoder": text}),
+        text_encoders=TextEncoders.of(SD1, {"text_encoder": text}),
         schedule=NoiseSchedule.from_json(SCHEDULER),
         latent_shape=(latent, latent, 4),
         image_encoder=vision,

@@ -10,12 +10,14 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 
-class TextEncoderFiles(NamedTuple):
-    """Where a text encoder of a family lies in a base model."""
+class FamilyTextEncoder(NamedTuple):
+    """Where a text encoder of a family lies in a base model, and what of it conditions the UNet."""
 
     part: str  # the folder of the network, and the name of this part everywhere
     tokenizer: str  # the folder of its tokenizer
     prefix: str  # of its tensors in a single file
+    penultimate: bool = False  # states before the last layer, without the final norm; else the last ones after it
+    pooled: bool = False  # whether its pooled state, projected, conditions the time embedding
 
 
 class LayerPreset(NamedTuple):
@@ -42,15 +44,25 @@ class Family:
     title: str
     pipelines: tuple[str, ...]
     recognizes: Callable[[Mapping[str, object]], bool]
-    text_encoders: tuple[TextEncoderFiles, ...]
+    text_encoders: tuple[FamilyTextEncoder, ...]
     num_layers: int
     layer_presets: Mapping[str, LayerPreset]
 
 
-def _is_sd1(settings: Mapping[str, object]) -> bool:
-    """SD 1.x has no added conditioning, convolutional projections, and 4 input channels, or 9 for inpainting."""
-    added, linear = settings.get("addition_embed_type"), settings.get("use_linear_projection")
-    return added is None and not linear and settings.get("in_channels", 4) in (4, 9)
+def _is(settings: Mapping[str, object], *, added: str | None = None, linear: bool = False) -> bool:
+    """Whether a UNet has this added conditioning, linear or convolutional projections, no conditioning on a class, and
+    4 input channels, or 9 for inpainting."""
+    of_class = settings.get("class_embed_type"), settings.get("num_class_embeds")
+    return (
+        settings.get("addition_embed_type") == added
+        and bool(settings.get("use_linear_projection")) == linear
+        and of_class == (None, None)
+        and settings.get("in_channels", 4) in (4, 9)
+    )
+
+
+_REFINER_WIDTH = 1280
+"""The refiner of SDXL reads the second text encoder alone."""
 
 
 _SD1_COMPOSITION = {4: 0.25, 5: 1.0}
@@ -60,8 +72,8 @@ _SD1_ALL_BUT_COMPOSITION = dict.fromkeys((layer for layer in range(16) if layer 
 SD1 = Family(
     title="Stable Diffusion 1.x",
     pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
-    recognizes=_is_sd1,
-    text_encoders=(TextEncoderFiles("text_encoder", "tokenizer", "cond_stage_model.transformer."),),
+    recognizes=_is,
+    text_encoders=(FamilyTextEncoder("text_encoder", "tokenizer", "cond_stage_model.transformer."),),
     num_layers=16,
     layer_presets=MappingProxyType(
         {
@@ -75,7 +87,32 @@ SD1 = Family(
     ),
 )
 
-FAMILIES: tuple[Family, ...] = (SD1,)
+SD2 = Family(
+    title="Stable Diffusion 2.x",
+    pipelines=SD1.pipelines,
+    recognizes=lambda settings: _is(settings, linear=True),
+    text_encoders=(FamilyTextEncoder("text_encoder", "tokenizer", "cond_stage_model.model."),),
+    num_layers=16,
+    layer_presets=MappingProxyType({}),
+)
+
+SDXL = Family(
+    title="Stable Diffusion XL",
+    pipelines=(*("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),),
+    recognizes=lambda settings: (
+        _is(settings, added="text_time", linear=True) and settings.get("cross_attention_dim") != _REFINER_WIDTH
+    ),
+    text_encoders=(
+        FamilyTextEncoder("text_encoder", "tokenizer", "conditioner.embedders.0.transformer.", penultimate=True),
+        FamilyTextEncoder(
+            *("text_encoder_2", "tokenizer_2", "conditioner.embedders.1.model."), penultimate=True, pooled=True
+        ),
+    ),
+    num_layers=70,
+    layer_presets=MappingProxyType({}),
+)
+
+FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL)
 
 
 def family_of(settings: Mapping[str, object]) -> Family | None:

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from ipadapter_jax.models.clip import CLIPText
+from ipadapter_jax.models.clip import CLIPText, TextOutput
+from ipadapter_jax.models.families import Family, FamilyTextEncoder
 from ipadapter_jax.runtime.trees import Params
 
 
@@ -16,12 +17,14 @@ class TextConditioning(NamedTuple):
 
     states: Array
     """(P, S, D): the keys and values of the text are made of them."""
+    pooled: Array | None
+    """(P, F): what conditions the time embedding, where the family has it."""
 
 
 class TextEncoder(NamedTuple):
-    """A network and the name of its part of the base model, such as "text_encoder"."""
+    """A network, and what the family says of it."""
 
-    part: str
+    role: FamilyTextEncoder
     network: CLIPText
 
 
@@ -32,23 +35,26 @@ class TextEncoders:
     encoders: tuple[TextEncoder, ...]
 
     @classmethod
-    def of(cls, networks: Mapping[str, CLIPText]) -> "TextEncoders":
-        """From networks by part, in their order."""
-        return cls(tuple(TextEncoder(part, network) for part, network in networks.items()))
+    def of(cls, family: Family, networks: Mapping[str, CLIPText]) -> "TextEncoders":
+        """Those of a family, from its networks by part."""
+        return cls(tuple(TextEncoder(role, networks[role.part]) for role in family.text_encoders))
+
+    @property
+    def layers(self) -> int:
+        """How many layers a prompt can leave out at most, plus one."""
+        return min(network.config.num_hidden_layers - role.penultimate for role, network in self.encoders)
 
     @property
     def first(self) -> TextEncoder:
         return self.encoders[0]
 
-    @property
-    def layers(self) -> int:
-        """Layers of each encoder, or of the one with the fewest."""
-        return min(network.config.num_hidden_layers for _, network in self.encoders)
-
     def __call__(self, params: Mapping[str, Params], ids: Mapping[str, Array], clip_skip: int = 0) -> TextConditioning:
         """Token ids (P, S) of the same prompts and the weights of each encoder, by part. The states leave out the last
-        `clip_skip` layers."""
-        outputs: list[Any] = [
-            network.apply({"params": params[part]}, ids[part], clip_skip) for part, network in self.encoders
-        ]
-        return TextConditioning(jnp.concatenate([output.last_hidden_state for output in outputs], axis=-1))
+        `clip_skip` layers, next to those that the family leaves out; the pooled state does not."""
+        states, pooled = [], None
+        for role, network in self.encoders:
+            skip = 0 if role.penultimate else clip_skip
+            output: TextOutput = network.apply({"params": params[role.part]}, ids[role.part], skip)  # pyright: ignore[reportAssignmentType]
+            states.append(output.hidden_states[-2 - clip_skip] if role.penultimate else output.last_hidden_state)
+            pooled = output.text_embeds if role.pooled else pooled
+        return TextConditioning(jnp.concatenate(states, axis=-1), pooled)

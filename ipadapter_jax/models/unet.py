@@ -149,9 +149,7 @@ class UNet(nn.Module):
         found = [layer.subtree(collection)["images"] for layer in cross_attention_layers(config)]
         return [list(branch) for branch in zip(*found, strict=True)]
 
-    def from_text(
-        self, latents: Array, timesteps: Array, text: Array, added: AddedConditioning | None = None
-    ) -> Array:
+    def from_text(self, latents: Array, timesteps: Array, text: Array, added: AddedConditioning | None = None) -> Array:
         """The plain UNet of text states (B, S, D): touches every parameter, so it also initializes."""
         return self(latents, timesteps, self.text_kv(text), added=added)
 

@@ -83,7 +83,7 @@ class StableDiffusion:
     @property
     def tokenizer(self) -> Tokenizer:
         """Of the first text encoder."""
-        return self.text.tokenizers[self.text.encoders.first.part]
+        return self.text.tokenizers[self.text.encoders.first.role.part]
 
     @classmethod
     def from_pretrained(
@@ -117,7 +117,7 @@ class StableDiffusion:
         mesh, schedule = local_mesh(), base.schedule
         put = functools.partial(jax.device_put, device=replicated(mesh))
         parts = {name: base.part(name).load(jnp.dtype(dtype), put) for name in base.components}
-        encoders = TextEncoders.of({part: parts[part].module for part in base.tokenizers})
+        encoders = TextEncoders.of(base.family, {part: parts[part].module for part in base.tokenizers})
         return cls(
             unet=parts["unet"].module,
             vae=parts["vae"].module,
@@ -298,7 +298,7 @@ class StableDiffusion:
 
     def _conditioning(self, plan: SamplingPlan, batch: SampleBatch, begin: Start) -> Conditioning:
         """Runs the encoders: all that the networks see next to latents and time."""
-        branches = [self.text.encode(self.params, plan.prompts, plan.clip_skip)]
+        branches = [self.text.encode(self.params, plan.prompts, clip_skip=plan.clip_skip)]
         if plan.guided:  # diffusers leaves out layers for the prompt alone
             branches.insert(0, self.text.encode(self.params, plan.negative_prompts))
         text = jax.tree.map(lambda *of_branches: jnp.stack(of_branches, axis=1), *branches)

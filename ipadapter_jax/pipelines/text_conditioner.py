@@ -16,12 +16,20 @@ class TextConditioner:
     encoders: TextEncoders
     tokenizers: Mapping[str, Tokenizer]
 
-    def encode(self, params: Mapping[str, Params], prompts: Sequence[str], clip_skip: int = 0) -> TextConditioning:
-        """P prompts, with the weights of each encoder by part. Warns of the words that a truncation loses."""
+    def encode(
+        self,
+        params: Mapping[str, Params],
+        prompts: Sequence[str],
+        prompts_2: Sequence[str] | None = None,
+        clip_skip: int = 0,
+    ) -> TextConditioning:
+        """P prompts, with the weights of each encoder by part; `prompts_2` is what a second text encoder reads, by
+        default the same. Warns of the words that a truncation loses."""
         ids = {}
-        for part, network in self.encoders.encoders:
-            tokenizer = self.tokenizers[part]
+        for number, (role, network) in enumerate(self.encoders.encoders):
+            tokenizer = self.tokenizers[role.part]
             length = min(tokenizer.model_max_length, network.config.max_position_embeddings)
-            ids[part] = tokenize(tokenizer, prompts, length)
+            texts = prompts if number == 0 or prompts_2 is None else prompts_2
+            ids[role.part] = tokenize(tokenizer, texts, length)
         weights = {part: params[part] for part in ids}
         return programs.encode_prompts(self.encoders, clip_skip, weights, ids)

@@ -61,7 +61,7 @@ class Networks:
 
     def text_states(self, frozen: FrozenModels, ids: Array) -> Array:
         """Token ids (B, S) of the first text encoder -> (B, S, D)."""
-        return self.text_encoders(frozen.params, {self.text_encoders.first.part: ids}).states
+        return self.text_encoders(frozen.params, {self.text_encoders.first.role.part: ids}).states
 
     def image_features(self, frozen: FrozenModels, pixels: Array) -> Array:
         """Normalized pixels (B, S, S, 3) -> what the projection reads: (B, F), or for patches (B, L, F)."""
@@ -124,7 +124,7 @@ def load_networks(config: Train, mesh: Mesh, encoded: PrecomputedEncoder | None)
     networks = Networks(
         unet=unet,
         vae=parts["vae"].module,
-        text_encoders=TextEncoders.of({part: parts[part].module for part in opened.tokenizers}),
+        text_encoders=TextEncoders.of(opened.family, {part: parts[part].module for part in opened.tokenizers}),
         schedule=schedule,
         latent_shape=(side, side, unet.config.in_channels),
     )

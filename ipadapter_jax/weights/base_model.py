@@ -14,7 +14,7 @@ from ipadapter_jax.models.families import Family
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.weights import bundled
-from ipadapter_jax.weights.components import TEXT_ENCODER, UNET, VAE_COMPONENT, Component
+from ipadapter_jax.weights.components import TEXT_ENCODER, TEXT_ENCODER_WITH_PROJECTION, UNET, VAE_COMPONENT, Component
 from ipadapter_jax.weights.formats.tensor_files import open_tensors
 from ipadapter_jax.weights.hub import local_path
 from ipadapter_jax.weights.layouts import single_file
@@ -35,7 +35,10 @@ from ipadapter_jax.weights.weight_files import choose_files
 
 def components_of(family: Family) -> dict[str, Component]:
     """The networks of its base models, by part."""
-    return {"unet": UNET, "vae": VAE_COMPONENT} | {files.part: TEXT_ENCODER for files in family.text_encoders}
+    encoders = {
+        role.part: TEXT_ENCODER_WITH_PROJECTION if role.pooled else TEXT_ENCODER for role in family.text_encoders
+    }
+    return {"unet": UNET, "vae": VAE_COMPONENT} | encoders
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,7 +146,9 @@ class BaseModel:
     def check(self) -> None:
         """Opens all networks. Raises InputError when they do not fit together."""
         self.check_tokenizer()
-        _check_fit(self.source.model, **{name: self.config(name) for name in self.components})
+        texts = {role.part: self.config(role.part) for role in self.family.text_encoders}
+        _check_fit(self.source.model, self.config("unet"), self.config("vae"), texts)
+        _check_pooled(self.source.model, self.config("unet"), self.family, texts)
         for name in self.components:
             self.part(name)
 
@@ -180,18 +185,29 @@ def _open_replacement(name: str, place: StrPath, base: BaseModel) -> LazyCompone
     return _open_in_file(own, tensors, path)
 
 
-def _check_fit(model: StrPath, unet: UNetConfig, vae: VAEConfig, text_encoder: CLIPTextConfig) -> None:
+def _check_fit(model: StrPath, unet: UNetConfig, vae: VAEConfig, texts: Mapping[str, CLIPTextConfig]) -> None:
     latents = vae.latent_channels
     if unet.out_channels != latents or unet.in_channels not in (latents, 2 * latents + 1):
         raise InputError(
             f"base model {model}: its UNet reads {unet.in_channels} channels and gives {unet.out_channels}, the "
             f"VAE has {latents}; models that follow instructions (8 channels) are not supported"
         )
-    if text_encoder.hidden_size != unet.cross_attention_dim:
+    width = sum(text.hidden_size for text in texts.values())
+    if width != unet.cross_attention_dim:
+        give = "text encoder gives" if len(texts) == 1 else "text encoders together give"
         raise InputError(
-            f"base model {model}: its text encoder gives width {text_encoder.hidden_size}, its UNet reads "
-            f"{unet.cross_attention_dim}; take both from one model, or name another with {argument('text_encoder')}"
+            f"base model {model}: its {give} width {width}, its UNet reads {unet.cross_attention_dim}; take both from "
+            f"one model, or name another with {argument('text_encoder')}"
         )
+
+
+def _check_pooled(model: StrPath, unet: UNetConfig, family: Family, texts: Mapping[str, CLIPTextConfig]) -> None:
+    for role in family.text_encoders:
+        if role.pooled and texts[role.part].projection_dim != unet.pooled_dim:
+            raise InputError(
+                f"base model {model}: its {role.part} projects to {texts[role.part].projection_dim} numbers, its UNet "
+                f"reads {unet.pooled_dim}; take both from one model"
+            )
 
 
 def check_text_to_image(model: StrPath, unet: UNetConfig) -> None:

@@ -75,6 +75,11 @@ TEXT_ENCODER_FILES = ComponentFiles(
     modern_key=_old_text_key,
     ignored=r".*position_ids|text_projection\..*|logit_scale|vision_model\..*|visual_projection\..*",
 )
+TEXT_ENCODER_WITH_PROJECTION_FILES = dataclasses.replace(
+    TEXT_ENCODER_FILES,
+    classes=("CLIPTextModelWithProjection", "CLIPModel"),
+    ignored=r".*position_ids|logit_scale|vision_model\..*|visual_projection\..*",
+)
 IMAGE_ENCODER_FILES = ComponentFiles(
     title="image encoder",
     kind=identify.IMAGE_ENCODER,

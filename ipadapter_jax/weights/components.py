@@ -16,6 +16,7 @@ from ipadapter_jax.ops.fast_params import parameter_shapes
 from ipadapter_jax.weights.component_files import (
     IMAGE_ENCODER_FILES,
     TEXT_ENCODER_FILES,
+    TEXT_ENCODER_WITH_PROJECTION_FILES,
     UNET_FILES,
     VAE_FILES,
     WHOLE_CLIP_FILES,
@@ -69,6 +70,9 @@ TEXT_ENCODER = Component(
     config=CLIPTextConfig.from_json,
     module=CLIPText,
     example=lambda config: functools.partial(CLIPText.__call__, input_ids=abstract_array(1, 1, dtype=jnp.int32)),
+)
+TEXT_ENCODER_WITH_PROJECTION = dataclasses.replace(
+    TEXT_ENCODER, files=TEXT_ENCODER_WITH_PROJECTION_FILES, config=CLIPTextConfig.with_projection
 )
 IMAGE_ENCODER = Component(
     files=IMAGE_ENCODER_FILES,

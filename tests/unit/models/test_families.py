@@ -7,7 +7,7 @@ import pytest
 
 from ipadapter_jax import InputError, Scale
 from ipadapter_jax.models import families
-from ipadapter_jax.models.families import SD1, Family, LayerPreset, TextEncoderFiles, family_of
+from ipadapter_jax.models.families import SD1, Family, FamilyTextEncoder, LayerPreset, family_of
 from ipadapter_jax.models.unet_config import CrossAttentionLayer
 from ipadapter_jax.pipelines.scales import preset_names, scale_table
 from ipadapter_jax.weights.unsupported_families import unsupported
@@ -16,7 +16,7 @@ STUB = Family(
     title="Stub Diffusion",
     pipelines=("StableDiffusionXLPipeline",),
     recognizes=lambda settings: settings.get("addition_embed_type") == "text_time",
-    text_encoders=(TextEncoderFiles("text_encoder", "tokenizer", "stub."),),
+    text_encoders=(FamilyTextEncoder("text_encoder", "tokenizer", "stub."),),
     num_layers=3,
     layer_presets={"stub style": LayerPreset({0: 0.5}, swapped={2: 1.0})},
 )
