@@ -6,7 +6,7 @@ unconditional one first, otherwise G = 1: element b * G + g of a network's batch
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from ipadapter_jax.models.unet import AddedConditioning
 from ipadapter_jax.ops.attention import KeyValue
 from ipadapter_jax.runtime.trees import PyTree
 
+Tree = TypeVar("Tree")
 BY_SAMPLE, REPLICATED = P("data"), P()
 
 
@@ -78,6 +80,7 @@ class Conditioning:
     text_kv: Sequence[KeyValue]  # per cross-attention layer (P, G, S, C)
     image_branches: list[ImageBranch]
     guidance: Guidance
+    added: AddedConditioning | None = None  # (P or 1, G, ...), where the UNet has it
     preserved: PreservedRegion | None = None
     extra_channels: Array | None = None  # (B, h, w, 5): mask and masked image for a UNet of 9 channels
     # One for each residual network of the denoiser.
@@ -96,6 +99,7 @@ class Conditioning:
             "text_kv": REPLICATED,
             "image_branches": REPLICATED,
             "guidance": REPLICATED,
+            "added": REPLICATED,
             "preserved": BY_SAMPLE,
             "extra_channels": BY_SAMPLE,
             "residual_inputs": [residual] * len(self.residual_inputs),
@@ -123,8 +127,8 @@ class Conditioning:
         """For these steps alone."""
         return self.with_steps(jax.tree.map(lambda values: values[part], self.by_step()))
 
-    def by_sample(self, by_prompt: Sequence[KeyValue]) -> Sequence[KeyValue]:
-        """Keys and values of prompts (P or 1, G, ...) -> those of the network's batch, (B G, ...)."""
+    def by_sample(self, by_prompt: Tree) -> Tree:
+        """Arrays of prompts (P or 1, G, ...) -> those of the network's batch, (B G, ...)."""
 
         def pick(x: Array) -> Array:
             return x[jnp.minimum(self.prompt_of_sample, len(x) - 1)].reshape(-1, *x.shape[2:])

@@ -71,7 +71,7 @@ def denoise(
     """Makes the given steps with B samples. Denoiser and mesh are static."""
 
     def scan(params: Mapping[str, Params], state: State, steps: Steps, conditioning: Conditioning) -> DenoisedState:
-        known = denoiser.steps(params, jnp.asarray(steps.table.timestep))  # of all steps, before the loop
+        known = denoiser.steps(params, jnp.asarray(steps.table.timestep), conditioning)  # before the loop
 
         def body(state: State, step: _StepInputs) -> DenoisedState:
             table = step.steps.table

@@ -24,7 +24,7 @@ class DenoiserStep(NamedTuple):
     """What the networks know of a step."""
 
     timestep: Array  # (n,) for n steps, () for one of them
-    time_shifts: Sequence[Sequence[Array]]  # of the UNet: per block and resnet (n, C), or (C,)
+    time_shifts: Sequence[Sequence[Array]]  # of the UNet: per block and resnet (n, R or 1, C), or (R or 1, C)
 
 
 class ResidualNetwork(Protocol):
@@ -59,9 +59,10 @@ class Denoiser:
     residual_networks: tuple[ResidualNetwork, ...] = ()
     attention_maps: bool = False
 
-    def steps(self, params: Mapping[str, Params], timesteps: Array) -> DenoiserStep:
-        """All that depends on the timesteps (n,) alone, computed once for all steps."""
-        return DenoiserStep(timesteps, time_shifts(self.unet, params[UNET], timesteps))
+    def steps(self, params: Mapping[str, Params], timesteps: Array, conditioning: Conditioning) -> DenoiserStep:
+        """All that does not depend on the latents, for timesteps (n,), computed once for all steps."""
+        added = None if conditioning.added is None else conditioning.by_sample(conditioning.added)
+        return DenoiserStep(timesteps, time_shifts(self.unet, params[UNET], timesteps[:, None], added))
 
     def __call__(
         self, params: Mapping[str, Params], x: Array, step: DenoiserStep, conditioning: Conditioning
@@ -75,12 +76,11 @@ class Denoiser:
             image_weight=[branch_weights(branch, len(x)) for branch in conditioning.image_branches],
             residuals=self._residuals(params, x, step, conditioning),
         )
-        shifts = jax.tree.map(lambda shift: shift[None], step.time_shifts)  # the same for every sample
         maps, branches = None, conditioning.guidance_branches
         if self.attention_maps:
-            output, maps = unet_output_with_maps(self.unet, params[UNET], x, shifts, context)
+            output, maps = unet_output_with_maps(self.unet, params[UNET], x, step.time_shifts, context)
         else:
-            output = unet_output(self.unet, params[UNET], x, shifts, context)
+            output = unet_output(self.unet, params[UNET], x, step.time_shifts, context)
         output = output.reshape(-1, branches, *output.shape[1:])
         if branches == 2:
             output = guide(output, conditioning.guidance.scale, conditioning.guidance.rescale)

@@ -6,6 +6,7 @@ Call them through this module (`programs.denoise(...)`), so that a test or a ben
 
 from ipadapter_jax.diffusion.sampler_table import SamplerTable, State
 from ipadapter_jax.models.text_encoders import TextConditioning
+from ipadapter_jax.models.unet import AddedConditioning
 from ipadapter_jax.ops.attention import KeyValue
 from ipadapter_jax.pipelines import denoise as _denoise
 from ipadapter_jax.pipelines import encode
@@ -20,7 +21,7 @@ from ipadapter_jax.runtime.export_cache import export_cached, register_serializa
 
 register_serializable(TextConditioning)
 register_serializable(State, SamplerTable, _denoise.Steps, _denoise.DenoisedState)
-register_serializable(Conditioning, Guidance, ImageBranch, KeyValue, PreservedRegion, ResidualInputs)
+register_serializable(Conditioning, Guidance, ImageBranch, KeyValue, AddedConditioning, PreservedRegion, ResidualInputs)
 
 encode_prompts = export_cached(encode.encode_prompts, static=2)
 encode_image = export_cached(encode.encode_image, static=2)

@@ -14,6 +14,7 @@ from ipadapter_jax.inputs.arrays import to_python_number
 from ipadapter_jax.inputs.prompt_syntax import warn_of_foreign_syntax
 from ipadapter_jax.inputs.validation import (
     LatentShape,
+    PromptPairs,
     Uncond,
     check_choices,
     check_guided,
@@ -36,6 +37,7 @@ from ipadapter_jax.pipelines.image_prompt_settings import (
 from ipadapter_jax.pipelines.image_prompts import PlannedImagePrompt, plan_image_prompts
 from ipadapter_jax.pipelines.inpainting import InitImage, encoded_posteriors, open_init_image, strength_of
 from ipadapter_jax.pipelines.noise import INITIAL, taken_noise
+from ipadapter_jax.pipelines.size_conditioning import SizeConditioning
 from ipadapter_jax.runtime.memory_limits import check_sampling_memory
 from ipadapter_jax.weights.base_model import check_text_to_image
 
@@ -49,6 +51,8 @@ class ModelConfigs:
     unet: UNetConfig
     vae: VAEConfig
     text_layers: int  # of the text encoder
+    second_text_encoder: bool
+    zeros_for_no_negative: bool  # for no negative prompt, in place of the states of an empty one
     schedule: NoiseSchedule
     dtype: DTypeLike
     guidance_scale: float
@@ -95,7 +99,10 @@ class SamplingRequest:
     mask_image: ImageLike | None = None
     strength: float | None = None
     exact_outside_mask: bool = False
-    negative_prompt: str | Sequence[str] | None = ""
+    negative_prompt: str | Sequence[str] | None = None
+    prompt_2: str | Sequence[str] | None = None
+    negative_prompt_2: str | Sequence[str] | None = None
+    sizes: SizeConditioning = SizeConditioning()
     num_inference_steps: int = 50
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
@@ -120,8 +127,10 @@ class SamplingRequest:
         prompts, negatives = prompt_pairs(self.prompt, self.negative_prompt)
         count = self.num_images_per_prompt
         check_choices(count, guidance_scale, guidance_rescale, self.clip_skip, model.text_layers, eta, self.output_type)
+        second = self._second_prompts(model, prompts, negatives)
         check_guided(guidance_scale, negatives, guidance_rescale)
         warn_of_foreign_syntax({"prompt": prompts, "negative_prompt": negatives})
+        warn_of_foreign_syntax({"prompt_2": second.prompts, "negative_prompt_2": second.negatives})
         init_image = self._init_image(model, strength, height, width)
         strength = strength_of(strength, self.image, self.mask_image)
         schedule = model.schedule.changed(self.scheduler_config or {}, self.scheduler)
@@ -141,6 +150,9 @@ class SamplingRequest:
         return SamplingPlan(
             prompts=prompts,
             negative_prompts=negatives,
+            second=second,
+            zero_negative=model.zeros_for_no_negative and self.negative_prompt is None,
+            time_ids=self._time_ids(model, shape, guided, init_image is not None),
             prompt_of_sample=np.repeat(np.arange(len(prompts)), self.num_images_per_prompt),
             clip_skip=self.clip_skip,
             guidance_scale=guidance_scale,
@@ -157,6 +169,31 @@ class SamplingRequest:
             output_type=self.output_type,
             attention_maps=self.return_attention_maps,
         )
+
+    def _second_prompts(self, model: ModelConfigs, prompts: list[str], negatives: list[str]) -> PromptPairs:
+        """What a second text encoder reads: by default the same as the first."""
+        given = {"prompt_2": self.prompt_2, "negative_prompt_2": self.negative_prompt_2}
+        for name, value in given.items():
+            if value is not None and not model.second_text_encoder:
+                raise InputError(f"{argument(name)} is for a second text encoder; {model.name} has one")
+        second = prompt_pairs(
+            prompts if self.prompt_2 is None else self.prompt_2,
+            negatives if self.negative_prompt_2 is None else self.negative_prompt_2,
+        )
+        if len(second.prompts) != len(prompts):
+            count = len(second.prompts)
+            raise InputError(f"{count} texts in {argument('prompt_2')} for {len(prompts)} prompts; give one for each")
+        return second
+
+    def _time_ids(self, model: ModelConfigs, shape: LatentShape, guided: bool, from_image: bool) -> np.ndarray | None:
+        if model.unet.pooled_dim is None:
+            if self.sizes.given:
+                raise InputError(
+                    f"{argument(self.sizes.given[0])} is for SDXL; {model.name} is not conditioned on sizes"
+                )
+            return None
+        height, width = (side * model.vae.downscale for side in shape[:2])
+        return self.sizes.time_ids(height, width, guided=guided, from_image=from_image)
 
     def _init_image(
         self, model: ModelConfigs, strength: float | None, height: int | None, width: int | None
@@ -199,6 +236,9 @@ class SamplingPlan:
 
     prompts: list[str]
     negative_prompts: list[str]
+    second: PromptPairs  # what a second text encoder reads
+    zero_negative: bool  # whether the unconditional branch has zeros for text
+    time_ids: np.ndarray | None  # (G, 6), where the UNet is conditioned on sizes
     prompt_of_sample: np.ndarray
     clip_skip: int
     guidance_scale: float

@@ -19,8 +19,8 @@ from ipadapter_jax.inputs.validation import (
     check_dtype,
 )
 from ipadapter_jax.models.clip import CLIPText
-from ipadapter_jax.models.text_encoders import TextEncoders
-from ipadapter_jax.models.unet import UNet
+from ipadapter_jax.models.text_encoders import TextConditioning, TextEncoders
+from ipadapter_jax.models.unet import AddedConditioning, UNet
 from ipadapter_jax.models.unet_config import attention_grids, cross_attention_layers
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipelines import programs
@@ -41,6 +41,7 @@ from ipadapter_jax.pipelines.ip_adapter import Adapter, OpenedAdapter, open_adap
 from ipadapter_jax.pipelines.outputs import SamplingResult, check_finite, images_of
 from ipadapter_jax.pipelines.request import ModelConfigs, SamplingPlan, SamplingRequest
 from ipadapter_jax.pipelines.sample_batch import SampleBatch
+from ipadapter_jax.pipelines.size_conditioning import GivenSize, SizeConditioning
 from ipadapter_jax.pipelines.text_conditioner import TextConditioner
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.mesh import local_mesh, replicated
@@ -69,6 +70,7 @@ class StableDiffusion:
     sources: dict[str, Path]
     adapters: tuple[Adapter, ...] = ()
     guidance_scale: float = GUIDANCE_SCALE  # where a call names none
+    zeros_for_no_negative: bool = False  # whether no negative prompt means zeros in place of text states
 
     def __repr__(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -127,6 +129,7 @@ class StableDiffusion:
             mesh=mesh,
             sources={name: part.source for name, part in parts.items()},
             guidance_scale=base.guidance_scale or GUIDANCE_SCALE,
+            zeros_for_no_negative=base.zeros_for_no_negative,
         )
 
     def with_ip_adapter(
@@ -165,7 +168,15 @@ class StableDiffusion:
         mask_image: ImageLike | None = None,
         strength: float | None = None,
         exact_outside_mask: bool = False,
-        negative_prompt: str | Sequence[str] | None = "",
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        original_size: GivenSize | None = None,
+        crops_coords_top_left: GivenSize = (0, 0),
+        target_size: GivenSize | None = None,
+        negative_original_size: GivenSize | None = None,
+        negative_crops_coords_top_left: GivenSize = (0, 0),
+        negative_target_size: GivenSize | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
@@ -203,6 +214,13 @@ class StableDiffusion:
                 where to generate, inpainting. `strength`: the fraction of the steps that run (0.8; with a mask 1).
             exact_outside_mask: keeps the pixels of `image` where the mask is black.
 
+        SDXL:
+            prompt_2, negative_prompt_2: what the second text encoder reads, by default the same as the first. Without
+                a negative prompt the unconditional branch has zeros for text, as most of these models want it.
+            original_size, crops_coords_top_left, target_size: (height, width) and (top, left) in pixels that the model
+                is told, by default those of the whole generated image; and the same for the unconditional branch,
+                which has sizes of its own only where both are given.
+
         Sampling:
             scheduler: ddim, ddpm, pndm, dpmsolver++, euler, euler_a, unipc or lcm. scheduler_config changes settings of
                 the model's scheduler_config.json, such as {"use_karras_sigmas": True, "timestep_spacing": "trailing"}.
@@ -231,6 +249,16 @@ class StableDiffusion:
             strength=strength,
             exact_outside_mask=exact_outside_mask,
             negative_prompt=negative_prompt,
+            prompt_2=prompt_2,
+            negative_prompt_2=negative_prompt_2,
+            sizes=SizeConditioning(
+                original_size=original_size,
+                crops_coords_top_left=crops_coords_top_left,
+                target_size=target_size,
+                negative_original_size=negative_original_size,
+                negative_crops_coords_top_left=negative_crops_coords_top_left,
+                negative_target_size=negative_target_size,
+            ),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
@@ -258,6 +286,8 @@ class StableDiffusion:
             unet=self.unet.config,
             vae=self.vae.config,
             text_layers=self.text.encoders.layers,
+            second_text_encoder=len(self.text.tokenizers) > 1,
+            zeros_for_no_negative=self.zeros_for_no_negative,
             schedule=self.schedule,
             dtype=self.unet.dtype,
             guidance_scale=self.guidance_scale,
@@ -296,12 +326,22 @@ class StableDiffusion:
         timesteps = np.asarray(plan.run.steps.timestep)
         return SamplingResult(images, AttentionMaps(maps, layers, grids, timesteps, count))
 
+    def _text(self, plan: SamplingPlan) -> TextConditioning:
+        """(P, G, ...): what the prompts condition on, of the unconditional branch first where there is one."""
+        pair = plan.second
+        branches = [self.text.encode(self.params, plan.prompts, pair.prompts, plan.clip_skip)]
+        if plan.zero_negative and plan.guided:
+            branches.insert(0, jax.tree.map(jnp.zeros_like, branches[0]))
+        elif plan.guided:  # diffusers leaves out layers for the prompt alone
+            branches.insert(0, self.text.encode(self.params, plan.negative_prompts, pair.negatives))
+        return jax.tree.map(lambda *of_branches: jnp.stack(of_branches, axis=1), *branches)
+
     def _conditioning(self, plan: SamplingPlan, batch: SampleBatch, begin: Start) -> Conditioning:
         """Runs the encoders: all that the networks see next to latents and time."""
-        branches = [self.text.encode(self.params, plan.prompts, clip_skip=plan.clip_skip)]
-        if plan.guided:  # diffusers leaves out layers for the prompt alone
-            branches.insert(0, self.text.encode(self.params, plan.negative_prompts))
-        text = jax.tree.map(lambda *of_branches: jnp.stack(of_branches, axis=1), *branches)
+        text = self._text(plan)
+        added = None
+        if plan.time_ids is not None and text.pooled is not None:
+            added = AddedConditioning(text.pooled, jnp.asarray(plan.time_ids)[None])
         grids = attention_grids(self.unet.config, *plan.latent_shape[:2])
         encoded = [
             planned.encode(adapter, grids) for adapter, planned in zip(self.adapters, plan.image_prompts, strict=True)
@@ -312,6 +352,7 @@ class StableDiffusion:
             text_kv=programs.text_keys_values(self.unet, self.params["unet"], text.states),
             image_branches=[branch for of_adapter in encoded for branch in of_adapter],
             guidance=guidance,
+            added=added,
             preserved=begin.preserved,
             extra_channels=begin.extra_channels,
         )

@@ -74,12 +74,22 @@ class BaseModel:
 
     @property
     def text_layers(self) -> int:
-        """Layers of each text encoder, or of the one with the fewest."""
-        return min(self.config(files.part).num_hidden_layers for files in self.family.text_encoders)
+        """How many layers a prompt can leave out at most, plus one."""
+        roles = self.family.text_encoders
+        return min(self.config(role.part).num_hidden_layers - role.penultimate for role in roles)
 
     @functools.cached_property
     def schedule(self) -> NoiseSchedule:
         return NoiseSchedule.from_json(read_json(self.folder / "scheduler" / "scheduler_config.json"))
+
+    @property
+    def zeros_for_no_negative(self) -> bool:
+        """Whether no negative prompt means zeros in place of text states: so SDXL was trained (the setting
+        `force_zeros_for_empty_prompt` of its model_index.json)."""
+        file = self.folder / "model_index.json"
+        settings = read_json(file) if file.exists() else {}
+        pooled = any(role.pooled for role in self.family.text_encoders)
+        return pooled and settings.get("force_zeros_for_empty_prompt", True) is True
 
     @property
     def guidance_scale(self) -> float | None:

@@ -70,6 +70,8 @@ class OpenedModels:
             unet=self.base.config("unet"),
             vae=self.base.config("vae"),
             text_layers=self.base.text_layers,
+            second_text_encoder=len(self.base.tokenizers) > 1,
+            zeros_for_no_negative=self.base.zeros_for_no_negative,
             schedule=self.base.schedule,
             dtype=self.dtype,
             guidance_scale=self.base.guidance_scale or GUIDANCE_SCALE,
