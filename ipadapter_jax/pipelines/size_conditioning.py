@@ -35,8 +35,8 @@ class SizeConditioning:
         """(G, 6) float32 for an image of this size: original height and width, top and left of the crop, target height
         and width; of the unconditional branch first where there is one.
 
-        As in diffusers, the unconditional branch has numbers of its own where both of its sizes are given, or where
-        generation starts `from_image`. Raises InputError naming what is not a pair of sizes.
+        As in diffusers, the unconditional branch has numbers of its own only where both of its sizes are given; where
+        generation starts `from_image` each of its sizes counts alone, and its crop does not. Raises InputError naming what is not a pair of sizes.
         """
         own = height, width
         original, target = self._pair("original_size") or own, self._pair("target_size") or own
@@ -45,7 +45,7 @@ class SizeConditioning:
         of_negative = self._pair("negative_original_size"), self._pair("negative_target_size")
         negative_crop = self._pair("negative_crops_coords_top_left") or (0, 0)
         if from_image:
-            negative = (*(of_negative[0] or original), *negative_crop, *(of_negative[1] or target))
+            negative = (*(of_negative[0] or original), *crop, *(of_negative[1] or target))
         elif None in of_negative:
             negative = positive
         else:
