@@ -206,8 +206,8 @@ def _preset(name: str, cross_attention: Sequence[CrossAttentionLayer]) -> np.nda
 
 
 def _blocks(tree: Mapping[str, object], cross_attention: Sequence[CrossAttentionLayer]) -> np.ndarray:
-    """diffusers' dictionary: a number for a part or a block, or a list with one for each layer of a block; a list for a
-    part goes to each of its blocks."""
+    """diffusers' dictionary: a number for a part or a block, or a list with one for each transformer of a block, whose
+    layers share it; a list for a part goes to each of its blocks."""
     found = np.zeros(len(cross_attention))
     for part, given in tree.items():
         inside: dict[str, list[int]] = {}
@@ -222,16 +222,17 @@ def _blocks(tree: Mapping[str, object], cross_attention: Sequence[CrossAttention
                     f"here; {part} has "
                     f"{', '.join(sorted(inside))}"
                 )
-            found[inside[name]] = _spread(value, len(inside[name]), f"{part}.{name}")
+            of_layer = [cross_attention[s].attention for s in inside[name]]
+            found[inside[name]] = _spread(value, max(of_layer) + 1, f"{part}.{name}")[of_layer]
     return found
 
 
 def _spread(value: object, count: int, what: str) -> np.ndarray:
-    """A number for all, or as many numbers as layers."""
+    """A number for all, or as many numbers as transformers."""
     factors = _numbers([value] if isinstance(value, Real) else value, what)
     if len(factors) not in (1, count):
         raise InputError(
-            f"{argument('ip_adapter_scale', part='layers')}: {what} has {len(factors)} factors for {count} layers; "
+            f"{argument('ip_adapter_scale', part='layers')}: {what} has {len(factors)} factors for {count} transformers; "
             "give one for each"
         )
     return np.broadcast_to(factors, count)
