@@ -11,11 +11,34 @@ from ipadapter_jax.errors import InputError
 from ipadapter_jax.inputs.strings import short_repr
 
 Config = TypeVar("Config")
+Value = TypeVar("Value")
 
 # Far beyond any model: tracing takes time for every layer and memory for every channel.
 _MAX_INTEGER = 1 << 20  # a width, a vocabulary, a number of timesteps
 _MAX_LENGTH = 100  # of a list of integers
 _MAX_LAYERS: Mapping[str, int] = {"layers_per_block": 16, "num_hidden_layers": 200}
+
+
+def added_setting(default: Value) -> Value:
+    """A field of a configuration that earlier releases did not have, and that meant `default` there. `settings_text`
+    leaves it out at its default."""
+    return dataclasses.field(default=default, metadata={_ADDED: True})
+
+
+_ADDED = "added"
+
+
+def settings_text(config: object) -> str:
+    """The settings of a configuration as text, which identifies them in files: the same as in earlier releases for the
+    models that those supported."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return repr(config)
+    shown = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if not (field.metadata.get(_ADDED) and getattr(config, field.name) == field.default)
+    ]
+    return f"{type(config).__qualname__}({', '.join(shown)})"
 
 
 def build_config(cls: type[Config], values: Mapping[str, object], what: str) -> Config:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.inputs.config_fields import build_config
+from ipadapter_jax.inputs.config_fields import added_setting, build_config
 from ipadapter_jax.models.image_features import FeatureKind
 from ipadapter_jax.models.layers import ACTIVATIONS, Conv, Dense, Embed, layer_norm
 from ipadapter_jax.ops.attention import AttentionBranch, attend
@@ -29,11 +29,11 @@ class CLIPTextConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int | None = 49407
-    projection_dim: int | None = None  # of the pooled state, where the encoder projects it
+    projection_dim: int | None = added_setting(None)  # of the pooled state, where the encoder projects it
 
     @classmethod
     def from_json(cls, raw: Mapping[str, object]) -> "CLIPTextConfig":
-        """From the config.json of transformers' CLIPTextModel. Raises InputError for a setting that is not supported."""
+        """From the config.json of transformers' CLIPTextModel. Raises InputError for what is not supported."""
         return _from_json(cls, {**raw, "projection_dim": None}, _TEXT_DEFAULTS, "text encoder")
 
     @classmethod

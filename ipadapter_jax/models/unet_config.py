@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.inputs.config_fields import build_config, select_fields
+from ipadapter_jax.inputs.config_fields import added_setting, build_config, select_fields
 
 if TYPE_CHECKING:  # the command line reads layers before it imports jax
     from ipadapter_jax.runtime.trees import Params
@@ -25,11 +25,11 @@ class UNetConfig:
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    transformer_layers_per_block: int | tuple[int, ...] = 1
-    use_linear_projection: bool = False
-    addition_embed_type: str | None = None  # "text_time" for SDXL
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
+    transformer_layers_per_block: int | tuple[int, ...] = added_setting(1)
+    use_linear_projection: bool = added_setting(False)
+    addition_embed_type: str | None = added_setting(None)  # "text_time" for SDXL
+    addition_time_embed_dim: int | None = added_setting(None)
+    projection_class_embeddings_input_dim: int | None = added_setting(None)
     sample_size: int | tuple[int, ...] | None = 64  # (h, w) of the latents it was trained on
 
     @classmethod

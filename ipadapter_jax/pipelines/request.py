@@ -102,7 +102,7 @@ class SamplingRequest:
     negative_prompt: str | Sequence[str] | None = None
     prompt_2: str | Sequence[str] | None = None
     negative_prompt_2: str | Sequence[str] | None = None
-    sizes: SizeConditioning = SizeConditioning()
+    sizes: SizeConditioning = dataclasses.field(default_factory=SizeConditioning)
     num_inference_steps: int = 50
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0

@@ -232,8 +232,8 @@ def _spread(value: object, count: int, what: str) -> np.ndarray:
     factors = _numbers([value] if isinstance(value, Real) else value, what)
     if len(factors) not in (1, count):
         raise InputError(
-            f"{argument('ip_adapter_scale', part='layers')}: {what} has {len(factors)} factors for {count} transformers; "
-            "give one for each"
+            f"{argument('ip_adapter_scale', part='layers')}: {what} has {len(factors)} factors for {count} "
+            "transformers; give one for each"
         )
     return np.broadcast_to(factors, count)
 

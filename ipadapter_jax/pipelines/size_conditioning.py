@@ -36,7 +36,8 @@ class SizeConditioning:
         and width; of the unconditional branch first where there is one.
 
         As in diffusers, the unconditional branch has numbers of its own only where both of its sizes are given; where
-        generation starts `from_image` each of its sizes counts alone, and its crop does not. Raises InputError naming what is not a pair of sizes.
+        generation starts `from_image` each of its sizes counts alone, and its crop does not. Raises InputError naming
+        what is not a pair of sizes.
         """
         own = height, width
         original, target = self._pair("original_size") or own, self._pair("target_size") or own

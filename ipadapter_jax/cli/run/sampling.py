@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from ipadapter_jax.cli.options import Sampling
 from ipadapter_jax.errors import InputError
+from ipadapter_jax.inputs.config_fields import settings_text
 from ipadapter_jax.models.unet_config import cross_attention_layers
 from ipadapter_jax.pipelines.image_prompt_settings import ImagePrompt
 from ipadapter_jax.pipelines.ip_adapter import OpenedAdapter, encoders_of, open_adapter
@@ -131,10 +132,13 @@ _HASHING_THREADS = 4  # one hashes about 1.2 GB/s; a model has about four large 
 def configurations(pipe: StableDiffusion) -> dict[str, str]:
     """Per part of the pipeline a digest of its settings, which decide as much as its weights: those of the networks,
     the noise schedule and the tokenizer."""
-    parts: dict[str, object] = {part: getattr(pipe, part).config for part in ("unet", "vae", "text_encoder")}
-    parts |= {"scheduler": pipe.schedule, "tokenizer": pipe.tokenizer.settings}
+    parts: dict[str, object] = {"unet": pipe.unet.config, "vae": pipe.vae.config}
+    parts |= {role.part: network.config for role, network in pipe.text.encoders.encoders}
+    tokenizers = {role.tokenizer: pipe.text.tokenizers[role.part] for role, _ in pipe.text.encoders.encoders}
+    parts |= {"scheduler": pipe.schedule} | {name: tokenizer.settings for name, tokenizer in tokenizers.items()}
     parts["image_encoder"] = [encoder.module.config for encoder in encoders_of(pipe.adapters)]
-    return {part: hashlib.sha256(repr(settings).encode()).hexdigest()[:16] for part, settings in parts.items()}
+    texts = {part: settings_text(settings) for part, settings in parts.items()}
+    return {part: hashlib.sha256(text.encode()).hexdigest()[:16] for part, text in texts.items()}
 
 
 def versions() -> dict[str, str]:
