@@ -21,8 +21,8 @@ class FamilyTextEncoder(NamedTuple):
 
 
 class LayerPreset(NamedTuple):
-    """Weights of an image prompt by the number of a cross-attention layer in the order of execution (down, mid, up). A
-    layer that is not named has weight 0."""
+    """Weights of an image prompt by the number of a transformer in the order of execution (down, mid, up), which its
+    cross-attention layers share. A transformer that is not named has weight 0."""
 
     weight: Mapping[int, float]
     swapped: Mapping[int, float] = MappingProxyType({})
@@ -37,7 +37,7 @@ class Family:
     pipelines: its pipeline classes in a model_index.json.
     recognizes: whether the settings in a unet/config.json are those of this family.
     text_encoders: in the order in which the UNet's text states are concatenated.
-    num_layers: cross-attention layers of its published UNets, for which `layer_presets` are written.
+    transformers: of its published UNets that have cross-attention, for which `layer_presets` are written.
     layer_presets: scale presets by name; names and weights as ComfyUI and A1111 have them.
     """
 
@@ -45,7 +45,7 @@ class Family:
     pipelines: tuple[str, ...]
     recognizes: Callable[[Mapping[str, object]], bool]
     text_encoders: tuple[FamilyTextEncoder, ...]
-    num_layers: int
+    transformers: int
     layer_presets: Mapping[str, LayerPreset]
 
 
@@ -61,8 +61,8 @@ def _is(settings: Mapping[str, object], *, added: str | None = None, linear: boo
     )
 
 
-_REFINER_WIDTH = 1280
-"""The refiner of SDXL reads the second text encoder alone."""
+REFINER_WIDTH = 1280
+"""Width of the text that SDXL's refiner reads: that of the second text encoder alone."""
 
 
 _SD1_COMPOSITION = {4: 0.25, 5: 1.0}
@@ -74,7 +74,7 @@ SD1 = Family(
     pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
     recognizes=_is,
     text_encoders=(FamilyTextEncoder("text_encoder", "tokenizer", "cond_stage_model.transformer."),),
-    num_layers=16,
+    transformers=16,
     layer_presets=MappingProxyType(
         {
             "style": LayerPreset(_SD1_STYLE),
@@ -92,15 +92,17 @@ SD2 = Family(
     pipelines=SD1.pipelines,
     recognizes=lambda settings: _is(settings, linear=True),
     text_encoders=(FamilyTextEncoder("text_encoder", "tokenizer", "cond_stage_model.model."),),
-    num_layers=16,
-    layer_presets=MappingProxyType({}),
+    transformers=16,
+    layer_presets=SD1.layer_presets,
 )
+
+_SDXL_COMPOSITION, _SDXL_STYLE = {3: 1.0}, {6: 1.0}  # as InstantStyle found (arXiv 2404.02733)
 
 SDXL = Family(
     title="Stable Diffusion XL",
     pipelines=(*("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),),
     recognizes=lambda settings: (
-        _is(settings, added="text_time", linear=True) and settings.get("cross_attention_dim") != _REFINER_WIDTH
+        _is(settings, added="text_time", linear=True) and settings.get("cross_attention_dim") != REFINER_WIDTH
     ),
     text_encoders=(
         FamilyTextEncoder("text_encoder", "tokenizer", "conditioner.embedders.0.transformer.", penultimate=True),
@@ -108,8 +110,17 @@ SDXL = Family(
             *("text_encoder_2", "tokenizer_2", "conditioner.embedders.1.model."), penultimate=True, pooled=True
         ),
     ),
-    num_layers=70,
-    layer_presets=MappingProxyType({}),
+    transformers=11,
+    layer_presets=MappingProxyType(
+        {
+            "style": LayerPreset(_SDXL_STYLE),
+            "composition": LayerPreset(_SDXL_COMPOSITION),
+            "strong style": LayerPreset(dict.fromkeys((i for i in range(11) if i not in _SDXL_COMPOSITION), 1.0)),
+            "style+composition": LayerPreset(_SDXL_STYLE | _SDXL_COMPOSITION),
+            "precise style": LayerPreset(_SDXL_STYLE, swapped=_SDXL_COMPOSITION),
+            "precise composition": LayerPreset(_SDXL_COMPOSITION, swapped=_SDXL_STYLE),
+        }
+    ),
 )
 
 FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL)
@@ -120,7 +131,7 @@ def family_of(settings: Mapping[str, object]) -> Family | None:
     return next((family for family in FAMILIES if family.recognizes(settings)), None)
 
 
-def layer_presets(num_layers: int | None = None) -> dict[str, LayerPreset]:
-    """The presets by layer of all families, or of those whose UNets have so many cross-attention layers."""
-    chosen = [family for family in FAMILIES if num_layers in (None, family.num_layers)]
+def layer_presets(transformers: int | None = None) -> dict[str, LayerPreset]:
+    """The presets by layer of all families, or of those whose UNets have so many transformers with cross-attention."""
+    chosen = [family for family in FAMILIES if transformers in (None, family.transformers)]
     return {name: preset for family in chosen for name, preset in family.layer_presets.items()}

@@ -62,8 +62,9 @@ class ScaleTable(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A cross-attention layer as presets see it: its number `index` of `total` in the order of execution (down, mid,
-    up), and the part of the UNet it is in."""
+    """A cross-attention layer as presets see it: its transformer's number `index` of `total` in the order of execution
+    (down, mid, up), and the part of the UNet it is in. In SD 1.x and 2.x a transformer has one layer, in SDXL several.
+    """
 
     index: int
     total: int
@@ -71,8 +72,8 @@ class Position(NamedTuple):
 
 
 class GenericPreset(NamedTuple):
-    """Factors for a UNet of any number of layers: one for each part of the UNet, or, where there is a ramp, its values
-    before the first layer, in the middle and after the last, linear between, from 0.05 (0) to 1 (1)."""
+    """Factors for any UNet: one for each part of it, or, where there is a ramp, its values before the first
+    transformer, in the middle and after the last, linear between, from 0.05 (0) to 1 (1)."""
 
     down: float = 1.0
     mid: float = 1.0
@@ -120,11 +121,10 @@ def scale_table(scale: ScaleLike, cross_attention: Sequence[CrossAttentionLayer]
     steps = value * _step_factors(scale, num_steps)[:, None]
     layers = _layer_factors(scale.layers, cross_attention)
     weight, swapped = steps * layers, np.zeros((num_steps, len(cross_attention)))
-    preset = layer_presets(len(cross_attention)).get(scale.layers) if isinstance(scale.layers, str) else None
+    positions = _positions(cross_attention)
+    preset = layer_presets(positions[0].total).get(scale.layers) if isinstance(scale.layers, str) else None
     if preset is not None and preset.swapped:
-        swapped = steps * np.array(
-            [preset.swapped.get(position.index, 0.0) for position in _positions(cross_attention)]
-        )
+        swapped = steps * np.array([preset.swapped.get(position.index, 0.0) for position in positions])
     return ScaleTable(weight.astype(np.float32), swapped.astype(np.float32))
 
 
@@ -169,21 +169,31 @@ def _layer_factors(layers: LayerFactors, cross_attention: Sequence[CrossAttentio
         ]
         return sum((factor * preset for preset, factor in pairs), np.zeros(len(cross_attention)))
     factors = _numbers(layers, "layers of a scale")
-    if len(factors) != len(cross_attention):
+    positions, layer_count = _positions(cross_attention), len(cross_attention)
+    if len(factors) == layer_count:
+        return factors[np.argsort(_executed(cross_attention))]
+    if len(factors) != positions[0].total:
+        several = f" in {positions[0].total} transformers" if positions[0].total < layer_count else ""
         raise InputError(
-            f"{argument('ip_adapter_scale', part='layers')}: {len(factors)} factors for {len(cross_attention)} "
-            "layers; give one for each"
+            f"{argument('ip_adapter_scale', part='layers')}: {len(factors)} factors for {layer_count} layers{several}; "
+            f"give one for each{' layer, or for each transformer' if several else ''}"
         )
-    return factors[[position.index for position in _positions(cross_attention)]]
+    return factors[[position.index for position in positions]]
+
+
+def _executed(cross_attention: Sequence[CrossAttentionLayer]) -> list[int]:
+    """The layers in the order of execution, as their places in the weight file."""
+    parts = ["down", "mid", "up"]
+    return sorted(  # sorting is stable
+        range(len(cross_attention)), key=lambda s: parts.index(cross_attention[s].block.partition("_")[0])
+    )
 
 
 def _positions(cross_attention: Sequence[CrossAttentionLayer]) -> list[Position]:
     """The position of each layer, in the order of the weight file (down, up, mid)."""
-    parts = [layer.block.partition("_")[0] for layer in cross_attention]
-    executed = sorted(
-        range(len(cross_attention)), key=lambda s: ("down", "mid", "up").index(parts[s])
-    )  # sorting is stable
-    return [Position(executed.index(s), len(cross_attention), part) for s, part in enumerate(parts)]
+    places = [(layer.block, layer.attention) for layer in cross_attention]
+    transformers = list(dict.fromkeys(places[s] for s in _executed(cross_attention)))
+    return [Position(transformers.index(p), len(transformers), p[0].partition("_")[0]) for p in places]
 
 
 def _preset(name: str, cross_attention: Sequence[CrossAttentionLayer]) -> np.ndarray:
@@ -194,13 +204,13 @@ def _preset(name: str, cross_attention: Sequence[CrossAttentionLayer]) -> np.nda
         near = closest_match(str(name), preset_names())
         meant = f"did you mean {near!r}?" if near else f"choose {', '.join(preset_names())}"
         raise InputError(f"{argument('ip_adapter_scale', part='layers')}: no preset {name!r}; {meant}")
-    preset = layer_presets(len(cross_attention)).get(name)
+    preset = layer_presets(positions[0].total).get(name)
     if preset is None:
         known = [family for family in families.FAMILIES if name in family.layer_presets]
-        wanted = " and ".join(f"the {family.num_layers} layers of {family.title}" for family in known)
+        wanted = " and ".join(f"the {family.transformers} transformers of {family.title}" for family in known)
         raise InputError(
             f"{argument('ip_adapter_scale', part='layers')}: the preset {name!r} is for {wanted}, this UNet has "
-            f"{len(cross_attention)}; give factors for its layers"
+            f"{positions[0].total}; give factors for its layers"
         )
     return np.array([preset.weight.get(position.index, 0.0) for position in positions])
 

@@ -9,6 +9,7 @@ from ipadapter_jax.weights.formats.torch_pickle import UNNAMED
 from ipadapter_jax.weights.lazy import Tensor
 
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text states that cross-attention reads
+_FOLDERS_ONLY = ("SD 2.x", "SDXL")  # of FAMILIES: their single files are not read yet
 _AS_BASE = "give it as the base model{base}"
 _AS_ENCODER = "give it as the image encoder{image_encoder}"
 _NO_PLACE = "there is no place for it here"
@@ -33,7 +34,6 @@ class WeightKind:
 
 
 IP_ADAPTER, CHECKPOINT, UNET, VAE = "an IP-Adapter", "a whole Stable Diffusion checkpoint", "a UNet", "a VAE"
-UNSUPPORTED = ("SD 2.x", "SDXL")  # of FAMILIES
 TEXT_ENCODER, IMAGE_ENCODER, LORA, CONTROLNET = "a text encoder", "a CLIP image encoder", "a LoRA", "a ControlNet"
 OPENCLIP = "a CLIP model in OpenCLIP's layout"
 TAESD, INVERSION = "a TAESD, a small approximation of a VAE", "a textual inversion"
@@ -47,8 +47,8 @@ _SIGNATURES: tuple[tuple[str, str, str], ...] = (
         IP_ADAPTER,
         "give it as the adapter{adapter}",
     ),
-    (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux model", f"{_NO_PLACE}: only SD 1.x is supported"),
-    (r"(model\.diffusion_model\.)?joint_blocks\.", "an SD 3 model", f"{_NO_PLACE}: only SD 1.x is supported"),
+    (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux model", f"{_NO_PLACE}: only SD 1.x, SD 2.x and SDXL are supported"),
+    (r"(model\.diffusion_model\.)?joint_blocks\.", "an SD 3 model", f"{_NO_PLACE}: only SD 1.x, SD 2.x and SDXL are supported"),
     (r"model\.diffusion_model\.|model_ema\.diffusion_model", CHECKPOINT, _AS_BASE),
     (r"(.*[._])?(lora|hada|lokr)[._]", LORA, f"{_NO_PLACE}: merge it into a base model with another program first"),
     (r"control_model\.|controlnet_|input_hint_block\.", CONTROLNET, _NO_PLACE),
@@ -104,13 +104,10 @@ def _worded(advice: str) -> str:
 
 def _refusal(name: str, family: str, tensors: Mapping[str, Tensor]) -> str:
     """Why a file of a known kind cannot be used here; empty if it can."""
-    not_yet = f"{family} is not supported here yet, only SD 1.x"
     if name == IP_ADAPTER and _reads_faces(tensors):
         return "it can be neither sampled with nor converted yet: it reads the face embedding of InsightFace"
-    if name == IP_ADAPTER and family in UNSUPPORTED:
-        return f"it can be converted, not sampled with: {not_yet}"
-    if name in (UNET, TEXT_ENCODER) and family in (*UNSUPPORTED, _SECOND_ENCODER):
-        return not_yet if family in UNSUPPORTED else "SDXL's second text encoder is not supported here yet"
+    if name == TEXT_ENCODER and family == _SECOND_ENCODER:
+        return "it is SDXL's second text encoder, which is read with the folder of the whole model"
     into, out = (_axis(tensors, rf"conv_{end}\.weight", axis) for end, axis in (("in", 1), ("out", 0)))
     if name == UNET and out and into == 2 * out:
         return "it is one of instruct-pix2pix, which is not supported here yet"
@@ -138,8 +135,11 @@ def _checkpoint(tensors: Mapping[str, Tensor]) -> WeightKind:
     known = {2 * out: "instruct-pix2pix", 2 * out + 1: "inpainting"}
     more = "" if not into or not out or into == out else known.get(into, f"{into}-channel")
     name = f"a whole {more} checkpoint" if more else CHECKPOINT
-    if more not in ("", "inpainting") or family in UNSUPPORTED:
-        advice = "not supported here yet; take one of the SD 1.x family, with 4 or 9 input channels"
+    if more not in ("", "inpainting"):
+        advice = "not supported here yet; take one with 4 or 9 input channels"
+        return WeightKind(name, family, advice, usable=False)
+    if family in _FOLDERS_ONLY:
+        advice = "not supported here yet as a single file; give the model's folder in diffusers' layout"
         return WeightKind(name, family, advice, usable=False)
     return WeightKind(name, family, _worded(_AS_BASE))
 

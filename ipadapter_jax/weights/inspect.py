@@ -79,7 +79,7 @@ def _describe_folder(folder: Path) -> Facts:
             raise InputError(f"{folder}: {_no_one_file(found, held)}")
         return _describe_file(folder / found[0])
     family = unsupported(folder)
-    use = f"{family} is not supported here yet, only SD 1.x" if family else f"give it as the base model{option('base')}"
+    use = f"{family} is not supported here yet" if family else f"give it as the base model{option('base')}"
     kind = f"{family or 'a base model'} in diffusers' layout"
     return {"path": str(folder), "kind": kind, "use": use, "parts": parts}
 

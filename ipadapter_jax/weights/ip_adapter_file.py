@@ -19,7 +19,7 @@ from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.weights.formats.safetensors_writer import DIGEST, digest
 from ipadapter_jax.weights.formats.tensor_files import open_file
 from ipadapter_jax.weights.hub import local_path
-from ipadapter_jax.weights.identify import FAMILIES, IP_ADAPTER, UNSUPPORTED, identify
+from ipadapter_jax.weights.identify import FAMILIES, IP_ADAPTER, identify
 from ipadapter_jax.weights.ignored_tensors import report_ignored
 from ipadapter_jax.weights.ip_adapter_variant import detect_variant, encoder_name
 from ipadapter_jax.weights.key_mapping import torch_layout
@@ -101,10 +101,9 @@ def check_base(file: IPAdapterFile, cross_attention_dim: int, widths: tuple[int,
     made_for = file.config.cross_attention_dim
     if made_for != cross_attention_dim:
         family, this = (FAMILIES.get(width, "no known family") for width in (made_for, cross_attention_dim))
-        its_base = "" if family in UNSUPPORTED else f", or its base{option('base')}"
         raise WeightFileError(
             f"{file.path}: made for tokens of width {made_for} ({family}), this base has {cross_attention_dim} "
-            f"({this}); give an adapter of this base{option('adapter')}{its_base}"
+            f"({this}); give an adapter of this base{option('adapter')}, or its base{option('base')}"
         )
     layers = len(file.ip_adapter) // 2
     if layers != len(widths):

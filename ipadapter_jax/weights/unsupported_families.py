@@ -8,9 +8,10 @@ from ipadapter_jax.models import families
 from ipadapter_jax.models.families import Family
 from ipadapter_jax.storage.text_files import read_json_object
 
-# The first letters of the pipeline classes of other families than Stable Diffusion 1.x.
+# The first letters of the pipeline classes of families that are not supported.
 _PIPELINES = {
-    "StableDiffusionXL": "an SDXL base model",
+    "StableDiffusionXLInstructPix2Pix": "an SDXL instruct-pix2pix base model",
+    "StableUnCLIP": "an unCLIP base model",
     "StableDiffusion3": "an SD 3 base model",
     "StableDiffusionInstructPix2Pix": "an instruct-pix2pix base model",
     "StableDiffusionUpscale": "an upscaler",
@@ -53,9 +54,14 @@ def _of_unet(settings: Mapping[str, object]) -> str | None:
     if families.family_of(settings) is not None:
         return None
     if settings.get("addition_embed_type") == "text_time":
-        return "an SDXL refiner" if settings.get("cross_attention_dim") == 1280 else "an SDXL base model"
-    if settings.get("cross_attention_dim") == 1024 and settings.get("use_linear_projection"):
-        return "an SD 2.x base model"
+        refiner = settings.get("cross_attention_dim") == families.REFINER_WIDTH
+        return "an SDXL refiner" if refiner else "an SDXL model of another kind"
+    if settings.get("class_embed_type") is not None:
+        return "an unCLIP base model"
+    if settings.get("num_class_embeds") is not None:
+        return "an upscaler"
+    if settings.get("in_channels") == 5:
+        return "a depth-to-image base model"
     return "an instruct-pix2pix base model" if settings.get("in_channels") == 8 else None
 
 

@@ -1,20 +1,15 @@
 """Whole generations against PyTorch diffusers on the same tiny random weights, latents, images and noise."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from helpers import (
     ADAPTERS,
     IMAGE_ENCODER,
-    ORACLES,
     TORCH_MODEL,
-    Case,
     flax_folder,
     load_case,
     nchw,
@@ -22,24 +17,11 @@ from helpers import (
     noise_in_every_step,
     slow,
 )
-from safetensors.numpy import save_file
+from recorded_calls import SAMPLERS, generate, image, recorded_noise
 
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
-from ipadapter_jax.pipelines import programs
-from ipadapter_jax.runtime.mesh import batch_sharding
-from ipadapter_jax.testing import given_noise
-from ipadapter_jax.weights.ip_adapter_file import open_ip_adapter
 
-SAMPLERS = {
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "pndm",
-    "DPMSolverMultistepScheduler": "dpmsolver++",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "UniPCMultistepScheduler": "unipc",
-    "LCMScheduler": "lcm",
-}
 CASES = [
     *(
         f"gen_{s}_{p}_{g}"
@@ -68,65 +50,6 @@ def base(one_device) -> StableDiffusion:
 
 def ignored(*_) -> None:
     """With a callback every step is a call of one program, whatever their number."""
-
-
-def image(name):
-    if isinstance(name, list):
-        return [image(inner) for inner in name]
-    return ORACLES / "assets" / f"{name.removeprefix('assets/').removesuffix('.png')}.png"
-
-
-def adapter(place: Path, first: Path, folder: Path) -> Path:
-    """The adapter as diffusers takes it beside a first one: keys and values in the dtype of the first one's."""
-    dtype = open_ip_adapter(first).ip_adapter["1.to_k_ip.weight"].dtype
-    tensors = {name: np.array(tensor.read()) for name, tensor in open_ip_adapter(place).tensors.items()}
-    save_file({n: a.astype(dtype) if n.startswith("ip_adapter.") else a for n, a in tensors.items()}, folder / "a")
-    return folder / "a"
-
-
-def generate(base: StableDiffusion, case: Case, folder: Path):
-    """Runs a recorded call and returns (timesteps, latents after every step, final latents); and the raw image, where
-    one was recorded."""
-    meta, kwargs, pipe = case.meta, dict(case.meta["call"]["kwargs"]), base
-    files = [ADAPTERS / file.rsplit("/", 1)[-1] for file in meta.get("ip_adapter") or []]
-    for i, file in enumerate(files):
-        file = file if i == 0 else adapter(file, files[0], folder)
-        pipe = pipe.with_ip_adapter(file, image_encoder=IMAGE_ENCODER)
-    images = {name: image(value) for name, value in meta.get("images", {}).items()}
-    if "strength" in kwargs and "image" not in images:
-        images["image"] = image("init")
-    if pipe.adapters:
-        kwargs["ip_adapter_scale"] = meta["ip_adapter_scale"]
-    if "ip_adapter_image_embeds" in case.inputs:
-        kwargs["ip_adapter_image_embeds"] = [case.inputs["ip_adapter_image_embeds"]]
-    if "ip_adapter_masks" in case.inputs:
-        del kwargs["cross_attention_kwargs"]
-        kwargs["ip_adapter_masks"] = [case.inputs["ip_adapter_masks"][None, :, 0]]
-    pipe = dataclasses.replace(pipe, schedule=NoiseSchedule.from_json(meta["scheduler"]["config"]))
-    seen = []
-    final = pipe(
-        **kwargs,
-        **images,
-        scheduler=SAMPLERS[meta["scheduler"]["class"]],
-        latents=nhwc(case.inputs["latents"]) if "latents" in case.inputs else None,
-        output_type="latent",
-        callback=lambda number, timestep, latents: seen.append((timestep, np.asarray(latents))),
-    )
-    timesteps, steps = zip(*seen, strict=True)
-    decoded = None
-    if "image" in case.outputs:
-        latents = jax.device_put(final, batch_sharding(pipe.mesh))
-        decoded = np.asarray(programs.decode(pipe.vae, pipe.mesh, pipe.params["vae"], latents))
-    return np.asarray(timesteps, np.float32), np.stack(steps), final, decoded
-
-
-def recorded_noise(case: Case) -> contextlib.AbstractContextManager[None]:
-    """The recorded noise, in the order in which diffusers drew it: that of an image's posterior comes first. Inpainting
-    drew that of the masked image as a third, which a UNet of four channels is not shown."""
-    noise = [nhwc(case.inputs[f"noise_{i}"]) for i in range(len(case.inputs)) if f"noise_{i}" in case.inputs]
-    if "strength" in case.meta["call"]["kwargs"]:
-        return given_noise(posterior=noise[0], initial=noise[1])
-    return given_noise(steps=noise)
 
 
 @pytest.mark.parametrize("name", CASES)
