@@ -70,7 +70,7 @@ _SD1_STYLE = dict.fromkeys((*range(4), *range(9, 16)), 1.0)
 _SD1_ALL_BUT_COMPOSITION = dict.fromkeys((layer for layer in range(16) if layer not in _SD1_COMPOSITION), 1.0)
 
 SD1 = Family(
-    title="Stable Diffusion 1.x",
+    title="SD 1.x",
     pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
     recognizes=_is,
     text_encoders=(FamilyTextEncoder("text_encoder", "tokenizer", "cond_stage_model.transformer."),),
@@ -88,7 +88,7 @@ SD1 = Family(
 )
 
 SD2 = Family(
-    title="Stable Diffusion 2.x",
+    title="SD 2.x",
     pipelines=SD1.pipelines,
     recognizes=lambda settings: _is(settings, linear=True),
     text_encoders=(FamilyTextEncoder("text_encoder", "tokenizer", "cond_stage_model.model."),),
@@ -99,7 +99,7 @@ SD2 = Family(
 _SDXL_COMPOSITION, _SDXL_STYLE = {3: 1.0}, {6: 1.0}  # as InstantStyle found (arXiv 2404.02733)
 
 SDXL = Family(
-    title="Stable Diffusion XL",
+    title="SDXL",
     pipelines=(*("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),),
     recognizes=lambda settings: (
         _is(settings, added="text_time", linear=True) and settings.get("cross_attention_dim") != REFINER_WIDTH

@@ -47,8 +47,16 @@ _SIGNATURES: tuple[tuple[str, str, str], ...] = (
         IP_ADAPTER,
         "give it as the adapter{adapter}",
     ),
-    (r"(model\.diffusion_model\.)?double_blocks\.", "a Flux model", f"{_NO_PLACE}: only SD 1.x, SD 2.x and SDXL are supported"),
-    (r"(model\.diffusion_model\.)?joint_blocks\.", "an SD 3 model", f"{_NO_PLACE}: only SD 1.x, SD 2.x and SDXL are supported"),
+    (
+        r"(model\.diffusion_model\.)?double_blocks\.",
+        "a Flux model",
+        f"{_NO_PLACE}: only SD 1.x, SD 2.x and SDXL are supported",
+    ),
+    (
+        r"(model\.diffusion_model\.)?joint_blocks\.",
+        "an SD 3 model",
+        f"{_NO_PLACE}: only SD 1.x, SD 2.x and SDXL are supported",
+    ),
     (r"model\.diffusion_model\.|model_ema\.diffusion_model", CHECKPOINT, _AS_BASE),
     (r"(.*[._])?(lora|hada|lokr)[._]", LORA, f"{_NO_PLACE}: merge it into a base model with another program first"),
     (r"control_model\.|controlnet_|input_hint_block\.", CONTROLNET, _NO_PLACE),

@@ -18,7 +18,7 @@ from ipadapter_jax.weights.identify import IP_ADAPTER, identify
 from ipadapter_jax.weights.ip_adapter_variant import describe_adapter
 from ipadapter_jax.weights.layouts.ip_adapter import adapter_parts
 from ipadapter_jax.weights.lazy import Tensor
-from ipadapter_jax.weights.unsupported_families import unsupported
+from ipadapter_jax.weights.unsupported_families import family_in, unsupported
 from ipadapter_jax.weights.weight_files import choose_files, choose_weights
 
 _PARTS = {  # by the name of the folder
@@ -81,7 +81,9 @@ def _describe_folder(folder: Path) -> Facts:
     family = unsupported(folder)
     use = f"{family} is not supported here yet" if family else f"give it as the base model{option('base')}"
     kind = f"{family or 'a base model'} in diffusers' layout"
-    return {"path": str(folder), "kind": kind, "use": use, "parts": parts}
+    known = family_in(folder)
+    base = {"base": known.title} if known is not None and not family else {}
+    return {"path": str(folder), "kind": kind, **base, "use": use, "parts": parts}
 
 
 def _names(folder: Path) -> list[str]:

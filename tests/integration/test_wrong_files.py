@@ -97,7 +97,7 @@ CASES = {
     "web page": ({"adapter": "page"}, ["a web page", "/resolve/"]),
     "git-lfs pointer": ({"adapter": "pointer"}, ["a git-lfs pointer", "git lfs pull"]),
     "adapter as base": ({"model": str(ADAPTER)}, ["an IP-Adapter", "not a base model", "--adapter"]),
-    "SDXL as base": ({"model": "sdxl base"}, ["SDXL", "SD 1.x family"]),
+    "SDXL as base": ({"model": "sdxl base"}, ["SDXL", "as a single file", "folder"]),
     "UNet as base": ({"model": str(UNET)}, ["a UNet", "not a base model", "the folder that holds it"]),
     "pointer as base": ({"model": "pointer"}, ["a git-lfs pointer", "git lfs pull"]),
     "text encoder of SD 2": ({"model": "sd2 text"}, ["gives width 64", "reads 32", "--text-encoder"]),

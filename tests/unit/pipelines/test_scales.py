@@ -184,7 +184,7 @@ TWO_LEVELS = cross_attention_layers(
 def test_presets_of_sd15s_layers_are_refused_elsewhere():
     assert len(TWO_LEVELS) == 7
     for name in ("style", "composition", "strong style", "style+composition", "precise style", "precise composition"):
-        words = re.escape(f"the preset '{name}' is for the 16 layers")
+        words = re.escape(f"the preset '{name}' is for the 16 transformers")
         with pytest.raises(InputError, match=f"{words} .* this UNet has 7; give factors for its layers"):
             weight(name, sites=TWO_LEVELS)
         with pytest.raises(InputError, match="part of a sum" if "precise" in name else words):

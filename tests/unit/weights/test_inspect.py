@@ -120,9 +120,10 @@ def settings(folder: Path, part: str, **changes) -> None:
 
 XL = {"addition_embed_type": "text_time", "cross_attention_dim": 2048, "use_linear_projection": True}
 FAMILIES = {
-    "an SDXL base model": {"unet": XL},
     "an SDXL refiner": {"unet": XL | {"cross_attention_dim": 1280}},
-    "an SD 2.x base model": {"unet": {"cross_attention_dim": 1024, "use_linear_projection": True}},
+    "an SDXL model of another kind": {"unet": XL | {"in_channels": 8}},
+    "a depth-to-image base model": {"unet": {"in_channels": 5, "use_linear_projection": True}},
+    "an unCLIP base model": {"unet": {"class_embed_type": "projection", "use_linear_projection": True}},
     "an instruct-pix2pix base model": {"unet": {"in_channels": 8}},
     "an SD 3 base model": {"": {"_class_name": "StableDiffusion3Pipeline"}},
     "a Flux base model": {"": {"_class_name": "FluxPipeline"}},
@@ -137,7 +138,7 @@ def test_folders_of_other_families(tmp_path, family):
         settings(folder, part, **changes)
     found = inspect_weights(folder)
     assert found["kind"] == f"{family} in diffusers' layout"
-    assert found["use"] == f"{family} is not supported here yet, only SD 1.x"
+    assert found["use"] == f"{family} is not supported here yet"
     for refuse in (
         lambda: open_base(folder),
         lambda: convert(folder, tmp_path / "out"),
@@ -147,9 +148,11 @@ def test_folders_of_other_families(tmp_path, family):
 
 
 def test_a_base_model_is_advised_as_one(tmp_path):
-    settings(tmp_path, "", _class_name="StableDiffusionXLPipeline")
+    settings(tmp_path, "", _class_name="StableDiffusion3Pipeline")
     assert inspect_weights(TORCH_MODEL)["use"] == "give it as the base model"
-    refused(lambda: open_base(tmp_path), "an SDXL base model, which is not supported here yet")
+    assert inspect_weights(TORCH_MODEL)["base"] == "SD 1.x"
+    assert inspect_weights(TORCH_MODEL.parent / "sdxl_torch")["base"] == "SDXL"
+    refused(lambda: open_base(tmp_path), "an SD 3 base model, which is not supported here yet")
 
 
 def of_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
@@ -160,15 +163,15 @@ def of_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
 UNET = {"time_embedding.linear_1.weight": (8, 8), "conv_in.weight": (8, 4, 3, 3), "conv_out.weight": (4, 8, 3, 3)}
 CROSS = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 KINDS = [
-    (UNET | {CROSS: (8, 2048)}, "a UNet", "SDXL is not supported here yet"),
-    (UNET | {CROSS: (8, 1024)}, "a UNet", "SD 2.x is not supported here yet"),
+    (UNET | {CROSS: (8, 2048)}, "a UNet", "give the folder that holds it as unet/"),
+    (UNET | {CROSS: (8, 1024)}, "a UNet", "give the folder that holds it as unet/"),
     (UNET | {CROSS: (8, 768)}, "a UNet", "give the folder that holds it as unet/"),
     (UNET | {"conv_in.weight": (8, 8, 3, 3)}, "a UNet", "instruct-pix2pix, which is not supported here yet"),
-    ({"text_model.embeddings.token_embedding.weight": (9, 1024)}, "a text encoder", "SD 2.x is not supported"),
+    ({"text_model.embeddings.token_embedding.weight": (9, 1024)}, "a text encoder", "give it as the text encoder"),
     ({"text_model.embeddings.token_embedding.weight": (9, 1280)}, "a text encoder", "SDXL's second text encoder"),
     ({"text_model.embeddings.token_embedding.weight": (9, 768)}, "a text encoder", "give it as the text encoder"),
     ({f"model.diffusion_model.{CROSS}": (8, 2048)}, "a whole Stable Diffusion checkpoint", "not supported here yet"),
-    ({"ip_adapter.1.to_k_ip.weight": (8, 2048)}, "an IP-Adapter", "it can be converted, not sampled with: SDXL is not"),
+    ({"ip_adapter.1.to_k_ip.weight": (8, 2048)}, "an IP-Adapter", "give it as the adapter"),
     ({"ip_adapter.0.to_q_lora.down.weight": (8, 8)}, "an IP-Adapter", "the face embedding of InsightFace"),
     ({"image_proj.proj.2.weight": (8, 8), "image_proj.norm.weight": (2,)}, "an IP-Adapter", "InsightFace"),
     ({"<cat-toy>": (768,)}, "a textual inversion", "no place"),

@@ -151,8 +151,7 @@ def test_an_adapter_of_sdxl(tmp_path):
     file = open_ip_adapter(write(tmp_path / "ip-adapter_sdxl.safetensors", xl))
     assert file.config == ImageProjConfig("base", 1280, 2048, 4)
     words = ["ip-adapter_sdxl.safetensors: made for tokens of width 2048 (SDXL), this base has 768 (SD 1.x)"]
-    message = refused(lambda: check_base(file, 768, (320,) * 16), *words, error=WeightFileError)
-    assert "or its base" not in message  # which would be refused
+    refused(lambda: check_base(file, 768, (320,) * 16), *words, "or its base", error=WeightFileError)
 
 
 def test_sites_of_other_widths(tmp_path):
