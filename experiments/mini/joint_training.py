@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from ipadapter_jax.models.clip import CLIPTextConfig, TextOutput
+from ipadapter_jax.models.families import SD1
 from ipadapter_jax.models.text_encoders import TextEncoders
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion
@@ -61,7 +62,7 @@ def with_image(pipe: StableDiffusion, how: Joined, image: np.ndarray, guided: bo
     encoder: Any = _TextAndImage(pipe.text_encoder, adapter.projection, how)
     features = adapter.encode(adapter.inputs.from_images([[image]], "crop", guided))[0, :, 0]
     both = {"text": pipe.params["text_encoder"], "image_proj": adapter.params["image_proj"], "features": features}
-    text = dataclasses.replace(pipe.text, encoders=TextEncoders.of({"text_encoder": encoder}))
+    text = dataclasses.replace(pipe.text, encoders=TextEncoders.of(SD1, {"text_encoder": encoder}))
     return dataclasses.replace(pipe, text=text, params={**pipe.params, "text_encoder": both}, adapters=())
 
 

@@ -38,8 +38,9 @@ class LatentShape(NamedTuple):
     channels: int
 
 
-def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | None) -> PromptPairs:
-    """Prompts, and as many negative prompts, which are empty when none are given. Raises InputError."""
+def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str | None] | None) -> PromptPairs:
+    """Prompts, and as many negative prompts, which are empty where none are given. Raises InputError."""
+    negative = ["" if text is None else text for text in negative] if isinstance(negative, list | tuple) else negative
     negative = "" if negative is None else negative
     for name, texts in (("prompt", prompt), ("negative_prompt", negative)):
         if not isinstance(texts, str | list | tuple) or (not texts and texts != ""):
@@ -48,10 +49,16 @@ def prompt_pairs(prompt: str | Sequence[str], negative: str | Sequence[str] | No
             if not isinstance(text, str) or not is_utf8(text):
                 raise InputError(f"{argument(name)} holds {text!r}, which is not text in UTF-8")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    negatives = [negative] * len(prompts) if isinstance(negative, str) else [str(text) for text in negative]
     if len(negatives) != len(prompts):
         raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
     return PromptPairs(prompts, negatives)
+
+
+def missing_texts(texts: str | Sequence[str | None] | None, count: int) -> np.ndarray:
+    """(count,) bool: for which of the prompts no text was given."""
+    given = texts if isinstance(texts, list | tuple) else [texts]
+    return np.broadcast_to([text is None for text in given], (count,))
 
 
 def check_choices(

@@ -20,6 +20,7 @@ from ipadapter_jax.inputs.validation import (
     check_guided,
     check_latents,
     latent_shape,
+    missing_texts,
     prompt_pairs,
     resolve_seeds,
 )
@@ -99,7 +100,7 @@ class SamplingRequest:
     mask_image: ImageLike | None = None
     strength: float | None = None
     exact_outside_mask: bool = False
-    negative_prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str | None] | None = None
     prompt_2: str | Sequence[str] | None = None
     negative_prompt_2: str | Sequence[str] | None = None
     sizes: SizeConditioning = dataclasses.field(default_factory=SizeConditioning)
@@ -151,7 +152,7 @@ class SamplingRequest:
             prompts=prompts,
             negative_prompts=negatives,
             second=second,
-            zero_negative=model.zeros_for_no_negative and self.negative_prompt is None,
+            zero_negative=model.zeros_for_no_negative & missing_texts(self.negative_prompt, len(prompts)),
             time_ids=self._time_ids(model, shape, guided, init_image is not None),
             prompt_of_sample=np.repeat(np.arange(len(prompts)), self.num_images_per_prompt),
             clip_skip=self.clip_skip,
@@ -237,7 +238,7 @@ class SamplingPlan:
     prompts: list[str]
     negative_prompts: list[str]
     second: PromptPairs  # what a second text encoder reads
-    zero_negative: bool  # whether the unconditional branch has zeros for text
+    zero_negative: np.ndarray  # (P,) bool: whose unconditional branch has zeros for text
     time_ids: np.ndarray | None  # (G, 6), where the UNet is conditioned on sizes
     prompt_of_sample: np.ndarray
     clip_skip: int

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
@@ -169,7 +170,7 @@ class StableDiffusion:
         strength: float | None = None,
         exact_outside_mask: bool = False,
         prompt_2: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
         original_size: GivenSize | None = None,
         crops_coords_top_left: GivenSize = (0, 0),
@@ -330,10 +331,11 @@ class StableDiffusion:
         """(P, G, ...): what the prompts condition on, of the unconditional branch first where there is one."""
         pair = plan.second
         branches = [self.text.encode(self.params, plan.prompts, pair.prompts, plan.clip_skip)]
-        if plan.zero_negative and plan.guided:
-            branches.insert(0, jax.tree.map(jnp.zeros_like, branches[0]))
-        elif plan.guided:  # diffusers leaves out layers for the prompt alone
-            branches.insert(0, self.text.encode(self.params, plan.negative_prompts, pair.negatives))
+        if plan.guided:  # diffusers leaves out layers for the prompt alone
+            negative = self.text.encode(self.params, plan.negative_prompts, pair.negatives)
+            if plan.zero_negative.any():
+                negative = jax.tree.map(lambda x: _zeroed(x, plan.zero_negative), negative)
+            branches.insert(0, negative)
         return jax.tree.map(lambda *of_branches: jnp.stack(of_branches, axis=1), *branches)
 
     def _conditioning(self, plan: SamplingPlan, batch: SampleBatch, begin: Start) -> Conditioning:
@@ -356,3 +358,8 @@ class StableDiffusion:
             preserved=begin.preserved,
             extra_channels=begin.extra_channels,
         )
+
+
+def _zeroed(x: Array, where: np.ndarray) -> Array:
+    """Arrays of prompts (P, ...), zero where `where` (P,) says so."""
+    return jnp.where(where.reshape(-1, *(1,) * (x.ndim - 1)), 0, x)

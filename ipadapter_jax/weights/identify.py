@@ -13,6 +13,7 @@ _FOLDERS_ONLY = ("SD 2.x", "SDXL")  # of FAMILIES: their single files are not re
 _AS_BASE = "give it as the base model{base}"
 _AS_ENCODER = "give it as the image encoder{image_encoder}"
 _NO_PLACE = "there is no place for it here"
+_OTHER = f"{_NO_PLACE}: only SD 1.x, SD 2.x and SDXL are supported"
 _TEXT_WIDTHS = (*FAMILIES, 1280)
 _SECOND_ENCODER = "a model of text width 1280"
 # Names in FaceID adapters except the portrait variant: a resampler after the projection, or a LoRA of the UNet.
@@ -50,12 +51,12 @@ _SIGNATURES: tuple[tuple[str, str, str], ...] = (
     (
         r"(model\.diffusion_model\.)?double_blocks\.",
         "a Flux model",
-        f"{_NO_PLACE}: only SD 1.x, SD 2.x and SDXL are supported",
+        _OTHER,
     ),
     (
         r"(model\.diffusion_model\.)?joint_blocks\.",
         "an SD 3 model",
-        f"{_NO_PLACE}: only SD 1.x, SD 2.x and SDXL are supported",
+        _OTHER,
     ),
     (r"model\.diffusion_model\.|model_ema\.diffusion_model", CHECKPOINT, _AS_BASE),
     (r"(.*[._])?(lora|hada|lokr)[._]", LORA, f"{_NO_PLACE}: merge it into a base model with another program first"),

@@ -58,9 +58,8 @@ def _family(what: str, reference: StrPath, root: Path) -> Family:
     """Of a folder in diffusers' layout; the first of all where its UNet's settings tell none, which those who read the
     settings refuse."""
     if other := unsupported(root):
-        raise InputError(
-            f"{what} {reference}: {other}, which is not supported here yet; give one of SD 1.x, SD 2.x or SDXL"
-        )
+        families = " or ".join(family.title for family in FAMILIES)
+        raise InputError(f"{what} {reference}: {other}, which is not supported here yet; give one of {families}")
     return family_in(root) or FAMILIES[0]
 
 

@@ -217,11 +217,11 @@ def test_nine_channels_are_read_and_need_a_mask(tmp_path, tensors):
         (lambda t: with_channels(t, 8), ["a whole instruct-pix2pix checkpoint", "4 or 9 input channels"]),
         (
             lambda t: t | {WIDTH.replace("2.1", "1.1"): np.zeros((32, 1024), np.float16)},
-            ["of SD 2.x", "not supported here yet as a single file"],
+            ["of SD 2.x", "as a single file"],
         ),
         (
             lambda t: t | {"conditioner.embedders.0.x": np.zeros(1, np.float16)},
-            ["of SDXL", "not supported here yet as a single file"],
+            ["of SDXL", "as a single file"],
         ),
         (lambda t: without(t, "unet"), ["holds no UNet; take another file"]),
         (lambda t: t | {f"{UNET_PREFIX}more.weight": np.zeros(1, np.float16)}, ["without a place", "more.weight"]),
