@@ -45,6 +45,8 @@ def main(
 ) -> None:
     """Samples with a base adapter (4 tokens): square images of `size` pixels."""
     pipe = StableDiffusion.from_pretrained(model).with_ip_adapter(adapter)
+    if len(pipe.text.tokenizers) > 1:
+        raise SystemExit(f"{model}: give a model with one text encoder, of SD 1.x or SD 2.x")
     unet, vae, text_encoder, schedule = pipe.unet, pipe.vae, pipe.text_encoder, pipe.schedule
     ip = pipe.adapters[0]
     [encoder] = encoders_of(pipe.adapters)

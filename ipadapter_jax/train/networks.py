@@ -28,7 +28,7 @@ from ipadapter_jax.train.config import Train
 from ipadapter_jax.train.init import init_adapter, load_adapter_params, projection_config
 from ipadapter_jax.train.optim import trainable_mask
 from ipadapter_jax.train.sharding import frozen_sharding, put_global
-from ipadapter_jax.weights.base_model import BaseModel, check_text_to_image
+from ipadapter_jax.weights.base_model import BaseModel, check_one_text_encoder, check_text_to_image
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.ip_adapter_file import adapter_file, check_base, open_ip_adapter
 from ipadapter_jax.weights.load_tree import Tree
@@ -112,6 +112,7 @@ def load_networks(config: Train, mesh: Mesh, encoded: PrecomputedEncoder | None)
     opened.check()
     unet_config = opened.config("unet")
     check_text_to_image(model.base, unet_config)
+    check_one_text_encoder("base model", model.base, opened.family)
     if model.init_from is not None:  # before gigabytes are read
         widths = tuple(site.width for site in cross_attention_layers(unet_config))
         check_base(open_ip_adapter(adapter_file(model.init_from)), unet_config.cross_attention_dim, widths)

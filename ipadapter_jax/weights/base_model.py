@@ -220,6 +220,15 @@ def _check_pooled(model: StrPath, unet: UNetConfig, family: Family, texts: Mappi
             )
 
 
+def check_one_text_encoder(what: str, model: StrPath, family: Family) -> None:
+    """Raises InputError for a model of several text encoders, for jobs that know one."""
+    if len(family.text_encoders) > 1:
+        raise InputError(
+            f"{what} {model}: {family.title} has {len(family.text_encoders)} text encoders, and can be sampled from but "
+            "not yet trained on or converted; give one of SD 1.x or SD 2.x"
+        )
+
+
 def check_text_to_image(model: StrPath, unet: UNetConfig) -> None:
     """Raises InputError for a UNet that reads more than the noisy latents."""
     if unet.in_channels != unet.out_channels:

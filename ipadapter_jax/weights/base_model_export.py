@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from ipadapter_jax.errors import InputError, argument
+from ipadapter_jax.models.families import SD1
 from ipadapter_jax.storage.atomic_files import atomic_replace, remove_partial_files_of, write_atomically
-from ipadapter_jax.weights.base_model import BaseModel
+from ipadapter_jax.weights.base_model import BaseModel, check_one_text_encoder
 from ipadapter_jax.weights.component_export import class_name, convert_component, lazy_leaves, to_state_dict
 from ipadapter_jax.weights.formats.safetensors_writer import safetensors_chunks
 from ipadapter_jax.weights.key_mapping import torch_layout
@@ -25,6 +26,9 @@ def save_base_model(base: BaseModel, out: Path, dtype: np.dtype | None, *, flax:
     Tensors are cast to `dtype`; None keeps theirs. Raises InputError naming what does not fit or cannot be written.
     """
     base.check()
+    check_one_text_encoder("base model", base.source.model, base.family)
+    if out.suffix == ".safetensors" and base.family is not SD1:
+        raise InputError(f"{out}: {base.family.title} is written as a folder; give a name without .safetensors")
     if out.suffix == ".safetensors":
         if flax:
             raise InputError(f"{out}: {argument('flax')} writes a folder; give a name without .safetensors")
