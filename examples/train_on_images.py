@@ -30,7 +30,7 @@ from PIL import Image
 from examples import small_vae
 from examples.skimage_images import NAMES, photographs, records, write_formats
 from ipadapter_jax.images.preprocess import image_grid, square_pixels
-from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
+from ipadapter_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.pipelines.stable_diffusion import StableDiffusion

@@ -65,6 +65,8 @@ def generate(base: StableDiffusion, case: Case, folder: Path):
     if "ip_adapter_masks" in case.inputs:
         del kwargs["cross_attention_kwargs"]
         kwargs["ip_adapter_masks"] = [case.inputs["ip_adapter_masks"][None, :, 0]]
+    if "force_zeros_for_empty_prompt" in meta:
+        pipe = dataclasses.replace(pipe, zeros_for_no_negative=meta["force_zeros_for_empty_prompt"])
     pipe = dataclasses.replace(pipe, schedule=NoiseSchedule.from_json(meta["scheduler"]["config"]))
     seen = []
     final = pipe(

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ipadapter_jax.models.clip import CLIPTextConfig, TextOutput
+from ipadapter_jax.models.clip import TextOutput
+from ipadapter_jax.models.clip_config import CLIPTextConfig
 from ipadapter_jax.models.families import SD1
 from ipadapter_jax.models.text_encoders import TextEncoders
 from ipadapter_jax.models.unet import UNet

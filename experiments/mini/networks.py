@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
+from ipadapter_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 

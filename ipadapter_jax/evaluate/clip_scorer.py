@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.evaluate.protocol import SCORER
 from ipadapter_jax.images.preprocess import CLIP_MEAN, CLIP_STD, CLIP_TABLE
-from ipadapter_jax.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from ipadapter_jax.models.clip import CLIP
+from ipadapter_jax.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.runtime.compilation_cache import enable_compilation_cache
 from ipadapter_jax.runtime.mesh import batch_sharding, local_mesh, replicated
 from ipadapter_jax.storage.atomic_files import sha256

@@ -18,7 +18,7 @@ from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.images.preprocess import FITS, clip_pixel_values, load_image, square_tiles
 from ipadapter_jax.inputs.arrays import AnyArray
 from ipadapter_jax.inputs.validation import Uncond
-from ipadapter_jax.models.clip import CLIPVisionConfig
+from ipadapter_jax.models.clip_config import CLIPVisionConfig
 from ipadapter_jax.models.image_features import FeatureKind
 from ipadapter_jax.pipelines import programs
 from ipadapter_jax.weights.open_component import LoadedComponent

@@ -177,14 +177,12 @@ class SamplingRequest:
         for name, value in given.items():
             if value is not None and not model.second_text_encoder:
                 raise InputError(f"{argument(name)} is for a second text encoder; {model.name} has one")
-        second = prompt_pairs(
-            prompts if self.prompt_2 is None else self.prompt_2,
-            negatives if self.negative_prompt_2 is None else self.negative_prompt_2,
-        )
-        if len(second.prompts) != len(prompts):
-            count = len(second.prompts)
+        second = prompts if self.prompt_2 is None else self.prompt_2
+        if not isinstance(second, str) and len(second) != len(prompts):
+            count = len(second)
             raise InputError(f"{count} texts in {argument('prompt_2')} for {len(prompts)} prompts; give one for each")
-        return second
+        texts = [second] * len(prompts) if isinstance(second, str) else second
+        return prompt_pairs(texts, negatives if self.negative_prompt_2 is None else self.negative_prompt_2)
 
     def _time_ids(self, model: ModelConfigs, shape: LatentShape, guided: bool, from_image: bool) -> np.ndarray | None:
         if model.unet.pooled_dim is None:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh
 
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
@@ -20,16 +19,16 @@ from ipadapter_jax.inputs.validation import (
     check_dtype,
 )
 from ipadapter_jax.models.clip import CLIPText
-from ipadapter_jax.models.text_encoders import TextConditioning, TextEncoders
-from ipadapter_jax.models.unet import AddedConditioning, UNet
+from ipadapter_jax.models.text_encoders import TextEncoders
+from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import attention_grids, cross_attention_layers
 from ipadapter_jax.models.vae import VAE
 from ipadapter_jax.pipelines import programs
 from ipadapter_jax.pipelines.adapter_inputs import GivenEmbeds
 from ipadapter_jax.pipelines.attention_maps import AttentionMaps
-from ipadapter_jax.pipelines.conditioning import Conditioning, Guidance
 from ipadapter_jax.pipelines.denoise import OnStep, run_sampler
 from ipadapter_jax.pipelines.denoiser import UNET, Denoiser
+from ipadapter_jax.pipelines.encode_plan import encode_plan
 from ipadapter_jax.pipelines.feature_encoder import ImageLike
 from ipadapter_jax.pipelines.image_prompt_settings import (
     GivenImages,
@@ -37,7 +36,7 @@ from ipadapter_jax.pipelines.image_prompt_settings import (
     GivenScales,
     ImagePrompt,
 )
-from ipadapter_jax.pipelines.inpainting import Start, start
+from ipadapter_jax.pipelines.inpainting import start
 from ipadapter_jax.pipelines.ip_adapter import Adapter, OpenedAdapter, open_adapter
 from ipadapter_jax.pipelines.outputs import SamplingResult, check_finite, images_of
 from ipadapter_jax.pipelines.request import ModelConfigs, SamplingPlan, SamplingRequest
@@ -305,7 +304,7 @@ class StableDiffusion:
         begin = start(
             plan.init_image, encode, batch, plan.run, plan.encoded_posteriors, plan.latent_shape, plan.strength
         )
-        conditioning = self._conditioning(plan, batch, begin)
+        conditioning = encode_plan(self.unet, self.text, self.adapters, self.params, plan, batch, begin)
         denoiser = Denoiser(self.unet, attention_maps=plan.attention_maps)
         program = functools.partial(programs.denoise, denoiser, self.mesh, {UNET: self.params["unet"]})
         with step_bar(progress_bar, plan.num_steps, callback) as on_step:
@@ -326,40 +325,3 @@ class StableDiffusion:
         )
         timesteps = np.asarray(plan.run.steps.timestep)
         return SamplingResult(images, AttentionMaps(maps, layers, grids, timesteps, count))
-
-    def _text(self, plan: SamplingPlan) -> TextConditioning:
-        """(P, G, ...): what the prompts condition on, of the unconditional branch first where there is one."""
-        pair = plan.second
-        branches = [self.text.encode(self.params, plan.prompts, pair.prompts, plan.clip_skip)]
-        if plan.guided:  # diffusers leaves out layers for the prompt alone
-            negative = self.text.encode(self.params, plan.negative_prompts, pair.negatives)
-            if plan.zero_negative.any():
-                negative = jax.tree.map(lambda x: _zeroed(x, plan.zero_negative), negative)
-            branches.insert(0, negative)
-        return jax.tree.map(lambda *of_branches: jnp.stack(of_branches, axis=1), *branches)
-
-    def _conditioning(self, plan: SamplingPlan, batch: SampleBatch, begin: Start) -> Conditioning:
-        """Runs the encoders: all that the networks see next to latents and time."""
-        text = self._text(plan)
-        added = None
-        if plan.time_ids is not None and text.pooled is not None:
-            added = AddedConditioning(text.pooled, jnp.asarray(plan.time_ids)[None])
-        grids = attention_grids(self.unet.config, *plan.latent_shape[:2])
-        encoded = [
-            planned.encode(adapter, grids) for adapter, planned in zip(self.adapters, plan.image_prompts, strict=True)
-        ]
-        guidance = Guidance(scale=np.float32(plan.guidance_scale), rescale=np.float32(plan.guidance_rescale))
-        return Conditioning(
-            prompt_of_sample=batch.prompt_of_sample,
-            text_kv=programs.text_keys_values(self.unet, self.params["unet"], text.states),
-            image_branches=[branch for of_adapter in encoded for branch in of_adapter],
-            guidance=guidance,
-            added=added,
-            preserved=begin.preserved,
-            extra_channels=begin.extra_channels,
-        )
-
-
-def _zeroed(x: Array, where: np.ndarray) -> Array:
-    """Arrays of prompts (P, ...), zero where `where` (P,) says so."""
-    return jnp.where(where.reshape(-1, *(1,) * (x.ndim - 1)), 0, x)

@@ -3,8 +3,14 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
 from ipadapter_jax.models.text_encoders import TextConditioning, TextEncoders
 from ipadapter_jax.pipelines import programs
+from ipadapter_jax.pipelines.request import SamplingPlan
 from ipadapter_jax.runtime.trees import Params
 from ipadapter_jax.weights.tokenizer import Tokenizer, tokenize
 
@@ -33,3 +39,18 @@ class TextConditioner:
             ids[role.part] = tokenize(tokenizer, texts, length)
         weights = {part: params[part] for part in ids}
         return programs.encode_prompts(self.encoders, clip_skip, weights, ids)
+
+    def encode_branches(self, params: Mapping[str, Params], plan: SamplingPlan) -> TextConditioning:
+        """(P, G, ...): the prompts of a plan, those of the unconditional branch first where there is one."""
+        branches = [self.encode(params, plan.prompts, plan.second.prompts, plan.clip_skip)]
+        if plan.guided:  # diffusers leaves out layers for the prompt alone
+            negative = self.encode(params, plan.negative_prompts, plan.second.negatives)
+            if plan.zero_negative.any():
+                negative = jax.tree.map(lambda x: _zeroed(x, plan.zero_negative), negative)
+            branches.insert(0, negative)
+        return jax.tree.map(lambda *of_branches: jnp.stack(of_branches, axis=1), *branches)
+
+
+def _zeroed(x: Array, where: np.ndarray) -> Array:
+    """Arrays of prompts (P, ...), zero where `where` (P,) says so."""
+    return jnp.where(where.reshape(-1, *(1,) * (x.ndim - 1)), 0, x)

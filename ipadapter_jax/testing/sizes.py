@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
+from ipadapter_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 

@@ -13,7 +13,7 @@ from ipadapter_jax.data.open_dataset import open_dataset
 from ipadapter_jax.data.unused_files import write_report
 from ipadapter_jax.errors import InputError, argument
 from ipadapter_jax.inputs.config_fields import build_config
-from ipadapter_jax.models.clip import CLIPVisionConfig
+from ipadapter_jax.models.clip_config import CLIPVisionConfig
 from ipadapter_jax.storage.paths import expand_home
 from ipadapter_jax.storage.store import LocalStore, Store
 from ipadapter_jax.train.config import Data, Model

@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ipadapter_jax.errors import InputError
-from ipadapter_jax.models.clip import CLIPVisionConfig
+from ipadapter_jax.models.clip_config import CLIPVisionConfig
 from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.models.image_projections import example_features, image_projection
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers

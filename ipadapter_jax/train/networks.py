@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError
 from ipadapter_jax.models import forward
-from ipadapter_jax.models.clip import CLIPVision, CLIPVisionConfig, clip_features
+from ipadapter_jax.models.clip import CLIPVision, clip_features
+from ipadapter_jax.models.clip_config import CLIPVisionConfig
 from ipadapter_jax.models.image_projections import Projection, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter
 from ipadapter_jax.models.text_encoders import TextEncoders

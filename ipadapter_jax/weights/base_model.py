@@ -9,7 +9,7 @@ from typing import Any
 
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, WeightFileError, argument
-from ipadapter_jax.models.clip import CLIPTextConfig
+from ipadapter_jax.models.clip_config import CLIPTextConfig
 from ipadapter_jax.models.families import Family
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
@@ -224,8 +224,8 @@ def check_one_text_encoder(what: str, model: StrPath, family: Family) -> None:
     """Raises InputError for a model of several text encoders, for jobs that know one."""
     if len(family.text_encoders) > 1:
         raise InputError(
-            f"{what} {model}: {family.title} has {len(family.text_encoders)} text encoders, and can be sampled from but "
-            "not yet trained on or converted; give one of SD 1.x or SD 2.x"
+            f"{what} {model}: {family.title} has {len(family.text_encoders)} text encoders; it can be sampled from but "
+            "not yet trained on or converted: give one of SD 1.x or SD 2.x"
         )
 
 

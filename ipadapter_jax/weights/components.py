@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ipadapter_jax.models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.clip import CLIP, CLIPText, CLIPVision
+from ipadapter_jax.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.models.unet import AddedConditioning, UNet
 from ipadapter_jax.models.unet_config import TIME_IDS, UNetConfig
 from ipadapter_jax.models.vae import VAE, VAEConfig

@@ -1,6 +1,5 @@
 """Opens a base model: a folder in diffusers' layout, a checkpoint of one file, or either on the Hugging Face Hub."""
 
-import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +27,12 @@ def open_base(source: ModelSource | StrPath) -> BaseModel:
     Raises InputError naming what is missing, what does not fit, or which option has no effect.
     """
     source = model_source(source)
-    needed = _needed(FAMILIES, source)
     extras = (*_EXTRAS, *(f"{name}/config.json" for name in source.replacements))
-    choose = functools.partial(choose_files, folders=needed, extras=extras, variant=source.variant)
+
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        held = _needed([family for family in FAMILIES if _has_parts_of(family, names)] or FAMILIES[:1], source)
+        return choose_files(names, held, extras, source.variant)
+
     check_revision(source.model, source.revision, "base model")
     root = local_path(source.model, choose, what="base model", revision=source.revision)
     if root.is_file():
@@ -46,6 +48,11 @@ def open_base(source: ModelSource | StrPath) -> BaseModel:
         if value:
             raise InputError(f"{argument(name)} is for a checkpoint of one file; {source.model} is a folder")
     return BaseModel(source, root, family, _variants(source, root, _needed([family], source)))
+
+
+def _has_parts_of(family: Family, names: Sequence[str]) -> bool:
+    """Whether these files of a repository have all text encoders of a family."""
+    return all(any(name.startswith(f"{role.part}/") for name in names) for role in family.text_encoders)
 
 
 def _needed(families: Iterable[Family], source: ModelSource) -> dict[str, ComponentFiles]:

@@ -40,7 +40,7 @@ from experiments.mini.test_scenes import inked, prompt
 from experiments.mini.trainings import SHIPPED, TRAININGS, drops
 from ipadapter_jax import StableDiffusion
 from ipadapter_jax.images.preprocess import CLIP_TABLE
-from ipadapter_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
+from ipadapter_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.testing.random_weights import write_model
 from ipadapter_jax.testing.sizes import NANO, ModelConfigs

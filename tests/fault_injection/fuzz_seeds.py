@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ipadapter_jax.models.clip import CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.clip import CLIPVision
+from ipadapter_jax.models.clip_config import CLIPVisionConfig
 from ipadapter_jax.testing.random_weights import write_component, write_model
 from ipadapter_jax.testing.sizes import MICRO
 from ipadapter_jax.weights.component_export import convert_component

@@ -24,7 +24,7 @@ from ipadapter_jax.data.dataset import LiveSamples
 from ipadapter_jax.data.feature_cache import CachedSamples
 from ipadapter_jax.data.open_dataset import open_dataset
 from ipadapter_jax.images.preprocess import CLIP_TABLE
-from ipadapter_jax.models.clip import CLIPVisionConfig
+from ipadapter_jax.models.clip_config import CLIPVisionConfig
 from ipadapter_jax.runtime.mesh import batch_sharding, global_mesh
 from ipadapter_jax.storage.store import LocalStore
 from ipadapter_jax.train import precompute as precompute_module

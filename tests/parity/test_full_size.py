@@ -16,7 +16,8 @@ from helpers import load_case, nchw, nhwc
 from benchmarks.compare_with_diffusers import compare, photograph
 from benchmarks.count_flops import unet_flops
 from benchmarks.sample import check_parity
-from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.clip import CLIPText, CLIPVision
+from ipadapter_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.models.image_projections import example_features, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter

@@ -15,7 +15,7 @@ from helpers import ADAPTERS, IMAGE_ENCODER, TORCH_MODEL
 from weight_files import assert_same_tree, refused
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.models.clip import CLIPVisionConfig
+from ipadapter_jax.models.clip_config import CLIPVisionConfig
 from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.models.unet import UNet
 from ipadapter_jax.models.unet_config import UNetConfig, cross_attention_layers

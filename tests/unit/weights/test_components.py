@@ -284,16 +284,14 @@ def test_choose_files_takes_the_shards_of_one_index():
 
 UNSUPPORTED = {
     "unet": {
-        "use_linear_projection": True,
         "attention_type": "gated",
         "class_embed_type": "timestep",
         "num_class_embeds": 1000,
-        "addition_embed_type": "text_time",
+        "addition_embed_type": "image",
         "encoder_hid_dim_type": "text_image_proj",
         "encoder_hid_dim": 1024,
         "dual_cross_attention": True,
         "only_cross_attention": True,
-        "upcast_attention": True,
         "time_cond_proj_dim": 256,
         "time_embedding_type": "fourier",
         "timestep_post_act": "silu",

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from ipadapter_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.clip import CLIPText, CLIPVision
+from ipadapter_jax.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from ipadapter_jax.models.image_proj_config import ImageProjConfig
 from ipadapter_jax.models.image_projections import example_features, image_projection
 from ipadapter_jax.models.ip_adapter import IPAdapter

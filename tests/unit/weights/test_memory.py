@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 from weight_files import write_bin
 
-from ipadapter_jax.models.clip import CLIPVision, CLIPVisionConfig
+from ipadapter_jax.models.clip import CLIPVision
+from ipadapter_jax.models.clip_config import CLIPVisionConfig
 from ipadapter_jax.weights.components import IMAGE_ENCODER, abstract_params
 from ipadapter_jax.weights.key_mapping import to_torch, torch_key
 from ipadapter_jax.weights.load_tree import leaves, nest

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from weight_files import assert_same_tree, refused, write_bin
 
 from ipadapter_jax.errors import WeightFileError
-from ipadapter_jax.models.clip import CLIPVisionConfig
+from ipadapter_jax.models.clip_config import CLIPVisionConfig
 from ipadapter_jax.weights.components import IMAGE_ENCODER as COMPONENT
 from ipadapter_jax.weights.image_encoder import open_image_encoder
 from ipadapter_jax.weights.layouts.openclip import to_transformers, vision_settings
