@@ -13,11 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ipadapter_jax.diffusion.schedule import NoiseSchedule
-from ipadapter_jax.inputs.validation import (
-    Uncond,
-    check_callback,
-    check_dtype,
-)
+from ipadapter_jax.inputs.validation import Uncond, check_callback, check_dtype
 from ipadapter_jax.models.clip import CLIPText
 from ipadapter_jax.models.text_encoders import TextEncoders
 from ipadapter_jax.models.unet import UNet
@@ -58,8 +54,8 @@ GUIDANCE_SCALE = 7.5  # Stable Diffusion's usual one
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class StableDiffusion:
-    """A Stable Diffusion 1.x model, ready to sample on all devices of this process. Nothing in it is ever changed:
-    `with_ip_adapter` returns another pipeline that shares the weights."""
+    """A Stable Diffusion model (1.x, 2.x, XL), ready to sample on all devices of this process. Nothing in it is ever
+    changed: `with_ip_adapter` returns another pipeline that shares the weights."""
 
     unet: UNet
     vae: VAE
@@ -78,8 +74,7 @@ class StableDiffusion:
         return f"StableDiffusion({count:,} parameters in {jnp.dtype(self.unet.dtype)}, adapters: {adapters})"
 
     @property
-    def text_encoder(self) -> CLIPText:
-        """The first text encoder."""
+    def text_encoder(self) -> CLIPText:  # the first
         return self.text.encoders.first.network
 
     @property
@@ -319,9 +314,7 @@ class StableDiffusion:
             return SamplingResult(images, None)
         branches = [branch for prompt in plan.image_prompts for branch in prompt.branches]
         maps = [attention for attention, branch in zip(maps, branches, strict=True) if not branch.swapped]
-        layers, grids = (
-            cross_attention_layers(self.unet.config),
-            attention_grids(self.unet.config, *plan.latent_shape[:2]),
-        )
+        layers = cross_attention_layers(self.unet.config)
+        grids = attention_grids(self.unet.config, *plan.latent_shape[:2])
         timesteps = np.asarray(plan.run.steps.timestep)
         return SamplingResult(images, AttentionMaps(maps, layers, grids, timesteps, count))

@@ -364,7 +364,7 @@ def copy_with(root, part: str, **changes):
     [
         ("unet/config.json", {"in_channels": 9}, "inpainting|conv_in"),
         ("unet/config.json", {"layers_per_block": "2"}, "layers_per_block='2'"),
-        ("unet/config.json", {"use_linear_projection": True}, "use_linear_projection"),
+        ("unet/config.json", {"attention_type": "gated"}, "attention_type"),
         ("vae/config.json", {"scaling_factor": None}, "scaling_factor=None"),
         ("vae/config.json", {"scaling_factor": 0}, "scaling_factor=0 must be positive"),
         ("text_encoder/config.json", {"hidden_act": ["g"]}, r"hidden_act=\('g',\)"),
