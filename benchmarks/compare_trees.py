@@ -175,7 +175,8 @@ def write_inputs(folder: Path) -> None:
     for name in ("models", "assets"):
         shutil.copytree(RECORDED / name, folder / name)
     (folder / "images").mkdir()
-    for image in sorted((RECORDED / "assets").glob("img_*.png")):
+    for name in ("img_a", "img_b", "img_c", "img_gray", "img_rgba"):  # always the same, so that kept outputs compare
+        image = RECORDED / "assets" / f"{name}.png"
         shutil.copy(image, folder / "images")
         (folder / "images" / f"{image.stem}.txt").write_text(f"an image, {image.stem}")
 
