@@ -104,5 +104,5 @@ def abstract_params(component: Component, module: Any) -> Tree:
 def init_params(component: Component, module: Any, key: jax.Array) -> Tree:
     """Initial weights of the module, from flax's initializers."""
     example = component.example(module.config)
-    inputs = {name: jnp.zeros(array.shape, array.dtype) for name, array in example.keywords.items()}
+    inputs = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), example.keywords)
     return jax.jit(lambda key: module.init(key, method=example.func, **inputs))(key)["params"]
