@@ -44,6 +44,32 @@ def test_parameter_counts_are_those_of_the_published_models():
     assert count(abstract_params(IMAGE_ENCODER, CLIPVision(CLIPVisionConfig()))) == 632_076_800
 
 
+SD21 = UNetConfig(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
+SDXL = UNetConfig(
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "tensors", "layers"),
+    [(SD21, 865_910_724, 686, 16), (SDXL, 2_567_463_684, 1680, 70)],
+    ids=["SD 2.1", "SDXL"],
+)
+def test_parameter_counts_of_other_families(config, parameters, tensors, layers):
+    tree = abstract_params(UNET, UNet(config))
+    assert (count(tree), len(jax.tree.leaves(tree))) == (parameters, tensors)
+    assert len(cross_attention_layers(config)) == layers
+
+
 @pytest.mark.parametrize(
     ("config", "parameters"),
     [
