@@ -1,15 +1,18 @@
 """SD 2.x and SDXL against PyTorch diffusers on the same tiny random weights: encoders, UNets and whole generations."""
 
 import functools
+import json
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 import pytest
 from helpers import ORACLES, load_case, nchw, nhwc, noise_in_every_step, slow
+from PIL import Image
 from recorded_calls import generate, recorded_noise
 
 from ipadapter_jax import InputError, StableDiffusion
+from ipadapter_jax.cli import main
 from ipadapter_jax.models.families import SD2, SDXL
 from ipadapter_jax.models.unet import AddedConditioning, UNet
 from ipadapter_jax.models.vae import VAE
@@ -139,3 +142,25 @@ def test_families_are_recognized():
 def test_what_does_not_fit_the_family_is_refused(pipeline, name, arguments, message):
     with pytest.raises(InputError, match=message):
         pipeline(name)("a cat", **arguments)
+
+
+@pytest.mark.slow  # compiles SDXL for a batch of two
+def test_a_batch_job_gives_what_the_pipeline_gives(tmp_path):
+    """Both text encoders read the prompt of a row, and zeros stand for a negative prompt that it lacks."""
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,negative_prompt,name\na red cat,blurry,a\na blue dog,,b\n")
+    words = ["batch", str(table), "--model", str(MODEL_OF["sdxl"]), "--out", str(tmp_path / "out"), "--steps", "2"]
+    assert main([*words, "--batch-size", "2", "--height", "64", "--width", "64", "--seed", "5"]) == 0
+    [row_a, row_b] = [json.loads(line) for line in (tmp_path / "out" / "job.jsonl").read_text().splitlines()]
+    pipe = StableDiffusion.from_pretrained(MODEL_OF["sdxl"])
+    expected = pipe(
+        ["a red cat", "a blue dog"],
+        negative_prompt=["blurry", None],
+        num_inference_steps=2,
+        height=64,
+        width=64,
+        seed=[row_a["seed"], row_b["seed"]],
+        progress_bar=False,
+    )
+    for name, image in zip("ab", expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / f"{name}.png")), np.asarray(image))

@@ -83,7 +83,7 @@ def _request(args: Generate, given: Given) -> SamplingRequest:
     return dataclasses.replace(
         shared_request(args, given.negative),
         prompt=args.prompt,
-        negative_prompt=args.negative_prompt,
+        negative_prompt=args.negative_prompt or None,
         ip_adapter_image=given.references or None,
         ip_adapter_image_embeds=None if args.image_embeds is None else [args.image_embeds],
         ip_adapter_scale=_scales(args),

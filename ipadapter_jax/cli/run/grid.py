@@ -63,7 +63,7 @@ def plan_figure(
     """Seeds by scales, or references by presets (those that the UNet's layers allow). Raises InputError."""
 
     shared = dataclasses.replace(
-        shared_request(args, negative), prompt=args.prompt, negative_prompt=args.negative_prompt
+        shared_request(args, negative), prompt=args.prompt, negative_prompt=args.negative_prompt or None
     )
 
     def plan(references: Sequence[Image.Image], scale: Scale, seed: int) -> SamplingPlan:

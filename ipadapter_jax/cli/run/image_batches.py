@@ -20,6 +20,7 @@ from ipadapter_jax.batch.runner import BatchProgress, run_job
 from ipadapter_jax.cli.batch_options import BatchOptions
 from ipadapter_jax.cli.run.sampling import LoadedJob, configurations, digests, png, versions
 from ipadapter_jax.inputs.prompt_syntax import PromptSyntaxWarning, find_foreign_syntax, warn_of_foreign_syntax
+from ipadapter_jax.inputs.validation import missing_texts, prompt_pairs
 from ipadapter_jax.pipelines.feature_encoder import PreparedImages
 from ipadapter_jax.pipelines.image_prompt_settings import ImagePromptSettings, PerPrompt
 from ipadapter_jax.pipelines.image_prompts import PlannedImagePrompt
@@ -120,10 +121,14 @@ class _Batches:
         filled = given + given[-1:] * (self._args.batch_size - len(given))
         tasks = [task for task, _ in filled]
         prompts = [content for _, content in filled if content is not None]  # of all items, or of none
+        negatives = [task.row.negative_prompt or self._args.negative_prompt or None for task in tasks]
+        texts = prompt_pairs([task.row.prompt for task in tasks], negatives)
         plan = dataclasses.replace(
             self._job.plan,
-            prompts=[task.row.prompt for task in tasks],
-            negative_prompts=[task.row.negative_prompt or self._args.negative_prompt for task in tasks],
+            prompts=texts.prompts,
+            negative_prompts=texts.negatives,
+            second=texts,
+            zero_negative=self._configs.zeros_for_no_negative & missing_texts(negatives, len(tasks)),
             seeds=np.asarray([task.seed for task in tasks], np.uint32),
             image_prompts=self._image_prompts(tasks, prompts) if prompts else [],
         )
