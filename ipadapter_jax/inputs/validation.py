@@ -4,7 +4,7 @@ import contextlib
 import secrets
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Literal, NamedTuple, TypeGuard
 
@@ -120,12 +120,12 @@ def latent_shape(height: int, width: int, downscale: int, channels: int) -> Late
     return LatentShape(height // downscale, width // downscale, channels)
 
 
-def check_guided(guidance_scale: float, negatives: Sequence[str], guidance_rescale: float) -> None:
-    """Raises InputError for an argument that has no effect without guidance."""
+def check_guided(guidance_scale: float, given: Mapping[str, object]) -> None:
+    """Raises InputError for a given argument that has no effect without guidance."""
     if guidance_scale > 1:
         return
-    for name, given in (("negative_prompt", any(negatives)), ("guidance_rescale", guidance_rescale)):
-        if given:
+    for name, value in given.items():
+        if value:
             raise InputError(
                 f"{argument(name)} has no effect without guidance, {argument('guidance_scale', guidance_scale)}: give "
                 "one above 1, or leave it out"

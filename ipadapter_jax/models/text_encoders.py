@@ -1,13 +1,14 @@
 """The text encoders of a base model as one: prompts as token ids to what the UNet is conditioned on."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from ipadapter_jax.models.clip import CLIPText, TextOutput
+from ipadapter_jax.models.clip_config import CLIPTextConfig
 from ipadapter_jax.models.families import Family, FamilyTextEncoder
 from ipadapter_jax.runtime.trees import Params
 
@@ -28,6 +29,11 @@ class TextEncoder(NamedTuple):
     network: CLIPText
 
 
+def skippable_layers(encoders: Iterable[tuple[FamilyTextEncoder, CLIPTextConfig]]) -> int:
+    """How many layers a prompt can leave out at most of all of these, plus one."""
+    return min(config.num_hidden_layers - role.penultimate for role, config in encoders)
+
+
 @dataclasses.dataclass(frozen=True)
 class TextEncoders:
     """The text encoders of a base model, without their weights, in the order in which their states are concatenated."""
@@ -42,7 +48,7 @@ class TextEncoders:
     @property
     def layers(self) -> int:
         """How many layers a prompt can leave out at most, plus one."""
-        return min(network.config.num_hidden_layers - role.penultimate for role, network in self.encoders)
+        return skippable_layers((role, network.config) for role, network in self.encoders)
 
     @property
     def first(self) -> TextEncoder:

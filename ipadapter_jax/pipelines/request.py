@@ -129,7 +129,9 @@ class SamplingRequest:
         count = self.num_images_per_prompt
         check_choices(count, guidance_scale, guidance_rescale, self.clip_skip, model.text_layers, eta, self.output_type)
         second = self._second_prompts(model, prompts, negatives)
-        check_guided(guidance_scale, negatives, guidance_rescale)
+        only_guided = {"negative_prompt": any(negatives), "guidance_rescale": guidance_rescale}
+        only_guided |= {"negative_prompt_2": self.negative_prompt_2} | dict.fromkeys(self.sizes.given_of_negative, True)
+        check_guided(guidance_scale, only_guided)
         warn_of_foreign_syntax({"prompt": prompts, "negative_prompt": negatives})
         warn_of_foreign_syntax({"prompt_2": second.prompts, "negative_prompt_2": second.negatives})
         init_image = self._init_image(model, strength, height, width)
@@ -177,6 +179,11 @@ class SamplingRequest:
         for name, value in given.items():
             if value is not None and not model.second_text_encoder:
                 raise InputError(f"{argument(name)} is for a second text encoder; {model.name} has one")
+        if self.negative_prompt_2 is not None and model.zeros_for_no_negative and self.negative_prompt is None:
+            raise InputError(
+                f"{argument('negative_prompt_2')} has no effect without {argument('negative_prompt')}: this model has "
+                "zeros for text then; give both"
+            )
         second = prompts if self.prompt_2 is None else self.prompt_2
         if not isinstance(second, str) and len(second) != len(prompts):
             count = len(second)

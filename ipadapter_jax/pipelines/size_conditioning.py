@@ -31,6 +31,11 @@ class SizeConditioning:
         fields = dataclasses.fields(self)
         return [field.name for field in fields if getattr(self, field.name) not in (field.default, [0, 0])]
 
+    @property
+    def given_of_negative(self) -> list[str]:
+        """Those of the unconditional branch."""
+        return [name for name in self.given if name.startswith("negative_")]
+
     def time_ids(self, height: int, width: int, *, guided: bool, from_image: bool) -> np.ndarray:
         """(G, 6) float32 for an image of this size: original height and width, top and left of the crop, target height
         and width; of the unconditional branch first where there is one.
@@ -39,6 +44,7 @@ class SizeConditioning:
         generation starts `from_image` each of its sizes counts alone, and its crop does not. Raises InputError naming
         what is not a pair of sizes.
         """
+        self._check_effect(from_image)
         own = height, width
         original, target = self._pair("original_size") or own, self._pair("target_size") or own
         crop = self._pair("crops_coords_top_left") or (0, 0)
@@ -52,6 +58,15 @@ class SizeConditioning:
         else:
             negative = (*(of_negative[0] or ()), *negative_crop, *(of_negative[1] or ()))
         return np.asarray([negative, positive] if guided else [positive], np.float32)
+
+    def _check_effect(self, from_image: bool) -> None:
+        """Raises InputError for a number of the unconditional branch that would not be used."""
+        given, crop = self.given_of_negative, "negative_crops_coords_top_left"
+        if from_image and crop in given:
+            raise InputError(f"{argument(crop)} has no effect where generation starts from an image; leave it out")
+        if not from_image and given and None in (self.negative_original_size, self.negative_target_size):
+            both = f"{argument('negative_original_size')} and {argument('negative_target_size')}"
+            raise InputError(f"{argument(given[0])} has no effect without both {both}; give them, or leave it out")
 
     def _pair(self, name: str) -> tuple[int, int] | None:
         value = getattr(self, name)

@@ -11,6 +11,7 @@ from ipadapter_jax.diffusion.schedule import NoiseSchedule
 from ipadapter_jax.errors import InputError, WeightFileError, argument
 from ipadapter_jax.models.clip_config import CLIPTextConfig
 from ipadapter_jax.models.families import Family
+from ipadapter_jax.models.text_encoders import skippable_layers
 from ipadapter_jax.models.unet_config import UNetConfig
 from ipadapter_jax.models.vae import VAEConfig
 from ipadapter_jax.weights import bundled
@@ -75,8 +76,7 @@ class BaseModel:
     @property
     def text_layers(self) -> int:
         """How many layers a prompt can leave out at most, plus one."""
-        roles = self.family.text_encoders
-        return min(self.config(role.part).num_hidden_layers - role.penultimate for role in roles)
+        return skippable_layers((role, self.config(role.part)) for role in self.family.text_encoders)
 
     @functools.cached_property
     def schedule(self) -> NoiseSchedule:

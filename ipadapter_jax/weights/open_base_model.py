@@ -18,7 +18,10 @@ from ipadapter_jax.weights.unsupported_families import family_in, unsupported
 from ipadapter_jax.weights.weight_files import choose_files, pick_variants
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # its settings are the default for a single file
-_EXTRAS = ("model_index.json", "tokenizer/*", "scheduler/*.json")
+_EXTRAS = (
+    *("model_index.json", "scheduler/*.json"),
+    *{f"{role.tokenizer}/*": None for family in FAMILIES for role in family.text_encoders},
+)
 
 
 def open_base(source: ModelSource | StrPath) -> BaseModel:

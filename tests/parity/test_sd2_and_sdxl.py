@@ -137,6 +137,23 @@ def test_families_are_recognized():
         ("sdxl", {"original_size": 64}, "original_size=64.* must be two whole numbers"),
         ("sdxl", {"target_size": (64, -1)}, "target_size.* must be two whole numbers"),
         ("sdxl", {"prompt_2": ["a", "b"]}, "2 texts in prompt_2 for 1 prompts"),
+        ("sdxl", {"negative_prompt_2": "a"}, "negative_prompt_2 has no effect without negative_prompt"),
+        (
+            "sdxl",
+            {"negative_prompt_2": "a", "negative_prompt": "b", "guidance_scale": 1},
+            "negative_prompt_2 has no effect",
+        ),
+        ("sdxl", {"negative_original_size": (8, 8)}, "negative_original_size has no effect without both"),
+        (
+            "sdxl",
+            {"negative_crops_coords_top_left": (8, 8)},
+            "negative_crops_coords_top_left has no effect without both",
+        ),
+        (
+            "sdxl",
+            {"negative_crops_coords_top_left": (8, 8), "image": ORACLES / "assets" / "init_xl.png"},
+            "negative_crops_coords_top_left has no effect where generation starts from an image",
+        ),
     ],
 )
 def test_what_does_not_fit_the_family_is_refused(pipeline, name, arguments, message):

@@ -39,6 +39,16 @@ def test_a_base_model_needs_one_weight_file_per_network(monkeypatch, tmp_path):
     assert pipe.sources["unet"] == tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
 
 
+def test_a_base_model_of_two_text_encoders(monkeypatch, tmp_path):
+    """Both encoders with both tokenizers are downloaded."""
+    source = TORCH_MODEL.parent / "sdxl_torch"
+    names = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    hub = Hub(monkeypatch, source, tmp_path, names | {"text_encoder_2/model.fp16.safetensors", "README.md"})
+    base = open_base("owner/name")
+    assert hub.downloaded == names
+    assert list(base.tokenizers) == ["text_encoder", "text_encoder_2"]
+
+
 def test_an_adapter_and_the_encoder_beside_it(monkeypatch, tmp_path):
     (tmp_path / "repo").symlink_to(ADAPTERS.parent)
     names = {path.relative_to(ADAPTERS.parent).as_posix() for path in ADAPTERS.rglob("*") if path.is_file()}
